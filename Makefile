@@ -1,0 +1,63 @@
+# Every target makes .venv first, with the versions that requirements/constraints.txt pins.
+PYTHON ?= python3
+# More arguments for installing torch, such as an index of CPU or CUDA builds.
+TORCH_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
+EXAMPLES := $(filter-out examples/__init__.py examples/byte_lm.py,$(wildcard examples/*.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint types floors unit gpu demo examples bench docs clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
+
+venv: $(VENV)/installed  ## make .venv and install opsgraph in it
+
+# torch comes first, so that no other package can choose its version.
+$(VENV)/installed: pyproject.toml requirements/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11 or later; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH_ARGS) torch
+	$(PIP) --editable '.[test,examples]'
+	touch $@
+
+test: lint types floors unit  ## lint, types, floors and tests
+
+lint: $(VENV)/installed  ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/installed  ## mypy, strict
+	$(BIN)/mypy
+
+floors: $(VENV)/installed  ## import-linter: who may import whom
+	$(BIN)/lint-imports
+
+unit: $(VENV)/installed  ## pytest, two processes
+	$(BIN)/python -m pytest -n 2
+
+gpu: $(VENV)/installed  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+demo: $(VENV)/installed  ## train a small byte-level language model; writes demo/
+	$(BIN)/python -m examples.byte_lm
+
+examples: $(VENV)/installed  ## run every example but the demo
+	for example in $(EXAMPLES); do echo "== $$example"; $(BIN)/python $$example || exit 1; done
+
+bench: $(VENV)/installed  ## host cost against nn.Sequential
+	$(BIN)/python -m benchmarks.overhead
+
+docs: $(VENV)/docs  ## build the documentation into site/
+	$(BIN)/python -m mkdocs build --strict
+
+$(VENV)/docs: $(VENV)/installed
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+clean:  ## remove .venv, caches and everything built
+	rm -rf $(VENV) build dist site demo *.egg-info .mypy_cache .pytest_cache .ruff_cache \
+		.import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

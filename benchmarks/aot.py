@@ -1,0 +1,213 @@
+"""Compiles the Triton kernels ahead of time, with no GPU, and tells what each takes of the chip.
+
+`python benchmarks/aot.py --cc 90` prints one line per compiled kernel: registers per thread,
+spilled bytes (stack and local memory), shared memory, and whether it loads 16 bytes at a time, as
+cuobjdump and the PTX say. The public functions run on meta tensors and their launches are recorded,
+so that what is compiled here is what a launch would compile: same configuration, same compile-time
+arguments, same alignment.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+from opsgraph.kernels.triton import norms
+from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
+from opsgraph.kernels.triton.dropout import dropout
+from opsgraph.kernels.triton.norms import (
+    layernorm_backward,
+    layernorm_forward,
+    rmsnorm_backward,
+    rmsnorm_forward,
+)
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+CAPABILITIES = (80, 90, 100)
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes, of one program
+
+
+class Launch(NamedTuple):
+    """One launch as `triton.compile` takes it."""
+
+    source: ASTSource
+    options: dict[str, Any]
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """A context in which launching a kernel only appends to the list that it gives."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = self.arg_names
+        bound = dict(zip(names, args, strict=False)) | {
+            k: v for k, v in kwargs.items() if k in names
+        }
+        options = {k: v for k, v in kwargs.items() if k not in names}
+        launches.append(Launch(_source(self, bound), options))
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def _source(kernel: Any, bound: dict[str, Any]) -> ASTSource:
+    """What Triton's launcher would make of the arguments, every pointer being aligned."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        divisible = False
+        if isinstance(value, Tensor):
+            kind, divisible = "*" + TYPES[value.dtype], True
+        elif value is None or parameter.is_constexpr:
+            kind = "constexpr"
+        elif isinstance(value, float):
+            kind = "fp32"
+        else:
+            special = not parameter.do_not_specialize
+            kind = "constexpr" if special and value == 1 else "i32" if value < 2**31 else "i64"
+            divisible = special and value % 16 == 0
+        if kind == "constexpr":
+            constants[(index,)] = value
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def resources(launch: Launch, cc: int) -> dict[str, int]:
+    """Registers per thread, spilled and shared bytes of a launch compiled for `cc`."""
+    target = GPUTarget("cuda", cc, 32)
+    compiled = triton.compile(launch.source, target=target, options=launch.options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    ptx = compiled.asm["ptx"]
+    used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {
+        "registers": used["REG"],
+        "spilled": used["STACK"] + used["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "wide_loads": len(re.findall(r"(?:ld\.global|cp\.async).*(?:v4\.b32|, 0x10)", ptx)),
+    }
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _norm(width: int, dtype: torch.dtype, center: bool, backward: bool, residual: bool) -> None:
+    x, weight = _meta(4096, width, dtype=dtype), _meta(width, dtype=dtype)
+    other, statistic = (x if residual else None), _meta(4096, 1)
+    if center and backward:
+        layernorm_backward(x, x, statistic, statistic, weight, dother=other)
+    elif center:
+        layernorm_forward(x, weight, weight, 1e-5, other=other)
+    elif backward:
+        rmsnorm_backward(x, x, statistic, weight, dother=other)
+    else:
+        rmsnorm_forward(x, weight, 1e-5, other=other)
+
+
+def _activation(kind: str, width: int, dtype: torch.dtype, backward: bool) -> None:
+    gated = KINDS[kind].GATED
+    x = _meta(4096, width * 2 if gated else width, dtype=dtype)
+    if backward:
+        activation_backward(_meta(4096, width, dtype=dtype), x, kind, want=("x", "y", "bias"))
+    else:
+        activation_forward(x, kind, bias=_meta(x.size(1), dtype=dtype))
+
+
+def _dropout(width: int, dtype: torch.dtype) -> None:
+    x = _meta(4096, width, dtype=dtype)
+    dropout(x, _meta(dtype=torch.int64), 0.1, residual=x, bias=_meta(width, dtype=dtype))
+
+
+Case = tuple[str, Callable[..., None], tuple[Any, ...]]
+
+
+def cases(which: str) -> Iterator[Case]:
+    """(label, function, arguments): "few", "usual" (bf16 at usual sizes) or "all" (fp32 too)."""
+    few, half = which == "few", torch.bfloat16
+    widths: tuple[int, ...] = (4096, 8192, 40960) if few else (1024, 4096, 8192, 40960)
+    kinds: tuple[str, ...] = ("swiglu",) if few else ("swiglu", "gelu")
+    dtypes: tuple[torch.dtype, ...] = (half,)
+    residuals: tuple[bool, ...] = (True,)
+    if which == "all":
+        widths = (100, 256, 1000, 1024, 2048, 4096, 5120, 8192, 12288, 16384, 20480, 32768, 65536)
+        kinds = ("swiglu", "gelu", "geglu_erf", "clamped_swiglu", "srelu")
+        dtypes, residuals = (half, torch.float32), (False, True)
+    for width, dtype, center, backward, residual in product(
+        widths, dtypes, (False, True), (False, True), residuals
+    ):
+        if center and which != "all" and width not in (4096, 8192):
+            continue
+        name = f"{'layernorm' if center else 'rmsnorm'} {'backward' if backward else 'forward'}"
+        name += f" {TYPES[dtype]} {width}" + (" residual" if residual else "")
+        yield name, _norm, (width, dtype, center, backward, residual)
+    for kind, dtype, backward in product(kinds, dtypes, (False, True)):
+        for width in (14336, 1000) if which == "all" else (14336,):
+            name = f"{kind} {'backward' if backward else 'forward'} {TYPES[dtype]} {width}"
+            yield name, _activation, (kind, width, dtype, backward)
+    for dtype in dtypes:
+        yield f"dropout {TYPES[dtype]} 4096", _dropout, (4096, dtype)
+
+
+def table(cc: int, which: str) -> Iterator[dict[str, Any]]:
+    """One row per kernel that the cases launch, each compiled kernel once."""
+    seen = set()
+    norms.shared_memory = lambda device: SHARED_MEMORY[cc]
+    for name, function, arguments in cases(which):
+        with recorded_launches() as launches:
+            function(*arguments)
+        for launch in launches:
+            key = launch.source.hash() + str(launch.options)
+            if key not in seen:
+                seen.add(key)
+                kernel = launch.source.fn.__name__
+                yield {"cc": cc, "case": name, "kernel": kernel, **resources(launch, cc)}
+
+
+def main() -> None:
+    """Prints the table, as JSON lines with --json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cc", type=int, nargs="+", default=CAPABILITIES)
+    parser.add_argument("--cases", choices=("few", "usual", "all"), default="usual")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    for cc in options.cc:
+        for row in table(cc, options.cases):
+            if options.json:
+                print(json.dumps(row), flush=True)
+                continue
+            text = "sm_{cc:<4}{case:<42}{kernel:<28}{registers:>4} registers {spilled:>5} spilled"
+            print(
+                (text + "{shared:>7} shared {warps:>3} warps {wide_loads:>3} wide loads").format(
+                    **row
+                ),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""opsgraph: declare a run of basic ops, have it planned, fused and run, forward and backward."""
+
+from . import fusers, ops
+from .errors import OpError, OpsgraphError, PlanError, RegisterError
+from .fuser import Fuser, register
+from .modules import LayerNormMLP
+from .op import Op
+from .plan import Plan
+from .sequential import Sequential
+from .spec import Spec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Fuser",
+    "LayerNormMLP",
+    "Op",
+    "OpError",
+    "OpsgraphError",
+    "Plan",
+    "PlanError",
+    "RegisterError",
+    "Sequential",
+    "Spec",
+    "fusers",
+    "ops",
+    "register",
+]

@@ -1,0 +1,296 @@
+"""Source text for a cover: two straight-line Python functions that tracebacks and pdb can show."""
+
+import itertools
+import linecache
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import inf, nan
+from typing import Any
+
+import torch
+
+from .op import FORWARD, differentiable
+from .planner import Call, Claim, Cover, Space
+
+_serial = itertools.count()
+
+
+@dataclass
+class Line:
+    """One statement, with the variables that it reads and those that it makes."""
+
+    text: str
+    reads: set[str] = field(default_factory=set)
+    makes: set[str] = field(default_factory=set)
+    note: str = ""
+
+
+@dataclass
+class Function:
+    """A generated function."""
+
+    source: str
+    call: Callable[..., Any]
+
+
+def base_namespace() -> dict[str, Any]:
+    """What generated code may name besides its fusers."""
+    return {"torch": torch, "inf": inf, "nan": nan}
+
+
+class Writer:
+    """Collects the lines of one function."""
+
+    def __init__(self, space: Space, cover: Cover) -> None:
+        self.space, self.cover, self.program = space, cover, space.program
+        self.namespace = base_namespace()
+        self.lines: list[Line] = []
+
+    def add(
+        self, text: str, reads: Iterable[str] = (), makes: Iterable[str] = (), note: str = ""
+    ) -> None:
+        """Append a statement."""
+        self.lines.append(Line(text, set(reads), set(makes) - {"_"}, note))
+
+    def name_of(self, claim: Claim) -> str:
+        """The fuser's name in the source; a number is added where two share one."""
+        target = claim.fuser.kind if claim.is_reference else claim.fuser  # type: ignore[attr-defined]
+        name = claim.fuser.name
+        for suffix in itertools.chain([""], map(str, itertools.count(2))):
+            if self.namespace.setdefault(name + suffix, target) is target:
+                return name + suffix
+        raise AssertionError
+
+    def call(self, claim: Claim, call: Call, want: Sequence[str]) -> tuple[str, set[str]]:
+        """The text of a call, and the variables that it reads."""
+        given = [argument.text for argument in call.arguments]
+        if call.wants:
+            given.append(f"want={tuple(want)!r}")
+        reads = {a.text for a in call.arguments if a.category in ("value", "weight", "gradient")}
+        return f"{self.name_of(claim)}.{call.function}({', '.join(given)})", reads
+
+    def finish(self, name: str, parameters: Sequence[str]) -> Function:
+        """The function, with variables deleted after their last use."""
+        last: dict[str, int] = {}
+        for number, line in enumerate(self.lines):
+            last |= dict.fromkeys(line.reads | line.makes, number)
+        made = set().union(*(line.makes for line in self.lines))
+        text = [f"def {name}({', '.join(parameters)}):"]
+        for number, line in enumerate(self.lines):
+            body = f"    {line.text}"
+            text.append(f"{body:<70}  # {line.note}" if line.note else body)
+            if line.text.startswith("return"):
+                break
+            dead = sorted(v for v in line.reads | line.makes if v in made and last[v] == number)
+            if dead:
+                text.append(f"    del {', '.join(dead)}")
+        source = "\n".join(text) + "\n"
+        return Function(source, _compiled(name, source, self.namespace))
+
+
+def _compiled(name: str, source: str, namespace: dict[str, Any]) -> Callable[..., Any]:
+    file = f"<opsgraph plan {next(_serial)} {name}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), namespace)
+    made: Callable[..., Any] = namespace[name]
+    return made
+
+
+def covered(claim: Claim) -> str:
+    """The positions of a claim as text: `3` or `3-5`."""
+    ops = claim.ops
+    return str(ops[0]) if len(ops) == 1 else f"{ops[0]}-{ops[-1]}"
+
+
+def _note(claim: Claim) -> str:
+    return f"{covered(claim)} {claim.fuser.backend}"
+
+
+def emit_forward(writer: Writer, claim: Claim, call: Call, used: set[str], note: str = "") -> None:
+    """Run a forward claim; of what it can hand out only `used` is bound."""
+    program = writer.program
+    y = program.x(claim.stop)
+    y = y if note == "" or y in used else "_"
+    text_note = _note(claim) + note
+    if call.function == "again":
+        text, reads = writer.call(claim, call, ())
+        writer.add(f"{y} = {text}", reads, [y], text_note)
+        return
+    saves = claim.fuser.saves
+    names = [n if n in used else "_" for n in (r or "_" for r in call.results)]
+    if y in names:  # an op that saves its own output
+        names = ["_" if n == y else n for n in names]
+    want = [s for s, n in zip(saves, names, strict=True) if n != "_"]
+    text, reads = writer.call(claim, call, want)
+    right = f"({', '.join(names)},)" if want else "_"
+    writer.add(f"{y}, {right} = {text}", reads, [y, *names], text_note)
+
+
+def write_forward(space: Space, cover: Cover, saved: Sequence[str]) -> Function:
+    """`forward(ops, x0, extras, weights)` returns `(outputs, saved)`, both tuples."""
+    writer, program = Writer(space, cover), space.program
+    parameters = ["ops", "x0", *program.inputs, *program.weight_names.values()]
+    stored = _cast(writer, FORWARD, saved)
+    used = set(saved)
+    for claim in cover.forward:
+        emit_forward(writer, claim, claim.calls[0], used)
+    outputs: list[str] = []
+    for name in (program.x(program.count), *(program.x(i) for i in program.run.outputs)):
+        alias = name in outputs or name == "x0" or name in program.inputs
+        outputs.append(f"{name}.view_as({name})" if alias else name)
+    kept = [stored.get(name, name) for name in saved]
+    text = f"return ({_commas(outputs)}), ({_commas(kept)})"
+    writer.add(text, {o.split(".")[0] for o in outputs} | set(kept))
+    return writer.finish("forward", parameters)
+
+
+def _commas(names: Sequence[str]) -> str:
+    return "".join(f"{name}, " for name in names).strip()
+
+
+def _cast(writer: Writer, direction: str, names: Sequence[str]) -> dict[str, str]:
+    """Casts for an active autocast; returns where a stored weight is still to be found."""
+    program, stored = writer.program, {}
+    compute = program.request.compute
+    if compute is None:
+        return {}
+    if direction == FORWARD:
+        for name, spec in {"x0": program.request.x, **program.extra_specs}.items():
+            if spec.dtype.is_floating_point and spec.dtype != compute:
+                writer.add(f"{name} = {name}.to({compute})", [name], [name], "autocast")
+    for (i, name), variable in program.weight_names.items():
+        weight = program.request.weights[i, name]
+        if weight is None or name in program.kinds[i].as_stored or weight.dtype == compute:
+            continue
+        if not weight.dtype.is_floating_point or (direction != FORWARD and variable not in names):
+            continue
+        if direction == FORWARD and variable in names:
+            stored[variable] = f"{variable}_stored"
+            writer.add(f"{variable}_stored = {variable}", [variable], [stored[variable]])
+        writer.add(f"{variable} = {variable}.to({compute})", [variable], [variable], "autocast")
+    return stored
+
+
+class _Backward:
+    def __init__(self, space: Space, cover: Cover, saved: Sequence[str]) -> None:
+        self.writer, self.program, self.space = Writer(space, cover), space.program, space
+        self.cover, self.saved = cover, saved
+        self.have = {f"d{i}" for i in self.program.run.outputs if i in self.program.tapped}
+        self.made: set[str] = set()
+
+    def arrive(self, name: str, value: str) -> None:
+        """A gradient `value` for `name`: the first of a channel binds it, later ones are added."""
+        if name in self.have:
+            self.writer.add(f"{name} = {name} + {value}", [name, value], [name])
+        else:
+            self.writer.add(f"{name} = {value}", [value], [name])
+            self.have.add(name)
+
+    def cross(self, i: int) -> None:
+        """Pass an op that is no step in the backward: extra inputs get the gradient as it is."""
+        program = self.program
+        if not program.kinds[i].passes or not program.flows[i + 1]:
+            return
+        names = zip(differentiable(program.kinds[i]), program.gradient_names(i), strict=True)
+        for name, gradient in names:
+            if name in program.kinds[i].passes and gradient is not None:
+                self.arrive(gradient, "dx")
+
+    def remake(self, name: str) -> None:
+        """Make a value again, and first what that needs."""
+        if name in self.made or name not in self.cover.keeper.again:
+            return
+        self.made.add(name)
+        claim = self.cover.keeper.again[name]
+        call, needs = self.space.remake(claim)
+        assert call is not None
+        for need in needs:
+            self.remake(need)
+        also = {n for n, c in self.cover.keeper.again.items() if c is claim} | {name}
+        self.made |= also
+        emit_forward(self.writer, claim, call, also, ", again")
+
+    def step(self, claim: Claim) -> None:
+        """Run a backward claim."""
+        for need in claim.needs:
+            self.remake(need)
+        program, writer = self.program, self.writer
+        for call in claim.calls:
+            names = [n or "_" for n in call.results]
+            channels = {n for n in names if n in {f"d{i}" for i in program.tapped}}
+            bound = [f"{n}_more" if n in channels and n in self.have else n for n in names]
+            dx = "dx" if program.flows[claim.start] else "_"
+            labels = gradient_labels(claim, program)
+            want = ["x"] * (dx == "dx") + [
+                w for w, n in zip(labels, names, strict=True) if n != "_"
+            ]
+            text, reads = writer.call(claim, call, want)
+            note = _note(claim)
+            if call.function == "dgrad":
+                writer.add(f"dx = {text}", reads, ["dx"], note)
+                continue
+            if call.function == "wgrad":
+                writer.add(f"{bound[0]} = {text}", reads, bound, note)
+            else:
+                right = f"({', '.join(bound)},)" if set(bound) - {"_"} else "_"
+                if (dx, right) == ("_", "_"):
+                    continue
+                writer.add(f"{dx}, {right} = {text}", reads, [dx, *bound], note)
+            for name, value in zip(names, bound, strict=True):
+                if name != value:
+                    self.arrive(name, value)
+                elif name in channels:
+                    self.have.add(name)
+
+    def finish(self) -> Function:
+        program = self.program
+        outs = [f"d{i}" for i in program.run.outputs if i in program.tapped]
+        parameters = ["ops", "dx", *outs, *self.saved]
+        _cast(self.writer, "backward", self.saved)
+        gap = program.count
+        for claim in self.cover.backward:
+            for i in range(gap - 1, claim.stop - 1, -1):
+                self.cross(i)
+            for i in reversed(claim.ops):
+                self.cross(i)
+            self.step(claim)
+            gap = claim.start
+        for i in range(gap - 1, -1, -1):
+            self.cross(i)
+        results = self._results()
+        self.writer.add(f"return ({_commas(results)})", [r for r in results if r != "None"])
+        return self.writer.finish("backward", parameters)
+
+    def _results(self) -> list[str]:
+        """Gradients in the order of forward's inputs, in the dtype of each."""
+        program, wanted = self.program, self.program.request.gradients
+        compute, request = program.request.compute, program.request
+        inputs = {"x0": request.x, **program.extra_specs}
+        inputs |= {v: request.weights[slot] for slot, v in program.weight_names.items()}  # type: ignore[misc]
+        found = []
+        for name, spec in inputs.items():
+            gradient = "dx" if name == "x0" else f"d{name}"
+            if name not in wanted:
+                gradient = "None"
+            elif compute is not None and spec.dtype != compute:
+                self.writer.add(
+                    f"{gradient} = {gradient}.to({spec.dtype})", [gradient], [gradient], "autocast"
+                )
+            found.append(gradient)
+        return found
+
+
+def gradient_labels(claim: Claim, program: Any) -> list[str]:
+    """What `want` calls each gradient after dx."""
+    labels = []
+    for key, i in claim.positions.items():
+        if i is None or program.kinds[i].passes:
+            continue
+        names = differentiable(program.kinds[i])
+        labels += list(names) if claim.is_reference else [f"{key}_{name}" for name in names]
+    return labels
+
+
+def write_backward(space: Space, cover: Cover, saved: Sequence[str]) -> Function:
+    """`backward(ops, dx, d of extra outputs, saved)` returns a gradient for each input, or None."""
+    return _Backward(space, cover, saved).finish()

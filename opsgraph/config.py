@@ -1,0 +1,53 @@
+"""Settings from the environment, and the counter that says when plans may be out of date.
+
+`OPSGRAPH_LOGS=plan,reject,code` prints what was planned, `OPSGRAPH_BACKENDS=triton,reference`
+limits the backends, `OPSGRAPH_FUEL=n` admits only the first n fused claims of a plan (bisect with
+it), and `OPSGRAPH_CHECK=1` compares every fused step with the reference ops. They are read when a
+module is planned for the first time, and again after `touch`, which registering a fuser calls.
+"""
+
+import os
+import threading
+from typing import NamedTuple
+
+lock = threading.RLock()
+epoch = 0
+
+
+class Config(NamedTuple):
+    """One reading of the environment; no backends means all there are, in their order."""
+
+    logs: frozenset[str]
+    backends: tuple[str, ...]
+    fuel: int | None
+    check: bool
+
+
+def touch() -> None:
+    """Make every module look again at its ops, the registered fusers and the environment."""
+    global epoch
+    with lock:
+        epoch += 1
+
+
+def _names(variable: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in os.environ.get(variable, "").split(",") if name.strip())
+
+
+def read() -> Config:
+    """The environment as it is now. Raises ValueError if a variable cannot be understood."""
+    logs = frozenset(_names("OPSGRAPH_LOGS"))
+    if unknown := logs - {"plan", "reject", "code"}:
+        raise ValueError(f"OPSGRAPH_LOGS: got {sorted(unknown)}, expected plan, reject or code")
+    fuel = os.environ.get("OPSGRAPH_FUEL", "")
+    if fuel and not fuel.isdigit():
+        raise ValueError(f"OPSGRAPH_FUEL: got {fuel!r}, expected a whole number")
+    check = os.environ.get("OPSGRAPH_CHECK", "0")
+    if check not in ("", "0", "1"):
+        raise ValueError(f"OPSGRAPH_CHECK: got {check!r}, expected 0 or 1")
+    return Config(
+        logs,
+        _names("OPSGRAPH_BACKENDS"),
+        int(fuel) if fuel else None,
+        check == "1",
+    )

@@ -1,0 +1,158 @@
+"""A plan for the eye: the table that `print(plan)` shows, the networkx graph, and a picture."""
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .op import FORWARD
+from .spec import Spec
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from .plan import Plan, Step
+
+
+def positions(ops: tuple[int, ...]) -> str:
+    """`3` or `3-5`."""
+    return str(ops[0]) if len(ops) == 1 else f"{ops[0]}-{ops[-1]}"
+
+
+def _row(step: "Step") -> str:
+    before, after = step.edges
+    text = f"  {positions(step.ops):>5}  {step.name:<24} {step.backend:<10}"
+    if step.direction == FORWARD:
+        text += f" {before} -> {after}"
+        return text + (f"  saves {', '.join(step.saves)}" if step.saves else "")
+    needs = [
+        f"{n} (again: {positions(step.again[n])})" if n in step.again else n for n in step.needs
+    ]
+    return text + (f" needs {', '.join(needs)}" if needs else "")
+
+
+def table(plan: "Plan") -> str:
+    """Steps forward and backward, refusals, saved values, and costs where planners differ."""
+    lines = ["forward", *(map(_row, plan.forward))]
+    if plan.backward:
+        lines += ["backward", *(map(_row, plan.backward))]
+    if plan.rejected:
+        lines.append("rejected")
+        for ops, name, direction, reason in plan.rejected:
+            where = positions(ops) if ops else "all"
+            lines.append(f"  {where:>5}  {name:<24} {direction}: {reason}")
+    if plan.backward:
+        each = "  ".join(f"{name} {size}" for name, size in plan.saved.items())
+        lines.append(f"saved  {each}   {plan.saved_bytes_per_row} bytes per row")
+    if len(set(plan.costs.values())) > 1:
+        each = ", ".join(f"{name} {cost:.0f}" for name, cost in plan.costs.items())
+        lines.append(f"cost   {each} (weighted bytes per row)")
+    return "\n".join(lines)
+
+
+def graph(plan: "Plan") -> "nx.MultiDiGraph[Any]":
+    """Nodes: gaps `("forward", 3)`; edges: steps taken, and refused ones with their reason."""
+    import networkx as nx
+
+    made: nx.MultiDiGraph[Any] = nx.MultiDiGraph()
+    for step in (*plan.forward, *plan.backward):
+        ends = [(step.direction, step.ops[0]), (step.direction, step.ops[-1] + 1)]
+        if step.direction != FORWARD:
+            ends.reverse()
+        made.add_edge(*ends, name=step.name, backend=step.backend, ops=step.ops, taken=True)
+    for ops, name, direction, reason in plan.rejected:
+        if ops:
+            ends = [(direction, ops[0]), (direction, ops[-1] + 1)]
+            if direction != FORWARD:
+                ends.reverse()
+            made.add_edge(*ends, name=name, ops=ops, taken=False, reason=reason)
+    return made
+
+
+_COLORS = {"reference": "#9aa5b1", "aten": "#3b82c4", "triton": "#2e9e6b", "cpu": "#c4713b"}
+_COLUMN, _LEFT, _HEIGHT = 132, 92, 34
+
+
+def _box(x: float, y: float, width: float, text: str, color: str, dashed: bool, title: str) -> str:
+    style = 'fill="none" stroke-dasharray="4 3"' if dashed else f'fill="{color}"'
+    ink = "#8a4b4b" if dashed else "#ffffff"
+    return (
+        f"<g><title>{escape(title)}</title>"
+        f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="26" rx="5" {style} '
+        f'stroke="{"#b06a6a" if dashed else color}"/>'
+        f'<text x="{x + width / 2:.0f}" y="{y + 17:.0f}" fill="{ink}" text-anchor="middle">'
+        f"{escape(text[: max(4, int(width / 6.6))])}</text></g>"
+    )
+
+
+def _label(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" fill="#334" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _span(ops: tuple[int, ...]) -> tuple[float, float]:
+    return _LEFT + ops[0] * _COLUMN + 4, (ops[-1] - ops[0] + 1) * _COLUMN - 8
+
+
+def _refused_rows(plan: "Plan", direction: str, y: float) -> tuple[list[str], float]:
+    """Refused steps, packed into as few rows as they need."""
+    ends: list[float] = []
+    parts = []
+    for ops, name, way, reason in plan.rejected:
+        if not ops or way != direction:
+            continue
+        x, width = _span(ops)
+        level = next((k for k, end in enumerate(ends) if end <= x), len(ends))
+        ends[level : level + 1] = [x + width]
+        parts.append(_box(x, y + level * _HEIGHT, width, name, "", True, f"{name}: {reason}"))
+    return parts, y + len(ends) * _HEIGHT
+
+
+def _edge(spec: Spec | None, gap: int, y: float) -> str:
+    return "" if spec is None else _label(_LEFT + gap * _COLUMN, y, str(spec), "middle")
+
+
+def svg(plan: "Plan") -> str:
+    """The picture as SVG text: a row of ops, then taken and refused steps of both passes."""
+    width = max(_LEFT + len(plan.labels) * _COLUMN + 60, 520)
+    parts, y = [], 40.0
+    for i, label in enumerate(plan.labels):
+        parts.append(
+            _box(*_span((i,))[:1], y, _span((i,))[1], f"{i} {label}", "#51606f", False, label)
+        )
+    specs = {step.ops[0]: step.edges[0] for step in plan.forward}
+    specs |= {step.ops[-1] + 1: step.edges[1] for step in plan.forward}
+    parts += [_edge(spec, gap, y - 10) for gap, spec in specs.items()]
+    y += 2 * _HEIGHT
+    for direction, steps in (("forward", plan.forward), ("backward", plan.backward)):
+        if not steps:
+            continue
+        parts.append(_label(8, y + 17, direction))
+        for step in steps:
+            title = _row(step).strip()
+            x, size = _span(step.ops)
+            color = _COLORS.get(step.backend, "#7b5cb8")
+            parts.append(_box(x, y, size, f"{step.name} ({step.backend})", color, False, title))
+        refused, y = _refused_rows(plan, direction, y + _HEIGHT)
+        parts += refused
+        y += _HEIGHT / 2
+    if plan.backward:
+        each = ", ".join(f"{name} {size}" for name, size in plan.saved.items())
+        parts.append(_label(8, y + 17, f"saved: {each} = {plan.saved_bytes_per_row} bytes per row"))
+        y += _HEIGHT
+    parts.append(_label(8, y + 17, "solid: taken; dashed: refused (the reason is in its tooltip)"))
+    extent = f'width="{width}" height="{y + 34:.0f}"'
+    style = 'font-family="sans-serif" font-size="11"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {extent} {style}>'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *parts, "</svg>"])
+
+
+def draw(plan: "Plan", path: Path) -> None:
+    """Write the picture as `.svg`, or as `.html` with the table and the generated source."""
+    if path.suffix not in (".svg", ".html"):
+        raise ValueError(f"draw: got {path.name!r}, expected a name ending in .svg or .html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = svg(plan)
+    if path.suffix == ".html":
+        blocks = (str(plan), plan.forward_source, plan.backward_source)
+        body = "".join(f"<pre>{escape(block)}</pre>" for block in blocks)
+        text = f"<!doctype html><meta charset=utf-8><title>plan</title>{text}{body}"
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,216 @@
+"""Running a plan: the one autograd.Function, and the two opaque ops that torch.compile sees.
+
+Traced through, AOTAutograd would merge or hoist whatever depends on saved values alone, and lose
+the recomputation that a plan is for. So under torch.compile a plan is two calls,
+`opsgraph::forward` and `opsgraph::backward`, with fakes made from specs: no mutation and no
+results that alias.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .op import F
+from .plan import Plan
+from .spec import ROWS, Spec
+
+_HERE = nullcontext()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A context with autocast off; free where it is off already."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return _HERE
+
+
+def flat(x: Tensor, lead: int) -> Tensor:
+    """`[*, width]` as `[rows, width]`, where x has as many leading dimensions as the input."""
+    if x.dim() == 2 and lead == 1:
+        return x
+    if x.dim() == lead + 1:
+        return x.reshape(-1, x.shape[-1])
+    return x.reshape(-1) if x.dim() == lead and x.dim() != 1 else x
+
+
+class PlanFunction(torch.autograd.Function):
+    """Runs a plan forward and backward: `apply(plan, ops, extra count, x, *extras, *weights)`."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, ops: Any, extras: int, *tensors: Tensor) -> Any:
+        x = tensors[0]
+        ctx.plan, ctx.ops = plan, ops
+        ctx.lead = None if x.dim() == 2 else [t.shape for t in tensors[: extras + 1]]
+        with without_autocast(x.device.type):
+            if ctx.lead is None:
+                outputs, saved = plan.run_forward(ops, *tensors)
+            else:
+                lead = x.dim() - 1
+                inputs = [flat(t, lead) for t in tensors[: extras + 1]]
+                outputs, saved = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])
+                outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+        ctx.save_for_backward(*saved)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *others: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "opsgraph: a plan's backward has no derivative of its own; build the module with "
+                "Sequential(..., double_backward=True) to differentiate twice"
+            )
+        plan = ctx.plan
+        taken = [others[k - 1] for k in plan.specs.taps]
+        with without_autocast(dy.device.type):
+            if ctx.lead is None:
+                found = plan.run_backward(ctx.ops, dy, *taken, *ctx.saved_tensors)
+            else:
+                lead = len(ctx.lead[0]) - 1
+                grads = [flat(g, lead) for g in (dy, *taken)]
+                found = list(plan.run_backward(ctx.ops, *grads, *ctx.saved_tensors))
+                for k, shape in enumerate(ctx.lead):
+                    found[k] = None if found[k] is None else found[k].view(shape)
+        return None, None, None, *found
+
+
+def run_inference(plan: Plan, ops: Any, extras: int, tensors: Sequence[Any]) -> Any:
+    """The forward alone, no gradient being wanted."""
+    x = tensors[0]
+    with without_autocast(x.device.type):
+        if x.dim() == 2:
+            outputs = plan.run_forward(ops, *tensors)[0]
+        else:
+            lead = x.dim() - 1
+            inputs = [flat(t, lead) for t in tensors[: extras + 1]]
+            outputs = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])[0]
+            outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+# -- torch.compile --
+
+_handles: dict[int, tuple[Plan, Any]] = {}
+
+
+def expose(plan: Plan, ops: Any) -> None:
+    """Let the opaque ops find a plan by its number, the same for every module that shares it."""
+    _handles[plan.handle] = plan, ops
+
+
+_library = torch.library.Library("opsgraph", "FRAGMENT")
+_library.define("forward(int handle, Tensor[] tensors) -> Tensor[]")
+_library.define("backward(int handle, Tensor[] tensors) -> Tensor[]")
+
+
+def _made(plan: Plan) -> list[int]:
+    """Which saved values the forward makes, inputs and weights being there already."""
+    return [k for k, (name, _) in enumerate(plan.specs.saved) if name not in plan.specs.inputs]
+
+
+def _distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Results without storage in common with each other or the inputs."""
+    seen = {t.untyped_storage().data_ptr() for t in inputs if t.numel()}
+    found = []
+    for tensor in results:
+        pointer = tensor.untyped_storage().data_ptr()
+        found.append(tensor.clone() if pointer in seen else tensor.contiguous())
+        seen.add(found[-1].untyped_storage().data_ptr())
+    return found
+
+
+def _forward(handle: int, tensors: list[Tensor]) -> list[Tensor]:
+    plan, ops = _handles[handle]
+    with torch.no_grad(), without_autocast(tensors[0].device.type):
+        outputs, saved = plan.run_forward(ops, *_with_missing(plan, tensors))
+        return _distinct([*outputs, *(saved[k] for k in _made(plan))], tensors)
+
+
+def _with_missing(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """The tensors as the plan's arguments: weights that are None have no tensor."""
+    rest = iter(tensors)
+    return [None if absent else next(rest) for absent in plan.specs.absent]
+
+
+def _backward(handle: int, tensors: list[Tensor]) -> list[Tensor]:
+    plan, ops = _handles[handle]
+    with torch.no_grad(), without_autocast(tensors[0].device.type):
+        found = plan.run_backward(ops, *tensors)
+        return _distinct([g for g in found if g is not None], tensors)
+
+
+def _fakes(specs: Sequence[Spec], rows: Any) -> list[Tensor]:
+    return [
+        torch.empty(
+            [rows if s == ROWS else s for s in spec.shape], dtype=spec.dtype, device=spec.device
+        )
+        for spec in specs
+    ]
+
+
+def _fake_forward(handle: int, tensors: list[Tensor]) -> list[Tensor]:
+    plan = _handles[handle][0]
+    made = [plan.specs.saved[k][1] for k in _made(plan)]
+    return _fakes([*plan.specs.outputs, *made], tensors[0].shape[0])
+
+
+def _fake_backward(handle: int, tensors: list[Tensor]) -> list[Tensor]:
+    plan = _handles[handle][0]
+    return _fakes([s for s in plan.specs.gradients if s is not None], tensors[0].shape[0])
+
+
+_library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("opsgraph::forward", _fake_forward, lib=_library)
+torch.library.register_fake("opsgraph::backward", _fake_backward, lib=_library)
+
+
+class CompiledPlan(torch.autograd.Function):
+    """What `PlanFunction` is to eager mode, for Dynamo: flat tensors, opaque ops."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, handle: int, *tensors: Tensor) -> Any:
+        made = torch.ops.opsgraph.forward(handle, tensors)
+        count = len(plan.specs.outputs)
+        rest = iter(made[count:])
+        specs = zip(plan.specs.names, plan.specs.absent, strict=True)
+        given = dict(zip((n for n, absent in specs if not absent), tensors, strict=True))
+        usable = plan.specs.inputs
+        saved = [given[n] if n in usable else next(rest) for n, _ in plan.specs.saved]
+        ctx.plan, ctx.handle = plan, handle
+        ctx.save_for_backward(*saved)
+        return tuple(made[:count])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        plan = ctx.plan
+        taken = [grads[0], *(grads[k] for k in plan.specs.taps)]
+        made = iter(torch.ops.opsgraph.backward(ctx.handle, [*taken, *ctx.saved_tensors]))
+        specs = zip(plan.specs.gradients, plan.specs.absent, strict=True)
+        wanted = [spec for spec, absent in specs if not absent]
+        return None, None, *(None if spec is None else next(made) for spec in wanted)
+
+
+def constant_under_compile(function: F) -> F:
+    """`torch.compiler.assume_constant_result`, without the seconds that importing Dynamo takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def run_compiled(plan: Plan, handle: int, extras: int, tensors: Sequence[Tensor | None]) -> Any:
+    """The plan under torch.compile."""
+    x = tensors[0]
+    assert x is not None
+    shape, lead = x.shape, x.dim() - 1
+    there = [flat(t, lead) if k <= extras else t for k, t in enumerate(tensors) if t is not None]
+    if plan.specs.training:
+        outputs = CompiledPlan.apply(plan, handle, *there)  # type: ignore[no-untyped-call]
+    else:
+        outputs = torch.ops.opsgraph.forward(handle, there)[: len(plan.specs.outputs)]
+    if len(shape) != 2:
+        outputs = [y.view(*shape[:-1], y.shape[-1]) for y in outputs]
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)

@@ -1,0 +1,237 @@
+"""`Fuser`: how a run of ops is computed in one step, and the registry of all fusers.
+
+A fuser has the shape of an op. Its `pattern` names the ops it covers; an entry may be a union, and
+`Bias | None` is optional. Arguments of `fwd`, `bwd` and `reject` are the pattern's keys (the ops),
+`x` and `y` (the value before and after the run; in `reject` x is its Spec), `dy`, and `KEY_NAME`
+for what the op under that key calls NAME: `fc_weight`, `act_x`, `norm_rstd`, `norm_eps`, `tee_d`.
+`saves` lists values that `fwd` can hand out: inner values and what inner ops save, or private names
+of its own, which only its own `bwd` may take.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+from types import NoneType, TracebackType, UnionType
+from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
+
+from . import config
+from .backend import backends
+from .errors import RegisterError
+from .op import BACKWARD, FORWARD, Op, arguments, derived_backward, weights
+from .spec import Spec
+
+Variant = tuple[tuple[str, type[Op] | None], ...]
+
+
+class Fuser:
+    """One fused implementation. Subclass it, declare `backend`, `pattern`, `fwd` and/or `bwd`."""
+
+    backend: ClassVar[str]
+    pattern: ClassVar[Mapping[str, Any]]
+    saves: ClassVar[tuple[str, ...]] = ()
+    fwd: Callable[..., Any] | None = None
+    bwd: Callable[..., Any] | None = None
+    reject: Callable[..., str | None] | None = None
+    """`reject(self, KEY, ..., x)`: a reason not to use it here, or None."""
+
+    def saved(self, ops: Mapping[str, Op | None], x: Spec) -> dict[str, Spec]:
+        """The specs of private saved names; needed only where there are such names."""
+        raise NotImplementedError(f"{self.name} saves private values and must define `saved`")
+
+    @property
+    def name(self) -> str:
+        """What plans call it."""
+        return type(self).__name__
+
+    def split(self, argument: str) -> tuple[str | None, str]:
+        """`fc_weight` is `("fc", "weight")`; what belongs to no key is `(None, argument)`."""
+        if argument in self.pattern:
+            return argument, ""
+        keys = [key for key in self.pattern if argument.startswith(key + "_")]
+        key = max(keys, key=len, default=None)
+        return key, argument[len(key) + 1 :] if key else argument
+
+    def functions(self, direction: str) -> dict[str, Callable[..., Any]]:
+        """The functions to call in that pass, in order; none if it does not serve the pass."""
+        function = self.fwd if direction == FORWARD else self.bwd
+        return {"fwd" if direction == FORWARD else "bwd": function} if function else {}
+
+
+class Reference(Fuser):
+    """One op by its own functions: what every other implementation is checked against."""
+
+    backend = "reference"
+
+    def __init__(self, kind: type[Op]) -> None:
+        self.kind = kind
+        self.pattern = {"op": kind}  # type: ignore[misc]
+        self.saves = kind.saves  # type: ignore[misc]
+
+    @property
+    def name(self) -> str:
+        return self.kind.__name__
+
+    def split(self, argument: str) -> tuple[str | None, str]:
+        return ("op", "") if argument == "self" else ("op", argument)
+
+    def functions(self, direction: str) -> dict[str, Callable[..., Any]]:
+        kind = self.kind
+        if direction == FORWARD:
+            return {"fwd": kind.fwd}
+        if kind.dgrad and kind.wgrad:
+            return {"wgrad": kind.wgrad, "dgrad": kind.dgrad}
+        return {"bwd": kind.bwd or derived_backward(kind)}
+
+
+def _alternatives(entry: Any) -> tuple[type[Op] | None, ...]:
+    kinds = get_args(entry) if get_origin(entry) in (Union, UnionType) else (entry,)
+    return tuple(None if kind in (None, NoneType) else kind for kind in kinds)
+
+
+def variants(pattern: Mapping[str, Any]) -> Iterator[Variant]:
+    """Every concrete pattern that a pattern with unions and optional entries stands for."""
+    for kinds in product(*map(_alternatives, pattern.values())):
+        yield tuple(zip(pattern, kinds, strict=True))
+
+
+def vocabulary(kind: type[Op]) -> set[str]:
+    """The names that a fuser may use of an op."""
+    names = {"x", "y", *kind.saves, *kind.constants, *kind.extra_inputs, *weights(kind)}
+    return names | {"d"} if kind.taps else names
+
+
+def _verify(fuser: Fuser) -> None:
+    """Raises RegisterError if the declaration cannot work."""
+    name = fuser.name
+
+    def fail(message: str) -> None:
+        raise RegisterError(f"{name}: {message}")
+
+    if getattr(fuser, "backend", None) not in backends():
+        known = ", ".join(backends())
+        fail(f"got backend {getattr(fuser, 'backend', None)!r}, expected one of {known}")
+    kinds = {key: [k for k in _alternatives(e) if k] for key, e in fuser.pattern.items()}
+    flat = [kind for entry in kinds.values() for kind in entry]
+    if not flat or not all(isinstance(kind, type) and issubclass(kind, Op) for kind in flat):
+        fail(f"got pattern {dict(fuser.pattern)!r}, expected op classes under names")
+    if fuser.fwd is None and fuser.bwd is None:
+        fail("it has neither fwd nor bwd")
+    public = {
+        f"{key}_{n}" for key, entry in kinds.items() for kind in entry for n in vocabulary(kind)
+    }
+    private = {name for name in fuser.saves if fuser.split(name)[0] is None}
+    if unknown := set(fuser.saves) - public - private:
+        fail(f"cannot save {sorted(unknown)}; the names there are: {', '.join(sorted(public))}")
+    allowed = {
+        "fwd": {"x", "want", *kinds} | public,
+        "bwd": {"x", "y", "dy", "want", *kinds} | public | private,
+        "reject": {"x", *kinds},
+    }
+    for method, names in allowed.items():
+        function = getattr(fuser, method)
+        if function and (unknown := set(arguments(function)) - names):
+            there = ", ".join(sorted(names))
+            fail(
+                f"{method} needs {sorted(unknown)}, which nobody has; the names there are: {there}"
+            )
+
+
+class Handle:
+    """A registration: `unregister()` ends it, and so does leaving a `with` block."""
+
+    def __init__(self, fuser: Fuser) -> None:
+        self.fuser = fuser
+
+    def unregister(self) -> None:
+        """Take the fuser out; modules plan again at their next call. Harmless when repeated."""
+        with config.lock:
+            if self.fuser in _registered:
+                _registered.remove(self.fuser)
+                config.touch()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.unregister()
+
+
+_registered: list[Fuser] = []
+
+
+def register(fuser: Fuser | type[Fuser]) -> Handle:
+    """Make a fuser known to every planner. Works as a decorator of a Fuser class.
+
+    Returns a handle with `unregister()`, also a context manager. Raises RegisterError when the
+    declaration names a backend, an op or a value that does not exist.
+    """
+    made = fuser() if isinstance(fuser, type) else fuser
+    _verify(made)
+    with config.lock:
+        _registered.append(made)
+        config.touch()
+    return Handle(made)
+
+
+def registered() -> list[Fuser]:
+    """All registered fusers, in the order of their registration."""
+    return list(_registered)
+
+
+class Match(NamedTuple):
+    """A place where a fuser's pattern fits: the position under each key (None: left out)."""
+
+    fuser: Fuser
+    positions: dict[str, int | None]
+    start: int
+    stop: int
+
+
+class Matcher:
+    """Finds all places where fusers fit, by the class of their first op."""
+
+    def __init__(self, fusers: list[Fuser], direction: str) -> None:
+        self.by_first: dict[type[Op], list[tuple[Fuser, Variant]]] = {}
+        for fuser in fusers:
+            if not fuser.functions(direction):
+                continue
+            for variant in variants(fuser.pattern):
+                first = next(kind for _, kind in variant if kind)
+                self.by_first.setdefault(first, []).append((fuser, variant))
+
+    def at(self, start: int, kinds: list[type[Op]], crossed: list[bool]) -> Iterator[Match]:
+        """Matches that start at an op; `crossed` says which ops a pattern may step over."""
+        for fuser, variant in self.by_first.get(kinds[start], ()):
+            positions: dict[str, int | None] = {}
+            position = start
+            for key, kind in variant:
+                if kind is None:
+                    positions[key] = None
+                    continue
+                while position > start and position < len(kinds) and kinds[position] is not kind:
+                    if not crossed[position]:
+                        break
+                    position += 1
+                if position == len(kinds) or kinds[position] is not kind:
+                    break
+                positions[key] = position
+                position += 1
+            else:
+                yield Match(fuser, positions, start, position)
+
+
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "Fuser",
+    "Handle",
+    "Match",
+    "Matcher",
+    "Reference",
+    "register",
+    "registered",
+]

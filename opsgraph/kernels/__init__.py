@@ -1,0 +1,1 @@
+"""Kernels: functions on tensors, one folder per backend."""

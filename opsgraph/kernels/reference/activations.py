@@ -1,0 +1,168 @@
+"""Activations, plain (`y = f(x)`) and gated (`y = f(a) * g(b)`, a and b the halves of the columns).
+
+`FUNCTIONS` holds f with its derivative as `gradient(dy, x) = dy * f'(x)`; `GATED` says which f a
+gated kind uses. g is the identity but for clamped_swiglu, `clamp(b, -limit, limit) + offset`, and
+situglu, `beta2 * tanh(b / beta2)`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import wide
+
+aten = torch.ops.aten
+
+
+class Function(NamedTuple):
+    """A scalar function and its gradient."""
+
+    value: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+
+def _swish(alpha: float) -> Function:
+    def gradient(dy: Tensor, x: Tensor) -> Tensor:
+        s = torch.sigmoid(alpha * x)
+        return dy * (s + alpha * x * s * (1 - s))
+
+    return Function(lambda x: x * torch.sigmoid(alpha * x), gradient)
+
+
+def _sigmoid_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return dy * s * (1 - s)
+
+
+def _gelu(approximate: str) -> Function:
+    return Function(
+        partial(F.gelu, approximate=approximate),
+        partial(aten.gelu_backward.default, approximate=approximate),
+    )
+
+
+FUNCTIONS = {
+    "gelu": _gelu("tanh"),
+    "gelu_erf": _gelu("none"),
+    "qgelu": _swish(1.702),
+    "relu": Function(torch.relu, lambda dy, x: aten.threshold_backward(dy, x, 0)),
+    "srelu": Function(lambda x: torch.relu(x).square(), lambda dy, x: 2 * dy * torch.relu(x)),
+    "silu": Function(F.silu, aten.silu_backward.default),
+    "sigmoid": Function(torch.sigmoid, _sigmoid_gradient),
+}
+
+GATED = {
+    "geglu": "gelu",
+    "geglu_erf": "gelu_erf",
+    "qgeglu": "qgelu",
+    "reglu": "relu",
+    "sreglu": "srelu",
+    "swiglu": "silu",
+    "glu": "sigmoid",
+}
+
+
+def _situ(beta: float) -> Function:
+    def gradient(dy: Tensor, x: Tensor) -> Tensor:
+        s, t = torch.sigmoid(x), torch.tanh(x / beta)
+        return dy * (s * (1 - t * t) + beta * t * s * (1 - s))
+
+    return Function(lambda x: beta * torch.tanh(x / beta) * torch.sigmoid(x), gradient)
+
+
+def _soft_clip(beta: float) -> Function:
+    def gradient(dy: Tensor, x: Tensor) -> Tensor:
+        t = torch.tanh(x / beta)
+        return dy * (1 - t * t)
+
+    return Function(lambda x: beta * torch.tanh(x / beta), gradient)
+
+
+def _clamped(limit: float, alpha: float, offset: float) -> tuple[Function, Function]:
+    """Gradients are masked beyond the limit, not at it."""
+    swish = _swish(alpha)
+
+    def gate_gradient(dy: Tensor, a: Tensor) -> Tensor:
+        return torch.where(a <= limit, swish.gradient(dy, a.clamp(max=limit)), 0)
+
+    gate = Function(lambda a: swish.value(a.clamp(max=limit)), gate_gradient)
+    line = Function(
+        lambda b: b.clamp(-limit, limit) + offset,
+        lambda dy, b: torch.where(b.abs() <= limit, dy, 0),
+    )
+    return gate, line
+
+
+def gates(kind: str, params: tuple[float, ...]) -> tuple[Function, Function | None]:
+    """f and g of a gated kind; g is None where it is the identity."""
+    if kind == "clamped_swiglu":
+        return _clamped(*params)
+    if kind == "situglu":
+        return _situ(params[0]), _soft_clip(params[1])
+    return FUNCTIONS[GATED[kind]], None
+
+
+def activation_forward(x: Tensor, kind: str) -> Tensor:
+    """`y = f(x)` in x's dtype."""
+    y = FUNCTIONS[kind].value(wide(x))
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def activation_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
+    """`dx = dy * f'(x)` in x's dtype."""
+    dx = FUNCTIONS[kind].gradient(wide(dy), wide(x))
+    return dx if dx.dtype == x.dtype else dx.to(x.dtype)
+
+
+def halves(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
+    """Gate and value of `[rows, 2 * width]`: halves, or alternating blocks of that many columns."""
+    if block is None:
+        a, b = x.unsafe_chunk(2, -1)
+        return a, b
+    split = x.unflatten(1, (x.shape[1] // (2 * block), 2, block))
+    return split[:, :, 0].flatten(1), split[:, :, 1].flatten(1)
+
+
+def joined(a: Tensor, b: Tensor, block: int | None) -> Tensor:
+    """The inverse of `halves`."""
+    if block is None:
+        return torch.cat((a, b), -1)
+    blocks = a.shape[1] // block, block
+    return torch.stack((a.unflatten(1, blocks), b.unflatten(1, blocks)), 2).flatten(1)
+
+
+def gated_forward(
+    x: Tensor, kind: str, params: tuple[float, ...] = (), block: int | None = None
+) -> Tensor:
+    """`y = f(a) * g(b)`, `[rows, width / 2]` in x's dtype."""
+    f, g = gates(kind, params)
+    a, b = halves(wide(x), block)
+    y = f.value(a) * (b if g is None else g.value(b))
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def gated_backward(
+    dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...] = (), block: int | None = None
+) -> Tensor:
+    """`dx = (dy * g(b) * f'(a), dy * f(a) * g'(b))` in x's dtype."""
+    return gated_backward_and_y(dy, x, kind, params, block, False)[0]
+
+
+def gated_backward_and_y(
+    dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...], block: int | None,
+    want_y: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """dx, and y computed once more from what both need."""
+    f, g = gates(kind, params)
+    a, b = halves(wide(x), block)
+    line = b if g is None else g.value(b)
+    gate = f.value(a)
+    y = (gate * line).to(x.dtype) if want_y else None
+    dy = wide(dy)
+    db = dy * gate
+    dx = joined(f.gradient(dy * line, a), db if g is None else g.gradient(db, b), block)
+    return (dx if dx.dtype == x.dtype else dx.to(x.dtype)), y

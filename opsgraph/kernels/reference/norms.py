@@ -1,0 +1,110 @@
+"""RMSNorm, LayerNorm and L2 normalization of `[rows, width]` tensors, forward and backward.
+
+With `w` the weight, or `1 + weight` when zero-centred, and `m = dy * w`:
+
+    RMSNorm    y = x * rstd * w,  rstd = rsqrt(mean(x^2) + eps)
+               dx = rstd * (m - x * rstd^2 * mean(m * x)),  dw = sum(dy * x * rstd)
+    LayerNorm  y = h * w + b,  h = (x - mean) * rstd,  rstd = rsqrt(var + eps)
+               dx = rstd * (m - mean(m) - h * mean(m * h)),  dw = sum(dy * h),  db = sum(dy)
+
+Results have x's dtype, gradients of parameters the parameter's, rstd and mean fp32 and `[rows, 1]`.
+"""
+
+import torch
+from torch import Tensor
+
+from . import wide
+
+
+def gamma(weight: Tensor | None, zero_centered: bool, x: Tensor) -> Tensor | None:
+    """The factor that a norm's weight stands for, in the dtype of `x`."""
+    if weight is None:
+        return None
+    weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+    return weight + 1 if zero_centered else weight
+
+
+def rmsnorm_forward(
+    x: Tensor, weight: Tensor | None, eps: float, zero_centered: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns y and rstd."""
+    h = wide(x)
+    factor = gamma(weight, zero_centered, h)
+    y, rstd = torch._fused_rms_norm(h, (h.shape[-1],), factor, eps)
+    return y if y.dtype == x.dtype else y.to(x.dtype), rstd
+
+
+def rmsnorm_again(x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered: bool) -> Tensor:
+    """y once more, bit for bit, from the saved rstd."""
+    h = wide(x)
+    y = h * rstd
+    if weight is not None:
+        y = y.mul_(gamma(weight, zero_centered, h))  # type: ignore[arg-type]
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def rmsnorm_backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered: bool, want_x: bool,
+    want_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Returns dx and dweight, None for what is not wanted."""
+    g, h = wide(dy), wide(x)
+    dx = dweight = None
+    hat = h * rstd
+    product = g * hat
+    if want_weight and weight is not None:
+        dweight = product.sum(0)
+        dweight = dweight if dweight.dtype == weight.dtype else dweight.to(weight.dtype)
+    if want_x:
+        factor = gamma(weight, zero_centered, h)
+        if factor is None:
+            dot = product.sum(-1, keepdim=True)
+        else:
+            dot = (product @ factor).unsqueeze(-1)
+            g = g * factor
+        dx = torch.addcmul(g, hat, dot, value=-1 / x.shape[-1]).mul_(rstd)
+        dx = dx if dx.dtype == x.dtype else dx.to(x.dtype)
+    return dx, dweight
+
+
+def layernorm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y, mean and rstd."""
+    h = wide(x)
+    shift = bias if bias is None or bias.dtype == h.dtype else bias.to(h.dtype)
+    factor = gamma(weight, zero_centered, h)
+    y, mean, rstd = torch.native_layer_norm(h, [h.shape[-1]], factor, shift, eps)
+    return y if y.dtype == x.dtype else y.to(x.dtype), mean, rstd
+
+
+def layernorm_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+    zero_centered: bool, want: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Returns dx, dweight and dbias, None for those of the three that are not wanted."""
+    g, h = wide(dy), wide(x)
+    factor = gamma(weight, zero_centered, h)
+    mask = [want[0], want[1] and weight is not None, want[2] and bias is not None]
+    shift = factor if bias is None or factor is not None else torch.zeros_like(h[0])
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        g, h, [h.shape[-1]], mean, rstd, factor, shift, [mask[0], mask[1], False]
+    )
+    if mask[2] and bias is not None:
+        dbias = g.sum(0).to(bias.dtype)
+    dx = dx if dx is None or dx.dtype == x.dtype else dx.to(x.dtype)
+    dweight = dweight if dweight is None or weight is None else dweight.to(weight.dtype)
+    return (dx if mask[0] else None, dweight if mask[1] else None, dbias if mask[2] else None)
+
+
+def l2norm_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`y = x * rsqrt(sum(x^2) + eps)`; returns y and the factor."""
+    h = wide(x)
+    scale = torch.rsqrt(h.square().sum(-1, keepdim=True) + eps)
+    return (h * scale).to(x.dtype), scale
+
+
+def l2norm_backward(dy: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """`dx = scale * (dy - h * sum(dy * h))` with `h = x * scale`."""
+    g, h = wide(dy), wide(x) * scale
+    return ((g - h * (g * h).sum(-1, keepdim=True)) * scale).to(x.dtype)

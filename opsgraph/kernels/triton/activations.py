@@ -1,0 +1,288 @@
+"""Activations, plain and gated, forward and backward, with the bias on either side.
+
+A kind is a scalar function (it returns value and slope), whether it is gated, and its constants.
+Formulas: plain `y = f(x)`; gated `y = f(a) * b` with `a` the first half of the columns. One kernel
+per direction serves every kind; in the forward the compiler drops the slope, which nobody reads.
+"""
+
+from collections.abc import Collection
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import multiprocessors, on_device_of, packed, row_major, stride_unit, sum_partials
+
+
+@triton.jit
+def _swish(x, ALPHA: tl.constexpr):
+    """x * sigmoid(alpha * x)"""
+    s = tl.sigmoid(x * ALPHA)
+    value = x * s
+    return value, s + ALPHA * value * (1.0 - s)
+
+
+@triton.jit
+def _sigmoid(x, ALPHA: tl.constexpr):
+    s = tl.sigmoid(x)
+    return s, s * (1.0 - s)
+
+
+@triton.jit
+def _gelu(x, ALPHA: tl.constexpr):
+    """0.5 * x * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 * x^3)"""
+    square = x * x
+    s = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
+    value = x * s
+    return value, s + value * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * square))
+
+
+@triton.jit
+def _gelu_erf(x, ALPHA: tl.constexpr):
+    """x * Phi(x), Phi the normal distribution function"""
+    phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    return x * phi, phi + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def _relu(x, ALPHA: tl.constexpr):
+    return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)  # a NaN stays one
+
+
+@triton.jit
+def _srelu(x, ALPHA: tl.constexpr):
+    positive = tl.where(x <= 0.0, 0.0, x)
+    return positive * positive, 2.0 * positive
+
+
+# The compiler fuses multiply-adds differently in the two kernels; without, the activation that the
+# backward computes again equals the forward's bit for bit. The kernels wait for memory either way.
+FUSION = {"enable_fp_fusion": False}
+
+
+class Kind(NamedTuple):
+    """One row of the table; the names are the kernels' compile-time arguments."""
+
+    FUNCTION: Any
+    GATED: bool
+    ALPHA: float = 1.0
+    LIMIT: float | None = None
+    OFFSET: float = 0.0
+
+
+KINDS = {
+    "gelu": Kind(_gelu, False),
+    "gelu_erf": Kind(_gelu_erf, False),
+    "qgelu": Kind(_swish, False, 1.702),
+    "relu": Kind(_relu, False),
+    "srelu": Kind(_srelu, False),
+    "silu": Kind(_swish, False),
+    "geglu": Kind(_gelu, True),
+    "geglu_erf": Kind(_gelu_erf, True),
+    "qgeglu": Kind(_swish, True, 1.702),
+    "reglu": Kind(_relu, True),
+    "sreglu": Kind(_srelu, True),
+    "swiglu": Kind(_swish, True),
+    "glu": Kind(_sigmoid, True),
+    "clamped_swiglu": Kind(_swish, True, 1.702, 7.0, 1.0),
+}
+
+
+@cache
+def constants(kind: str, params: tuple[float, ...] = ()) -> dict[str, Any]:
+    """The kernels' compile-time arguments for a kind; params as in `activation_forward`."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown activation {kind!r}; known: {', '.join(KINDS)}")
+    row = KINDS[kind]
+    if params:
+        if row.LIMIT is None or len(params) != 3:
+            expected = "none" if row.LIMIT is None else "(limit, alpha, offset)"
+            raise ValueError(f"activation {kind!r} got params {params}, expected {expected}")
+        limit, alpha, offset = map(float, params)
+        row = row._replace(ALPHA=alpha, LIMIT=limit, OFFSET=offset)
+    return row._asdict()
+
+
+@cache
+def config(width: int, summing: bool = False) -> dict[str, int]:
+    """Compile options for `width` columns on each side of the gate; summing: with a bias gradient.
+
+    A block that divides the width needs no column mask and wastes no lanes.
+    """
+    block = next((b for b in (1024, 512, 256) if width % b == 0), 0)
+    block = block or min(1024, triton.next_power_of_2(width))
+    tile, warps = (2048, 8) if summing else (2048, 4)
+    return {"BLOCK": block, "ROWS": max(1, min(32, tile // block)), "num_warps": warps}
+
+
+@triton.jit
+def _load(x, offset, mask):
+    return tl.load(x + offset, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _gate(
+    a, b, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr
+):
+    """y, dy/da, dy/db"""
+    if LIMIT is None:
+        value, slope = FUNCTION(a, ALPHA)
+        return value * b, slope * b, value
+    else:
+        value, slope = FUNCTION(tl.where(a > LIMIT, LIMIT, a), ALPHA)
+        linear = tl.where(b > LIMIT, LIMIT, tl.where(b < -LIMIT, -LIMIT, b)) + OFFSET
+        da = tl.where(a > LIMIT, 0.0, slope * linear)
+        return value * linear, da, tl.where(tl.abs(b) > LIMIT, 0.0, value)
+
+
+@triton.jit
+def _load_biased(x, bias, offset, cols, mask, col_mask):
+    value = _load(x, offset, mask)
+    if bias is not None:
+        value = (value + _load(bias, cols, col_mask)).to(x.dtype.element_ty).to(tl.float32)
+    return value
+
+
+@triton.jit(do_not_specialize=["rows", "x_stride"])
+def forward_kernel(
+    x, bias, y, rows, x_stride,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    tile = tl.program_id(0) // blocks
+    cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row = tl.arange(0, ROWS)[:, None].to(tl.int64) + tile * ROWS
+    mask = (row < rows) & (cols < WIDTH)
+    at = row * x_stride * UNIT + cols
+    a = _load_biased(x, bias, at, cols, mask, cols < WIDTH)
+    if GATED:
+        b = _load_biased(x, bias, at + WIDTH, cols + WIDTH, mask, cols < WIDTH)
+        out, _, _ = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+    else:
+        out, _ = FUNCTION(a, ALPHA)
+    tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["rows", "dy_stride", "x_stride"])
+def backward_kernel(
+    dy, x, dx, y, dbias, rows, dy_stride, x_stride,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A block of columns over a share of the rows: all of them in one step unless summing dbias."""
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    total: tl.constexpr = WIDTH * 2 if GATED else WIDTH
+    share = tl.program_id(0) // blocks
+    cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    a_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in tl.range(
+        share, tl.cdiv(rows, ROWS), tl.num_programs(0) // blocks, num_stages=STAGES
+    ):
+        row = tl.arange(0, ROWS)[:, None].to(tl.int64) + tile * ROWS
+        mask = (row < rows) & (cols < WIDTH)
+        grad = _load(dy, row * dy_stride * UNIT + cols, mask)
+        at = row * x_stride * UNIT + cols
+        a = _load(x, at, mask)
+        if GATED:
+            b = _load(x, at + WIDTH, mask)
+            value, da, db = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+            db *= grad
+            if dx is not None:
+                tl.store(dx + row * total + WIDTH + cols, db.to(dx.dtype.element_ty), mask)
+            if dbias is not None:
+                b_sum += db
+        else:
+            value, da = FUNCTION(a, ALPHA)
+        da *= grad
+        if dx is not None:
+            tl.store(dx + row * total + cols, da.to(dx.dtype.element_ty), mask)
+        if y is not None:
+            tl.store(y + row * WIDTH + cols, value.to(y.dtype.element_ty), mask)
+        if dbias is not None:
+            a_sum += da
+    if dbias is not None:
+        columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+        partial = dbias + share.to(tl.int64) * total + columns
+        tl.store(partial, tl.sum(a_sum, 0), columns < WIDTH)
+        if GATED:
+            tl.store(partial + WIDTH, tl.sum(b_sum, 0), columns < WIDTH)
+
+
+def _output_width(x: Tensor, kind: str, gated: bool) -> int:
+    if gated and x.size(1) % 2:
+        raise ValueError(f"{kind} halves its input's width, which is odd: {x.size(1)}")
+    return x.size(1) // 2 if gated else x.size(1)
+
+
+def activation_forward(
+    x: Tensor, kind: str, params: tuple[float, ...] = (), bias: Tensor | None = None
+) -> Tensor:
+    """`y = f(x + bias)`, or `f(a) * b` with a, b the halves of `x + bias` (SPEC.md section 1).
+
+    x: `[rows, width]`; y: `[rows, width]`, or `[rows, width / 2]` for gated kinds, of x's dtype.
+    bias: `[width]`; the sum is rounded to x's dtype. kind: a key of `KINDS`. params: for
+    clamped_swiglu (limit, alpha, offset), by default (7.0, 1.702, 1.0). Raises ValueError.
+    """
+    flags = constants(kind, params)
+    width = _output_width(x, kind, flags["GATED"])
+    rows = x.size(0)
+    y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    x = row_major(x)
+    bias = packed(bias)
+    unit = stride_unit(x)
+    options = config(width)
+    grid = (triton.cdiv(rows, options["ROWS"]) * triton.cdiv(width, options["BLOCK"]),)
+    with on_device_of(x):
+        forward_kernel[grid](
+            x, bias, y, rows, x.stride(0) // unit,
+            UNIT=unit, WIDTH=width,
+            **flags, **options, **FUSION,
+        )  # fmt: skip
+    return y
+
+
+def activation_backward(
+    dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...] = (),
+    want: Collection[str] = ("x",), bias_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradient of `activation_forward` by its input, in one pass over dy and x.
+
+    x: the pre-activation (bias included). Returns (dx like x, y, dbias), None for what is not in
+    want ("x", "y", "bias"): y is the activation, computed again; dbias `[width of x]` is the column
+    sum of the unrounded dx, in fp32 and in a fixed order, then cast to bias_dtype or x's dtype.
+    """
+    flags = constants(kind, params)
+    width = _output_width(x, kind, flags["GATED"])
+    rows, total = x.shape
+    dx = torch.empty(rows, total, dtype=x.dtype, device=x.device) if "x" in want else None
+    y = torch.empty(rows, width, dtype=x.dtype, device=x.device) if "y" in want else None
+    dbias = partials = None
+    if "bias" in want:
+        new = torch.empty if x.numel() else torch.zeros
+        dbias = new(total, dtype=bias_dtype or x.dtype, device=x.device)
+    if not x.numel() or (dx is None and y is None and dbias is None):
+        return dx, y, dbias
+    dy, x = row_major(dy), row_major(x)
+    unit = stride_unit(dy, x)
+    options = config(width, dbias is not None)
+    blocks, shares = triton.cdiv(width, options["BLOCK"]), triton.cdiv(rows, options["ROWS"])
+    if dbias is not None:
+        shares = min(shares, max(1, multiprocessors(x.device) * 4 // blocks))
+        partials = torch.empty(shares, total, dtype=torch.float32, device=x.device)
+    with on_device_of(x):
+        backward_kernel[(shares * blocks,)](
+            dy, x, dx, y, partials, rows, dy.stride(0) // unit, x.stride(0) // unit,
+            UNIT=unit, WIDTH=width, STAGES=1 if dbias is None else 2,
+            **flags, **options, **FUSION,
+        )  # fmt: skip
+        sum_partials(partials, dbias, None, None)
+    return dx, y, dbias

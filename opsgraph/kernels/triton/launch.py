@@ -1,0 +1,96 @@
+"""What every launch needs: layout, alignment, device, and the reduction of partial sums."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_HERE: AbstractContextManager[Any] = nullcontext()
+
+
+def row_major(x: Tensor) -> Tensor:
+    """`x` itself when each row's elements are adjacent, else a contiguous copy."""
+    return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
+
+
+def packed(vector: Tensor | None) -> Tensor | None:
+    """`vector` (a weight, a bias, a statistic) with its elements adjacent; None stays None."""
+    return None if vector is None else vector.contiguous()
+
+
+def stride_unit(*tensors: Tensor | None) -> int:
+    """8 when all row strides are multiples of 8, else 1.
+
+    Kernels take strides divided by this unit and multiply again, so that the compiler sees the
+    alignment of 16-byte loads without recompiling for every stride (Triton's own specialization
+    looks for multiples of 16 and misses widths such as 1000).
+    """
+    for tensor in tensors:
+        if tensor is not None and tensor.stride(0) % 8:
+            return 1
+    return 8
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which kernels launch on the device of `x`; free when it is the current one."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return _HERE
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """The device's number of multiprocessors; 4 for Triton's interpreter on the CPU."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program can have; Hopper's where there is no device."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+@triton.jit
+def _sum_column_block(partials, out, count, cols, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros([32, BLOCK], tl.float32)
+    for start in tl.range(0, count, 32):
+        row = start + tl.arange(0, 32)[:, None]
+        mask = (row < count) & (cols[None, :] < WIDTH)
+        total += tl.load(partials + row.to(tl.int64) * WIDTH + cols[None, :], mask, other=0.0)
+    tl.store(out + cols, tl.sum(total, 0).to(out.dtype.element_ty), cols < WIDTH)
+
+
+@triton.jit(do_not_specialize=["count"])
+def sum_partials_kernel(
+    first, first_out, second, second_out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if first is not None:
+        _sum_column_block(first, first_out, count, cols, WIDTH, BLOCK)
+    if second is not None:
+        _sum_column_block(second, second_out, count, cols, WIDTH, BLOCK)
+
+
+SUM_CONFIG = {"BLOCK": 32, "num_warps": 8, "enable_fp_fusion": False}
+
+
+def sum_partials(
+    first: Tensor | None, first_out: Tensor | None, second: Tensor | None, second_out: Tensor | None
+) -> None:
+    """Column sums of one or two fp32 `[count, width]` tensors of partial sums, in a fixed order."""
+    given = first if first is not None else second
+    if given is None:
+        return
+    count, width = given.shape
+    grid = (triton.cdiv(width, SUM_CONFIG["BLOCK"]),)
+    sum_partials_kernel[grid](
+        first, first_out, second, second_out, count, WIDTH=width, **SUM_CONFIG
+    )

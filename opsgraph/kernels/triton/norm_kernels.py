@@ -1,0 +1,239 @@
+"""The kernels of RMSNorm and LayerNorm; `norms.py` says what they compute and launches them."""
+
+import triton
+import triton.language as tl
+
+_STRIDES = ["rows", "x_stride", "other_stride"]
+_BACKWARD_STRIDES = ["rows", "dy_stride", "x_stride", "dother_stride"]
+
+
+@triton.jit
+def _load(x, offset, mask):
+    return tl.load(x + offset, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_again(x, offset, mask):
+    return tl.load(x + offset, mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+
+
+@triton.jit
+def _load_weight(weight, cols, mask, ZERO_CENTERED: tl.constexpr):
+    w = tl.load(weight + cols, mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if ZERO_CENTERED:
+        w += 1.0
+    return w
+
+
+@triton.jit
+def _affine(xc, rstd, weight, bias, cols, mask, ZERO_CENTERED: tl.constexpr):
+    y = xc * rstd
+    if weight is not None:
+        y *= _load_weight(weight, cols, mask, ZERO_CENTERED)
+    if bias is not None:
+        y += _load_weight(bias, cols, mask, False)
+    return y
+
+
+@triton.jit(do_not_specialize=_STRIDES)
+def forward_kernel(
+    x, other, weight, bias, y, total, mean, rstd, rows, x_stride, other_stride,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    CENTER: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK)[None, :]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = row < rows
+    mask = inside & (cols < WIDTH)
+    value = _load(x, row * x_stride * UNIT + cols, mask)
+    if other is not None:
+        value += _load(other, row * other_stride * UNIT + cols, mask)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + row * WIDTH + cols, rounded, mask)
+        value = rounded.to(tl.float32)
+    if CENTER:
+        center = tl.sum(value, 1, keep_dims=True) / WIDTH
+        value = tl.where(cols < WIDTH, value - center, 0.0)
+        if mean is not None:
+            tl.store(mean + row, center, inside)
+    scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / WIDTH + EPS)
+    if rstd is not None:
+        tl.store(rstd + row, scale, inside)
+    out = _affine(value, scale, weight, bias, cols, cols < WIDTH, ZERO_CENTERED)
+    tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def _load_total(x, other, cols, mask, DTYPE: tl.constexpr):
+    value = _load(x, cols, mask)
+    if other is not None:
+        value = (value + _load(other, cols, mask)).to(DTYPE).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _wide_statistics(
+    x, other, WIDTH: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Mean and variance of a row, block by block, merged as Chan et al. do (no E[x^2] - mean^2)."""
+    center = 0.0
+    squares = 0.0
+    for start in tl.range(0, WIDTH, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        value = _load_total(x, other, cols, cols < WIDTH, DTYPE)
+        if CENTER:
+            count = tl.minimum(BLOCK, WIDTH - start).to(tl.float32)
+            block_mean = tl.sum(value, 0) / count
+            value = tl.where(cols < WIDTH, value - block_mean, 0.0)
+            delta = block_mean - center
+            share = count / (start + count)
+            center += delta * share
+            squares += delta * delta * start * share
+        squares += tl.sum(value * value, 0)
+    return center, squares / WIDTH
+
+
+@triton.jit(do_not_specialize=_STRIDES)
+def forward_wide_kernel(
+    x, other, weight, bias, y, total, mean, rstd, rows, x_stride, other_stride,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    CENTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x += row * x_stride * UNIT
+    if other is not None:
+        other += row * other_stride * UNIT
+    center, variance = _wide_statistics(x, other, WIDTH, CENTER, BLOCK, y.dtype.element_ty)
+    scale = tl.rsqrt(variance + EPS)
+    if mean is not None:
+        tl.store(mean + row, center)
+    if rstd is not None:
+        tl.store(rstd + row, scale)
+    for start in tl.range(0, WIDTH, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < WIDTH
+        value = _load_total(x, other, cols, mask, y.dtype.element_ty)
+        if total is not None:
+            tl.store(total + row * WIDTH + cols, value.to(total.dtype.element_ty), mask)
+        out = _affine(value - center, scale, weight, bias, cols, mask, ZERO_CENTERED)
+        tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=_BACKWARD_STRIDES)
+def backward_kernel(
+    dy, x, mean, rstd, weight, dother, dx, dweight, dbias, rows, dy_stride, x_stride, dother_stride,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, AGAIN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK)[None, :]
+    dweight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    dbias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES
+    ):
+        row = tl.arange(0, ROWS)[:, None].to(tl.int64) + tile * ROWS
+        inside = row < rows
+        mask = inside & (cols < WIDTH)
+        value = _load(x, row * x_stride * UNIT + cols, mask)
+        grad = _load(dy, row * dy_stride * UNIT + cols, mask)
+        scale = _load(rstd, row, inside)
+        if mean is not None:
+            value -= _load(mean, row, inside)
+        # Before dx, so that `grad` can turn into `grad * weight` in place: fewer registers.
+        if dweight is not None:
+            dweight_sum += grad * (value * scale)
+        if dbias is not None:
+            dbias_sum += grad
+        if dx is not None:
+            if weight is not None:
+                grad *= _load_weight(weight, cols, cols < WIDTH, ZERO_CENTERED)
+            dot = tl.sum(grad * value, 1, keep_dims=True)
+            plain = tl.sum(grad, 1, keep_dims=True)
+            if AGAIN:
+                # Two sums, x and dy of the widest rows do not fit in registers together. These
+                # loads hit the cache; the other eviction policy keeps them from being merged.
+                value = _load_again(x, row * x_stride * UNIT + cols, mask)
+                grad = _load_again(dy, row * dy_stride * UNIT + cols, mask)
+                if mean is not None:
+                    value -= _load(mean, row, inside)
+                if weight is not None:
+                    grad *= _load_weight(weight, cols, cols < WIDTH, ZERO_CENTERED)
+            out = scale * grad - (scale * scale * scale * dot / WIDTH) * value
+            if mean is not None:
+                out -= scale * (plain / WIDTH)
+            if dother is not None:
+                out += _load(dother, row * dother_stride * UNIT + cols, mask)
+            tl.store(dx + row * WIDTH + cols, out.to(dx.dtype.element_ty), mask)
+    columns = tl.arange(0, BLOCK)
+    partial = tl.program_id(0).to(tl.int64) * WIDTH + columns
+    if dweight is not None:
+        tl.store(dweight + partial, tl.sum(dweight_sum, 0), columns < WIDTH)
+    if dbias is not None:
+        tl.store(dbias + partial, tl.sum(dbias_sum, 0), columns < WIDTH)
+
+
+@triton.jit(do_not_specialize=["dy_stride", "x_stride"])
+def backward_wide_dots_kernel(
+    dy, x, mean, rstd, weight, dots, dy_stride, x_stride,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The two scalars of each row: `dots[row] = (b, a)` of the module's formula."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(rstd + row)
+    center = 0.0
+    if mean is not None:
+        center = tl.load(mean + row)
+    dot = tl.zeros([BLOCK], tl.float32)
+    plain = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, WIDTH, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < WIDTH
+        grad = _load(dy, row * dy_stride * UNIT + cols, mask)
+        if weight is not None:
+            grad *= _load_weight(weight, cols, mask, ZERO_CENTERED)
+        dot += grad * (_load(x, row * x_stride * UNIT + cols, mask) - center)
+        plain += grad
+    tl.store(dots + row * 2, -scale * scale * scale * tl.sum(dot, 0) / WIDTH)
+    if mean is not None:
+        tl.store(dots + row * 2 + 1, -scale * tl.sum(plain, 0) / WIDTH)
+
+
+@triton.jit(do_not_specialize=_BACKWARD_STRIDES)
+def backward_wide_kernel(
+    dy, x, mean, rstd, weight, dother, dx, dweight, dbias, dots, rows, dy_stride, x_stride,
+    dother_stride, UNIT: tl.constexpr, WIDTH: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One block of columns over a share of the rows, the rows' scalars being known."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    dweight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    dbias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in tl.range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1), num_stages=2):
+        row = tl.arange(0, ROWS)[:, None].to(tl.int64) + tile * ROWS
+        inside = row < rows
+        mask = inside & (cols < WIDTH)
+        value = _load(x, row * x_stride * UNIT + cols, mask)
+        grad = _load(dy, row * dy_stride * UNIT + cols, mask)
+        scale = _load(rstd, row, inside)
+        if mean is not None:
+            value -= _load(mean, row, inside)
+        if dweight is not None:
+            dweight_sum += grad * (value * scale)
+        if dbias is not None:
+            dbias_sum += grad
+        if dx is not None:
+            if weight is not None:
+                grad *= _load_weight(weight, cols, cols < WIDTH, ZERO_CENTERED)
+            out = scale * grad + _load(dots, row * 2, inside) * value
+            if mean is not None:
+                out += _load(dots, row * 2 + 1, inside)
+            if dother is not None:
+                out += _load(dother, row * dother_stride * UNIT + cols, mask)
+            tl.store(dx + row * WIDTH + cols, out.to(dx.dtype.element_ty), mask)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    partial = tl.program_id(1).to(tl.int64) * WIDTH + columns
+    if dweight is not None:
+        tl.store(dweight + partial, tl.sum(dweight_sum, 0), columns < WIDTH)
+    if dbias is not None:
+        tl.store(dbias + partial, tl.sum(dbias_sum, 0), columns < WIDTH)

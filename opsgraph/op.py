@@ -1,0 +1,265 @@
+"""`Op`: what is computed, as plain PyTorch functions whose argument names declare their needs.
+
+`fwd(self, x, weight, eps)` takes the value before the op, then whatever it names: extra inputs,
+constants (attributes, written into the plan's source as literals) and, all that remains, parameters
+and buffers. It returns `(y, saved)`, saved being what `saves` names. `bwd(self, dy, x, rstd,
+weight)` may name `dy`, `x`, `y`, saved values and anything that `fwd` takes; it returns `dx` and a
+gradient for each argument of `fwd` after `x` that can have one, in order. An op whose gradients
+need different things gives `dgrad` (returns dx) and `wgrad` (returns the gradient of its one
+parameter) instead. The literal `want`, an optional keyword of `fwd` and `bwd`, tells which saved
+values or gradients ("x" and parameter names) the plan uses; the others may be None.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from . import config
+from .spec import ROWS, Spec
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FORWARD, BACKWARD = "forward", "backward"
+
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+
+
+def cached(function: F) -> F:
+    """`functools.cache` that keeps the function's type."""
+    return cache(function)  # type: ignore[return-value]
+
+
+@cached
+def arguments(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Argument names of a function or method, without `self`."""
+    declared = getattr(function, "declared_arguments", None)
+    if declared is not None:
+        return tuple(declared)
+    names = tuple(inspect.signature(function).parameters)
+    return names[1:] if names[:1] == ("self",) else names
+
+
+class Lowered(NamedTuple):
+    """One entry of the program that a planner sees: the op to compute and the module it reads.
+
+    `Linear` lowers to `(BasicLinear, linear)` and `(Bias, linear)`: its own functions are never
+    called, and both parts find their parameters on it.
+    """
+
+    kind: "type[Op]"
+    op: "Op"
+
+
+class Op(nn.Module):
+    """A basic op. Subclasses write `fwd` and, unless autograd's derivative will do, `bwd`."""
+
+    saves: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[str, ...]] = ()
+    """Attributes that `fwd` and `bwd` take as arguments: literals in the source."""
+    extra_inputs: ClassVar[tuple[str, ...]] = ()
+    """Arguments of `fwd` that are further inputs of the sequence, or values of a channel."""
+    passes: ClassVar[tuple[str, ...]] = ()
+    """Extra inputs whose gradient is `dy` itself, while dx is `dy` too: the backward is no step."""
+    as_stored: ClassVar[tuple[str, ...]] = ()
+    """Parameters that keep their dtype when the computation has another."""
+    gemm: ClassVar[bool] = False
+    """Whether `fwd` is a matrix product: too dear to be run again in the backward."""
+    taps: ClassVar[bool] = False
+    """Whether the op hands its input out on a channel; `bwd` takes that gradient as `d`."""
+    random: ClassVar[bool] = False
+    """Whether `fwd` draws random numbers, so that only `again` can repeat it."""
+    training_matters: ClassVar[bool] = False
+    """Whether the op differs between training and evaluation."""
+
+    fwd: Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]
+    bwd: Callable[..., tuple[Tensor | None, tuple[Tensor | None, ...]]] | None = None
+    dgrad: Callable[..., Tensor] | None = None
+    wgrad: Callable[..., Tensor] | None = None
+    again: Callable[..., Tensor] | None = None
+    """Makes y once more from saved values: `again(x, seed)`, `again(x, rstd, weight)`."""
+
+    alone: ClassVar[Callable[["Op"], Callable[..., Any]]]
+    """Wraps one op in a sequence; set by `opsgraph.sequential`, which stands above this file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels: dict[str, str | None] = dict.fromkeys(self.extra_inputs)
+        self._homes: dict[str, tuple[nn.Module, str]] = {}
+
+    # -- what an op may say of itself --
+
+    @property
+    def in_width(self) -> int | None:
+        """The input width it demands, or None if any will do or it is not known yet."""
+        return None
+
+    def width_before(self, out_width: int) -> int | None:
+        """The input width that gives this output width, where that is determined."""
+        return None
+
+    def complete(self, in_width: int | None, out_width: int | None) -> None:
+        """Fill in sizes that were left out, from the neighbours' widths (None: not known)."""
+
+    def reject(self, x: Spec) -> str | None:
+        """Why the op cannot take such an input ("got ..., expected ..."), or None."""
+        if self.in_width is not None and x.width != self.in_width:
+            return f"got input width {x.width}, expected {self.in_width}"
+        return None
+
+    def identity(self, direction: str, training: bool) -> bool:
+        """Whether the op does nothing in that pass."""
+        return False
+
+    def out(self, x: Spec) -> Spec:
+        """The spec of y. By default `fwd` is run on a meta tensor to find out."""
+        return self._trace(x)[0]
+
+    def saved(self, x: Spec) -> dict[str, Spec]:
+        """The specs of what `saves` names, with `ROWS` for the row count."""
+        return self._trace(x)[1] if self.saves else {}
+
+    def extra_spec(self, name: str, x: Spec) -> Spec | None:
+        """What an extra input must be, by default like x; None leaves it to `fwd`."""
+        return x
+
+    def lower(self) -> Sequence[Lowered]:
+        """The basic ops that it stands for."""
+        return (Lowered(type(self), self),)
+
+    @classmethod
+    def sample(cls) -> Iterable["Op"]:
+        """Small instances for the tests that walk over every op and fuser."""
+        return (cls(),)
+
+    # -- machinery --
+
+    def _trace(self, x: Spec) -> tuple[Spec, dict[str, Spec]]:
+        """Runs `fwd` on meta tensors with two row counts; a size that changes is `ROWS`."""
+
+        def run(rows: int) -> list[Tensor]:
+            def value(name: str) -> Any:
+                if name == "x" or name in self.extra_inputs:
+                    return x.empty(rows, "meta")
+                given = getattr(self, name)
+                return given.to("meta") if isinstance(given, Tensor) else given
+
+            names = [name for name in arguments(type(self).fwd) if name != "want"]
+            y, saved = self.fwd(*(value(name) for name in names))
+            return [y, *(s for s in saved if s is not None)]
+
+        def spec(few: Tensor, many: Tensor) -> Spec:
+            sizes = zip(few.shape, many.shape, strict=True)
+            shape = tuple(a if a == b else ROWS for a, b in sizes)
+            return Spec(shape, few.dtype, x.device)
+
+        y, *saved = map(spec, run(2), run(3))
+        return y, dict(zip(self.saves, saved, strict=True))
+
+    def home(self, name: str) -> tuple[nn.Module, str]:
+        """The module and attribute where a parameter is found, normally the op itself."""
+        return self._homes.get(name, (self, name))
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a parameter."""
+        return getattr(*self.home(name), None) is not None
+
+    def borrow(self, module: nn.Module, **names: str) -> "Op":
+        """Read parameters from another module, under the names given; its own are dropped."""
+        for own, theirs in names.items():
+            self._parameters[own] = None
+            self._homes[own] = (module, theirs)
+        return self
+
+    def forward(self, x: Tensor, *extra_inputs: Tensor) -> Any:
+        """Run the op alone, planned as a sequence of one."""
+        runner = self.__dict__.get("_runner")
+        if runner is None:
+            # Not an attribute of the module: it would be its own grandchild.
+            runner = self.__dict__["_runner"] = Op.alone(self)
+        return runner(x, *extra_inputs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__ and name not in _MODULE_ATTRIBUTES:
+            config.touch()
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_runner"}
+
+    def settings(self) -> dict[str, Any]:
+        """All plain attributes: two ops with equal settings share their plans."""
+        skipped = _MODULE_ATTRIBUTES | {"_runner", "_homes", "training"}
+        return {key: value for key, value in self.__dict__.items() if key not in skipped}
+
+    def skeleton(self) -> "Op":
+        """The op without its parameters, for plans that several modules share."""
+        bare = object.__new__(type(self))
+        bare.__dict__ = {**self.__dict__, "_parameters": dict.fromkeys(self._parameters)}
+        bare.__dict__["_homes"] = {}
+        bare.__dict__.pop("_runner", None)
+        return bare
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name, parameter in self._parameters.items():
+            given = state_dict.get(prefix + name)
+            if isinstance(parameter, UninitializedParameter) and given is not None:
+                parameter.materialize(given.shape)
+                self.sizes_from(name, given.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def sizes_from(self, name: str, shape: torch.Size) -> None:
+        """Take sizes that were left out from a loaded parameter's shape."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, True)
+        for name in self._parameters:
+            value = destination.get(prefix + name)
+            if (
+                value is not None
+                and not keep_vars
+                and not isinstance(value, UninitializedParameter)
+            ):
+                destination[prefix + name] = value.detach()
+
+
+@cached
+def weights(kind: type[Op]) -> tuple[str, ...]:
+    """The arguments of `fwd` that are parameters or buffers."""
+    other = {"x", "want", *kind.constants, *kind.extra_inputs}
+    return tuple(name for name in arguments(kind.fwd) if name not in other)
+
+
+def differentiable(kind: type[Op]) -> tuple[str, ...]:
+    """The arguments of `fwd` after x that can have a gradient, in order."""
+    skipped = {"x", "want", *kind.constants}
+    return tuple(name for name in arguments(kind.fwd) if name not in skipped)
+
+
+@cached
+def derived_backward(kind: type[Op]) -> Callable[..., Any]:
+    """A `bwd` for an op that has none: `torch.func.vjp` of its `fwd`, which runs once more."""
+    names = tuple(name for name in arguments(kind.fwd) if name != "want")
+    active = [i for i, name in enumerate(names) if name not in kind.constants]
+
+    def bwd(op: Op, dy: Tensor, *values: Any) -> Any:
+        moving = [
+            i for i in active if isinstance(values[i], Tensor) and values[i].is_floating_point()
+        ]
+
+        def fwd(*tensors: Tensor) -> Tensor:
+            full = list(values)
+            for i, tensor in zip(moving, tensors, strict=True):
+                full[i] = tensor
+            return kind.fwd(op, *full)[0]
+
+        found = torch.func.vjp(fwd, *(values[i] for i in moving))[1](dy)
+        gradients = dict(zip(moving, found, strict=True))
+        return gradients.get(0), tuple(gradients.get(i) for i in active[1:])
+
+    bwd.declared_arguments = ("dy", *names)  # type: ignore[attr-defined]
+    return bwd

@@ -1,0 +1,213 @@
+"""Activations, computed in fp32. Gated ones halve the width: `y = f(a) * b`, a the first half.
+
+That order is the opposite of `torch.nn.functional.glu`'s. With `glu_interleave_size=n` gate and
+value alternate in blocks of n columns instead.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from ..kernels.reference import activations as reference
+from ..op import Op
+from ..spec import Spec
+
+
+class Activation(Op):
+    """`y = f(x)`, elementwise; `kernel` names f in every backend."""
+
+    constants = ("kernel",)
+    kernel: str
+
+    def out(self, x: Spec) -> Spec:
+        return x
+
+    def fwd(self, x: Tensor, kernel: str) -> tuple[Tensor, tuple[()]]:
+        return reference.activation_forward(x, kernel), ()
+
+    def bwd(self, dy: Tensor, x: Tensor, kernel: str) -> tuple[Tensor, tuple[()]]:
+        return reference.activation_backward(dy, x, kernel), ()
+
+
+class GatedActivation(Op):
+    """`y = f(a) * g(b)` of `[*, 2 * width]`; `kernel` and `params` name f and g everywhere."""
+
+    constants = ("kernel", "params", "glu_interleave_size")
+    kernel: str
+    params: tuple[float, ...] = ()
+
+    def __init__(self, glu_interleave_size: int | None = None) -> None:
+        super().__init__()
+        self.glu_interleave_size = glu_interleave_size
+
+    def reject(self, x: Spec) -> str | None:
+        period = 2 * (self.glu_interleave_size or 1)
+        if x.width % period:
+            return f"got input width {x.width}, expected a multiple of {period}"
+        return None
+
+    def width_before(self, out_width: int) -> int | None:
+        return 2 * out_width
+
+    def out(self, x: Spec) -> Spec:
+        return x.like(x.width // 2)
+
+    def fwd(
+        self, x: Tensor, kernel: str, params: tuple[float, ...], glu_interleave_size: int | None
+    ) -> Any:
+        return reference.gated_forward(x, kernel, params, glu_interleave_size), ()
+
+    def bwd(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        kernel: str,
+        params: tuple[float, ...],
+        glu_interleave_size: int | None,
+    ) -> Any:
+        return reference.gated_backward(dy, x, kernel, params, glu_interleave_size), ()
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        return (cls(),)
+
+
+class GELU(Activation):
+    """`0.5 * x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x^3)))`; exact (erf) with "none"."""
+
+    def __init__(self, approximate: str = "tanh") -> None:
+        super().__init__()
+        if approximate not in ("tanh", "none"):
+            raise ValueError(f"GELU: got approximate={approximate!r}, expected 'tanh' or 'none'")
+        self.approximate = approximate
+        self.kernel = "gelu" if approximate == "tanh" else "gelu_erf"
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        return cls(), cls("none")
+
+
+class QGELU(Activation):
+    """`x * sigmoid(1.702 * x)`"""
+
+    kernel = "qgelu"
+
+
+class ReLU(Activation):
+    """`max(x, 0)`"""
+
+    kernel = "relu"
+
+
+class SReLU(Activation):
+    """`max(x, 0)^2`"""
+
+    kernel = "srelu"
+
+
+class SiLU(Activation):
+    """`x * sigmoid(x)`"""
+
+    kernel = "silu"
+
+
+class GEGLU(GatedActivation):
+    """`gelu(a) * b`, gelu by its tanh approximation, or exact (erf) with approximate="none"."""
+
+    def __init__(self, approximate: str = "tanh", glu_interleave_size: int | None = None) -> None:
+        super().__init__(glu_interleave_size)
+        if approximate not in ("tanh", "none"):
+            raise ValueError(f"GEGLU: got approximate={approximate!r}, expected 'tanh' or 'none'")
+        self.approximate = approximate
+        self.kernel = "geglu" if approximate == "tanh" else "geglu_erf"
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        return cls(), cls("none")
+
+
+class QGEGLU(GatedActivation):
+    """`a * sigmoid(1.702 * a) * b`"""
+
+    kernel = "qgeglu"
+
+
+class ReGLU(GatedActivation):
+    """`max(a, 0) * b`"""
+
+    kernel = "reglu"
+
+
+class SReGLU(GatedActivation):
+    """`max(a, 0)^2 * b`"""
+
+    kernel = "sreglu"
+
+
+class SwiGLU(GatedActivation):
+    """`a * sigmoid(a) * b`"""
+
+    kernel = "swiglu"
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        return cls(), cls(glu_interleave_size=4)
+
+
+class GLU(GatedActivation):
+    """`sigmoid(a) * b`"""
+
+    kernel = "glu"
+
+
+class ClampedSwiGLU(GatedActivation):
+    """`a' * sigmoid(alpha * a') * b'` with both halves clamped.
+
+    `a' = min(a, limit)`, `b' = clamp(b, -limit, limit) + glu_linear_offset`.
+    Gradients pass at the limit and are 0 beyond it.
+    """
+
+    kernel = "clamped_swiglu"
+
+    def __init__(
+        self,
+        limit: float = 7.0,
+        alpha: float = 1.702,
+        glu_linear_offset: float = 1.0,
+        glu_interleave_size: int | None = None,
+    ) -> None:
+        super().__init__(glu_interleave_size)
+        self.params = (float(limit), float(alpha), float(glu_linear_offset))
+
+
+class SiTUGLU(GatedActivation):
+    """`beta1 * tanh(a / beta1) * sigmoid(a) * beta2 * tanh(b / beta2)`"""
+
+    kernel = "situglu"
+
+    def __init__(
+        self, beta1: float = 4.0, beta2: float = 25.0, glu_interleave_size: int | None = None
+    ) -> None:
+        super().__init__(glu_interleave_size)
+        self.params = (float(beta1), float(beta2))
+
+
+ACTIVATIONS: dict[str, type[Activation] | type[GatedActivation]] = {
+    "gelu": GELU,
+    "geglu": GEGLU,
+    "qgelu": QGELU,
+    "qgeglu": QGEGLU,
+    "relu": ReLU,
+    "reglu": ReGLU,
+    "srelu": SReLU,
+    "sreglu": SReGLU,
+    "silu": SiLU,
+    "swiglu": SwiGLU,
+    "glu": GLU,
+    "clamped_swiglu": ClampedSwiGLU,
+    "situglu": SiTUGLU,
+}
+"""Activations by the names that `LayerNormMLP(activation=...)` takes."""
+
+GATED = frozenset(n for n, k in ACTIVATIONS.items() if issubclass(k, GatedActivation))

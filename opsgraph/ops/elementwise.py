@@ -1,0 +1,122 @@
+"""Ops without parameters: Identity, ConstantScale, Dropout, and Reshape."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.reference.dropout import keep_mask
+from ..op import Op
+from ..spec import Spec
+
+
+class Identity(Op):
+    """`y = x`"""
+
+    def identity(self, direction: str, training: bool) -> bool:
+        return True
+
+    def out(self, x: Spec) -> Spec:
+        return x
+
+    def width_before(self, out_width: int) -> int | None:
+        return out_width
+
+    def fwd(self, x: Tensor) -> tuple[Tensor, tuple[()]]:
+        return x, ()
+
+    def bwd(self, dy: Tensor) -> tuple[Tensor, tuple[()]]:
+        return dy, ()
+
+
+class ConstantScale(Op):
+    """`y = scale * x`"""
+
+    constants = ("scale",)
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = float(scale)
+
+    def identity(self, direction: str, training: bool) -> bool:
+        return self.scale == 1.0
+
+    def out(self, x: Spec) -> Spec:
+        return x
+
+    def width_before(self, out_width: int) -> int | None:
+        return out_width
+
+    def fwd(self, x: Tensor, scale: float) -> tuple[Tensor, tuple[()]]:
+        return x * scale, ()
+
+    def bwd(self, dy: Tensor, scale: float) -> tuple[Tensor, tuple[()]]:
+        return dy * scale, ()
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        return (cls(0.7),)
+
+
+class Dropout(Op):
+    """In training, each element is 0 with probability p, the others are `x / (1 - p)`.
+
+    The mask is a hash of a 64-bit seed and the element's position. The seed is drawn from the
+    device's default generator (`torch.manual_seed` makes it repeatable) and is all that is saved.
+    """
+
+    saves = ("seed",)
+    constants = ("p",)
+    random = training_matters = True
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"Dropout: got p={p}, expected a probability from 0 to 1")
+        self.p = float(p)
+
+    def identity(self, direction: str, training: bool) -> bool:
+        return not training or self.p == 0.0
+
+    def out(self, x: Spec) -> Spec:
+        return x
+
+    def saved(self, x: Spec) -> dict[str, Spec]:
+        return {"seed": Spec((), torch.int64, x.device)}
+
+    def width_before(self, out_width: int) -> int | None:
+        return out_width
+
+    def fwd(self, x: Tensor, p: float) -> tuple[Tensor, tuple[Tensor]]:
+        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
+        return self.again(x, seed, p), (seed,)
+
+    def again(self, x: Tensor, seed: Tensor, p: float) -> Tensor:
+        """The same mask on x, from the seed."""
+        rows, width = x.shape
+        keep = keep_mask(seed, rows, width, p)
+        return torch.where(keep, x * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0)
+
+    def bwd(self, dy: Tensor, seed: Tensor, p: float) -> tuple[Tensor, tuple[()]]:
+        return self.again(dy, seed, p), ()
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class Reshape(nn.Module):
+    """`y = x.reshape(shape)`, shape as `torch.reshape` takes it.
+
+    It changes what a row is, so it is no op of a plan: it stands between two of them.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: any shape with as many elements as the target."""
+        return x.reshape(self.shape)
+
+    def extra_repr(self) -> str:
+        return str(tuple(self.shape))

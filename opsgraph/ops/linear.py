@@ -1,0 +1,201 @@
+"""Linear layers: BasicLinear (the GEMM), Bias, and Linear, which lowers to the two."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from ..op import Lowered, Op
+from ..spec import Spec
+from .parameters import empty_parameter
+
+
+class BasicLinear(Op):
+    """`y = x @ weight.T`. x: `[*, in_features]`; weight: `[out_features, in_features]`.
+
+    Either size may be left out where a neighbour or the first input tells it. The weight is
+    initialized as nn.Linear's (uniform within `1/sqrt(in_features)`), or by `init_method(weight)`.
+    """
+
+    gemm = True
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        init_method: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.init_method = init_method
+        self.weight = empty_parameter((out_features, in_features), device, dtype)
+        if type(self) is BasicLinear:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the weight, where its sizes are known."""
+        if isinstance(self.weight, UninitializedParameter):
+            return
+        if self.init_method is None:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        else:
+            with torch.no_grad():
+                self.init_method(self.weight)
+
+    @property
+    def in_width(self) -> int | None:
+        return self.in_features
+
+    def width_before(self, out_width: int) -> int | None:
+        return self.in_features
+
+    def complete(self, in_width: int | None, out_width: int | None) -> None:
+        if self.in_features is None and in_width is not None:
+            self.in_features = in_width
+        if self.out_features is None and out_width is not None:
+            self.out_features = out_width
+        if self.in_features is None or self.out_features is None:
+            return
+        sizes = {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
+        lazy = [n for n, p in self._parameters.items() if isinstance(p, UninitializedParameter)]
+        for name in lazy:
+            self._parameters[name].materialize(sizes[name])  # type: ignore[union-attr]
+        if lazy:
+            self.reset_parameters()
+
+    def sizes_from(self, name: str, shape: torch.Size) -> None:
+        self.out_features = shape[0]
+        if name == "weight":
+            self.in_features = shape[1]
+
+    def out(self, x: Spec) -> Spec:
+        return x.like(self.out_features)
+
+    def fwd(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[()]]:
+        return F.linear(x, weight), ()
+
+    def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
+        return dy @ weight
+
+    def wgrad(self, dy: Tensor, x: Tensor) -> Tensor:
+        return dy.t() @ x
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        return (cls(out_features=24),)
+
+
+class Bias(Op):
+    """`y = x + bias`, bias `[width]`, initialized to 0. The gradient is summed in fp32."""
+
+    def __init__(
+        self,
+        width: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.bias = empty_parameter((width,), device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the bias to 0."""
+        if not isinstance(self.bias, UninitializedParameter):
+            nn.init.zeros_(self.bias)
+
+    @property
+    def in_width(self) -> int | None:
+        return self.width
+
+    def width_before(self, out_width: int) -> int | None:
+        return out_width
+
+    def complete(self, in_width: int | None, out_width: int | None) -> None:
+        width = in_width or out_width
+        if self.width is None and width is not None:
+            self.width = width
+            if isinstance(self.bias, UninitializedParameter):
+                self.bias.materialize((width,))
+            self.reset_parameters()
+
+    def sizes_from(self, name: str, shape: torch.Size) -> None:
+        self.width = shape[0]
+
+    def reject(self, x: Spec) -> str | None:
+        width = getattr(self, "width", None) or getattr(self, "out_features", None)
+        return None if x.width == width else f"got input width {x.width}, expected {width}"
+
+    def out(self, x: Spec) -> Spec:
+        return x
+
+    def fwd(self, x: Tensor, bias: Tensor) -> tuple[Tensor, tuple[()]]:
+        return x + bias, ()
+
+    def dgrad(self, dy: Tensor) -> Tensor:
+        return dy
+
+    def wgrad(self, dy: Tensor, bias: Tensor) -> Tensor:
+        return dy.sum(0, dtype=bias.dtype)
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        return (cls(),)
+
+
+class Linear(BasicLinear):
+    """`y = x @ weight.T + bias`: a drop-in for nn.Linear, with its keys and its initialization.
+
+    x: `[*, in_features]`; weight: `[out_features, in_features]`; bias: `[out_features]` or None.
+    init_method initializes the weight alone; the bias is 0 then.
+    """
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        init_method: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        super().__init__(
+            in_features, out_features, device=device, dtype=dtype, init_method=init_method
+        )
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = empty_parameter((out_features,), device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.bias is None or isinstance(self.bias, UninitializedParameter):
+            return
+        if self.init_method is not None or not self.in_features:
+            nn.init.zeros_(self.bias)
+        else:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def lower(self) -> Sequence[Lowered]:
+        parts = [Lowered(BasicLinear, self)]
+        return [*parts, Lowered(Bias, self)] if self.has("bias") else parts
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={self.has('bias')}"
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        return cls(out_features=24), cls(out_features=24, bias=False)

@@ -1,0 +1,120 @@
+"""Residual wiring: Tee hands a value out, Add adds it back; names join the two.
+
+An Add whose name no Tee before it has is an extra input of the sequence; a Tee that no Add reads is
+an extra output. Without a name they are always that: MakeExtraOutput and AddExtraInput.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from ..errors import PlanError
+from ..op import Lowered, Op
+from ..spec import Spec
+
+
+class _Still(Op):
+    """An op that keeps its input's spec."""
+
+    def out(self, x: Spec) -> Spec:
+        return x
+
+    def width_before(self, out_width: int) -> int | None:
+        return out_width
+
+
+class Tee(_Still):
+    """`y = x`, and x is also handed out: to the Adds of that name, or to the caller.
+
+    to_caller: hand it to the caller too where an Add of the sequence reads it.
+    """
+
+    taps = True
+
+    def __init__(self, name: str | None = None, to_caller: bool = False) -> None:
+        super().__init__()
+        self.channels["d"] = name
+        self.to_caller = to_caller
+
+    def identity(self, direction: str, training: bool) -> bool:
+        return direction == "forward"
+
+    def fwd(self, x: Tensor) -> tuple[Tensor, tuple[()]]:
+        return x, ()
+
+    def bwd(self, dy: Tensor, d: Tensor) -> tuple[Tensor, tuple[()]]:
+        return dy + d, ()
+
+    def extra_repr(self) -> str:
+        return repr(self.channels["d"])
+
+
+class Add(_Still):
+    """`y = x + other`; other is the value of the Tee of that name, or an extra input."""
+
+    extra_inputs = ("other",)
+    passes = ("other",)
+
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__()
+        self.channels["other"] = name
+
+    def fwd(self, x: Tensor, other: Tensor) -> tuple[Tensor, tuple[()]]:
+        return x + other, ()
+
+    def bwd(self, dy: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        return dy, (dy,)
+
+    def extra_repr(self) -> str:
+        return repr(self.channels["other"])
+
+
+class MakeExtraOutput(Tee):
+    """A Tee without a name: its value is an extra output of the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def lower(self) -> Sequence[Lowered]:
+        return (Lowered(Tee, self),)
+
+
+class AddExtraInput(Add):
+    """An Add without a name: what it adds is an extra input of the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def lower(self) -> Sequence[Lowered]:
+        return (Lowered(Add, self),)
+
+
+class Residual(Op):
+    """`y = x + f(x)`, f a run of ops: what `Tee("r"), *ops, Add("r")` is, without the name."""
+
+    def __init__(self, *ops: Op) -> None:
+        super().__init__()
+        if wrong := [type(op).__name__ for op in ops if not isinstance(op, Op)]:
+            raise PlanError(f"Residual: got {', '.join(wrong)}, expected ops of opsgraph")
+        self.ops = nn.ModuleList(ops)
+        self._ends = (Tee(), Add())
+
+    @property
+    def in_width(self) -> int | None:
+        return next((op.in_width for op in self._inner() if op.in_width), None)
+
+    def _inner(self) -> Iterable[Op]:
+        return (op for op in self.ops if isinstance(op, Op))
+
+    def lower(self) -> Sequence[Lowered]:
+        tee, add = self._ends
+        name = f"residual {id(self)}"
+        tee.channels["d"], add.channels["other"] = name, name
+        inner = [entry for op in self._inner() for entry in op.lower()]
+        return [Lowered(Tee, tee), *inner, Lowered(Add, add)]
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        from .activations import SiLU
+
+        return (cls(SiLU()),)

@@ -1,0 +1,199 @@
+"""`Plan`: the immutable result of planning, which can be run, printed, drawn and asked why."""
+
+import itertools
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .codegen import covered, write_backward, write_forward
+from .config import Config
+from .errors import PlanError
+from .op import BACKWARD, FORWARD
+from .planner import PLANNERS, Claim, Cover, Rejection, Space
+from .program import Program, Request, Run
+from .spec import Spec
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+_handles = itertools.count()
+
+
+class Step(NamedTuple):
+    """One step of a plan. `ops` are the positions it covers; `again` maps remade needs to ops."""
+
+    name: str
+    backend: str
+    direction: str
+    ops: tuple[int, ...]
+    needs: tuple[str, ...]
+    saves: tuple[str, ...]
+    again: Mapping[str, tuple[int, ...]]
+    edges: tuple[Spec, Spec]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs, forward and backward, what is saved, and what was refused and why."""
+
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    rejected: tuple[Rejection, ...]
+    saved: Mapping[str, int]
+    """Bytes per row of every value that the forward keeps; parameters are not counted."""
+    costs: Mapping[str, float]
+    """Cost in weighted bytes per row of what each planner would have chosen."""
+    forward_source: str
+    backward_source: str
+    run_forward: Callable[..., Any]
+    run_backward: Callable[..., Any]
+    specs: "Signature"
+    labels: tuple[str, ...]
+    handle: int
+    """By which the opaque ops of torch.compile find the plan."""
+
+    @property
+    def saved_bytes_per_row(self) -> int:
+        """Bytes kept for the backward, for each row of the input."""
+        return sum(self.saved.values())
+
+    @property
+    def graph(self) -> "nx.DiGraph[Any]":
+        """Gaps as nodes, an edge for every claim taken or refused."""
+        from .drawing import graph
+
+        return graph(self)
+
+    def draw(self, path: str | Path) -> None:
+        """Write a picture: ops, steps taken, steps refused. The ending (.svg, .html) decides."""
+        from .drawing import draw
+
+        draw(self, Path(path))
+
+    def __str__(self) -> str:
+        from .drawing import table
+
+        return table(self)
+
+
+class Signature(NamedTuple):
+    """Specs of what the generated functions return, for those who must know before running."""
+
+    outputs: tuple[Spec, ...]
+    saved: tuple[tuple[str, Spec], ...]
+    """Saved values and weights, in order; those that are inputs are in `inputs` too."""
+    names: tuple[str, ...]
+    """The forward's arguments after `ops`."""
+    absent: tuple[bool, ...]
+    """Which of them are None: parameters that a module does not have."""
+    inputs: tuple[str, ...]
+    """Arguments that the plan uses as they are, not cast."""
+    gradients: tuple[Spec | None, ...]
+    taps: tuple[int, ...]
+    """Which outputs' gradients, the first apart, the backward takes."""
+    training: bool
+
+
+def _step(claim: Claim, cover: Cover, space: Space) -> Step:
+    again = {
+        name: cover.keeper.again[name].ops
+        for name in claim.needs
+        if claim.direction == BACKWARD and name in cover.keeper.again
+    }
+    program = space.program
+    start, stop = program.x(claim.start), program.x(claim.stop)
+    named = {start, stop} if claim.direction == FORWARD else set()
+    return Step(
+        claim.fuser.name,
+        claim.fuser.backend,
+        claim.direction,
+        claim.ops,
+        tuple(n for n in claim.needs if n not in named),
+        tuple(sorted(claim.gives & cover.keeper.kept)),
+        again,
+        (program.specs[claim.start], program.specs[claim.stop]),
+    )
+
+
+def _saved_names(space: Space, cover: Cover) -> list[str]:
+    """Kept values by place, then the weights that backward calls read."""
+    again = [space.remake(claim)[0] for claim in cover.keeper.again.values()]
+    calls = [call for claim in cover.backward for call in claim.calls] + [c for c in again if c]
+    read = {a.text for call in calls for a in call.arguments if a.category == "weight"}
+    weights = [name for name in space.program.weight_names.values() if name in read]
+    return sorted(cover.keeper.kept, key=lambda n: (space.place(n), n)) + weights
+
+
+def _signature(program: Program, space: Space, saved: list[str]) -> Signature:
+    run, request = program.run, program.request
+    last = (program.count, *run.outputs)
+    weights = {v: request.weights[slot] for slot, v in program.weight_names.items()}
+    given: dict[str, Any] = {"x0": request.x, **program.extra_specs, **weights}
+    specs = [(n, given[n] if n in weights else space.spec(n)) for n in saved]
+    cast = {
+        name
+        for name, spec in given.items()
+        if request.compute is not None and name not in weights and spec.dtype != request.compute
+    }
+    return Signature(
+        tuple(program.specs[gap] for gap in last),
+        tuple(specs),
+        tuple(given),
+        tuple(spec is None for spec in given.values()),
+        tuple(name for name in given if name not in cast),
+        tuple(spec if name in request.gradients else None for name, spec in given.items()),
+        tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
+        bool(request.gradients) and program.flows[-1],
+    )
+
+
+def make_plan(
+    run: Run, request: Request, order: tuple[str, ...], planner: str, config: Config
+) -> Plan:
+    """Plan a run for one kind of call. Raises OpError or PlanError for what cannot be planned."""
+    if planner not in PLANNERS:
+        raise PlanError(f"got planner {planner!r}, expected one of {', '.join(PLANNERS)}")
+    program = Program(run, request)
+    space = Space(program, order, config.fuel)
+    cover = PLANNERS[planner](space)
+    saved = _saved_names(space, cover)
+    forward = write_forward(space, cover, saved)
+    backward = write_backward(space, cover, saved)
+    kept = [name for name in saved if name in cover.keeper.kept]
+    plan = Plan(
+        tuple(_step(claim, cover, space) for claim in cover.forward),
+        tuple(_step(claim, cover, space) for claim in cover.backward),
+        tuple(r for r in space.rejected if not _taken(r, cover)),
+        {name: space.size(name) for name in kept},
+        cover.costs,
+        forward.source,
+        backward.source,
+        forward.call,
+        backward.call,
+        _signature(program, space, saved),
+        tuple(run.labels),
+        next(_handles),
+    )
+    _log(plan, config)
+    return plan
+
+
+def _taken(rejection: Rejection, cover: Cover) -> bool:
+    """A claim that was refused on the way and taken in the end is no refusal."""
+    steps = cover.forward if rejection.direction == FORWARD else cover.backward
+    return any(c.ops == rejection.ops and c.fuser.name == rejection.name for c in steps)
+
+
+def _log(plan: Plan, config: Config) -> None:
+    if "plan" in config.logs:
+        print(plan, file=sys.stderr)
+    if "reject" in config.logs:
+        for ops, name, direction, reason in plan.rejected:
+            print(f"opsgraph: {ops} {name} ({direction}): {reason}", file=sys.stderr)
+    if "code" in config.logs:
+        print(plan.forward_source, plan.backward_source, sep="\n", file=sys.stderr)
+
+
+__all__ = ["Plan", "Step", "covered", "make_plan"]

@@ -1,0 +1,262 @@
+"""What a planner plans: a `Run` of lowered ops, and a `Program`, that run for one kind of call.
+
+Values are variables. `x3` is the value before op 3, `rstd1` what op 1 saves, `weight3` its
+parameter, `other5` its extra input, `dx` the gradient that flows, `d0` the one that Tee 0 collects.
+Where ops are dropped, several gaps share one value, named after the first of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from .errors import OpError, PlanError
+from .op import BACKWARD, FORWARD, Op, differentiable, weights
+from .spec import Spec
+
+
+class Run:
+    """Lowered ops with their channels resolved; knows neither parameters' values nor dtypes.
+
+    labels: what errors call each op ("0:Linear"). inputs: `(position, name, channel)` of every
+    extra input that no earlier Tee of the run provides; outputs: positions of Tees handed to the
+    caller.
+    """
+
+    def __init__(self, ops: Sequence[Op], labels: Sequence[str]) -> None:
+        lowered = [
+            (entry, label) for op, label in zip(ops, labels, strict=True) for entry in op.lower()
+        ]
+        self.kinds = [entry.kind for entry, _ in lowered]
+        self.ops = [entry.op for entry, _ in lowered]
+        self.labels = [label for _, label in lowered]
+        self.slots = [(i, name) for i, kind in enumerate(self.kinds) for name in weights(kind)]
+        self.sources: dict[tuple[int, str], int] = {}
+        self.inputs: list[tuple[int, str, str | None]] = []
+        self.outputs: list[int] = []
+        self._verify_names()
+        self._connect()
+
+    def _verify_names(self) -> None:
+        for kind, label in zip(self.kinds, self.labels, strict=True):
+            reserved = {"x", "y", "dy", "d", *weights(kind), *kind.extra_inputs, *kind.constants}
+            if taken := reserved.intersection(kind.saves):
+                raise PlanError(f"{label}: it cannot save under the names {sorted(taken)}")
+
+    def _connect(self) -> None:
+        producers: dict[str, int] = {}
+        read: set[int] = set()
+        for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True)):
+            for name in kind.extra_inputs:
+                channel = op.channels.get(name)
+                if channel is not None and channel in producers:
+                    self.sources[i, name] = producers[channel]
+                    read.add(producers[channel])
+                else:
+                    self.inputs.append((i, name, channel))
+            if kind.taps:
+                channel = op.channels.get("d")
+                if channel is not None:
+                    if channel in producers:
+                        raise PlanError(f"{self.labels[i]}: channel {channel!r} has two producers")
+                    producers[channel] = i
+        for i, kind in enumerate(self.kinds):
+            if kind.taps and (i not in read or getattr(self.ops[i], "to_caller", False)):
+                self.outputs.append(i)
+
+    def unstored(self) -> None:
+        """Raises PlanError if an op has a parameter that its `fwd` does not name."""
+        for i, op in enumerate(self.ops):
+            named = {name for j, name in self.slots if self.ops[j] is op}
+            held = {name for name, value in op._parameters.items() if value is not None}
+            if missing := held - named:
+                raise PlanError(
+                    f"{self.labels[i]}: parameters {sorted(missing)} are not arguments of fwd"
+                )
+
+
+class Argument(NamedTuple):
+    """One argument of a call: its category and the text that stands in the source."""
+
+    category: str  # "op", "value", "weight", "gradient" or "literal"
+    text: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What distinguishes one kind of call from another: all that changes what is right."""
+
+    x: Spec
+    extras: tuple[Spec, ...]
+    weights: Mapping[tuple[int, str], Spec | None]
+    gradients: frozenset[str]
+    """Names of the inputs and weights that need gradients: x0, other5, weight3."""
+    training: tuple[bool, ...]
+    compute: torch.dtype | None = None
+    """The dtype of an active autocast."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Program:
+    """A run as one request sees it: specs, dropped ops, and what every name means."""
+
+    def __init__(self, run: Run, request: Request) -> None:
+        self.run, self.request = run, request
+        self.kinds, self.ops, self.labels = run.kinds, run.ops, run.labels
+        count = len(self.kinds)
+        identity = [
+            {d: op_identity(run, i, d, request.training[i]) for d in (FORWARD, BACKWARD)}
+            for i in range(count)
+        ]
+        self.still_forward = [entry[FORWARD] for entry in identity]
+        self.inputs = [f"{name}{i}" for i, name, _ in run.inputs]
+        self.extra_specs = dict(zip(self.inputs, request.extras, strict=True))
+        self.weight_names = {slot: f"{slot[1]}{slot[0]}" for slot in run.slots}
+        self.canonical = [0] * (count + 1)
+        for gap in range(1, count + 1):
+            still = self.still_forward[gap - 1]
+            self.canonical[gap] = self.canonical[gap - 1] if still else gap
+        self.specs = self._propagate()
+        self.flows = self._flow()
+        self._saved: dict[int, dict[str, Spec]] = {}
+        self.places = dict.fromkeys(self.inputs, 0) | {f"x{gap}": gap for gap in range(count + 1)}
+        for i, kind in enumerate(self.kinds):
+            self.places |= {f"{name}{i}": i for name in kind.saves}
+        self.tapped = self._taps()
+        self.still_backward = [
+            entry[BACKWARD] or bool(kind.passes) or (kind.taps and i not in self.tapped)
+            for i, (entry, kind) in enumerate(zip(identity, self.kinds, strict=True))
+        ]
+
+    @property
+    def count(self) -> int:
+        """The number of lowered ops."""
+        return len(self.kinds)
+
+    def _propagate(self) -> list[Spec]:
+        x = self.request.x
+        if not x.dtype.is_floating_point:
+            raise OpError(self.labels[0] if self.labels else "input", f"dtype {x.dtype}", "a float")
+        if self.request.compute is not None:
+            x = x.like(dtype=self.request.compute)
+        specs = [x]
+        for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True)):
+            if reason := kind.reject(op, x):
+                raise OpError(self.labels[i], *reason.removeprefix("got ").split(", expected ", 1))
+            for name in weights(kind):
+                self._check_weight(i, kind, name, x)
+            for name in kind.extra_inputs:
+                if (i, name) not in self.run.sources:
+                    self._check_extra(i, kind, name, x)
+            if not self.still_forward[i]:
+                x = kind.out(op, x)
+            specs.append(x)
+        return specs
+
+    def _check_weight(self, i: int, kind: type[Op], name: str, x: Spec) -> None:
+        spec = self.request.weights[i, name]
+        if spec is None:
+            return
+        if spec.device != x.device:
+            raise OpError(self.labels[i], f"input on {x.device}", f"{spec.device}, where {name} is")
+        if name in kind.as_stored or self.request.compute is not None:
+            return
+        if spec.dtype.is_floating_point and spec.dtype != x.dtype:
+            raise OpError(
+                self.labels[i],
+                f"input dtype {x.dtype}",
+                f"{spec.dtype}, the dtype of {name} (or an active autocast)",
+            )
+
+    def _check_extra(self, i: int, kind: type[Op], name: str, x: Spec) -> None:
+        spec = self.extra_specs[f"{name}{i}"]
+        expected = kind.extra_spec(self.ops[i], name, x)
+        if spec.device != x.device:
+            raise OpError(self.labels[i], f"{name} on {spec.device}", str(x.device))
+        if expected is None:
+            return
+        if spec.shape != expected.shape:
+            raise OpError(self.labels[i], f"{name} {spec}", str(expected))
+        if spec.dtype != expected.dtype and self.request.compute is None:
+            raise OpError(self.labels[i], f"{name} dtype {spec.dtype}", str(expected.dtype))
+
+    def _flow(self) -> list[bool]:
+        """For each gap, whether the gradient of its value is needed."""
+        wanted = self.request.gradients
+        flows = ["x0" in wanted]
+        for i, kind in enumerate(self.kinds):
+            own = any(f"{name}{i}" in wanted for name in weights(kind) + kind.extra_inputs)
+            read = any(flows[source] for (j, _), source in self.run.sources.items() if j == i)
+            flows.append(flows[-1] or own or read)
+        return flows
+
+    def _taps(self) -> set[int]:
+        """Tees at which a gradient arrives and is needed."""
+        found = {i for i in self.run.outputs if self.flows[i]}
+        return found | {s for s in self.run.sources.values() if self.flows[s]}
+
+    # -- names --
+
+    def x(self, gap: int) -> str:
+        """The name of the value at a gap."""
+        return f"x{self.canonical[gap]}"
+
+    def extra(self, i: int, name: str) -> str:
+        """The value of an extra input: a Tee's, or an input of the run."""
+        source = self.run.sources.get((i, name))
+        return f"{name}{i}" if source is None else self.x(source)
+
+    def resolve(self, i: int, name: str) -> Argument:
+        """What a name of op i stands for."""
+        kind, op = self.kinds[i], self.ops[i]
+        if name == "":
+            return Argument("op", f"ops[{i}]")
+        if name == "x":
+            return Argument("value", self.x(i))
+        if name == "y":
+            return Argument("value", self.x(i + 1))
+        if name == "dy":
+            return Argument("gradient", "dx")
+        if name == "d" and kind.taps:
+            return Argument("gradient", f"d{i}")
+        if name in kind.saves:
+            return Argument("value", f"{name}{i}")
+        if name in kind.constants:
+            return Argument("literal", repr(getattr(op, name)))
+        if name in kind.extra_inputs:
+            return Argument("value", self.extra(i, name))
+        if (i, name) in self.weight_names:
+            if self.request.weights[i, name] is None:
+                return Argument("literal", "None")
+            return Argument("weight", self.weight_names[i, name])
+        raise PlanError(f"{self.labels[i]}: {kind.__name__} has no {name!r}")
+
+    def gradient_names(self, i: int) -> list[str | None]:
+        """Names of op i's gradients after dx, in `bwd`'s order; None for those not wanted."""
+        kind = self.kinds[i]
+        found: list[str | None] = []
+        for name in differentiable(kind):
+            source = self.run.sources.get((i, name))
+            if source is not None:
+                found.append(f"d{source}" if source in self.tapped else None)
+            else:
+                wanted = f"{name}{i}" in self.request.gradients
+                found.append(f"d{name}{i}" if wanted else None)
+        return found
+
+    def value_spec(self, name: str) -> Spec:
+        """The spec of a value by its name; private names of fusers are not known here."""
+        if name in self.extra_specs:
+            return self.extra_specs[name]
+        i = self.places[name]
+        if name == f"x{i}":
+            return self.specs[i]
+        if i not in self._saved:
+            self._saved[i] = self.kinds[i].saved(self.ops[i], self.specs[i])
+        return self._saved[i][name.removesuffix(str(i))]
+
+
+def op_identity(run: Run, i: int, direction: str, training: bool) -> bool:
+    """Whether op i does nothing in a pass."""
+    return run.kinds[i].identity(run.ops[i], direction, training)

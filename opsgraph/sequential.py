@@ -1,0 +1,279 @@
+"""`Sequential`: the module that runs plans, with nn.Sequential's list protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from . import config
+from .errors import OpError, OpsgraphError, PlanError
+from .execute import constant_under_compile
+from .op import Op
+from .plan import Plan
+from .spec import row
+from .table import Options, Stage
+
+
+class Plans(tuple[Plan, ...]):
+    """The plans of a Sequential with plain modules between its ops."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self))
+
+
+class Sequential(nn.Sequential):
+    """Ops in sequence, planned as one; plain nn.Modules may stand between them.
+
+    `forward(x, *extra_inputs)` returns y, or `(y, *extra_outputs)` where there are any. x is
+    `[*, width]`; extra inputs and outputs are those of Adds and Tees that no other op matches, in
+    order. Has nn.Sequential's whole list protocol.
+
+    device, dtype: where to put the ops' parameters. backends: their order of preference, by default
+    all that are there. planner: "greedy" or "optimal". double_backward: run the reference ops
+    without a Function of our own, so that gradients can be differentiated again.
+
+    Hooks of the ops inside do not fire; those of the Sequential do. Raises OpError for an input
+    that an op cannot take, PlanError for a sequence that cannot be planned.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backends: Sequence[str] | None = None,
+        planner: str = "greedy",
+        double_backward: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args)
+        self._options = Options(backends, planner, double_backward, **options)
+        self._stages: list[Stage | nn.Module] = []
+        self._epoch = -1
+        self._infer_sizes(None)
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
+        if not self._lazy():
+            self._prepare()
+
+    # -- structure --
+
+    def _lazy(self) -> bool:
+        return any(isinstance(p, UninitializedParameter) for p in self.parameters())
+
+    def _forget(self) -> None:
+        self.__dict__["_epoch"] = -1
+
+    def _labelled(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in self._modules.items():
+            yield f"{name}:{type(module).__name__}", module
+
+    def _infer_sizes(self, first: int | None) -> None:
+        """Complete sizes that neighbours tell, from both sides."""
+        modules = [m for m in self._modules.values() if m is not None]
+        width = first
+        for k, module in enumerate(modules):
+            if not isinstance(module, Op):
+                width = None
+                continue
+            module.complete(width, _width_after(modules[k + 1 :]))
+            width = module.in_width or width
+            if width is None:
+                continue
+            for entry in module.lower():
+                width = None if width is None else _out_width(entry.kind, entry.op, width)
+
+    def _prepare(self) -> None:
+        """Find the stages again: at first use, and whenever something has changed."""
+        epoch = config.epoch
+        stages: list[Stage | nn.Module] = []
+        ops: list[Op] = []
+        labels: list[str] = []
+
+        def close() -> None:
+            if ops:
+                stages.append(Stage(tuple(ops), tuple(labels), self._options))
+                ops.clear()
+                labels.clear()
+
+        for label, module in self._labelled():
+            if isinstance(module, Op):
+                ops.append(module)
+                labels.append(label)
+            else:
+                close()
+                stages.append(module)
+        close()
+        self.__dict__["_stages"] = stages
+        self.__dict__["_epoch"] = epoch
+
+    # -- running --
+
+    def forward(self, x: Tensor, *extra_inputs: Tensor) -> Any:
+        """x: `[*, width]`; see the class."""
+        if torch.compiler.is_compiling():
+            _refresh(self)
+        if self._epoch != config.epoch:
+            self._complete(x)
+            self._prepare()
+        stages = self._stages
+        if len(stages) == 1 and isinstance(stages[0], Stage):
+            stage = stages[0]
+            if len(extra_inputs) != len(stage.inputs):
+                self._wrong_count(len(extra_inputs), [name for _, name, _ in stage.inputs])
+            if x.dim() == 0:
+                raise OpError("input", "a scalar", "[*, width]")
+            return stage(x, extra_inputs)
+        return self._run_stages(x, extra_inputs)
+
+    def _complete(self, x: Tensor) -> None:
+        if self._lazy():
+            self._infer_sizes(x.shape[-1])
+            for label, module in self._labelled():
+                if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
+                    raise OpError(label, "no size for it", "one given, or told by a neighbour")
+
+    def _wrong_count(self, got: int, names: list[str]) -> None:
+        wanted = f"{len(names)} ({', '.join(names)})" if names else "none"
+        raise OpError("Sequential", f"{got} extra inputs", wanted)
+
+    def _run_stages(self, x: Tensor, extra_inputs: Sequence[Tensor]) -> Any:
+        made: dict[str, Tensor] = {}
+        given, outputs = list(extra_inputs), []
+        needed = [n for s in self._stages if isinstance(s, Stage) for n in self._unmatched(s)]
+        if len(given) != len(needed):
+            self._wrong_count(len(given), needed)
+        for stage in self._stages:
+            if not isinstance(stage, Stage):
+                x = stage(x)
+                continue
+            extras = [
+                made[channel] if channel in made else given.pop(0) for _, _, channel in stage.inputs
+            ]
+            result = stage(x, extras)
+            x, *more = result if isinstance(result, tuple) else (result,)
+            for name, value in zip(stage.output_names, more, strict=True):
+                if name is not None and name in self._read_later(stage):
+                    made[name] = value
+                else:
+                    outputs.append(value)
+        return (x, *outputs) if outputs else x
+
+    def _unmatched(self, stage: Stage) -> list[str]:
+        before = self._stages[: self._stages.index(stage)]
+        made = {n for s in before if isinstance(s, Stage) for n in s.output_names if n}
+        return [name for _, name, channel in stage.inputs if channel not in made]
+
+    def _read_later(self, stage: Stage) -> set[str | None]:
+        after = self._stages[self._stages.index(stage) + 1 :]
+        return {channel for s in after if isinstance(s, Stage) for _, _, channel in s.inputs}
+
+    # -- looking --
+
+    def plan(self, training: bool = True, x: Tensor | None = None) -> Any:
+        """The plan for a call in training or inference: what runs, what is saved, and why.
+
+        x: an example input; by default one in the parameters' dtype and device. Returns a Plan, or
+        `Plans`, a tuple of them, where plain modules stand between ops.
+        """
+        if self._epoch != config.epoch:
+            if x is not None:
+                self._complete(x)
+            self._prepare()
+        found = [s.plan(training, x) for s in self._stages if isinstance(s, Stage)]
+        if not found:
+            raise PlanError("there are no ops to plan")
+        return found[0] if len(found) == 1 else Plans(found)
+
+    def example_extras(self, x: Tensor) -> list[Tensor]:
+        """Uninitialized extra inputs of the right shapes for x, where all ops are planned."""
+        (stage,) = self._stages
+        assert isinstance(stage, Stage)
+        return stage.example_extras(x)
+
+    # -- the list protocol, where nn.Sequential would return or forget something else --
+
+    def _like(self, modules: Iterable[nn.Module]) -> Sequential:
+        options = self._options
+        return Sequential(
+            *modules,
+            backends=options.backends,
+            planner=options.planner,
+            double_backward=options.double_backward,
+            **options.more,
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self._like(list(self._modules.values())[index])
+        return super().__getitem__(index)
+
+    def __add__(self, other: nn.Sequential) -> Sequential:
+        if not isinstance(other, nn.Sequential):
+            return NotImplemented
+        return self._like([*self, *other])
+
+    def __mul__(self, count: int) -> Sequential:
+        return self._like([*self] * count)
+
+    __rmul__ = __mul__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) or name in self.__dict__.get("_modules", {}):
+            self._forget()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._forget()
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)
+        self._forget()
+
+    def insert(self, index: int, module: nn.Module) -> Sequential:
+        super().insert(index, module)
+        self._forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stages": [], "_epoch": -1}
+
+
+def _width_after(modules: Sequence[nn.Module]) -> int | None:
+    """The width that the modules to come demand of what is before them."""
+    between: list[Op] = []
+    for module in modules:
+        if not isinstance(module, Op):
+            return None
+        between.append(module)
+        if module.in_width is not None:
+            width: int | None = module.in_width
+            for op in reversed(between[:-1]):
+                width = None if width is None else op.width_before(width)
+            return width
+    return None
+
+
+def _out_width(kind: type[Op], op: Op, width: int) -> int | None:
+    try:
+        return kind.out(op, row(width, torch.float32, torch.device("cpu"))).width
+    except (OpsgraphError, RuntimeError, TypeError):
+        return None
+
+
+@constant_under_compile
+def _refresh(module: Sequential) -> None:
+    if module._epoch != config.epoch:
+        module._prepare()
+
+
+def _alone(op: Op) -> Callable[..., Any]:
+    return Sequential(op).forward
+
+
+Op.alone = staticmethod(_alone)

@@ -1,0 +1,251 @@
+"""Where plans are kept, and the stage that looks one up and runs it.
+
+A call's key is a tuple of dtypes, sizes and flags: all that changes what is right. Tables are
+shared by every module of the same structure, so that equal layers plan, and compile, once. A table
+holds skeletons of the ops, without parameters; parameters are read from the modules at each call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import config
+from .backend import backends as known_backends
+from .errors import PlanError
+from .execute import PlanFunction, constant_under_compile, expose, run_compiled, run_inference
+from .fuser import registered
+from .op import Op, weights
+from .plan import Plan, make_plan
+from .program import Request, Run
+from .spec import ROWS, Spec, row
+
+Key = tuple[Any, ...]
+
+
+class PlanTable:
+    """Plans by key, for all modules whose ops have the same classes, settings and channels."""
+
+    def __init__(self, run: Run, options: Options, ops: Sequence[Op]) -> None:
+        self.run, self.options, self.ops = run, options, tuple(ops)
+        self.plans: dict[Key, Plan] = {}
+
+
+class Options:
+    """How a Sequential plans."""
+
+    def __init__(
+        self, backends: Sequence[str] | None, planner: str, double_backward: bool, **more: Any
+    ) -> None:
+        self.backends = None if backends is None else tuple(backends)
+        self.planner, self.double_backward, self.more = planner, double_backward, more
+        self.config = config.read()
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Backends in order of preference."""
+        if self.double_backward:
+            return ("reference",)
+        return self.backends or self.config.backends or tuple(known_backends())
+
+    @property
+    def key(self) -> Key:
+        """All of it, hashable."""
+        more = tuple(sorted(self.more.items()))
+        return (self.order, self.planner, self.double_backward, more, self.config)
+
+
+_tables: weakref.WeakValueDictionary[Any, PlanTable] = weakref.WeakValueDictionary()
+
+
+def _hashable(value: Any) -> Any:
+    """A setting as part of a key. Raises TypeError for what cannot be one."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return tuple((key, _hashable(item)) for key, item in value.items())
+    if isinstance(value, Tensor | nn.Module):
+        raise TypeError
+    hash(value)
+    return value
+
+
+def _table_for(run: Run, options: Options) -> PlanTable:
+    """The shared table of this structure; one of its own where a setting cannot be compared."""
+    options.config = config.read()
+    try:
+        parts = []
+        for kind, op in zip(run.kinds, run.ops, strict=True):
+            if op._buffers or op._modules:
+                raise TypeError
+            settings = {k: v for k, v in op.settings().items() if k != "channels"}
+            present = tuple(name for name in weights(kind) if op.has(name))
+            parts.append((kind, type(op), _hashable(settings), present))
+        wiring = (tuple(run.sources.items()), tuple(i[:2] for i in run.inputs), tuple(run.outputs))
+        fusers = tuple(map(id, registered()))
+        key = (tuple(parts), wiring, tuple(run.labels), options.key, fusers)
+    except TypeError:
+        proxies: list[Any] = [weakref.proxy(op) for op in run.ops]
+        return PlanTable(run, options, proxies)
+    table = _tables.get(key)
+    if table is None:
+        bare: dict[int, Op] = {}
+        ops = [bare.setdefault(id(op), op.skeleton()) for op in run.ops]
+        table = _tables[key] = PlanTable(run, options, ops)
+    return table
+
+
+class Stage:
+    """A run of consecutive ops of a Sequential, with the parameters it reads."""
+
+    def __init__(self, ops: Sequence[Op], labels: Sequence[str], options: Options) -> None:
+        run = Run(ops, labels)
+        run.unstored()
+        self.inputs, self.outputs = run.inputs, run.outputs
+        self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
+        self.slots = [run.ops[i].home(name) for i, name in run.slots]
+        self.modes = [
+            op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
+        ]
+        self.real = run.ops
+        self.table = _table_for(run, options)
+        self.plans = self.table.plans
+        self.ops = self.table.ops
+        self.double_backward = options.double_backward
+
+    def weights(self) -> list[Tensor | None]:
+        """The parameters as they are now; a parametrized one is an attribute only."""
+        found: list[Tensor | None] = [module._parameters.get(name) for module, name in self.slots]
+        for k, weight in enumerate(found):
+            if weight is None:
+                found[k] = getattr(*self.slots[k])
+        return found
+
+    def key(self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Key:
+        """All that changes what is right for a call."""
+        grad = torch.is_grad_enabled() and not self.double_backward
+        device = x.device
+        kind = device.type
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        compute = torch.get_autocast_dtype(kind) if autocast else None
+        parts = [x.dtype, x.shape[-1], kind, device.index, grad and x.requires_grad, compute]
+        for w in weights:
+            if w is None:
+                parts.append(None)
+            else:
+                parts += (w.dtype, grad and w.requires_grad, w.device == device)
+        for e in extras:
+            last = e.shape[-1] if e.dim() else 0
+            same = e.device == device
+            parts += (e.dtype, e.dim() - x.dim(), last, grad and e.requires_grad, same)
+        for op in self.modes:
+            parts.append(op.training)
+        return tuple(parts)
+
+    def example_extras(self, x: Tensor) -> list[Tensor]:
+        """Extra inputs of the right shapes for an input, uninitialized."""
+        run, rows = self.table.run, x.numel() // max(1, x.shape[-1])
+        edge, found = row(x.shape[-1], x.dtype, x.device), []
+        specs = [edge]
+        for kind, op in zip(run.kinds, self.real, strict=True):
+            specs.append(kind.out(op, specs[-1]))
+        for i, name, _ in run.inputs:
+            spec = run.kinds[i].extra_spec(self.real[i], name, specs[i])
+            extra = (spec or Spec((1,), torch.int64, x.device)).empty(rows)
+            lead = extra.dim() == 2 and x.dim() != 2
+            found.append(extra.view(*x.shape[:-1], extra.shape[-1]) if lead else extra)
+        return found
+
+    def ensure(self, key: Key, extras: int) -> None:
+        """Plan for a key, unless that was done."""
+        with config.lock:
+            if key not in self.plans:
+                self.plans[key] = self._make(key, extras)
+
+    def _make(self, key: Key, extras: int) -> Plan:
+        run, options = self.table.run, self.table.options
+        device = torch.device(key[2], key[3])
+        gradients = {"x0"} if key[4] else set()
+        rest = iter(key[6:])
+        found: dict[tuple[int, str], Spec | None] = {}
+        for (i, name), home in zip(run.slots, self.slots, strict=True):
+            dtype = next(rest)
+            found[i, name] = None
+            if dtype is None:
+                continue
+            wanted, same = next(rest), next(rest)
+            weight = getattr(*home)
+            there = device if same else weight.device
+            found[i, name] = Spec(tuple(weight.shape), dtype, there)
+            if wanted:
+                gradients.add(f"{name}{i}")
+        specs = []
+        for i, name, _ in run.inputs[:extras]:
+            dtype, more, last, wanted, same = (next(rest) for _ in range(5))
+            shape = {0: (ROWS, last), -1: (ROWS,)}.get(more, (last,))
+            specs.append(Spec(shape, dtype, device if same else torch.device("meta")))
+            if wanted:
+                gradients.add(f"{name}{i}")
+        modes = {id(op): next(rest) for op in self.modes}
+        request = Request(
+            row(key[1], key[0], device),
+            tuple(specs),
+            found,
+            frozenset(gradients),
+            tuple(modes.get(id(op), False) for op in self.real),
+            key[5],
+            options.more,
+        )
+        return make_plan(run, request, options.order, options.planner, options.config)
+
+    def plan(self, training: bool, x: Tensor | None) -> Plan:
+        """The plan for an example input, by default one in the parameters' dtype and device."""
+        weights = self.weights()
+        if x is None:
+            x = self._example(weights)
+        x = x.detach().requires_grad_(training)
+        extras = self.example_extras(x)
+        for extra in extras:
+            extra.requires_grad_(training and extra.is_floating_point())
+        with torch.set_grad_enabled(training):
+            key = self.key(x, extras, weights)
+        self.ensure(key, len(extras))
+        return self.plans[key]
+
+    def _example(self, weights: Sequence[Tensor | None]) -> Tensor:
+        width = next((op.in_width for op in self.real if op.in_width), None)
+        if width is None:
+            raise PlanError(f"{self.table.run.labels[0]}: got no width to plan for, expected x")
+        there = [w for w in weights if w is not None]
+        like = next((w for w in there if w.dim() > 1), there[0] if there else torch.empty(0))
+        return torch.empty(2, width, dtype=like.dtype, device=like.device)
+
+    def __call__(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
+        weights = self.weights()
+        key = self.key(x, extras, weights)
+        if torch.compiler.is_compiling():
+            return self._compiled(key, x, extras, weights)
+        plan = self.plans.get(key)
+        if plan is None:
+            self.ensure(key, len(extras))
+            plan = self.plans[key]
+        if plan.specs.training:
+            return PlanFunction.apply(plan, self.ops, len(extras), x, *extras, *weights)  # type: ignore[no-untyped-call]
+        return run_inference(plan, self.ops, len(extras), (x, *extras, *weights))
+
+    def _compiled(
+        self, key: Key, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
+    ) -> Any:
+        _ensure(self, key, len(extras))
+        plan = self.plans[key]
+        return run_compiled(plan, plan.handle, len(extras), (x, *extras, *weights))
+
+
+@constant_under_compile
+def _ensure(stage: Stage, key: Key, extras: int) -> None:
+    stage.ensure(key, extras)
+    expose(stage.plans[key], stage.ops)

@@ -1,0 +1,55 @@
+"""What every test runs under: one thread, poisoned fresh memory, repeatable Hypothesis."""
+
+import os
+from collections.abc import Iterator
+
+# For cuBLAS to be deterministic; read when CUDA starts, so before torch is imported.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# A pool of compile processes in each of two test processes only slows both down.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Each pytest-xdist worker is a process of its own and imports this file.
+torch.set_num_threads(1)
+
+settings.register_profile("dev", derandomize=True, deadline=None)
+settings.register_profile("ci", settings.get_profile("dev"), max_examples=30)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is no CUDA device; pyproject.toml deselects them before."""
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill fresh memory (`torch.empty` and its like) with NaN, or the largest integer.
+
+    A kernel that leaves a part of its result unwritten then fails its test on every run.
+    PyTorch fills only while deterministic algorithms are on.
+    """
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test runs: on the CPU, and with `-m gpu` on a CUDA device."""
+    found: str = request.param
+    return found
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest --update-plans` writes the expected plans again instead of comparing with them."""
+    parser.addoption("--update-plans", action="store_true", help="rewrite tests/plans/*.txt")

@@ -1,0 +1,187 @@
+"""What every op means: fp64 and plain autograd, with nothing from the ops' own `fwd`.
+
+`run` interprets a Sequential. Only the dropout mask comes from the package: which elements are kept
+is not a formula. `tests/kernels` checks that mask.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opsgraph import Op, ops
+from opsgraph.kernels.reference.dropout import keep_mask
+
+Parameters = Mapping[str, Tensor]
+Formula = Callable[[Any, Tensor, Callable[[str], Tensor | None]], Tensor]
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    if approximate == "none":
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def halves(op: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and value: the first and second half, or blocks of `glu_interleave_size` in turn."""
+    block = op.glu_interleave_size or max(1, x.shape[-1] // 2)
+    first = torch.arange(x.shape[-1], device=x.device) // block % 2 == 0
+    return x[..., first], x[..., ~first]
+
+
+def gated(function: Callable[[Any, Tensor], Tensor]) -> Formula:
+    """`act(a) * b`"""
+
+    def formula(op: Any, x: Tensor, get: Any) -> Tensor:
+        a, b = halves(op, x)
+        return function(op, a) * b
+
+    return formula
+
+
+def clamped_swiglu(op: Any, x: Tensor, get: Any) -> Tensor:
+    limit, alpha, offset = op.params
+    a, b = halves(op, x)
+    a, b = a.clamp(max=limit), b.clamp(-limit, limit) + offset
+    return a * torch.sigmoid(alpha * a) * b
+
+
+def situglu(op: Any, x: Tensor, get: Any) -> Tensor:
+    beta1, beta2 = op.params
+    a, b = halves(op, x)
+    gate = beta1 * torch.tanh(a / beta1) * torch.sigmoid(a)
+    return gate * beta2 * torch.tanh(b / beta2)
+
+
+def affine(op: Any, x: Tensor, get: Any) -> Tensor:
+    """`x * gamma + beta`, each where there is one; `1 + gamma` if it is zero-centred."""
+    gamma, beta = get("weight"), get("bias")
+    if gamma is not None:
+        x = x * (1 + gamma if op.zero_centered_gamma else gamma)
+    return x if beta is None else x + beta
+
+
+def rmsnorm(op: Any, x: Tensor, get: Any) -> Tensor:
+    return affine(op, x * torch.rsqrt((x * x).mean(-1, keepdim=True) + op.eps), get)
+
+
+def layernorm(op: Any, x: Tensor, get: Any) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    variance = (centred * centred).mean(-1, keepdim=True)
+    return affine(op, centred * torch.rsqrt(variance + op.eps), get)
+
+
+def l2normalization(op: Any, x: Tensor, get: Any) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + op.eps)
+
+
+def linear(op: Any, x: Tensor, get: Any) -> Tensor:
+    y = torch.einsum("...i,oi->...o", x, get("weight"))
+    bias = get("bias")
+    return y if bias is None else y + bias
+
+
+def dropout(op: Any, x: Tensor, get: Any) -> Tensor:
+    """The seed is drawn as the op draws it: once for each call, in the order of the sequence."""
+    if not op.training or op.p == 0:
+        return x
+    seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
+    rows = x.numel() // max(1, x.shape[-1])
+    keep = keep_mask(seed, rows, x.shape[-1], op.p).view(x.shape)
+    return torch.where(keep, x / (1 - op.p), 0) if op.p < 1 else torch.zeros_like(x) * x
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def qgelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+FORMULAS: dict[type[nn.Module], Formula] = {
+    ops.GELU: lambda op, x, get: gelu(x, op.approximate),
+    ops.QGELU: lambda op, x, get: qgelu(x),
+    ops.ReLU: lambda op, x, get: x.clamp(min=0) * (x > 0),
+    ops.SReLU: lambda op, x, get: x.clamp(min=0) ** 2,
+    ops.SiLU: lambda op, x, get: silu(x),
+    ops.GEGLU: gated(lambda op, a: gelu(a, op.approximate)),
+    ops.QGEGLU: gated(lambda op, a: qgelu(a)),
+    ops.ReGLU: gated(lambda op, a: a.clamp(min=0) * (a > 0)),
+    ops.SReGLU: gated(lambda op, a: a.clamp(min=0) ** 2),
+    ops.SwiGLU: gated(lambda op, a: silu(a)),
+    ops.GLU: gated(lambda op, a: torch.sigmoid(a)),
+    ops.ClampedSwiGLU: clamped_swiglu,
+    ops.SiTUGLU: situglu,
+    ops.RMSNorm: rmsnorm,
+    ops.LayerNorm: layernorm,
+    ops.L2Normalization: l2normalization,
+    ops.BasicLinear: linear,
+    ops.Linear: linear,
+    ops.Bias: lambda op, x, get: x + get("bias"),
+    ops.ConstantScale: lambda op, x, get: op.scale * x,
+    ops.Identity: lambda op, x, get: x,
+    ops.Dropout: dropout,
+}
+"""The rest, Tee, Add and their like, Residual, and Reshape (a plain module), are `run`'s."""
+
+
+def _steps(modules: Mapping[str, nn.Module], prefix: str) -> Iterator[tuple[str, Any]]:
+    """`(prefix of its parameters, module)` of each step; a Residual is `"push"`, ..., `"pop"`."""
+    for name, module in modules.items():
+        if isinstance(module, ops.Residual):
+            yield "", "push"
+            yield from _steps(module.ops._modules, f"{prefix}{name}.ops.")  # type: ignore[arg-type]
+            yield "", "pop"
+        else:
+            yield f"{prefix}{name}.", module
+
+
+def _channel(step: Any) -> str | None:
+    named: str | None = next(iter(step.channels.values()), None)
+    return named
+
+
+def run(
+    module: nn.Sequential,
+    x: Tensor,
+    parameters: Parameters,
+    extra: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns y and the extra outputs.
+
+    parameters: by their names in the module's state dict. extra: called with the value at an Add
+    that no Tee serves, it returns the extra input.
+    """
+    steps = list(_steps(module._modules, ""))  # type: ignore[arg-type]
+    reads = [(i, _channel(step)) for i, (_, step) in enumerate(steps) if isinstance(step, ops.Add)]
+    channels: dict[str | None, Tensor] = {}
+    stack: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for i, (prefix, step) in enumerate(steps):
+        if step == "push":
+            stack.append(x)
+        elif step == "pop":
+            x = stack.pop() + x
+        elif isinstance(step, ops.Tee):
+            name = _channel(step)
+            if name is not None:
+                channels[name] = x
+            read = name is not None and any(j > i and name == other for j, other in reads)
+            if step.to_caller or not read:
+                outputs.append(x)
+        elif isinstance(step, ops.Add):
+            name = _channel(step)
+            if name in channels:
+                x = x + channels[name]
+            else:
+                assert extra is not None, "an Add without a Tee"
+                x = x + extra(x)
+        elif isinstance(step, Op):
+            x = FORMULAS[type(step)](step, x, lambda name, p=prefix: parameters.get(p + name))  # type: ignore[misc]
+        else:
+            own = {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}
+            x = torch.func.functional_call(step, own, (x,))
+    return x, outputs

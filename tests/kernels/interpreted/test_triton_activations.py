@@ -1,0 +1,160 @@
+"""The Triton activations against fp64 formulas and their autograd gradients, on the CPU."""
+
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+from kernel_checks import DTYPES, INTERPRETING, close, laid_out, normal, twice
+from torch import Tensor
+from torch.nn import functional as F
+
+from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
+
+FUNCTIONS = {
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_erf": F.gelu,
+    "qgelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": torch.relu,
+    "srelu": lambda x: torch.relu(x).square(),
+    "silu": lambda x: x * torch.sigmoid(x),
+}
+GATES = {
+    "geglu": "gelu",
+    "geglu_erf": "gelu_erf",
+    "qgeglu": "qgelu",
+    "reglu": "relu",
+    "sreglu": "srelu",
+    "swiglu": "silu",
+}
+GATED = {kind for kind, row in KINDS.items() if row.GATED}
+
+
+def activation64(x: Tensor, kind: str, params: tuple[float, ...]) -> Tensor:
+    if kind in FUNCTIONS:
+        return FUNCTIONS[kind](x)
+    a, b = x.chunk(2, 1)
+    if kind in GATES:
+        return FUNCTIONS[GATES[kind]](a) * b
+    if kind == "glu":
+        return torch.sigmoid(a) * b
+    assert kind == "clamped_swiglu"
+    limit, alpha, offset = params or (7.0, 1.702, 1.0)
+    a, b = a.clamp(max=limit), b.clamp(-limit, limit) + offset
+    return a * torch.sigmoid(alpha * a) * b
+
+
+class Case(NamedTuple):
+    kind: str
+    rows: int
+    width: int  # on each side of the gate
+    dtype: torch.dtype
+    params: tuple[float, ...] = ()
+    bias: bool = False
+    x_layout: str = "contiguous"
+    dy_layout: str = "contiguous"
+
+
+def covering_cases() -> list[Case]:
+    """Every kind with every dtype; shapes, layouts and the bias take turns at coprime periods."""
+    shapes = [(1, 1), (4, 3), (33, 17), (5, 100), (2, 431), (3, 1000), (9, 64)]
+    if not INTERPRETING:
+        shapes += [(1025, 431), (3000, 1024), (130, 14336), (40, 65536), (7, 100003)]
+    x_layouts = ["contiguous", "strided", "offset", "transposed", "expanded"]
+    dy_layouts = ["scalar", "contiguous", "strided", "expanded", "offset", "transposed"]
+    cases = []
+    for n, (kind, dtype) in enumerate(product(sorted(KINDS), DTYPES)):
+        for i in (n, n + 5) if INTERPRETING else range(n, n + len(shapes), 2):
+            shape = shapes[i % len(shapes)]
+            layouts = x_layouts[i % 5], dy_layouts[i % 6]
+            cases.append(Case(kind, *shape, dtype, (), i % 2 == 0, *layouts))
+    cases += [
+        Case("clamped_swiglu", 5, 100, torch.float32, (0.5, 2.0, 0.25)),
+        Case("clamped_swiglu", 5, 17, torch.bfloat16, (1.0, 1.0, 0.0), bias=True),
+    ]
+    return cases
+
+
+def name(case: Case) -> str:
+    return "-".join(str(part).removeprefix("torch.") for part in case)
+
+
+@pytest.mark.parametrize("case", covering_cases(), ids=name)
+def test_forward_and_backward(case: Case, device: str) -> None:
+    total = case.width * 2 if case.kind in GATED else case.width
+    x = normal(case.rows, total, dtype=case.dtype, device=device) * 3
+    limit = case.params[0] if case.params else 7.0
+    edges = torch.tensor([0.0, limit, -limit, 20.0], dtype=case.dtype)
+    x.view(-1)[: min(4, x.numel())] = edges[: min(4, x.numel())].to(device)
+    x = laid_out(x, case.x_layout)
+    bias = normal(total, dtype=case.dtype, device=device, seed=1) if case.bias else None
+    y = twice(activation_forward, x, case.kind, case.params, bias=bias)
+    pre = x if bias is None else (x.float() + bias.float()).to(case.dtype)
+    pre64 = pre.cpu().double().requires_grad_()
+    y64 = activation64(pre64, case.kind, case.params)
+    close(y, y64.detach())
+
+    dy = normal(case.rows, case.width, dtype=case.dtype, device=device, seed=2)
+    dy = laid_out(dy, case.dy_layout)
+    args, want = (dy, pre, case.kind, case.params), ("x", "y", "bias")
+    dx, again, dbias = twice(activation_backward, *args, want=want)
+    (dx64,) = torch.autograd.grad(y64, pre64, dy.cpu().double())
+    # A slope is a difference of terms as large as the value, times dy.
+    terms = dy.cpu().double() * y64.detach().abs()
+    close(dx, dx64, terms)
+    close(dbias, dx64.sum(0), dx64.abs().sum(0) + terms.abs().amax())
+    assert torch.equal(again, y), "the backward's activation is not the forward's, bit for bit"
+
+
+SUBSETS = [(), ("x",), ("y",), ("bias",), ("x", "y"), ("y", "bias"), ("x", "bias")]
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+@pytest.mark.parametrize("want", SUBSETS, ids="+".join)
+def test_backward_computes_what_is_wanted(want: tuple[str, ...], kind: str, device: str) -> None:
+    x = normal(70, 34, dtype=torch.float16, device=device)
+    dy = normal(70, 17 if kind in GATED else 34, dtype=torch.float16, device=device, seed=1)
+    got = activation_backward(dy, x, kind, want=want, bias_dtype=torch.float32)
+    x64 = x.cpu().double().requires_grad_()
+    y64 = activation64(x64, kind, ())
+    (dx64,) = torch.autograd.grad(y64, x64, dy.cpu().double())
+    for key, value, value64 in zip(
+        ("x", "y", "bias"), got, (dx64, y64.detach(), dx64.sum(0)), strict=True
+    ):
+        assert (value is None) == (key not in want)
+        if value is not None:
+            assert value.dtype == (torch.float32 if key == "bias" else x.dtype)
+            close(value, value64, dx64.abs().sum(0) if key == "bias" else 0.0)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
+def test_empty(kind: str, shape: tuple[int, int], device: str) -> None:
+    x = torch.empty(*shape, device=device)
+    y = activation_forward(x, kind)
+    assert y.shape == (shape[0], shape[1] // 2 if kind in GATED else shape[1])
+    dx, again, dbias = activation_backward(y, x, kind, want=("x", "y", "bias"))
+    assert (dx.shape, again.shape) == (x.shape, y.shape)
+    assert torch.equal(dbias, torch.zeros(shape[1], device=device))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_nan_stays(kind: str, device: str) -> None:
+    """A clamp or a relu that swallows NaN would hide a diverged run."""
+    x = torch.ones(1, 6, device=device)
+    x[0, 1] = x[0, 5] = float("nan")
+    y = activation_forward(x, kind)
+    expected = activation64(x.cpu().double(), kind, ())
+    assert torch.equal(y.cpu().isnan(), expected.isnan())
+
+
+def test_errors(device: str) -> None:
+    x = torch.ones(2, 7, device=device)
+    with pytest.raises(ValueError, match=r"unknown activation 'tanh'; known: gelu, "):
+        activation_forward(x, "tanh")
+    with pytest.raises(ValueError, match=r"swiglu halves its input's width, which is odd: 7"):
+        activation_forward(x, "swiglu")
+    with pytest.raises(ValueError, match=r"expected \(limit, alpha, offset\)"):
+        activation_forward(x, "clamped_swiglu", (1.0,))
+    with pytest.raises(ValueError, match=r"'gelu' got params \(1.0,\), expected none"):
+        activation_forward(x, "gelu", (1.0,))

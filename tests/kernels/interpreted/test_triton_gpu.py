@@ -1,0 +1,103 @@
+"""What only a GPU can show: offsets past 2^31, and tensors that are not on the current device."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_checks import close, normal
+from test_triton_activations import activation64
+from test_triton_norms import EPS, norm64
+from torch import Tensor
+
+from opsgraph.kernels.reference.dropout import keep_mask
+from opsgraph.kernels.triton.activations import activation_backward, activation_forward
+from opsgraph.kernels.triton.dropout import dropout
+from opsgraph.kernels.triton.norms import (
+    layernorm_backward,
+    layernorm_forward,
+    rmsnorm_backward,
+    rmsnorm_forward,
+)
+
+pytestmark = pytest.mark.gpu
+HALF = torch.bfloat16
+
+
+@pytest.fixture
+def unpoisoned() -> None:
+    """Filling gigabytes of fresh memory takes longer than these tests."""
+    torch.use_deterministic_algorithms(False)
+
+
+def rows_past_2_31(width: int) -> Tensor:
+    """Zeros, but for the last three rows, whose elements all lie past 2^31."""
+    x = torch.zeros(2**31 // width + 4, width, dtype=HALF, device="cuda")
+    x[-3:] = normal(3, width, dtype=HALF, device="cuda")
+    return x
+
+
+def stride_past_2_31(width: int) -> Tensor:
+    """Two rows 2^31 elements apart."""
+    buffer = torch.empty(2**31 + 8 + width, dtype=HALF, device="cuda")
+    x = buffer.as_strided((2, width), (2**31 + 8, 1))
+    x.copy_(normal(2, width, dtype=HALF, device="cuda"))
+    return x
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize(
+    ("make", "width"),
+    [(rows_past_2_31, 4096), (rows_past_2_31, 40960), (stride_past_2_31, 1000)],
+)
+def test_norm_offsets(make: Callable[[int], Tensor], width: int) -> None:
+    x = make(width)
+    y, rstd, _ = rmsnorm_forward(x, None, EPS)
+    x64 = x[-2:].cpu().double().requires_grad_()
+    y64 = norm64(x64, None, None, False, False)
+    close(y[-2:], y64.detach())
+    del y
+    dx, _ = rmsnorm_backward(x, x, rstd, None, want=("x",))
+    (dx64,) = torch.autograd.grad(y64, x64, x64.detach())
+    close(dx[-2:], dx64, x64.detach())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize(("make", "width"), [(rows_past_2_31, 8192), (stride_past_2_31, 1000)])
+def test_activation_and_dropout_offsets(make: Callable[[int], Tensor], width: int) -> None:
+    x = make(width)
+    y = activation_forward(x, "swiglu")
+    x64 = x[-2:].cpu().double().requires_grad_()
+    y64 = activation64(x64, "swiglu", ())
+    close(y[-2:], y64.detach())
+    dx, _, _ = activation_backward(y, x, "swiglu")
+    (dx64,) = torch.autograd.grad(y64, x64, y[-2:].cpu().double())
+    close(dx[-2:], dx64)
+    del dx, y
+    seed = torch.tensor(9, device="cuda")
+    ones = torch.ones((), dtype=HALF, device="cuda").expand_as(x) if x.is_contiguous() else x
+    dropped = dropout(ones.contiguous() if x.is_contiguous() else x, seed, 0.5)
+    if not x.is_contiguous():
+        keep = keep_mask(seed, *x.shape, 0.5)
+        assert torch.equal(dropped, torch.where(keep, x * 2, 0.0))
+        return
+    share = dropped[-1000:].double().mean().item() / 2
+    assert abs(share - 0.5) < 4 * 0.5 / (1000 * width) ** 0.5
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one() -> None:
+    results = []
+    for index in (0, 1):
+        x = normal(300, 1000, dtype=HALF, device=f"cuda:{index}")
+        weight, seed = x[0].clone(), torch.tensor(1, device=x.device)
+        y, mean, rstd, _ = layernorm_forward(x, weight, weight, EPS)
+        gradients = layernorm_backward(x, x, mean, rstd, weight)
+        z = activation_forward(x, "swiglu")
+        activation = activation_backward(z, x, "swiglu", want=("x", "y", "bias"))
+        outputs = (y, *gradients, z, *activation, dropout(x, seed, 0.5))
+        assert all(t.device == x.device for t in outputs)
+        results.append([t.cpu() for t in outputs])
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,0 +1,242 @@
+"""The Triton norms against fp64 formulas and their autograd gradients, on the CPU."""
+
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+from kernel_checks import DTYPES, INTERPRETING, close, laid_out, normal, twice
+from torch import Tensor
+
+from opsgraph.kernels.triton.norms import (
+    layernorm_backward,
+    layernorm_forward,
+    rmsnorm_backward,
+    rmsnorm_forward,
+)
+
+EPS = 1e-5
+
+
+def norm64(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, zero_centered: bool, center: bool
+) -> Tensor:
+    if center:
+        x = x - x.mean(1, keepdim=True)
+    y = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS)
+    if weight is not None:
+        y = y * (1 + weight if zero_centered else weight)
+    return y if bias is None else y + bias
+
+
+class Case(NamedTuple):
+    rows: int
+    width: int
+    dtype: torch.dtype
+    center: bool
+    affine: str = "both"  # which of weight and bias there are
+    zero_centered: bool = False
+    residual: bool = False
+    x_layout: str = "contiguous"
+    dy_layout: str = "contiguous"
+    weight_dtype: torch.dtype | None = None
+
+
+def covering_cases() -> list[Case]:
+    """Every width with every dtype and norm; the other choices take turns at coprime periods."""
+    shapes = [(1, 1), (4, 3), (33, 17), (5, 100), (2, 431), (7, 1000)]
+    if not INTERPRETING:
+        shapes += [(1025, 431), (3000, 1024), (700, 4096), (300, 5120), (300, 8192)]
+        shapes += [(150, 12288), (150, 16384), (40, 16385), (40, 32768), (40, 65536), (20, 100003)]
+    x_layouts = ["contiguous", "strided", "offset", "transposed", "expanded"]
+    dy_layouts = ["contiguous", "scalar", "strided", "expanded", "offset", "transposed", "strided"]
+    affine = ["both", "weight", "both", "none", "bias"]
+    cases = []
+    for n, (shape, dtype, center) in enumerate(product(shapes, DTYPES, (False, True))):
+        for i in (n, n + 17):
+            choices = affine[i % 5], i % 3 == 1, i % 4 > 1
+            layouts = x_layouts[i // 2 % 5], dy_layouts[i % 7]
+            weight_dtype = torch.float32 if i % 3 else None
+            cases.append(Case(*shape, dtype, center, *choices, *layouts, weight_dtype))
+    # Wider than the kernels hold in registers: 32768 columns in the forward, as many bytes in the
+    # backward.
+    cases += [
+        Case(2, 33000, torch.bfloat16, True, residual=True, zero_centered=True),
+        Case(2, 32776, torch.float16, False, "weight", x_layout="offset"),
+        Case(3, 8200, torch.float32, True, dy_layout="scalar", x_layout="strided"),
+        Case(1, 8193, torch.float32, False, "none", residual=True),
+    ]
+    return cases
+
+
+def name(case: Case) -> str:
+    return "-".join(str(part).removeprefix("torch.") for part in case)
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    other: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    dy: Tensor
+    dother: Tensor | None
+
+
+def make(case: Case, device: str) -> Inputs:
+    def rows_of(seed: int, layout: str) -> Tensor:
+        plain = normal(case.rows, case.width, dtype=case.dtype, device=device, seed=seed)
+        return laid_out(plain, layout)
+
+    def columns(seed: int, which: str) -> Tensor | None:
+        if case.affine not in ("both", which) or (which == "bias" and not case.center):
+            return None
+        dtype = case.weight_dtype or case.dtype
+        return normal(case.width, dtype=dtype, device=device, seed=seed)
+
+    return Inputs(
+        rows_of(1, case.x_layout),
+        rows_of(2, case.dy_layout) if case.residual else None,
+        columns(3, "weight"),
+        columns(4, "bias"),
+        rows_of(5, case.dy_layout),
+        rows_of(6, case.x_layout) if case.residual else None,
+    )
+
+
+def forward(case: Case, given: Inputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """y, mean, rstd, total"""
+    x, other, weight, bias, _, _ = given
+    if case.center:
+        args = x, weight, bias, EPS, case.zero_centered
+        return twice(layernorm_forward, *args, other=other)
+    y, rstd, total = twice(rmsnorm_forward, x, weight, EPS, case.zero_centered, other=other)
+    return y, None, rstd, total
+
+
+def double(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().cpu().double().requires_grad_()
+
+
+@pytest.mark.parametrize("case", covering_cases(), ids=name)
+def test_forward_and_backward(case: Case, device: str) -> None:
+    given = make(case, device)
+    y, mean, rstd, total = forward(case, given)
+    read = given.x
+    if given.other is not None:
+        read = (given.x.float() + given.other.float()).to(case.dtype)
+        assert torch.equal(total, read)
+    x64, weight64, bias64 = double(read), double(given.weight), double(given.bias)
+    y64 = norm64(x64, weight64, bias64, case.zero_centered, case.center)
+    close(y, y64.detach())
+    if case.center:
+        close(mean, x64.detach().mean(1, keepdim=True))
+    variance = x64.detach().var(1, keepdim=True, correction=0)
+    square = variance if case.center else x64.detach().square().mean(1, keepdim=True)
+    close(rstd, torch.rsqrt(square + EPS))
+
+    dy64 = given.dy.cpu().double()
+    if case.center:
+        args = given.dy, read, mean, rstd, given.weight, case.zero_centered
+        dx, dweight, dbias = twice(layernorm_backward, *args, dother=given.dother)
+    else:
+        args = given.dy, read, rstd, given.weight, case.zero_centered
+        dx, dweight = twice(rmsnorm_backward, *args, dother=given.dother)
+    (dx64,) = torch.autograd.grad(y64, x64, dy64, retain_graph=True)
+    m64 = dy64 if weight64 is None else dy64 * (weight64.detach() + case.zero_centered)
+    terms = m64 * rstd.cpu()
+    close(dx, dx64 if given.dother is None else dx64 + given.dother.cpu().double(), terms)
+    assert (dweight is None) == (given.weight is None)
+    if weight64 is not None:
+        (dweight64,) = torch.autograd.grad(y64, weight64, dy64, retain_graph=True)
+        normed = norm64(x64.detach(), None, None, False, case.center)
+        close(dweight, dweight64, (dy64 * normed).abs().sum(0))
+        assert dweight.dtype == given.weight.dtype
+    if case.center:
+        close(dbias, dy64.sum(0), dy64.abs().sum(0))
+
+
+SUBSETS = [(), ("x",), ("weight",), ("bias",), ("weight", "bias"), ("x", "bias"), ("x", "weight")]
+
+
+@pytest.mark.parametrize("width", [17, 8200])
+@pytest.mark.parametrize("want", SUBSETS, ids="+".join)
+def test_backward_computes_what_is_wanted(want: tuple[str, ...], width: int, device: str) -> None:
+    case = Case(3, width, torch.float32, True, weight_dtype=torch.float16)
+    given = make(case, device)
+    _, mean, rstd, _ = forward(case, given)
+    x64, weight64, bias64 = double(given.x), double(given.weight), double(given.bias)
+    y64 = norm64(x64, weight64, bias64, False, True)
+    wanted64 = torch.autograd.grad(y64, (x64, weight64, bias64), given.dy.cpu().double())
+    got = layernorm_backward(
+        given.dy, given.x, mean, rstd, given.weight, want=want, bias_dtype=torch.bfloat16
+    )
+    dtypes = torch.float32, torch.float16, torch.bfloat16
+    for key, value, value64, dtype in zip(
+        ("x", "weight", "bias"), got, wanted64, dtypes, strict=True
+    ):
+        assert (value is None) == (key not in want)
+        if value is not None:
+            assert value.dtype == dtype
+            close(value, value64, 20.0)  # sums of three rows of normal values
+    if "bias" not in want:
+        given_rstd = rstd if want else rstd.clone()
+        dx, dweight = rmsnorm_backward(given.dy, given.x, given_rstd, given.weight, want=want)
+        assert (dx is None, dweight is None) == ("x" not in want, "weight" not in want)
+
+
+@pytest.mark.parametrize("want", [(), ("mean",), ("rstd",), ("mean", "rstd")], ids="+".join)
+def test_forward_saves_what_is_wanted(want: tuple[str, ...], device: str) -> None:
+    x = normal(3, 17, dtype=torch.float32, device=device)
+    y, mean, rstd, total = layernorm_forward(x, None, None, EPS, want=want)
+    full = layernorm_forward(x, None, None, EPS)
+    assert total is None
+    torch.testing.assert_close(y, full[0])
+    for key, value, expected in (("mean", mean, full[1]), ("rstd", rstd, full[2])):
+        assert (value is None) == (key not in want)
+        assert value is None or torch.equal(value, expected)
+    _, rms, _ = rmsnorm_forward(x, None, EPS, want=want)
+    assert (rms is None) == ("rstd" not in want)
+
+
+@pytest.mark.parametrize("width", [1000, 1023, 431, 32801])
+def test_large_mean_and_small_deviation(width: int, device: str) -> None:
+    """One-pass variance loses every digit here, as does counting columns past the end."""
+    x = normal(3, width, dtype=torch.float32, device=device) + 1000
+    y, mean, rstd, _ = twice(layernorm_forward, x, None, None, EPS)
+    x64 = double(x)
+    y64 = norm64(x64, None, None, False, True)
+    # The mean of fp32 values is itself rounded to fp32: half a unit in the last place of 1000.
+    close(y, y64.detach(), 1000.0)
+    close(mean, x64.detach().mean(1, keepdim=True), 1000.0)
+    close(rstd, torch.rsqrt(x64.detach().var(1, keepdim=True, correction=0) + EPS))
+    dy = normal(3, width, dtype=torch.float32, device=device, seed=1)
+    dx, _, _ = layernorm_backward(dy, x, mean, rstd, None, want=("x",))
+    # The saved mean's rounding error shifts xc, which dx multiplies by mean(dy * xc).
+    (dx64,) = torch.autograd.grad(y64, x64, dy.cpu().double())
+    close(dx, dx64, 1000.0)
+
+
+@pytest.mark.parametrize("shape", [(0, 17), (3, 0), (0, 0), (0, 40000)])
+def test_empty(shape: tuple[int, int], device: str) -> None:
+    x, weight = torch.empty(*shape, device=device), torch.ones(shape[1], device=device)
+    y, mean, rstd, total = layernorm_forward(x, weight, weight, EPS, other=x)
+    assert y.shape == total.shape == shape
+    assert mean.shape == rstd.shape == (shape[0], 1)
+    dx, dweight, dbias = layernorm_backward(x, x, mean, rstd, weight, dother=x)
+    assert dx.shape == shape
+    assert torch.equal(dweight, torch.zeros_like(weight))
+    assert torch.equal(dbias, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("width", [100, 32776])
+def test_weights_with_a_stride(width: int, device: str) -> None:
+    """Views such as `weight[::2]` and an expanded scalar are read by their strides."""
+    x = normal(2, width, dtype=torch.float32, device=device)
+    weight = normal(2 * width, dtype=torch.float32, device=device, seed=1)[::2]
+    bias = torch.full((1,), 2.0, device=device).expand(width)
+    y, mean, rstd, _ = twice(layernorm_forward, x, weight, bias, EPS)
+    plain = weight.contiguous(), bias.contiguous()
+    assert torch.equal(y, layernorm_forward(x, *plain, EPS)[0])
+    dx, _, _ = layernorm_backward(x, x, mean, rstd, weight, want=("x",))
+    expected = layernorm_backward(x, x, mean, rstd, plain[0], want=("x",))[0]
+    assert torch.equal(dx, expected)

@@ -1,0 +1,86 @@
+"""`python -m opsgraph`: doctor, ops, fusers."""
+
+import subprocess
+import sys
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import opsgraph.ops
+from opsgraph.backend import backends
+from opsgraph.cli import main
+from opsgraph.fuser import Fuser, register, registered
+from opsgraph.ops import GELU, BasicLinear, Bias
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """The lines that a command prints, each with its runs of spaces made one."""
+    assert main(arguments) == 0
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_doctor_prints_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "doctor")
+    assert f"torch {torch.__version__}" in lines
+    for name in ("python", "opsgraph", "triton", "networkx", "cpu"):
+        assert any(line.startswith(f"{name} ") for line in lines), name
+    assert any(line.startswith("cuda") for line in lines)
+
+
+def test_doctor_says_of_each_backend_that_it_is_there_or_why_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = printed(capsys, "doctor")
+    for backend in backends().values():
+        why_not = backend.why_not()
+        state = "there" if why_not is None else f"absent: {why_not}"
+        assert f"{backend.name} {backend.about} {state}" in lines
+
+
+def test_ops_lists_every_op_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "ops")
+    assert [line.split()[0] for line in lines] == list(opsgraph.ops.__all__)
+    assert all(len(line.split()) > 1 for line in lines), "an op without a docstring"
+
+
+def test_fusers_lists_every_fuser(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "fusers")
+    assert len(lines) == len(registered()) > 0
+    for fuser in registered():
+        assert any(line.startswith(f"{fuser.backend} {fuser.name} ") for line in lines)
+
+
+def test_fusers_shows_passes_and_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    class Probe(Fuser):
+        backend = "reference"
+        pattern: ClassVar[dict[str, Any]] = dict(fc=BasicLinear, bias=Bias | None, act=GELU)
+
+        def fwd(self, fc: BasicLinear, x: torch.Tensor) -> None: ...
+
+    with register(Probe):
+        lines = printed(capsys, "fusers")
+    assert "reference Probe forward fc=BasicLinear, bias=Bias | None, act=GELU" in lines
+    assert lines != printed(capsys, "fusers")
+
+
+@pytest.mark.parametrize("arguments", [[], ["cure"]])
+def test_an_unknown_command_is_an_error_that_lists_the_commands(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: opsgraph" in capsys.readouterr().err
+
+
+def test_python_m_opsgraph_doctor_does_not_import_triton() -> None:
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "opsgraph", "doctor"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith("versions\n")
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert "torch" in imported
+    assert "triton" not in imported
