@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .check import Checker, compare
 from .op import FORWARD, differentiable
 from .planner import Call, Claim, Cover, Space
 
@@ -35,7 +36,7 @@ class Function:
 
 def base_namespace() -> dict[str, Any]:
     """What generated code may name besides its fusers."""
-    return {"torch": torch, "inf": inf, "nan": nan}
+    return {"torch": torch, "inf": inf, "nan": nan, "check": compare}
 
 
 class Writer:
@@ -106,6 +107,10 @@ def _note(claim: Claim) -> str:
     return f"{covered(claim)} {claim.fuser.backend}"
 
 
+def _label(claim: Claim) -> str:
+    return f"{claim.direction} {covered(claim)} {claim.fuser.name} ({claim.fuser.backend})"
+
+
 def emit_forward(writer: Writer, claim: Claim, call: Call, used: set[str], note: str = "") -> None:
     """Run a forward claim; of what it can hand out only `used` is bound."""
     program = writer.program
@@ -126,7 +131,7 @@ def emit_forward(writer: Writer, claim: Claim, call: Call, used: set[str], note:
     writer.add(f"{y}, {right} = {text}", reads, [y, *names], text_note)
 
 
-def write_forward(space: Space, cover: Cover, saved: Sequence[str]) -> Function:
+def write_forward(space: Space, cover: Cover, saved: Sequence[str], check: bool) -> Function:
     """`forward(ops, x0, extras, weights)` returns `(outputs, saved)`, both tuples."""
     writer, program = Writer(space, cover), space.program
     parameters = ["ops", "x0", *program.inputs, *program.weight_names.values()]
@@ -134,6 +139,8 @@ def write_forward(space: Space, cover: Cover, saved: Sequence[str]) -> Function:
     used = set(saved)
     for claim in cover.forward:
         emit_forward(writer, claim, claim.calls[0], used)
+        if check and not claim.is_reference:
+            Checker(writer, claim, _label(claim)).forward(used & claim.gives)
     outputs: list[str] = []
     for name in (program.x(program.count), *(program.x(i) for i in program.run.outputs)):
         alias = name in outputs or name == "x0" or name in program.inputs
@@ -172,7 +179,8 @@ def _cast(writer: Writer, direction: str, names: Sequence[str]) -> dict[str, str
 
 
 class _Backward:
-    def __init__(self, space: Space, cover: Cover, saved: Sequence[str]) -> None:
+    def __init__(self, space: Space, cover: Cover, saved: Sequence[str], check: bool) -> None:
+        self.check = check
         self.writer, self.program, self.space = Writer(space, cover), space.program, space
         self.cover, self.saved = cover, saved
         self.have = {f"d{i}" for i in self.program.run.outputs if i in self.program.tapped}
@@ -215,6 +223,10 @@ class _Backward:
         for need in claim.needs:
             self.remake(need)
         program, writer = self.program, self.writer
+        checked = self.check and not claim.is_reference
+        if checked:
+            writer.add("ref_dx = dx", ["dx"], ["ref_dx"], "check")
+        results: dict[str, str] = {}
         for call in claim.calls:
             names = [n or "_" for n in call.results]
             channels = {n for n in names if n in {f"d{i}" for i in program.tapped}}
@@ -236,11 +248,15 @@ class _Backward:
                 if (dx, right) == ("_", "_"):
                     continue
                 writer.add(f"{dx}, {right} = {text}", reads, [dx, *bound], note)
+            results |= {"dx": dx} | dict(zip(names, bound, strict=True))
             for name, value in zip(names, bound, strict=True):
                 if name != value:
                     self.arrive(name, value)
                 elif name in channels:
                     self.have.add(name)
+        if checked:
+            found = {name: value for name, value in results.items() if "_" not in (name, value)}
+            Checker(writer, claim, _label(claim)).backward(found)
 
     def finish(self) -> Function:
         program = self.program
@@ -291,6 +307,6 @@ def gradient_labels(claim: Claim, program: Any) -> list[str]:
     return labels
 
 
-def write_backward(space: Space, cover: Cover, saved: Sequence[str]) -> Function:
+def write_backward(space: Space, cover: Cover, saved: Sequence[str], check: bool) -> Function:
     """`backward(ops, dx, d of extra outputs, saved)` returns a gradient for each input, or None."""
-    return _Backward(space, cover, saved).finish()
+    return _Backward(space, cover, saved, check).finish()

@@ -159,8 +159,8 @@ def make_plan(
     space = Space(program, order, config.fuel)
     cover = PLANNERS[planner](space)
     saved = _saved_names(space, cover)
-    forward = write_forward(space, cover, saved)
-    backward = write_backward(space, cover, saved)
+    forward = write_forward(space, cover, saved, config.check)
+    backward = write_backward(space, cover, saved, config.check)
     kept = [name for name in saved if name in cover.keeper.kept]
     plan = Plan(
         tuple(_step(claim, cover, space) for claim in cover.forward),

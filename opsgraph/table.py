@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import config
 from .backend import backends as known_backends
 from .errors import PlanError
+from .errors import OpError
 from .execute import PlanFunction, constant_under_compile, expose, run_compiled, run_inference
 from .fuser import registered
 from .op import Op, weights
@@ -224,7 +225,19 @@ class Stage:
         like = next((w for w in there if w.dim() > 1), there[0] if there else torch.empty(0))
         return torch.empty(2, width, dtype=like.dtype, device=like.device)
 
+    def _check_rows(self, x: Tensor, extras: Sequence[Tensor]) -> None:
+        """Raises OpError for an extra input whose rows are not those of x."""
+        for (i, name, _), extra in zip(self.inputs, extras, strict=True):
+            if extra.dim() == x.dim() and extra.shape[:-1] != x.shape[:-1]:
+                raise OpError(
+                    self.table.run.labels[i],
+                    f"{name} of shape {tuple(extra.shape)}",
+                    str((*x.shape[:-1], extra.shape[-1])),
+                )
+
     def __call__(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
+        if extras:
+            self._check_rows(x, extras)
         weights = self.weights()
         key = self.key(x, extras, weights)
         if torch.compiler.is_compiling():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from compare import LAYOUTS, Case, check
-from torch import Tensor, nn
+from torch import nn
 
 import opsgraph as og
 from opsgraph.ops import (
@@ -81,10 +81,10 @@ TABLE = {
     "RMSNorm": Entry(lambda: [RMSNorm(eps=1e-3)]),
     "RMSNorm zero-centred": Entry(lambda: [RMSNorm(zero_centered_gamma=True)]),
     "RMSNorm plain": Entry(lambda: [RMSNorm(elementwise_affine=False)]),
-    "LayerNorm": Entry(lambda: [LayerNorm(eps=1e-3)]),
-    "LayerNorm zero-centred": Entry(lambda: [LayerNorm(zero_centered_gamma=True)]),
-    "LayerNorm without bias": Entry(lambda: [LayerNorm(bias=False)]),
-    "LayerNorm plain": Entry(lambda: [LayerNorm(elementwise_affine=False)]),
+    "LayerNorm": Entry(lambda: [LayerNorm(eps=1e-2)]),
+    "LayerNorm zero-centred": Entry(lambda: [LayerNorm(eps=1e-2, zero_centered_gamma=True)]),
+    "LayerNorm without bias": Entry(lambda: [LayerNorm(eps=1e-2, bias=False)]),
+    "LayerNorm plain": Entry(lambda: [LayerNorm(eps=1e-2, elementwise_affine=False)]),
     "L2Normalization": Entry(lambda: [L2Normalization(1e-3)]),
     "ConstantScale": Entry(lambda: [ConstantScale(-0.7)]),
     "ConstantScale by 1": Entry(lambda: [ConstantScale(1)]),
@@ -267,11 +267,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "rows of an extra input": (
         lambda: og.Sequential(ReLU(), Add())(torch.ones(2, 4), torch.ones(1, 4)),
-        "1:Add: got .*1.*, expected .*2",
+        r"1:Add: got other of shape \(1, 4\), expected \(2, 4\)",
     ),
     "leading sizes of an extra input": (
         lambda: og.Sequential(ReLU(), Add())(torch.ones(2, 3, 4), torch.ones(3, 2, 4)),
-        "1:Add: got .*3.*2.*, expected .*2.*3",
+        r"1:Add: got other of shape \(3, 2, 4\), expected \(2, 3, 4\)",
     ),
     "rank of an extra input": (
         lambda: og.Sequential(ReLU(), Add())(torch.ones(2, 3, 4), torch.ones(6, 4)),
@@ -306,8 +306,5 @@ def test_errors_are_one_family() -> None:
 def test_no_columns(device: str) -> None:
     """Rows of width 0 are legal wherever PyTorch takes them."""
 
-    def columns(x: Tensor) -> Tensor:
-        return x
-
     for build in (lambda: [SiLU()], lambda: [SwiGLU()], lambda: [ConstantScale(2.0)]):
-        check(build, (3, 0), device=device, make=columns)
+        check(build, (3, 0), device=device)

@@ -1,0 +1,115 @@
+"""`OPSGRAPH_CHECK=1`: after every fused step the source runs the reference ops and compares.
+
+The lines stand in the generated source like all others; the first step that differs raises an error
+that names it.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .errors import OpsgraphError
+from .op import BACKWARD, FORWARD, differentiable
+
+if TYPE_CHECKING:
+    from .codegen import Writer
+    from .planner import Call, Claim
+
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+
+def compare(step: str, name: str, found: Tensor | None, expected: Tensor | None) -> None:
+    """Raises OpsgraphError if two implementations of a step disagree on a value."""
+    if found is None or expected is None or not expected.numel():
+        return
+    size = float(expected.abs().max())
+    error = float((found.double() - expected.double()).abs().max())
+    if not error <= _TOLERANCES.get(expected.dtype, 0.0) * max(size, 1e-3):
+        raise OpsgraphError(
+            f"OPSGRAPH_CHECK: {step}: {name} differs from the reference ops by {error:.3g}, "
+            f"its largest magnitude being {size:.3g}"
+        )
+
+
+class Checker:
+    """Writes the reference lines for one claim; `known` maps names to variables at hand."""
+
+    def __init__(self, writer: "Writer", claim: "Claim", label: str) -> None:
+        self.writer, self.claim, self.label = writer, claim, label
+        self.space, self.program = writer.space, writer.program
+        self.known = {name: name for name in claim.needs} | {"dx": "ref_dx"}
+
+    def _reference(self, direction: str, i: int) -> "Claim | None":
+        found = [c for c in self.space.starting[direction][i] if c.is_reference]
+        return found[0] if found else None
+
+    def _call(self, claim: "Claim", call: "Call") -> tuple[str, set[str]]:
+        named = [a._replace(text=self.known.get(a.text, a.text)) for a in call.arguments]
+        want = ("x", *claim.fuser.saves, *differentiable(self.program.kinds[claim.start]))
+        return self.writer.call(claim, call._replace(arguments=tuple(named)), want)
+
+    def _forward(self, i: int) -> bool:
+        """One op forward; False if a value it needs is not at hand."""
+        claim = self._reference(FORWARD, i)
+        if claim is None:
+            return True
+        y = self.program.x(i + 1)
+        random = self.program.kinds[i].random
+        call, needs = self.space.remake(claim) if random else (claim.calls[0], claim.needs)
+        if call is None or any(need not in self.known for need in needs):
+            return y in self.known
+        text, reads = self._call(claim, call)
+        made = [f"ref_{name}" for name in claim.fuser.saves]
+        if call.function == "again":
+            self.writer.add(f"ref_{y} = {text}", reads, [f"ref_{y}"], "check")
+        else:
+            right = f"({', '.join(made)},)" if made else "_"
+            self.writer.add(f"ref_{y}, {right} = {text}", reads, [f"ref_{y}", *made], "check")
+            self.known |= {
+                result: variable
+                for result, variable in zip(call.results, made, strict=True)
+                if result is not None and result not in self.known
+            }
+        self.known.setdefault(y, f"ref_{y}")
+        return True
+
+    def _compare(self, name: str, found: str, expected: str) -> None:
+        if expected != found:
+            text = f"check({self.label!r}, {name!r}, {found}, {expected})"
+            self.writer.add(text, [found, expected], [], "check")
+
+    def forward(self, given: set[str]) -> None:
+        """Compare a forward step: its output and what it handed out."""
+        for i in range(self.claim.start, self.claim.stop):
+            seeds = {f"{n}{i}" for n in self.program.kinds[i].saves if self.program.kinds[i].random}
+            self.known |= {name: name for name in seeds}
+            self._forward(i)
+        y = self.program.x(self.claim.stop)
+        for name in sorted(given | {y}):
+            self._compare(name, name, self.known.get(name, name))
+
+    def backward(self, gradients: dict[str, str]) -> None:
+        """Compare a backward step; `gradients` maps its results to variables, dx among them."""
+        for i in range(self.claim.start, self.claim.stop):
+            self._forward(i)
+        for i in reversed(range(self.claim.start, self.claim.stop)):
+            claim = self._reference(BACKWARD, i)
+            if claim is None:
+                continue
+            for call in claim.calls:
+                values = [a.text for a in call.arguments if a.category == "value"]
+                if any(name not in self.known for name in values):
+                    self.writer.add("pass", note=f"{self.label} is not checked: {values} needed")
+                    return
+                text, reads = self._call(claim, call)
+                made = [f"ref_{name}" if name else "_" for name in call.results]
+                if call.function == "dgrad":
+                    self.writer.add(f"ref_dx = {text}", reads, ["ref_dx"], "check")
+                elif call.function == "wgrad":
+                    self.writer.add(f"{made[0]} = {text}", reads, made, "check")
+                else:
+                    right = f"({', '.join(made)},)" if made else "_"
+                    self.writer.add(f"ref_dx, {right} = {text}", reads, ["ref_dx", *made], "check")
+        for name, variable in gradients.items():
+            self._compare(name, variable, f"ref_{name}")

@@ -1,0 +1,117 @@
+"""The four environment variables: each changes what a module does from its next planning on."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import opsgraph as og
+from opsgraph.ops import BasicLinear, Bias, Linear, RMSNorm, SiLU, SwiGLU, Tee
+from opsgraph.ops import Add as AddOp
+
+
+def _mlp() -> og.Sequential:
+    torch.manual_seed(0)
+    return og.Sequential(
+        Tee("r"), RMSNorm(16), Linear(16, 48), SwiGLU(), Linear(24, 16), AddOp("r")
+    )
+
+
+class WrongLinearBias(og.Fuser):
+    """Right in the backward's eyes, wrong by a hundredth in the forward."""
+
+    backend, pattern = "aten", dict(fc=BasicLinear, bias=Bias)
+
+    def fwd(self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor):
+        return 1.01 * torch.addmm(bias_bias, x, fc_weight.t()), ()
+
+
+class WrongSiLU(og.Fuser):
+    """Forgets a part of the derivative."""
+
+    backend, pattern = "aten", dict(act=SiLU)
+
+    def bwd(self, dy: Tensor, act_x: Tensor):
+        return dy * torch.sigmoid(act_x), ()
+
+
+def _train(module: og.Sequential) -> list[Tensor]:
+    torch.manual_seed(1)
+    x = torch.randn(6, 16, requires_grad=True)
+    y = module(x)
+    return [y, *torch.autograd.grad(y, [x, *module.parameters()], torch.randn_like(y))]
+
+
+def test_check_passes_on_right_steps_and_stands_in_the_source(monkeypatch) -> None:
+    expected = _train(_mlp())
+    monkeypatch.setenv("OPSGRAPH_CHECK", "1")
+    module = _mlp()
+    for found, other in zip(_train(module), expected, strict=True):
+        assert torch.equal(found, other)
+    plan = module.plan()
+    assert "check('forward 2-3 LinearBias (aten)', 'x4', x4, ref_x4)" in plan.forward_source
+    assert "check('backward 4-5 GatedLinearBackward (aten)', 'dx'" in plan.backward_source
+    assert "'dweight5', dweight5, ref_dweight5" in plan.backward_source
+
+
+def test_check_names_the_wrong_forward_step(monkeypatch) -> None:
+    monkeypatch.setenv("OPSGRAPH_CHECK", "1")
+    with (
+        og.register(WrongLinearBias),
+        pytest.raises(og.OpsgraphError, match=r"forward 2-3 WrongLinearBias \(aten\): x4 differs"),
+    ):
+        options = {"fusers": ("WrongLinearBias",)}
+        _train(og.Sequential(*_mlp(), **options))
+
+
+def test_check_names_the_wrong_backward_step(monkeypatch) -> None:
+    monkeypatch.setenv("OPSGRAPH_CHECK", "1")
+    with og.register(WrongSiLU):
+        module = og.Sequential(Linear(16, 16), SiLU())
+        with pytest.raises(og.OpsgraphError, match=r"backward 2 WrongSiLU \(aten\): dx differs"):
+            _train(module)
+
+
+def test_fuel_admits_claims_one_by_one(monkeypatch) -> None:
+    def fused(fuel: str) -> int:
+        monkeypatch.setenv("OPSGRAPH_FUEL", fuel)
+        plan = _mlp().plan()
+        steps = (*plan.forward, *plan.backward)
+        return sum(step.backend != "reference" for step in steps)
+
+    counts = [fused(str(n)) for n in range(5)]
+    assert counts[0] == 0
+    assert counts == sorted(counts)
+    assert counts[-1] > 1
+    monkeypatch.setenv("OPSGRAPH_FUEL", "0")
+    assert "OPSGRAPH_FUEL is used up" in {r.reason for r in _mlp().plan().rejected}
+
+
+def test_backends_limits_and_names_wrong_ones(monkeypatch) -> None:
+    monkeypatch.setenv("OPSGRAPH_BACKENDS", "reference")
+    assert {step.backend for step in _mlp().plan().forward} == {"reference"}
+    monkeypatch.setenv("OPSGRAPH_BACKENDS", "cudnn")
+    with pytest.raises(og.PlanError, match="got backend 'cudnn', expected some of triton, aten"):
+        _mlp().plan()
+
+
+def test_logs_print_plan_rejections_and_code(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("OPSGRAPH_LOGS", "plan,reject,code")
+    _mlp().plan()
+    text = capsys.readouterr().err
+    assert "saved  x0 64" in text
+    assert "def backward(ops, dx" in text
+    assert "triton (both): " in text or "opsgraph:" in text
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("OPSGRAPH_LOGS", "plans", "OPSGRAPH_LOGS: got .'plans'., expected plan, reject or code"),
+        ("OPSGRAPH_FUEL", "-1", "OPSGRAPH_FUEL: got '-1', expected a whole number"),
+        ("OPSGRAPH_CHECK", "yes", "OPSGRAPH_CHECK: got 'yes', expected 0 or 1"),
+    ],
+)
+def test_wrong_values_are_named(monkeypatch, name: str, value: str, message: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        _mlp()
