@@ -45,11 +45,11 @@ TOLERANCE = {torch.float32: (1e-4, 5e-2), torch.bfloat16: (5e-2, 3e-1)}
 console = Console(highlight=False)
 
 
-# The model. `fused_parts` and `plain_parts` are all that differs between the two.
-
-
 def fused_parts(hidden: int, ffn: int) -> tuple[nn.Module, nn.Module]:
-    """The attention's norm and projection, and the whole norm+MLP block, as opsgraph runs."""
+    """The attention's norm and projection, and the whole norm+MLP block, as opsgraph runs.
+
+    This and `plain_parts` are all that differs between the two models.
+    """
     qkv = og.Sequential(RMSNorm(hidden, eps=EPS), Linear(hidden, 3 * hidden, bias=False))
     mlp = og.Sequential(
         Tee("residual"),
@@ -140,9 +140,6 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
-# Training.
-
-
 @dataclass
 class Run:
     """A model, its optimizer, and what training it has shown so far."""
@@ -230,9 +227,6 @@ def train(runs: tuple[Run, Run], data: Tensor, args: argparse.Namespace) -> None
                 console.print(f"{step:>6}{ours:>12.4f}{theirs:>12.4f}{abs(ours - theirs):>14.1e}")
 
 
-# Measuring.
-
-
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes kept from forward to backward: each storage once, parameters and buffers excluded."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -294,9 +288,6 @@ def draw_losses(runs: tuple[Run, Run], path: Path) -> None:
     bottom.set_xlabel("step")
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-# The report.
 
 
 def show_plan(runs: tuple[Run, Run], batch: Tensor, path: Path) -> bool:

@@ -13,8 +13,8 @@ from .errors import OpsgraphError
 from .op import BACKWARD, FORWARD, differentiable
 
 if TYPE_CHECKING:
+    from .claims import Call, Claim
     from .codegen import Writer
-    from .planner import Call, Claim
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
@@ -56,8 +56,9 @@ class Checker:
             return True
         y = self.program.x(i + 1)
         random = self.program.kinds[i].random
-        call, needs = self.space.remake(claim) if random else (claim.calls[0], claim.needs)
-        if call is None or any(need not in self.known for need in needs):
+        repeated = next(self.space.remakes(claim), None)
+        call, needs = repeated if random and repeated else (claim.calls[0], claim.needs)
+        if (random and not repeated) or any(need not in self.known for need in needs):
             return y in self.known
         text, reads = self._call(claim, call)
         made = [f"ref_{name}" for name in claim.fuser.saves]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from .check import Checker, compare
-from .op import FORWARD, differentiable
-from .planner import Call, Claim, Cover, Space
+from .claims import Call, Claim, Space
+from .op import FORWARD, STORED, differentiable
+from .planner import Cover
 
 _serial = itertools.count()
 
@@ -166,14 +167,11 @@ def _cast(writer: Writer, direction: str, names: Sequence[str]) -> dict[str, str
             if spec.dtype.is_floating_point and spec.dtype != compute:
                 writer.add(f"{name} = {name}.to({compute})", [name], [name], "autocast")
     for (i, name), variable in program.weight_names.items():
-        weight = program.request.weights[i, name]
-        if weight is None or name in program.kinds[i].as_stored or weight.dtype == compute:
+        if not program.casts(i, name) or (direction != FORWARD and variable not in names):
             continue
-        if not weight.dtype.is_floating_point or (direction != FORWARD and variable not in names):
-            continue
-        if direction == FORWARD and variable in names:
-            stored[variable] = f"{variable}_stored"
-            writer.add(f"{variable}_stored = {variable}", [variable], [stored[variable]])
+        if variable in names:
+            stored[variable] = variable + STORED
+            writer.add(f"{stored[variable]} = {variable}", [variable], [stored[variable]])
         writer.add(f"{variable} = {variable}.to({compute})", [variable], [variable], "autocast")
     return stored
 
@@ -185,6 +183,8 @@ class _Backward:
         self.cover, self.saved = cover, saved
         self.have = {f"d{i}" for i in self.program.run.outputs if i in self.program.tapped}
         self.made: set[str] = set()
+        self.delays = bool(self.program.request.options.get("delay_wgrad_compute"))
+        self.queued: list[tuple[int, Claim, Call]] = []
 
     def arrive(self, name: str, value: str) -> None:
         """A gradient `value` for `name`: the first of a channel binds it, later ones are added."""
@@ -209,25 +209,30 @@ class _Backward:
         if name in self.made or name not in self.cover.keeper.again:
             return
         self.made.add(name)
-        claim = self.cover.keeper.again[name]
-        call, needs = self.space.remake(claim)
-        assert call is not None
-        for need in needs:
+        again = self.cover.keeper.again
+        remake = again[name]
+        for need in remake.needs:
             self.remake(need)
-        also = {n for n, c in self.cover.keeper.again.items() if c is claim} | {name}
+        also = {n for n, other in again.items() if other.call is remake.call} | {name}
         self.made |= also
-        emit_forward(self.writer, claim, call, also, ", again")
+        emit_forward(self.writer, remake.claim, remake.call, also, ", again")
 
     def step(self, claim: Claim) -> None:
         """Run a backward claim."""
-        for need in claim.needs:
-            self.remake(need)
         program, writer = self.program, self.writer
         checked = self.check and not claim.is_reference
         if checked:
             writer.add("ref_dx = dx", ["dx"], ["ref_dx"], "check")
         results: dict[str, str] = {}
         for call in claim.calls:
+            i = claim.start
+            if call.function == "wgrad" and self.delays and program.kinds[i].gemm:
+                writer.add(f"dy{i} = dx", ["dx"], [f"dy{i}"], "for delayed")
+                self.queued.append((i, claim, call))
+                continue
+            for argument in call.arguments:
+                if argument.category == "value":
+                    self.remake(argument.text)
             names = [n or "_" for n in call.results]
             channels = {n for n in names if n in {f"d{i}" for i in program.tapped}}
             bound = [f"{n}_more" if n in channels and n in self.have else n for n in names]
@@ -274,8 +279,31 @@ class _Backward:
         for i in range(gap - 1, -1, -1):
             self.cross(i)
         results = self._results()
-        self.writer.add(f"return ({_commas(results)})", [r for r in results if r != "None"])
+        later = [f"dy{i}" for i, _, _ in self.queued]
+        text = f"return ({_commas(results)})" + (f", ({_commas(later)})" if self.delays else "")
+        self.writer.add(text, [r for r in (*results, *later) if r != "None"])
         return self.writer.finish("backward", parameters)
+
+    def delayed(self) -> tuple[Function | None, tuple[str, ...]]:
+        """The weight gradients that `backward` left out, and the names of their weights."""
+        if not self.delays:
+            return None, ()
+        later = _Backward(self.space, self.cover, self.saved, False)
+        _cast(later.writer, "backward", self.saved)
+        weights: list[str] = []
+        for i, claim, call in self.queued:
+            for argument in call.arguments:
+                if argument.category == "value":
+                    later.remake(argument.text)
+            named = [a._replace(text=f"dy{i}") if a.text == "dx" else a for a in call.arguments]
+            text, reads = later.writer.call(claim, call._replace(arguments=tuple(named)), ())
+            (gradient,) = [name for name in call.results if name is not None]
+            later.writer.add(f"{gradient} = {text}", reads, [gradient], _note(claim))
+            weights.append(gradient.removeprefix("d"))
+        results = [f"d{name}" for name in weights]
+        later.writer.add(f"return ({_commas(results)})", results)
+        parameters = ["ops", *(f"dy{i}" for i, _, _ in self.queued), *self.saved]
+        return later.writer.finish("delayed", parameters), tuple(weights)
 
     def _results(self) -> list[str]:
         """Gradients in the order of forward's inputs, in the dtype of each."""
@@ -286,12 +314,11 @@ class _Backward:
         found = []
         for name, spec in inputs.items():
             gradient = "dx" if name == "x0" else f"d{name}"
-            if name not in wanted:
+            if name not in wanted or name in {f"weight{i}" for i, _, _ in self.queued}:
                 gradient = "None"
             elif compute is not None and spec.dtype != compute:
-                self.writer.add(
-                    f"{gradient} = {gradient}.to({spec.dtype})", [gradient], [gradient], "autocast"
-                )
+                text = f"None if {gradient} is None else {gradient}.to({spec.dtype})"
+                self.writer.add(f"{gradient} = {text}", [gradient], [gradient], "autocast")
             found.append(gradient)
         return found
 
@@ -307,6 +334,13 @@ def gradient_labels(claim: Claim, program: Any) -> list[str]:
     return labels
 
 
-def write_backward(space: Space, cover: Cover, saved: Sequence[str], check: bool) -> Function:
-    """`backward(ops, dx, d of extra outputs, saved)` returns a gradient for each input, or None."""
-    return _Backward(space, cover, saved, check).finish()
+def write_backward(
+    space: Space, cover: Cover, saved: Sequence[str], check: bool
+) -> tuple[Function, Function | None, tuple[str, ...]]:
+    """`backward(ops, dx, d of extra outputs, saved)` returns a gradient for each input, or None.
+
+    Where weight gradients are delayed it also returns the gradients that `delayed`, the second
+    function, takes before the saved values; the third result names the weights of that function.
+    """
+    made = _Backward(space, cover, saved, check)
+    return made.finish(), *made.delayed()

@@ -38,12 +38,12 @@ def flat(x: Tensor, lead: int) -> Tensor:
 
 
 class PlanFunction(torch.autograd.Function):
-    """Runs a plan forward and backward: `apply(plan, ops, extra count, x, *extras, *weights)`."""
+    """Runs a plan forward and backward: `apply(plan, stage, extra count, x, *extras, *weights)`."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, ops: Any, extras: int, *tensors: Tensor) -> Any:
-        x = tensors[0]
-        ctx.plan, ctx.ops = plan, ops
+    def forward(ctx: Any, plan: Plan, stage: Any, extras: int, *tensors: Tensor) -> Any:
+        x, ops = tensors[0], stage.ops
+        ctx.plan, ctx.stage = plan, stage
         ctx.lead = None if x.dim() == 2 else [t.shape for t in tensors[: extras + 1]]
         with without_autocast(x.device.type):
             if ctx.lead is None:
@@ -67,11 +67,16 @@ class PlanFunction(torch.autograd.Function):
         taken = [others[k - 1] for k in plan.specs.taps]
         with without_autocast(dy.device.type):
             if ctx.lead is None:
-                found = plan.run_backward(ctx.ops, dy, *taken, *ctx.saved_tensors)
+                found = plan.run_backward(ctx.stage.ops, dy, *taken, *ctx.saved_tensors)
+                if plan.run_delayed is not None:
+                    found = ctx.stage.delay(plan, found, ctx.saved_tensors)
             else:
                 lead = len(ctx.lead[0]) - 1
                 grads = [flat(g, lead) for g in (dy, *taken)]
-                found = list(plan.run_backward(ctx.ops, *grads, *ctx.saved_tensors))
+                found = plan.run_backward(ctx.stage.ops, *grads, *ctx.saved_tensors)
+                if plan.run_delayed is not None:
+                    found = ctx.stage.delay(plan, found, ctx.saved_tensors)
+                found = list(found)
                 for k, shape in enumerate(ctx.lead):
                     found[k] = None if found[k] is None else found[k].view(shape)
         return None, None, None, *found

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 from . import config
 from .backend import backends
 from .errors import RegisterError
-from .op import BACKWARD, FORWARD, Op, arguments, derived_backward, weights
+from .op import BACKWARD, FORWARD, STORED, Op, arguments, derived_backward, weights
 from .spec import Spec
 
 Variant = tuple[tuple[str, type[Op] | None], ...]
@@ -96,6 +96,7 @@ def variants(pattern: Mapping[str, Any]) -> Iterator[Variant]:
 def vocabulary(kind: type[Op]) -> set[str]:
     """The names that a fuser may use of an op."""
     names = {"x", "y", *kind.saves, *kind.constants, *kind.extra_inputs, *weights(kind)}
+    names |= {name + STORED for name in weights(kind)}
     return names | {"d"} if kind.taps else names
 
 

@@ -47,7 +47,10 @@ class LayerNormMLP(nn.Module):
     weight`. init_method, output_layer_init_method: initialize fc1_weight and fc2_weight in place,
     by default normal(0, 0.023), inside `get_rng_state_tracker().fork()` where that is given.
     params_dtype: by default torch's default dtype. device: by default CUDA where there is one.
-    seq_length, micro_batch_size and name are hints and change nothing.
+    fuse_wgrad_accumulation: weight gradients go into the weights' `main_grad`, see
+    `opsgraph.ops.main_grad`. delay_wgrad_compute: backward leaves the weight gradients to
+    `backward_dw()`. checkpoint: only the input is saved; the backward makes the norm, FC1 and the
+    activation again. seq_length, micro_batch_size and name are hints and change nothing.
 
     Raises OpsgraphError for unknown names and sizes that do not fit, NotImplementedError for
     arguments that opsgraph does not support yet.
@@ -102,9 +105,6 @@ class LayerNormMLP(nn.Module):
         _not_yet(
             set_parallel_mode=set_parallel_mode,
             symmetric_ar_type=symmetric_ar_type,
-            fuse_wgrad_accumulation=fuse_wgrad_accumulation,
-            delay_wgrad_compute=delay_wgrad_compute,
-            checkpoint=checkpoint,
         )
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,14 +121,28 @@ class LayerNormMLP(nn.Module):
             hidden_size, eps, zero_centered_gamma=zero_centered_gamma, device="meta"
         )
         self.zero_centered_gamma = zero_centered_gamma
-        ops = [
-            norm.borrow(self, **{own: f"layer_norm_{own}" for own in norm.names}),
-            *([Tee()] if return_layernorm_output else []),
-            _linear(self, "fc1", hidden_size, rows, bias),
-            ACTIVATIONS[activation](**dict(activation_params or {})),
-            _linear(self, "fc2", ffn_hidden_size, hidden_size, bias and not return_bias),
-        ]
-        self._sequence = (Sequential(*ops),)  # in a tuple: no submodule, its ops hold nothing
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
+        params = dict(activation_params or {})
+
+        def sequence(overwrite: bool) -> Sequential:
+            grads = {
+                "accumulate_into_main_grad": fuse_wgrad_accumulation,
+                "overwrite_main_grad": overwrite,
+            }
+            fc2_bias = bias and not return_bias
+            return Sequential(
+                norm.borrow(self, **{own: f"layer_norm_{own}" for own in norm.names}),
+                *([Tee()] if return_layernorm_output else []),
+                _linear(self, "fc1", hidden_size, rows, bias, grads),
+                ACTIVATIONS[activation](**params),
+                _linear(self, "fc2", ffn_hidden_size, hidden_size, fc2_bias, grads),
+                delay_wgrad_compute=delay_wgrad_compute,
+                checkpoint=checkpoint,
+            )
+
+        # In a tuple: they are no submodules, for their ops hold nothing. The second is for a first
+        # microbatch, whose weight gradients overwrite main_grad.
+        self._sequences = (sequence(False), sequence(True))
         self.reset_parameters()
 
     def _declare(self, rows: int, place: dict[str, Any]) -> None:
@@ -160,17 +174,31 @@ class LayerNormMLP(nn.Module):
             self._init_methods[1](self.get_parameter("fc2_weight"))
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Any:
-        """inp: `[*, hidden_size]` in the parameters' dtype, or any under autocast."""
-        result = self._sequence[0](inp)
+        """inp: `[*, hidden_size]` in the parameters' dtype, or any under autocast.
+
+        is_first_microbatch: with fuse_wgrad_accumulation, True overwrites main_grad; False and
+        None accumulate.
+        """
+        first = self.fuse_wgrad_accumulation and bool(is_first_microbatch)
+        result = self._sequences[first](inp)
         out, *more = result if isinstance(result, tuple) else (result,)
         if self.return_bias:
             bias = self.fc2_bias
             more.insert(0, None if bias is None else bias.to(out.dtype))
         return (out, *more) if more else out
 
+    def backward_dw(self) -> None:
+        """Compute the weight gradients of FC2 and FC1 that the oldest backward delayed."""
+        queued = [s for s in self._sequences if s.queued_backward_dw()]
+        (queued or self._sequences)[0].backward_dw()
+
+    def need_backward_dw(self) -> bool:
+        """Whether weight gradients are delayed until `backward_dw`."""
+        return self._sequences[0].need_backward_dw()
+
     def plan(self, training: bool = True, x: Tensor | None = None) -> Plan:
         """The plan, as `Sequential.plan` gives it."""
-        found: Plan = self._sequence[0].plan(training, x)
+        found: Plan = self._sequences[0].plan(training, x)
         return found
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -188,9 +216,11 @@ class LayerNormMLP(nn.Module):
         )
 
 
-def _linear(module: LayerNormMLP, prefix: str, width: int, rows: int, bias: bool) -> Op:
+def _linear(
+    module: LayerNormMLP, prefix: str, width: int, rows: int, bias: bool, grads: Mapping[str, Any]
+) -> Op:
     names = {"weight": f"{prefix}_weight"} | ({"bias": f"{prefix}_bias"} if bias else {})
-    return Linear(width, rows, bias, device="meta").borrow(module, **names)
+    return Linear(width, rows, bias, device="meta", **grads).borrow(module, **names)
 
 
 def _check_parallel(

@@ -25,6 +25,8 @@ from .spec import ROWS, Spec
 F = TypeVar("F", bound=Callable[..., Any])
 
 FORWARD, BACKWARD = "forward", "backward"
+STORED = "_stored"
+"""`weight_stored` in `bwd` or `wgrad` is the parameter itself, where autocast has `weight` cast."""
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
@@ -79,7 +81,7 @@ class Op(nn.Module):
     fwd: Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]
     bwd: Callable[..., tuple[Tensor | None, tuple[Tensor | None, ...]]] | None = None
     dgrad: Callable[..., Tensor] | None = None
-    wgrad: Callable[..., Tensor] | None = None
+    wgrad: Callable[..., Tensor | None] | None = None
     again: Callable[..., Tensor] | None = None
     """Makes y once more from saved values: `again(x, seed)`, `again(x, rstd, weight)`."""
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .claims import Claim, Rejection, Space
 from .codegen import covered, write_backward, write_forward
 from .config import Config
 from .errors import PlanError
-from .op import BACKWARD, FORWARD
-from .planner import PLANNERS, Claim, Cover, Rejection, Space
+from .op import BACKWARD, FORWARD, STORED
+from .planner import PLANNERS, Cover
 from .program import Program, Request, Run
 from .spec import Spec
 
@@ -47,8 +48,11 @@ class Plan:
     """Cost in weighted bytes per row of what each planner would have chosen."""
     forward_source: str
     backward_source: str
+    delayed_source: str | None
+    """The third function, of weight gradients that `backward_dw` computes."""
     run_forward: Callable[..., Any]
     run_backward: Callable[..., Any]
+    run_delayed: Callable[..., Any] | None
     specs: "Signature"
     labels: tuple[str, ...]
     handle: int
@@ -94,11 +98,13 @@ class Signature(NamedTuple):
     taps: tuple[int, ...]
     """Which outputs' gradients, the first apart, the backward takes."""
     training: bool
+    delayed: tuple[str, ...]
+    """The weights whose gradients the delayed function returns."""
 
 
 def _step(claim: Claim, cover: Cover, space: Space) -> Step:
     again = {
-        name: cover.keeper.again[name].ops
+        name: cover.keeper.again[name].claim.ops
         for name in claim.needs
         if claim.direction == BACKWARD and name in cover.keeper.again
     }
@@ -119,14 +125,17 @@ def _step(claim: Claim, cover: Cover, space: Space) -> Step:
 
 def _saved_names(space: Space, cover: Cover) -> list[str]:
     """Kept values by place, then the weights that backward calls read."""
-    again = [space.remake(claim)[0] for claim in cover.keeper.again.values()]
-    calls = [call for claim in cover.backward for call in claim.calls] + [c for c in again if c]
-    read = {a.text for call in calls for a in call.arguments if a.category == "weight"}
+    calls = [call for claim in cover.backward for call in claim.calls]
+    calls += [remake.call for remake in cover.keeper.again.values()]
+    weight = "weight"
+    read = {a.text.removesuffix(STORED) for c in calls for a in c.arguments if a.category == weight}
     weights = [name for name in space.program.weight_names.values() if name in read]
     return sorted(cover.keeper.kept, key=lambda n: (space.place(n), n)) + weights
 
 
-def _signature(program: Program, space: Space, saved: list[str]) -> Signature:
+def _signature(
+    program: Program, space: Space, saved: list[str], delayed: tuple[str, ...]
+) -> Signature:
     run, request = program.run, program.request
     last = (program.count, *run.outputs)
     weights = {v: request.weights[slot] for slot, v in program.weight_names.items()}
@@ -146,6 +155,7 @@ def _signature(program: Program, space: Space, saved: list[str]) -> Signature:
         tuple(spec if name in request.gradients else None for name, spec in given.items()),
         tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
         bool(request.gradients) and program.flows[-1],
+        delayed,
     )
 
 
@@ -160,7 +170,7 @@ def make_plan(
     cover = PLANNERS[planner](space)
     saved = _saved_names(space, cover)
     forward = write_forward(space, cover, saved, config.check)
-    backward = write_backward(space, cover, saved, config.check)
+    backward, delayed, late = write_backward(space, cover, saved, config.check)
     kept = [name for name in saved if name in cover.keeper.kept]
     plan = Plan(
         tuple(_step(claim, cover, space) for claim in cover.forward),
@@ -170,9 +180,11 @@ def make_plan(
         cover.costs,
         forward.source,
         backward.source,
+        None if delayed is None else delayed.source,
         forward.call,
         backward.call,
-        _signature(program, space, saved),
+        None if delayed is None else delayed.call,
+        _signature(program, space, saved, late),
         tuple(run.labels),
         next(_handles),
     )
@@ -193,7 +205,7 @@ def _log(plan: Plan, config: Config) -> None:
         for ops, name, direction, reason in plan.rejected:
             print(f"opsgraph: {ops} {name} ({direction}): {reason}", file=sys.stderr)
     if "code" in config.logs:
-        print(plan.forward_source, plan.backward_source, sep="\n", file=sys.stderr)
+        print(plan.forward_source, plan.backward_source, plan.delayed_source or "", file=sys.stderr)
 
 
 __all__ = ["Plan", "Step", "covered", "make_plan"]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .errors import OpError, PlanError
-from .op import BACKWARD, FORWARD, Op, differentiable, weights
+from .op import BACKWARD, FORWARD, STORED, Op, differentiable, weights
 from .spec import Spec
 
 
@@ -226,11 +226,22 @@ class Program:
             return Argument("literal", repr(getattr(op, name)))
         if name in kind.extra_inputs:
             return Argument("value", self.extra(i, name))
+        if name.endswith(STORED) and (i, name.removesuffix(STORED)) in self.weight_names:
+            weight = name.removesuffix(STORED)
+            suffix = STORED if self.casts(i, weight) else ""
+            return Argument("weight", f"{weight}{i}{suffix}")
         if (i, name) in self.weight_names:
             if self.request.weights[i, name] is None:
                 return Argument("literal", "None")
             return Argument("weight", self.weight_names[i, name])
         raise PlanError(f"{self.labels[i]}: {kind.__name__} has no {name!r}")
+
+    def casts(self, i: int, name: str) -> bool:
+        """Whether an active autocast has a weight cast."""
+        spec, compute = self.request.weights[i, name], self.request.compute
+        if spec is None or compute is None or name in self.kinds[i].as_stored:
+            return False
+        return spec.dtype.is_floating_point and spec.dtype != compute
 
     def gradient_names(self, i: int) -> list[str | None]:
         """Names of op i's gradients after dx, in `bwd`'s order; None for those not wanted."""

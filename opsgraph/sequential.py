@@ -172,6 +172,24 @@ class Sequential(nn.Sequential):
         after = self._stages[self._stages.index(stage) + 1 :]
         return {channel for s in after if isinstance(s, Stage) for _, _, channel in s.inputs}
 
+    def backward_dw(self) -> None:
+        """Compute the weight gradients of the oldest backward that delayed them, and add them.
+
+        Of a module made with `delay_wgrad_compute=True`. Raises RuntimeError if nothing is queued.
+        """
+        if not self._options.queue:
+            raise RuntimeError("backward_dw: no weight gradient is queued; run a backward first")
+        stage, *rest = self._options.queue.pop(0)
+        stage.run_delayed(*rest)
+
+    def queued_backward_dw(self) -> int:
+        """How many backwards wait for their `backward_dw`."""
+        return len(self._options.queue)
+
+    def need_backward_dw(self) -> bool:
+        """Whether weight gradients are delayed until `backward_dw`."""
+        return bool(self._options.more.get("delay_wgrad_compute"))
+
     # -- looking --
 
     def plan(self, training: bool = True, x: Tensor | None = None) -> Any:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from . import config
 from .backend import backends as known_backends
-from .errors import PlanError
-from .errors import OpError
+from .errors import OpError, PlanError
 from .execute import PlanFunction, constant_under_compile, expose, run_compiled, run_inference
 from .fuser import registered
 from .op import Op, weights
@@ -45,6 +44,8 @@ class Options:
         self.backends = None if backends is None else tuple(backends)
         self.planner, self.double_backward, self.more = planner, double_backward, more
         self.config = config.read()
+        self.queue: list[Any] = []
+        """Weight gradients that `backward_dw` has yet to compute, one entry for each backward."""
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -58,6 +59,9 @@ class Options:
         """All of it, hashable."""
         more = tuple(sorted(self.more.items()))
         return (self.order, self.planner, self.double_backward, more, self.config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "queue": []}
 
 
 _tables: weakref.WeakValueDictionary[Any, PlanTable] = weakref.WeakValueDictionary()
@@ -116,7 +120,36 @@ class Stage:
         self.table = _table_for(run, options)
         self.plans = self.table.plans
         self.ops = self.table.ops
-        self.double_backward = options.double_backward
+        self.double_backward, self.queue = options.double_backward, options.queue
+        self.eager_only = self._eager_only(options)
+
+    def _eager_only(self, options: Options) -> str | None:
+        """Why the stage cannot run under torch.compile, or None."""
+        if options.more.get("delay_wgrad_compute"):
+            return "delay_wgrad_compute queues gradients, which torch.compile cannot see"
+        if any(getattr(op, "accumulate_into_main_grad", False) for op in self.real):
+            return "accumulating into main_grad writes a tensor that torch.compile cannot see"
+        return None
+
+    def delay(self, plan: Plan, found: Any, saved: Sequence[Tensor]) -> Any:
+        """Queue what the delayed function needs; returns the gradients there are already."""
+        gradients, later = found
+        self.queue.append((self, plan, later, saved))
+        return gradients
+
+    def run_delayed(self, plan: Plan, later: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+        """Compute delayed weight gradients and add them to the parameters' `.grad`."""
+        assert plan.run_delayed is not None
+        homes = {
+            f"{n}{i}": home for (i, n), home in zip(self.table.run.slots, self.slots, strict=True)
+        }
+        with torch.no_grad():
+            found = plan.run_delayed(self.ops, *later, *saved)
+            for name, gradient in zip(plan.specs.delayed, found, strict=True):
+                weight = getattr(*homes[name])
+                if gradient is not None:
+                    gradient = gradient.to(weight.dtype)
+                    weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
     def weights(self) -> list[Tensor | None]:
         """The parameters as they are now; a parametrized one is an attribute only."""
@@ -247,12 +280,14 @@ class Stage:
             self.ensure(key, len(extras))
             plan = self.plans[key]
         if plan.specs.training:
-            return PlanFunction.apply(plan, self.ops, len(extras), x, *extras, *weights)  # type: ignore[no-untyped-call]
+            return PlanFunction.apply(plan, self, len(extras), x, *extras, *weights)  # type: ignore[no-untyped-call]
         return run_inference(plan, self.ops, len(extras), (x, *extras, *weights))
 
     def _compiled(
         self, key: Key, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
     ) -> Any:
+        if self.eager_only is not None:
+            raise PlanError(self.eager_only)
         _ensure(self, key, len(extras))
         plan = self.plans[key]
         return run_compiled(plan, plan.handle, len(extras), (x, *extras, *weights))

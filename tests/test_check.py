@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 import opsgraph as og
-from opsgraph.ops import BasicLinear, Bias, Linear, RMSNorm, SiLU, SwiGLU, Tee
 from opsgraph.ops import Add as AddOp
+from opsgraph.ops import BasicLinear, Bias, Linear, RMSNorm, SiLU, SwiGLU, Tee
 
 
 def _mlp() -> og.Sequential:

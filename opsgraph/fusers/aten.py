@@ -79,10 +79,11 @@ class GatedLinearBackward(Fuser):
     backend, pattern = "aten", dict(act=Gated, fc=BasicLinear)
 
     def bwd(
-        self, dy: Tensor, act_x: Tensor, fc_weight: Tensor, act_kernel: str,
-        act_params: tuple[float, ...], act_glu_interleave_size: int | None, want: Collection[str],
+        self, dy: Tensor, fc: Any, act_x: Tensor, fc_weight: Tensor, fc_weight_stored: Tensor,
+        act_kernel: str, act_params: tuple[float, ...], act_glu_interleave_size: int | None,
+        want: Collection[str],
     ) -> Any:  # fmt: skip
         shape = act_kernel, act_params, act_glu_interleave_size
         weighs = "fc_weight" in want
         dx, y = activations.gated_backward_and_y(dy @ fc_weight, act_x, *shape, weighs)
-        return dx, (dy.t() @ y if y is not None else None,)
+        return dx, (None if y is None else fc.wgrad(dy, y, fc_weight_stored),)

@@ -239,7 +239,8 @@ class ActivationLinearBackward(_Activation):
 
     def bwd(
         self, dy: Tensor, bias: Op | None, act: Op, act_x: Tensor, act_kernel: str,
-        bias_bias: Tensor | None, fc_weight: Tensor, want: Collection[str],
+        bias_bias: Tensor | None, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
+        want: Collection[str],
     ) -> Any:  # fmt: skip
         passed = [n for n in ("x", "bias_bias") if n in want]
         names = _short(passed) + (("y",) if "fc_weight" in want else ())
@@ -247,7 +248,7 @@ class ActivationLinearBackward(_Activation):
         dx, y, dbias = activations.activation_backward(
             dy @ fc_weight, act_x, act_kernel, _params(act), names, dtype
         )
-        dweight = None if y is None else dy.t() @ y
+        dweight = None if y is None else fc.wgrad(dy, y, fc_weight_stored)
         return dx, (dweight,) if bias is None else (dbias, dweight)
 
 

@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..op import Lowered, Op
 from ..spec import Spec
+from .main_grad import accumulate
 from .parameters import empty_parameter
 
 
@@ -19,6 +20,7 @@ class BasicLinear(Op):
 
     Either size may be left out where a neighbour or the first input tells it. The weight is
     initialized as nn.Linear's (uniform within `1/sqrt(in_features)`), or by `init_method(weight)`.
+    accumulate_into_main_grad: the weight's gradient goes into `weight.main_grad`, see `main_grad`.
     """
 
     gemm = True
@@ -31,9 +33,13 @@ class BasicLinear(Op):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         init_method: Callable[[Tensor], Any] | None = None,
+        accumulate_into_main_grad: bool = False,
+        overwrite_main_grad: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.accumulate_into_main_grad = accumulate_into_main_grad
+        self.overwrite_main_grad = overwrite_main_grad
         self.init_method = init_method
         self.weight = empty_parameter((out_features, in_features), device, dtype)
         if type(self) is BasicLinear:
@@ -84,8 +90,11 @@ class BasicLinear(Op):
     def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
         return dy @ weight
 
-    def wgrad(self, dy: Tensor, x: Tensor) -> Tensor:
-        return dy.t() @ x
+    def wgrad(self, dy: Tensor, x: Tensor, weight_stored: Tensor) -> Tensor | None:
+        """`dy.T @ x`, or into the weight's main_grad; fusers with a linear inside call it too."""
+        if not self.accumulate_into_main_grad:
+            return dy.t() @ x
+        return accumulate(dy.t(), x, weight_stored, self.overwrite_main_grad)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
@@ -170,9 +179,17 @@ class Linear(BasicLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         init_method: Callable[[Tensor], Any] | None = None,
+        accumulate_into_main_grad: bool = False,
+        overwrite_main_grad: bool = False,
     ) -> None:
         super().__init__(
-            in_features, out_features, device=device, dtype=dtype, init_method=init_method
+            in_features,
+            out_features,
+            device=device,
+            dtype=dtype,
+            init_method=init_method,
+            accumulate_into_main_grad=accumulate_into_main_grad,
+            overwrite_main_grad=overwrite_main_grad,
         )
         self.register_parameter("bias", None)
         if bias:

@@ -1,0 +1,89 @@
+"""What the backward needs: kept by the forward, or made again.
+
+What a GEMM-free forward claim makes may be made again in the backward when that moves fewer bytes
+than `SAVED` times those that keeping it costs.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .claims import Call, Claim, Space
+
+SAVED = 4.0
+"""What a byte saved for the backward costs, in bytes moved."""
+DEPTH = 64
+"""The longest chain of values that are made again one from another just for the last."""
+
+
+class Remake(NamedTuple):
+    """How a value is made again: the forward claim, the call that repeats it, what that needs."""
+
+    claim: Claim
+    call: Call
+    needs: tuple[str, ...]
+    moved: float
+
+
+class Keeper:
+    """Decides for every value that the backward needs whether to keep it or to make it again.
+
+    saved: what a saved byte costs; gemms: whether matrix products may be run again as well. With
+    inf and True nothing is kept but inputs and random values: that is `checkpoint`.
+    """
+
+    def __init__(self, space: Space, saved: float = SAVED, gemms: bool = False) -> None:
+        self.space, self.saved, self.gemms = space, saved, gemms
+        self.kept: set[str] = set()
+        self.again: dict[str, Remake] = {}
+        self._memo: dict[str, tuple[float, Remake | None]] = {}
+
+    def settle(self, needs: Iterable[str]) -> "Keeper":
+        """Decide for all these values, the earliest first, so that later ones find them live."""
+        for name in sorted(set(needs), key=lambda name: (self.space.place(name), name)):
+            self._settle(name)
+        return self
+
+    @property
+    def cost(self) -> float:
+        """Weighted bytes per row of keeping and making again."""
+        kept = sum(map(self.space.size, self.kept))
+        saved = SAVED if self.gemms else self.saved
+        return saved * kept + sum(remake.moved for remake in self.again.values())
+
+    def _settle(self, name: str) -> None:
+        if name in self.kept or name in self.again:
+            return
+        remake = self._best(name)[1]
+        if remake is None:
+            self.kept.add(name)
+        else:
+            for need in remake.needs:
+                self._settle(need)
+            self.again[name] = remake
+        self._memo.clear()
+
+    def _best(self, name: str, depth: int = 0) -> tuple[float, Remake | None]:
+        """The least cost of having a value in the backward, and how it is made again."""
+        if name in self.kept or name in self.again:
+            return 0.0, None
+        if name not in self._memo:
+            self._memo[name] = self._compare(name, depth)
+        return self._memo[name]
+
+    def _compare(self, name: str, depth: int) -> tuple[float, Remake | None]:
+        space = self.space
+        size, makers = space.size(name), list(space.makers(name, self.gemms))
+        if not size or not makers or depth >= DEPTH:
+            return SAVED * size, None
+        best: tuple[float, int, Remake | None] = (self.saved * size, -1, None)
+        for claim in makers:
+            for call, needs in space.remakes(claim):
+                if name in needs:
+                    continue
+                made = (name,) if call.wants else claim.gives
+                again = call.function == "again"
+                moved = space.read(needs, claim) if again else space.moved(claim, made)
+                cost = moved + sum(self._best(need, depth + 1)[0] for need in needs)
+                if (cost, claim.rank) < best[:2]:
+                    best = (cost, claim.rank, Remake(claim, call, needs, moved))
+        return best[0], best[2]
