@@ -25,9 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from opsgraph.kernels.triton import norms
+from opsgraph.kernels.triton import gemm, norms
 from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
 from opsgraph.kernels.triton.dropout import dropout
+from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
 from opsgraph.kernels.triton.norms import (
     layernorm_backward,
     layernorm_forward,
@@ -143,6 +144,18 @@ def _dropout(width: int, dtype: torch.dtype) -> None:
     dropout(x, _meta(dtype=torch.int64), 0.1, residual=x, bias=_meta(width, dtype=dtype))
 
 
+def _linear(
+    kind: str, rows: int, depth: int, width: int, dtype: torch.dtype, backward: bool
+) -> None:
+    total = width * 2 if KINDS[kind].GATED else width
+    x, bias = _meta(rows, depth, dtype=dtype), _meta(total, dtype=dtype)
+    if backward:
+        weight, pre = _meta(depth, width, dtype=dtype), _meta(rows, total, dtype=dtype)
+        linear_activation_backward(x, weight, pre, kind, want=("x", "y", "bias"))
+    else:
+        linear_activation(x, _meta(total, depth, dtype=dtype), bias, kind, want=("pre",))
+
+
 Case = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 
@@ -171,12 +184,29 @@ def cases(which: str) -> Iterator[Case]:
             yield name, _activation, (kind, width, dtype, backward)
     for dtype in dtypes:
         yield f"dropout {TYPES[dtype]} 4096", _dropout, (4096, dtype)
+    yield from _linear_cases(which)
+
+
+def _linear_cases(which: str) -> Iterator[Case]:
+    """Linear layers with an activation: many rows and, beyond "few", few rows and odd sizes."""
+    half = torch.bfloat16
+    kinds, sizes, dtypes = ("swiglu",), [(4096, 1024, 4096)], (half,)
+    if which != "few":
+        kinds = ("swiglu", "gelu")
+        sizes = [(4096, 4096, 14336), (4096, 1024, 512), (64, 4096, 14336), (16, 4096, 14336)]
+    if which == "all":
+        kinds = ("swiglu", "gelu", "geglu_erf", "clamped_swiglu")
+        sizes += [(4096, 1000, 1000), (4096, 100, 100)]
+        dtypes = (half, torch.float32)
+    for kind, (rows, depth, width), dtype, backward in product(kinds, sizes, dtypes, (False, True)):
+        name = f"linear {kind} {'backward' if backward else 'forward'} {TYPES[dtype]}"
+        yield f"{name} {rows} {depth} {width}", _linear, (kind, rows, depth, width, dtype, backward)
 
 
 def table(cc: int, which: str) -> Iterator[dict[str, Any]]:
     """One row per kernel that the cases launch, each compiled kernel once."""
     seen = set()
-    norms.shared_memory = lambda device: SHARED_MEMORY[cc]
+    norms.shared_memory = gemm.shared_memory = lambda device: SHARED_MEMORY[cc]
     for name, function, arguments in cases(which):
         with recorded_launches() as launches:
             function(*arguments)

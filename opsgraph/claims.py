@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from .backend import backends
 from .errors import PlanError
-from .fuser import Fuser, Match, Matcher, Reference, registered
-from .op import BACKWARD, FORWARD, STORED, arguments, differentiable
+from .fuser import Fuser, Match, Matcher, Reference, reference, registered, vocabulary
+from .op import BACKWARD, FORWARD, arguments
 from .program import Argument, Program
 from .spec import Spec
 
@@ -47,7 +48,7 @@ class Claim:
     """Values it can hand out, its output apart."""
     private: dict[str, Spec]
 
-    @property
+    @cached_property
     def ops(self) -> tuple[int, ...]:
         """The positions that it covers, dropped ops left out."""
         return tuple(i for i in self.positions.values() if i is not None)
@@ -103,7 +104,7 @@ class Space:
             flag and not (direction == BACKWARD and kind.passes)
             for flag, kind in zip(still, program.kinds, strict=True)
         ]
-        matcher = Matcher(fusers, direction)
+        matcher = Matcher.of(tuple(fusers), direction)
         for start in range(program.count):
             for match in matcher.at(start, program.kinds, crossed):
                 if direction == BACKWARD and not program.flows[match.stop]:
@@ -124,7 +125,7 @@ class Space:
         still = program.still_forward if direction == FORWARD else program.still_backward
         for i, kind in enumerate(program.kinds):
             if not still[i] and (direction == FORWARD or program.flows[i + 1]):
-                yield self._claim(Match(Reference(kind), {"op": i}, i, i + 1), direction)
+                yield self._claim(Match(reference(kind), {"op": i}, i, i + 1), direction)
 
     def reject(self, ops: tuple[int, ...], name: str, direction: str, reason: str) -> None:
         """Record a refusal once."""
@@ -205,7 +206,8 @@ class Space:
 
     def _argument(self, match: Match, name: str) -> Argument:
         fuser, program = match.fuser, self.program
-        if not isinstance(fuser, Reference):
+        own = isinstance(fuser, Reference)
+        if not own:
             if name == "x":
                 return Argument("value", program.x(match.start))
             if name == "y":
@@ -216,14 +218,9 @@ class Space:
         if key is None:
             return Argument("value", f"{name}{match.start}")
         i = match.positions[key]
-        if i is None or (value and not self._has(i, value)):
+        if i is None or (value and not own and value not in vocabulary(program.kinds[i])):
             return Argument("literal", "None")
         return program.resolve(i, value)
-
-    def _has(self, i: int, name: str) -> bool:
-        kind = self.program.kinds[i]
-        known = {"x", "y", "dy", "d", *kind.saves, *kind.constants, *differentiable(kind)}
-        return name.removesuffix(STORED) in known
 
     # -- costs --
 

@@ -11,7 +11,7 @@ import torch
 
 from .check import Checker, compare
 from .claims import Call, Claim, Space
-from .op import FORWARD, STORED, differentiable
+from .op import FORWARD, STORED, derived_backward, differentiable
 from .planner import Cover
 
 _serial = itertools.count()
@@ -69,7 +69,12 @@ class Writer:
         if call.wants:
             given.append(f"want={tuple(want)!r}")
         reads = {a.text for a in call.arguments if a.category in ("value", "weight", "gradient")}
-        return f"{self.name_of(claim)}.{call.function}({', '.join(given)})", reads
+        function = f"{self.name_of(claim)}.{call.function}"
+        kind = getattr(claim.fuser, "kind", None)
+        if kind is not None and getattr(kind, call.function) is None:
+            function = f"{self.name_of(claim)}_vjp"
+            self.namespace[function] = derived_backward(kind)
+        return f"{function}({', '.join(given)})", reads
 
     def finish(self, name: str, parameters: Sequence[str]) -> Function:
         """The function, with variables deleted after their last use."""
@@ -164,7 +169,11 @@ def _cast(writer: Writer, direction: str, names: Sequence[str]) -> dict[str, str
         return {}
     if direction == FORWARD:
         for name, spec in {"x0": program.request.x, **program.extra_specs}.items():
-            if spec.dtype.is_floating_point and spec.dtype != compute:
+            if (
+                spec.dtype.is_floating_point
+                and name not in program.uncast
+                and spec.dtype != compute
+            ):
                 writer.add(f"{name} = {name}.to({compute})", [name], [name], "autocast")
     for (i, name), variable in program.weight_names.items():
         if not program.casts(i, name) or (direction != FORWARD and variable not in names):

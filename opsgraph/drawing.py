@@ -46,7 +46,7 @@ def table(plan: "Plan") -> str:
     if len(set(plan.costs.values())) > 1:
         each = ", ".join(f"{name} {cost:.0f}" for name, cost in plan.costs.items())
         lines.append(f"cost   {each} (weighted bytes per row)")
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def graph(plan: "Plan") -> "nx.MultiDiGraph[Any]":

@@ -28,13 +28,16 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return _HERE
 
 
-def flat(x: Tensor, lead: int) -> Tensor:
-    """`[*, width]` as `[rows, width]`, where x has as many leading dimensions as the input."""
-    if x.dim() == 2 and lead == 1:
+def flat(x: Tensor, dims: int | None) -> Tensor:
+    """x inside a plan: `[rows, width]`, `[rows]`, or with None as it is."""
+    if dims is None or x.dim() == dims:
         return x
-    if x.dim() == lead + 1:
-        return x.reshape(-1, x.shape[-1])
-    return x.reshape(-1) if x.dim() == lead and x.dim() != 1 else x
+    return x.reshape(-1, x.shape[-1]) if dims == 2 else x.reshape(-1)
+
+
+def flattened(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The input and the extra inputs as the plan takes them."""
+    return [flat(t, dims) for t, dims in zip(tensors, plan.specs.dims, strict=False)]
 
 
 class PlanFunction(torch.autograd.Function):
@@ -45,14 +48,13 @@ class PlanFunction(torch.autograd.Function):
         x, ops = tensors[0], stage.ops
         ctx.plan, ctx.stage = plan, stage
         ctx.lead = None if x.dim() == 2 else [t.shape for t in tensors[: extras + 1]]
-        with without_autocast(x.device.type):
-            if ctx.lead is None:
-                outputs, saved = plan.run_forward(ops, *tensors)
-            else:
-                lead = x.dim() - 1
-                inputs = [flat(t, lead) for t in tensors[: extras + 1]]
+        if ctx.lead is None and not plan.specs.autocast:
+            outputs, saved = plan.run_forward(ops, *tensors)
+        else:
+            inputs = flattened(plan, tensors)
+            with without_autocast(x.device.type):
                 outputs, saved = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])
-                outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+            outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
         ctx.save_for_backward(*saved)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -71,8 +73,7 @@ class PlanFunction(torch.autograd.Function):
                 if plan.run_delayed is not None:
                     found = ctx.stage.delay(plan, found, ctx.saved_tensors)
             else:
-                lead = len(ctx.lead[0]) - 1
-                grads = [flat(g, lead) for g in (dy, *taken)]
+                grads = [flat(g, 2) for g in (dy, *taken)]
                 found = plan.run_backward(ctx.stage.ops, *grads, *ctx.saved_tensors)
                 if plan.run_delayed is not None:
                     found = ctx.stage.delay(plan, found, ctx.saved_tensors)
@@ -89,8 +90,7 @@ def run_inference(plan: Plan, ops: Any, extras: int, tensors: Sequence[Any]) -> 
         if x.dim() == 2:
             outputs = plan.run_forward(ops, *tensors)[0]
         else:
-            lead = x.dim() - 1
-            inputs = [flat(t, lead) for t in tensors[: extras + 1]]
+            inputs = flattened(plan, tensors)
             outputs = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])[0]
             outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -164,7 +164,15 @@ def _fake_forward(handle: int, tensors: list[Tensor]) -> list[Tensor]:
 
 def _fake_backward(handle: int, tensors: list[Tensor]) -> list[Tensor]:
     plan = _handles[handle][0]
-    return _fakes([s for s in plan.specs.gradients if s is not None], tensors[0].shape[0])
+    names = [name for name, _ in plan.specs.saved]
+    saved = dict(zip(names, tensors[len(tensors) - len(names) :], strict=True))
+    rows, found = tensors[0].shape[0], []
+    for name, spec in zip(plan.specs.names, plan.specs.gradients, strict=True):
+        if spec is not None and name in saved and ROWS not in spec.shape:
+            found.append(torch.empty_like(saved[name], dtype=spec.dtype))
+        elif spec is not None:
+            found += _fakes([spec], rows)
+    return found
 
 
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
@@ -210,8 +218,9 @@ def run_compiled(plan: Plan, handle: int, extras: int, tensors: Sequence[Tensor 
     """The plan under torch.compile."""
     x = tensors[0]
     assert x is not None
-    shape, lead = x.shape, x.dim() - 1
-    there = [flat(t, lead) if k <= extras else t for k, t in enumerate(tensors) if t is not None]
+    shape = x.shape
+    inputs = flattened(plan, tensors[: extras + 1])  # type: ignore[arg-type]
+    there = [*inputs, *(t for t in tensors[extras + 1 :] if t is not None)]
     if plan.specs.training:
         outputs = CompiledPlan.apply(plan, handle, *there)  # type: ignore[no-untyped-call]
     else:

@@ -8,7 +8,8 @@ for what the op under that key calls NAME: `fc_weight`, `act_x`, `norm_rstd`, `n
 of its own, which only its own `bwd` may take.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import product
 from types import NoneType, TracebackType, UnionType
 from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 from . import config
 from .backend import backends
 from .errors import RegisterError
-from .op import BACKWARD, FORWARD, STORED, Op, arguments, derived_backward, weights
+from .op import BACKWARD, FORWARD, STORED, Op, arguments, cached, derived_backward, weights
 from .spec import Spec
 
 Variant = tuple[tuple[str, type[Op] | None], ...]
@@ -44,11 +45,13 @@ class Fuser:
 
     def split(self, argument: str) -> tuple[str | None, str]:
         """`fc_weight` is `("fc", "weight")`; what belongs to no key is `(None, argument)`."""
-        if argument in self.pattern:
-            return argument, ""
-        keys = [key for key in self.pattern if argument.startswith(key + "_")]
-        key = max(keys, key=len, default=None)
-        return key, argument[len(key) + 1 :] if key else argument
+        known = self.__dict__.setdefault("_split", {})
+        if argument not in known:
+            keys = [key for key in self.pattern if argument.startswith(key + "_")]
+            key = argument if argument in self.pattern else max(keys, key=len, default=None)
+            known[argument] = key, argument[len(key) + 1 :] if key else argument
+        found: tuple[str | None, str] = known[argument]
+        return found
 
     def functions(self, direction: str) -> dict[str, Callable[..., Any]]:
         """The functions to call in that pass, in order; none if it does not serve the pass."""
@@ -82,6 +85,12 @@ class Reference(Fuser):
         return {"bwd": kind.bwd or derived_backward(kind)}
 
 
+@cached
+def reference(kind: type[Op]) -> Reference:
+    """The reference of a class, made once."""
+    return Reference(kind)
+
+
 def _alternatives(entry: Any) -> tuple[type[Op] | None, ...]:
     kinds = get_args(entry) if get_origin(entry) in (Union, UnionType) else (entry,)
     return tuple(None if kind in (None, NoneType) else kind for kind in kinds)
@@ -93,6 +102,7 @@ def variants(pattern: Mapping[str, Any]) -> Iterator[Variant]:
         yield tuple(zip(pattern, kinds, strict=True))
 
 
+@cached
 def vocabulary(kind: type[Op]) -> set[str]:
     """The names that a fuser may use of an op."""
     names = {"x", "y", *kind.saves, *kind.constants, *kind.extra_inputs, *weights(kind)}
@@ -195,7 +205,13 @@ class Match(NamedTuple):
 class Matcher:
     """Finds all places where fusers fit, by the class of their first op."""
 
-    def __init__(self, fusers: list[Fuser], direction: str) -> None:
+    @staticmethod
+    @lru_cache(maxsize=16)
+    def of(fusers: tuple[Fuser, ...], direction: str) -> "Matcher":
+        """The matcher of some fusers, made once."""
+        return Matcher(fusers, direction)
+
+    def __init__(self, fusers: Iterable[Fuser], direction: str) -> None:
         self.by_first: dict[type[Op], list[tuple[Fuser, Variant]]] = {}
         for fuser in fusers:
             if not fuser.functions(direction):

@@ -91,6 +91,8 @@ class Op(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.channels: dict[str, str | None] = dict.fromkeys(self.extra_inputs)
+        self.strict: set[str] = set()
+        """Extra inputs whose channel must have a producer in the sequence."""
         self._homes: dict[str, tuple[nn.Module, str]] = {}
 
     # -- what an op may say of itself --
@@ -129,6 +131,12 @@ class Op(nn.Module):
         """What an extra input must be, by default like x; None leaves it to `fwd`."""
         return x
 
+    def example_extra(self, name: str, x: Spec, rows: int) -> Tensor:
+        """An extra input of the right shape for so many rows, for planning without one."""
+        spec = self.extra_spec(name, x)
+        assert spec is not None, "an op that leaves the check to fwd gives its own example"
+        return torch.zeros_like(spec.empty(rows))
+
     def lower(self) -> Sequence[Lowered]:
         """The basic ops that it stands for."""
         return (Lowered(type(self), self),)
@@ -137,6 +145,26 @@ class Op(nn.Module):
     def sample(cls) -> Iterable["Op"]:
         """Small instances for the tests that walk over every op and fuser."""
         return (cls(),)
+
+    def set_extra_input_channel(self, index: int, name: str) -> None:
+        """Have an extra input read the channel of that name, which an earlier op must provide."""
+        inputs = tuple(self.channels) if not self.taps else ()
+        if not 0 <= index < len(inputs):
+            raise IndexError(f"{type(self).__name__}: got extra input {index} of {len(inputs)}")
+        self.channels[inputs[index]] = name
+        self.strict.add(inputs[index])
+        config.touch()
+
+    def set_extra_output_channel(
+        self, index: int, name: str, output_to_caller: bool = True
+    ) -> None:
+        """Have an extra output provide a channel; the caller gets it too unless told otherwise."""
+        if not self.taps or index != 0:
+            count = int(self.taps)
+            raise IndexError(f"{type(self).__name__}: got extra output {index} of {count}")
+        self.channels["d"] = name
+        self.to_caller = output_to_caller
+        config.touch()
 
     # -- machinery --
 
@@ -195,7 +223,7 @@ class Op(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """All plain attributes: two ops with equal settings share their plans."""
-        skipped = _MODULE_ATTRIBUTES | {"_runner", "_homes", "training"}
+        skipped = _MODULE_ATTRIBUTES | {"_runner", "_homes", "training", "channels", "strict"}
         return {key: value for key, value in self.__dict__.items() if key not in skipped}
 
     def skeleton(self) -> "Op":
@@ -236,6 +264,7 @@ def weights(kind: type[Op]) -> tuple[str, ...]:
     return tuple(name for name in arguments(kind.fwd) if name not in other)
 
 
+@cached
 def differentiable(kind: type[Op]) -> tuple[str, ...]:
     """The arguments of `fwd` after x that can have a gradient, in order."""
     skipped = {"x", "want", *kind.constants}

@@ -90,6 +90,8 @@ class Signature(NamedTuple):
     """Saved values and weights, in order; those that are inputs are in `inputs` too."""
     names: tuple[str, ...]
     """The forward's arguments after `ops`."""
+    dims: tuple[int | None, ...]
+    """Of the input and the extra inputs: dimensions inside the plan, None for as they are."""
     absent: tuple[bool, ...]
     """Which of them are None: parameters that a module does not have."""
     inputs: tuple[str, ...]
@@ -98,6 +100,7 @@ class Signature(NamedTuple):
     taps: tuple[int, ...]
     """Which outputs' gradients, the first apart, the backward takes."""
     training: bool
+    autocast: bool
     delayed: tuple[str, ...]
     """The weights whose gradients the delayed function returns."""
 
@@ -144,17 +147,22 @@ def _signature(
     cast = {
         name
         for name, spec in given.items()
-        if request.compute is not None and name not in weights and spec.dtype != request.compute
+        if request.compute is not None
+        and name not in weights
+        and name not in program.uncast
+        and spec.dtype != request.compute
     }
     return Signature(
         tuple(program.specs[gap] for gap in last),
         tuple(specs),
         tuple(given),
+        (2, *(program.extra_dims(*place) for place in run.inputs)),
         tuple(spec is None for spec in given.values()),
         tuple(name for name in given if name not in cast),
         tuple(spec if name in request.gradients else None for name, spec in given.items()),
         tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
         bool(request.gradients) and program.flows[-1],
+        request.compute is not None,
         delayed,
     )
 

@@ -5,7 +5,7 @@ parameter, `other5` its extra input, `dx` the gradient that flows, `d0` the one 
 Where ops are dropped, several gaps share one value, named after the first of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 
 from .errors import OpError, PlanError
 from .op import BACKWARD, FORWARD, STORED, Op, differentiable, weights
-from .spec import Spec
+from .spec import ROWS, Spec
 
 
 class Run:
@@ -24,7 +24,7 @@ class Run:
     caller.
     """
 
-    def __init__(self, ops: Sequence[Op], labels: Sequence[str]) -> None:
+    def __init__(self, ops: Sequence[Op], labels: Sequence[str], known: Iterable[str] = ()) -> None:
         lowered = [
             (entry, label) for op, label in zip(ops, labels, strict=True) for entry in op.lower()
         ]
@@ -36,7 +36,7 @@ class Run:
         self.inputs: list[tuple[int, str, str | None]] = []
         self.outputs: list[int] = []
         self._verify_names()
-        self._connect()
+        self._connect(set(known))
 
     def _verify_names(self) -> None:
         for kind, label in zip(self.kinds, self.labels, strict=True):
@@ -44,7 +44,8 @@ class Run:
             if taken := reserved.intersection(kind.saves):
                 raise PlanError(f"{label}: it cannot save under the names {sorted(taken)}")
 
-    def _connect(self) -> None:
+    def _connect(self, known: set[str]) -> None:
+        """Join extra inputs to Tees; `known` are channels that earlier runs provide."""
         producers: dict[str, int] = {}
         read: set[int] = set()
         for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True)):
@@ -54,13 +55,23 @@ class Run:
                     self.sources[i, name] = producers[channel]
                     read.add(producers[channel])
                 else:
+                    if channel is not None and channel not in known and name in op.strict:
+                        raise PlanError(
+                            f"{self.labels[i]}: got channel {channel!r} for {name}, expected one "
+                            f"that an earlier op provides: {', '.join(sorted(known)) or 'none do'}"
+                        )
                     self.inputs.append((i, name, channel))
             if kind.taps:
                 channel = op.channels.get("d")
                 if channel is not None:
+                    if channel in {wanted for _, _, wanted in self.inputs}:
+                        raise PlanError(
+                            f"{self.labels[i]}: channel {channel!r} is read before it is provided"
+                        )
                     if channel in producers:
                         raise PlanError(f"{self.labels[i]}: channel {channel!r} has two producers")
                     producers[channel] = i
+                    known.add(channel)
         for i, kind in enumerate(self.kinds):
             if kind.taps and (i not in read or getattr(self.ops[i], "to_caller", False)):
                 self.outputs.append(i)
@@ -111,6 +122,7 @@ class Program:
         ]
         self.still_forward = [entry[FORWARD] for entry in identity]
         self.inputs = [f"{name}{i}" for i, name, _ in run.inputs]
+        self.uncast = {f"{n}{i}" for i, n, _ in run.inputs if n in self.kinds[i].as_stored}
         self.extra_specs = dict(zip(self.inputs, request.extras, strict=True))
         self.weight_names = {slot: f"{slot[1]}{slot[0]}" for slot in run.slots}
         self.canonical = [0] * (count + 1)
@@ -147,8 +159,7 @@ class Program:
             for name in weights(kind):
                 self._check_weight(i, kind, name, x)
             for name in kind.extra_inputs:
-                if (i, name) not in self.run.sources:
-                    self._check_extra(i, kind, name, x)
+                self._check_extra(i, kind, name, x, specs)
             if not self.still_forward[i]:
                 x = kind.out(op, x)
             specs.append(x)
@@ -169,17 +180,27 @@ class Program:
                 f"{spec.dtype}, the dtype of {name} (or an active autocast)",
             )
 
-    def _check_extra(self, i: int, kind: type[Op], name: str, x: Spec) -> None:
-        spec = self.extra_specs[f"{name}{i}"]
+    def _check_extra(
+        self, i: int, kind: type[Op], name: str, x: Spec, before: Sequence[Spec]
+    ) -> None:
+        source = self.run.sources.get((i, name))
+        spec = self.extra_specs[f"{name}{i}"] if source is None else before[source]
         expected = kind.extra_spec(self.ops[i], name, x)
-        if spec.device != x.device:
-            raise OpError(self.labels[i], f"{name} on {spec.device}", str(x.device))
         if expected is None:
             return
+        if spec.device != x.device:
+            raise OpError(self.labels[i], f"{name} on {spec.device}", str(x.device))
         if spec.shape != expected.shape:
             raise OpError(self.labels[i], f"{name} {spec}", str(expected))
+        if name in kind.as_stored:
+            return
         if spec.dtype != expected.dtype and self.request.compute is None:
             raise OpError(self.labels[i], f"{name} dtype {spec.dtype}", str(expected.dtype))
+
+    def extra_dims(self, i: int, name: str, _: str | None) -> int | None:
+        """The dimensions that an extra input has inside the plan; None: it is not flattened."""
+        spec = self.kinds[i].extra_spec(self.ops[i], name, self.specs[i])
+        return None if spec is None or ROWS not in spec.shape else len(spec.shape)
 
     def _flow(self) -> list[bool]:
         """For each gap, whether the gradient of its value is needed."""

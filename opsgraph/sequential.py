@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from . import config
 from .errors import OpError, OpsgraphError, PlanError
 from .execute import constant_under_compile
 from .op import Op
+from .ops.convert import module_from, op_from
 from .plan import Plan
 from .spec import row
 from .table import Options, Stage
@@ -96,7 +98,8 @@ class Sequential(nn.Sequential):
 
         def close() -> None:
             if ops:
-                stages.append(Stage(tuple(ops), tuple(labels), self._options))
+                known = [n for s in stages if isinstance(s, Stage) for n in s.output_names if n]
+                stages.append(Stage(tuple(ops), tuple(labels), self._options, known))
                 ops.clear()
                 labels.clear()
 
@@ -212,6 +215,31 @@ class Sequential(nn.Sequential):
         (stage,) = self._stages
         assert isinstance(stage, Stage)
         return stage.example_extras(x)
+
+    # -- torch.nn and back --
+
+    @classmethod
+    def from_torch(cls, module: nn.Sequential, **options: Any) -> Sequential:
+        """A Sequential with ops in the place of known torch modules, sharing the parameters.
+
+        Nested nn.Sequentials are converted too; modules that are not known stay as they are.
+        options: as the constructor's.
+        """
+        if not isinstance(module, nn.Sequential):
+            raise PlanError(f"from_torch: got {type(module).__name__}, expected nn.Sequential")
+        made = OrderedDict(
+            (name, cls.from_torch(m, **options) if type(m) is nn.Sequential else op_from(m))
+            for name, m in module.named_children()
+        )
+        return cls(made, **options).train(module.training)
+
+    def to_torch(self) -> nn.Sequential:
+        """A plain nn.Sequential that computes the same, sharing the parameters."""
+        made: OrderedDict[str, nn.Module] = OrderedDict()
+        for label, module in self._labelled():
+            nested = module.to_torch() if isinstance(module, Sequential) else None
+            made[label.split(":")[0]] = nested or module_from(module, label)
+        return nn.Sequential(made).train(self.training)
 
     # -- the list protocol, where nn.Sequential would return or forget something else --
 

@@ -8,7 +8,7 @@ holds skeletons of the ops, without parameters; parameters are read from the mod
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def _table_for(run: Run, options: Options) -> PlanTable:
         for kind, op in zip(run.kinds, run.ops, strict=True):
             if op._buffers or op._modules:
                 raise TypeError
-            settings = {k: v for k, v in op.settings().items() if k != "channels"}
+            settings = op.settings()
             present = tuple(name for name in weights(kind) if op.has(name))
             parts.append((kind, type(op), _hashable(settings), present))
         wiring = (tuple(run.sources.items()), tuple(i[:2] for i in run.inputs), tuple(run.outputs))
@@ -107,8 +107,14 @@ def _table_for(run: Run, options: Options) -> PlanTable:
 class Stage:
     """A run of consecutive ops of a Sequential, with the parameters it reads."""
 
-    def __init__(self, ops: Sequence[Op], labels: Sequence[str], options: Options) -> None:
-        run = Run(ops, labels)
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        labels: Sequence[str],
+        options: Options,
+        known: Iterable[str] = (),
+    ) -> None:
+        run = Run(ops, labels, known)
         run.unstored()
         self.inputs, self.outputs = run.inputs, run.outputs
         self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
@@ -188,8 +194,7 @@ class Stage:
         for kind, op in zip(run.kinds, self.real, strict=True):
             specs.append(kind.out(op, specs[-1]))
         for i, name, _ in run.inputs:
-            spec = run.kinds[i].extra_spec(self.real[i], name, specs[i])
-            extra = (spec or Spec((1,), torch.int64, x.device)).empty(rows)
+            extra = run.kinds[i].example_extra(self.real[i], name, specs[i], rows)
             lead = extra.dim() == 2 and x.dim() != 2
             found.append(extra.view(*x.shape[:-1], extra.shape[-1]) if lead else extra)
         return found
@@ -221,6 +226,9 @@ class Stage:
         for i, name, _ in run.inputs[:extras]:
             dtype, more, last, wanted, same = (next(rest) for _ in range(5))
             shape = {0: (ROWS, last), -1: (ROWS,)}.get(more, (last,))
+            edge = row(last, key[0], device)
+            if run.kinds[i].extra_spec(self.real[i], name, edge) is None:
+                shape = (last,)
             specs.append(Spec(shape, dtype, device if same else torch.device("meta")))
             if wanted:
                 gradients.add(f"{name}{i}")

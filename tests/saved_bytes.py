@@ -16,7 +16,8 @@ def saved_bytes(function: Callable[[], Any]) -> int:
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.dim() and not isinstance(tensor, nn.Parameter):
+        whole = tensor if tensor._base is None else tensor._base  # of `weight.t()` the weight
+        if tensor.dim() and not isinstance(whole, nn.Parameter):
             storage = tensor.untyped_storage().data_ptr()
             found[storage] = max(found.get(storage, 0), tensor.numel() * tensor.itemsize)
         return tensor

@@ -56,6 +56,8 @@ class Drawing:
     def __init__(self, draw: Any) -> None:
         self.draw = draw
         self.widths: dict[str, int] = {}
+        self.extra: set[str] = set()
+        """Names that an Add has read without a Tee: no Tee may come after it."""
 
     def one(self, *values: Any) -> Any:
         return self.draw(st.sampled_from(values))
@@ -112,7 +114,7 @@ class Drawing:
         """A Tee under a new name, or an Add of any name whose width fits."""
         free = [name for name in CHANNELS if name not in self.widths]
         if kind == "tee":
-            name = self.one(None, *free)
+            name = self.one(None, *(name for name in free if name not in self.extra))
             if name is None:
                 return (self.one(ops.Tee, ops.MakeExtraOutput), ())
             self.widths[name] = width
@@ -121,6 +123,8 @@ class Drawing:
         name = self.one(None, *free, *fitting, *fitting)
         if name is None:
             return (self.one(ops.Add, ops.AddExtraInput), ())
+        if name in free:
+            self.extra.add(name)
         return (ops.Add, (("name", name),))
 
 
@@ -186,19 +190,19 @@ def check_plan(case: Case, module: og.Sequential) -> None:
         assert counted == plan.saved_bytes_per_row * rows, plan
 
 
-@settings(max_examples=100)
+@settings(max_examples=500)
 @given(**cases)
 def test_formulas(**case: Any) -> None:
     check_formulas("cpu", **case)
 
 
-@settings(max_examples=50)
+@settings(max_examples=250)
 @given(**cases)
 def test_fp32(**case: Any) -> None:
     check_fp32("cpu", **case)
 
 
-@settings(max_examples=60)
+@settings(max_examples=250)
 @given(**cases)
 def test_plans(**case: Any) -> None:
     check_plans("cpu", **case)

@@ -288,6 +288,10 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: og.Sequential(Tee("r"), Tee("r"), Add("r"))(torch.ones(2, 4)),
         "1:Tee: channel 'r' has two producers",
     ),
+    "a Tee after its Add": (
+        lambda: og.Sequential(Add("r"), ReLU(), Tee("r"))(torch.ones(2, 4)),
+        "2:Tee: channel 'r' is read before it is provided",
+    ),
     "no op": (lambda: Residual(nn.ReLU()), "Residual: got ReLU, expected ops of opsgraph"),
 }
 

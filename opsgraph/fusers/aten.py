@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..fuser import Fuser, register
-from ..kernels.reference import activations
+from ..kernels.reference import activations, norms
 from ..op import Op
 from ..ops import (
     GEGLU,
@@ -19,11 +19,14 @@ from ..ops import (
     BasicLinear,
     Bias,
     ClampedSwiGLU,
+    ConstantScale,
     ReGLU,
     ReLU,
+    RMSNorm,
     SiTUGLU,
     SReGLU,
     SwiGLU,
+    Tee,
 )
 from ..spec import Spec
 
@@ -60,13 +63,85 @@ class LinearBiasActivation(Fuser):
 
 
 @register
-class LinearAdd(Fuser):
-    """`x @ weight.T + other`, the sum in the GEMM's accumulator (beta = 1)."""
+class LinearBiasAdd(Fuser):
+    """`x @ weight.T + bias + other`: without a bias the sum is in the GEMM's accumulator."""
 
-    backend, pattern = "aten", dict(fc=BasicLinear, add=Add)
+    backend, pattern = "aten", dict(fc=BasicLinear, bias=Bias | None, add=Add)
 
-    def fwd(self, x: Tensor, fc_weight: Tensor, add_other: Tensor) -> Any:
-        return torch.addmm(add_other, x, fc_weight.t()), ()
+    def fwd(self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor | None, add_other: Tensor) -> Any:
+        if bias_bias is None:
+            return torch.addmm(add_other, x, fc_weight.t()), ()
+        return F.linear(x, fc_weight, bias_bias).add_(add_other), ()
+
+
+@register
+class LinearScaleAdd(Fuser):
+    """`scale * x @ weight.T (+ other)`: factor and sum are the GEMM's alpha and beta."""
+
+    backend, pattern = "aten", dict(fc=BasicLinear, scale=ConstantScale, add=Add | None)
+
+    def fwd(
+        self, x: Tensor, fc_weight: Tensor, scale_scale: float, add_other: Tensor | None
+    ) -> Any:
+        other = x.new_empty(()) if add_other is None else add_other
+        beta = 0 if add_other is None else 1
+        return torch.addmm(other, x, fc_weight.t(), beta=beta, alpha=scale_scale), ()
+
+
+@register
+class LinearScaleBackward(Fuser):
+    """Backward of a linear and a scale: the factor is the GEMM's alpha."""
+
+    backend, pattern = "aten", dict(fc=BasicLinear, scale=ConstantScale)
+
+    def reject(self, fc: Op, scale: Op, x: Spec) -> str | None:
+        if getattr(fc, "accumulate_into_main_grad", False):
+            return "the weight gradient goes into main_grad"
+        return None
+
+    def bwd(
+        self, dy: Tensor, fc_x: Tensor, fc_weight: Tensor, scale_scale: float,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        dx = dweight = None
+        nothing = dy.new_empty(())
+        if "x" in want:
+            dx = torch.addmm(nothing, dy, fc_weight, beta=0, alpha=scale_scale)
+        if "fc_weight" in want:
+            dweight = torch.addmm(nothing, dy.t(), fc_x, beta=0, alpha=scale_scale)
+        return dx, (dweight,)
+
+
+@register
+class TeeLinearBackward(Fuser):
+    """Backward of a linear whose input is also handed out: that gradient is the GEMM's beta."""
+
+    backend, pattern = "aten", dict(tee=Tee, fc=BasicLinear)
+
+    def bwd(
+        self, dy: Tensor, tee_d: Tensor, fc: Any, fc_x: Tensor, fc_weight: Tensor,
+        fc_weight_stored: Tensor, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        dx = torch.addmm(tee_d, dy, fc_weight) if "x" in want else None
+        return dx, (fc.wgrad(dy, fc_x, fc_weight_stored) if "fc_weight" in want else None,)
+
+
+@register
+class RMSNormLinearBackward(Fuser):
+    """Backward of RMSNorm and the linear after it, whose input is made again on the way."""
+
+    backend, pattern = "aten", dict(norm=RMSNorm, fc=BasicLinear)
+
+    def bwd(
+        self, dy: Tensor, norm_x: Tensor, norm_rstd: Tensor, norm_weight: Tensor | None,
+        norm_zero_centered_gamma: bool, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        wanted = "x" in want, "norm_weight" in want, "fc_weight" in want
+        dx, dnorm, y = norms.rmsnorm_backward(
+            dy @ fc_weight, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, *wanted
+        )
+        return dx, (dnorm, None if y is None else fc.wgrad(dy, y, fc_weight_stored))
 
 
 @register

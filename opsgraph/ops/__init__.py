@@ -15,10 +15,20 @@ from .activations import (
     SReLU,
     SwiGLU,
 )
+from .adaptive import AdaptiveLayerNorm, AdaptiveRMSNorm, Modulate
 from .elementwise import ConstantScale, Dropout, Identity, Reshape
+from .grouped import GroupedLinear
 from .linear import BasicLinear, Bias, Linear
 from .norms import L2Normalization, LayerNorm, RMSNorm
 from .residual import Add, AddExtraInput, MakeExtraOutput, Residual, Tee
+from .scaled import (
+    ScaledClampedSwiGLU,
+    ScaledGEGLU,
+    ScaledQGEGLU,
+    ScaledReGLU,
+    ScaledSReLU,
+    ScaledSwiGLU,
+)
 
 __all__ = [
     "GEGLU",
@@ -26,6 +36,8 @@ __all__ = [
     "GLU",
     "QGEGLU",
     "QGELU",
+    "AdaptiveLayerNorm",
+    "AdaptiveRMSNorm",
     "Add",
     "AddExtraInput",
     "BasicLinear",
@@ -33,11 +45,13 @@ __all__ = [
     "ClampedSwiGLU",
     "ConstantScale",
     "Dropout",
+    "GroupedLinear",
     "Identity",
     "L2Normalization",
     "LayerNorm",
     "Linear",
     "MakeExtraOutput",
+    "Modulate",
     "RMSNorm",
     "ReGLU",
     "ReLU",
@@ -45,6 +59,12 @@ __all__ = [
     "Residual",
     "SReGLU",
     "SReLU",
+    "ScaledClampedSwiGLU",
+    "ScaledGEGLU",
+    "ScaledQGEGLU",
+    "ScaledReGLU",
+    "ScaledSReLU",
+    "ScaledSwiGLU",
     "SiLU",
     "SiTUGLU",
     "SwiGLU",

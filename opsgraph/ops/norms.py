@@ -104,7 +104,7 @@ class RMSNorm(_Norm):
         self, dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None,
         zero_centered_gamma: bool, want: Collection[str],
     ) -> tuple[Tensor | None, tuple[Tensor | None]]:  # fmt: skip
-        dx, dweight = norms.rmsnorm_backward(
+        dx, dweight, _ = norms.rmsnorm_backward(
             dy, x, rstd, weight, zero_centered_gamma, "x" in want, "weight" in want
         )
         return dx, (dweight,)

@@ -45,26 +45,29 @@ def rmsnorm_again(x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered:
 
 def rmsnorm_backward(
     dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered: bool, want_x: bool,
-    want_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Returns dx and dweight, None for what is not wanted."""
+    want_weight: bool, want_y: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Returns dx, dweight and y computed once more, None for what is not wanted."""
     g, h = wide(dy), wide(x)
-    dx = dweight = None
+    factor = gamma(weight, zero_centered, h)
     hat = h * rstd
     product = g * hat
+    dx = dweight = y = None
+    if want_y:
+        y = hat if factor is None else hat * factor
+        y = y if y.dtype == x.dtype else y.to(x.dtype)
     if want_weight and weight is not None:
         dweight = product.sum(0)
         dweight = dweight if dweight.dtype == weight.dtype else dweight.to(weight.dtype)
     if want_x:
-        factor = gamma(weight, zero_centered, h)
         if factor is None:
             dot = product.sum(-1, keepdim=True)
         else:
-            dot = (product @ factor).unsqueeze(-1)
+            dot = torch.mv(product, factor).unsqueeze(-1)
             g = g * factor
         dx = torch.addcmul(g, hat, dot, value=-1 / x.shape[-1]).mul_(rstd)
         dx = dx if dx.dtype == x.dtype else dx.to(x.dtype)
-    return dx, dweight
+    return dx, dweight, y
 
 
 def layernorm_forward(

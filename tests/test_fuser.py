@@ -1,0 +1,395 @@
+"""What other people write: ops, fusers and their registration, as docs/design.md shows it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import opsgraph as og
+from opsgraph.fuser import Handle, registered
+from opsgraph.ops import GELU, Add, BasicLinear, Bias, Linear, ReLU, RMSNorm, SiLU, Tee
+from opsgraph.spec import ROWS
+
+
+class SquaredReLU(og.Op):
+    """y = relu(x)**2"""
+
+    def fwd(self, x: Tensor) -> Any:
+        return torch.relu(x).square(), ()
+
+    def bwd(self, dy: Tensor, x: Tensor) -> Any:
+        return 2 * torch.relu(x) * dy, ()
+
+
+class LinearSquaredReLU(og.Fuser):
+    """GEMM with relu**2 in its epilogue; also writes the pre-activation."""
+
+    backend, pattern = "aten", dict(fc=BasicLinear, act=SquaredReLU)
+    saves = ("act_x",)
+
+    def reject(self, fc: Any, act: Any, x: og.Spec) -> str | None:
+        if x.width % 16:
+            return f"in_features {x.width} is not a multiple of 16"
+        return None
+
+    def fwd(self, fc: Any, act: Any, x: Tensor, fc_weight: Tensor) -> Any:
+        pre = x @ fc_weight.t()
+        return torch.relu(pre).square(), (pre,)
+
+
+class LinearReLU(og.Fuser):
+    """Keeps the pre-activation to itself."""
+
+    backend, pattern = "aten", dict(fc=BasicLinear, bias=Bias | None, act=ReLU | SquaredReLU)
+
+    def fwd(self, act: Any, x: Tensor, fc_weight: Tensor, bias_bias: Tensor | None) -> Any:
+        y = torch.relu(nn.functional.linear(x, fc_weight, bias_bias))
+        return (y.square() if isinstance(act, SquaredReLU) else y), ()
+
+
+class SiLUReLU(og.Fuser):
+    """A pair: its forward saves what only its backward understands."""
+
+    backend, pattern, saves = "aten", dict(a=SiLU, b=ReLU), ("slope",)
+
+    def saved(self, ops: Any, x: og.Spec) -> dict[str, og.Spec]:
+        return {"slope": x}
+
+    def fwd(self, x: Tensor) -> Any:
+        s = torch.sigmoid(x)
+        return torch.relu(x * s), (s * (1 + x * (1 - s)) * (x > 0),)
+
+    def bwd(self, dy: Tensor, slope: Tensor) -> Any:
+        return dy * slope, ()
+
+
+def names(plan: og.Plan, direction: str = "forward") -> list[str]:
+    return [step.name for step in getattr(plan, direction)]
+
+
+def refusals(plan: og.Plan, name: str) -> set[tuple[str, str]]:
+    return {(r.direction, r.reason) for r in plan.rejected if r.name == name}
+
+
+def results(module: Any, x: Tensor) -> list[Tensor]:
+    """Output, dx and every parameter's gradient."""
+    x = x.detach().requires_grad_()
+    y = module(x)
+    torch.manual_seed(3)
+    return [y, *torch.autograd.grad(y, [x, *module.parameters()], torch.randn_like(y))]
+
+
+def assert_same_results(module: og.Sequential, x: Tensor) -> None:
+    """The module computes what the reference ops compute."""
+    expected = results(og.Sequential(*module, backends=("reference",)), x)
+    for one, other in zip(results(module, x), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected[0].detach())
+
+
+@pytest.fixture(autouse=True)
+def registry() -> Iterator[None]:
+    """A test leaves the registry as it found it."""
+    before = registered()
+    yield
+    for fuser in registered():
+        if fuser not in before:
+            Handle(fuser).unregister()
+
+
+# -- registering --
+
+
+def test_the_three_ways_to_register() -> None:
+    mlp = og.Sequential(Linear(16, 8, bias=False), SquaredReLU())
+
+    def planned() -> list[str]:
+        return names(mlp.plan())
+
+    assert planned() == ["BasicLinear", "SquaredReLU"]
+    with og.register(LinearSquaredReLU) as handle:
+        assert planned() == ["LinearSquaredReLU"]
+        assert handle.fuser.name == "LinearSquaredReLU"
+    assert planned() == ["BasicLinear", "SquaredReLU"]
+    handle = og.register(LinearSquaredReLU())
+    assert planned() == ["LinearSquaredReLU"]
+    handle.unregister()
+    handle.unregister()
+    assert planned() == ["BasicLinear", "SquaredReLU"]
+
+    @og.register
+    class Decorated(LinearSquaredReLU):
+        pass
+
+    assert planned() == ["Decorated"]
+
+
+def test_a_module_that_has_run_plans_again() -> None:
+    mlp, x = og.Sequential(Linear(16, 8, bias=False), SquaredReLU()), torch.randn(3, 16)
+    called: list[int] = []
+
+    class Counted(LinearSquaredReLU):
+        def fwd(self, fc: Any, act: Any, x: Tensor, fc_weight: Tensor) -> Any:
+            called.append(len(x))
+            return super().fwd(fc, act, x, fc_weight)
+
+    before = results(mlp, x)
+    with og.register(Counted):
+        during = results(mlp, x)
+        mlp(x)
+    assert called == [3, 3]
+    after = results(mlp, x)
+    assert called == [3, 3]
+    for values in zip(before, during, after, strict=True):
+        torch.testing.assert_close(values[1], values[0])
+        assert torch.equal(values[2], values[0])
+
+
+def test_a_called_op_and_a_layernorm_mlp_plan_again() -> None:
+    class Doubled(og.Fuser):
+        backend, pattern = "aten", dict(act=GELU)
+
+        def fwd(self, x: Tensor) -> Any:
+            return x * 2, ()
+
+    op, mlp, x = GELU(), og.LayerNormMLP(8, 16, device="cpu"), torch.randn(2, 8)
+    first, whole = op(x), mlp(x)
+    with og.register(Doubled):
+        assert torch.equal(op(x), 2 * x)
+        assert not torch.equal(mlp(x), whole)
+        assert "Doubled" in names(mlp.plan())
+    assert torch.equal(op(x), first)
+    assert torch.equal(mlp(x), whole)
+
+
+# -- fusers --
+
+
+def test_the_fuser_of_the_design_hands_out_its_pre_activation() -> None:
+    mlp = og.Sequential(Linear(16, 8, bias=False), SquaredReLU(), Linear(8, 4))
+    with og.register(LinearSquaredReLU):
+        plan = mlp.plan()
+        (first, *_) = plan.forward
+        assert (first.name, first.ops, first.saves) == ("LinearSquaredReLU", (0, 1), ("x1",))
+        assert plan.saved == {"x0": 64, "x1": 32}
+        assert mlp.plan(training=False).forward[0].saves == ()
+        assert_same_results(mlp, torch.randn(5, 16))
+
+
+def test_reject_gives_its_reason() -> None:
+    mlp = og.Sequential(Linear(12, 8, bias=False), SquaredReLU())
+    with og.register(LinearSquaredReLU):
+        plan = mlp.plan()
+        assert names(plan) == ["BasicLinear", "SquaredReLU"]
+        reason = "in_features 12 is not a multiple of 16"
+        assert refusals(plan, "LinearSquaredReLU") == {("forward", reason)}
+        assert reason in str(plan)
+        assert plan.rejected[-1].ops == (0, 1)
+
+
+def test_refused_where_the_backward_needs_an_inner_value() -> None:
+    mlp = og.Sequential(Linear(16, 16), Linear(16, 8), ReLU(), fusers=("LinearReLU",))
+    with og.register(LinearReLU):
+        plan = mlp.plan()
+        assert refusals(plan, "LinearReLU") == {("forward", "backward needs x4")}
+        assert "LinearReLU" in names(mlp.plan(training=False))
+        assert_same_results(mlp, torch.randn(5, 16))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("act", [ReLU, SquaredReLU])
+def test_unions_and_optional_entries(act: type[og.Op], bias: bool) -> None:
+    mlp = og.Sequential(Linear(16, 8, bias=bias), act(), fusers=("LinearReLU",))
+    with og.register(LinearReLU):
+        (step,) = mlp.plan(training=False).forward
+        assert (step.name, step.ops) == ("LinearReLU", tuple(range(2 + bias)))
+        assert_same_results(mlp, torch.randn(5, 16))
+        assert names(og.Sequential(Linear(16, 8), SiLU()).plan(training=False))[-1] == "SiLU"
+
+
+def test_only_the_fusers_one_asks_for() -> None:
+    def planned(fusers: tuple[str, ...]) -> list[str]:
+        return names(og.Sequential(Linear(16, 8), ReLU(), fusers=fusers).plan(training=False))
+
+    with og.register(LinearReLU):
+        assert planned(("LinearReLU",)) == ["LinearReLU"]
+        assert planned(("LinearBias",)) == ["LinearBias", "ReLU"]
+        assert planned(()) == ["BasicLinear", "Bias", "ReLU"]
+
+
+def test_a_subclass_with_its_own_fwd_is_not_replaced() -> None:
+    class Shifted(RMSNorm):
+        def fwd(self, x: Tensor, weight: Any, eps: float, zero_centered_gamma: bool) -> Any:
+            y, saved = super().fwd(x, weight, eps, zero_centered_gamma)
+            return y + 1, saved
+
+    class Norm(og.Fuser):
+        backend, pattern = "aten", dict(norm=RMSNorm)
+
+        def fwd(self, x: Tensor, norm_weight: Tensor) -> Any:
+            return torch.full_like(x, 7), ()
+
+    x = torch.randn(3, 8)
+    with og.register(Norm), torch.no_grad():
+        assert torch.equal(RMSNorm(8)(x), torch.full_like(x, 7))
+        shifted = Shifted(8)(x)
+    torch.testing.assert_close(shifted, 1 + RMSNorm(8)(x).detach())
+
+
+def test_a_subclass_of_linear_with_its_own_fwd_is_used() -> None:
+    class Doubled(Linear):
+        def fwd(self, x: Tensor, weight: Tensor) -> Any:
+            return 2 * (x @ weight.t()), ()
+
+        def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
+            return 2 * (dy @ weight)
+
+        def wgrad(self, dy: Tensor, x: Tensor, weight_stored: Tensor) -> Tensor:
+            return 2 * (dy.t() @ x)
+
+    module, x = Doubled(6, 4, bias=False), torch.randn(3, 6, requires_grad=True)
+    plain = nn.Linear(6, 4, bias=False)
+    plain.weight = module.weight
+    torch.testing.assert_close(module(x), 2 * plain(x))
+    found = torch.autograd.grad(module(x).sum(), [x, module.weight])
+    expected = torch.autograd.grad(2 * plain(x).sum(), [x, module.weight])
+    torch.testing.assert_close(found, expected)
+
+
+# -- pairs --
+
+
+def test_a_pair_is_taken_together() -> None:
+    mlp, x = og.Sequential(SiLU(), ReLU(), fusers=("SiLUReLU",)), torch.randn(5, 8)
+    with og.register(SiLUReLU):
+        plan = mlp.plan(x=x)
+        assert names(plan) == names(plan, "backward") == ["SiLUReLU"]
+        assert plan.forward[0].saves == ("slope0",)
+        assert "SiLUReLU" in plan.backward_source
+        assert plan.saved == {"slope0": 32}
+        assert mlp.plan(training=False, x=x).saved == {}
+        assert_same_results(mlp, x)
+        assert_same_results(og.Sequential(Linear(8, 8), *mlp, Linear(8, 8), *mlp), x)
+
+
+def test_a_pair_without_saved_says_so() -> None:
+    class Silent(SiLUReLU):
+        saved = og.Fuser.saved
+
+    with og.register(Silent), pytest.raises(NotImplementedError, match="Silent saves private"):
+        og.Sequential(SiLU(), ReLU()).plan(x=torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("planner", ["greedy", "optimal"])
+def test_a_competing_forward_cannot_split_a_pair(planner: str) -> None:
+    class LinearSiLU(og.Fuser):
+        """Longer or equal, and first in line; it would cover the pair's first op."""
+
+        backend, pattern = "aten", dict(fc=BasicLinear, bias=Bias, act=SiLU)
+
+        def fwd(self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor) -> Any:
+            return nn.functional.silu(nn.functional.linear(x, fc_weight, bias_bias)), ()
+
+    only = ("LinearSiLU", "SiLUReLU")
+    mlp = og.Sequential(Linear(8, 8), SiLU(), ReLU(), planner=planner, fusers=only)
+    with og.register(LinearSiLU), og.register(SiLUReLU):
+        plan = mlp.plan()
+        assert ("SiLUReLU" in names(plan)) == ("SiLUReLU" in names(plan, "backward"))
+        if planner == "greedy":
+            assert names(plan) == ["BasicLinear", "Bias", "SiLUReLU"]
+            assert refusals(plan, "LinearSiLU") == {("forward", "backward needs slope2")}
+        assert names(mlp.plan(training=False)) == ["LinearSiLU", "ReLU"]
+        assert_same_results(mlp, torch.randn(5, 8))
+
+
+@pytest.mark.parametrize("planner", ["greedy", "optimal"])
+def test_two_pairs_may_use_the_same_private_name(planner: str) -> None:
+    class SiLUReLUSiLU(og.Fuser):
+        """One op longer, and its `slope` is something else."""
+
+        backend, pattern = "aten", dict(a=SiLU, b=ReLU, c=SiLU)
+        saves = "slope", "c_x"
+
+        def saved(self, ops: Any, x: og.Spec) -> dict[str, og.Spec]:
+            return {"slope": x}
+
+        def fwd(self, x: Tensor) -> Any:
+            inner = torch.relu(nn.functional.silu(x))
+            return nn.functional.silu(inner), (torch.full_like(x, 9), inner)
+
+        def bwd(self, dy: Tensor, slope: Tensor) -> Any:
+            return dy * slope, ()
+
+    class SiLULinearBackward(og.Fuser):
+        """Takes the last two ops, so that the longer pair's backward has no place."""
+
+        backend, pattern = "aten", dict(act=SiLU, fc=BasicLinear)
+
+        def bwd(self, dy: Tensor, act_x: Tensor, fc_weight: Tensor) -> Any:
+            with torch.enable_grad():
+                x, weight = act_x.detach().requires_grad_(), fc_weight.detach().requires_grad_()
+                y = nn.functional.silu(x) @ weight.t()
+            dx, dweight = torch.autograd.grad(y, [x, weight], dy)
+            return dx, (dweight,)
+
+    ops = SiLU(), ReLU(), SiLU(), Linear(8, 4, bias=False)
+    mlp = og.Sequential(*ops, planner=planner)
+    with og.register(SiLUReLUSiLU), og.register(SiLUReLU), og.register(SiLULinearBackward):
+        assert_same_results(mlp, torch.randn(5, 8))
+
+
+# -- declarations that cannot work --
+
+
+def declared(**attributes: Any) -> type[og.Fuser]:
+    def fwd(self: Any, x: Tensor) -> Any:
+        return x, ()
+
+    usual = {"backend": "aten", "pattern": dict(norm=RMSNorm, fc=BasicLinear), "fwd": fwd}
+    return type("Wrong", (og.Fuser,), usual | attributes)
+
+
+def needs_rstd(self: Any, dy: Tensor, norm_std: Tensor) -> Any: ...
+def needs_fc(self: Any, x: Tensor, linear_weight: Tensor) -> Any: ...
+def needs_dy(self: Any, x: Tensor, dy: Tensor) -> Any: ...
+def rejects_y(self: Any, norm: Any, y: og.Spec) -> str | None: ...
+
+
+@pytest.mark.parametrize(
+    "attributes, message",
+    [
+        (dict(backend="tritn"), "backend 'tritn', expected one of triton, aten, reference"),
+        (dict(backend=None), "backend None, expected one of"),
+        (dict(pattern=dict(norm=nn.Linear)), "expected op classes under names"),
+        (dict(pattern=dict(norm=RMSNorm | nn.Linear)), "expected op classes under names"),
+        (dict(pattern=dict(norm=RMSNorm(8))), "expected op classes under names"),
+        (dict(pattern={}), "expected op classes under names"),
+        (dict(fwd=None), "neither fwd nor bwd"),
+        (dict(bwd=needs_rstd), r"bwd needs \['norm_std'\], which nobody has.*norm_rstd, norm_w"),
+        (dict(fwd=needs_fc), r"fwd needs \['linear_weight'\].*fc_weight.*norm_eps"),
+        (dict(fwd=needs_dy), r"fwd needs \['dy'\]"),
+        (dict(reject=rejects_y), r"reject needs \['y'\].*fc, norm, x"),
+        (dict(saves=("fc_z",)), r"cannot save \['fc_z'\]; the names there are:.*norm_rstd"),
+        (dict(saves=("fc_weight",)), r"cannot save \['fc_weight'\]"),
+        (dict(saves=("norm_eps",)), r"cannot save \['norm_eps'\]"),
+        (dict(saves=("x",)), r"cannot save \['x'\]"),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+def test_register_says_what_is_wrong(attributes: dict[str, Any], message: str) -> None:
+    before = registered()
+    with pytest.raises(og.RegisterError, match=f"^Wrong: .*{message}"):
+        og.register(declared(**attributes))
+    assert registered() == before
+
+
+def test_no_step_may_stand_for_a_value_that_leaves() -> None:
+    """A Tee whose value the caller takes, inside a pattern that would swallow it."""
+    with og.register(SiLUReLU):
+        module = og.Sequential(SiLU(), Tee("out"), ReLU(), Add())
+        plan = module.plan(x=torch.randn(2, 8))
+        assert names(plan) == ["SiLU", "ReLU", "Add"]
+        assert refusals(plan, "SiLUReLU") == {("forward", "backward needs x1")}
