@@ -29,6 +29,7 @@ from opsgraph.kernels.triton import gemm, norms
 from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
 from opsgraph.kernels.triton.dropout import dropout
 from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
+from opsgraph.kernels.triton.grouped import grouped_dgrad, grouped_linear, grouped_wgrad
 from opsgraph.kernels.triton.norms import (
     layernorm_backward,
     layernorm_forward,
@@ -156,6 +157,19 @@ def _linear(
         linear_activation(x, _meta(total, depth, dtype=dtype), bias, kind, want=("pre",))
 
 
+def _grouped(rows: int, depth: int, width: int, dtype: torch.dtype, what: str) -> None:
+    groups = 8
+    x, dy = _meta(rows, depth, dtype=dtype), _meta(rows, width, dtype=dtype)
+    weights, bias = _meta(groups, width, depth, dtype=dtype), _meta(groups, width, dtype=dtype)
+    offsets = _meta(groups + 1, dtype=torch.int64)
+    if what == "linear":
+        grouped_linear(x, weights, bias, offsets)
+    elif what == "dgrad":
+        grouped_dgrad(dy, weights, offsets)
+    else:
+        grouped_wgrad(dy, x, offsets)
+
+
 Case = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 
@@ -201,6 +215,10 @@ def _linear_cases(which: str) -> Iterator[Case]:
     for kind, (rows, depth, width), dtype, backward in product(kinds, sizes, dtypes, (False, True)):
         name = f"linear {kind} {'backward' if backward else 'forward'} {TYPES[dtype]}"
         yield f"{name} {rows} {depth} {width}", _linear, (kind, rows, depth, width, dtype, backward)
+    for (rows, depth, width), dtype in product(sizes, dtypes):
+        for what in ("linear", "dgrad", "wgrad"):
+            name = f"grouped {what} {TYPES[dtype]} {rows} {depth} {width}"
+            yield name, _grouped, (rows, depth, width, dtype, what)
 
 
 def table(cc: int, which: str) -> Iterator[dict[str, Any]]:

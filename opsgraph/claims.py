@@ -67,6 +67,7 @@ class Space:
         self.rejected: list[Rejection] = []
         self.privates: dict[str, Spec] = {}
         self._private_places: dict[str, int] = {}
+        self._owners: dict[str, tuple[Fuser, tuple[tuple[str, int | None], ...]]] = {}
         self._sizes: dict[str, int] = {}
         self._fuel = fuel
         self.starting: dict[str, list[list[Claim]]] = {}
@@ -165,7 +166,7 @@ class Space:
             ops = {k: None if i is None else program.ops[i] for k, i in match.positions.items()}
             if any(fuser.split(name)[0] is None for name in fuser.saves):
                 specs = fuser.saved(ops, program.specs[match.start])
-                private = {f"{name}{match.start}": spec for name, spec in specs.items()}
+                private = {self._private(match, name): spec for name, spec in specs.items()}
                 self.privates.update(private)
                 self._private_places.update(dict.fromkeys(private, match.start))
             gives = {name for name in results if name is not None}
@@ -200,9 +201,19 @@ class Space:
     def _result(self, match: Match, name: str) -> str | None:
         key, value = match.fuser.split(name)
         if key is None:
-            return f"{name}{match.start}"
+            return self._private(match, name)
         i = match.positions[key]
         return None if i is None else self.program.resolve(i, value).text
+
+    def _private(self, place: Match | Claim, name: str) -> str:
+        """The variable of a private saved name; underscores tell it from another fuser's."""
+        owner = place.fuser, tuple(place.positions.items())
+        taken = self.program.places.keys() | self.program.weight_names.values()
+        while (text := f"{name}{place.start}") in taken or (
+            self._owners.setdefault(text, owner) != owner
+        ):
+            name += "_"
+        return text
 
     def _argument(self, match: Match, name: str) -> Argument:
         fuser, program = match.fuser, self.program
@@ -216,7 +227,7 @@ class Space:
                 return Argument("gradient", "dx")
         key, value = fuser.split(name)
         if key is None:
-            return Argument("value", f"{name}{match.start}")
+            return Argument("value", self._private(match, name))
         i = match.positions[key]
         if i is None or (value and not own and value not in vocabulary(program.kinds[i])):
             return Argument("literal", "None")
@@ -305,7 +316,7 @@ class Space:
     def admitted(self, claim: Claim) -> bool:
         """Whether a backward claim with private needs has its own forward, which gives them."""
         private = [n for n in claim.needs if n in self.privates]
-        own = {f"{n}{claim.start}" for n in claim.fuser.saves if claim.fuser.split(n)[0] is None}
+        own = {self._private(claim, n) for n in claim.fuser.saves if not claim.fuser.split(n)[0]}
         missing = own & set(claim.needs) - set(private)
         if missing:
             return False
@@ -316,4 +327,5 @@ class Space:
             for f in self.starting[FORWARD][claim.start]
             if f.fuser is claim.fuser and f.positions == claim.positions
         ]
-        return any(not any(self.hides(f, need) for need in claim.needs) for f in pairs)
+        wanted = {*claim.needs, *self.teed()}
+        return any(not any(self.hides(f, name) for name in wanted) for f in pairs)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .op import FORWARD
-from .spec import Spec
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -69,7 +68,7 @@ def graph(plan: "Plan") -> "nx.MultiDiGraph[Any]":
 
 
 _COLORS = {"reference": "#9aa5b1", "aten": "#3b82c4", "triton": "#2e9e6b", "cpu": "#c4713b"}
-_COLUMN, _LEFT, _HEIGHT = 132, 92, 34
+_COLUMN, _LEFT, _HEIGHT = 140, 92, 34
 
 
 def _box(x: float, y: float, width: float, text: str, color: str, dashed: bool, title: str) -> str:
@@ -106,31 +105,42 @@ def _refused_rows(plan: "Plan", direction: str, y: float) -> tuple[list[str], fl
     return parts, y + len(ends) * _HEIGHT
 
 
-def _edge(spec: Spec | None, gap: int, y: float) -> str:
-    return "" if spec is None else _label(_LEFT + gap * _COLUMN, y, str(spec), "middle")
+def _legend(plan: "Plan", y: float) -> list[str]:
+    parts = [_label(8, y + 17, "backends")]
+    backends = dict.fromkeys(step.backend for step in (*plan.forward, *plan.backward))
+    for k, name in enumerate(backends):
+        parts.append(_box(_LEFT + k * 110, y, 100, name, _color(name), False, name))
+    x = _LEFT + len(backends) * 110
+    parts.append(_box(x, y, 100, "refused", "", True, "the reason is in each one's tooltip"))
+    return parts
+
+
+def _color(backend: str) -> str:
+    return _COLORS.get(backend, "#7b5cb8")
 
 
 def svg(plan: "Plan") -> str:
     """The picture as SVG text: a row of ops, then taken and refused steps of both passes."""
-    width = max(_LEFT + len(plan.labels) * _COLUMN + 60, 520)
+    width = max(_LEFT + len(plan.kinds) * _COLUMN + 60, 620)
     parts, y = [], 40.0
-    for i, label in enumerate(plan.labels):
-        parts.append(
-            _box(*_span((i,))[:1], y, _span((i,))[1], f"{i} {label}", "#51606f", False, label)
-        )
+    for i, (kind, label) in enumerate(zip(plan.kinds, plan.labels, strict=True)):
+        x, size = _span((i,))
+        parts.append(_box(x, y, size, f"{i} {kind}", "#51606f", False, label))
     specs = {step.ops[0]: step.edges[0] for step in plan.forward}
     specs |= {step.ops[-1] + 1: step.edges[1] for step in plan.forward}
-    parts += [_edge(spec, gap, y - 10) for gap, spec in specs.items()]
-    y += 2 * _HEIGHT
+    parts += [
+        _label(_LEFT + gap * _COLUMN, y - 10, str(spec), "middle") for gap, spec in specs.items()
+    ]
+    y += 1.5 * _HEIGHT
     for direction, steps in (("forward", plan.forward), ("backward", plan.backward)):
         if not steps:
             continue
         parts.append(_label(8, y + 17, direction))
         for step in steps:
-            title = _row(step).strip()
             x, size = _span(step.ops)
-            color = _COLORS.get(step.backend, "#7b5cb8")
-            parts.append(_box(x, y, size, f"{step.name} ({step.backend})", color, False, title))
+            parts.append(
+                _box(x, y, size, step.name, _color(step.backend), False, _row(step).strip())
+            )
         refused, y = _refused_rows(plan, direction, y + _HEIGHT)
         parts += refused
         y += _HEIGHT / 2
@@ -138,8 +148,8 @@ def svg(plan: "Plan") -> str:
         each = ", ".join(f"{name} {size}" for name, size in plan.saved.items())
         parts.append(_label(8, y + 17, f"saved: {each} = {plan.saved_bytes_per_row} bytes per row"))
         y += _HEIGHT
-    parts.append(_label(8, y + 17, "solid: taken; dashed: refused (the reason is in its tooltip)"))
-    extent = f'width="{width}" height="{y + 34:.0f}"'
+    parts += _legend(plan, y)
+    extent = f'width="{width}" height="{y + 44:.0f}"'
     style = 'font-family="sans-serif" font-size="11"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {extent} {style}>'
     return "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *parts, "</svg>"])

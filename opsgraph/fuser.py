@@ -129,9 +129,13 @@ def _verify(fuser: Fuser) -> None:
     public = {
         f"{key}_{n}" for key, entry in kinds.items() for kind in entry for n in vocabulary(kind)
     }
-    private = {name for name in fuser.saves if fuser.split(name)[0] is None}
-    if unknown := set(fuser.saves) - public - private:
-        fail(f"cannot save {sorted(unknown)}; the names there are: {', '.join(sorted(public))}")
+    private = {name for name in fuser.saves if fuser.split(name)[0] is None} - {"x", "y", "dy"}
+    values = {
+        f"{key}_{n}" for key, entry in kinds.items() for kind in entry for n in ("x", *kind.saves)
+    }
+    values |= {f"{key}_y" for key in kinds}
+    if unknown := set(fuser.saves) - values - private:
+        fail(f"cannot save {sorted(unknown)}; the names there are: {', '.join(sorted(values))}")
     allowed = {
         "fwd": {"x", "want", *kinds} | public,
         "bwd": {"x", "y", "dy", "want", *kinds} | public | private,

@@ -55,6 +55,9 @@ class Plan:
     run_delayed: Callable[..., Any] | None
     specs: "Signature"
     labels: tuple[str, ...]
+    """What errors call the op at each position: the one the user wrote."""
+    kinds: tuple[str, ...]
+    """The class of the basic op at each position."""
     handle: int
     """By which the opaque ops of torch.compile find the plan."""
 
@@ -194,6 +197,7 @@ def make_plan(
         None if delayed is None else delayed.call,
         _signature(program, space, saved, late),
         tuple(run.labels),
+        tuple(kind.__name__ for kind in run.kinds),
         next(_handles),
     )
     _log(plan, config)

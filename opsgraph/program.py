@@ -24,7 +24,13 @@ class Run:
     caller.
     """
 
-    def __init__(self, ops: Sequence[Op], labels: Sequence[str], known: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        labels: Sequence[str],
+        known: Iterable[str] = (),
+        later: Iterable[str | None] = (),
+    ) -> None:
         lowered = [
             (entry, label) for op, label in zip(ops, labels, strict=True) for entry in op.lower()
         ]
@@ -36,7 +42,7 @@ class Run:
         self.inputs: list[tuple[int, str, str | None]] = []
         self.outputs: list[int] = []
         self._verify_names()
-        self._connect(set(known))
+        self._connect(set(known), set(later))
 
     def _verify_names(self) -> None:
         for kind, label in zip(self.kinds, self.labels, strict=True):
@@ -44,8 +50,8 @@ class Run:
             if taken := reserved.intersection(kind.saves):
                 raise PlanError(f"{label}: it cannot save under the names {sorted(taken)}")
 
-    def _connect(self, known: set[str]) -> None:
-        """Join extra inputs to Tees; `known` are channels that earlier runs provide."""
+    def _connect(self, known: set[str], later: set[str | None]) -> None:
+        """Join extra inputs to Tees; earlier runs provide `known` channels, later ones read `later`."""
         producers: dict[str, int] = {}
         read: set[int] = set()
         for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True)):
@@ -73,7 +79,10 @@ class Run:
                     producers[channel] = i
                     known.add(channel)
         for i, kind in enumerate(self.kinds):
-            if kind.taps and (i not in read or getattr(self.ops[i], "to_caller", False)):
+            if not kind.taps:
+                continue
+            op = self.ops[i]
+            if i not in read or op.channels.get("d") in later or getattr(op, "to_caller", False):
                 self.outputs.append(i)
 
     def unstored(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from . import config
-from .errors import OpError, OpsgraphError, PlanError
+from .errors import OpError, PlanError
 from .execute import constant_under_compile
 from .op import Op
 from .ops.convert import module_from, op_from
+from .ops.sizes import infer_sizes
 from .plan import Plan
-from .spec import row
 from .table import Options, Stage
 
 
@@ -56,7 +57,7 @@ class Sequential(nn.Sequential):
         self._options = Options(backends, planner, double_backward, **options)
         self._stages: list[Stage | nn.Module] = []
         self._epoch = -1
-        self._infer_sizes(None)
+        infer_sizes(self._present())
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
         if not self._lazy():
@@ -67,6 +68,9 @@ class Sequential(nn.Sequential):
     def _lazy(self) -> bool:
         return any(isinstance(p, UninitializedParameter) for p in self.parameters())
 
+    def _present(self) -> list[nn.Module]:
+        return [module for module in self._modules.values() if module is not None]
+
     def _forget(self) -> None:
         self.__dict__["_epoch"] = -1
 
@@ -74,43 +78,26 @@ class Sequential(nn.Sequential):
         for name, module in self._modules.items():
             yield f"{name}:{type(module).__name__}", module
 
-    def _infer_sizes(self, first: int | None) -> None:
-        """Complete sizes that neighbours tell, from both sides."""
-        modules = [m for m in self._modules.values() if m is not None]
-        width = first
-        for k, module in enumerate(modules):
-            if not isinstance(module, Op):
-                width = None
-                continue
-            module.complete(width, _width_after(modules[k + 1 :]))
-            width = module.in_width or width
-            if width is None:
-                continue
-            for entry in module.lower():
-                width = None if width is None else _out_width(entry.kind, entry.op, width)
-
     def _prepare(self) -> None:
         """Find the stages again: at first use, and whenever something has changed."""
         epoch = config.epoch
+        groups: list[list[tuple[str, nn.Module]]] = []
+        for is_op, group in groupby(self._labelled(), lambda entry: isinstance(entry[1], Op)):
+            groups += [list(group)] if is_op else [[entry] for entry in group]
+        reads = [
+            {e.op.channels.get(n) for _, m in g if isinstance(m, Op) for e in m.lower()
+             for n in e.kind.extra_inputs}
+            for g in groups
+        ]  # fmt: skip
         stages: list[Stage | nn.Module] = []
-        ops: list[Op] = []
-        labels: list[str] = []
-
-        def close() -> None:
-            if ops:
+        for k, group in enumerate(groups):
+            labels, modules = zip(*group, strict=True)
+            if isinstance(modules[0], Op):
                 known = [n for s in stages if isinstance(s, Stage) for n in s.output_names if n]
-                stages.append(Stage(tuple(ops), tuple(labels), self._options, known))
-                ops.clear()
-                labels.clear()
-
-        for label, module in self._labelled():
-            if isinstance(module, Op):
-                ops.append(module)
-                labels.append(label)
+                later = set().union(*reads[k + 1 :])
+                stages.append(Stage(modules, labels, self._options, known, later))
             else:
-                close()
-                stages.append(module)
-        close()
+                stages.append(modules[0])
         self.__dict__["_stages"] = stages
         self.__dict__["_epoch"] = epoch
 
@@ -135,7 +122,7 @@ class Sequential(nn.Sequential):
 
     def _complete(self, x: Tensor) -> None:
         if self._lazy():
-            self._infer_sizes(x.shape[-1])
+            infer_sizes(self._present(), x.shape[-1])
             for label, module in self._labelled():
                 if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
                     raise OpError(label, "no size for it", "one given, or told by a neighbour")
@@ -159,10 +146,12 @@ class Sequential(nn.Sequential):
             ]
             result = stage(x, extras)
             x, *more = result if isinstance(result, tuple) else (result,)
-            for name, value in zip(stage.output_names, more, strict=True):
-                if name is not None and name in self._read_later(stage):
+            later = self._read_later(stage)
+            for i, name, value in zip(stage.outputs, stage.output_names, more, strict=True):
+                read = name is not None and name in later
+                if read:
                     made[name] = value
-                else:
+                if not read or getattr(stage.real[i], "to_caller", False):
                     outputs.append(value)
         return (x, *outputs) if outputs else x
 
@@ -243,7 +232,7 @@ class Sequential(nn.Sequential):
 
     # -- the list protocol, where nn.Sequential would return or forget something else --
 
-    def _like(self, modules: Iterable[nn.Module]) -> Sequential:
+    def _like(self, *modules: Any) -> Sequential:
         options = self._options
         return Sequential(
             *modules,
@@ -255,16 +244,14 @@ class Sequential(nn.Sequential):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return self._like(list(self._modules.values())[index])
+            return self._like(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
     def __add__(self, other: nn.Sequential) -> Sequential:
-        if not isinstance(other, nn.Sequential):
-            return NotImplemented
-        return self._like([*self, *other])
+        return self._like(*super().__add__(other))
 
     def __mul__(self, count: int) -> Sequential:
-        return self._like([*self] * count)
+        return self._like(*super().__mul__(count))
 
     __rmul__ = __mul__
 
@@ -288,28 +275,6 @@ class Sequential(nn.Sequential):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stages": [], "_epoch": -1}
-
-
-def _width_after(modules: Sequence[nn.Module]) -> int | None:
-    """The width that the modules to come demand of what is before them."""
-    between: list[Op] = []
-    for module in modules:
-        if not isinstance(module, Op):
-            return None
-        between.append(module)
-        if module.in_width is not None:
-            width: int | None = module.in_width
-            for op in reversed(between[:-1]):
-                width = None if width is None else op.width_before(width)
-            return width
-    return None
-
-
-def _out_width(kind: type[Op], op: Op, width: int) -> int | None:
-    try:
-        return kind.out(op, row(width, torch.float32, torch.device("cpu"))).width
-    except (OpsgraphError, RuntimeError, TypeError):
-        return None
 
 
 @constant_under_compile

@@ -113,10 +113,12 @@ class Stage:
         labels: Sequence[str],
         options: Options,
         known: Iterable[str] = (),
+        later: Iterable[str | None] = (),
     ) -> None:
-        run = Run(ops, labels, known)
+        run = Run(ops, labels, known, later)
         run.unstored()
         self.inputs, self.outputs = run.inputs, run.outputs
+        self.row_dims = [self._row_dims(run, i, name) for i, name, _ in run.inputs]
         self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
         self.slots = [run.ops[i].home(name) for i, name in run.slots]
         self.modes = [
@@ -128,6 +130,13 @@ class Stage:
         self.ops = self.table.ops
         self.double_backward, self.queue = options.double_backward, options.queue
         self.eager_only = self._eager_only(options)
+
+    @staticmethod
+    def _row_dims(run: Run, i: int, name: str) -> int | None:
+        """Of an extra input: 2 for `[*, width]`, 1 for `[*]`, None where the op checks itself."""
+        edge = row(1, torch.float32, torch.device("cpu"))
+        spec = run.kinds[i].extra_spec(run.ops[i], name, edge)
+        return None if spec is None else len(spec.shape)
 
     def _eager_only(self, options: Options) -> str | None:
         """Why the stage cannot run under torch.compile, or None."""
@@ -223,11 +232,10 @@ class Stage:
             if wanted:
                 gradients.add(f"{name}{i}")
         specs = []
-        for i, name, _ in run.inputs[:extras]:
+        for (i, name, _), dims in zip(run.inputs[:extras], self.row_dims, strict=False):
             dtype, more, last, wanted, same = (next(rest) for _ in range(5))
             shape = {0: (ROWS, last), -1: (ROWS,)}.get(more, (last,))
-            edge = row(last, key[0], device)
-            if run.kinds[i].extra_spec(self.real[i], name, edge) is None:
+            if dims is None:
                 shape = (last,)
             specs.append(Spec(shape, dtype, device if same else torch.device("meta")))
             if wanted:
@@ -268,13 +276,13 @@ class Stage:
 
     def _check_rows(self, x: Tensor, extras: Sequence[Tensor]) -> None:
         """Raises OpError for an extra input whose rows are not those of x."""
-        for (i, name, _), extra in zip(self.inputs, extras, strict=True):
-            if extra.dim() == x.dim() and extra.shape[:-1] != x.shape[:-1]:
-                raise OpError(
-                    self.table.run.labels[i],
-                    f"{name} of shape {tuple(extra.shape)}",
-                    str((*x.shape[:-1], extra.shape[-1])),
-                )
+        lead = x.shape[:-1]
+        for (i, name, _), extra, dims in zip(self.inputs, extras, self.row_dims, strict=True):
+            if dims is None or extra.shape[: len(lead)] == lead:
+                continue
+            expected = (*lead, extra.shape[-1]) if dims == 2 else tuple(lead)
+            got = f"{name} of shape {tuple(extra.shape)}"
+            raise OpError(self.table.run.labels[i], got, str(expected))
 
     def __call__(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
         if extras:

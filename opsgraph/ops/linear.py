@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..op import Lowered, Op
+from ..op import Lowered, Op, arguments
 from ..spec import Spec
 from .main_grad import accumulate
 from .parameters import empty_parameter
@@ -207,8 +207,12 @@ class Linear(BasicLinear):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def lower(self) -> Sequence[Lowered]:
-        parts = [Lowered(BasicLinear, self)]
-        return [*parts, Lowered(Bias, self)] if self.has("bias") else parts
+        kind = type(self)
+        functions = ("fwd", "bwd", "dgrad", "wgrad")
+        own = any(getattr(kind, name) is not getattr(BasicLinear, name) for name in functions)
+        parts = [Lowered(kind if own else BasicLinear, self)]
+        added = self.has("bias") and "bias" not in arguments(kind.fwd)
+        return [*parts, Lowered(Bias, self)] if added else parts
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.has('bias')}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import PlanError
 from ..op import Lowered, Op
 from ..spec import Spec
+from .sizes import infer_sizes, width_between
 
 
 class _Still(Op):
@@ -70,20 +71,28 @@ class Add(_Still):
 
 
 class MakeExtraOutput(Tee):
-    """A Tee without a name: its value is an extra output of the sequence."""
+    """A Tee without a name: its value is an extra output of the sequence.
 
-    def __init__(self) -> None:
+    in_place permits the backward to write into the extra output's gradient; nothing does so far.
+    """
+
+    def __init__(self, *, in_place: bool = False) -> None:
         super().__init__()
+        self.in_place = in_place
 
     def lower(self) -> Sequence[Lowered]:
         return (Lowered(Tee, self),)
 
 
 class AddExtraInput(Add):
-    """An Add without a name: what it adds is an extra input of the sequence."""
+    """An Add without a name: what it adds is an extra input of the sequence.
 
-    def __init__(self) -> None:
+    in_place permits writing the sum into the extra input; nothing does so far.
+    """
+
+    def __init__(self, *, in_place: bool = False) -> None:
         super().__init__()
+        self.in_place = in_place
 
     def lower(self) -> Sequence[Lowered]:
         return (Lowered(Add, self),)
@@ -101,7 +110,14 @@ class Residual(Op):
 
     @property
     def in_width(self) -> int | None:
-        return next((op.in_width for op in self._inner() if op.in_width), None)
+        return width_between(list(self._inner()))
+
+    def width_before(self, out_width: int) -> int | None:
+        return out_width
+
+    def complete(self, in_width: int | None, out_width: int | None) -> None:
+        width = in_width or out_width or self.in_width
+        infer_sizes(list(self._inner()), width, width)
 
     def _inner(self) -> Iterable[Op]:
         return (op for op in self.ops if isinstance(op, Op))

@@ -19,6 +19,10 @@ KERNELS = {
     "backward_wide_kernel",
     "sum_partials_kernel",
     "dropout_kernel",
+    "linear_activation_kernel",
+    "linear_activation_backward_kernel",
+    "grouped_rows_kernel",
+    "grouped_weights_kernel",
 }
 
 
@@ -66,6 +70,8 @@ def test_all_sizes(cc: int) -> None:
 
 def beyond_usual_sizes(row: dict[str, Any]) -> int:
     """Bytes of stack: ptxas takes 8 here and there, mostly where it ends at 64 or 128 registers."""
+    if row["case"].startswith(("linear", "grouped")):
+        return 80  # fp32, and widths that are loaded 8 bytes at a time and so need more pointers
     widest = row["case"].startswith(("layernorm backward bf16 12288", "layernorm backward bf16 16"))
     # LayerNorm sums two gradients: on an H100, to spill some of them was faster (194 us) than to
     # read the rows twice in column blocks (250). sm_90 loads x and dy again and spills nothing.

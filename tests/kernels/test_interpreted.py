@@ -1,19 +1,27 @@
-"""Runs the folder `interpreted` in a process of its own, where Triton interprets on the CPU."""
+"""Runs tests in a process of their own, where Triton interprets its kernels on the CPU.
+
+The folder `interpreted` tests kernels alone; the test of all fusers then finds Triton's there too.
+"""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).with_name("interpreted")
 ROOT = FOLDER.parents[2]
 
 
-def test_kernels_under_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    "target", [FOLDER, ROOT / "tests" / "test_fusers.py"], ids=["kernels", "fusers"]
+)
+def test_under_the_interpreter(target: Path) -> None:
     # Not pytest's own variables: a worker's would make this process report to that worker's run.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-n0", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(target), "-q", "-n0", "-p", "no:cacheprovider"]
     result = subprocess.run(
         command, cwd=ROOT, env=environment, timeout=600,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

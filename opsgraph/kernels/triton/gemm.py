@@ -213,7 +213,9 @@ def config(
     elif rows <= 64:
         tile = (64, 128, 128 // itemsize, 4, 4)
     else:
-        wide = depth > 2048 and columns >= 2048
+        # Wide tiles need Hopper's shared memory to keep the tensor cores busy, and a long main loop
+        # to hide an epilogue that runs beside nothing.
+        wide = depth > 2048 and columns >= 2048 and room >= 227 * 1024
         tile = (128, 256 if wide else 128, 128 // itemsize, 8, 4 if wide else 3)
     block_m, block_n, block_k, warps, stages = tile
     while stages > 2 and (block_m + block_n) * block_k * itemsize * stages > room - 2048:
@@ -229,7 +231,7 @@ def row_class(rows: int) -> int:
     return 16 if rows <= 16 else 64 if rows <= 64 else 128
 
 
-def _options(rows: int, columns: int, x: Tensor, depth: int) -> dict[str, Any]:
+def product_options(rows: int, columns: int, x: Tensor, depth: int) -> dict[str, Any]:
     """`config` for a product of x, with the precision and how multiply-adds outside of it round."""
     mode = precision(x.dtype)
     fast = x.dtype != torch.float32 or mode == "tf32"
@@ -266,6 +268,8 @@ def linear_activation(
     _check("linear_activation", x, weight, depth)
     if flags["GATED"] and total % 2:
         raise ValueError(f"{kind} halves its input's width, which is odd: {total}")
+    if bias is not None and bias.shape != (total,):
+        raise ValueError(f"linear_activation got bias {list(bias.shape)}, expected {[total]}")
     rows, width = x.size(0), total // 2 if flags["GATED"] else total
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     pre = torch.empty(rows, total, dtype=x.dtype, device=x.device) if "pre" in want else None
@@ -274,7 +278,7 @@ def linear_activation(
     x, weight = row_major(x), row_major(weight)
     bias = packed(bias)
     unit = stride_unit(x, weight)
-    options = _options(rows, total, x, depth)
+    options = product_options(rows, total, x, depth)
     tiles = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(
         width, options["BLOCK_N"] // (total // width)
     )
@@ -313,7 +317,7 @@ def linear_activation_backward(
     y = torch.empty(rows, width, dtype=pre.dtype, device=pre.device) if "y" in want else None
     dy, weight, pre = row_major(dy), row_major(weight), row_major(pre)
     unit = stride_unit(dy, weight, pre)
-    options = _options(rows, width, dy, depth)
+    options = product_options(rows, width, dy, depth)
     blocks = triton.cdiv(rows, options["BLOCK_M"])
     dbias = partials = None
     if "bias" in want:

@@ -1,0 +1,166 @@
+"""Whole MLP blocks on a CUDA device: opsgraph beside eager and compiled PyTorch.
+
+RMSNorm, Linear, SwiGLU, Linear without biases in bf16, and LayerNorm, Linear, GELU, Linear with
+biases: forward alone, forward and backward, memory kept for the backward and the peak of a step.
+The three run in alternation on the same inputs; medians.
+
+    python -m benchmarks.gpu            # writes benchmarks/results/gpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import opsgraph as og
+from benchmarks.timing import alternate
+from opsgraph.ops import GELU, LayerNorm, Linear, RMSNorm, SwiGLU
+
+SIZES = ((8192, 1024, 3584), (8192, 2048, 5632), (8192, 4096, 14336))
+SMALL = (64, 1024, 3584)
+
+
+class Gate(nn.Module):
+    """silu(a) * b in plain PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: `[*, 2 * width]`."""
+        a, b = x.chunk(2, -1)
+        return F.silu(a) * b
+
+
+def models(kind: str, hidden: int, ffn: int) -> dict[str, nn.Module]:
+    """opsgraph's module and plain ones with the same weights."""
+    place: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    if kind == "swiglu":
+        ours = og.Sequential(
+            RMSNorm(hidden), Linear(hidden, 2 * ffn, False), SwiGLU(), Linear(ffn, hidden, False)
+        ).to(**place)
+        plain = nn.Sequential(
+            nn.RMSNorm(hidden, eps=1e-5),
+            nn.Linear(hidden, 2 * ffn, False),
+            Gate(),
+            nn.Linear(ffn, hidden, False),
+        ).to(**place)
+    else:
+        ours = og.Sequential(
+            LayerNorm(hidden), Linear(hidden, ffn), GELU(), Linear(ffn, hidden)
+        ).to(**place)
+        plain = nn.Sequential(
+            nn.LayerNorm(hidden), nn.Linear(hidden, ffn), nn.GELU("tanh"), nn.Linear(ffn, hidden)
+        ).to(**place)
+    plain.load_state_dict(ours.state_dict())
+    compiled: Any = torch.compile(plain)
+    return {"opsgraph": ours, "eager": plain, "compiled": compiled}
+
+
+def step(model: nn.Module, x: Tensor, dy: Tensor) -> None:
+    """Forward and backward, fresh gradients."""
+    model.zero_grad(set_to_none=True)
+    model(x).backward(dy)
+
+
+def forward(model: nn.Module, x: Tensor) -> None:
+    """Inference."""
+    with torch.no_grad():
+        model(x)
+
+
+def timed(calls: dict[str, Callable[[], None]], rounds: int, inner: int) -> dict[str, float]:
+    """Median milliseconds of each, in alternation."""
+    found = alternate(calls, rounds, inner, torch.cuda.synchronize)
+    return {name: 1e3 * seconds for name, seconds in found.items()}
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes of distinct storages that autograd keeps, parameters apart."""
+    held: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    del y
+    return sum(held.values())
+
+
+def peak_bytes(call: Callable[[], None]) -> int:
+    """The most memory that a step holds beyond what is there before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(kind: str, rows: int, hidden: int, ffn: int, rounds: int) -> dict[str, Any]:
+    """All figures for one block and size."""
+    found = models(kind, hidden, ffn)
+    x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn_like(x)
+    inner = 20 if rows < 1024 else 3
+    steps = {n: (lambda m=m: step(m, x, dy)) for n, m in found.items()}  # type: ignore[misc]
+    forwards = {n: (lambda m=m: forward(m, x)) for n, m in found.items()}  # type: ignore[misc]
+    result: dict[str, Any] = {
+        "kind": kind, "rows": rows, "hidden": hidden, "ffn": ffn,
+        "train_ms": timed(steps, rounds, inner),
+        "forward_ms": timed(forwards, rounds, inner),
+        "saved_bytes_per_row": {n: saved_bytes(found[n], x) / rows for n in ("opsgraph", "eager")},
+        "peak_bytes_per_row": {n: peak_bytes(call) / rows for n, call in steps.items()},
+    }  # fmt: skip
+    result["plan"] = str(found["opsgraph"].plan())
+    return result
+
+
+def row(result: dict[str, Any]) -> str:
+    """One line of the table: ratios are opsgraph's time over the other's."""
+    train, infer = result["train_ms"], result["forward_ms"]
+    saved, peak = result["saved_bytes_per_row"], result["peak_bytes_per_row"]
+    size = f"{result['kind']:7} {result['rows']:5} {result['hidden']:5} {result['ffn']:6}"
+    return (
+        f"{size}  {train['opsgraph']:8.3f} ms {train['opsgraph'] / train['eager']:5.2f} "
+        f"{train['opsgraph'] / train['compiled']:5.2f}   {infer['opsgraph']:8.3f} ms "
+        f"{infer['opsgraph'] / infer['eager']:5.2f} {infer['opsgraph'] / infer['compiled']:5.2f}   "
+        f"{saved['opsgraph']:8.0f} {saved['eager']:8.0f}   "
+        f"{peak['opsgraph'] / peak['eager']:5.2f}"
+    )
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu needs a CUDA device; there is none here")
+        return
+    results = []
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print("kind     rows     H      F  train     /eager /compiled  forward    /eager /compiled")
+    for kind in ("swiglu", "gelu"):
+        for rows, hidden, ffn in (SMALL, *SIZES):
+            torch._dynamo.reset()
+            results.append(measure(kind, rows, hidden, ffn, options.rounds))
+            print(row(results[-1]), flush=True)
+    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+    print(results[1]["plan"])
+
+
+if __name__ == "__main__":
+    main()

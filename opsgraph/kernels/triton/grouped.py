@@ -1,0 +1,188 @@
+"""Linear layers with a weight for each group of rows, all groups in one launch.
+
+Group g is the rows `offsets[g]` to `offsets[g + 1]`. The offsets stay on the device: the grid is an
+upper bound, and each program finds its group itself, so that the host waits for nothing. Results in
+rows that no group has are 0.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gemm import multiply, product_options, swizzled
+from .launch import on_device_of, row_major, stride_unit
+
+MANY = 4096  # rows of a group, as far as the choice of a tile goes
+
+
+@triton.jit
+def _place(offsets, tile, rows, COUNT: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(group, first row, end of the group's rows) of a tile; group COUNT is the rows left over."""
+    index = tl.arange(0, SLOTS)
+    start = tl.minimum(tl.load(offsets + index, index <= COUNT, other=rows).to(tl.int64), rows)
+    end = tl.load(offsets + index + 1, index < COUNT, other=rows).to(tl.int64)
+    end = tl.maximum(tl.minimum(end, rows), start)
+    tiles = tl.cdiv(end - start, BLOCK_M)
+    before = tl.cumsum(tiles, 0) - tiles
+    own = (before <= tile) & (tile < before + tiles)
+    first = start + (tile - before) * BLOCK_M
+    zeros = tl.zeros([SLOTS], tl.int64)
+    group = tl.sum(tl.where(own, index, 0), 0)
+    return group, tl.sum(tl.where(own, first, zeros), 0), tl.sum(tl.where(own, end, zeros), 0)
+
+
+@triton.jit(do_not_specialize=["rows", "x_stride"])
+def grouped_rows_kernel(
+    x, weights, bias, y, offsets, rows, x_stride,
+    UNIT: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr,
+    COUNT: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = x @ weight, weight `[DEPTH, WIDTH]`, or stored as `[WIDTH, DEPTH]` if TRANSPOSED."""
+    tile_m, tile_n = swizzled(
+        tl.program_id(0), tl.cdiv(rows, BLOCK_M) + COUNT, (WIDTH + BLOCK_N - 1) // BLOCK_N, GROUP
+    )
+    group, first, end = _place(offsets, tile_m, rows, COUNT, SLOTS, BLOCK_M)
+    if first < end:
+        row = first + tl.arange(0, BLOCK_M)
+        cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        k = tl.arange(0, BLOCK_K)
+        everywhere = tl.full([1, 1], True, tl.int1)
+        weight = weights + tl.minimum(group, COUNT - 1).to(tl.int64) * (DEPTH * WIDTH)
+        if TRANSPOSED:
+            inside = everywhere
+            weight += tl.minimum(cols, WIDTH - 1).to(tl.int64) * DEPTH + k[:, None]
+        else:
+            inside = cols < WIDTH
+            weight += k[:, None].to(tl.int64) * WIDTH + cols
+        total = multiply(
+            x + tl.minimum(row, end - 1)[:, None] * x_stride * UNIT + k[None, :], weight,
+            everywhere, inside, BLOCK_K, BLOCK_K if TRANSPOSED else BLOCK_K * WIDTH,
+            tl.where(group < COUNT, DEPTH, 0),
+            BLOCK_M, BLOCK_N, BLOCK_K, DEPTH % BLOCK_K == 0, PRECISION,
+        )  # fmt: skip
+        if bias is not None:
+            there = cols < tl.where(group < COUNT, WIDTH, 0)
+            total += tl.load(bias + group * WIDTH + cols, there, other=0.0).to(tl.float32)
+        at = y + row[:, None] * WIDTH + cols
+        tl.store(at, total.to(y.dtype.element_ty), (row < end)[:, None] & (cols < WIDTH))
+
+
+@triton.jit(do_not_specialize=["rows", "dy_stride", "x_stride"])
+def grouped_weights_kernel(
+    dy, x, dweights, offsets, rows, dy_stride, x_stride,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dweight = dy.T @ x of each group's rows; BLOCK_K rows at a time."""
+    tiles_m: tl.constexpr = (WIDTH + BLOCK_M - 1) // BLOCK_M
+    tiles_n: tl.constexpr = (DEPTH + BLOCK_N - 1) // BLOCK_N
+    group = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
+    tile_m, tile_n = swizzled(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
+    start = tl.minimum(tl.load(offsets + group).to(tl.int64), rows)
+    end = tl.minimum(tl.load(offsets + group + 1).to(tl.int64), rows)
+    row = start + tl.arange(0, BLOCK_K)
+    n = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    k = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    dy_step, x_step = dy_stride.to(tl.int64) * UNIT, x_stride.to(tl.int64) * UNIT
+    total = multiply(
+        dy + row[None, :] * dy_step + n, x + row[:, None] * x_step + k,
+        n < WIDTH, k < DEPTH, BLOCK_K * dy_step, BLOCK_K * x_step, end - start,
+        BLOCK_M, BLOCK_N, BLOCK_K, False, PRECISION,
+    )  # fmt: skip
+    at = dweights + group * (WIDTH * DEPTH) + n.to(tl.int64) * DEPTH + k
+    tl.store(at, total.to(dweights.dtype.element_ty), (n < WIDTH) & (k < DEPTH))
+
+
+def _check(name: str, rows: tuple[Tensor, ...], weights: Tensor | None, offsets: Tensor) -> None:
+    """Raises ValueError unless dtypes, devices and the kinds of shapes fit together."""
+    given = rows if weights is None else (*rows, weights)
+    kinds = {(t.dtype, t.device) for t in given}
+    if len(kinds) > 1 or any(t.dim() != 2 for t in rows) or offsets.device != rows[0].device:
+        said = ", ".join(f"{list(t.shape)} {t.dtype} on {t.device}" for t in (*given, offsets))
+        raise ValueError(f"{name} got {said}; expected one dtype and one device, rows of 2 dims")
+    if weights is not None and weights.dim() != 3:
+        raise ValueError(f"{name} got weights {list(weights.shape)}, expected 3 dimensions")
+    groups = offsets.numel() - 1
+    if offsets.dim() != 1 or groups < 0 or offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} got offsets {list(offsets.shape)} of {offsets.dtype}")
+    if weights is not None and weights.size(0) != groups:
+        raise ValueError(f"{name} got {weights.size(0)} weights, expected one for {groups} groups")
+
+
+def _rows(
+    x: Tensor, weights: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool
+) -> Tensor:
+    rows, depth = x.shape
+    groups, width = weights.size(0), weights.size(1 if transposed else 2)
+    y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    if not groups:
+        return y.zero_()
+    x, weights, offsets = row_major(x), weights.contiguous(), offsets.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    unit = stride_unit(x)
+    options = product_options(triton.cdiv(rows, groups), width, x, depth)
+    tiles = triton.cdiv(rows, options["BLOCK_M"]) + groups
+    with on_device_of(x):
+        grouped_rows_kernel[(tiles * triton.cdiv(width, options["BLOCK_N"]),)](
+            x, weights, bias, y, offsets, rows, x.stride(0) // unit,
+            UNIT=unit, DEPTH=depth, WIDTH=width, TRANSPOSED=transposed, COUNT=groups,
+            SLOTS=triton.next_power_of_2(groups + 1), **options,
+        )  # fmt: skip
+    return y
+
+
+def grouped_linear(x: Tensor, weights: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """`y = x @ weights[g].T + bias[g]` for the rows of each group g.
+
+    x: `[rows, depth]`, fp32, fp16 or bf16; weights: `[groups, width, depth]` of x's dtype; bias:
+    `[groups, width]` of any dtype, or None; offsets: `[groups + 1]`, int32 or int64, on x's device,
+    starting at 0 and not falling. Groups may be empty. Returns `[rows, width]` of x's dtype, summed
+    in fp32, 0 in rows from offsets[-1] on. Raises ValueError for what does not fit.
+    """
+    _check("grouped_linear", (x,), weights, offsets)
+    if weights.size(2) != x.size(1):
+        raise ValueError(f"grouped_linear got x {list(x.shape)}, weights {list(weights.shape)}")
+    if bias is not None and bias.shape != weights.shape[:2]:
+        raise ValueError(f"got bias {list(bias.shape)}, expected {list(weights.shape[:2])}")
+    return _rows(x, weights, bias, offsets, True)
+
+
+def grouped_dgrad(dy: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """`dx = dy @ weights[g]` for the rows of each group g, of dy's dtype; see `grouped_linear`."""
+    _check("grouped_dgrad", (dy,), weights, offsets)
+    if weights.size(1) != dy.size(1):
+        raise ValueError(f"grouped_dgrad got dy {list(dy.shape)}, weights {list(weights.shape)}")
+    return _rows(dy, weights, None, offsets, False)
+
+
+def grouped_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """`dweights[g] = dy[g].T @ x[g]` of the rows of each group g; 0 for an empty one.
+
+    dy: `[rows, width]`; x: `[rows, depth]`; the result is `[groups, width, depth]`, of x's dtype,
+    each sum in fp32 and in a fixed order. Raises ValueError for what does not fit.
+    """
+    _check("grouped_wgrad", (dy, x), None, offsets)
+    if dy.size(0) != x.size(0):
+        raise ValueError(f"grouped_wgrad got {dy.size(0)} rows of dy and {x.size(0)} of x")
+    groups, width, depth = offsets.numel() - 1, dy.size(1), x.size(1)
+    dweights = torch.empty(groups, width, depth, dtype=x.dtype, device=x.device)
+    if not dweights.numel():
+        return dweights
+    if not x.size(0):
+        return dweights.zero_()
+    dy, x, offsets = row_major(dy), row_major(x), offsets.contiguous()
+    unit = stride_unit(dy, x)
+    options = product_options(width, depth, x, MANY)
+    tiles = triton.cdiv(width, options["BLOCK_M"]) * triton.cdiv(depth, options["BLOCK_N"])
+    with on_device_of(x):
+        grouped_weights_kernel[(groups * tiles,)](
+            dy, x, dweights, offsets, x.size(0), dy.stride(0) // unit, x.stride(0) // unit,
+            UNIT=unit, WIDTH=width, DEPTH=depth, **options,
+        )  # fmt: skip
+    return dweights

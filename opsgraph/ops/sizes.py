@@ -1,0 +1,48 @@
+"""Sizes that were left out of ops in a row: told by the neighbours on both sides."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..errors import OpsgraphError
+from ..op import Op
+from ..spec import row
+
+
+def infer_sizes(
+    modules: Sequence[nn.Module], first: int | None = None, last: int | None = None
+) -> None:
+    """Complete ops between a value of width `first` and one of width `last` (None: not known)."""
+    width = first
+    for k, module in enumerate(modules):
+        if not isinstance(module, Op):
+            width = None
+            continue
+        module.complete(width, width_between(modules[k + 1 :], last))
+        width = module.in_width or width
+        for entry in module.lower():
+            width = None if width is None else _out_width(entry.kind, entry.op, width)
+
+
+def width_between(modules: Sequence[nn.Module], last: int | None = None) -> int | None:
+    """The width that modules demand of what is before them, `last` being the one after them."""
+    between: list[Op] = []
+    width = last
+    for module in modules:
+        if not isinstance(module, Op):
+            return None
+        if module.in_width is not None:
+            width = module.in_width
+            break
+        between.append(module)
+    for op in reversed(between):
+        width = None if width is None else op.width_before(width)
+    return width
+
+
+def _out_width(kind: type[Op], op: Op, width: int) -> int | None:
+    try:
+        return kind.out(op, row(width, torch.float32, torch.device("cpu"))).width
+    except (OpsgraphError, RuntimeError, TypeError):
+        return None

@@ -1,0 +1,293 @@
+"""The Triton GEMMs with activations in their epilogue, and grouped ones, against fp64 formulas."""
+
+from itertools import product
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from kernel_checks import DTYPES, INTERPRETING, close, laid_out, normal, twice
+from test_triton_activations import activation64
+from torch import Tensor
+
+from opsgraph.kernels.triton import gemm
+from opsgraph.kernels.triton.activations import KINDS, activation_forward
+from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
+from opsgraph.kernels.triton.grouped import grouped_dgrad, grouped_linear, grouped_wgrad
+
+GATED = {kind for kind, row in KINDS.items() if row.GATED}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small sizes, quick to interpret, then have many tiles, and parts of one at the ends."""
+    tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP": 2, "num_warps": 4}
+    if INTERPRETING:
+        monkeypatch.setattr(gemm, "config", lambda *args: tile | {"num_stages": 2})
+
+
+class Case(NamedTuple):
+    kind: str
+    rows: int
+    depth: int
+    width: int  # on each side of the gate
+    dtype: torch.dtype
+    params: tuple[float, ...] = ()
+    bias: torch.dtype | None = None
+    x_layout: str = "contiguous"
+    weight_layout: str = "contiguous"
+
+
+def covering_cases() -> list[Case]:
+    """Every kind with every dtype; shapes, layouts and the bias take turns at coprime periods."""
+    shapes = [(1, 1, 1), (40, 48, 32), (5, 16, 12), (33, 17, 40), (3, 100, 9)]
+    if not INTERPRETING:
+        shapes += [(1025, 431, 300), (3000, 1024, 1000), (70, 4096, 100), (130, 2050, 1100)]
+    layouts = ["contiguous", "strided", "offset", "transposed", "expanded", "scalar"]
+    cases = []
+    for n, (kind, dtype) in enumerate(product(sorted(KINDS), DTYPES)):
+        for i in (n,) if INTERPRETING else range(n, n + len(shapes), 2):
+            bias = (None, dtype, torch.float32)[i // 2 % 3]
+            shape = shapes[i % len(shapes)]
+            cases.append(Case(kind, *shape, dtype, (), bias, layouts[i % 6], layouts[i // 3 % 4]))
+    cases += [
+        Case("clamped_swiglu", 5, 20, 17, torch.float32, (0.5, 2.0, 0.25)),
+        Case("clamped_swiglu", 5, 20, 17, torch.bfloat16, (1.0, 1.0, 0.0), torch.float32),
+    ]
+    return cases
+
+
+def name(case: Case) -> str:
+    return "-".join(str(part).removeprefix("torch.") for part in case)
+
+
+def weight(rows: int, columns: int, dtype: torch.dtype, device: str, seed: int = 3) -> Tensor:
+    return normal(rows, columns, dtype=dtype, device=device, seed=seed) / columns**0.5
+
+
+def double(*tensors: Tensor) -> list[Tensor]:
+    return [t.cpu().double() for t in tensors]
+
+
+def check_forward(case: Case, device: str) -> tuple[Tensor, Tensor]:
+    """Checks and returns the output and the pre-activation."""
+    total = case.width * 2 if case.kind in GATED else case.width
+    x = laid_out(normal(case.rows, case.depth, dtype=case.dtype, device=device), case.x_layout)
+    w = laid_out(weight(total, case.depth, case.dtype, device), case.weight_layout)
+    bias = normal(total, dtype=case.bias, device=device, seed=1) if case.bias else None
+    args = x, w, bias, case.kind, case.params
+    y, pre = twice(linear_activation, *args, want=("pre",))
+    x64, w64 = double(x, w)
+    close(pre, x64 @ w64.T + (0 if bias is None else double(bias)[0]), x64.abs() @ w64.T.abs())
+    close(y, activation64(double(pre)[0], case.kind, case.params))
+    if case.dtype != torch.float32 or INTERPRETING:
+        unfused = activation_forward(pre, case.kind, case.params)
+        assert torch.equal(y, unfused), "the epilogue is not the activation, bit for bit"
+    alone, nothing = linear_activation(*args)
+    assert nothing is None
+    assert torch.equal(alone, y)
+    return y, pre
+
+
+def check_backward(case: Case, y: Tensor, pre: Tensor, device: str) -> None:
+    dy = normal(case.rows, case.depth, dtype=case.dtype, device=device, seed=2)
+    dy = laid_out(dy, case.x_layout)
+    w = laid_out(weight(case.depth, case.width, case.dtype, device), case.weight_layout)
+    args = dy, w, pre, case.kind, case.params
+    dpre, again, dbias = twice(linear_activation_backward, *args, want=("x", "y", "bias"))
+    pre64, dy64, w64 = double(pre, dy, w)
+    y64 = activation64(pre64.requires_grad_(), case.kind, case.params)
+    (dpre64,) = torch.autograd.grad(y64, pre64, dy64 @ w64)
+    # The slope is a difference of terms as large as the value; the product is a sum of terms.
+    terms = (dy64.abs() @ w64.abs()).amax() * (1 + pre64.detach().abs().amax() ** 2)
+    close(dpre, dpre64, terms)
+    close(dbias, dpre64.sum(0), dpre64.abs().sum(0).amax() + terms)
+    if case.dtype != torch.float32 or INTERPRETING:
+        assert torch.equal(again, y), "the backward's activation is not the forward's"
+    else:
+        close(again, y64.detach())
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", covering_cases(), ids=name)
+def test_forward_and_backward(case: Case, device: str) -> None:
+    check_backward(case, *check_forward(case, device), device)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(9, torch.bfloat16), (130, torch.float16)])
+def test_tiles_that_are_used(rows: int, dtype: torch.dtype, device: str) -> None:
+    case = Case("swiglu", rows, 70, 33, dtype, (), dtype)
+    check_backward(case, *check_forward(case, device), device)
+
+
+SUBSETS = [(), ("x",), ("y",), ("bias",), ("x", "y"), ("y", "bias"), ("x", "bias")]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+@pytest.mark.parametrize("want", SUBSETS, ids="+".join)
+def test_backward_computes_what_is_wanted(want: tuple[str, ...], kind: str, device: str) -> None:
+    pre = normal(20, 34, dtype=torch.float16, device=device)
+    width = 17 if kind in GATED else 34
+    dy = normal(20, 24, dtype=torch.float16, device=device, seed=1)
+    w = weight(24, width, torch.float16, device)
+    whole = linear_activation_backward(
+        dy, w, pre, kind, want=("x", "y", "bias"), bias_dtype=torch.float32
+    )
+    got = linear_activation_backward(dy, w, pre, kind, want=want, bias_dtype=torch.float32)
+    for key, one, other in zip(("x", "y", "bias"), got, whole, strict=True):
+        assert (one is None) == (key not in want)
+        assert one is None or torch.equal(one, other)
+        assert one is None or one.dtype == (torch.float32 if key == "bias" else pre.dtype)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+@pytest.mark.parametrize("sizes", [(0, 8, 6), (3, 0, 6), (3, 8, 0)], ids=str)
+def test_empty(kind: str, sizes: tuple[int, int, int], device: str) -> None:
+    rows, depth, width = sizes
+    total = width * 2 if kind in GATED else width
+    x, w = torch.ones(rows, depth, device=device), torch.ones(total, depth, device=device)
+    bias = torch.ones(total, device=device)
+    y, pre = linear_activation(x, w, bias, kind, want=("pre",))
+    assert torch.equal(pre, torch.ones(rows, total, device=device) * (1 + depth))
+    assert torch.equal(y, activation_forward(pre, kind))
+    w = torch.ones(depth, width, device=device)
+    dpre, again, dbias = linear_activation_backward(x, w, pre, kind, want=("x", "y", "bias"))
+    assert (dpre.shape, again.shape) == (pre.shape, y.shape)
+    assert torch.equal(dbias, torch.zeros(total, device=device))
+    assert not dpre.any()
+
+
+def test_nan_reaches_its_own_row_alone(device: str) -> None:
+    x = torch.ones(20, 17, device=device)
+    x[2, 5] = float("nan")
+    y, _ = linear_activation(x, torch.ones(10, 17, device=device), None, "swiglu")
+    assert torch.equal(y.isnan().all(1).nonzero().flatten().cpu(), torch.tensor([2]))
+    assert y.isnan().sum() == 5
+
+
+def test_errors(device: str) -> None:
+    x, w = torch.ones(2, 8, device=device), torch.ones(7, 8, device=device)
+    with pytest.raises(ValueError, match=r"swiglu halves its input's width, which is odd: 7"):
+        linear_activation(x, w, None, "swiglu")
+    with pytest.raises(ValueError, match=r"linear_activation got shapes \[2, 8\] and \[8, 7\]"):
+        linear_activation(x, w.t(), None, "gelu")
+    with pytest.raises(ValueError, match=r"got torch.float32 on .* and torch.float16 on"):
+        linear_activation(x, w.half(), None, "gelu")
+    with pytest.raises(ValueError, match=r"bias \[8\], expected \[7\]"):
+        linear_activation(x, w, x[0], "gelu")
+    with pytest.raises(ValueError, match=r"pre-activation \[2, 8\], expected \[2, 16\]"):
+        linear_activation_backward(x, torch.ones(8, 8, device=device), x, "swiglu")
+
+
+@pytest.mark.parametrize("fp32", ["ieee", "tf32"])
+def test_precision_follows_torch(fp32: str) -> None:
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = fp32
+    try:
+        assert gemm.precision(torch.float32) == fp32
+        assert gemm.precision(torch.float16) == "ieee"
+    finally:
+        settings.fp32_precision = before
+
+
+@pytest.mark.parametrize("room", [99 * 1024, 163 * 1024, 227 * 1024])
+def test_tiles_fit_in_shared_memory(room: int) -> None:
+    for rows, columns, depth, size in product((16, 64, 128), (64, 9000), (64, 9000), (2, 4)):
+        got = gemm.config(rows, columns, depth, size, size == 2, room)
+        held = (got["BLOCK_M"] + got["BLOCK_N"]) * got["BLOCK_K"] * size * got["num_stages"]
+        assert held <= room
+        assert got["num_stages"] >= 2
+
+
+class Groups(NamedTuple):
+    sizes: tuple[int, ...]
+    beyond: int  # rows that no group has
+    depth: int
+    width: int
+    dtype: torch.dtype
+    offsets: torch.dtype = torch.int64
+    bias: bool = True
+    layout: str = "contiguous"
+
+
+GROUPS = [
+    Groups((3, 0, 20, 1), 2, 20, 33, torch.float32),
+    Groups((3, 0, 20, 1), 0, 33, 20, torch.bfloat16, torch.int32, False, "strided"),
+    Groups((0, 0), 5, 16, 24, torch.float16),
+    Groups((0, 17, 0, 0, 16), 40, 100, 7, torch.float16, torch.int32, True, "offset"),
+    Groups((5,), 0, 1, 1, torch.float32, torch.int32, True, "transposed"),
+    Groups((16, 16, 32), 0, 32, 64, torch.bfloat16, torch.int64, True, "expanded"),
+]
+if not INTERPRETING:
+    GROUPS += [
+        Groups((1000, 0, 3, 129, 2000), 300, 1000, 520, torch.bfloat16),
+        Groups((1, 2, 3, 0), 1, 4096, 2050, torch.float16),
+        Groups((300, 200), 0, 431, 300, torch.float32),
+    ]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", GROUPS, ids=str)
+def test_grouped(case: Groups, device: str) -> None:
+    rows, count = sum(case.sizes) + case.beyond, len(case.sizes)
+    make: dict[str, Any] = {"dtype": case.dtype, "device": device}
+    x = laid_out(normal(rows, case.depth, **make), case.layout)
+    dy = laid_out(normal(rows, case.width, **make, seed=1), case.layout)
+    weights = normal(count, case.width, case.depth, **make, seed=2) / case.depth**0.5
+    bias = normal(count, case.width, **make, seed=3) if case.bias else None
+    offsets = torch.tensor([0, *case.sizes]).cumsum(0).to(device, case.offsets)
+    y = twice(grouped_linear, x, weights, bias, offsets)
+    dx = twice(grouped_dgrad, dy, weights, offsets)
+    dweights = twice(grouped_wgrad, dy, x, offsets)
+    x64, dy64, weights64 = double(x, dy, weights)
+    starts = [0, *offsets.tolist()]
+    assert dweights.shape == weights.shape
+    for g in range(count):
+        own = slice(starts[g + 1], starts[g + 1] + case.sizes[g])
+        expected = x64[own] @ weights64[g].T
+        close(y[own], expected if bias is None else expected + double(bias[g])[0], 10.0)
+        close(dx[own], dy64[own] @ weights64[g], 10.0)
+        close(dweights[g], dy64[own].T @ x64[own], 10.0 * case.sizes[g])
+    assert not y[sum(case.sizes) :].any()
+    assert not dx[sum(case.sizes) :].any()
+
+
+def test_grouped_without_rows_or_groups(device: str) -> None:
+    x, weights = torch.ones(0, 8, device=device), torch.ones(2, 6, 8, device=device)
+    offsets = torch.zeros(3, dtype=torch.int64, device=device)
+    assert grouped_linear(x, weights, None, offsets).shape == (0, 6)
+    assert torch.equal(grouped_wgrad(x[:, :6], x, offsets), torch.zeros(2, 6, 8, device=device))
+    rows = torch.ones(3, 8, device=device)
+    assert torch.equal(grouped_linear(rows, weights[:0], None, offsets[:1]), rows[:, :6] * 0)
+    assert grouped_wgrad(rows, rows, offsets[:1]).shape == (0, 8, 8)
+
+
+def test_grouped_offsets_past_the_rows_are_cut(device: str) -> None:
+    """A wrong offset must not read what is not there."""
+    x, weights = torch.ones(20, 8, device=device), torch.ones(2, 6, 8, device=device)
+    offsets = torch.tensor([0, 4, 1000], device=device)
+    right = torch.tensor([0, 4, 20], device=device)
+    for function, args in (
+        (grouped_linear, (x, weights, None)),
+        (grouped_dgrad, (x[:, :6], weights)),
+        (grouped_wgrad, (x[:, :6], x)),
+    ):
+        assert torch.equal(function(*args, offsets), function(*args, right))
+
+
+def test_grouped_errors(device: str) -> None:
+    x, weights = torch.ones(4, 8, device=device), torch.ones(2, 6, 8, device=device)
+    offsets = torch.tensor([0, 1, 4], device=device)
+    with pytest.raises(ValueError, match=r"grouped_linear got 2 weights, expected one for 1 gro"):
+        grouped_linear(x, weights, None, offsets[:2])
+    with pytest.raises(ValueError, match=r"got offsets \[3\] of torch.float32"):
+        grouped_linear(x, weights, None, offsets.float())
+    with pytest.raises(ValueError, match=r"expected one dtype and one device"):
+        grouped_linear(x.half(), weights, None, offsets)
+    with pytest.raises(ValueError, match=r"got bias \[6\], expected \[2, 6\]"):
+        grouped_linear(x, weights, torch.ones(6, device=device), offsets)
+    with pytest.raises(ValueError, match=r"grouped_dgrad got dy \[4, 8\], weights \[2, 6, 8\]"):
+        grouped_dgrad(x, weights, offsets)
+    with pytest.raises(ValueError, match=r"grouped_wgrad got 3 rows of dy and 4 of x"):
+        grouped_wgrad(x[:3], x, offsets)
