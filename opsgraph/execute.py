@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .op import F
 from .plan import Plan
 from .spec import ROWS, Spec
 
@@ -208,12 +207,6 @@ class CompiledPlan(torch.autograd.Function):
         return None, None, *(None if spec is None else next(made) for spec in wanted)
 
 
-def constant_under_compile(function: F) -> F:
-    """`torch.compiler.assume_constant_result`, without the seconds that importing Dynamo takes."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 def run_compiled(plan: Plan, handle: int, extras: int, tensors: Sequence[Tensor | None]) -> Any:
     """The plan under torch.compile."""
     x = tensors[0]
@@ -221,6 +214,8 @@ def run_compiled(plan: Plan, handle: int, extras: int, tensors: Sequence[Tensor 
     shape = x.shape
     inputs = flattened(plan, tensors[: extras + 1])  # type: ignore[arg-type]
     there = [*inputs, *(t for t in tensors[extras + 1 :] if t is not None)]
+    # Dynamo takes no tensor twice, as tied weights would have it.
+    there = [t.view_as(t) if any(t is u for u in there[:k]) else t for k, t in enumerate(there)]
     if plan.specs.training:
         outputs = CompiledPlan.apply(plan, handle, *there)  # type: ignore[no-untyped-call]
     else:

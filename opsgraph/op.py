@@ -36,6 +36,12 @@ def cached(function: F) -> F:
     return cache(function)  # type: ignore[return-value]
 
 
+def constant_under_compile(function: F) -> F:
+    """`torch.compiler.assume_constant_result`, without the seconds that importing Dynamo takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @cached
 def arguments(function: Callable[..., Any]) -> tuple[str, ...]:
     """Argument names of a function or method, without `self`."""
@@ -207,11 +213,15 @@ class Op(nn.Module):
 
     def forward(self, x: Tensor, *extra_inputs: Tensor) -> Any:
         """Run the op alone, planned as a sequence of one."""
-        runner = self.__dict__.get("_runner")
-        if runner is None:
+        if torch.compiler.is_compiling() or "_runner" not in self.__dict__:
+            self._make_runner()
+        return self.__dict__["_runner"](x, *extra_inputs)
+
+    @constant_under_compile
+    def _make_runner(self) -> None:
+        if "_runner" not in self.__dict__:
             # Not an attribute of the module: it would be its own grandchild.
-            runner = self.__dict__["_runner"] = Op.alone(self)
-        return runner(x, *extra_inputs)
+            self.__dict__["_runner"] = Op.alone(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__ and name not in _MODULE_ATTRIBUTES:

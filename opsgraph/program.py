@@ -51,7 +51,7 @@ class Run:
                 raise PlanError(f"{label}: it cannot save under the names {sorted(taken)}")
 
     def _connect(self, known: set[str], later: set[str | None]) -> None:
-        """Join extra inputs to Tees; earlier runs provide `known` channels, later ones read `later`."""
+        """Join extra inputs to Tees. Earlier runs provide `known`, later ones read `later`."""
         producers: dict[str, int] = {}
         read: set[int] = set()
         for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True)):

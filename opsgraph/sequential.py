@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from . import config
 from .errors import OpError, PlanError
-from .execute import constant_under_compile
-from .op import Op
+from .op import Op, constant_under_compile
 from .ops.convert import module_from, op_from
 from .ops.sizes import infer_sizes
 from .plan import Plan
@@ -78,26 +76,30 @@ class Sequential(nn.Sequential):
         for name, module in self._modules.items():
             yield f"{name}:{type(module).__name__}", module
 
+    def _groups(self) -> list[list[tuple[str, nn.Module]]]:
+        """Consecutive ops together, every other module alone."""
+        groups: list[list[tuple[str, nn.Module]]] = []
+        for entry in self._labelled():
+            if groups and isinstance(entry[1], Op) and isinstance(groups[-1][-1][1], Op):
+                groups[-1].append(entry)
+            else:
+                groups.append([entry])
+        return groups
+
     def _prepare(self) -> None:
         """Find the stages again: at first use, and whenever something has changed."""
         epoch = config.epoch
-        groups: list[list[tuple[str, nn.Module]]] = []
-        for is_op, group in groupby(self._labelled(), lambda entry: isinstance(entry[1], Op)):
-            groups += [list(group)] if is_op else [[entry] for entry in group]
-        reads = [
-            {e.op.channels.get(n) for _, m in g if isinstance(m, Op) for e in m.lower()
-             for n in e.kind.extra_inputs}
-            for g in groups
-        ]  # fmt: skip
-        stages: list[Stage | nn.Module] = []
+        groups, stages = self._groups(), list[Stage | nn.Module]()
+        reads = [{channel for _, module in group for channel in _reads(module)} for group in groups]
         for k, group in enumerate(groups):
-            labels, modules = zip(*group, strict=True)
-            if isinstance(modules[0], Op):
+            labels = [label for label, _ in group]
+            ops = [module for _, module in group if isinstance(module, Op)]
+            if ops:
                 known = [n for s in stages if isinstance(s, Stage) for n in s.output_names if n]
                 later = set().union(*reads[k + 1 :])
-                stages.append(Stage(modules, labels, self._options, known, later))
+                stages.append(Stage(ops, labels, self._options, known, later))
             else:
-                stages.append(modules[0])
+                stages.append(group[0][1])
         self.__dict__["_stages"] = stages
         self.__dict__["_epoch"] = epoch
 
@@ -106,7 +108,7 @@ class Sequential(nn.Sequential):
     def forward(self, x: Tensor, *extra_inputs: Tensor) -> Any:
         """x: `[*, width]`; see the class."""
         if torch.compiler.is_compiling():
-            _refresh(self)
+            self._refresh()
         if self._epoch != config.epoch:
             self._complete(x)
             self._prepare()
@@ -120,6 +122,12 @@ class Sequential(nn.Sequential):
             return stage(x, extra_inputs)
         return self._run_stages(x, extra_inputs)
 
+    @constant_under_compile
+    def _refresh(self) -> None:
+        """Prepare while Dynamo traces. A method, so that equal layers share what is compiled."""
+        if self._epoch != config.epoch:
+            self._prepare()
+
     def _complete(self, x: Tensor) -> None:
         if self._lazy():
             infer_sizes(self._present(), x.shape[-1])
@@ -127,6 +135,7 @@ class Sequential(nn.Sequential):
                 if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
                     raise OpError(label, "no size for it", "one given, or told by a neighbour")
 
+    @constant_under_compile
     def _wrong_count(self, got: int, names: list[str]) -> None:
         wanted = f"{len(names)} ({', '.join(names)})" if names else "none"
         raise OpError("Sequential", f"{got} extra inputs", wanted)
@@ -148,10 +157,9 @@ class Sequential(nn.Sequential):
             x, *more = result if isinstance(result, tuple) else (result,)
             later = self._read_later(stage)
             for i, name, value in zip(stage.outputs, stage.output_names, more, strict=True):
-                read = name is not None and name in later
-                if read:
+                if name is not None and name in later:
                     made[name] = value
-                if not read or getattr(stage.real[i], "to_caller", False):
+                if name not in made or getattr(stage.real[i], "to_caller", False):
                     outputs.append(value)
         return (x, *outputs) if outputs else x
 
@@ -277,10 +285,10 @@ class Sequential(nn.Sequential):
         return {**self.__dict__, "_stages": [], "_epoch": -1}
 
 
-@constant_under_compile
-def _refresh(module: Sequential) -> None:
-    if module._epoch != config.epoch:
-        module._prepare()
+def _reads(module: nn.Module) -> Iterator[str | None]:
+    """Channels of a module's extra inputs."""
+    for kind, op in module.lower() if isinstance(module, Op) else ():
+        yield from (op.channels.get(name) for name in kind.extra_inputs)
 
 
 def _alone(op: Op) -> Callable[..., Any]:

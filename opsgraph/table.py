@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from . import config
 from .backend import backends as known_backends
 from .errors import OpError, PlanError
-from .execute import PlanFunction, constant_under_compile, expose, run_compiled, run_inference
+from .execute import PlanFunction, expose, run_compiled, run_inference
 from .fuser import registered
-from .op import Op, weights
+from .op import Op, constant_under_compile, weights
+from .ops.sizes import width_between
 from .plan import Plan, make_plan
 from .program import Request, Run
 from .spec import ROWS, Spec, row
@@ -181,14 +183,16 @@ class Stage:
         kind = device.type
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         compute = torch.get_autocast_dtype(kind) if autocast else None
-        parts = [x.dtype, x.shape[-1], kind, device.index, grad and x.requires_grad, compute]
+        # index(): under torch.compile a width that varied is symbolic, and no part of a key.
+        width = index(x.shape[-1])
+        parts = [x.dtype, width, kind, device.index, grad and x.requires_grad, compute]
         for w in weights:
             if w is None:
                 parts.append(None)
             else:
                 parts += (w.dtype, grad and w.requires_grad, w.device == device)
         for e in extras:
-            last = e.shape[-1] if e.dim() else 0
+            last = index(e.shape[-1]) if e.dim() else 0
             same = e.device == device
             parts += (e.dtype, e.dim() - x.dim(), last, grad and e.requires_grad, same)
         for op in self.modes:
@@ -202,10 +206,10 @@ class Stage:
         specs = [edge]
         for kind, op in zip(run.kinds, self.real, strict=True):
             specs.append(kind.out(op, specs[-1]))
-        for i, name, _ in run.inputs:
+        for (i, name, _), dims in zip(run.inputs, self.row_dims, strict=True):
             extra = run.kinds[i].example_extra(self.real[i], name, specs[i], rows)
-            lead = extra.dim() == 2 and x.dim() != 2
-            found.append(extra.view(*x.shape[:-1], extra.shape[-1]) if lead else extra)
+            shape = extra.shape if dims is None else (*x.shape[:-1], *extra.shape[1:])
+            found.append(extra.view(shape))
         return found
 
     def ensure(self, key: Key, extras: int) -> None:
@@ -267,7 +271,7 @@ class Stage:
         return self.plans[key]
 
     def _example(self, weights: Sequence[Tensor | None]) -> Tensor:
-        width = next((op.in_width for op in self.real if op.in_width), None)
+        width = width_between(self.real)
         if width is None:
             raise PlanError(f"{self.table.run.labels[0]}: got no width to plan for, expected x")
         there = [w for w in weights if w is not None]
@@ -299,17 +303,19 @@ class Stage:
             return PlanFunction.apply(plan, self, len(extras), x, *extras, *weights)  # type: ignore[no-untyped-call]
         return run_inference(plan, self.ops, len(extras), (x, *extras, *weights))
 
+    @constant_under_compile
+    def _expose(self, key: Key, extras: int) -> None:
+        """Plan while Dynamo traces. A method: Dynamo guards which object a function is given."""
+        self.ensure(key, extras)
+        expose(self.plans[key], self.ops)
+
     def _compiled(
         self, key: Key, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
     ) -> Any:
         if self.eager_only is not None:
             raise PlanError(self.eager_only)
-        _ensure(self, key, len(extras))
+        self._expose(key, len(extras))
         plan = self.plans[key]
+        if self.double_backward:  # traced through, for autograd to see the ops
+            return run_inference(plan, self.ops, len(extras), (x, *extras, *weights))
         return run_compiled(plan, plan.handle, len(extras), (x, *extras, *weights))
-
-
-@constant_under_compile
-def _ensure(stage: Stage, key: Key, extras: int) -> None:
-    stage.ensure(key, extras)
-    expose(stage.plans[key], stage.ops)

@@ -51,7 +51,9 @@ def _short(want: Collection[str]) -> tuple[str, ...]:
     return tuple(name.split("_", 1)[-1] for name in want)
 
 
-class _Triton(Fuser):
+class Triton(Fuser):
+    """What all fusers over Triton kernels share."""
+
     backend = "triton"
 
     def reject(self, x: Spec) -> str | None:
@@ -59,7 +61,7 @@ class _Triton(Fuser):
 
 
 @register
-class RMSNormKernel(_Triton):
+class RMSNormKernel(Triton):
     """RMSNorm, each row read once, statistics in registers."""
 
     pattern, saves = dict(norm=RMSNorm), ("norm_rstd",)
@@ -84,7 +86,7 @@ class RMSNormKernel(_Triton):
 
 
 @register
-class AddRMSNorm(_Triton):
+class AddRMSNorm(Triton):
     """Residual add and RMSNorm in one pass; hands out the sum."""
 
     pattern, saves = dict(add=Add, norm=RMSNorm), ("norm_x", "norm_rstd")
@@ -100,7 +102,7 @@ class AddRMSNorm(_Triton):
 
 
 @register
-class TeeRMSNorm(_Triton):
+class TeeRMSNorm(Triton):
     """Backward of RMSNorm with the residual's gradient added to dx."""
 
     pattern = dict(tee=Tee, norm=RMSNorm)
@@ -116,7 +118,7 @@ class TeeRMSNorm(_Triton):
 
 
 @register
-class LayerNormKernel(_Triton):
+class LayerNormKernel(Triton):
     """LayerNorm, each row read once, variance from centred values."""
 
     pattern, saves = dict(norm=LayerNorm), ("norm_mean", "norm_rstd")
@@ -142,7 +144,7 @@ class LayerNormKernel(_Triton):
 
 
 @register
-class AddLayerNorm(_Triton):
+class AddLayerNorm(Triton):
     """Residual add and LayerNorm in one pass; hands out the sum."""
 
     pattern, saves = dict(add=Add, norm=LayerNorm), ("norm_x", "norm_mean", "norm_rstd")
@@ -158,7 +160,7 @@ class AddLayerNorm(_Triton):
 
 
 @register
-class TeeLayerNorm(_Triton):
+class TeeLayerNorm(Triton):
     """Backward of LayerNorm with the residual's gradient added to dx."""
 
     pattern = dict(tee=Tee, norm=LayerNorm)
@@ -185,13 +187,18 @@ def _layernorm_backward(
     return dx, (dweight, dbias)
 
 
-class _Activation(_Triton):
+def reject_activation(act: Op, x: Spec) -> str | None:
+    """Why the kernels cannot compute an activation, or None."""
+    if getattr(act, "glu_interleave_size", None) is not None:
+        return "its kernel takes halves, not interleaved gate and value"
+    return _dtype(x)
+
+
+class _Activation(Triton):
     """What all fusers with an activation refuse."""
 
     def reject(self, act: Op, x: Spec) -> str | None:  # type: ignore[override]
-        if getattr(act, "glu_interleave_size", None) is not None:
-            return "its kernel takes halves, not interleaved gate and value"
-        return _dtype(x)
+        return reject_activation(act, x)
 
 
 def _params(act: Op) -> tuple[float, ...]:
@@ -253,7 +260,7 @@ class ActivationLinearBackward(_Activation):
 
 
 @register
-class DropoutKernel(_Triton):
+class DropoutKernel(Triton):
     """[Bias,] dropout [and residual add] in one pass; the backward is the same mask."""
 
     pattern = dict(bias=Bias | None, drop=Dropout, add=Add | None)
@@ -267,7 +274,7 @@ class DropoutKernel(_Triton):
 
 
 @register
-class DropoutBackward(_Triton):
+class DropoutBackward(Triton):
     """Backward of dropout: the mask made again from the seed."""
 
     pattern = dict(drop=Dropout)

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..errors import OpError
 from ..op import Op
 from ..spec import Spec
+from .parameters import empty_parameter
 
 
 def _pieces(x: Tensor, split_sizes: Tensor) -> tuple[Tensor, ...]:
@@ -35,8 +37,8 @@ class GroupedLinear(Op):
     def __init__(
         self,
         num_groups: int,
-        in_features: int,
-        out_features: int,
+        in_features: int | None = None,
+        out_features: int | None = None,
         bias: bool = True,
         *,
         device: torch.device | str | None = None,
@@ -47,14 +49,16 @@ class GroupedLinear(Op):
         self.num_groups, self.in_features, self.out_features = num_groups, in_features, out_features
         self.init_method = init_method
         shape = (num_groups, out_features, in_features)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.weight = empty_parameter(shape, device, dtype)
         self.register_parameter("bias", None)
         if bias:
-            self.bias = nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype))
+            self.bias = empty_parameter(shape[:2], device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialize each group as nn.Linear does, or by init_method and zeros."""
+        if self.in_features is None or self.out_features is None:
+            return
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
         if self.init_method is None:
             nn.init.uniform_(self.weight, -bound, bound)
@@ -67,6 +71,25 @@ class GroupedLinear(Op):
             if self.init_method is not None:
                 nn.init.zeros_(self.bias)
 
+    def complete(self, in_width: int | None, out_width: int | None) -> None:
+        if self.in_features is None and in_width is not None:
+            self.in_features = in_width
+        if self.out_features is None and out_width is not None:
+            self.out_features = out_width
+        if self.in_features is None or self.out_features is None:
+            return
+        shape = (self.num_groups, self.out_features, self.in_features)
+        lazy = [p for p in self.parameters() if isinstance(p, UninitializedParameter)]
+        for parameter in lazy:
+            parameter.materialize(shape if parameter is self.weight else shape[:2])
+        if lazy:
+            self.reset_parameters()
+
+    def sizes_from(self, name: str, shape: torch.Size) -> None:
+        self.out_features = shape[1]
+        if name == "weight":
+            self.in_features = shape[2]
+
     @property
     def in_width(self) -> int | None:
         return self.in_features
@@ -78,9 +101,10 @@ class GroupedLinear(Op):
         return None
 
     def example_extra(self, name: str, x: Spec, rows: int) -> Tensor:
-        first = torch.zeros(self.num_groups, dtype=torch.int64, device=x.device)
-        first[0] = rows
-        return first
+        sizes = torch.zeros(self.num_groups, dtype=torch.int64, device=x.device)
+        sizes[0] = rows - rows // 2
+        sizes[-1] += rows // 2
+        return sizes
 
     def out(self, x: Spec) -> Spec:
         return x.like(self.out_features)
@@ -120,4 +144,4 @@ class GroupedLinear(Op):
 
     @classmethod
     def sample(cls) -> Iterable[Op]:
-        return cls(2, 16, 16), cls(3, 16, 16, bias=False)
+        return cls(2, out_features=16), cls(3, out_features=16, bias=False)
