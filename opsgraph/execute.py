@@ -97,17 +97,17 @@ def run_inference(plan: Plan, ops: Any, extras: int, tensors: Sequence[Any]) -> 
 
 # -- torch.compile --
 
-_handles: dict[int, tuple[Plan, Any]] = {}
+_handles: dict[str, tuple[Plan, Any]] = {}
 
 
 def expose(plan: Plan, ops: Any) -> None:
-    """Let the opaque ops find a plan by its number, the same for every module that shares it."""
+    """Let the opaque ops find a plan by its handle, the same for every module that shares it."""
     _handles[plan.handle] = plan, ops
 
 
 _library = torch.library.Library("opsgraph", "FRAGMENT")
-_library.define("forward(int handle, Tensor[] tensors) -> Tensor[]")
-_library.define("backward(int handle, Tensor[] tensors) -> Tensor[]")
+_library.define("forward(str handle, Tensor[] tensors) -> Tensor[]")
+_library.define("backward(str handle, Tensor[] tensors) -> Tensor[]")
 
 
 def _made(plan: Plan) -> list[int]:
@@ -121,12 +121,13 @@ def _distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tenso
     found = []
     for tensor in results:
         pointer = tensor.untyped_storage().data_ptr()
-        found.append(tensor.clone() if pointer in seen else tensor.contiguous())
+        dense = torch.contiguous_format
+        found.append(tensor.clone(memory_format=dense) if pointer in seen else tensor.contiguous())
         seen.add(found[-1].untyped_storage().data_ptr())
     return found
 
 
-def _forward(handle: int, tensors: list[Tensor]) -> list[Tensor]:
+def _forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
     plan, ops = _handles[handle]
     with torch.no_grad(), without_autocast(tensors[0].device.type):
         outputs, saved = plan.run_forward(ops, *_with_missing(plan, tensors))
@@ -139,7 +140,7 @@ def _with_missing(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     return [None if absent else next(rest) for absent in plan.specs.absent]
 
 
-def _backward(handle: int, tensors: list[Tensor]) -> list[Tensor]:
+def _backward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
     plan, ops = _handles[handle]
     with torch.no_grad(), without_autocast(tensors[0].device.type):
         found = plan.run_backward(ops, *tensors)
@@ -155,20 +156,21 @@ def _fakes(specs: Sequence[Spec], rows: Any) -> list[Tensor]:
     ]
 
 
-def _fake_forward(handle: int, tensors: list[Tensor]) -> list[Tensor]:
+def _fake_forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
     plan = _handles[handle][0]
     made = [plan.specs.saved[k][1] for k in _made(plan)]
     return _fakes([*plan.specs.outputs, *made], tensors[0].shape[0])
 
 
-def _fake_backward(handle: int, tensors: list[Tensor]) -> list[Tensor]:
+def _fake_backward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
     plan = _handles[handle][0]
     names = [name for name, _ in plan.specs.saved]
     saved = dict(zip(names, tensors[len(tensors) - len(names) :], strict=True))
     rows, found = tensors[0].shape[0], []
     for name, spec in zip(plan.specs.names, plan.specs.gradients, strict=True):
         if spec is not None and name in saved and ROWS not in spec.shape:
-            found.append(torch.empty_like(saved[name], dtype=spec.dtype))
+            like, dense = saved[name], torch.contiguous_format
+            found.append(torch.empty_like(like, dtype=spec.dtype, memory_format=dense))
         elif spec is not None:
             found += _fakes([spec], rows)
     return found
@@ -184,7 +186,7 @@ class CompiledPlan(torch.autograd.Function):
     """What `PlanFunction` is to eager mode, for Dynamo: flat tensors, opaque ops."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, handle: int, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, plan: Plan, handle: str, *tensors: Tensor) -> Any:
         made = torch.ops.opsgraph.forward(handle, tensors)
         count = len(plan.specs.outputs)
         rest = iter(made[count:])
@@ -207,7 +209,7 @@ class CompiledPlan(torch.autograd.Function):
         return None, None, *(None if spec is None else next(made) for spec in wanted)
 
 
-def run_compiled(plan: Plan, handle: int, extras: int, tensors: Sequence[Tensor | None]) -> Any:
+def run_compiled(plan: Plan, handle: str, extras: int, tensors: Sequence[Tensor | None]) -> Any:
     """The plan under torch.compile."""
     x = tensors[0]
     assert x is not None

@@ -44,12 +44,12 @@ def constant_under_compile(function: F) -> F:
 
 @cached
 def arguments(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Argument names of a function or method, without `self`."""
+    """Argument names of a method, bound or not, without `self`."""
     declared = getattr(function, "declared_arguments", None)
     if declared is not None:
         return tuple(declared)
     names = tuple(inspect.signature(function).parameters)
-    return names[1:] if names[:1] == ("self",) else names
+    return names[1:] if inspect.isfunction(function) else names
 
 
 class Lowered(NamedTuple):
@@ -237,9 +237,16 @@ class Op(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key not in skipped}
 
     def skeleton(self) -> "Op":
-        """The op without its parameters, for plans that several modules share."""
+        """The op with meta tensors for parameters, for plans that several modules share."""
         bare = object.__new__(type(self))
-        bare.__dict__ = {**self.__dict__, "_parameters": dict.fromkeys(self._parameters)}
+        lazy = UninitializedParameter
+        bare.__dict__ = {
+            **self.__dict__,
+            "_parameters": {
+                name: None if p is None or isinstance(p, lazy) else p.detach().to("meta")
+                for name, p in self._parameters.items()
+            },
+        }
         bare.__dict__["_homes"] = {}
         bare.__dict__.pop("_runner", None)
         return bare

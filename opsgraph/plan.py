@@ -1,9 +1,11 @@
 """`Plan`: the immutable result of planning, which can be run, printed, drawn and asked why."""
 
-import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +21,7 @@ from .spec import Spec
 if TYPE_CHECKING:
     import networkx as nx
 
-_handles = itertools.count()
+_handles: Counter[str] = Counter()
 
 
 class Step(NamedTuple):
@@ -58,13 +60,22 @@ class Plan:
     """What errors call the op at each position: the one the user wrote."""
     kinds: tuple[str, ...]
     """The class of the basic op at each position."""
-    handle: int
-    """By which the opaque ops of torch.compile find the plan."""
 
     @property
     def saved_bytes_per_row(self) -> int:
         """Bytes kept for the backward, for each row of the input."""
         return sum(self.saved.values())
+
+    @cached_property
+    def handle(self) -> str:
+        """By which the opaque ops of torch.compile find the plan.
+
+        It tells what the plan is: compilers keep graphs on disk, for other processes.
+        """
+        content = repr((self.forward_source, self.backward_source, self.specs))
+        digest = sha256(content.encode()).hexdigest()[:16]
+        _handles[digest] += 1
+        return f"{digest}-{_handles[digest]}"
 
     @property
     def graph(self) -> "nx.DiGraph[Any]":
@@ -198,7 +209,6 @@ def make_plan(
         _signature(program, space, saved, late),
         tuple(run.labels),
         tuple(kind.__name__ for kind in run.kinds),
-        next(_handles),
     )
     _log(plan, config)
     return plan

@@ -6,6 +6,7 @@ Where ops are dropped, several gaps share one value, named after the first of th
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -85,8 +86,20 @@ class Run:
             if i not in read or op.channels.get("d") in later or getattr(op, "to_caller", False):
                 self.outputs.append(i)
 
-    def unstored(self) -> None:
-        """Raises PlanError if an op has a parameter that its `fwd` does not name."""
+    def with_ops(self, ops: Sequence[Op]) -> "Run":
+        """The same run over other modules."""
+        other = copy(self)
+        other.ops = list(ops)
+        return other
+
+    def verify_weights(self) -> None:
+        """Raises PlanError unless `fwd` names just what the op has: all parameters, no other."""
+        for i, name in self.slots:
+            if not hasattr(*self.ops[i].home(name)):
+                raise PlanError(
+                    f"{self.labels[i]}: got no {name!r}, which its fwd names, expected a parameter "
+                    "or buffer of that name, or a constant or extra input"
+                )
         for i, op in enumerate(self.ops):
             named = {name for j, name in self.slots if self.ops[j] is op}
             held = {name for name, value in op._parameters.items() if value is not None}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from . import config
 from .backend import backends as known_backends
@@ -32,8 +33,8 @@ Key = tuple[Any, ...]
 class PlanTable:
     """Plans by key, for all modules whose ops have the same classes, settings and channels."""
 
-    def __init__(self, run: Run, options: Options, ops: Sequence[Op]) -> None:
-        self.run, self.options, self.ops = run, options, tuple(ops)
+    def __init__(self, run: Run, options: Options) -> None:
+        self.run, self.options, self.ops = run, options, tuple(run.ops)
         self.plans: dict[Key, Plan] = {}
 
 
@@ -90,20 +91,26 @@ def _table_for(run: Run, options: Options) -> PlanTable:
             if op._buffers or op._modules:
                 raise TypeError
             settings = op.settings()
-            present = tuple(name for name in weights(kind) if op.has(name))
-            parts.append((kind, type(op), _hashable(settings), present))
+            shapes = tuple(_shape(getattr(*op.home(name))) for name in weights(kind))
+            parts.append((kind, type(op), _hashable(settings), shapes))
         wiring = (tuple(run.sources.items()), tuple(i[:2] for i in run.inputs), tuple(run.outputs))
         fusers = tuple(map(id, registered()))
         key = (tuple(parts), wiring, tuple(run.labels), options.key, fusers)
     except TypeError:
         proxies: list[Any] = [weakref.proxy(op) for op in run.ops]
-        return PlanTable(run, options, proxies)
+        return PlanTable(run.with_ops(proxies), options)
     table = _tables.get(key)
     if table is None:
-        bare: dict[int, Op] = {}
-        ops = [bare.setdefault(id(op), op.skeleton()) for op in run.ops]
-        table = _tables[key] = PlanTable(run, options, ops)
+        bare = {id(op): op.skeleton() for op in run.ops}
+        ops = [bare[id(op)] for op in run.ops]
+        table = _tables[key] = PlanTable(run.with_ops(ops), options)
     return table
+
+
+def _shape(weight: Tensor | None) -> Any:
+    if weight is None or isinstance(weight, UninitializedParameter):
+        return None
+    return tuple(weight.shape)
 
 
 class Stage:
@@ -118,7 +125,7 @@ class Stage:
         later: Iterable[str | None] = (),
     ) -> None:
         run = Run(ops, labels, known, later)
-        run.unstored()
+        run.verify_weights()
         self.inputs, self.outputs = run.inputs, run.outputs
         self.row_dims = [self._row_dims(run, i, name) for i, name, _ in run.inputs]
         self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]

@@ -10,6 +10,8 @@ With `w` the weight, or `1 + weight` when zero-centred, and `m = dy * w`:
 Results have x's dtype, gradients of parameters the parameter's, rstd and mean fp32 and `[rows, 1]`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,10 @@ def rmsnorm_forward(
     """Returns y and rstd."""
     h = wide(x)
     factor = gamma(weight, zero_centered, h)
-    y, rstd = torch._fused_rms_norm(h, (h.shape[-1],), factor, eps)
+    fused: Any = torch._fused_rms_norm
+    if torch.compiler.is_compiling():  # Dynamo traces the op, but not its Python binding
+        fused = torch.ops.aten._fused_rms_norm.default
+    y, rstd = fused(h, (h.shape[-1],), factor, eps)
     return y if y.dtype == x.dtype else y.to(x.dtype), rstd
 
 
