@@ -142,7 +142,7 @@ def write_forward(space: Space, cover: Cover, saved: Sequence[str], check: bool)
     writer, program = Writer(space, cover), space.program
     parameters = ["ops", "x0", *program.inputs, *program.weight_names.values()]
     stored = _cast(writer, FORWARD, saved)
-    used = set(saved)
+    used = set(saved) | space.teed()
     for claim in cover.forward:
         emit_forward(writer, claim, claim.calls[0], used)
         if check and not claim.is_reference:

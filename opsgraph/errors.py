@@ -6,10 +6,18 @@ class OpsgraphError(ValueError):
 
 
 class OpError(OpsgraphError):
-    """An op cannot take what it was given, e.g. `1:Linear: got width 64, expected 128`."""
+    """An op cannot take what it was given, e.g. `1:Linear: got width 64, expected 128`.
+
+    Made of where, what came and what was expected. It can be pickled, and raised under
+    torch.compile, where Dynamo cannot trace a call of `super().__init__`.
+    """
 
     def __init__(self, where: str, got: str, expected: str) -> None:
-        super().__init__(f"{where}: got {got}, expected {expected}")
+        self.parts = where, got, expected
+        self.args = (f"{where}: got {got}, expected {expected}",)
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), self.parts
 
 
 class RegisterError(OpsgraphError):

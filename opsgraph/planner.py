@@ -37,7 +37,8 @@ def _keeper(space: Space) -> Keeper:
 
 def _finish(space: Space, forward: list[Claim], backward: list[Claim], keeper: Keeper) -> Cover:
     cost = keeper.cost + sum(map(space.moved, backward))
-    cost += sum(space.moved(claim, keeper.kept & claim.gives) for claim in forward)
+    handed = keeper.kept | space.teed()
+    cost += sum(space.moved(claim, handed & claim.gives) for claim in forward)
     return Cover(forward, backward, keeper, cost, {})
 
 
@@ -100,13 +101,13 @@ def optimal(space: Space) -> Cover:
     first = greedy(space)
     backward = _pair_path(space)
     keeper, live = _live(space, backward)
-    forward = _forward_path(space, keeper, live)
+    forward = _forward_path(space, live)
     second = _finish(space, forward, backward, keeper)
     best = second if second.cost < first.cost else first
     return best._replace(costs={"greedy": first.cost, "optimal": best.cost})
 
 
-def _forward_path(space: Space, keeper: Keeper, live: set[str]) -> list[Claim]:
+def _forward_path(space: Space, live: set[str]) -> list[Claim]:
     """The cheapest forward under a given set of live values."""
     import networkx as nx  # here: it takes longer to import than all of opsgraph
 
@@ -117,7 +118,7 @@ def _forward_path(space: Space, keeper: Keeper, live: set[str]) -> list[Claim]:
         for claim in space.starting[FORWARD][gap]:
             if not _qualifies(space, claim, local(claim)):
                 continue
-            weight = space.moved(claim, keeper.kept & claim.gives) + 1e-3 * claim.rank
+            weight = space.moved(claim, live & claim.gives) + 1e-3 * claim.rank
             known = graph.get_edge_data(gap, claim.stop)
             if known is None or weight < known["weight"]:
                 graph.add_edge(gap, claim.stop, weight=weight, claim=claim)

@@ -188,7 +188,7 @@ class Stage:
         grad = torch.is_grad_enabled() and not self.double_backward
         device = x.device
         kind = device.type
-        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
         compute = torch.get_autocast_dtype(kind) if autocast else None
         # index(): under torch.compile a width that varied is symbolic, and no part of a key.
         width = index(x.shape[-1])
@@ -293,7 +293,7 @@ class Stage:
                 continue
             expected = (*lead, extra.shape[-1]) if dims == 2 else tuple(lead)
             got = f"{name} of shape {tuple(extra.shape)}"
-            raise OpError(self.table.run.labels[i], got, str(expected))
+            raise OpError(self.table.run.labels[i], got, f"{expected}")
 
     def __call__(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
         if extras:

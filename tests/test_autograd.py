@@ -114,7 +114,7 @@ def test_anomaly_mode_and_hooks_on_the_module() -> None:
     module, x, seen = mlp(), torch.randn(5, 6), []
     module.register_forward_hook(lambda m, inputs, y: seen.append(tuple(y.shape)))
     module.register_full_backward_hook(lambda m, dx, dy: seen.append(tuple(dy[0].shape)))
-    with torch.autograd.detect_anomaly():
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
         gradients(module, x)
     assert seen == [(5, 3), (5, 3)]
 
@@ -172,6 +172,13 @@ def test_norm_weights_are_not_cast_by_autocast() -> None:
         source = module.plan().forward_source
         assert "weight1 = weight1.to(torch.bfloat16)" in source
     assert "weight0 = weight0.to" not in source
+
+
+def test_autocast_leaves_fp64_alone() -> None:
+    """As PyTorch's does: a user who asked for fp64 gets it."""
+    case = Case(modules, (5, 6), torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        case.check(rounded=True)
 
 
 # -- parameters and attributes that change --

@@ -1,13 +1,16 @@
 """torch.compile(fullgraph=True): cold, equal to eager, without breaks or repeated compilation."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from compiled import Compiled, assert_equal, cold, llama, results
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._dynamo.utils import counters
 
 import opsgraph as og
 from opsgraph.ops import (
@@ -25,59 +28,7 @@ from opsgraph.ops import (
     Tee,
 )
 
-
-@pytest.fixture(autouse=True)
-def cold() -> Iterator[None]:
-    """Every test starts with nothing compiled, and ends without a graph break."""
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    assert not counters["graph_break"], dict(counters["graph_break"])
-    torch.compiler.reset()
-
-
-class Compiled:
-    """A compiled module, and how often it was compiled."""
-
-    def __init__(self, module: Callable[..., Any], backend: str = "aot_eager") -> None:
-        self.counter = CompileCounterWithBackend(backend)
-        self.run = torch.compile(module, fullgraph=True, backend=self.counter)
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        return self.run(*inputs)
-
-    @property
-    def count(self) -> int:
-        return self.counter.frame_count
-
-
-def llama(width: int = 16) -> list[nn.Module]:
-    return [RMSNorm(width), Linear(width, 2 * width), SwiGLU(), Linear(width, width)]
-
-
-def results(call: Callable[..., Any], module: nn.Module, *inputs: Tensor) -> list[Tensor]:
-    """Outputs, and gradients of all that needs one."""
-    torch.manual_seed(3)
-    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
-    found = call(*leaves)
-    outputs = list(found) if isinstance(found, tuple) else [found]
-    moving = [y for y in outputs if y.requires_grad]
-    if not moving:
-        return outputs
-    wanted = [*leaves, *(p for p in module.parameters() if p.requires_grad)]
-    torch.manual_seed(4)
-    dys = [torch.randn_like(y) for y in moving]
-    return [*outputs, *torch.autograd.grad(moving, wanted, dys, allow_unused=True)]
-
-
-def assert_equal(compiled: Compiled, module: nn.Module, *inputs: Tensor) -> None:
-    """The same bits as in eager mode: outputs and every gradient."""
-    expected = results(module, module, *inputs)
-    for k, (one, other) in enumerate(
-        zip(results(compiled, module, *inputs), expected, strict=True)
-    ):
-        assert (one is None) == (other is None)
-        assert one is None or torch.equal(one, other), f"result {k}"
+__all__ = ["cold"]
 
 
 class TiedLinear(nn.Module):
@@ -139,6 +90,51 @@ def test_same_bits_as_eager(name: str) -> None:
     assert_equal(compiled, module, torch.randn(2, 3, 16))
 
 
+CACHED = """
+import sys, torch, opsgraph as og
+module = og.Sequential(getattr(og.ops, sys.argv[1])())
+compiled = torch.compile(lambda x: 2 * module(x), fullgraph=True)
+x = torch.randn(4, 16)
+with torch.no_grad():
+    assert torch.equal(compiled(x), 2 * module(x))
+"""
+
+
+@pytest.mark.slow
+def test_a_cached_graph_is_not_taken_for_another_plan(tmp_path: Path) -> None:
+    """Inductor keeps graphs on disk; the same inputs into another plan are another graph."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for name in ("SwiGLU", "SiLU", "SwiGLU"):
+        subprocess.run([sys.executable, "-c", CACHED, name], env=environment, check=True)
+
+
+def test_a_handle_tells_the_plan() -> None:
+    x = torch.randn(2, 16)
+    plans = [og.Sequential(op).plan(x=x) for op in (SiLU(), SwiGLU(), ReLU(), Dropout(0.5))]
+    digests = [plan.handle.split("-")[0] for plan in plans]
+    assert len(set(digests)) == 4
+    again = og.Sequential(SiLU(), backends=("reference",)).plan(x=x)
+    assert again.handle != plans[0].handle
+    assert again.handle.split("-")[0] == digests[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_tensors_that_are_not_contiguous(backend: str) -> None:
+    """The opaque ops' fakes promise contiguous results."""
+    module = og.Sequential(Linear(16, 16), AddExtraInput(), MakeExtraOutput())
+    module[0].weight = nn.Parameter(torch.randn(16, 16).t())
+    compiled, x = Compiled(module, backend), torch.randn(16, 5).t().requires_grad_()
+    other = torch.randn(16, 5).t().requires_grad_()
+    leaves = [x, other, *module.parameters()]
+    for dy in (torch.randn(16, 5).t(), torch.randn(1, 1).expand(5, 16)):
+        found, expected = (
+            torch.autograd.grad(call(x, other), leaves, (dy, dy)) for call in (compiled, module)
+        )
+        for one, right in zip(found, expected, strict=True):
+            assert torch.equal(one, right)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_inductor(name: str) -> None:
@@ -184,110 +180,8 @@ def test_the_wrong_number_of_extra_inputs_is_an_error() -> None:
         Compiled(module)(torch.randn(2, 16))
     with pytest.raises(Exception, match="0:Linear: got input width 5, expected 16"):
         Compiled(module)(torch.randn(2, 5), torch.randn(2, 5))
-
-
-def test_without_gradients() -> None:
-    module = og.Sequential(Linear(16, 32), ReLU(), Linear(32, 16))
-    compiled, x = Compiled(module), torch.randn(5, 16)
-    with torch.no_grad():
-        assert torch.equal(compiled(x), module(x))
-    with torch.inference_mode():
-        assert torch.equal(compiled(x), module(x))
-    assert_equal(compiled, module, x)
-    assert not torch.equal(compiled(x), compiled(2 * x))
-
-
-def test_autocast() -> None:
-    module = og.Sequential(*llama())
-    compiled, x = Compiled(module), torch.randn(5, 16)
-    for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype):
-            assert compiled(x).dtype == dtype
-            assert_equal(compiled, module, x)
-    assert compiled(x).dtype == torch.float32
-    assert_equal(compiled, module, x)
-
-    def inside(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return module(x)
-
-    assert torch.compile(inside, fullgraph=True, backend="aot_eager")(x).dtype == torch.bfloat16
-
-
-def test_freezing_and_thawing() -> None:
-    module = og.Sequential(*llama())
-    compiled, x = Compiled(module), torch.randn(5, 16)
-    assert_equal(compiled, module, x)
-    module[1].weight.requires_grad_(False)
-    assert_equal(compiled, module, x)
-    module.requires_grad_(False)
-    assert_equal(compiled, module, x)
-    compiled(x)  # neither x nor a parameter
-    module.requires_grad_(True)
-    assert_equal(compiled, module, x)
-    assert all(p.grad is None for p in module.parameters())
-    compiled(x).sum().backward()
-    assert all(p.grad is not None for p in module.parameters())
-
-
-def test_registering_and_unregistering() -> None:
-    class Doubled(og.Fuser):
-        backend, pattern = "aten", dict(act=SiLU)
-
-        def fwd(self, x: Tensor) -> Any:
-            return 2 * x, ()
-
-    module = og.Sequential(Linear(16, 16), SiLU())
-    compiled, x = Compiled(module), torch.randn(5, 16)
-    before = compiled(x)
-    with og.register(Doubled):
-        torch.testing.assert_close(compiled(x), 2 * (x @ module[0].weight.T + module[0].bias))
-        assert_equal(compiled, module, x)
-    assert torch.equal(compiled(x), before)
-    assert_equal(compiled, module, x)
-
-
-def test_a_moved_module_and_replaced_parameters() -> None:
-    module = og.Sequential(*llama())
-    compiled, x = Compiled(module), torch.randn(5, 16)
-    assert_equal(compiled, module, x)
-    module.to(torch.bfloat16)
-    assert_equal(compiled, module, x.bfloat16())
-    module.to(torch.float64)
-    assert_equal(compiled, module, x.double())
-    module[3].weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.float64))
-    assert_equal(compiled, module, x.double())
-    assert torch.equal(compiled(x.double()), module[3].bias.expand(5, 16))
-
-
-def test_changed_settings_and_structure() -> None:
-    module = og.Sequential(RMSNorm(16, eps=1e-5), Linear(16, 16))
-    compiled, x = Compiled(module), torch.randn(5, 16)
-    assert_equal(compiled, module, x)
-    module[0].eps = 3.0
-    assert_equal(compiled, module, x)
-    module.append(SiLU())
-    assert_equal(compiled, module, x)
-    module[2] = ReLU()
-    assert_equal(compiled, module, x)
-    assert (compiled(x) >= 0).all()
-
-
-def test_dropout() -> None:
-    module = og.Sequential(Linear(16, 16), Dropout(0.25), SiLU())
-    compiled, x = Compiled(module), torch.randn(400, 16)
-    assert_equal(compiled, module, x)  # the same seed is drawn
-    only = og.Sequential(Dropout(0.25))
-    dropped, x = Compiled(only), torch.ones(4000, 16, requires_grad=True)
-    y = dropped(x)
-    assert abs((y != 0).float().mean().item() - 0.75) < 0.01
-    (dx,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(dx, y.detach())
-    assert not torch.equal(dropped(x), y)
-    only.eval()
-    assert torch.equal(dropped(x), x)
-    only.train()
-    assert not torch.equal(dropped(x), x)
+    with pytest.raises(Exception, match=r"OpError\('1:AddExtraInput', 'other of shape"):
+        Compiled(module)(torch.randn(2, 16), torch.randn(3, 16))
 
 
 class Stack(nn.Module):

@@ -74,7 +74,7 @@ def test_training_mode_is_kept() -> None:
 
 
 def test_what_cannot_be_converted_is_named() -> None:
-    with pytest.raises(og.PlanError, match="from_torch: got Linear, expected nn.Sequential"):
+    with pytest.raises(og.PlanError, match=r"from_torch: got Linear, expected nn.Sequential"):
         og.Sequential.from_torch(nn.Linear(2, 2))
     with pytest.raises(og.PlanError, match=r"0:Tee: it has extra inputs or outputs"):
         og.Sequential(Tee("r"), GELU(), Add("r")).to_torch()

@@ -280,3 +280,22 @@ def test_a_subclass_of_linear_with_its_own_fwd_is_used() -> None:
     found = torch.autograd.grad(module(x).sum(), [x, module.weight])
     expected = torch.autograd.grad(2 * plain(x).sum(), [x, module.weight])
     torch.testing.assert_close(found, expected)
+
+
+def test_a_subclass_with_its_own_fwd_is_not_replaced() -> None:
+    class Shifted(RMSNorm):
+        def fwd(self, x: Tensor, weight: Any, eps: float, zero_centered_gamma: bool) -> Any:
+            y, saved = super().fwd(x, weight, eps, zero_centered_gamma)
+            return y + 1, saved
+
+    class Norm(og.Fuser):
+        backend, pattern = "aten", dict(norm=RMSNorm)
+
+        def fwd(self, x: Tensor, norm_weight: Tensor) -> Any:
+            return torch.full_like(x, 7), ()
+
+    x = torch.randn(3, 8)
+    with og.register(Norm), torch.no_grad():
+        assert torch.equal(RMSNorm(8)(x), torch.full_like(x, 7))
+        shifted = Shifted(8)(x)
+    torch.testing.assert_close(shifted, 1 + RMSNorm(8)(x).detach())

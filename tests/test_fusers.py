@@ -9,26 +9,31 @@ from opsgraph.backend import backends
 from opsgraph.fuser import Fuser, registered
 from opsgraph.testing import check_fuser
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HERE = [f for f in registered() if backends()[f.backend].why_not_on(torch.device(DEVICE)) is None]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+every_fuser = pytest.mark.parametrize("fuser", registered(), ids=lambda fuser: fuser.name)
+
+
+def check(fuser: Fuser, device: str, dtype: torch.dtype, shape=(5, 16), compiled=False) -> None:
+    reason = backends()[fuser.backend].why_not_on(torch.device(device))
+    if reason is not None:
+        pytest.skip(f"{fuser.backend}: {reason}")
+    assert check_fuser(fuser, dtype, device, shape, compiled) > 0, "it was never taken"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fuser", HERE, ids=lambda fuser: fuser.name)
-def test_fuser_equals_reference(fuser: Fuser, dtype: torch.dtype) -> None:
-    assert check_fuser(fuser, dtype, DEVICE) > 0, "it was never taken"
+@every_fuser
+def test_fuser_equals_reference(fuser: Fuser, dtype: torch.dtype, device: str) -> None:
+    check(fuser, device, dtype)
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (0, 16), (2, 3, 16)], ids=str)
-@pytest.mark.parametrize("fuser", HERE, ids=lambda fuser: fuser.name)
-def test_fuser_takes_every_shape(fuser: Fuser, shape: tuple[int, ...]) -> None:
-    assert check_fuser(fuser, torch.float32, DEVICE, shape) > 0, "it was never taken"
+@every_fuser
+def test_fuser_takes_every_shape(fuser: Fuser, shape: tuple[int, ...], device: str) -> None:
+    check(fuser, device, torch.float32, shape)
 
 
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="Dynamo traces no interpreter"
-)
-@pytest.mark.parametrize("fuser", HERE, ids=lambda fuser: fuser.name)
-def test_fuser_under_compile(fuser: Fuser) -> None:
-    assert check_fuser(fuser, torch.float32, DEVICE, compiled=True) > 0, "it was never taken"
+@pytest.mark.skipif(INTERPRETED, reason="Dynamo does not trace Triton's interpreter")
+@every_fuser
+def test_fuser_under_compile(fuser: Fuser, device: str) -> None:
+    check(fuser, device, torch.float32, compiled=True)

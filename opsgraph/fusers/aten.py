@@ -132,6 +132,11 @@ class RMSNormLinearBackward(Fuser):
 
     backend, pattern = "aten", dict(norm=RMSNorm, fc=BasicLinear)
 
+    def reject(self, x: Spec) -> str | None:
+        if x.device.type != "cpu":
+            return f"on {x.device.type} its passes are kernels of their own; it is for the CPU"
+        return None
+
     def bwd(
         self, dy: Tensor, norm_x: Tensor, norm_rstd: Tensor, norm_weight: Tensor | None,
         norm_zero_centered_gamma: bool, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,

@@ -4,6 +4,7 @@ An Add whose name no Tee before it has is an extra input of the sequence; a Tee 
 an extra output. Without a name they are always that: MakeExtraOutput and AddExtraInput.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from ..errors import PlanError
 from ..op import Lowered, Op
 from ..spec import Spec
 from .sizes import infer_sizes, width_between
+
+_serial = itertools.count()
 
 
 class _Still(Op):
@@ -106,7 +109,6 @@ class Residual(Op):
         if wrong := [type(op).__name__ for op in ops if not isinstance(op, Op)]:
             raise PlanError(f"Residual: got {', '.join(wrong)}, expected ops of opsgraph")
         self.ops = nn.ModuleList(ops)
-        self._ends = (Tee(), Add())
 
     @property
     def in_width(self) -> int | None:
@@ -123,11 +125,9 @@ class Residual(Op):
         return (op for op in self.ops if isinstance(op, Op))
 
     def lower(self) -> Sequence[Lowered]:
-        tee, add = self._ends
-        name = f"residual {id(self)}"
-        tee.channels["d"], add.channels["other"] = name, name
+        name = f"residual {next(_serial)}"  # each time another: a Residual may stand in two places
         inner = [entry for op in self._inner() for entry in op.lower()]
-        return [Lowered(Tee, tee), *inner, Lowered(Add, add)]
+        return [Lowered(Tee, Tee(name)), *inner, Lowered(Add, Add(name))]
 
     @classmethod
     def sample(cls) -> Iterable[Op]:

@@ -1,0 +1,52 @@
+"""Declarations of fusers that cannot work are refused at `register`, with the names there are."""
+
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+import opsgraph as og
+from opsgraph.fuser import registered
+from opsgraph.ops import BasicLinear, RMSNorm
+
+
+def declared(**attributes: Any) -> type[og.Fuser]:
+    def fwd(self: Any, x: Tensor) -> Any:
+        return x, ()
+
+    usual = {"backend": "aten", "pattern": dict(norm=RMSNorm, fc=BasicLinear), "fwd": fwd}
+    return type("Wrong", (og.Fuser,), usual | attributes)
+
+
+def needs_rstd(self: Any, dy: Tensor, norm_std: Tensor) -> Any: ...
+def needs_fc(self: Any, x: Tensor, linear_weight: Tensor) -> Any: ...
+def needs_dy(self: Any, x: Tensor, dy: Tensor) -> Any: ...
+def rejects_y(self: Any, norm: Any, y: og.Spec) -> str | None: ...
+
+
+@pytest.mark.parametrize(
+    "attributes, message",
+    [
+        (dict(backend="tritn"), "backend 'tritn', expected one of triton, aten, reference"),
+        (dict(backend=None), "backend None, expected one of"),
+        (dict(pattern=dict(norm=nn.Linear)), "expected op classes under names"),
+        (dict(pattern=dict(norm=RMSNorm | nn.Linear)), "expected op classes under names"),
+        (dict(pattern=dict(norm=RMSNorm(8))), "expected op classes under names"),
+        (dict(pattern={}), "expected op classes under names"),
+        (dict(fwd=None), "neither fwd nor bwd"),
+        (dict(bwd=needs_rstd), r"bwd needs \['norm_std'\], which nobody has.*norm_rstd, norm_w"),
+        (dict(fwd=needs_fc), r"fwd needs \['linear_weight'\].*fc_weight.*norm_eps"),
+        (dict(fwd=needs_dy), r"fwd needs \['dy'\]"),
+        (dict(reject=rejects_y), r"reject needs \['y'\].*fc, norm, x"),
+        (dict(saves=("fc_z",)), r"cannot save \['fc_z'\]; the names there are:.*norm_rstd"),
+        (dict(saves=("fc_weight",)), r"cannot save \['fc_weight'\]"),
+        (dict(saves=("norm_eps",)), r"cannot save \['norm_eps'\]"),
+        (dict(saves=("x",)), r"cannot save \['x'\]"),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+def test_register_says_what_is_wrong(attributes: dict[str, Any], message: str) -> None:
+    before = registered()
+    with pytest.raises(og.RegisterError, match=f"^Wrong: .*{message}"):
+        og.register(declared(**attributes))
+    assert registered() == before
