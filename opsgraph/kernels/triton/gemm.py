@@ -46,6 +46,8 @@ def multiply(
 
     a, b: pointers to the first `[BLOCK_M, BLOCK_K]` and `[BLOCK_K, BLOCK_N]`; a_in, b_in: masks
     that broadcast to them; a_step, b_step: elements to the next ones. EVEN: BLOCK_K divides depth.
+    depth is no constexpr: ptxas (seen in Triton 3.6's) unrolls a short loop of known length whole,
+    and then loses products where b is stored by rows, as in the backward.
     """
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     k = tl.arange(0, BLOCK_K)
@@ -77,8 +79,8 @@ def _pre_activation(total, bias, pre, y, at, cols, mask, TOTAL: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "x_stride", "weight_stride"])
 def linear_activation_kernel(
-    x, weight, bias, y, pre, rows, x_stride, weight_stride,
-    UNIT: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    x, weight, bias, y, pre, rows, depth, x_stride, weight_stride,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, WIDTH: tl.constexpr,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
@@ -97,8 +99,8 @@ def linear_activation_kernel(
     total = multiply(
         x + tl.minimum(row, rows - 1)[:, None] * x_stride * UNIT + k[None, :],
         weight + source.to(tl.int64)[None, :] * weight_stride * UNIT + k[:, None],
-        everywhere, everywhere, BLOCK_K, BLOCK_K, DEPTH,
-        BLOCK_M, BLOCK_N, BLOCK_K, DEPTH % BLOCK_K == 0, PRECISION,
+        everywhere, everywhere, BLOCK_K, BLOCK_K, depth,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION,
     )  # fmt: skip
     cols = (tile_n * columns + tl.arange(0, columns))[None, :]
     mask = (row < rows)[:, None] & (cols < WIDTH)
@@ -115,8 +117,8 @@ def linear_activation_kernel(
 
 @triton.jit(do_not_specialize=["rows", "dy_stride", "weight_stride", "pre_stride"])
 def linear_activation_backward_kernel(
-    dy, weight, pre, dpre, y, dbias, rows, dy_stride, weight_stride, pre_stride,
-    UNIT: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    dy, weight, pre, dpre, y, dbias, rows, depth, dy_stride, weight_stride, pre_stride,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, WIDTH: tl.constexpr,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
@@ -132,8 +134,8 @@ def linear_activation_backward_kernel(
     grad = multiply(
         dy + tl.minimum(row, rows - 1)[:, None] * dy_stride * UNIT + k[None, :],
         weight + k[:, None] * step + cols,
-        tl.full([1, 1], True, tl.int1), cols < WIDTH, BLOCK_K, BLOCK_K * step, DEPTH,
-        BLOCK_M, BLOCK_N, BLOCK_K, DEPTH % BLOCK_K == 0, PRECISION,
+        tl.full([1, 1], True, tl.int1), cols < WIDTH, BLOCK_K, BLOCK_K * step, depth,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION,
     )  # fmt: skip
     _gradient(
         grad, pre, dpre, y, dbias, row, rows, tile_m, tile_n * BLOCK_N, pre_stride, UNIT,
@@ -284,8 +286,8 @@ def linear_activation(
     )
     with on_device_of(x):
         linear_activation_kernel[(tiles,)](
-            x, weight, bias, y, pre, rows, x.stride(0) // unit, weight.stride(0) // unit,
-            UNIT=unit, DEPTH=depth, WIDTH=width, **flags, **options,
+            x, weight, bias, y, pre, rows, depth, x.stride(0) // unit, weight.stride(0) // unit,
+            UNIT=unit, EVEN=depth % options["BLOCK_K"] == 0, WIDTH=width, **flags, **options,
         )  # fmt: skip
     return y, pre
 
@@ -325,9 +327,9 @@ def linear_activation_backward(
         partials = torch.empty(blocks, total, dtype=torch.float32, device=pre.device)
     with on_device_of(dy):
         linear_activation_backward_kernel[(blocks * triton.cdiv(width, options["BLOCK_N"]),)](
-            dy, weight, pre, dpre, y, partials, rows,
+            dy, weight, pre, dpre, y, partials, rows, depth,
             dy.stride(0) // unit, weight.stride(0) // unit, pre.stride(0) // unit,
-            UNIT=unit, DEPTH=depth, WIDTH=width, **flags, **options,
+            UNIT=unit, EVEN=depth % options["BLOCK_K"] == 0, WIDTH=width, **flags, **options,
         )  # fmt: skip
         sum_partials(partials, dbias, None, None)
     return dpre, y, dbias
