@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from .backend import backends
-from .errors import PlanError
+from .errors import OpError, PlanError
 from .fuser import Fuser, Match, Matcher, Reference, reference, registered, vocabulary
 from .op import BACKWARD, FORWARD, arguments
 from .program import Argument, Program
@@ -126,7 +126,18 @@ class Space:
         still = program.still_forward if direction == FORWARD else program.still_backward
         for i, kind in enumerate(program.kinds):
             if not still[i] and (direction == FORWARD or program.flows[i + 1]):
+                if direction == BACKWARD and self._delays(i) and not kind.wgrad:
+                    raise OpError(
+                        program.run.labels[i], "delay_wgrad_compute and an op with bwd",
+                        "dgrad and wgrad, so that its weight gradient can wait",
+                    )  # fmt: skip
                 yield self._claim(Match(reference(kind), {"op": i}, i, i + 1), direction)
+
+    def _delays(self, i: int) -> bool:
+        """Whether an op has a weight gradient that `backward_dw` is to compute."""
+        program = self.program
+        delayed = program.request.options.get("delay_wgrad_compute")
+        return bool(delayed and program.kinds[i].gemm and any(program.gradient_names(i)))
 
     def reject(self, ops: tuple[int, ...], name: str, direction: str, reason: str) -> None:
         """Record a refusal once."""
@@ -140,10 +151,7 @@ class Space:
             for i in match.positions.values():
                 if i is not None and program.kinds[i].passes and i != match.stop - 1:
                     return f"the gradient that leaves at {i} is inside it"
-            if program.request.options.get("delay_wgrad_compute") and any(
-                i is not None and program.kinds[i].gemm and any(program.gradient_names(i))
-                for i in match.positions.values()
-            ):
+            if any(i is not None and self._delays(i) for i in match.positions.values()):
                 return "weight gradients are delayed"
         for argument in arguments(fuser.bwd) if direction == BACKWARD and fuser.bwd else ():
             key, name = fuser.split(argument)

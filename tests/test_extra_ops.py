@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from compare import LAYOUTS, lay_out
 from formulas import FORMULAS
 from torch import Tensor, nn
 
@@ -105,12 +106,17 @@ def _run(function: Callable[..., Tensor], tensors: list[Tensor], wanted: list[Te
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name, shape", CASES, ids=lambda v: str(v).replace(" ", "_"))
-def test_op_equals_its_formula(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_op_equals_its_formula(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str
+) -> None:
     torch.manual_seed(0)
     case = TABLE[name]
     module = og.Sequential(case.build()).to(dtype)
-    x = torch.randn(shape, dtype=torch.double).to(dtype)
-    extras = [e.to(dtype) if e.is_floating_point() else e for e in case.extras(shape)]
+    x = lay_out(torch.randn(shape, dtype=torch.double).to(dtype), layout)
+    extras = [
+        lay_out(e.to(dtype), layout) if e.is_floating_point() else e for e in case.extras(shape)
+    ]
     inputs = [x, *extras]
     before = [t.clone() for t in inputs]
     for tensor in inputs:

@@ -10,6 +10,7 @@ from compare import assert_close, lay_out
 from torch import Tensor
 
 import opsgraph as og
+from opsgraph.ops import Linear, SwiGLU
 
 HIDDEN, FFN = 8, 12
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -212,3 +213,16 @@ def test_autocast() -> None:
     assert {g.dtype for g in grads} == {torch.float32}
     for value, exact in zip(outputs, mlp(x), strict=True):
         torch.testing.assert_close(value.float(), exact, rtol=3e-2, atol=3e-2)
+
+
+def test_mlp_without_a_norm_meets_its_formula() -> None:
+    mlp = og.Sequential(Linear(HIDDEN, 2 * FFN), SwiGLU(), Linear(FFN, HIDDEN), device="cpu")
+    x, dy = torch.randn(3, 2, HIDDEN, requires_grad=True), torch.randn(3, 2, HIDDEN)
+    leaves = [x, *mlp.parameters()]
+    found = torch.autograd.grad(mlp(x), leaves, dy)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wide_x, w1, b1, w2, b2 = wide
+    a, b = (wide_x @ w1.T + b1).chunk(2, -1)
+    expected = torch.autograd.grad((a * torch.sigmoid(a) * b) @ w2.T + b2, wide, dy.double())
+    for got, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-3, atol=1e-5)
