@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from operator import index
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class PlanTable:
     def __init__(self, run: Run, options: Options) -> None:
         self.run, self.options, self.ops = run, options, tuple(run.ops)
         self.plans: dict[Key, Plan] = {}
+        self.exposed = SimpleNamespace()
+        """Plans by handle, as attributes: a dict that a trace has read once is not read again."""
 
 
 class Options:
@@ -311,18 +314,20 @@ class Stage:
         return run_inference(plan, self.ops, len(extras), (x, *extras, *weights))
 
     @constant_under_compile
-    def _expose(self, key: Key, extras: int) -> None:
+    def _expose(self, key: Key, extras: int) -> str:
         """Plan while Dynamo traces. A method: Dynamo guards which object a function is given."""
         self.ensure(key, extras)
-        expose(self.plans[key], self.ops)
+        plan = self.plans[key]
+        expose(plan, self.ops)
+        setattr(self.table.exposed, plan.handle, plan)
+        return plan.handle
 
     def _compiled(
         self, key: Key, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
     ) -> Any:
         if self.eager_only is not None:
             raise PlanError(self.eager_only)
-        self._expose(key, len(extras))
-        plan = self.plans[key]
+        plan = getattr(self.table.exposed, self._expose(key, len(extras)))
         if self.double_backward:  # traced through, for autograd to see the ops
             return run_inference(plan, self.ops, len(extras), (x, *extras, *weights))
         return run_compiled(plan, plan.handle, len(extras), (x, *extras, *weights))

@@ -197,6 +197,30 @@ class Stack(nn.Module):
         return x
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_plans_that_a_later_layer_adds_are_found(grad: bool) -> None:
+    """Only the first layer's input needs no gradient: one table, two plans, in one trace."""
+    stack = Stack(3)
+    twice = og.Sequential(*llama())
+    for module in (stack, lambda x: twice(twice(x))):
+        torch.compiler.reset()
+        compiled, x = Compiled(module), torch.randn(5, 16, requires_grad=grad)
+        assert torch.equal(compiled(x), module(x))
+        assert compiled.count == 1
+
+
+def test_plans_of_several_dtypes_in_one_trace() -> None:
+    module = og.Sequential(*llama())
+
+    def mixed(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
+        return module(y.float())
+
+    x = torch.randn(5, 16, requires_grad=True)
+    assert torch.equal(Compiled(mixed)(x), mixed(x))
+
+
 def test_equal_layers_compile_once() -> None:
     """Each layer compiled by itself, as FSDP has it: Dynamo's limit is 8 per code object."""
     stack, x = Stack(12), torch.randn(5, 16)
