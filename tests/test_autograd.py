@@ -1,5 +1,6 @@
 """A module in PyTorch's hands: autograd, autocast, threads, checkpoints, parameters that change."""
 
+import multiprocessing
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -296,6 +297,23 @@ def test_backward_in_another_thread() -> None:
     thread.start()
     thread.join()
     assert_equal([p.grad for p in module.parameters()], gradients(module, x)[1:])
+
+
+def test_a_forked_process_uses_and_makes_plans() -> None:
+    context = multiprocessing.get_context("fork")
+    module, x, results = mlp(), torch.randn(5, 6), context.SimpleQueue()
+    expected = [module(x).detach(), module(x[None]).detach()]
+
+    def work() -> None:
+        with torch.no_grad():  # a key that the parent has not planned
+            results.put([module(x).tolist(), module(x[None]).tolist()])
+
+    process = context.Process(target=work)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
+    for found, right in zip(results.get(), expected, strict=True):
+        torch.testing.assert_close(torch.tensor(found), right)
 
 
 # -- checkpoints --
