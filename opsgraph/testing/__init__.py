@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fuser import Fuser, variants
-from .op import Op
-from .sequential import Sequential
+from ..fuser import Fuser, variants
+from ..op import Op
+from ..sequential import Sequential
 
 TOLERANCES = {
     torch.float64: (1e-9, 1e-9),
