@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from operator import index
 from typing import Any
 
@@ -113,6 +114,17 @@ def _shape(weight: Tensor | None) -> Any:
     return tuple(weight.shape)
 
 
+def _first_collective(run: Run) -> int | None:
+    return next((i for i, kind in enumerate(run.kinds) if kind.collective), None)
+
+
+def _lead(lead: torch.Size, factor: Fraction) -> torch.Size:
+    """Leading dimensions after ranks have exchanged rows: the first one is scaled."""
+    if factor == 1 or not lead:
+        return lead
+    return torch.Size((int(lead[0] * factor), *lead[1:]))
+
+
 class Stage:
     """A run of consecutive ops of a Sequential, with the parameters it reads."""
 
@@ -126,6 +138,11 @@ class Stage:
     ) -> None:
         run = Run(ops, labels, known, later)
         run.verify_weights()
+        if options.double_backward and (i := _first_collective(run)) is not None:
+            raise PlanError(
+                f"{run.labels[i]}: it exchanges tensors with other ranks, and has no "
+                "second derivative; expected double_backward=False"
+            )
         self.inputs, self.outputs = run.inputs, run.outputs
         self.row_dims = [self._row_dims(run, i, name) for i, name, _ in run.inputs]
         self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
@@ -209,13 +226,15 @@ class Stage:
     def example_extras(self, x: Tensor) -> list[Tensor]:
         """Extra inputs of the right shapes for an input, uninitialized."""
         run, rows = self.table.run, x.numel() // max(1, x.shape[-1])
-        edge, found = row(x.shape[-1], x.dtype, x.device), []
+        edge, found, lead = row(x.shape[-1], x.dtype, x.device), [], x.shape[:-1]
         specs = [edge]
         for kind, op in zip(run.kinds, self.real, strict=True):
             specs.append(kind.out(op, specs[-1]))
         for (i, name, _), dims in zip(run.inputs, self.row_dims, strict=True):
-            extra = run.kinds[i].example_extra(self.real[i], name, specs[i], rows)
-            shape = extra.shape if dims is None else (*x.shape[:-1], *extra.shape[1:])
+            factor = run.factors[i]
+            extra = run.kinds[i].example_extra(self.real[i], name, specs[i], int(rows * factor))
+            more = _lead(lead, factor)
+            shape = extra.shape if dims is None else (*more, *extra.shape[1:])
             found.append(extra.view(shape))
         return found
 
@@ -287,8 +306,8 @@ class Stage:
 
     def _check_rows(self, x: Tensor, extras: Sequence[Tensor]) -> None:
         """Raises OpError for an extra input whose rows are not those of x."""
-        lead = x.shape[:-1]
         for (i, name, _), extra, dims in zip(self.inputs, extras, self.row_dims, strict=True):
+            lead = _lead(x.shape[:-1], self.table.run.factors[i])
             if dims is None or extra.shape[: len(lead)] == lead:
                 continue
             expected = (*lead, extra.shape[-1]) if dims == 2 else tuple(lead)

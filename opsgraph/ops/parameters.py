@@ -16,3 +16,15 @@ def empty_parameter(
         made: Any = UninitializedParameter
         return made(device=device, dtype=dtype)  # type: ignore[no-any-return]
     return nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))  # type: ignore[arg-type]
+
+
+def mark_sharded(parameter: nn.Parameter | None, dim: int, stride: int) -> None:
+    """Say that ranks of a tensor-parallel group hold shares of a parameter, split along dim.
+
+    stride: in how many pieces it is before each is split, the shares of one rank lying one after
+    the other. The attributes are those that Megatron-LM reads.
+    """
+    if parameter is not None:
+        attributes = {"tensor_model_parallel": True, "partition_dim": dim}
+        for name, value in (attributes | {"partition_stride": stride}).items():
+            setattr(parameter, name, value)
