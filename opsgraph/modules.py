@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from .errors import OpsgraphError
 from .op import Op
-from .ops import LayerNorm, Linear, RMSNorm, Tee
+from .ops import AllGather, LayerNorm, Linear, RMSNorm, Tee
 from .ops.activations import ACTIVATIONS, GATED
+from .ops.collectives import Group, group_of
+from .ops.parameters import mark_sharded
 from .plan import Plan
 from .sequential import Sequential
 
@@ -51,6 +53,18 @@ class LayerNormMLP(nn.Module):
     `opsgraph.ops.main_grad`. delay_wgrad_compute: backward leaves the weight gradients to
     `backward_dw()`. checkpoint: only the input is saved; the backward makes the norm, FC1 and the
     activation again. seq_length, micro_batch_size and name are hints and change nothing.
+
+    Tensor parallelism: each of the tp_size ranks of tp_group holds a share of FC1's rows (of the
+    gate and of the value, where there are two) and of FC2's columns, `ffn / tp_size` wide; these
+    parameters carry tensor_model_parallel, partition_dim and partition_stride. With
+    set_parallel_mode the module exchanges what is needed: the sum over ranks after FC2, to which
+    its bias is added once. Without, that is the caller's. sequence_parallel: input and output are
+    this rank's rows, along dimension 0; the norm's output is gathered before FC1 and FC2's is
+    scattered. Gradients of the norm's parameters and of fc2_bias, which carry sequence_parallel,
+    are then of this rank's rows, and the caller adds them over tp_group. The norm output that is
+    returned is this rank's too, or everyone's with return_layernorm_output_gathered. The ub_*
+    arguments and symmetric_ar_type admit fusers that overlap an exchange with a matrix product;
+    they change no result.
 
     Raises OpsgraphError for unknown names and sizes that do not fit, NotImplementedError for
     arguments that opsgraph does not support yet.
@@ -101,41 +115,46 @@ class LayerNormMLP(nn.Module):
             "ub_bulk_dgrad": ub_bulk_dgrad,
             "ub_bulk_wgrad": ub_bulk_wgrad,
         }
-        _check_parallel(ffn_hidden_size, tp_size, tp_group, sequence_parallel, overlap)
-        _not_yet(
-            set_parallel_mode=set_parallel_mode,
-            symmetric_ar_type=symmetric_ar_type,
-        )
+        tp = _tensor_parallel(tp_size, tp_group)
+        _check_parallel(ffn_hidden_size, tp, sequence_parallel, overlap)
+        _not_yet(symmetric_ar_type=symmetric_ar_type)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
         self.normalization, self.activation, self.use_bias = normalization, activation, bias
         self.return_bias = return_bias
         self.return_layernorm_output = return_layernorm_output
+        self.tp_group, self.tp_size = tp
+        self.set_parallel_mode = set_parallel_mode
+        self.sequence_parallel = sequence_parallel and tp.size > 1
+        self.size_per_partition = ffn_hidden_size // tp.size
         self.name = name
         self._init_methods = (init_method or _normal, output_layer_init_method or _normal)
         self._rng = get_rng_state_tracker
-        rows = ffn_hidden_size * (2 if activation in GATED else 1)
-        self._declare(rows, {"device": device, "dtype": params_dtype})
+        params = dict(activation_params or {})
+        act = ACTIVATIONS[activation](**params)
+        halves = 2 if activation in GATED else 1
+        self._fc1_stride = 1 if getattr(act, "glu_interleave_size", None) else halves
+        self._declare(self.size_per_partition * halves, {"device": device, "dtype": params_dtype})
         norm = NORMS[normalization](
             hidden_size, eps, zero_centered_gamma=zero_centered_gamma, device="meta"
         )
         self.zero_centered_gamma = zero_centered_gamma
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
-        params = dict(activation_params or {})
 
         def sequence(overwrite: bool) -> Sequential:
-            grads = {
+            options: dict[str, Any] = {
                 "accumulate_into_main_grad": fuse_wgrad_accumulation,
                 "overwrite_main_grad": overwrite,
             }
+            fc1, fc2, between = self._exchange(return_layernorm_output_gathered)
             fc2_bias = bias and not return_bias
             return Sequential(
                 norm.borrow(self, **{own: f"layer_norm_{own}" for own in norm.names}),
-                *([Tee()] if return_layernorm_output else []),
-                _linear(self, "fc1", hidden_size, rows, bias, grads),
+                *between,
+                _linear(self, "fc1", bias, options | fc1),
                 ACTIVATIONS[activation](**params),
-                _linear(self, "fc2", ffn_hidden_size, hidden_size, fc2_bias, grads),
+                _linear(self, "fc2", fc2_bias, options | fc2),
                 delay_wgrad_compute=delay_wgrad_compute,
                 checkpoint=checkpoint,
             )
@@ -153,15 +172,50 @@ class LayerNormMLP(nn.Module):
             "layer_norm_bias": (hidden,) if self.normalization == "LayerNorm" else None,
             "fc1_weight": (rows, hidden),
             "fc1_bias": (rows,) if bias else None,
-            "fc2_weight": (hidden, self.ffn_hidden_size),
+            "fc2_weight": (hidden, self.size_per_partition),
             "fc2_bias": (hidden,) if bias else None,
         }
         for name, shape in sizes.items():
             made = None if shape is None else nn.Parameter(torch.empty(shape, **place))
             self.register_parameter(name, made)
 
+    def _exchange(self, gathered: bool) -> tuple[dict[str, Any], dict[str, Any], list[Op]]:
+        """How FC1 and FC2 are split, and the ops between the norm and FC1."""
+        tee: list[Op] = [Tee()] if self.return_layernorm_output else []
+        if not self.set_parallel_mode or self.tp_size == 1:
+            return {}, {}, tee
+        group = {
+            "tensor_parallel_group": self.tp_group,
+            "sequence_parallel": self.sequence_parallel,
+        }
+        fc1 = {"tensor_parallel_mode": "column"} | group
+        fc2 = {"tensor_parallel_mode": "row"} | group
+        if tee and gathered and self.sequence_parallel:
+            return {}, fc2, [AllGather(self.tp_group), *tee]
+        return fc1, fc2, tee
+
+    def _mark_parameters(self) -> None:
+        """Give the parameters the attributes by which others know how they are split."""
+        named = self._parameters
+        for name in ("fc1_weight", "fc1_bias"):
+            mark_sharded(named[name], 0, self._fc1_stride)
+        mark_sharded(named["fc2_weight"], 1, 1)
+        for name in ("layer_norm_weight", "layer_norm_bias", "fc2_bias"):
+            if (parameter := named[name]) is not None:
+                parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._mark_parameters()  # moving to another device may make new parameters
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._mark_parameters()  # copies of parameters lose their attributes
+
     def reset_parameters(self) -> None:
         """Initialize all parameters again, e.g. after `to_empty`."""
+        self._mark_parameters()
         for name, parameter in self._parameters.items():
             if parameter is not None and not name.startswith("fc"):
                 one = name.endswith("weight") and not self.zero_centered_gamma
@@ -212,34 +266,46 @@ class LayerNormMLP(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.hidden_size}, {self.ffn_hidden_size}, normalization={self.normalization!r}, "
-            f"activation={self.activation!r}, bias={self.use_bias}"
+            f"activation={self.activation!r}, bias={self.use_bias}, tp_size={self.tp_size}"
         )
 
 
-def _linear(
-    module: LayerNormMLP, prefix: str, width: int, rows: int, bias: bool, grads: Mapping[str, Any]
-) -> Op:
+def _linear(module: LayerNormMLP, prefix: str, bias: bool, options: Mapping[str, Any]) -> Op:
     names = {"weight": f"{prefix}_weight"} | ({"bias": f"{prefix}_bias"} if bias else {})
-    return Linear(width, rows, bias, device="meta", **grads).borrow(module, **names)
+    rows, width = module.get_parameter(names["weight"]).shape
+    mode = options.get("tensor_parallel_mode")
+    rows *= module.tp_size if mode == "column" else 1
+    width *= module.tp_size if mode == "row" else 1
+    return Linear(width, rows, bias, device="meta", **options).borrow(module, **names)
+
+
+def _tensor_parallel(tp_size: int, tp_group: Any) -> Group:
+    if tp_group is None:
+        return Group("", tp_size)
+    group = group_of(tp_group, "LayerNormMLP")
+    if tp_size not in (1, group.size):
+        raise OpsgraphError(
+            f"LayerNormMLP: got tp_size {tp_size} and a tp_group of {group.size} ranks, expected "
+            f"tp_size {group.size}"
+        )
+    return group
 
 
 def _check_parallel(
-    ffn: int, tp_size: int, tp_group: Any, sequence_parallel: bool, overlap: Mapping[str, bool]
+    ffn: int, tp: Group, sequence_parallel: bool, overlap: Mapping[str, bool]
 ) -> None:
-    if ffn % tp_size:
+    if tp.size < 1 or ffn % tp.size:
         raise OpsgraphError(
-            f"LayerNormMLP: got ffn_hidden_size {ffn}, expected a multiple of tp_size {tp_size}"
+            f"LayerNormMLP: got ffn_hidden_size {ffn}, expected a multiple of tp_size {tp.size}"
         )
-    if tp_size > 1 and tp_group is None:
-        raise OpsgraphError(f"LayerNormMLP: got tp_size {tp_size} and no tp_group, expected one")
+    if tp.size > 1 and not tp.name:
+        raise OpsgraphError(f"LayerNormMLP: got tp_size {tp.size} and no tp_group, expected one")
     given = [name for name, on in overlap.items() if on]
-    if given and not (sequence_parallel and tp_size > 1):
+    if given and not (sequence_parallel and tp.size > 1):
         raise OpsgraphError(
             f"LayerNormMLP: got {', '.join(given)} without sequence parallelism, expected "
             "sequence_parallel=True and tp_size > 1"
         )
-    if tp_size > 1:
-        raise NotImplementedError("LayerNormMLP: tp_size > 1 is not supported yet")
 
 
 def _not_yet(**arguments: Any) -> None:

@@ -223,9 +223,7 @@ def test_errors_at_construction(options: dict[str, Any], message: str) -> None:
         make(**options)
 
 
-@pytest.mark.parametrize(
-    "options", [dict(set_parallel_mode=True), dict(symmetric_ar_type="one_shot")], ids=str
-)
+@pytest.mark.parametrize("options", [dict(symmetric_ar_type="one_shot")], ids=str)
 def test_what_is_not_there_yet(options: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError, match=f"LayerNormMLP: {next(iter(options))} is not"):
         make(**options)
