@@ -16,6 +16,7 @@ from .op import Op
 from .ops import AllGather, LayerNorm, Linear, RMSNorm, Tee
 from .ops.activations import ACTIVATIONS, GATED
 from .ops.collectives import Group, group_of
+from .ops.linear import SYMMETRIC
 from .ops.parameters import mark_sharded
 from .plan import Plan
 from .sequential import Sequential
@@ -66,8 +67,7 @@ class LayerNormMLP(nn.Module):
     arguments and symmetric_ar_type admit fusers that overlap an exchange with a matrix product;
     they change no result.
 
-    Raises OpsgraphError for unknown names and sizes that do not fit, NotImplementedError for
-    arguments that opsgraph does not support yet.
+    Raises OpsgraphError for unknown names and sizes that do not fit.
     """
 
     def __init__(
@@ -117,7 +117,8 @@ class LayerNormMLP(nn.Module):
         }
         tp = _tensor_parallel(tp_size, tp_group)
         _check_parallel(ffn_hidden_size, tp, sequence_parallel, overlap)
-        _not_yet(symmetric_ar_type=symmetric_ar_type)
+        if symmetric_ar_type is not None:
+            _known("symmetric_ar_type", symmetric_ar_type, dict.fromkeys(SYMMETRIC))
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
@@ -128,6 +129,9 @@ class LayerNormMLP(nn.Module):
         self.set_parallel_mode = set_parallel_mode
         self.sequence_parallel = sequence_parallel and tp.size > 1
         self.size_per_partition = ffn_hidden_size // tp.size
+        off = {"ub_bulk_dgrad", "ub_bulk_wgrad"} if ub_overlap_rs_dgrad else set()
+        self.overlap = tuple(flag for flag, on in overlap.items() if on and flag not in off)
+        self.symmetric_ar_type = symmetric_ar_type
         self.name = name
         self._init_methods = (init_method or _normal, output_layer_init_method or _normal)
         self._rng = get_rng_state_tracker
@@ -184,14 +188,15 @@ class LayerNormMLP(nn.Module):
         tee: list[Op] = [Tee()] if self.return_layernorm_output else []
         if not self.set_parallel_mode or self.tp_size == 1:
             return {}, {}, tee
-        group = {
+        overlap = {"overlap": self.overlap}
+        group = overlap | {
             "tensor_parallel_group": self.tp_group,
             "sequence_parallel": self.sequence_parallel,
         }
-        fc1 = {"tensor_parallel_mode": "column"} | group
-        fc2 = {"tensor_parallel_mode": "row"} | group
+        fc1 = group | {"tensor_parallel_mode": "column"}
+        fc2 = group | {"tensor_parallel_mode": "row", "symmetric_ar_type": self.symmetric_ar_type}
         if tee and gathered and self.sequence_parallel:
-            return {}, fc2, [AllGather(self.tp_group), *tee]
+            return overlap, fc2, [AllGather(self.tp_group), *tee]
         return fc1, fc2, tee
 
     def _mark_parameters(self) -> None:
@@ -306,9 +311,3 @@ def _check_parallel(
             f"LayerNormMLP: got {', '.join(given)} without sequence parallelism, expected "
             "sequence_parallel=True and tp_size > 1"
         )
-
-
-def _not_yet(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value:
-            raise NotImplementedError(f"LayerNormMLP: {name} is not supported yet")

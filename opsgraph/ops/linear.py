@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from .collectives import GroupLike
 
 
+SYMMETRIC = ("multimem_all_reduce", "two_shot", "one_shot")
+"""All-reduces over symmetric memory that a row-parallel layer may ask for."""
+
+
 class BasicLinear(Op):
     """`y = x @ weight.T`. x: `[*, in_features]`; weight: `[out_features, in_features]`.
 
@@ -210,7 +214,9 @@ class Linear(BasicLinear):
     initialized inside `rng_state_tracker_function().fork()` where that is given, and carry
     tensor_model_parallel, partition_dim and partition_stride, a row-parallel bias
     sequence_parallel. partition_stride: in how many pieces the rows are before each is split, 2 for
-    the gate and value of a gated activation. Raises OpError for sizes that the ranks do not divide.
+    the gate and value of a gated activation. overlap, symmetric_ar_type: what fusers that hide an
+    exchange behind a matrix product read, see `opsgraph.fusers.overlap`. Raises OpError for sizes
+    that the ranks do not divide.
     """
 
     def __init__(
@@ -227,12 +233,17 @@ class Linear(BasicLinear):
         sequence_parallel: bool = False,
         rng_state_tracker_function: Callable[[], Any] | None = None,
         partition_stride: int = 1,
+        overlap: Iterable[str] = (),
+        symmetric_ar_type: str | None = None,
         accumulate_into_main_grad: bool = False,
         overwrite_main_grad: bool = False,
     ) -> None:
         if tensor_parallel_mode not in (None, "column", "row"):
             got = f"tensor_parallel_mode {tensor_parallel_mode!r}"
             raise OpError("Linear", got, "None, 'column' or 'row'")
+        if symmetric_ar_type not in (None, *SYMMETRIC):
+            got = f"symmetric_ar_type {symmetric_ar_type!r}"
+            raise OpError("Linear", got, f"None or one of {', '.join(SYMMETRIC)}")
         group = Group("", 1)
         if tensor_parallel_mode is not None:
             group = group_of(tensor_parallel_group, "Linear")
@@ -252,6 +263,7 @@ class Linear(BasicLinear):
         self.tensor_parallel_mode = tensor_parallel_mode
         self.sequence_parallel = sequence_parallel and group.size > 1
         self.partition_stride = partition_stride
+        self.overlap, self.symmetric_ar_type = tuple(sorted(overlap)), symmetric_ar_type
         self.rng_state_tracker_function = rng_state_tracker_function
         self.register_parameter("bias", None)
         if bias:
