@@ -21,6 +21,10 @@ def _triton() -> str | None:
     return "no CUDA device (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
 
 
+def _overlap() -> str | None:
+    return None if torch.distributed.is_available() else "this PyTorch has no torch.distributed"
+
+
 def interpreting() -> bool:
     """Whether Triton was told to run its kernels in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -53,6 +57,7 @@ class Backend:
 _BACKENDS = {
     backend.name: backend
     for backend in (
+        Backend("overlap", "collectives in pieces, behind matrix products", None, _overlap),
         Backend("triton", "Triton kernels", ("cuda",), _triton),
         Backend("aten", "PyTorch's own fused calls (cublasLt, oneDNN)"),
         Backend("reference", "plain PyTorch, one op at a time"),
