@@ -47,7 +47,8 @@ def run(body: Callable[..., Any], size: int, *args: Any, timeout: float = 60.0) 
 
     The body is a function that a module defines at its top level; a script that calls `run` does so
     under `if __name__ == "__main__"`. Arguments and results are pickled, tensors by value.
-    In the body the default process group is a Gloo group of all ranks, and torch has one thread.
+    In the body the default process group is a Gloo group of all ranks, with NCCL for CUDA tensors
+    where there is a device for each, and torch has one thread.
     `timeout` is in seconds and counts from when every rank has started.
 
     Raises RankError if a rank raises, dies or is not done in time; every rank has ended by then.
@@ -268,7 +269,9 @@ def _result(task: bytes, rank: int, size: int, timeout: float, store: Store) -> 
             dist.destroy_process_group()
         # Longer than the parent waits, whose message says of every rank where it hangs.
         patience = timedelta(seconds=2 * timeout + 10)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
+        enough = torch.cuda.device_count() >= size
+        backend = "cpu:gloo,cuda:nccl" if enough else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         body, args = pickle.loads(task)
         return True, pickle.dumps(body(rank, size, *args))
     except BaseException:
