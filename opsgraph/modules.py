@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dtensor import own_part
 from .errors import OpsgraphError
 from .op import Op
 from .ops import AllGather, LayerNorm, Linear, RMSNorm, Tee
 from .ops.activations import ACTIVATIONS, GATED
 from .ops.collectives import Group, group_of
 from .ops.linear import SYMMETRIC
-from .ops.parameters import mark_sharded
+from .ops.parameters import Partition
 from .plan import Plan
 from .sequential import Sequential
 
@@ -137,40 +138,48 @@ class LayerNormMLP(nn.Module):
         self._rng = get_rng_state_tracker
         params = dict(activation_params or {})
         act = ACTIVATIONS[activation](**params)
-        halves = 2 if activation in GATED else 1
-        self._fc1_stride = 1 if getattr(act, "glu_interleave_size", None) else halves
-        self._declare(self.size_per_partition * halves, {"device": device, "dtype": params_dtype})
-        norm = NORMS[normalization](
-            hidden_size, eps, zero_centered_gamma=zero_centered_gamma, device="meta"
-        )
+        self.halves = 2 if activation in GATED else 1
+        self._fc1_stride = getattr(act, "pieces", 1)
+        self._declare({"device": device, "dtype": params_dtype})
+        self._gathered = return_layernorm_output_gathered
+        self._norm_options = {"eps": eps, "zero_centered_gamma": zero_centered_gamma}
+        self._activation_params = params
+        self._plan_options: dict[str, Any] = {
+            "delay_wgrad_compute": delay_wgrad_compute,
+            "checkpoint": checkpoint,
+        }
         self.zero_centered_gamma = zero_centered_gamma
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
+        self._sequences = self._build()
+        self.reset_parameters()
+
+    def _build(self) -> tuple[Sequential, Sequential]:
+        """The sequences that run: the second is for a first microbatch, whose weight gradients
+        overwrite main_grad. In a tuple: they are no submodules, for their ops hold nothing."""
+        norm = NORMS[self.normalization](self.hidden_size, device="meta", **self._norm_options)
+        fc1, fc2, between = self._exchange(self._gathered)
+        fc2_bias = self.use_bias and not self.return_bias
 
         def sequence(overwrite: bool) -> Sequential:
             options: dict[str, Any] = {
-                "accumulate_into_main_grad": fuse_wgrad_accumulation,
+                "accumulate_into_main_grad": self.fuse_wgrad_accumulation,
                 "overwrite_main_grad": overwrite,
             }
-            fc1, fc2, between = self._exchange(return_layernorm_output_gathered)
-            fc2_bias = bias and not return_bias
             return Sequential(
                 norm.borrow(self, **{own: f"layer_norm_{own}" for own in norm.names}),
                 *between,
-                _linear(self, "fc1", bias, options | fc1),
-                ACTIVATIONS[activation](**params),
+                _linear(self, "fc1", self.use_bias, options | fc1),
+                ACTIVATIONS[self.activation](**self._activation_params),
                 _linear(self, "fc2", fc2_bias, options | fc2),
-                delay_wgrad_compute=delay_wgrad_compute,
-                checkpoint=checkpoint,
+                **self._plan_options,
             )
 
-        # In a tuple: they are no submodules, for their ops hold nothing. The second is for a first
-        # microbatch, whose weight gradients overwrite main_grad.
-        self._sequences = (sequence(False), sequence(True))
-        self.reset_parameters()
+        return sequence(False), sequence(True)
 
-    def _declare(self, rows: int, place: dict[str, Any]) -> None:
+    def _declare(self, place: dict[str, Any]) -> None:
         """Register the parameters, in TransformerEngine's order."""
         hidden, bias = self.hidden_size, self.use_bias
+        rows = self.size_per_partition * self.halves
         sizes: dict[str, tuple[int, ...] | None] = {
             "layer_norm_weight": (hidden,),
             "layer_norm_bias": (hidden,) if self.normalization == "LayerNorm" else None,
@@ -199,14 +208,29 @@ class LayerNormMLP(nn.Module):
             return overlap, fc2, [AllGather(self.tp_group), *tee]
         return fc1, fc2, tee
 
+    def split(self, group: Group, sequence_parallel: bool) -> None:
+        """Become one rank's part of a layer; the parameters are the caller's to replace."""
+        _check_parallel(self.ffn_hidden_size, group, sequence_parallel, {})
+        self.tp_group, self.tp_size = group
+        self.set_parallel_mode = True
+        self.sequence_parallel = sequence_parallel and group.size > 1
+        self.size_per_partition = self.ffn_hidden_size // group.size
+        self._sequences = self._build()
+
+    def partitions(self) -> dict[str, Partition]:
+        """How ranks split the parameters that they do split."""
+        rows = Partition(self.tp_group, self.tp_size, 0, self._fc1_stride)
+        columns = Partition(self.tp_group, self.tp_size, 1)
+        bias = {"fc1_bias": rows} if self.use_bias else {}
+        return {"fc1_weight": rows, "fc2_weight": columns} | bias
+
     def _mark_parameters(self) -> None:
         """Give the parameters the attributes by which others know how they are split."""
-        named = self._parameters
-        for name in ("fc1_weight", "fc1_bias"):
-            mark_sharded(named[name], 0, self._fc1_stride)
-        mark_sharded(named["fc2_weight"], 1, 1)
-        for name in ("layer_norm_weight", "layer_norm_bias", "fc2_bias"):
-            if (parameter := named[name]) is not None:
+        split = self.partitions()
+        for name, parameter in self.named_parameters():
+            if name in split:
+                split[name].mark(parameter)
+            else:
                 parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -242,7 +266,7 @@ class LayerNormMLP(nn.Module):
         result = self._sequences[first](inp)
         out, *more = result if isinstance(result, tuple) else (result,)
         if self.return_bias:
-            bias = self.fc2_bias
+            bias = None if self.fc2_bias is None else own_part(self, "fc2_bias", self.fc2_bias)
             more.insert(0, None if bias is None else bias.to(out.dtype))
         return (out, *more) if more else out
 
@@ -277,10 +301,10 @@ class LayerNormMLP(nn.Module):
 
 def _linear(module: LayerNormMLP, prefix: str, bias: bool, options: Mapping[str, Any]) -> Op:
     names = {"weight": f"{prefix}_weight"} | ({"bias": f"{prefix}_bias"} if bias else {})
-    rows, width = module.get_parameter(names["weight"]).shape
-    mode = options.get("tensor_parallel_mode")
-    rows *= module.tp_size if mode == "column" else 1
-    width *= module.tp_size if mode == "row" else 1
+    ranks = 1 if "tensor_parallel_mode" in options else module.tp_size
+    ffn = module.ffn_hidden_size // ranks
+    rows = ffn * module.halves if prefix == "fc1" else module.hidden_size
+    width = module.hidden_size if prefix == "fc1" else ffn
     return Linear(width, rows, bias, device="meta", **options).borrow(module, **names)
 
 

@@ -19,6 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from . import config
 from .backend import backends as known_backends
+from .dtensor import PLAIN, own_part
 from .errors import OpError, PlanError
 from .execute import PlanFunction, expose, run_compiled, run_inference
 from .fuser import registered
@@ -188,6 +189,9 @@ class Stage:
             found = plan.run_delayed(self.ops, *later, *saved)
             for name, gradient in zip(plan.specs.delayed, found, strict=True):
                 weight = getattr(*homes[name])
+                if type(weight) not in PLAIN:
+                    got = f"{homes[name][1]} as a {type(weight).__name__}"
+                    raise OpError("backward_dw", got, "a plain parameter")
                 if gradient is not None:
                     gradient = gradient.to(weight.dtype)
                     weight.grad = gradient if weight.grad is None else weight.grad + gradient
@@ -197,7 +201,9 @@ class Stage:
         found: list[Tensor | None] = [module._parameters.get(name) for module, name in self.slots]
         for k, weight in enumerate(found):
             if weight is None:
-                found[k] = getattr(*self.slots[k])
+                found[k] = weight = getattr(*self.slots[k])
+            if type(weight) not in PLAIN and weight is not None:
+                found[k] = own_part(*self.slots[k], weight)
         return found
 
     def key(self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Key:
@@ -250,13 +256,13 @@ class Stage:
         gradients = {"x0"} if key[4] else set()
         rest = iter(key[6:])
         found: dict[tuple[int, str], Spec | None] = {}
-        for (i, name), home in zip(run.slots, self.slots, strict=True):
+        for (i, name), weight in zip(run.slots, self.weights(), strict=True):
             dtype = next(rest)
             found[i, name] = None
             if dtype is None:
                 continue
+            assert weight is not None
             wanted, same = next(rest), next(rest)
-            weight = getattr(*home)
             there = device if same else weight.device
             found[i, name] = Spec(tuple(weight.shape), dtype, there)
             if wanted:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,15 @@ from ..op import Lowered, Op, arguments
 from ..spec import Spec
 from .collectives import AllGather, AllReduce, AllReduceGrad, Group, ReduceScatter, group_of
 from .main_grad import accumulate
-from .parameters import empty_parameter, mark_sharded
+from .parameters import Partition, empty_parameter
 
 if TYPE_CHECKING:
     from .collectives import GroupLike
+
+
+def shards(mode: str | None, size: int) -> tuple[int, int]:
+    """Among how many ranks a mode splits a weight's rows and columns."""
+    return (size if mode == "column" else 1), (size if mode == "row" else 1)
 
 
 SYMMETRIC = ("multimem_all_reduce", "two_shot", "one_shot")
@@ -213,10 +219,10 @@ class Linear(BasicLinear):
     in_features and out_features are those of the whole layer; parameters are this rank's share,
     initialized inside `rng_state_tracker_function().fork()` where that is given, and carry
     tensor_model_parallel, partition_dim and partition_stride, a row-parallel bias
-    sequence_parallel. partition_stride: in how many pieces the rows are before each is split, 2 for
-    the gate and value of a gated activation. overlap, symmetric_ar_type: what fusers that hide an
-    exchange behind a matrix product read, see `opsgraph.fusers.overlap`. Raises OpError for sizes
-    that the ranks do not divide.
+    sequence_parallel. partition_stride: in how many pieces the rows are before each is split, by
+    default 2 where a gated activation follows in a sequence, else 1. overlap, symmetric_ar_type:
+    what fusers that hide an exchange behind a matrix product read, see `opsgraph.fusers.overlap`.
+    Raises OpError for sizes that the ranks do not divide.
     """
 
     def __init__(
@@ -232,7 +238,7 @@ class Linear(BasicLinear):
         tensor_parallel_group: "GroupLike | None" = None,
         sequence_parallel: bool = False,
         rng_state_tracker_function: Callable[[], Any] | None = None,
-        partition_stride: int = 1,
+        partition_stride: int | None = None,
         overlap: Iterable[str] = (),
         symmetric_ar_type: str | None = None,
         accumulate_into_main_grad: bool = False,
@@ -253,16 +259,15 @@ class Linear(BasicLinear):
             device=device,
             dtype=dtype,
             init_method=init_method,
-            shards={"column": (group.size, 1), "row": (1, group.size)}.get(
-                tensor_parallel_mode or "", (1, 1)
-            ),
+            shards=shards(tensor_parallel_mode, group.size),
             accumulate_into_main_grad=accumulate_into_main_grad,
             overwrite_main_grad=overwrite_main_grad,
         )
         self.group, self.group_size = group
         self.tensor_parallel_mode = tensor_parallel_mode
         self.sequence_parallel = sequence_parallel and group.size > 1
-        self.partition_stride = partition_stride
+        self.partition_stride = partition_stride or 1
+        self._stride_given = partition_stride is not None
         self.overlap, self.symmetric_ar_type = tuple(sorted(overlap)), symmetric_ar_type
         self.rng_state_tracker_function = rng_state_tracker_function
         self.register_parameter("bias", None)
@@ -289,16 +294,37 @@ class Linear(BasicLinear):
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def precede(self, op: nn.Module | None) -> None:
+        """Take note of the op after this one: it may have pieces that are split separately."""
+        stride = getattr(op, "pieces", 1)
+        if not self._stride_given and stride != self.partition_stride:
+            self.partition_stride = stride
+            self._mark_parameters()
+
+    def split(self, mode: str | None, group: Group, sequence_parallel: bool) -> None:
+        """Become one rank's part of a layer; the parameters are the caller's to replace."""
+        self.tensor_parallel_mode = mode
+        self.group, self.group_size = group
+        self.sequence_parallel = sequence_parallel and group.size > 1
+        self.shards = shards(mode, group.size)
+
+    def partitions(self) -> dict[str, Partition]:
+        """How ranks split the parameters that they do split, one rank among them."""
+        if self.tensor_parallel_mode == "row":
+            return {"weight": Partition(self.group, self.group_size, 1)}
+        if self.tensor_parallel_mode is None and self.partition_stride == 1:
+            return {}
+        split = Partition(self.group, self.group_size, 0, self.partition_stride)
+        return {"weight": split} | ({"bias": split} if self.has("bias") else {})
+
     def _mark_parameters(self) -> None:
         """Give the parameters the attributes by which others know how they are split."""
-        mode, stride = self.tensor_parallel_mode, self.partition_stride
-        if mode is None:
+        if self.tensor_parallel_mode is None:
             return
-        mark_sharded(self._parameters["weight"], 0 if mode == "column" else 1, stride)
+        for name, partition in self.partitions().items():
+            partition.mark(self._parameters[name])
         bias = self._parameters["bias"]
-        if mode == "column":
-            mark_sharded(bias, 0, stride)
-        elif bias is not None:
+        if bias is not None and self.tensor_parallel_mode == "row":
             bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -333,3 +359,10 @@ class Linear(BasicLinear):
     @classmethod
     def sample(cls) -> Iterable[Op]:
         return cls(out_features=24), cls(out_features=24, bias=False)
+
+
+def tell_next(modules: Sequence[nn.Module]) -> None:
+    """Tell every Linear of a sequence which op follows it."""
+    for module, following in pairwise(modules):
+        if isinstance(module, Linear):
+            module.precede(following)

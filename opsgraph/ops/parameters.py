@@ -1,10 +1,10 @@
-"""How ops make their parameters: now, or at the first call where a size is not known yet."""
+"""How ops make their parameters, now or once their size is known, and how ranks split them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 
@@ -18,13 +18,32 @@ def empty_parameter(
     return nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))  # type: ignore[arg-type]
 
 
-def mark_sharded(parameter: nn.Parameter | None, dim: int, stride: int) -> None:
-    """Say that ranks of a tensor-parallel group hold shares of a parameter, split along dim.
+class Partition(NamedTuple):
+    """How the ranks of a process group split a parameter: along `dim`, in equal shares.
 
-    stride: in how many pieces it is before each is split, the shares of one rank lying one after
-    the other. The attributes are those that Megatron-LM reads.
+    stride: in how many pieces it is before each is split; the shares of one rank lie one after the
+    other. 2 keeps the gate and the value of a gated activation apart.
     """
-    if parameter is not None:
-        attributes = {"tensor_model_parallel": True, "partition_dim": dim}
-        for name, value in (attributes | {"partition_stride": stride}).items():
-            setattr(parameter, name, value)
+
+    group: str
+    size: int
+    dim: int
+    stride: int = 1
+
+    def mark(self, parameter: nn.Parameter | None) -> None:
+        """Set the attributes by which Megatron-LM and its like know split parameters."""
+        if parameter is not None:
+            attributes = {"partition_dim": self.dim, "partition_stride": self.stride}
+            for name, value in ({"tensor_model_parallel": True} | attributes).items():
+                setattr(parameter, name, value)
+
+    def share(self, whole: Tensor, rank: int) -> Tensor:
+        """A rank's share of the whole, a tensor of its own."""
+        pieces = whole.chunk(self.stride, self.dim)
+        shares = [piece.tensor_split(self.size, self.dim)[rank] for piece in pieces]
+        return torch.cat(shares, self.dim)
+
+    def join(self, shares: Sequence[Tensor]) -> Tensor:
+        """The whole, of every rank's share."""
+        pieces = zip(*(share.chunk(self.stride, self.dim) for share in shares), strict=True)
+        return torch.cat([torch.cat(piece, self.dim) for piece in pieces], self.dim)

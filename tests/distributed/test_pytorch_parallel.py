@@ -1,0 +1,315 @@
+"""With PyTorch's own parallelism: DTensor parameters, DDP, FSDP2, device meshes, checkpoints."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from test_layernorm_mlp import Setting, formula
+from test_parallel_mlp import FFN, HIDDEN, NORM, Case, make, noise, parameters, share
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import opsgraph as og
+from opsgraph.ops import GELU, LayerNorm, Linear, Residual, RMSNorm, SwiGLU
+from opsgraph.parallel import (
+    TensorParallel,
+    distributed_state_dict,
+    gather_state_dict,
+    load_distributed_state_dict,
+    shard_state_dict,
+)
+from opsgraph.testing.distributed import Ranks
+
+ROWS = 16
+PLAIN, GATED = Case(normalization="LayerNorm"), Case(activation="swiglu")
+KEYS = {"0.weight": "layer_norm_weight", "0.bias": "layer_norm_bias"} | {
+    f"{k}.{kind}": f"{fc}_{kind}" for k, fc in (("1", "fc1"), ("3", "fc2")) for kind in
+    ("weight", "bias")
+}  # fmt: skip
+
+
+def reference(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients of the mean of squares over all rows, by formula and autograd."""
+    p = {name: value.requires_grad_() for name, value in parameters(case).items()}
+    x = noise("x", (ROWS, HIDDEN)).requires_grad_()
+    y = formula(Setting(case.normalization, case.activation), x, p, {})[0] + p["fc2_bias"]
+    leaves = {"x": x, **p}
+    grads = torch.autograd.grad(y.square().mean(), list(leaves.values()))
+    return y.detach(), dict(zip(leaves, grads, strict=True))
+
+
+def sequence(case: Case) -> og.Sequential:
+    """The same in ops, whole."""
+    gated = case.activation == "swiglu"
+    made = og.Sequential(
+        LayerNorm(HIDDEN) if case.normalization == "LayerNorm" else RMSNorm(HIDDEN),
+        Linear(HIDDEN, FFN * (1 + gated)),
+        SwiGLU() if gated else GELU(),
+        Linear(FFN, HIDDEN),
+        dtype=torch.float64,
+    )
+    full = parameters(case)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(full[KEYS[name]])
+    return made
+
+
+def whole_mlp(case: Case) -> og.LayerNormMLP:
+    mlp = og.LayerNormMLP(
+        HIDDEN, FFN, params_dtype=torch.float64, device="cpu",
+        normalization=case.normalization, activation=case.activation,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in mlp.named_parameters():
+            parameter.copy_(parameters(case)[name])
+    return mlp
+
+
+def close(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(
+        found.double(), expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def whole(gradient: Tensor, shape: Any) -> Tensor:
+    gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return gradient.reshape(shape)
+
+
+def dtensors(rank: int, size: int) -> None:
+    mesh = init_device_mesh("cpu", (size,))
+    for case in (PLAIN, GATED):
+        y, gradients = reference(case)
+        for build in (sequence, whole_mlp):
+            for sequence_parallel in (False, True):
+                module: Any = build(case)
+                style = TensorParallel(sequence_parallel=sequence_parallel)
+                parallelize_module(module, mesh, style)
+                assert all(isinstance(p, DTensor) for p in module.parameters())
+                pick: Callable[[Tensor], Tensor] = (
+                    (lambda t: t.chunk(size)[rank]) if sequence_parallel else (lambda t: t)
+                )
+                x = pick(noise("x", (ROWS, HIDDEN))).requires_grad_()
+                out = module(x)
+                what = f"{case} {build.__name__} {sequence_parallel}"
+                close(out.detach(), pick(y), what)
+                out.square().sum().div(y.numel()).backward()
+                close(x.grad, pick(gradients["x"]), f"{what} dx")
+                for name, parameter in module.named_parameters():
+                    right = gradients[KEYS.get(name, name)]
+                    assert parameter.grad.placements == parameter.placements
+                    close(whole(parameter.grad, right.shape), right, f"{what} d {name}")
+                full = gather_state_dict(module)
+                for name, value in build(case).state_dict().items():
+                    assert torch.equal(full[name], value), name
+                optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+                optimizer.step()
+                module(x.detach())
+
+
+def style_errors(rank: int, size: int) -> None:
+    mesh = init_device_mesh("cpu", (size,))
+
+    def fails(module: nn.Module, message: str) -> None:
+        with pytest.raises(og.OpsgraphError, match=message):
+            parallelize_module(module, mesh, TensorParallel())
+
+    fails(nn.Linear(4, 4), "got Linear, expected a Sequential or LayerNormMLP")
+    fails(og.Sequential(Linear(4, 4)), "got 1 Linears, expected pairs")
+    fails(og.Sequential(Linear(4, 4), RMSNorm(4), Linear(4, 4)), "RMSNorm between a column- and")
+    fails(og.Sequential(Linear(4, 4), nn.Tanh(), Linear(4, 4)), "got Tanh in the sequence")
+    torch.manual_seed(0)
+    nested = og.Sequential(Residual(RMSNorm(4), Linear(4, 8), SwiGLU(), Linear(4, 4)))
+    x = torch.randn(3, 4)
+    right = nested(x)
+    parallelize_module(nested, mesh, TensorParallel())
+    torch.testing.assert_close(nested(x), right)
+    split = sequence(PLAIN)
+    fully_shard(split)
+    with pytest.raises(og.OpsgraphError, match="got weight as a DTensor placed"):
+        split[1](noise("x", (2, HIDDEN)))
+
+
+def mean_over(gradient: Tensor, group: Any) -> Tensor:
+    total = gradient.clone()
+    dist.all_reduce(total, group=group)
+    return total / dist.get_world_size(group)
+
+
+def data_and_tensor_parallel(rank: int, size: int) -> None:
+    """DDP and FSDP2 over rows, tensor parallelism within: a mesh of 2 x size/2."""
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
+    dp, tp = mesh["dp"], mesh["tp"]
+    for case in (PLAIN, GATED):
+        y, gradients = reference(case)
+        for sequence_parallel in (False, True):
+            for wrap in ("ddp", "fsdp", "fsdp, not resharded"):
+                mlp = make(case._replace(sequence_parallel=sequence_parallel), tp.get_local_rank(),
+                           tp.size(), tp)  # fmt: skip
+                module: Any = mlp
+                if wrap == "ddp":
+                    module = DistributedDataParallel(mlp, process_group=dp.get_group())
+                else:
+                    fully_shard(mlp, mesh=dp, reshard_after_forward=wrap == "fsdp")
+
+                def pick(t: Tensor, sequence_parallel: bool = sequence_parallel) -> Tensor:
+                    t = t.chunk(2)[dp.get_local_rank()]
+                    return t.chunk(tp.size())[tp.get_local_rank()] if sequence_parallel else t
+
+                x = pick(noise("x", (ROWS, HIDDEN))).requires_grad_()
+                what = f"{case} {sequence_parallel} {wrap}"
+                out = module(x)
+                close(out.detach(), pick(y), what)
+                # The mean over a rank's data is half of the rows': dp averages the gradients.
+                out.square().sum().mul(2 / y.numel()).backward()
+                close(x.grad, 2 * pick(gradients["x"]), f"{what} dx")
+                for name, parameter in mlp.named_parameters():
+                    found = parameter.grad
+                    found = found.full_tensor() if isinstance(found, DTensor) else found
+                    if name in NORM and sequence_parallel:
+                        dist.all_reduce(found, group=tp.get_group())
+                    right = share(name, gradients[name], case, tp.get_local_rank(), tp.size())
+                    close(found, right, f"{what} d {name}")
+
+
+def mixed_precision(rank: int, size: int) -> None:
+    y, gradients = reference(GATED)
+    for build in (sequence, whole_mlp):
+        module: Any = build(GATED).float()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        fully_shard(module, mp_policy=policy)
+        x = noise("x", (ROWS, HIDDEN)).chunk(size)[rank].float()
+        for _ in range(2):
+            module.zero_grad()
+            out = module(x)
+            assert out.dtype == torch.bfloat16
+            close(out.detach(), y.chunk(size)[rank], "out", 5e-2)
+            out.float().square().mean().backward()
+        for name, parameter in module.named_parameters():
+            right = gradients[KEYS.get(name, name)]
+            assert parameter.grad.dtype == torch.float32
+            close(whole(parameter.grad, right.shape), right, name, 5e-2)
+
+
+def fsdp_and_dtensors(rank: int, size: int) -> None:
+    """FSDP2 over a module that `parallelize_module` has split: parameters on a mesh of two."""
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
+    for case in (PLAIN, GATED):
+        y, gradients = reference(case)
+        for build in (sequence, whole_mlp):
+            module: Any = build(case)
+            parallelize_module(module, mesh["tp"], TensorParallel(sequence_parallel=True))
+            fully_shard(module, mesh=mesh["dp"])
+
+            def pick(t: Tensor) -> Tensor:
+                t = t.chunk(2)[mesh["dp"].get_local_rank()]
+                return t.chunk(size // 2)[mesh["tp"].get_local_rank()]
+
+            out = module(pick(noise("x", (ROWS, HIDDEN))))
+            close(out.detach(), pick(y), f"{case} {build.__name__}")
+            out.square().sum().mul(2 / y.numel()).backward()
+            for name, parameter in module.named_parameters():
+                right = gradients[KEYS.get(name, name)]
+                close(whole(parameter.grad, right.shape), right, f"{case} d {name}")
+            for name, value in gather_state_dict(module).items():
+                assert torch.equal(value, build(case).state_dict()[name]), name
+
+
+def save(rank: int, size: int, path: str) -> None:
+    for case in (PLAIN, GATED):
+        mlp = make(case, rank, size)
+        for name, value in gather_state_dict(mlp).items():
+            assert torch.equal(value, parameters(case)[name]), name
+        dcp.save(distributed_state_dict(mlp), checkpoint_id=f"{path}/{case.activation}")
+        split = parallelize_module(
+            sequence(case), init_device_mesh("cpu", (size,)), TensorParallel()
+        )
+        dcp.save(distributed_state_dict(split), checkpoint_id=f"{path}/seq-{case.activation}")
+
+
+def load(rank: int, size: int, path: str, wrap: bool) -> None:
+    for case in (PLAIN, GATED):
+        mlp = make(case, rank, size) if size > 1 else whole_mlp(case)
+        split = sequence(case)
+        if size > 1:
+            mesh = init_device_mesh("cpu", (size,))
+            parallelize_module(split, mesh, TensorParallel())
+        if wrap:
+            fully_shard(
+                mlp, mesh=init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "tp"))["dp"]
+            )
+        for module, folder in ((mlp, case.activation), (split, f"seq-{case.activation}")):
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.zero_()
+            state = distributed_state_dict(module)
+            dcp.load(state, checkpoint_id=f"{path}/{folder}")
+            load_distributed_state_dict(module, state)
+            for name, value in gather_state_dict(module).items():
+                assert torch.equal(value, parameters(case)[KEYS.get(name, name)]), name
+
+
+def whole_checkpoints(rank: int, size: int) -> None:
+    """Shares of a whole checkpoint, into modules of a tree, and back."""
+    for case in (PLAIN, GATED):
+        tree = nn.ModuleDict({"a": make(case, rank, size), "b": nn.Linear(3, 3)})
+        full = {f"a.{name}": value for name, value in parameters(case).items()}
+        full |= {f"b.{name}": value for name, value in tree["b"].state_dict().items()}
+        with torch.no_grad():
+            for parameter in tree["a"].parameters():
+                parameter.zero_()
+        tree.load_state_dict(shard_state_dict(full, tree))
+        for name, parameter in tree["a"].named_parameters():
+            right = share(name, full[f"a.{name}"], case, rank, size)
+            assert torch.equal(parameter, right), name
+        for name, value in gather_state_dict(tree).items():
+            assert torch.equal(value, full[name]), name
+    with pytest.raises(og.OpsgraphError, match=r"got a\.fc2_weight of shape .*a multiple of 2 in"):
+        shard_state_dict({"a.fc2_weight": torch.zeros(8, 7)}, tree)
+    layer = Linear(4, 8, tensor_parallel_mode="column")
+    og.Sequential(layer, SwiGLU())
+    assert (layer.partition_stride, layer.weight.partition_stride) == (2, 2)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_dtensor_parameters(ranks: Ranks, size: int) -> None:
+    ranks.run(dtensors, size)
+
+
+def test_what_the_style_refuses(ranks: Ranks) -> None:
+    ranks.run(style_errors, 2)
+
+
+def test_ddp_and_fsdp_with_tensor_parallelism(ranks: Ranks) -> None:
+    ranks.run(data_and_tensor_parallel, 4)
+
+
+def test_fsdp_mixed_precision(ranks: Ranks) -> None:
+    ranks.run(mixed_precision, 2)
+
+
+def test_fsdp_over_dtensors(ranks: Ranks) -> None:
+    ranks.run(fsdp_and_dtensors, 4)
+
+
+def test_whole_checkpoints(ranks: Ranks) -> None:
+    ranks.run(whole_checkpoints, 2)
+
+
+def test_distributed_checkpoint_from_4_ranks_to_2_and_1(ranks: Ranks) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        ranks.run(save, 4, folder)
+        assert os.listdir(folder)
+        for size in (2, 1):
+            ranks.run(load, size, folder, False)
+            ranks.run(load, size, folder, True)
