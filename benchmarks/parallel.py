@@ -1,12 +1,14 @@
 """A model of the step time of a tensor-parallel LayerNormMLP on nodes of eight H100 or H200.
 
-Nothing here is measured: times follow from FLOPs, bytes and link bandwidths, all
+Nothing of it is measured: times follow from FLOPs, bytes and link bandwidths, all
 stated in `GPUS`, `NODE` and `PROTOCOLS` with their source. One step is forward and backward of a
 gated block without biases in bf16, on one sequence, under sequence parallelism. "plain" runs one
 collective after the other between the GEMMs; "overlapped" is what the fusers of
 `opsgraph.fusers.overlap` do. Prints a table, draws a plot and writes both.
 
-    python -m benchmarks.parallel [--hidden 8192] [--ffn 28672] [--out FOLDER]
+    python -m benchmarks.parallel [--hidden 8192] [--ffn 28672] [--gloo] [--out FOLDER]
+
+--gloo also runs the overlap fusers on two ranks of this machine, beside their prediction.
 """
 
 import argparse
@@ -67,7 +69,7 @@ PROTOCOLS = (
 REACHED_FLOPS, REACHED_MEMORY, REACHED_LINK = 0.8, 0.9, 0.8
 TILE = (128, 256)  # of the result that a multiprocessor computes at a time
 BUSY = 16  # multiprocessors that a running collective takes from a product
-CHUNKS = (1, 2, 4, 8)
+PIECES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,10 @@ class Machine:
             for base, over_nvlink, over_network, share in PROTOCOLS
         )
 
-    def beside(self, product: float, collective: float) -> float:
-        """Seconds of both at once: the collective takes multiprocessors from the product."""
-        rate = 1 - BUSY / self.gpu.multiprocessors
-        return max(collective, product + collective * (1 - rate) if product else 0.0)
+    @property
+    def share(self) -> float:
+        """Of the product's speed, what a running collective takes."""
+        return BUSY / self.gpu.multiprocessors
 
 
 @dataclass(frozen=True)
@@ -122,15 +124,26 @@ class Block:
     length: int
 
 
+def beside(product: float, collective: float, share: float) -> float:
+    """Seconds of both at once, the collective taking a share of the product's speed."""
+    return max(collective, product + share * collective) if product else collective
+
+
+def pieced(product: float, collective: float, count: int, share: float) -> float:
+    """Seconds of `count` products and collectives, a product beside the other's next piece."""
+    rest = count - 1
+    return product + collective + beside(rest * product, rest * collective, share)
+
+
 def pipelined(machine: Machine, m: int, n: int, k: int, size: float) -> float:
-    """A product whose rows arrive from, or leave in, chunks of a collective: the best number."""
-
-    def chunked(count: int) -> float:
-        product, collective = machine.product(m // count, n, k), machine.gather(size / count)
-        rest = count - 1
-        return product + collective + machine.beside(rest * product, rest * collective)
-
-    return min(chunked(count) for count in CHUNKS if m >= count * TILE[0] or count == 1)
+    """A product whose rows arrive from, or leave in, pieces of a collective: the best number."""
+    return min(
+        pieced(
+            machine.product(m // count, n, k), machine.gather(size / count), count, machine.share
+        )
+        for count in PIECES
+        if m >= count * TILE[0] or count == 1
+    )
 
 
 def step(machine: Machine, block: Block) -> dict[str, float]:
@@ -157,8 +170,8 @@ def step(machine: Machine, block: Block) -> dict[str, float]:
     overlapped += pipelined(machine, length, wide, hidden, size)  # gather, FC1
     overlapped += pipelined(machine, length, hidden, inner, size)  # FC2, scatter
     overlapped += pipelined(machine, length, inner, hidden, size)  # gather dy, FC2's dgrad
-    overlapped += machine.beside(dgrad1, collective)  # FC1's dgrad, gather
-    overlapped += machine.beside(wgrad1, collective)  # FC1's wgrad, scatter dx
+    overlapped += beside(dgrad1, collective, machine.share)  # FC1's dgrad, gather
+    overlapped += beside(wgrad1, collective, machine.share)  # FC1's wgrad, scatter dx
     return {
         "products": products,
         "pointwise": norm + activation,
@@ -231,7 +244,7 @@ def assumptions() -> dict[str, Any]:
         "reached": {"flops": REACHED_FLOPS, "memory": REACHED_MEMORY, "link": REACHED_LINK},
         "tile": TILE,
         "multiprocessors of a collective": BUSY,
-        "chunks": CHUNKS,
+        "pieces": PIECES,
     }
 
 
@@ -239,6 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=8192)
     parser.add_argument("--ffn", type=int, default=28672)
+    parser.add_argument("--gloo", action="store_true", help="also measure on two ranks here")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -249,6 +263,10 @@ def main() -> None:
     content = {"sizes": sizes, "assumptions": assumptions(), "predicted": records}
     (args.out / "parallel.json").write_text(json.dumps(content, indent=1) + "\n")
     draw(records, args.out / "parallel.svg")
+    if args.gloo:
+        from benchmarks import parallel_gloo
+
+        parallel_gloo.report(args.out)
 
 
 if __name__ == "__main__":
