@@ -46,8 +46,8 @@ def test_small_gathers_cost_the_latency_of_every_step() -> None:
 
 def test_products_take_whole_waves_of_tiles() -> None:
     machine = Machine(GPUS[0], 1)
-    one = machine.product(128 * 132, 256, 8192)
-    assert machine.product(128 * 133, 256, 8192) == pytest.approx(2 * one)
+    one = machine.product(128 * 12, 256 * 11, 8192)  # a tile for each of 132 multiprocessors
+    assert machine.product(128 * 12 + 1, 256 * 11, 8192) == pytest.approx(2 * one)
     assert one == pytest.approx(2 * 128 * 132 * 256 * 8192 / (GPUS[0].flops * REACHED_FLOPS))
 
 
