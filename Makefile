@@ -5,7 +5,9 @@ TORCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
-EXAMPLES := $(filter-out examples/__init__.py examples/byte_lm.py,$(wildcard examples/*.py))
+APART := examples/__init__.py examples/byte_lm.py examples/tensor_parallel.py
+EXAMPLES := $(filter-out $(APART),$(wildcard examples/*.py))
+TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test lint types floors unit gpu demo examples bench docs clean
@@ -46,6 +48,7 @@ demo: $(VENV)/installed  ## train a small byte-level language model; writes demo
 
 examples: $(VENV)/installed  ## run every example but the demo
 	for example in $(EXAMPLES); do echo "== $$example"; $(BIN)/python $$example || exit 1; done
+	$(TORCHRUN) examples/tensor_parallel.py --steps 20
 
 bench: $(VENV)/installed  ## host cost against nn.Sequential
 	$(BIN)/python -m benchmarks.overhead
