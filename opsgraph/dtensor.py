@@ -37,7 +37,7 @@ def own_part(module: nn.Module, name: str, weight: Any) -> Tensor:
     summed over the mesh, as that of a replicated DTensor has to be. Raises OpsgraphError for a
     DTensor that is split otherwise than the module computes.
     """
-    if not hasattr(weight, "to_local"):
+    if not hasattr(weight, "placements"):  # not to_local: Dynamo does not see that one
         return weight  # type: ignore[no-any-return]
     partitions: Any = getattr(module, "partitions", dict)
     partition = partitions().get(name)

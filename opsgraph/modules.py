@@ -16,7 +16,7 @@ from .errors import OpsgraphError
 from .op import Op
 from .ops import AllGather, LayerNorm, Linear, RMSNorm, Tee
 from .ops.activations import ACTIVATIONS, GATED
-from .ops.collectives import Group, group_of
+from .ops.collectives import Group, group_of, process_group
 from .ops.linear import SYMMETRIC
 from .ops.parameters import Partition
 from .plan import Plan
@@ -126,7 +126,7 @@ class LayerNormMLP(nn.Module):
         self.normalization, self.activation, self.use_bias = normalization, activation, bias
         self.return_bias = return_bias
         self.return_layernorm_output = return_layernorm_output
-        self.tp_group, self.tp_size = tp
+        self._group, self.tp_size = tp
         self.set_parallel_mode = set_parallel_mode
         self.sequence_parallel = sequence_parallel and tp.size > 1
         self.size_per_partition = ffn_hidden_size // tp.size
@@ -199,19 +199,31 @@ class LayerNormMLP(nn.Module):
             return {}, {}, tee
         overlap = {"overlap": self.overlap}
         group = overlap | {
-            "tensor_parallel_group": self.tp_group,
+            "tensor_parallel_group": self._group,
             "sequence_parallel": self.sequence_parallel,
         }
         fc1 = group | {"tensor_parallel_mode": "column"}
         fc2 = group | {"tensor_parallel_mode": "row", "symmetric_ar_type": self.symmetric_ar_type}
         if tee and gathered and self.sequence_parallel:
-            return overlap, fc2, [AllGather(self.tp_group), *tee]
+            return overlap, fc2, [AllGather(self._group), *tee]
         return fc1, fc2, tee
+
+    @property
+    def tp_group(self) -> Any:
+        """The process group whose ranks split the layer, or None. Kept as its name."""
+        return process_group(self._group)
+
+    def set_tensor_parallel_group(self, tp_group: Any) -> None:
+        """Exchange tensors over another group of as many ranks."""
+        group = group_of(tp_group, "LayerNormMLP")
+        _same_size(self.tp_size, group)
+        self._group = group.name
+        self._sequences = self._build()
 
     def split(self, group: Group, sequence_parallel: bool) -> None:
         """Become one rank's part of a layer; the parameters are the caller's to replace."""
         _check_parallel(self.ffn_hidden_size, group, sequence_parallel, {})
-        self.tp_group, self.tp_size = group
+        self._group, self.tp_size = group
         self.set_parallel_mode = True
         self.sequence_parallel = sequence_parallel and group.size > 1
         self.size_per_partition = self.ffn_hidden_size // group.size
@@ -219,8 +231,8 @@ class LayerNormMLP(nn.Module):
 
     def partitions(self) -> dict[str, Partition]:
         """How ranks split the parameters that they do split."""
-        rows = Partition(self.tp_group, self.tp_size, 0, self._fc1_stride)
-        columns = Partition(self.tp_group, self.tp_size, 1)
+        rows = Partition(self._group, self.tp_size, 0, self._fc1_stride)
+        columns = Partition(self._group, self.tp_size, 1)
         bias = {"fc1_bias": rows} if self.use_bias else {}
         return {"fc1_weight": rows, "fc2_weight": columns} | bias
 
@@ -312,12 +324,17 @@ def _tensor_parallel(tp_size: int, tp_group: Any) -> Group:
     if tp_group is None:
         return Group("", tp_size)
     group = group_of(tp_group, "LayerNormMLP")
-    if tp_size not in (1, group.size):
+    if tp_size != 1:
+        _same_size(tp_size, group)
+    return group
+
+
+def _same_size(tp_size: int, group: Group) -> None:
+    if tp_size != group.size:
         raise OpsgraphError(
             f"LayerNormMLP: got tp_size {tp_size} and a tp_group of {group.size} ranks, expected "
             f"tp_size {group.size}"
         )
-    return group
 
 
 def _check_parallel(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from fractions import Fraction
 from operator import index
 from typing import Any
 
@@ -119,11 +118,12 @@ def _first_collective(run: Run) -> int | None:
     return next((i for i, kind in enumerate(run.kinds) if kind.collective), None)
 
 
-def _lead(lead: torch.Size, factor: Fraction) -> torch.Size:
+def _lead(lead: torch.Size, ratio: tuple[int, int]) -> torch.Size:
     """Leading dimensions after ranks have exchanged rows: the first one is scaled."""
-    if factor == 1 or not lead:
+    up, down = ratio
+    if up == down or not lead:
         return lead
-    return torch.Size((int(lead[0] * factor), *lead[1:]))
+    return torch.Size((lead[0] * up // down, *lead[1:]))
 
 
 class Stage:
@@ -146,6 +146,7 @@ class Stage:
             )
         self.inputs, self.outputs = run.inputs, run.outputs
         self.row_dims = [self._row_dims(run, i, name) for i, name, _ in run.inputs]
+        self.ratios = [factor.as_integer_ratio() for factor in run.factors]
         self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
         self.slots = [run.ops[i].home(name) for i, name in run.slots]
         self.modes = [
@@ -237,9 +238,9 @@ class Stage:
         for kind, op in zip(run.kinds, self.real, strict=True):
             specs.append(kind.out(op, specs[-1]))
         for (i, name, _), dims in zip(run.inputs, self.row_dims, strict=True):
-            factor = run.factors[i]
-            extra = run.kinds[i].example_extra(self.real[i], name, specs[i], int(rows * factor))
-            more = _lead(lead, factor)
+            up, down = self.ratios[i]
+            extra = run.kinds[i].example_extra(self.real[i], name, specs[i], rows * up // down)
+            more = _lead(lead, self.ratios[i])
             shape = extra.shape if dims is None else (*more, *extra.shape[1:])
             found.append(extra.view(shape))
         return found
@@ -313,7 +314,7 @@ class Stage:
     def _check_rows(self, x: Tensor, extras: Sequence[Tensor]) -> None:
         """Raises OpError for an extra input whose rows are not those of x."""
         for (i, name, _), extra, dims in zip(self.inputs, extras, self.row_dims, strict=True):
-            lead = _lead(x.shape[:-1], self.table.run.factors[i])
+            lead = _lead(x.shape[:-1], self.ratios[i])
             if dims is None or extra.shape[: len(lead)] == lead:
                 continue
             expected = (*lead, extra.shape[-1]) if dims == 2 else tuple(lead)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import opsgraph as og
 from opsgraph.ops import AllGather, AllReduce, AllReduceGrad, ReduceScatter, SiLU, Tee
@@ -115,12 +116,14 @@ def compiled(rank: int, size: int) -> None:
     """Full graphs, for changing numbers of rows, with the gradients of eager mode."""
     torch.compiler.reset()
     module: Any = og.Sequential(AllGather(), SiLU(), ReduceScatter(), AllReduce(), AllReduceGrad())
-    fast = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for rows in (2, 6, 3):
+    counter = CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(module, fullgraph=True, backend=counter)
+    for rows in (2, 6, 3, 8):
         x = of_rank(rank, "x", (rows, 2, 3), torch.float64).requires_grad_()
         results = [(y := m(x), *torch.autograd.grad(y.square().sum(), x)) for m in (module, fast)]
         for one, other in zip(*results, strict=True):
             close(other, one)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("size", [2, 4])

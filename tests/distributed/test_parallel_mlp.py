@@ -1,5 +1,6 @@
 """LayerNormMLP on 2 and 4 ranks against the fp64 formula in one process: every combination."""
 
+import os
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from test_layernorm_mlp import Setting, formula
 from torch import Tensor
 
 import opsgraph as og
+from opsgraph import config
 from opsgraph.testing.distributed import Ranks
 
 HIDDEN, FFN, SHAPE = 8, 16, (8, 3, 8)
@@ -212,6 +214,24 @@ def all_cases(rank: int, size: int) -> None:
         torch.testing.assert_close(outputs["out"], wanted, rtol=1e-9, atol=1e-9)
 
 
+def reference_ops(rank: int, size: int) -> None:
+    """Without the fusers that overlap exchanges with products."""
+    os.environ["OPSGRAPH_BACKENDS"] = "reference"
+    config.touch()
+    try:
+        for case in CASES[:: len(CASES) // 16 + 1]:
+            mlp = make(case, rank, size)
+            assert "overlap" not in str(mlp.plan())
+            compare(case, mlp, rank, size)
+    finally:
+        del os.environ["OPSGRAPH_BACKENDS"]
+        config.touch()
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_combination(ranks: Ranks, size: int) -> None:
     ranks.run(all_cases, size)
+
+
+def test_the_reference_ops_alone(ranks: Ranks) -> None:
+    ranks.run(reference_ops, 2)

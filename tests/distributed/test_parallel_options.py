@@ -179,6 +179,10 @@ def attributes(rank: int, size: int) -> None:
         assert shapes["fc1_weight"] == (FFN // size * stride, HIDDEN)
         assert shapes["fc2_weight"] == (HIDDEN, FFN // size)
         assert (mlp.tp_size, mlp.size_per_partition) == (size, FFN // size)
+        assert mlp.tp_group is group
+        mlp.set_tensor_parallel_group(dist.group.WORLD)
+        assert mlp.tp_group is dist.group.WORLD
+        compare(case, mlp, rank, size)
 
 
 class Tracker:
@@ -272,6 +276,10 @@ def errors(rank: int, size: int) -> None:
           tensor_parallel_mode="both")  # fmt: skip
     fails(Linear, "symmetric_ar_type 'ring', expected None or one of multimem", 4, 4,
           symmetric_ar_type="ring")  # fmt: skip
+    with pytest.raises(og.OpsgraphError, match="tp_size 2 and a tp_group of 1 ranks"):
+        make(Case(), rank, size).set_tensor_parallel_group(
+            dist.new_group([rank], use_local_synchronization=True)
+        )
     layer = og.Sequential(LayerNorm(8), Linear(8, 8, tensor_parallel_mode="row"))
     with pytest.raises(og.OpError, match=r"1:Linear: got input width 8, expected 4"):
         layer(torch.randn(2, 8))

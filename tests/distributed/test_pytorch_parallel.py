@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from test_layernorm_mlp import Setting, formula
 from test_parallel_mlp import FFN, HIDDEN, NORM, Case, make, noise, parameters, share
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -115,6 +116,28 @@ def dtensors(rank: int, size: int) -> None:
                 optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
                 optimizer.step()
                 module(x.detach())
+
+
+def compiled_dtensors(rank: int, size: int) -> None:
+    """Full graphs, two for any number of rows; gradients as in eager mode, DTensors."""
+    mesh = init_device_mesh("cpu", (size,))
+    for sequence_parallel in (False, True):
+        torch.compiler.reset()
+        module: Any = sequence(GATED)
+        parallelize_module(module, mesh, TensorParallel(sequence_parallel=sequence_parallel))
+        counter = CompileCounterWithBackend("aot_eager")
+        fast = torch.compile(module, fullgraph=True, backend=counter)
+        for rows in (2, 4, 6, 10):
+            x = noise("x", (rows, 3, HIDDEN)).requires_grad_()
+            results = []
+            for run in (module, fast):
+                leaves = [x, *module.parameters()]
+                out = run(x)
+                grads = torch.autograd.grad(out.square().sum(), leaves)
+                results.append([out.detach(), *(whole(g, g.shape) for g in grads)])
+            for one, other in zip(*results, strict=True):
+                close(other, one, f"{rows} rows, sequence_parallel={sequence_parallel}")
+        assert counter.frame_count == 2
 
 
 def style_errors(rank: int, size: int) -> None:
@@ -284,6 +307,10 @@ def whole_checkpoints(rank: int, size: int) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_dtensor_parameters(ranks: Ranks, size: int) -> None:
     ranks.run(dtensors, size)
+
+
+def test_dtensors_under_compile(ranks: Ranks) -> None:
+    ranks.run(compiled_dtensors, 2)
 
 
 def test_what_the_style_refuses(ranks: Ranks) -> None:
