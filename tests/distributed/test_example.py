@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,6 +35,7 @@ def test_two_ranks_train_to_the_losses_of_one_process() -> None:
     assert "GatherLinear" in done.stdout
 
 
+@pytest.mark.slow
 def test_it_says_how_to_start_it() -> None:
     example = str(ROOT / "examples/tensor_parallel.py")
     alone = {key: value for key, value in os.environ.items() if key != "RANK"}

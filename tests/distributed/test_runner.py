@@ -1,6 +1,7 @@
 """The runner of test bodies on ranks: what comes back, and that no failure hangs or leaves anyone.
 
-Most tests share the ranks; one that fails them on purpose makes the next start fresh ones.
+The tests share ranks of their own; one that fails them on purpose makes the next start fresh ones,
+which other tests should not have to wait for.
 """
 
 import os
@@ -9,12 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from opsgraph.testing.distributed import RankError, Ranks, run
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks() as ranks:
+        yield ranks
 
 
 def total(rank, size, x):
@@ -106,8 +114,8 @@ def test_a_body_has_a_process_group_of_its_own(ranks):
     "body, told",
     [
         (raises, r"test_runner\.py\", line \d+, in raises\n(.*\n)+KeyError: 'a key of rank 1'"),
-        (leaves, "rank 1 of 2: ended with exit code 7"),
         (killed, "rank 1 of 2: killed by signal 9"),
+        pytest.param(leaves, "rank 1 of 2: ended with exit code 7", marks=pytest.mark.slow),
         pytest.param(exits, "SystemExit: done early", marks=pytest.mark.slow),
     ],
 )
@@ -152,16 +160,10 @@ def test_what_cannot_be_pickled_is_refused(ranks):
         ranks.run(unpicklable, 2)
 
 
-def test_one_body_alone():
-    assert run(pid, 1) != [os.getpid()]
-
-
 def test_leaving_ends_the_ranks():
-    with Ranks() as own:
-        own.run(pid, 1)
-        pids = own.pids
+    pids = run(pid, 1)
+    assert pids != [os.getpid()]
     assert gone(pids)
-    assert own.pids == []
 
 
 SCRIPT = """
