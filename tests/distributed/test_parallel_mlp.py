@@ -14,7 +14,7 @@ import opsgraph as og
 from opsgraph import config
 from opsgraph.testing.distributed import Ranks
 
-HIDDEN, FFN, SHAPE = 8, 16, (8, 3, 8)
+HIDDEN, FFN, SHAPE = 8, 16, (8, 4, 8)
 NORM = ("layer_norm_weight", "layer_norm_bias", "fc2_bias")
 """Parameters that every rank has in full."""
 

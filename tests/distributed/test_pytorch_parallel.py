@@ -10,7 +10,22 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from test_layernorm_mlp import Setting, formula
-from test_parallel_mlp import FFN, HIDDEN, NORM, Case, make, noise, parameters, share
+from test_parallel_mlp import (
+    CASES,
+    FFN,
+    HIDDEN,
+    NORM,
+    SHAPE,
+    Case,
+    expected,
+    local_gradients,
+    make,
+    named,
+    noise,
+    parameters,
+    rows,
+    share,
+)
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
@@ -127,8 +142,8 @@ def compiled_dtensors(rank: int, size: int) -> None:
         parallelize_module(module, mesh, TensorParallel(sequence_parallel=sequence_parallel))
         counter = CompileCounterWithBackend("aot_eager")
         fast = torch.compile(module, fullgraph=True, backend=counter)
-        for rows in (2, 4, 6, 10):
-            x = noise("x", (rows, 3, HIDDEN)).requires_grad_()
+        for seq in (2, 4, 6, 10):
+            x = noise("x", (seq, 3, HIDDEN)).requires_grad_()
             results = []
             for run in (module, fast):
                 leaves = [x, *module.parameters()]
@@ -136,7 +151,7 @@ def compiled_dtensors(rank: int, size: int) -> None:
                 grads = torch.autograd.grad(out.square().sum(), leaves)
                 results.append([out.detach(), *(whole(g, g.shape) for g in grads)])
             for one, other in zip(*results, strict=True):
-                close(other, one, f"{rows} rows, sequence_parallel={sequence_parallel}")
+                close(other, one, f"{seq} rows, sequence_parallel={sequence_parallel}")
         assert counter.frame_count == 2
 
 
@@ -161,12 +176,6 @@ def style_errors(rank: int, size: int) -> None:
     fully_shard(split)
     with pytest.raises(og.OpsgraphError, match="got weight as a DTensor placed"):
         split[1](noise("x", (2, HIDDEN)))
-
-
-def mean_over(gradient: Tensor, group: Any) -> Tensor:
-    total = gradient.clone()
-    dist.all_reduce(total, group=group)
-    return total / dist.get_world_size(group)
 
 
 def data_and_tensor_parallel(rank: int, size: int) -> None:
@@ -203,6 +212,47 @@ def data_and_tensor_parallel(rank: int, size: int) -> None:
                         dist.all_reduce(found, group=tp.get_group())
                     right = share(name, gradients[name], case, tp.get_local_rank(), tp.size())
                     close(found, right, f"{what} d {name}")
+
+
+def compare_wrapped(case: Case, wrap: str, dp: Any, tp: Any) -> None:
+    """Half of the batch on each rank of dp: outputs, and twice the averaged gradients."""
+    rank, size = tp.get_local_rank(), tp.size()
+    mlp = make(case, rank, size, tp)
+    module: Any = mlp
+    if wrap == "ddp":
+        module = DistributedDataParallel(mlp, process_group=dp.get_group())
+    else:
+        fully_shard(mlp, mesh=dp)
+
+    def half(t: Tensor) -> Tensor:
+        return t.chunk(2, 1)[dp.get_local_rank()] if t.dim() > 1 else t
+
+    outputs, right = expected(case, size)
+    x = half(rows(noise("x", SHAPE), case, rank, size)).requires_grad_()
+    found = named(case, module(x))
+    what = f"{case} {wrap}"
+    assert found.keys() == outputs.keys()
+    close(found["out"].detach(), half(rows(outputs["out"].detach(), case, rank, size)), what)
+    dys = [half(dy) for dy in local_gradients(case, outputs, rank, size)]
+    torch.autograd.backward(list(found.values()), dys)
+    close(x.grad, half(rows(right["x"], case, rank, size)), f"{what} dx")
+    for name, parameter in mlp.named_parameters():
+        if name not in right:
+            continue
+        gradient = parameter.grad
+        gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        if name in NORM and case.sequence_parallel:
+            dist.all_reduce(gradient, group=tp.get_group())
+        times = 1 if case.return_bias and name == "fc2_bias" else 2  # returned on both of dp
+        wanted = share(name, right[name], case, rank, size)
+        close(times * gradient, wanted, f"{what} d {name}")
+
+
+def every_combination_wrapped(rank: int, size: int, step: int) -> None:
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
+    for wrap in ("ddp", "fsdp"):
+        for case in CASES[::step]:
+            compare_wrapped(case, wrap, mesh["dp"], mesh["tp"])
 
 
 def mixed_precision(rank: int, size: int) -> None:
@@ -319,6 +369,15 @@ def test_what_the_style_refuses(ranks: Ranks) -> None:
 
 def test_ddp_and_fsdp_with_tensor_parallelism(ranks: Ranks) -> None:
     ranks.run(data_and_tensor_parallel, 4)
+
+
+def test_combinations_under_ddp_and_fsdp(ranks: Ranks) -> None:
+    ranks.run(every_combination_wrapped, 4, 5)
+
+
+@pytest.mark.slow
+def test_every_combination_under_ddp_and_fsdp(ranks: Ranks) -> None:
+    ranks.run(every_combination_wrapped, 4, 1, timeout=240)
 
 
 def test_fsdp_mixed_precision(ranks: Ranks) -> None:
