@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from opsgraph.kernels.overlap import cuts
+
 RESULTS = Path(__file__).parent / "results"
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = tuple(1024 * 2**k for k in range(1, 8))
@@ -69,7 +71,6 @@ PROTOCOLS = (
 REACHED_FLOPS, REACHED_MEMORY, REACHED_LINK = 0.8, 0.9, 0.8
 TILE = (128, 256)  # of the result that a multiprocessor computes at a time
 BUSY = 16  # multiprocessors that a running collective takes from a product
-PIECES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,10 @@ def pieced(product: float, collective: float, count: int, share: float) -> float
 
 
 def pipelined(machine: Machine, m: int, n: int, k: int, size: float) -> float:
-    """A product whose rows arrive from, or leave in, pieces of a collective: the best number."""
-    return min(
-        pieced(
-            machine.product(m // count, n, k), machine.gather(size / count), count, machine.share
-        )
-        for count in PIECES
-        if m >= count * TILE[0] or count == 1
-    )
+    """A product whose rows arrive from, or leave in, pieces of a collective, as fusers cut them."""
+    count = len(cuts(m // machine.ranks)) if machine.ranks > 1 else 1
+    piece, travel = machine.product(m // count, n, k), machine.gather(size / count)
+    return pieced(piece, travel, count, machine.share)
 
 
 def step(machine: Machine, block: Block) -> dict[str, float]:
@@ -177,7 +174,7 @@ def step(machine: Machine, block: Block) -> dict[str, float]:
         "pointwise": norm + activation,
         "collectives": 5 * collective,
         "plain": plain,
-        "overlapped": min(overlapped, plain),
+        "overlapped": overlapped,
     }
 
 
@@ -244,7 +241,6 @@ def assumptions() -> dict[str, Any]:
         "reached": {"flops": REACHED_FLOPS, "memory": REACHED_MEMORY, "link": REACHED_LINK},
         "tile": TILE,
         "multiprocessors of a collective": BUSY,
-        "pieces": PIECES,
     }
 
 

@@ -100,7 +100,7 @@ def measure(rank: int, size: int) -> list[dict[str, Any]]:
             hidden = max(times["collective"], times["product"] + taken * times["collective"])
             predicted = times["product"] + hidden
         else:
-            count = len(cuts(ROWS // RANKS, RANKS))
+            count = len(cuts(rows if name == "LinearAllReduce" else ROWS // RANKS))
             each = times["product"] / count, times["collective"] / count
             predicted = pieced(*each, count, taken)
         told = {"fuser": name, "machine": machine(), "share": taken, "predicted": predicted}

@@ -28,7 +28,7 @@ from opsgraph.testing.distributed import Ranks
 CPU = torch.device("cpu")
 EXCHANGING = [f.name for f in registered() if exchanges(f)]
 OVERLAP = [f.name for f in registered() if exchanges(f) and f.backend == "overlap"]
-SHAPES = ((0, 8), (8, 8), (4, 2, 8), (600, 8))  # of the last, products are cut into pieces
+SHAPES = ((0, 8), (8, 8), (4, 2, 8), (2112, 8))  # of the last, products are cut into pieces
 
 
 def compare_all(rank: int, size: int, dtype: torch.dtype, shapes: Any, compiled: bool) -> list[str]:
@@ -50,7 +50,7 @@ def test_every_fuser_equals_the_reference(ranks: Ranks, size: int, dtype: torch.
 
 @pytest.mark.slow
 def test_every_fuser_under_compile(ranks: Ranks) -> None:
-    assert ranks.run(compare_all, 2, torch.float32, ((600, 8),), True, timeout=240) == [[], []]
+    assert ranks.run(compare_all, 2, torch.float32, ((2112, 8),), True, timeout=240) == [[], []]
 
 
 def mlp(backends: tuple[str, ...], sequence_parallel: bool, **options: Any) -> og.Sequential:
@@ -86,7 +86,7 @@ def same_bits(rank: int, size: int) -> None:
                 names = {step.name for step in (*ours.plan().forward, *ours.plan().backward)}
                 assert names & set(OVERLAP), names
                 torch.manual_seed(1 + rank * parallel)
-                x, dy = torch.randn(2, 512, 16, dtype=dtype)
+                x, dy = torch.randn(2, 2048, 16, dtype=dtype)
                 for one, other in zip(gradients(ours, x, dy), gradients(plain, x, dy), strict=True):
                     assert torch.equal(one, other), (dtype, parallel, frozen)
 
@@ -99,7 +99,7 @@ def test_the_bits_are_those_without_overlap(ranks: Ranks) -> None:
 def compiled(rank: int, size: int) -> None:
     for parallel in (True, False):
         module = mlp(("overlap", "reference"), parallel, dtype=torch.float32)
-        x, dy = torch.randn(2, 512, 16)
+        x, dy = torch.randn(2, 2048, 16)
         eager = gradients(module, x, dy)
         traced = torch.compile(module, fullgraph=True, backend="aot_eager")
         x.requires_grad_()
@@ -139,7 +139,7 @@ def record(run: Any) -> str:
 
 def events(rank: int, size: int) -> dict[str, str]:
     found = {}
-    x = torch.randn(512, 8)
+    x = torch.randn(2048, 8)
     columns = og.Sequential(AllGather(), BasicLinear(8, 12), dtype=x.dtype)
     rows = og.Sequential(BasicLinear(8, 12), ReduceScatter(), dtype=x.dtype)
     summed = og.Sequential(BasicLinear(8, 12), AllReduce(), dtype=x.dtype)
@@ -174,7 +174,7 @@ def with_tee(rank: int, size: int) -> None:
         plan = ours.plan(x=torch.randn(4, 8, dtype=torch.float64))
         assert plan.backward[0].name in OVERLAP
         assert before is AllReduceGrad or plan.forward[0].name == "GatherLinear"
-        x = torch.randn(600, 8, dtype=torch.float64)
+        x = torch.randn(1200, 8, dtype=torch.float64)
         results = []
         for module in (ours, plain):
             leaf = x.clone().requires_grad_()
@@ -198,7 +198,7 @@ def under_check(rank: int, size: int) -> None:
     try:
         module = mlp(("overlap", "reference"), True, dtype=torch.float64)
         assert "check(" in module.plan().backward_source
-        x, dy = torch.randn(2, 512, 16, dtype=torch.float64)
+        x, dy = torch.randn(2, 2048, 16, dtype=torch.float64)
         gradients(module, x, dy)
     finally:
         del os.environ["OPSGRAPH_CHECK"]
@@ -216,7 +216,7 @@ def into_main_grad(rank: int, size: int) -> None:
         for k in (0, 2):
             module[k].accumulate_into_main_grad = True
             module[k].weight.main_grad = torch.ones_like(module[k].weight)
-        x, dy = torch.randn(2, 512, 16)
+        x, dy = torch.randn(2, 2048, 16)
         module(x.requires_grad_()).backward(dy)
         expected = gradients(plain, x, dy)[2:]
         for k, gradient in zip((0, 2), expected, strict=True):
