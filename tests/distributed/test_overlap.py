@@ -42,8 +42,17 @@ def compare_all(rank: int, size: int, dtype: torch.dtype, shapes: Any, compiled:
     return missing
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("size", (2, 4))
+@pytest.mark.parametrize(
+    "size, dtype",
+    (
+        (2, torch.float64),
+        (2, torch.float32),
+        (2, torch.bfloat16),
+        (4, torch.float64),
+        pytest.param(4, torch.float32, marks=pytest.mark.slow),
+        pytest.param(4, torch.bfloat16, marks=pytest.mark.slow),
+    ),
+)
 def test_every_fuser_equals_the_reference(ranks: Ranks, size: int, dtype: torch.dtype) -> None:
     assert ranks.run(compare_all, size, dtype, SHAPES, False) == [[]] * size
 

@@ -145,6 +145,7 @@ def test_a_hanging_rank_is_ended_and_its_stack_shown(ranks):
     assert "in hangs" in message[sleeping:]
 
 
+@pytest.mark.slow
 def test_a_rank_that_died_between_bodies_is_told(ranks):
     ranks.run(pid, 2)
     os.kill(ranks.pids[0], signal.SIGKILL)
