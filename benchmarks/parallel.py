@@ -253,8 +253,12 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     records = list(predictions(args.hidden, args.ffn))
-    print(f"hidden {args.hidden}, ffn {args.ffn}, gated, bf16, one sequence; a model, not measured")
-    print(table(records))
+    title = (
+        f"hidden {args.hidden}, ffn {args.ffn}, gated, bf16, one sequence; a model, not measured"
+    )
+    text = f"{title}\n{table(records)}"
+    print(text)
+    (args.out / "parallel.txt").write_text(text)
     sizes = {"hidden": args.hidden, "ffn": args.ffn}
     content = {"sizes": sizes, "assumptions": assumptions(), "predicted": records}
     (args.out / "parallel.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -269,7 +269,7 @@ def _result(task: bytes, rank: int, size: int, timeout: float, store: Store) -> 
             dist.destroy_process_group()
         # Longer than the parent waits, whose message says of every rank where it hangs.
         patience = timedelta(seconds=2 * timeout + 10)
-        enough = torch.cuda.device_count() >= size
+        enough = torch.cuda.device_count() >= size and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if enough else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         body, args = pickle.loads(task)

@@ -100,6 +100,22 @@ def same_bits(rank: int, size: int) -> None:
                     assert torch.equal(one, other), (dtype, parallel, frozen)
 
 
+def best_planned(rank: int, size: int) -> None:
+    for parallel in (True, False):
+        best = mlp(
+            ("overlap", "aten", "reference"), parallel, dtype=torch.float64, planner="optimal"
+        )
+        plain = mlp(("reference",), parallel, dtype=torch.float64)
+        assert "overlap" in {step.backend for step in best.plan().forward}
+        x, dy = torch.randn(2, 64, 16, dtype=torch.float64)
+        for one, other in zip(gradients(best, x, dy), gradients(plain, x, dy), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_the_optimal_planner_takes_them_too(ranks: Ranks) -> None:
+    ranks.run(best_planned, 2)
+
+
 def test_the_bits_are_those_without_overlap(ranks: Ranks) -> None:
     """A sum over two ranks is the same in any order; more ranks may add up in another."""
     ranks.run(same_bits, 2)
