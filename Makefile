@@ -38,7 +38,7 @@ floors: $(VENV)/installed  ## import-linter: who may import whom
 	$(BIN)/lint-imports
 
 unit: $(VENV)/installed  ## pytest, two processes
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 gpu: $(VENV)/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -1,14 +1,11 @@
 """With PyTorch's own parallelism: DTensor parameters, DDP, FSDP2, device meshes, checkpoints."""
 
-import os
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from test_layernorm_mlp import Setting, formula
 from test_parallel_mlp import (
     CASES,
@@ -38,10 +35,7 @@ import opsgraph as og
 from opsgraph.ops import GELU, LayerNorm, Linear, Residual, RMSNorm, SwiGLU
 from opsgraph.parallel import (
     TensorParallel,
-    distributed_state_dict,
     gather_state_dict,
-    load_distributed_state_dict,
-    shard_state_dict,
 )
 from opsgraph.testing.distributed import Ranks
 
@@ -298,62 +292,6 @@ def fsdp_and_dtensors(rank: int, size: int) -> None:
                 assert torch.equal(value, build(case).state_dict()[name]), name
 
 
-def save(rank: int, size: int, path: str) -> None:
-    for case in (PLAIN, GATED):
-        mlp = make(case, rank, size)
-        for name, value in gather_state_dict(mlp).items():
-            assert torch.equal(value, parameters(case)[name]), name
-        dcp.save(distributed_state_dict(mlp), checkpoint_id=f"{path}/{case.activation}")
-        split = parallelize_module(
-            sequence(case), init_device_mesh("cpu", (size,)), TensorParallel()
-        )
-        dcp.save(distributed_state_dict(split), checkpoint_id=f"{path}/seq-{case.activation}")
-
-
-def load(rank: int, size: int, path: str, wrap: bool) -> None:
-    for case in (PLAIN, GATED):
-        mlp = make(case, rank, size) if size > 1 else whole_mlp(case)
-        split = sequence(case)
-        if size > 1:
-            mesh = init_device_mesh("cpu", (size,))
-            parallelize_module(split, mesh, TensorParallel())
-        if wrap:
-            fully_shard(
-                mlp, mesh=init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "tp"))["dp"]
-            )
-        for module, folder in ((mlp, case.activation), (split, f"seq-{case.activation}")):
-            with torch.no_grad():
-                for parameter in module.parameters():
-                    parameter.zero_()
-            state = distributed_state_dict(module)
-            dcp.load(state, checkpoint_id=f"{path}/{folder}")
-            load_distributed_state_dict(module, state)
-            for name, value in gather_state_dict(module).items():
-                assert torch.equal(value, parameters(case)[KEYS.get(name, name)]), name
-
-
-def whole_checkpoints(rank: int, size: int) -> None:
-    """Shares of a whole checkpoint, into modules of a tree, and back."""
-    for case in (PLAIN, GATED):
-        tree = nn.ModuleDict({"a": make(case, rank, size), "b": nn.Linear(3, 3)})
-        full = {f"a.{name}": value for name, value in parameters(case).items()}
-        full |= {f"b.{name}": value for name, value in tree["b"].state_dict().items()}
-        with torch.no_grad():
-            for parameter in tree["a"].parameters():
-                parameter.zero_()
-        tree.load_state_dict(shard_state_dict(full, tree))
-        for name, parameter in tree["a"].named_parameters():
-            right = share(name, full[f"a.{name}"], case, rank, size)
-            assert torch.equal(parameter, right), name
-        for name, value in gather_state_dict(tree).items():
-            assert torch.equal(value, full[name]), name
-    with pytest.raises(og.OpsgraphError, match=r"got a\.fc2_weight of shape .*a multiple of 2 in"):
-        shard_state_dict({"a.fc2_weight": torch.zeros(8, 7)}, tree)
-    layer = Linear(4, 8, tensor_parallel_mode="column")
-    og.Sequential(layer, SwiGLU())
-    assert (layer.partition_stride, layer.weight.partition_stride) == (2, 2)
-
-
 @pytest.mark.parametrize("size", [2, 4])
 def test_dtensor_parameters(ranks: Ranks, size: int) -> None:
     ranks.run(dtensors, size)
@@ -386,16 +324,3 @@ def test_fsdp_mixed_precision(ranks: Ranks) -> None:
 
 def test_fsdp_over_dtensors(ranks: Ranks) -> None:
     ranks.run(fsdp_and_dtensors, 4)
-
-
-def test_whole_checkpoints(ranks: Ranks) -> None:
-    ranks.run(whole_checkpoints, 2)
-
-
-def test_distributed_checkpoint_from_4_ranks_to_2_and_1(ranks: Ranks) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        ranks.run(save, 4, folder)
-        assert os.listdir(folder)
-        for size in (2, 1):
-            ranks.run(load, size, folder, False)
-            ranks.run(load, size, folder, True)
