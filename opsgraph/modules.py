@@ -71,6 +71,9 @@ class LayerNormMLP(nn.Module):
     Raises OpsgraphError for unknown names and sizes that do not fit.
     """
 
+    distributed = False
+    """Whether the parameters are DTensors of the whole layer."""
+
     def __init__(
         self,
         hidden_size: int,
@@ -239,7 +242,8 @@ class LayerNormMLP(nn.Module):
     def _mark_parameters(self) -> None:
         """Give the parameters the attributes by which others know how they are split."""
         split = self.partitions()
-        for name, parameter in self.named_parameters():
+        # What DTensors are, they tell themselves.
+        for name, parameter in () if self.distributed else self.named_parameters():
             if name in split:
                 split[name].mark(parameter)
             else:

@@ -143,7 +143,8 @@ class TensorParallel(ParallelStyle):
     dimension 0. Parameters become DTensors that stand for the whole: split, or the same on every
     rank. Gradients are DTensors likewise, complete: sums over the mesh that sequence parallelism
     needs are made. A Linear before a gated activation has its weight as `[2, ffn, hidden]`, its
-    bias as `[2, ffn]`, so that each rank's share is contiguous.
+    bias as `[2, ffn]`, so that each rank's share is contiguous. Dropout draws from each rank's own
+    generator: where all ranks have the same rows, the generators have to agree.
 
     Raises OpsgraphError for sequences that cannot be split so.
     """

@@ -41,6 +41,8 @@ class BasicLinear(Op):
     """
 
     gemm = True
+    distributed = False
+    """Whether the parameters are DTensors of the whole layer."""
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class BasicLinear(Op):
 
     def _share(self, size: int | None, name: str, ranks: int) -> int | None:
         if size is not None and size % ranks:
-            expected = f"a multiple of the group's {ranks} ranks"
+            expected = f"a multiple of {ranks}, for the ranks of the group"
             raise OpError(type(self).__name__, f"{name} {size}", expected)
         return None if size is None else size // ranks
 
@@ -302,11 +304,18 @@ class Linear(BasicLinear):
             self._mark_parameters()
 
     def split(self, mode: str | None, group: Group, sequence_parallel: bool) -> None:
-        """Become one rank's part of a layer; the parameters are the caller's to replace."""
+        """Become one rank's part of a layer; the parameters are the caller's to replace.
+
+        Raises OpError for sizes that the ranks do not divide.
+        """
+        rows, columns = shards(mode, group.size)
+        pieces = self.partition_stride if mode == "column" else 1
+        self._share(self.out_features, "out_features", rows * pieces)
+        self._share(self.in_features, "in_features", columns)
         self.tensor_parallel_mode = mode
         self.group, self.group_size = group
         self.sequence_parallel = sequence_parallel and group.size > 1
-        self.shards = shards(mode, group.size)
+        self.shards = rows, columns
 
     def partitions(self) -> dict[str, Partition]:
         """How ranks split the parameters that they do split, one rank among them."""
@@ -319,7 +328,7 @@ class Linear(BasicLinear):
 
     def _mark_parameters(self) -> None:
         """Give the parameters the attributes by which others know how they are split."""
-        if self.tensor_parallel_mode is None:
+        if self.tensor_parallel_mode is None or self.distributed:
             return
         for name, partition in self.partitions().items():
             partition.mark(self._parameters[name])

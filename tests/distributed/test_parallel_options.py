@@ -269,7 +269,7 @@ def errors(rank: int, size: int) -> None:
           tp_group=group)  # fmt: skip
     fails(mlp, "ffn_hidden_size 15, expected a multiple of tp_size 2", 8, 15, tp_group=group)
     fails(mlp, "ub_bulk_wgrad without sequence par", 8, 16, tp_group=group, ub_bulk_wgrad=True)
-    fails(Linear, "Linear: got out_features 7, expected a multiple of the group's 2 ranks", 4, 7,
+    fails(Linear, "Linear: got out_features 7, expected a multiple of 2, for the ranks", 4, 7,
           tensor_parallel_mode="column")  # fmt: skip
     fails(Linear, "Linear: got in_features 7", 7, 4, tensor_parallel_mode="row")
     fails(Linear, "tensor_parallel_mode 'both', expected None, 'column' or 'row'", 4, 4,

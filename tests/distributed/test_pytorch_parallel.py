@@ -1,5 +1,6 @@
 """With PyTorch's own parallelism: DTensor parameters, DDP, FSDP2, device meshes, checkpoints."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -160,12 +161,15 @@ def style_errors(rank: int, size: int) -> None:
     fails(og.Sequential(Linear(4, 4)), "got 1 Linears, expected pairs")
     fails(og.Sequential(Linear(4, 4), RMSNorm(4), Linear(4, 4)), "RMSNorm between a column- and")
     fails(og.Sequential(Linear(4, 4), nn.Tanh(), Linear(4, 4)), "got Tanh in the sequence")
+    fails(og.Sequential(Linear(4, 6), SwiGLU(), Linear(3, 4)), "out_features 6, .* multiple of 4")
     torch.manual_seed(0)
     nested = og.Sequential(Residual(RMSNorm(4), Linear(4, 8), SwiGLU(), Linear(4, 4)))
     x = torch.randn(3, 4)
     right = nested(x)
     parallelize_module(nested, mesh, TensorParallel())
     torch.testing.assert_close(nested(x), right)
+    torch.testing.assert_close(copy.deepcopy(nested)(x), right)
+    assert not hasattr(copy.deepcopy(nested)[0].ops[1].weight, "tensor_model_parallel")
     split = sequence(PLAIN)
     fully_shard(split)
     with pytest.raises(og.OpsgraphError, match="got weight as a DTensor placed"):
