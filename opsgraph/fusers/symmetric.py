@@ -136,12 +136,14 @@ class SymmetricLinearAllReduce(Fuser):
 
     backend, pattern = "symmetric", dict(fc=BasicLinear, reduce=AllReduce)
 
-    def reject(self, fc: Op, reduce: Op, x: Spec) -> str | None:
+    def reject(self, fc: Any, reduce: Op, x: Spec) -> str | None:
         how = getattr(fc, "symmetric_ar_type", None)
         if how is None:
             return "it takes symmetric_ar_type, which is None"
         if x.dtype not in (torch.float32, torch.bfloat16):
             return f"its kernel takes fp32 and bf16, not {x.dtype}"
+        if fc.local_out_features * x.dtype.itemsize % 4:
+            return f"its kernel takes rows of whole 4 bytes, not {fc.local_out_features} {x.dtype}"
         if how == "multimem_all_reduce" and not symmetric.has_multicast(x.device):
             return "multimem_all_reduce takes multicast, which this GPU's links have not"
         return refusal(reduce, x)

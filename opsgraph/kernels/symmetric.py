@@ -16,13 +16,17 @@ ALL_REDUCES = {"two_shot": "two_shot_all_reduce_", "multimem_all_reduce": "multi
 
 def gather_matmul(x: Tensor, b: Tensor, group: str, keep: bool) -> tuple[Tensor, Tensor | None]:
     """`all_gather(x) @ b`, and with `keep` the gathered x. x: `[rows, k]`; b: `[k, n]`."""
+    if not x.shape[0]:  # nothing to share memory for
+        return x.new_empty(0, b.shape[1]), x if keep else None
     fused = torch.ops.symm_mem.fused_all_gather_matmul
-    whole, (y,) = fused(x, [b], 0, group, return_A=keep)
+    whole, (y,) = fused(x.contiguous(), [b], 0, group, return_A=keep)
     return y, whole if keep else None
 
 
 def matmul_scatter(x: Tensor, b: Tensor, group: str) -> Tensor:
     """This rank's rows of the sum over ranks of `x @ b`. x: `[rows, k]`; b: `[k, n]`."""
+    if not x.shape[0]:
+        return x.new_empty(0, b.shape[1])
     y: Tensor = torch.ops.symm_mem.fused_matmul_reduce_scatter(x, b, "sum", 0, group)
     return y
 
@@ -33,6 +37,8 @@ def matmul_all_reduce(x: Tensor, b: Tensor, group: str, how: str) -> Tensor:
     The product is written where the other GPUs read it; what is returned is a copy.
     """
     shape = x.shape[0], b.shape[1]
+    if not shape[0]:
+        return x.new_empty(shape)
     size = shape[0] * shape[1] * x.element_size()
     room = memory.get_symm_mem_workspace(group, size)  # type: ignore[arg-type]
     mine = room.get_buffer(room.rank, shape, x.dtype)

@@ -25,6 +25,7 @@ def gather_matmul(
     a: Tensor, bs: list[Tensor], gather_dim: int, group_name: str, *, return_A: bool = True
 ) -> tuple[Tensor | None, list[Tensor]]:
     assert gather_dim == 0
+    assert a.is_contiguous(), "as the real one demands"
     whole = a.new_empty(dist.get_world_size() * a.shape[0], a.shape[1])
     dist.all_gather_into_tensor(whole, a.contiguous())
     return whole if return_A else None, [whole @ b for b in bs]
@@ -96,6 +97,7 @@ def compare(device: str, sequence_parallel: bool, **asked: Any) -> set[str]:
     ours = mlp(("symmetric", "reference"), device, sequence_parallel, **asked)
     plain = mlp(("reference",), device, sequence_parallel)
     x, dy = torch.randn(2, 64, 16, device=device)
+    dy = dy[:, :1].expand_as(dy)  # as the gradient of a sum is
     found = []
     for module in (ours, plain, ours):
         leaf = x.clone().requires_grad_()
@@ -105,6 +107,8 @@ def compare(device: str, sequence_parallel: bool, **asked: Any) -> set[str]:
     for one, other, repeated in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(repeated, one)
+    with torch.no_grad():
+        assert ours(x[:0]).shape == (0, 16)
     plan = ours.plan(x=x)
     return {s.name for s in (*plan.forward, *plan.backward) if s.backend == "symmetric"}
 
@@ -162,6 +166,10 @@ def refusals(rank: int, size: int) -> None:
         module = mlp(("symmetric", "reference"), "cpu", True, overlap=FLAGS, dtype=torch.float64)
         told = {r.reason for r in module.plan().rejected}
         assert "it takes fp32, fp16 and bf16, not torch.float64" in told
+        split = dict(tensor_parallel_mode="row", symmetric_ar_type="one_shot")
+        odd = Linear(16, 15, dtype=torch.bfloat16, **split)
+        plan = og.Sequential(odd, backends=("symmetric", "reference")).plan()
+        assert "whole 4 bytes" in " ".join(r.reason for r in plan.rejected)
         linear = Linear(16, 32, overlap=FLAGS)
         gathered = og.Sequential(AllGather(), Tee(), linear, backends=("symmetric", "reference"))
         assert "added before" in " ".join(r.reason for r in gathered.plan().rejected)
