@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import opsgraph as og
 from opsgraph import config
-from opsgraph.backend import backends
 from opsgraph.fuser import registered
 from opsgraph.ops import (
     AllGather,
@@ -25,19 +24,22 @@ from opsgraph.ops import (
 from opsgraph.testing import check_fuser, exchanges
 from opsgraph.testing.distributed import Ranks
 
-CPU = torch.device("cpu")
 EXCHANGING = [f.name for f in registered() if exchanges(f)]
 OVERLAP = [f.name for f in registered() if exchanges(f) and f.backend == "overlap"]
 SHAPES = ((0, 8), (8, 8), (4, 2, 8), (2112, 8))  # of the last, products are cut into pieces
 
 
-def compare_all(rank: int, size: int, dtype: torch.dtype, shapes: Any, compiled: bool) -> list[str]:
-    """Fusers that were never taken, in any shape."""
-    missing = []
+def compare_all(
+    rank: int, size: int, dtype: torch.dtype, shapes: Any, compiled: bool, kind: str = "cpu"
+) -> list[str]:
+    """Fusers that were not taken, for each shape."""
+    device, missing = torch.device(kind, rank if kind == "cuda" else None), []
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     for fuser in registered():
-        if not exchanges(fuser) or backends()[fuser.backend].why_not_on(CPU):
+        if fuser.name not in OVERLAP:  # others are taken where they are asked for
             continue
-        taken = [check_fuser(fuser, dtype, "cpu", shape, compiled) for shape in shapes]
+        taken = [check_fuser(fuser, dtype, device, shape, compiled) for shape in shapes]
         missing += [f"{fuser.name} {s}" for s, t in zip(shapes, taken, strict=True) if not t]
     return missing
 
@@ -60,6 +62,13 @@ def test_every_fuser_equals_the_reference(ranks: Ranks, size: int, dtype: torch.
 @pytest.mark.slow
 def test_every_fuser_under_compile(ranks: Ranks) -> None:
     assert ranks.run(compare_all, 2, torch.float32, ((2112, 8),), True, timeout=240) == [[], []]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_every_fuser_over_nccl(ranks: Ranks) -> None:
+    found = ranks.run(compare_all, 2, torch.bfloat16, SHAPES, False, "cuda", timeout=240)
+    assert found == [[], []]
 
 
 def mlp(backends: tuple[str, ...], sequence_parallel: bool, **options: Any) -> og.Sequential:
