@@ -5,7 +5,9 @@ TORCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
-EXAMPLES := $(filter-out examples/__init__.py examples/byte_lm.py,$(wildcard examples/*.py))
+APART := examples/__init__.py examples/byte_lm.py examples/tensor_parallel.py
+EXAMPLES := $(filter-out $(APART),$(wildcard examples/*.py))
+TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test lint types floors unit gpu demo examples bench docs clean
@@ -36,7 +38,7 @@ floors: $(VENV)/installed  ## import-linter: who may import whom
 	$(BIN)/lint-imports
 
 unit: $(VENV)/installed  ## pytest, two processes
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 gpu: $(VENV)/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
@@ -46,6 +48,7 @@ demo: $(VENV)/installed  ## train a small byte-level language model; writes demo
 
 examples: $(VENV)/installed  ## run every example but the demo
 	for example in $(EXAMPLES); do echo "== $$example"; $(BIN)/python $$example || exit 1; done
+	$(TORCHRUN) examples/tensor_parallel.py --steps 20
 
 bench: $(VENV)/installed  ## host cost against nn.Sequential
 	$(BIN)/python -m benchmarks.overhead

@@ -96,7 +96,7 @@ class Block(nn.Module):
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.mlp(x + self.projection(mixed.transpose(1, 2).reshape(x.shape)))
+        return self.mlp(x + self.projection(mixed.transpose(1, 2).flatten(2)))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -21,6 +21,16 @@ def _triton() -> str | None:
     return "no CUDA device (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
 
 
+def _overlap() -> str | None:
+    return None if torch.distributed.is_available() else "this PyTorch has no torch.distributed"
+
+
+def _symmetric() -> str | None:
+    if torch.distributed.is_available() and torch.cuda.is_available():
+        return None
+    return _overlap() or "no CUDA device, whose memory other ranks could read"
+
+
 def interpreting() -> bool:
     """Whether Triton was told to run its kernels in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -53,6 +63,8 @@ class Backend:
 _BACKENDS = {
     backend.name: backend
     for backend in (
+        Backend("symmetric", "PyTorch's symmetric memory over NVLink", ("cuda",), _symmetric),
+        Backend("overlap", "collectives in pieces, behind matrix products", None, _overlap),
         Backend("triton", "Triton kernels", ("cuda",), _triton),
         Backend("aten", "PyTorch's own fused calls (cublasLt, oneDNN)"),
         Backend("reference", "plain PyTorch, one op at a time"),

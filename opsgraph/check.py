@@ -1,7 +1,8 @@
 """`OPSGRAPH_CHECK=1`: after every fused step the source runs the reference ops and compares.
 
 The lines stand in the generated source like all others; the first step that differs raises an error
-that names it.
+that names it. Before every exchange between ranks these compare what they are about to do, for an
+exchange of tensors that do not fit would hang.
 """
 
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .claims import Call, Claim
     from .codegen import Writer
 
+LINE = 256
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
@@ -30,6 +32,21 @@ def compare(step: str, name: str, found: Tensor | None, expected: Tensor | None)
             f"OPSGRAPH_CHECK: {step}: {name} differs from the reference ops by {error:.3g}, "
             f"its largest magnitude being {size:.3g}"
         )
+
+
+def compare_ranks(step: str, x: Tensor, group: str, group_size: int) -> None:
+    """Raises OpsgraphError on every rank if ranks differ in the step or in x's shape or dtype.
+
+    Each sends one line of text, cut to `LINE` bytes.
+    """
+    told = f"{tuple(x.shape)} {x.dtype} in {step}".encode().ljust(LINE)[:LINE]
+    mine = torch.frombuffer(bytearray(told), dtype=torch.uint8).to(x.device)
+    ops = torch.ops._c10d_functional
+    lines = ops.wait_tensor(ops.all_gather_into_tensor(mine, group_size, group)).view(-1, LINE)
+    every = [bytes(line).decode(errors="replace").rstrip() for line in lines.tolist()]
+    if len(set(every)) > 1:
+        each = "; ".join(f"rank {rank} has {line}" for rank, line in enumerate(every))
+        raise OpsgraphError(f"OPSGRAPH_CHECK: {step}: the ranks of group {group!r} differ: {each}")
 
 
 class Checker:

@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from .backend import backends
 from .errors import OpError, PlanError
-from .fuser import Fuser, Match, Matcher, Reference, reference, registered, vocabulary
+from .fuser import (
+    Fuser,
+    Match,
+    Matcher,
+    Reference,
+    alternatives,
+    reference,
+    registered,
+    vocabulary,
+)
 from .op import BACKWARD, FORWARD, arguments
 from .program import Argument, Program
 from .spec import Spec
@@ -93,10 +102,19 @@ class Space:
             reason = known[name].why_not_on(device)
             if reason is None:
                 there.append(name)
-            else:
+            elif self._serves(name):
                 self.rejected.append(Rejection((), name, "both", reason))
         only = self.program.request.options.get("fusers")
         return [f for f in registered() if f.backend in there and (only is None or f.name in only)]
+
+    def _serves(self, backend: str) -> bool:
+        """Whether a backend has a fuser for ops that are here: its absence is then worth a line."""
+        kinds = {None, *self.program.kinds}
+        return any(
+            not any(kinds.isdisjoint(alternatives(entry)) for entry in fuser.pattern.values())
+            for fuser in registered()
+            if fuser.backend == backend
+        )
 
     def _fused(self, fusers: list[Fuser], direction: str) -> Iterator[Claim]:
         program = self.program

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .check import Checker, compare
+from .check import Checker, compare, compare_ranks
 from .claims import Call, Claim, Space
 from .op import FORWARD, STORED, derived_backward, differentiable
 from .planner import Cover
@@ -37,14 +37,15 @@ class Function:
 
 def base_namespace() -> dict[str, Any]:
     """What generated code may name besides its fusers."""
-    return {"torch": torch, "inf": inf, "nan": nan, "check": compare}
+    return {"torch": torch, "inf": inf, "nan": nan, "check": compare, "check_ranks": compare_ranks}
 
 
 class Writer:
     """Collects the lines of one function."""
 
-    def __init__(self, space: Space, cover: Cover) -> None:
+    def __init__(self, space: Space, cover: Cover, check: bool) -> None:
         self.space, self.cover, self.program = space, cover, space.program
+        self.check = check
         self.namespace = base_namespace()
         self.lines: list[Line] = []
 
@@ -75,6 +76,17 @@ class Writer:
             function = f"{self.name_of(claim)}_vjp"
             self.namespace[function] = derived_backward(kind)
         return f"{function}({', '.join(given)})", reads
+
+    def compare_ranks(self, claim: Claim, x: str) -> None:
+        """Under OPSGRAPH_CHECK, compare ranks before a step that exchanges tensors."""
+        program = self.program
+        still = program.still_forward if claim.direction == FORWARD else program.still_backward
+        talks = [i for i in claim.ops if program.kinds[i].collective and not still[i]]
+        if not self.check or not talks:
+            return
+        op, step = program.ops[talks[0]], f"{_label(claim)} {program.specs[claim.stop]}"
+        text = f"check_ranks({step!r}, {x}, {op.group!r}, {op.group_size})"
+        self.add(text, [x], [], "check")
 
     def finish(self, name: str, parameters: Sequence[str]) -> Function:
         """The function, with variables deleted after their last use."""
@@ -123,6 +135,7 @@ def emit_forward(writer: Writer, claim: Claim, call: Call, used: set[str], note:
     y = program.x(claim.stop)
     y = y if note == "" or y in used else "_"
     text_note = _note(claim) + note
+    writer.compare_ranks(claim, program.x(claim.start))
     if call.function == "again":
         text, reads = writer.call(claim, call, ())
         writer.add(f"{y} = {text}", reads, [y], text_note)
@@ -139,7 +152,7 @@ def emit_forward(writer: Writer, claim: Claim, call: Call, used: set[str], note:
 
 def write_forward(space: Space, cover: Cover, saved: Sequence[str], check: bool) -> Function:
     """`forward(ops, x0, extras, weights)` returns `(outputs, saved)`, both tuples."""
-    writer, program = Writer(space, cover), space.program
+    writer, program = Writer(space, cover, check), space.program
     parameters = ["ops", "x0", *program.inputs, *program.weight_names.values()]
     stored = _cast(writer, FORWARD, saved)
     used = set(saved) | space.teed()
@@ -188,7 +201,8 @@ def _cast(writer: Writer, direction: str, names: Sequence[str]) -> dict[str, str
 class _Backward:
     def __init__(self, space: Space, cover: Cover, saved: Sequence[str], check: bool) -> None:
         self.check = check
-        self.writer, self.program, self.space = Writer(space, cover), space.program, space
+        self.program, self.space = space.program, space
+        self.writer = Writer(space, cover, check)
         self.cover, self.saved = cover, saved
         self.have = {f"d{i}" for i in self.program.run.outputs if i in self.program.tapped}
         self.made: set[str] = set()
@@ -230,6 +244,7 @@ class _Backward:
         """Run a backward claim."""
         program, writer = self.program, self.writer
         checked = self.check and not claim.is_reference
+        writer.compare_ranks(claim, "dx")
         if checked:
             writer.add("ref_dx = dx", ["dx"], ["ref_dx"], "check")
         results: dict[str, str] = {}
@@ -297,7 +312,7 @@ class _Backward:
         """The weight gradients that `backward` left out, and the names of their weights."""
         if not self.delays:
             return None, ()
-        later = _Backward(self.space, self.cover, self.saved, False)
+        later = _Backward(self.space, self.cover, self.saved, self.check)
         _cast(later.writer, "backward", self.saved)
         weights: list[str] = []
         for i, claim, call in self.queued:

@@ -8,12 +8,14 @@ results that alias.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .errors import OpError
 from .plan import Plan
 from .spec import ROWS, Spec
 
@@ -39,6 +41,19 @@ def flattened(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [flat(t, dims) for t, dims in zip(tensors, plan.specs.dims, strict=False)]
 
 
+def unflattened(plan: Plan, outputs: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
+    """Outputs with the leading dimensions of the input; the first one counts the ranks' rows."""
+    if plan.specs.ratios is None:
+        return [y.view(*shape[:-1], y.shape[-1]) for y in outputs]
+    found = []
+    for y, (up, down) in zip(outputs, plan.specs.ratios, strict=True):
+        if len(shape) < 2 or shape[0] * up % down:
+            sizes = f"[rows, *, {shape[-1]}], rows a multiple of {down}"
+            raise OpError(plan.labels[0], f"input of shape {tuple(shape)}", sizes)
+        found.append(y.view(shape[0] * up // down, *shape[1:-1], y.shape[-1]))
+    return found
+
+
 class PlanFunction(torch.autograd.Function):
     """Runs a plan forward and backward: `apply(plan, stage, extra count, x, *extras, *weights)`."""
 
@@ -53,7 +68,8 @@ class PlanFunction(torch.autograd.Function):
             inputs = flattened(plan, tensors)
             with without_autocast(x.device.type):
                 outputs, saved = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])
-            outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+            if ctx.lead is not None:
+                outputs = unflattened(plan, outputs, x.shape)
         ctx.save_for_backward(*saved)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -91,7 +107,7 @@ def run_inference(plan: Plan, ops: Any, extras: int, tensors: Sequence[Any]) -> 
         else:
             inputs = flattened(plan, tensors)
             outputs = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])[0]
-            outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+            outputs = unflattened(plan, outputs, x.shape)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
@@ -150,10 +166,18 @@ def _backward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
 def _fakes(specs: Sequence[Spec], rows: Any) -> list[Tensor]:
     return [
         torch.empty(
-            [rows if s == ROWS else s for s in spec.shape], dtype=spec.dtype, device=spec.device
+            [_scaled(rows, spec.factor) if s == ROWS else s for s in spec.shape],
+            dtype=spec.dtype,
+            device=spec.device,
         )
         for spec in specs
     ]
+
+
+def _scaled(rows: Any, factor: Fraction) -> Any:
+    """rows * factor, of sizes that may be symbolic."""
+    up, down = factor.as_integer_ratio()
+    return rows * up if down == 1 else rows * up // down
 
 
 def _fake_forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
@@ -166,7 +190,7 @@ def _fake_backward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
     plan = _handles[handle][0]
     names = [name for name, _ in plan.specs.saved]
     saved = dict(zip(names, tensors[len(tensors) - len(names) :], strict=True))
-    rows, found = tensors[0].shape[0], []
+    rows, found = _scaled(tensors[0].shape[0], 1 / plan.specs.outputs[0].factor), []
     for name, spec in zip(plan.specs.names, plan.specs.gradients, strict=True):
         if spec is not None and name in saved and ROWS not in spec.shape:
             like, dense = saved[name], torch.contiguous_format
@@ -223,5 +247,5 @@ def run_compiled(plan: Plan, handle: str, extras: int, tensors: Sequence[Tensor 
     else:
         outputs = torch.ops.opsgraph.forward(handle, there)[: len(plan.specs.outputs)]
     if len(shape) != 2:
-        outputs = [y.view(*shape[:-1], y.shape[-1]) for y in outputs]
+        outputs = unflattened(plan, outputs, shape)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)

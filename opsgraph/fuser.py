@@ -91,14 +91,16 @@ def reference(kind: type[Op]) -> Reference:
     return Reference(kind)
 
 
-def _alternatives(entry: Any) -> tuple[type[Op] | None, ...]:
+@cached
+def alternatives(entry: Any) -> tuple[type[Op] | None, ...]:
+    """The classes that an entry of a pattern may stand for, None for an optional one."""
     kinds = get_args(entry) if get_origin(entry) in (Union, UnionType) else (entry,)
     return tuple(None if kind in (None, NoneType) else kind for kind in kinds)
 
 
 def variants(pattern: Mapping[str, Any]) -> Iterator[Variant]:
     """Every concrete pattern that a pattern with unions and optional entries stands for."""
-    for kinds in product(*map(_alternatives, pattern.values())):
+    for kinds in product(*map(alternatives, pattern.values())):
         yield tuple(zip(pattern, kinds, strict=True))
 
 
@@ -120,7 +122,7 @@ def _verify(fuser: Fuser) -> None:
     if getattr(fuser, "backend", None) not in backends():
         known = ", ".join(backends())
         fail(f"got backend {getattr(fuser, 'backend', None)!r}, expected one of {known}")
-    kinds = {key: [k for k in _alternatives(e) if k] for key, e in fuser.pattern.items()}
+    kinds = {key: [k for k in alternatives(e) if k] for key, e in fuser.pattern.items()}
     flat = [kind for entry in kinds.values() for kind in entry]
     if not flat or not all(isinstance(kind, type) and issubclass(kind, Op) for kind in flat):
         fail(f"got pattern {dict(fuser.pattern)!r}, expected op classes under names")

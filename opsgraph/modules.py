@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dtensor import own_part
 from .errors import OpsgraphError
 from .op import Op
-from .ops import LayerNorm, Linear, RMSNorm, Tee
+from .ops import AllGather, LayerNorm, Linear, RMSNorm, Tee
 from .ops.activations import ACTIVATIONS, GATED
+from .ops.collectives import Group, group_of, process_group
+from .ops.linear import SYMMETRIC
+from .ops.parameters import Partition
 from .plan import Plan
 from .sequential import Sequential
 
@@ -52,9 +56,23 @@ class LayerNormMLP(nn.Module):
     `backward_dw()`. checkpoint: only the input is saved; the backward makes the norm, FC1 and the
     activation again. seq_length, micro_batch_size and name are hints and change nothing.
 
-    Raises OpsgraphError for unknown names and sizes that do not fit, NotImplementedError for
-    arguments that opsgraph does not support yet.
+    Tensor parallelism: each of the tp_size ranks of tp_group holds a share of FC1's rows (of the
+    gate and of the value, where there are two) and of FC2's columns, `ffn / tp_size` wide; these
+    parameters carry tensor_model_parallel, partition_dim and partition_stride. With
+    set_parallel_mode the module exchanges what is needed: the sum over ranks after FC2, to which
+    its bias is added once. Without, that is the caller's. sequence_parallel: input and output are
+    this rank's rows, along dimension 0; the norm's output is gathered before FC1 and FC2's is
+    scattered. Gradients of the norm's parameters and of fc2_bias, which carry sequence_parallel,
+    are then of this rank's rows, and the caller adds them over tp_group. The norm output that is
+    returned is this rank's too, or everyone's with return_layernorm_output_gathered. The ub_*
+    arguments and symmetric_ar_type admit fusers that overlap an exchange with a matrix product;
+    they change no result.
+
+    Raises OpsgraphError for unknown names and sizes that do not fit.
     """
+
+    distributed = False
+    """Whether the parameters are DTensors of the whole layer."""
 
     def __init__(
         self,
@@ -101,67 +119,148 @@ class LayerNormMLP(nn.Module):
             "ub_bulk_dgrad": ub_bulk_dgrad,
             "ub_bulk_wgrad": ub_bulk_wgrad,
         }
-        _check_parallel(ffn_hidden_size, tp_size, tp_group, sequence_parallel, overlap)
-        _not_yet(
-            set_parallel_mode=set_parallel_mode,
-            symmetric_ar_type=symmetric_ar_type,
-        )
+        tp = _tensor_parallel(tp_size, tp_group)
+        _check_parallel(ffn_hidden_size, tp, sequence_parallel, overlap)
+        if symmetric_ar_type is not None:
+            _known("symmetric_ar_type", symmetric_ar_type, dict.fromkeys(SYMMETRIC))
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
         self.normalization, self.activation, self.use_bias = normalization, activation, bias
         self.return_bias = return_bias
         self.return_layernorm_output = return_layernorm_output
+        self._group, self.tp_size = tp
+        self.set_parallel_mode = set_parallel_mode
+        self.sequence_parallel = sequence_parallel and tp.size > 1
+        self.size_per_partition = ffn_hidden_size // tp.size
+        off = {"ub_bulk_dgrad", "ub_bulk_wgrad"} if ub_overlap_rs_dgrad else set()
+        self.overlap = tuple(flag for flag, on in overlap.items() if on and flag not in off)
+        self.symmetric_ar_type = symmetric_ar_type
         self.name = name
         self._init_methods = (init_method or _normal, output_layer_init_method or _normal)
         self._rng = get_rng_state_tracker
-        rows = ffn_hidden_size * (2 if activation in GATED else 1)
-        self._declare(rows, {"device": device, "dtype": params_dtype})
-        norm = NORMS[normalization](
-            hidden_size, eps, zero_centered_gamma=zero_centered_gamma, device="meta"
-        )
+        params = dict(activation_params or {})
+        act = ACTIVATIONS[activation](**params)
+        self.halves = 2 if activation in GATED else 1
+        self._fc1_stride = getattr(act, "pieces", 1)
+        self._declare({"device": device, "dtype": params_dtype})
+        self._gathered = return_layernorm_output_gathered
+        self._norm_options = {"eps": eps, "zero_centered_gamma": zero_centered_gamma}
+        self._activation_params = params
+        self._plan_options: dict[str, Any] = {
+            "delay_wgrad_compute": delay_wgrad_compute,
+            "checkpoint": checkpoint,
+        }
         self.zero_centered_gamma = zero_centered_gamma
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
-        params = dict(activation_params or {})
-
-        def sequence(overwrite: bool) -> Sequential:
-            grads = {
-                "accumulate_into_main_grad": fuse_wgrad_accumulation,
-                "overwrite_main_grad": overwrite,
-            }
-            fc2_bias = bias and not return_bias
-            return Sequential(
-                norm.borrow(self, **{own: f"layer_norm_{own}" for own in norm.names}),
-                *([Tee()] if return_layernorm_output else []),
-                _linear(self, "fc1", hidden_size, rows, bias, grads),
-                ACTIVATIONS[activation](**params),
-                _linear(self, "fc2", ffn_hidden_size, hidden_size, fc2_bias, grads),
-                delay_wgrad_compute=delay_wgrad_compute,
-                checkpoint=checkpoint,
-            )
-
-        # In a tuple: they are no submodules, for their ops hold nothing. The second is for a first
-        # microbatch, whose weight gradients overwrite main_grad.
-        self._sequences = (sequence(False), sequence(True))
+        self._sequences = self._build()
         self.reset_parameters()
 
-    def _declare(self, rows: int, place: dict[str, Any]) -> None:
+    def _build(self) -> tuple[Sequential, Sequential]:
+        """The sequences that run: the second is for a first microbatch, whose weight gradients
+        overwrite main_grad. In a tuple: they are no submodules, for their ops hold nothing."""
+        norm = NORMS[self.normalization](self.hidden_size, device="meta", **self._norm_options)
+        fc1, fc2, between = self._exchange(self._gathered)
+        fc2_bias = self.use_bias and not self.return_bias
+
+        def sequence(overwrite: bool) -> Sequential:
+            options: dict[str, Any] = {
+                "accumulate_into_main_grad": self.fuse_wgrad_accumulation,
+                "overwrite_main_grad": overwrite,
+            }
+            return Sequential(
+                norm.borrow(self, **{own: f"layer_norm_{own}" for own in norm.names}),
+                *between,
+                _linear(self, "fc1", self.use_bias, options | fc1),
+                ACTIVATIONS[self.activation](**self._activation_params),
+                _linear(self, "fc2", fc2_bias, options | fc2),
+                **self._plan_options,
+            )
+
+        return sequence(False), sequence(True)
+
+    def _declare(self, place: dict[str, Any]) -> None:
         """Register the parameters, in TransformerEngine's order."""
         hidden, bias = self.hidden_size, self.use_bias
+        rows = self.size_per_partition * self.halves
         sizes: dict[str, tuple[int, ...] | None] = {
             "layer_norm_weight": (hidden,),
             "layer_norm_bias": (hidden,) if self.normalization == "LayerNorm" else None,
             "fc1_weight": (rows, hidden),
             "fc1_bias": (rows,) if bias else None,
-            "fc2_weight": (hidden, self.ffn_hidden_size),
+            "fc2_weight": (hidden, self.size_per_partition),
             "fc2_bias": (hidden,) if bias else None,
         }
         for name, shape in sizes.items():
             made = None if shape is None else nn.Parameter(torch.empty(shape, **place))
             self.register_parameter(name, made)
 
+    def _exchange(self, gathered: bool) -> tuple[dict[str, Any], dict[str, Any], list[Op]]:
+        """How FC1 and FC2 are split, and the ops between the norm and FC1."""
+        tee: list[Op] = [Tee()] if self.return_layernorm_output else []
+        if not self.set_parallel_mode or self.tp_size == 1:
+            return {}, {}, tee
+        overlap = {"overlap": self.overlap}
+        group = overlap | {
+            "tensor_parallel_group": self._group,
+            "sequence_parallel": self.sequence_parallel,
+        }
+        fc1 = group | {"tensor_parallel_mode": "column"}
+        fc2 = group | {"tensor_parallel_mode": "row", "symmetric_ar_type": self.symmetric_ar_type}
+        if tee and gathered and self.sequence_parallel:
+            return overlap, fc2, [AllGather(self._group), *tee]
+        return fc1, fc2, tee
+
+    @property
+    def tp_group(self) -> Any:
+        """The process group whose ranks split the layer, or None. Kept as its name."""
+        return process_group(self._group)
+
+    def set_tensor_parallel_group(self, tp_group: Any) -> None:
+        """Exchange tensors over another group of as many ranks."""
+        group = group_of(tp_group, "LayerNormMLP")
+        _same_size(self.tp_size, group)
+        self._group = group.name
+        self._sequences = self._build()
+
+    def split(self, group: Group, sequence_parallel: bool) -> None:
+        """Become one rank's part of a layer; the parameters are the caller's to replace."""
+        _check_parallel(self.ffn_hidden_size, group, sequence_parallel, {})
+        self._group, self.tp_size = group
+        self.set_parallel_mode = True
+        self.sequence_parallel = sequence_parallel and group.size > 1
+        self.size_per_partition = self.ffn_hidden_size // group.size
+        self._sequences = self._build()
+
+    def partitions(self) -> dict[str, Partition]:
+        """How ranks split the parameters that they do split."""
+        rows = Partition(self._group, self.tp_size, 0, self._fc1_stride)
+        columns = Partition(self._group, self.tp_size, 1)
+        bias = {"fc1_bias": rows} if self.use_bias else {}
+        return {"fc1_weight": rows, "fc2_weight": columns} | bias
+
+    def _mark_parameters(self) -> None:
+        """Give the parameters the attributes by which others know how they are split."""
+        split = self.partitions()
+        # What DTensors are, they tell themselves.
+        for name, parameter in () if self.distributed else self.named_parameters():
+            if name in split:
+                split[name].mark(parameter)
+            else:
+                parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._mark_parameters()  # moving to another device may make new parameters
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._mark_parameters()  # copies of parameters lose their attributes
+
     def reset_parameters(self) -> None:
         """Initialize all parameters again, e.g. after `to_empty`."""
+        self._mark_parameters()
         for name, parameter in self._parameters.items():
             if parameter is not None and not name.startswith("fc"):
                 one = name.endswith("weight") and not self.zero_centered_gamma
@@ -183,7 +282,7 @@ class LayerNormMLP(nn.Module):
         result = self._sequences[first](inp)
         out, *more = result if isinstance(result, tuple) else (result,)
         if self.return_bias:
-            bias = self.fc2_bias
+            bias = None if self.fc2_bias is None else own_part(self, "fc2_bias", self.fc2_bias)
             more.insert(0, None if bias is None else bias.to(out.dtype))
         return (out, *more) if more else out
 
@@ -212,37 +311,48 @@ class LayerNormMLP(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.hidden_size}, {self.ffn_hidden_size}, normalization={self.normalization!r}, "
-            f"activation={self.activation!r}, bias={self.use_bias}"
+            f"activation={self.activation!r}, bias={self.use_bias}, tp_size={self.tp_size}"
         )
 
 
-def _linear(
-    module: LayerNormMLP, prefix: str, width: int, rows: int, bias: bool, grads: Mapping[str, Any]
-) -> Op:
+def _linear(module: LayerNormMLP, prefix: str, bias: bool, options: Mapping[str, Any]) -> Op:
     names = {"weight": f"{prefix}_weight"} | ({"bias": f"{prefix}_bias"} if bias else {})
-    return Linear(width, rows, bias, device="meta", **grads).borrow(module, **names)
+    ranks = 1 if "tensor_parallel_mode" in options else module.tp_size
+    ffn = module.ffn_hidden_size // ranks
+    rows = ffn * module.halves if prefix == "fc1" else module.hidden_size
+    width = module.hidden_size if prefix == "fc1" else ffn
+    return Linear(width, rows, bias, device="meta", **options).borrow(module, **names)
+
+
+def _tensor_parallel(tp_size: int, tp_group: Any) -> Group:
+    if tp_group is None:
+        return Group("", tp_size)
+    group = group_of(tp_group, "LayerNormMLP")
+    if tp_size != 1:
+        _same_size(tp_size, group)
+    return group
+
+
+def _same_size(tp_size: int, group: Group) -> None:
+    if tp_size != group.size:
+        raise OpsgraphError(
+            f"LayerNormMLP: got tp_size {tp_size} and a tp_group of {group.size} ranks, expected "
+            f"tp_size {group.size}"
+        )
 
 
 def _check_parallel(
-    ffn: int, tp_size: int, tp_group: Any, sequence_parallel: bool, overlap: Mapping[str, bool]
+    ffn: int, tp: Group, sequence_parallel: bool, overlap: Mapping[str, bool]
 ) -> None:
-    if ffn % tp_size:
+    if tp.size < 1 or ffn % tp.size:
         raise OpsgraphError(
-            f"LayerNormMLP: got ffn_hidden_size {ffn}, expected a multiple of tp_size {tp_size}"
+            f"LayerNormMLP: got ffn_hidden_size {ffn}, expected a multiple of tp_size {tp.size}"
         )
-    if tp_size > 1 and tp_group is None:
-        raise OpsgraphError(f"LayerNormMLP: got tp_size {tp_size} and no tp_group, expected one")
+    if tp.size > 1 and not tp.name:
+        raise OpsgraphError(f"LayerNormMLP: got tp_size {tp.size} and no tp_group, expected one")
     given = [name for name, on in overlap.items() if on]
-    if given and not (sequence_parallel and tp_size > 1):
+    if given and not (sequence_parallel and tp.size > 1):
         raise OpsgraphError(
             f"LayerNormMLP: got {', '.join(given)} without sequence parallelism, expected "
             "sequence_parallel=True and tp_size > 1"
         )
-    if tp_size > 1:
-        raise NotImplementedError("LayerNormMLP: tp_size > 1 is not supported yet")
-
-
-def _not_yet(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value:
-            raise NotImplementedError(f"LayerNormMLP: {name} is not supported yet")

@@ -12,6 +12,7 @@ values or gradients ("x" and parameter names) the plan uses; the others may be N
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -81,6 +82,8 @@ class Op(nn.Module):
     """Whether the op hands its input out on a channel; `bwd` takes that gradient as `d`."""
     random: ClassVar[bool] = False
     """Whether `fwd` draws random numbers, so that only `again` can repeat it."""
+    collective: ClassVar[bool] = False
+    """Whether it exchanges tensors with the other ranks of the process group named `group`."""
     training_matters: ClassVar[bool] = False
     """Whether the op differs between training and evaluation."""
 
@@ -128,6 +131,10 @@ class Op(nn.Module):
     def out(self, x: Spec) -> Spec:
         """The spec of y. By default `fwd` is run on a meta tensor to find out."""
         return self._trace(x)[0]
+
+    def row_factor(self) -> Fraction:
+        """How many rows y has for each row of x: other than 1 where ranks exchange rows."""
+        return Fraction(1)
 
     def saved(self, x: Spec) -> dict[str, Spec]:
         """The specs of what `saves` names, with `ROWS` for the row count."""

@@ -104,6 +104,8 @@ class Signature(NamedTuple):
     """Saved values and weights, in order; those that are inputs are in `inputs` too."""
     names: tuple[str, ...]
     """The forward's arguments after `ops`."""
+    ratios: tuple[tuple[int, int], ...] | None
+    """Rows of each output for rows of the input, None where they are the same."""
     dims: tuple[int | None, ...]
     """Of the input and the extra inputs: dimensions inside the plan, None for as they are."""
     absent: tuple[bool, ...]
@@ -158,6 +160,7 @@ def _signature(
     weights = {v: request.weights[slot] for slot, v in program.weight_names.items()}
     given: dict[str, Any] = {"x0": request.x, **program.extra_specs, **weights}
     specs = [(n, given[n] if n in weights else space.spec(n)) for n in saved]
+    ratios = tuple(program.specs[gap].factor.as_integer_ratio() for gap in last)
     cast = {
         name
         for name, spec in given.items()
@@ -170,6 +173,7 @@ def _signature(
         tuple(program.specs[gap] for gap in last),
         tuple(specs),
         tuple(given),
+        None if set(ratios) == {(1, 1)} else ratios,
         (2, *(program.extra_dims(*place) for place in run.inputs)),
         tuple(spec is None for spec in given.values()),
         tuple(name for name in given if name not in cast),

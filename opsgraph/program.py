@@ -7,7 +7,8 @@ Where ops are dropped, several gaps share one value, named after the first of th
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,10 @@ class Run:
         self.kinds = [entry.kind for entry, _ in lowered]
         self.ops = [entry.op for entry, _ in lowered]
         self.labels = [label for _, label in lowered]
+        self.factors = [Fraction(1)]
+        """For each gap, how many rows there are for each row of the input."""
+        for kind, op in zip(self.kinds, self.ops, strict=True):
+            self.factors.append(self.factors[-1] * kind.row_factor(op))
         self.slots = [(i, name) for i, kind in enumerate(self.kinds) for name in weights(kind)]
         self.sources: dict[tuple[int, str], int] = {}
         self.inputs: list[tuple[int, str, str | None]] = []
@@ -183,7 +188,7 @@ class Program:
             for name in kind.extra_inputs:
                 self._check_extra(i, kind, name, x, specs)
             if not self.still_forward[i]:
-                x = kind.out(op, x)
+                x = _rows_times(kind.out(op, x), self.run.factors[i + 1])
             specs.append(x)
         return specs
 
@@ -206,13 +211,18 @@ class Program:
         self, i: int, kind: type[Op], name: str, x: Spec, before: Sequence[Spec]
     ) -> None:
         source = self.run.sources.get((i, name))
-        spec = self.extra_specs[f"{name}{i}"] if source is None else before[source]
+        if source is None:
+            spec = _rows_times(self.extra_specs[f"{name}{i}"], x.factor)
+            self.extra_specs[f"{name}{i}"] = spec
+        else:
+            spec = before[source]
         expected = kind.extra_spec(self.ops[i], name, x)
         if expected is None:
             return
         if spec.device != x.device:
             raise OpError(self.labels[i], f"{name} on {spec.device}", str(x.device))
-        if spec.shape != expected.shape:
+        expected = _rows_times(expected, x.factor)
+        if (spec.shape, spec.factor) != (expected.shape, expected.factor):
             raise OpError(self.labels[i], f"{name} {spec}", str(expected))
         if name in kind.as_stored:
             return
@@ -307,8 +317,14 @@ class Program:
         if name == f"x{i}":
             return self.specs[i]
         if i not in self._saved:
-            self._saved[i] = self.kinds[i].saved(self.ops[i], self.specs[i])
+            x, saved = self.specs[i], self.kinds[i].saved(self.ops[i], self.specs[i])
+            self._saved[i] = {n: _rows_times(spec, x.factor) for n, spec in saved.items()}
         return self._saved[i][name.removesuffix(str(i))]
+
+
+def _rows_times(spec: Spec, factor: Fraction) -> Spec:
+    """The spec of so many rows; ops need not think of it."""
+    return spec if spec.factor == factor or ROWS not in spec.shape else replace(spec, factor=factor)
 
 
 def op_identity(run: Run, i: int, direction: str, training: bool) -> bool:

@@ -14,6 +14,7 @@ from . import config
 from .errors import OpError, PlanError
 from .op import Op, constant_under_compile
 from .ops.convert import module_from, op_from
+from .ops.linear import tell_next
 from .ops.sizes import infer_sizes
 from .plan import Plan
 from .table import Options, Stage
@@ -56,6 +57,7 @@ class Sequential(nn.Sequential):
         self._stages: list[Stage | nn.Module] = []
         self._epoch = -1
         infer_sizes(self._present())
+        tell_next(self._present())
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
         if not self._lazy():
@@ -89,6 +91,7 @@ class Sequential(nn.Sequential):
     def _prepare(self) -> None:
         """Find the stages again: at first use, and whenever something has changed."""
         epoch = config.epoch
+        tell_next(self._present())
         groups, stages = self._groups(), list[Stage | nn.Module]()
         reads = [{channel for _, module in group for channel in _reads(module)} for group in groups]
         for k, group in enumerate(groups):

@@ -1,7 +1,8 @@
 """What is known of a value before it exists: trailing shape, dtype, device. Never its rows."""
 
 from dataclasses import dataclass, replace
-from math import prod
+from fractions import Fraction
+from math import ceil, prod
 
 import torch
 
@@ -23,11 +24,14 @@ class Spec:
 
     shape: `(ROWS, width)` for values between ops; saved values may have any shape, with `ROWS` in
     the place of the row count, or none (a scalar seed is `()`).
+    factor: how many rows there are for each row of the plan's input; the planner keeps it, ops
+    change it by their `row_factor`.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    factor: Fraction = Fraction(1)
 
     @property
     def width(self) -> int:
@@ -36,10 +40,11 @@ class Spec:
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes that one row takes; 0 for a value whose size does not depend on the rows."""
+        """Bytes for each row of the plan's input, rounded up; 0 where rows do not matter."""
         if ROWS not in self.shape:
             return 0
-        return prod(size for size in self.shape if size != ROWS) * self.dtype.itemsize
+        one = prod(size for size in self.shape if size != ROWS) * self.dtype.itemsize
+        return one if self.factor == 1 else ceil(one * self.factor)
 
     def like(self, width: int | None = None, dtype: torch.dtype | None = None) -> "Spec":
         """The same with another width or dtype."""
@@ -52,7 +57,9 @@ class Spec:
         return torch.empty(shape, dtype=self.dtype, device=device or self.device)
 
     def __str__(self) -> str:
-        sizes = ",".join("*" if size == ROWS else str(size) for size in self.shape)
+        up, down = self.factor.as_integer_ratio()
+        rows = ("" if up == 1 else str(up)) + "*" + ("" if down == 1 else f"/{down}")
+        sizes = ",".join(rows if size == ROWS else str(size) for size in self.shape)
         return f"{_SHORT.get(self.dtype, str(self.dtype).removeprefix('torch.'))}[{sizes}]"
 
 

@@ -19,6 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from . import config
 from .backend import backends as known_backends
+from .dtensor import PLAIN, own_part
 from .errors import OpError, PlanError
 from .execute import PlanFunction, expose, run_compiled, run_inference
 from .fuser import registered
@@ -116,6 +117,18 @@ def _shape(weight: Tensor | None) -> Any:
     return tuple(weight.shape)
 
 
+def _first_collective(run: Run) -> int | None:
+    return next((i for i, kind in enumerate(run.kinds) if kind.collective), None)
+
+
+def _lead(lead: torch.Size, ratio: tuple[int, int]) -> torch.Size:
+    """Leading dimensions after ranks have exchanged rows: the first one is scaled."""
+    up, down = ratio
+    if up == down or not lead:
+        return lead
+    return torch.Size((lead[0] * up // down, *lead[1:]))
+
+
 class Stage:
     """A run of consecutive ops of a Sequential, with the parameters it reads."""
 
@@ -129,8 +142,14 @@ class Stage:
     ) -> None:
         run = Run(ops, labels, known, later)
         run.verify_weights()
+        if options.double_backward and (i := _first_collective(run)) is not None:
+            raise PlanError(
+                f"{run.labels[i]}: it exchanges tensors with other ranks, and has no "
+                "second derivative; expected double_backward=False"
+            )
         self.inputs, self.outputs = run.inputs, run.outputs
         self.row_dims = [self._row_dims(run, i, name) for i, name, _ in run.inputs]
+        self.ratios = [factor.as_integer_ratio() for factor in run.factors]
         self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
         self.slots = [run.ops[i].home(name) for i, name in run.slots]
         self.modes = [
@@ -174,6 +193,9 @@ class Stage:
             found = plan.run_delayed(self.ops, *later, *saved)
             for name, gradient in zip(plan.specs.delayed, found, strict=True):
                 weight = getattr(*homes[name])
+                if type(weight) not in PLAIN:
+                    got = f"{homes[name][1]} as a {type(weight).__name__}"
+                    raise OpError("backward_dw", got, "a plain parameter")
                 if gradient is not None:
                     gradient = gradient.to(weight.dtype)
                     weight.grad = gradient if weight.grad is None else weight.grad + gradient
@@ -183,7 +205,9 @@ class Stage:
         found: list[Tensor | None] = [module._parameters.get(name) for module, name in self.slots]
         for k, weight in enumerate(found):
             if weight is None:
-                found[k] = getattr(*self.slots[k])
+                found[k] = weight = getattr(*self.slots[k])
+            if type(weight) not in PLAIN and weight is not None:
+                found[k] = own_part(*self.slots[k], weight)
         return found
 
     def key(self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Key:
@@ -212,13 +236,15 @@ class Stage:
     def example_extras(self, x: Tensor) -> list[Tensor]:
         """Extra inputs of the right shapes for an input, uninitialized."""
         run, rows = self.table.run, x.numel() // max(1, x.shape[-1])
-        edge, found = row(x.shape[-1], x.dtype, x.device), []
+        edge, found, lead = row(x.shape[-1], x.dtype, x.device), [], x.shape[:-1]
         specs = [edge]
         for kind, op in zip(run.kinds, self.real, strict=True):
             specs.append(kind.out(op, specs[-1]))
         for (i, name, _), dims in zip(run.inputs, self.row_dims, strict=True):
-            extra = run.kinds[i].example_extra(self.real[i], name, specs[i], rows)
-            shape = extra.shape if dims is None else (*x.shape[:-1], *extra.shape[1:])
+            up, down = self.ratios[i]
+            extra = run.kinds[i].example_extra(self.real[i], name, specs[i], rows * up // down)
+            more = _lead(lead, self.ratios[i])
+            shape = extra.shape if dims is None else (*more, *extra.shape[1:])
             found.append(extra.view(shape))
         return found
 
@@ -234,13 +260,13 @@ class Stage:
         gradients = {"x0"} if key[4] else set()
         rest = iter(key[6:])
         found: dict[tuple[int, str], Spec | None] = {}
-        for (i, name), home in zip(run.slots, self.slots, strict=True):
+        for (i, name), weight in zip(run.slots, self.weights(), strict=True):
             dtype = next(rest)
             found[i, name] = None
             if dtype is None:
                 continue
+            assert weight is not None
             wanted, same = next(rest), next(rest)
-            weight = getattr(*home)
             there = device if same else weight.device
             found[i, name] = Spec(tuple(weight.shape), dtype, there)
             if wanted:
@@ -290,8 +316,8 @@ class Stage:
 
     def _check_rows(self, x: Tensor, extras: Sequence[Tensor]) -> None:
         """Raises OpError for an extra input whose rows are not those of x."""
-        lead = x.shape[:-1]
         for (i, name, _), extra, dims in zip(self.inputs, extras, self.row_dims, strict=True):
+            lead = _lead(x.shape[:-1], self.ratios[i])
             if dims is None or extra.shape[: len(lead)] == lead:
                 continue
             expected = (*lead, extra.shape[-1]) if dims == 2 else tuple(lead)

@@ -94,6 +94,7 @@ TABLE = {
 }
 
 EXTRA_OPS = {type(case.build()).__name__ for case in TABLE.values()}
+EXTRA_OPS |= {"AllGather", "AllReduce", "AllReduceGrad", "ReduceScatter"}  # tests/distributed
 CASES = [(name, shape) for name, case in TABLE.items() for shape in case.shapes]
 
 

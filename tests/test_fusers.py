@@ -1,4 +1,7 @@
-"""One test for all fusers: each against the reference plan, in training and in inference."""
+"""One test for all fusers: each against the reference plan, in training and in inference.
+
+Those that exchange tensors with other ranks have theirs in `distributed/test_overlap.py`.
+"""
 
 import os
 
@@ -7,11 +10,12 @@ import torch
 
 from opsgraph.backend import backends
 from opsgraph.fuser import Fuser, registered
-from opsgraph.testing import check_fuser
+from opsgraph.testing import check_fuser, exchanges
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-every_fuser = pytest.mark.parametrize("fuser", registered(), ids=lambda fuser: fuser.name)
+FUSERS = [fuser for fuser in registered() if not exchanges(fuser)]
+every_fuser = pytest.mark.parametrize("fuser", FUSERS, ids=lambda fuser: fuser.name)
 
 
 def check(fuser: Fuser, device: str, dtype: torch.dtype, shape=(5, 16), compiled=False) -> None:

@@ -213,6 +213,7 @@ OVERLAPS = [name for name in SIGNATURE.split() if name.startswith("ub_")]
         (dict(activation="tanh"), "activation 'tanh', expected one of gelu, geglu.*swiglu, glu"),
         (dict(tp_size=5), "ffn_hidden_size 12, expected a multiple of tp_size 5"),
         (dict(tp_size=2), "tp_size 2 and no tp_group"),
+        (dict(symmetric_ar_type="ring"), "symmetric_ar_type 'ring', expected one of multimem"),
         *(({name: True}, f"{name} without sequence par") for name in OVERLAPS),
         (dict(sequence_parallel=True, ub_overlap_ag=True), "ub_overlap_ag without sequence par"),
     ],
@@ -220,14 +221,6 @@ OVERLAPS = [name for name in SIGNATURE.split() if name.startswith("ub_")]
 )
 def test_errors_at_construction(options: dict[str, Any], message: str) -> None:
     with pytest.raises(og.OpsgraphError, match=f"LayerNormMLP: got .*{message}"):
-        make(**options)
-
-
-@pytest.mark.parametrize(
-    "options", [dict(set_parallel_mode=True), dict(symmetric_ar_type="one_shot")], ids=str
-)
-def test_what_is_not_there_yet(options: dict[str, Any]) -> None:
-    with pytest.raises(NotImplementedError, match=f"LayerNormMLP: {next(iter(options))} is not"):
         make(**options)
 
 

@@ -76,7 +76,7 @@ class LinearActivationBackward(Fuser):
     backend, pattern = "triton", dict(bias=Bias | None, act=Activation, fc=BasicLinear)
 
     def reject(self, act: Op, fc: Any, x: Spec) -> str | None:
-        return _refusal(act, x, fc.out_features, BACKWARD_DEPTH)
+        return _refusal(act, x, fc.local_out_features, BACKWARD_DEPTH)
 
     def bwd(
         self, dy: Tensor, bias: Op | None, act: Op, act_x: Tensor, act_kernel: str,

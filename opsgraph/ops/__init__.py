@@ -16,6 +16,7 @@ from .activations import (
     SwiGLU,
 )
 from .adaptive import AdaptiveLayerNorm, AdaptiveRMSNorm, Modulate
+from .collectives import AllGather, AllReduce, AllReduceGrad, ReduceScatter
 from .elementwise import ConstantScale, Dropout, Identity, Reshape
 from .grouped import GroupedLinear
 from .linear import BasicLinear, Bias, Linear
@@ -40,6 +41,9 @@ __all__ = [
     "AdaptiveRMSNorm",
     "Add",
     "AddExtraInput",
+    "AllGather",
+    "AllReduce",
+    "AllReduceGrad",
     "BasicLinear",
     "Bias",
     "ClampedSwiGLU",
@@ -55,6 +59,7 @@ __all__ = [
     "RMSNorm",
     "ReGLU",
     "ReLU",
+    "ReduceScatter",
     "Reshape",
     "Residual",
     "SReGLU",

@@ -41,6 +41,11 @@ class GatedActivation(Op):
         super().__init__()
         self.glu_interleave_size = glu_interleave_size
 
+    @property
+    def pieces(self) -> int:
+        """Into how many pieces, one after the other, its input falls: gate and value."""
+        return 1 if self.glu_interleave_size else 2
+
     def reject(self, x: Spec) -> str | None:
         period = 2 * (self.glu_interleave_size or 1)
         if x.width % period:

@@ -112,11 +112,13 @@ def module_from(module: nn.Module, label: str) -> nn.Module:
     """The torch module that computes what an op does, with its parameters.
 
     Ops that torch.nn lacks become a `PlainOp`. Raises PlanError for ops with extra inputs or
-    outputs, which no torch module in a sequence has.
+    outputs, which no torch module in a sequence has, and for tensor-parallel ones.
     """
     if not isinstance(module, Op):
         return module
     kinds = [entry.kind for entry in module.lower()]
+    if any(kind.collective for kind in kinds):
+        raise PlanError(f"{label}: it exchanges tensors with other ranks, as no torch module does")
     if any(kind.extra_inputs or kind.taps for kind in kinds):
         raise PlanError(f"{label}: it has extra inputs or outputs, which nn.Sequential cannot pass")
     made = _TO[type(module)](module) if type(module) in _TO else PlainOp(module)

@@ -2,17 +2,33 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from ..errors import OpError
 from ..op import Lowered, Op, arguments
 from ..spec import Spec
+from .collectives import AllGather, AllReduce, AllReduceGrad, Group, ReduceScatter, group_of
 from .main_grad import accumulate
-from .parameters import empty_parameter
+from .parameters import Partition, empty_parameter
+
+if TYPE_CHECKING:
+    from .collectives import GroupLike
+
+
+def shards(mode: str | None, size: int) -> tuple[int, int]:
+    """Among how many ranks a mode splits a weight's rows and columns."""
+    return (size if mode == "column" else 1), (size if mode == "row" else 1)
+
+
+SYMMETRIC = ("multimem_all_reduce", "two_shot", "one_shot")
+"""All-reduces over symmetric memory that a row-parallel layer may ask for."""
 
 
 class BasicLinear(Op):
@@ -21,9 +37,12 @@ class BasicLinear(Op):
     Either size may be left out where a neighbour or the first input tells it. The weight is
     initialized as nn.Linear's (uniform within `1/sqrt(in_features)`), or by `init_method(weight)`.
     accumulate_into_main_grad: the weight's gradient goes into `weight.main_grad`, see `main_grad`.
+    shards: among how many ranks the weight's rows and columns are split; this one holds a share.
     """
 
     gemm = True
+    distributed = False
+    """Whether the parameters are DTensors of the whole layer."""
 
     def __init__(
         self,
@@ -33,15 +52,18 @@ class BasicLinear(Op):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         init_method: Callable[[Tensor], Any] | None = None,
+        shards: tuple[int, int] = (1, 1),
         accumulate_into_main_grad: bool = False,
         overwrite_main_grad: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.shards = shards
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.overwrite_main_grad = overwrite_main_grad
         self.init_method = init_method
-        self.weight = empty_parameter((out_features, in_features), device, dtype)
+        shape = (self.local_out_features, self.local_in_features)
+        self.weight = empty_parameter(shape, device, dtype)
         if type(self) is BasicLinear:
             self.reset_parameters()
 
@@ -49,27 +71,47 @@ class BasicLinear(Op):
         """Initialize the weight, where its sizes are known."""
         if isinstance(self.weight, UninitializedParameter):
             return
-        if self.init_method is None:
+        if self.init_method is None and self.shards[1] == 1:
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        elif self.init_method is None:  # by the whole layer's width
+            bound = 1 / math.sqrt(self.in_features or 1)
+            nn.init.uniform_(self.weight, -bound, bound)
         else:
             with torch.no_grad():
                 self.init_method(self.weight)
 
     @property
+    def local_in_features(self) -> int | None:
+        """The input width on this rank: a share where the weight is split by columns."""
+        return self._share(self.in_features, "in_features", self.shards[1])
+
+    @property
+    def local_out_features(self) -> int | None:
+        """The output width on this rank: a share where the weight is split by rows."""
+        return self._share(self.out_features, "out_features", self.shards[0])
+
+    def _share(self, size: int | None, name: str, ranks: int) -> int | None:
+        if size is not None and size % ranks:
+            expected = f"a multiple of {ranks}, for the ranks of the group"
+            raise OpError(type(self).__name__, f"{name} {size}", expected)
+        return None if size is None else size // ranks
+
+    @property
     def in_width(self) -> int | None:
-        return self.in_features
+        return self.local_in_features
 
     def width_before(self, out_width: int) -> int | None:
-        return self.in_features
+        return self.local_in_features
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
         if self.in_features is None and in_width is not None:
-            self.in_features = in_width
+            self.in_features = in_width * self.shards[1]
         if self.out_features is None and out_width is not None:
-            self.out_features = out_width
-        if self.in_features is None or self.out_features is None:
+            self.out_features = out_width * self.shards[0]
+        rows, columns = self.local_out_features, self.local_in_features
+        if rows is None or columns is None:
             return
-        sizes = {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
+        sizes = {"weight": (rows, columns), "bias": (rows,)}
         lazy = [n for n, p in self._parameters.items() if isinstance(p, UninitializedParameter)]
         for name in lazy:
             self._parameters[name].materialize(sizes[name])  # type: ignore[union-attr]
@@ -77,12 +119,12 @@ class BasicLinear(Op):
             self.reset_parameters()
 
     def sizes_from(self, name: str, shape: torch.Size) -> None:
-        self.out_features = shape[0]
+        self.out_features = shape[0] * self.shards[0]
         if name == "weight":
-            self.in_features = shape[1]
+            self.in_features = shape[1] * self.shards[1]
 
     def out(self, x: Spec) -> Spec:
-        return x.like(self.out_features)
+        return x.like(self.local_out_features)
 
     def fwd(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[()]]:
         return F.linear(x, weight), ()
@@ -143,7 +185,7 @@ class Bias(Op):
         self.width = shape[0]
 
     def reject(self, x: Spec) -> str | None:
-        width = getattr(self, "width", None) or getattr(self, "out_features", None)
+        width = getattr(self, "width", None) or getattr(self, "local_out_features", None)
         return None if x.width == width else f"got input width {x.width}, expected {width}"
 
     def out(self, x: Spec) -> Spec:
@@ -168,6 +210,21 @@ class Linear(BasicLinear):
 
     x: `[*, in_features]`; weight: `[out_features, in_features]`; bias: `[out_features]` or None.
     init_method initializes the weight alone; the bias is 0 then.
+
+    Tensor parallelism, over the ranks of tensor_parallel_group (a ProcessGroup, a DeviceMesh of one
+    dimension or a group's name; by default all ranks): with tensor_parallel_mode="column" a rank
+    holds a share of the weight's rows and of the bias, takes all of x and makes a share of y's
+    columns; with "row" it holds a share of the weight's columns and takes a share of x's, and y is
+    the sum over ranks, to which the bias is added once. With sequence_parallel a column-parallel
+    layer gathers the ranks' rows of x and a row-parallel one leaves each rank its rows of y;
+    gradients of a row-parallel bias are then of this rank's rows and not reduced over the group.
+    in_features and out_features are those of the whole layer; parameters are this rank's share,
+    initialized inside `rng_state_tracker_function().fork()` where that is given, and carry
+    tensor_model_parallel, partition_dim and partition_stride, a row-parallel bias
+    sequence_parallel. partition_stride: in how many pieces the rows are before each is split, by
+    default 2 where a gated activation follows in a sequence, else 1. overlap, symmetric_ar_type:
+    what fusers that hide an exchange behind a matrix product read, see `opsgraph.fusers.overlap`.
+    Raises OpError for sizes that the ranks do not divide.
     """
 
     def __init__(
@@ -179,25 +236,58 @@ class Linear(BasicLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         init_method: Callable[[Tensor], Any] | None = None,
+        tensor_parallel_mode: str | None = None,
+        tensor_parallel_group: "GroupLike | None" = None,
+        sequence_parallel: bool = False,
+        rng_state_tracker_function: Callable[[], Any] | None = None,
+        partition_stride: int | None = None,
+        overlap: Iterable[str] = (),
+        symmetric_ar_type: str | None = None,
         accumulate_into_main_grad: bool = False,
         overwrite_main_grad: bool = False,
     ) -> None:
+        if tensor_parallel_mode not in (None, "column", "row"):
+            got = f"tensor_parallel_mode {tensor_parallel_mode!r}"
+            raise OpError("Linear", got, "None, 'column' or 'row'")
+        if symmetric_ar_type not in (None, *SYMMETRIC):
+            got = f"symmetric_ar_type {symmetric_ar_type!r}"
+            raise OpError("Linear", got, f"None or one of {', '.join(SYMMETRIC)}")
+        group = Group("", 1)
+        if tensor_parallel_mode is not None:
+            group = group_of(tensor_parallel_group, "Linear")
         super().__init__(
             in_features,
             out_features,
             device=device,
             dtype=dtype,
             init_method=init_method,
+            shards=shards(tensor_parallel_mode, group.size),
             accumulate_into_main_grad=accumulate_into_main_grad,
             overwrite_main_grad=overwrite_main_grad,
         )
+        self.group, self.group_size = group
+        self.tensor_parallel_mode = tensor_parallel_mode
+        self.sequence_parallel = sequence_parallel and group.size > 1
+        self.partition_stride = partition_stride or 1
+        self._stride_given = partition_stride is not None
+        self.overlap, self.symmetric_ar_type = tuple(sorted(overlap)), symmetric_ar_type
+        self.rng_state_tracker_function = rng_state_tracker_function
         self.register_parameter("bias", None)
         if bias:
-            self.bias = empty_parameter((out_features,), device, dtype)
+            self.bias = empty_parameter((self.local_out_features,), device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
+        self._mark_parameters()
+        tracker = self.rng_state_tracker_function
+        with tracker().fork() if tracker else nullcontext():
+            super().reset_parameters()
+            if self.tensor_parallel_mode != "row":
+                self._reset_bias()
+        if self.tensor_parallel_mode == "row":  # the same on every rank
+            self._reset_bias()
+
+    def _reset_bias(self) -> None:
         if self.bias is None or isinstance(self.bias, UninitializedParameter):
             return
         if self.init_method is not None or not self.in_features:
@@ -206,13 +296,71 @@ class Linear(BasicLinear):
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def precede(self, op: nn.Module | None) -> None:
+        """Take note of the op after this one: it may have pieces that are split separately."""
+        stride = getattr(op, "pieces", 1)
+        if not self._stride_given and stride != self.partition_stride:
+            self.partition_stride = stride
+            self._mark_parameters()
+
+    def split(self, mode: str | None, group: Group, sequence_parallel: bool) -> None:
+        """Become one rank's part of a layer; the parameters are the caller's to replace.
+
+        Raises OpError for sizes that the ranks do not divide.
+        """
+        rows, columns = shards(mode, group.size)
+        pieces = self.partition_stride if mode == "column" else 1
+        self._share(self.out_features, "out_features", rows * pieces)
+        self._share(self.in_features, "in_features", columns)
+        self.tensor_parallel_mode = mode
+        self.group, self.group_size = group
+        self.sequence_parallel = sequence_parallel and group.size > 1
+        self.shards = rows, columns
+
+    def partitions(self) -> dict[str, Partition]:
+        """How ranks split the parameters that they do split, one rank among them."""
+        if self.tensor_parallel_mode == "row":
+            return {"weight": Partition(self.group, self.group_size, 1)}
+        if self.tensor_parallel_mode is None and self.partition_stride == 1:
+            return {}
+        split = Partition(self.group, self.group_size, 0, self.partition_stride)
+        return {"weight": split} | ({"bias": split} if self.has("bias") else {})
+
+    def _mark_parameters(self) -> None:
+        """Give the parameters the attributes by which others know how they are split."""
+        if self.tensor_parallel_mode is None or self.distributed:
+            return
+        for name, partition in self.partitions().items():
+            partition.mark(self._parameters[name])
+        bias = self._parameters["bias"]
+        if bias is not None and self.tensor_parallel_mode == "row":
+            bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._mark_parameters()  # moving to another device may make new parameters
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._mark_parameters()  # copies of parameters lose their attributes
+
     def lower(self) -> Sequence[Lowered]:
         kind = type(self)
         functions = ("fwd", "bwd", "dgrad", "wgrad")
         own = any(getattr(kind, name) is not getattr(BasicLinear, name) for name in functions)
-        parts = [Lowered(kind if own else BasicLinear, self)]
+        parts: list[type[Op]] = [kind if own else BasicLinear]
         added = self.has("bias") and "bias" not in arguments(kind.fwd)
-        return [*parts, Lowered(Bias, self)] if added else parts
+        if self.group_size > 1 and self.tensor_parallel_mode == "column":
+            parts.insert(0, AllGather if self.sequence_parallel else AllReduceGrad)
+        elif self.group_size > 1:
+            parts.append(ReduceScatter if self.sequence_parallel else AllReduce)
+            if self.has("bias") and not added:
+                got = "a row-parallel layer whose fwd adds the bias, on every rank"
+                raise OpError(kind.__name__, got, "a fwd without it")
+        if added:
+            parts.append(Bias)
+        return [Lowered(part, self) for part in parts]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.has('bias')}"
@@ -220,3 +368,10 @@ class Linear(BasicLinear):
     @classmethod
     def sample(cls) -> Iterable[Op]:
         return cls(out_features=24), cls(out_features=24, bias=False)
+
+
+def tell_next(modules: Sequence[nn.Module]) -> None:
+    """Tell every Linear of a sequence which op follows it."""
+    for module, following in pairwise(modules):
+        if isinstance(module, Linear):
+            module.precede(following)

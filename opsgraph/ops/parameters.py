@@ -1,10 +1,10 @@
-"""How ops make their parameters: now, or at the first call where a size is not known yet."""
+"""How ops make their parameters, now or once their size is known, and how ranks split them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 
@@ -16,3 +16,34 @@ def empty_parameter(
         made: Any = UninitializedParameter
         return made(device=device, dtype=dtype)  # type: ignore[no-any-return]
     return nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))  # type: ignore[arg-type]
+
+
+class Partition(NamedTuple):
+    """How the ranks of a process group split a parameter: along `dim`, in equal shares.
+
+    stride: in how many pieces it is before each is split; the shares of one rank lie one after the
+    other. 2 keeps the gate and the value of a gated activation apart.
+    """
+
+    group: str
+    size: int
+    dim: int
+    stride: int = 1
+
+    def mark(self, parameter: nn.Parameter | None) -> None:
+        """Set the attributes by which Megatron-LM and its like know split parameters."""
+        if parameter is not None:
+            attributes = {"partition_dim": self.dim, "partition_stride": self.stride}
+            for name, value in ({"tensor_model_parallel": True} | attributes).items():
+                setattr(parameter, name, value)
+
+    def share(self, whole: Tensor, rank: int) -> Tensor:
+        """A rank's share of the whole, a tensor of its own."""
+        pieces = whole.chunk(self.stride, self.dim)
+        shares = [piece.tensor_split(self.size, self.dim)[rank] for piece in pieces]
+        return torch.cat(shares, self.dim)
+
+    def join(self, shares: Sequence[Tensor]) -> Tensor:
+        """The whole, of every rank's share."""
+        pieces = zip(*(share.chunk(self.stride, self.dim) for share in shares), strict=True)
+        return torch.cat([torch.cat(piece, self.dim) for piece in pieces], self.dim)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import PlanError
 from ..op import Lowered, Op
 from ..spec import Spec
+from .linear import tell_next
 from .sizes import infer_sizes, width_between
 
 _serial = itertools.count()
@@ -109,6 +110,7 @@ class Residual(Op):
         if wrong := [type(op).__name__ for op in ops if not isinstance(op, Op)]:
             raise PlanError(f"Residual: got {', '.join(wrong)}, expected ops of opsgraph")
         self.ops = nn.ModuleList(ops)
+        tell_next(ops)
 
     @property
     def in_width(self) -> int | None:

@@ -9,11 +9,12 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .fuser import Fuser, variants
-from .op import Op
-from .sequential import Sequential
+from ..fuser import Fuser, variants
+from ..op import Op
+from ..sequential import Sequential
 
 TOLERANCES = {
     torch.float64: (1e-9, 1e-9),
@@ -33,6 +34,15 @@ def samples(fuser: Fuser) -> Iterator[list[Op]]:
             yield [found[k % len(found)] for found in chosen]
 
 
+def exchanges(fuser: Fuser) -> bool:
+    """Whether a fuser's ops exchange tensors with other ranks, so that checking it takes some."""
+    return any(k is not None and k.collective for v in variants(fuser.pattern) for _, k in v)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def _run(module: Any, inputs: Sequence[Tensor], training: bool) -> list[Tensor]:
     """Outputs, and in training every gradient: of the inputs, then of the parameters."""
     torch.manual_seed(1)
@@ -42,7 +52,7 @@ def _run(module: Any, inputs: Sequence[Tensor], training: bool) -> list[Tensor]:
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     outputs = _listed(module(*inputs))
     wanted = [*(x for x in inputs if x.requires_grad), *module.parameters()]
-    torch.manual_seed(2)
+    torch.manual_seed(2 + _rank())
     grads = torch.autograd.grad(outputs, wanted, [torch.randn_like(y) for y in outputs])
     return [*(y.detach() for y in outputs), *grads]
 
@@ -72,12 +82,13 @@ def check_fuser(
 ) -> int:
     """Compare a fuser with the reference ops, in training and in inference.
 
+    In a process group each rank has an input, weights and gradients of its own, as shards are.
     Returns in how many plans it was taken; where it declined there is nothing to compare. Raises
     AssertionError where outputs or gradients differ.
     """
     taken = 0
     for ops, training in product(samples(fuser), (True, False)):
-        torch.manual_seed(0)
+        torch.manual_seed(_rank())
         order = tuple(dict.fromkeys((fuser.backend, "reference")))
         place: Any = {"device": device, "dtype": dtype}
         module = Sequential(*ops, backends=order, fusers=(fuser.name,), **place)
