@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .dropout import _MASK, _mix
-from .quantize import E4M3, FP8_MAX, FP32_MAX, block_amax, cast, spread
+from .quantize import E4M3, FP8_MAX, FP32_MAX, block_amax, cast, quotient, spread
 
 BLOCK = 16
 E2M1_MAX = 6.0
@@ -40,7 +40,9 @@ def quantize_nvfp4(
     stochastic rounding (see `e2m1`).
     """
     multiplier = tensor_multiplier(amax)
-    scale = cast(block_amax(x, height, BLOCK) * multiplier / E2M1_MAX, torch.ones_like(amax), E4M3)
+    product = block_amax(x, height, BLOCK) * multiplier
+    six = torch.full_like(amax, E2M1_MAX)  # a number would make CUDA multiply by its reciprocal
+    scale = cast(product / six, torch.ones_like(amax), E4M3)
     factor = (multiplier / scale.float()).clamp_max(FP32_MAX)
     value = x.float() * spread(factor, x.shape, height, BLOCK)
     return pack(e2m1(value, seed)), scale
@@ -58,7 +60,7 @@ def dequantize_nvfp4(
 
 def tensor_multiplier(amax: Tensor) -> Tensor:
     """S of the module's formula, fp32."""
-    multiplier = (FP8_MAX[E4M3] * E2M1_MAX / amax).clamp_max(FP32_MAX)
+    multiplier = quotient(FP8_MAX[E4M3] * E2M1_MAX, amax).clamp_max(FP32_MAX)
     return torch.where((amax > 0) & (amax < torch.inf), multiplier, 1.0)
 
 

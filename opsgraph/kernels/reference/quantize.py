@@ -58,9 +58,14 @@ def scale_of(
 ) -> Tensor:
     """The multiplier of each amax, fp32 of any shape; the module says the formula."""
     amax = amax.clamp_min(eps)
-    scale = (FP8_MAX[dtype] / amax).clamp_max(FP32_MAX)
+    scale = quotient(FP8_MAX[dtype], amax).clamp_max(FP32_MAX)
     scale = torch.where((amax > 0) & (amax < torch.inf), scale, 1.0)
     return (scale.view(torch.int32) & _NOT_MANTISSA).view(torch.float32) if power_of_two else scale
+
+
+def quotient(numerator: float, x: Tensor) -> Tensor:
+    """`numerator / x`, rounded once: PyTorch itself multiplies by the reciprocal of x."""
+    return torch.full_like(x, numerator) / x
 
 
 def cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -142,7 +147,7 @@ def delayed_update(
         amax = algorithm(history)
     else:
         amax = history.amax(0) if algorithm == "max" else history[0]
-    new = (fp8_max / amax / 2.0**margin).clamp_max(FP32_MAX)
+    new = (quotient(fp8_max, amax) * 2.0**-margin).clamp_max(FP32_MAX)
     new = torch.where((amax > 0) & (amax < torch.inf), new, scale)
     first = torch.zeros_like(history[:1])
     return torch.cat((first, history.roll(-1, 0)[1:])), new
