@@ -1,11 +1,12 @@
 """opsgraph: declare a run of basic ops, have it planned, fused and run, forward and backward."""
 
-from . import fusers, ops
+from . import fusers, ops, quantizers, recipe
 from .errors import OpError, OpsgraphError, PlanError, RegisterError
 from .fuser import Fuser, register
 from .modules import LayerNormMLP
 from .op import Op
 from .plan import Plan
+from .precision import autocast
 from .sequential import Sequential
 from .spec import Spec
 
@@ -22,7 +23,10 @@ __all__ = [
     "RegisterError",
     "Sequential",
     "Spec",
+    "autocast",
     "fusers",
     "ops",
+    "quantizers",
+    "recipe",
     "register",
 ]

@@ -29,6 +29,8 @@ class Fuser:
     backend: ClassVar[str]
     pattern: ClassVar[Mapping[str, Any]]
     saves: ClassVar[tuple[str, ...]] = ()
+    quantized: ClassVar[bool] = False
+    """Whether it takes an op whose operands a recipe has quantized."""
     fwd: Callable[..., Any] | None = None
     bwd: Callable[..., Any] | None = None
     reject: Callable[..., str | None] | None = None

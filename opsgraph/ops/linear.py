@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..op import Lowered, Op, arguments
+from ..quantizers import Quantized
 from ..spec import Spec
+from . import scaled_gemm as scaled
 from .main_grad import accumulate
 from .parameters import empty_parameter
+
+Operand = Any
+"""A tensor, or `Quantized` under a recipe."""
 
 
 class BasicLinear(Op):
@@ -23,7 +28,7 @@ class BasicLinear(Op):
     accumulate_into_main_grad: the weight's gradient goes into `weight.main_grad`, see `main_grad`.
     """
 
-    gemm = True
+    gemm = quantizable = True
 
     def __init__(
         self,
@@ -84,17 +89,19 @@ class BasicLinear(Op):
     def out(self, x: Spec) -> Spec:
         return x.like(self.out_features)
 
-    def fwd(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[()]]:
-        return F.linear(x, weight), ()
+    def fwd(self, x: Operand, weight: Operand) -> tuple[Tensor, tuple[()]]:
+        return (scaled.forward(x, weight) if isinstance(x, Quantized) else F.linear(x, weight)), ()
 
-    def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
-        return dy @ weight
+    def dgrad(self, dy: Operand, weight: Operand) -> Tensor:
+        return scaled.dgrad(dy, weight) if isinstance(weight, Quantized) else dy @ weight
 
-    def wgrad(self, dy: Tensor, x: Tensor, weight_stored: Tensor) -> Tensor | None:
+    def wgrad(self, dy: Operand, x: Operand, weight_stored: Tensor) -> Any:
         """`dy.T @ x`, or into the weight's main_grad; fusers with a linear inside call it too."""
         if not self.accumulate_into_main_grad:
-            return dy.t() @ x
-        return accumulate(dy.t(), x, weight_stored, self.overwrite_main_grad)
+            return scaled.wgrad(dy, x) if isinstance(x, Quantized) else dy.t() @ x
+        quantized = isinstance(x, Quantized)
+        left, right = scaled.wgrad_operands(dy, x) if quantized else (dy.t(), x)
+        return accumulate(left, right, weight_stored, self.overwrite_main_grad)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

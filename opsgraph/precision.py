@@ -1,0 +1,83 @@
+"""`autocast` and `quantized_model_init`: which recipe is active, for the calling thread."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from . import scaling
+from .errors import OpsgraphError
+from .recipe import DelayedScaling, Recipe, key_of
+
+
+class Active(threading.local):
+    """The recipes of this thread, by number; Dynamo guards what is read here."""
+
+    def __init__(self) -> None:
+        self.key: int | None = None
+        """What modules run in; None outside `autocast`."""
+        self.depth = 0
+        self.entered: dict[int, tuple[DelayedScaling, Any]] = {}
+        """Delayed recipes, and their groups, since the outermost context opened."""
+
+
+active = Active()
+
+
+class autocast:
+    """Run linear layers in low precision: `with autocast(recipe=...):`, or a decorator.
+
+    recipe: by default `DelayedScaling()`. enabled: False runs in high precision. Contexts nest; the
+    innermost counts. amax_reduction_group: a process group, over which DelayedScaling reduces its
+    amaxes; every rank has to hold the same modules then.
+
+    DelayedScaling updates the scales of activations and weights when the outermost context ends
+    with grad enabled, and those of gradients when the next outermost context opens.
+    """
+
+    def __init__(
+        self, enabled: bool = True, recipe: Recipe | None = None, amax_reduction_group: Any = None
+    ) -> None:
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise OpsgraphError(f"autocast: got recipe {recipe!r}, expected one of opsgraph.recipe")
+        self.recipe = (recipe or DelayedScaling()) if enabled else None
+        self.key = None if self.recipe is None else key_of(self.recipe)
+        self.group = amax_reduction_group
+        self.before: list[int | None] = []
+
+    def __enter__(self) -> autocast:
+        if self.key is not None and isinstance(self.recipe, DelayedScaling):
+            if active.depth == 0:
+                scaling.update(self.key, self.recipe, self.group, scaling.BACKWARD)
+            active.entered[self.key] = self.recipe, self.group
+        self.before.append(active.key)
+        active.key = self.key
+        active.depth += 1
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        active.depth -= 1
+        active.key = self.before.pop()
+        if active.depth == 0 and active.entered:
+            entered, active.entered = active.entered, {}
+            if torch.is_grad_enabled():
+                for key, (recipe, group) in entered.items():
+                    scaling.update(key, recipe, group, scaling.FORWARD)
+
+    def __call__(self, function: Any) -> Any:
+        from functools import wraps
+
+        @wraps(function)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return inside
