@@ -192,14 +192,18 @@ def new_output(
     return Output(row, col, given, written, "amax" in want and amax is None)
 
 
-def copies(source: Source, to: Format, scale: Tensor | None, want: Collection[str]) -> Copies:
-    """The copies of a source; see `quantize`."""
+def copies(
+    source: Source, to: Format, scale: Tensor | None, want: Collection[str],
+    amax: Tensor | None = None,
+) -> Copies:  # fmt: skip
+    """The copies of a source; see `quantize`. amax: the source's, where it is known already."""
     check(to, scale, want)
     source = source.laid_out()
     x, rows, width = source.x, source.x.size(0), source.width
     empty = not rows * width
-    amax = x.new_zeros((), dtype=torch.float32) if empty else None
-    if to.scaling == "tensor" and scale is None and not empty:
+    if empty:
+        amax = x.new_zeros((), dtype=torch.float32)
+    elif to.scaling == "tensor" and scale is None and amax is None:
         amax = _run(source, to, Output(amax=True))
     output = new_output(rows, width, to, x, scale, want, amax)
     if empty or not output.asked():

@@ -13,7 +13,9 @@ from .launch import on_device_of, row_major, stride_unit, sum_partials
 from .quantize import BLOCKS, E4M3, E5M2, TILE, Copies, Format, Output, check, new_output
 from .quantize_tiles import activation_backward_kernel
 
-CONFIG = {"R": TILE, "C": TILE, "num_warps": 16}
+SMALL = {"R": 64, "C": 64, "num_warps": 8}
+LARGE = {"R": TILE, "C": TILE, "num_warps": 16}
+CONFIGS = {"tensor": SMALL, "mx": SMALL, "blocks": LARGE, "square": LARGE}
 
 
 def activation_backward_quantize(
@@ -28,7 +30,7 @@ def activation_backward_quantize(
     as `to`, y as the same with y_dtype; want and y_want say which copies ("row", "col", "amax").
     Scaling "tensor" without a scale reads dy and x twice, as in `quantize`; "rows" is not there.
     dbias: the dtype in which to return the column sums of the unrounded dx, in fp32 and in a fixed
-    order: over 128 rows, then over those sums.
+    order: over 64 or 128 rows, then over those sums.
     Raises ValueError, also where a block would hold columns of both halves of a gated dx.
     """
     flags, y_to = dict(activations.constants(kind, params)), to._replace(dtype=y_dtype)
@@ -65,9 +67,11 @@ def _run(
         return None, None, None
     rows, total = x.shape
     new = torch.empty if x.numel() else torch.zeros
-    down, across = triton.cdiv(rows, TILE), triton.cdiv(flags["WIDTH"], TILE)
+    options = CONFIGS[to.scaling]
+    down, across = triton.cdiv(rows, options["R"]), triton.cdiv(flags["WIDTH"], options["C"])
+    count = max(1, down * across * (2 if flags["GATED"] else 1))
     amaxes, y_amaxes = (
-        new(max(1, down * across), dtype=torch.float32, device=x.device) if output.amax else None
+        torch.zeros(count, dtype=torch.float32, device=x.device) if output.amax else None
         for output in (dx, y)
     )
     bias = sums = None
@@ -82,7 +86,7 @@ def _run(
                 rows // row_unit, dy.stride(0) // unit, x.stride(0) // unit,
                 ROW_UNIT=row_unit, UNIT=unit, **flags, **to.constants(x.device),
                 Y_E5M2=y_dtype == E5M2, SCALING=to.scaling, BLOCK=BLOCKS[to.scaling],
-                **CONFIG, **FUSION,
+                **options, **FUSION,
             )  # fmt: skip
             sum_partials(sums, bias, None, None)
     return (

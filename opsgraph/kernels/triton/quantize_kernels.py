@@ -25,6 +25,13 @@ def magnitude(value):
 
 
 @triton.jit
+def store_amax(value, amax):
+    """The tile's amax, a NaN if it holds one."""
+    bits = tl.max(tl.max(magnitude(value), 1), 0)
+    tl.store(amax, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def encode(value, E5M2: tl.constexpr, NATIVE: tl.constexpr):
     """fp32 to the bytes of FP8: saturated, rounded to nearest even, 0x7F for a NaN.
 

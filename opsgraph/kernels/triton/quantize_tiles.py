@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .activations import _gate, _load, _load_biased
 from .norm_kernels import _affine
-from .quantize_kernels import encode, magnitude, scale_of, store_copies
+from .quantize_kernels import encode, magnitude, scale_of, store_amax, store_copies
 
 
 @triton.jit
@@ -60,8 +60,7 @@ def copy_kernel(
         ALPHA, LIMIT, OFFSET, ZERO_CENTERED,
     )  # fmt: skip
     if amax is not None:
-        bits = tl.max(tl.max(magnitude(value), 1), 0)
-        tl.store(amax + tl.program_id(0), bits.to(tl.float32, bitcast=True))
+        store_amax(value, amax + tl.program_id(0))
     if col_amax is not None:
         cols = first_col + tl.arange(0, C)
         bits = tl.max(magnitude(value), 0).to(tl.float32, bitcast=True)
@@ -101,6 +100,36 @@ def rows_kernel(
         tl.store(data + row.to(tl.int64) * WIDTH + cols, codes, (row < rows) & (cols < WIDTH))
 
 
+@triton.jit
+def _gradients(
+    dy, x, first_row, first_col, rows, dy_stride, x_stride,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """A tile of y, da and db (da once more unless gated), zero outside the tensor."""
+    row = first_row + tl.arange(0, R)[:, None]
+    cols = first_col + tl.arange(0, C)[None, :]
+    mask = (row < rows) & (cols < WIDTH)
+    grad = _load(dy, row.to(tl.int64) * dy_stride * UNIT + cols, mask)
+    at = row.to(tl.int64) * x_stride * UNIT + cols
+    a = _load(x, at, mask)
+    if GATED:
+        b = _load(x, at + WIDTH, mask)
+        value, da, db = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+    else:
+        value, da = FUNCTION(a, ALPHA)
+        db = da
+    da, db = tl.where(mask, da * grad, 0.0), tl.where(mask, db * grad, 0.0)
+    return tl.where(mask, value, 0.0), da, db
+
+
+@triton.jit
+def _store_sums(value, sums, first_col, width, C: tl.constexpr):
+    cols = first_col + tl.arange(0, C)
+    tl.store(sums + cols, tl.sum(value, 0), cols < width)
+
+
 @triton.jit(do_not_specialize=["rows", "dy_stride", "x_stride"])
 def activation_backward_kernel(
     dy, x, dx_row, dx_row_scale, dx_col, dx_col_scale, dx_given, dx_amax,
@@ -111,52 +140,52 @@ def activation_backward_kernel(
     E5M2: tl.constexpr, Y_E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx (for a gated kind one of each half), of y, and their column sums for dbias."""
+    """One tile of dx (for a gated kind one of each half), of y, and their column sums for dbias.
+
+    Each is made anew from dy and x, which the cache holds: to keep all three would spill.
+    """
     rows *= ROW_UNIT
     blocks: tl.constexpr = (WIDTH + C - 1) // C
     total: tl.constexpr = WIDTH * 2 if GATED else WIDTH
     tile, first_col = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * C
     first_row = tile * R
-    row = first_row + tl.arange(0, R)[:, None]
-    cols = first_col + tl.arange(0, C)[None, :]
-    mask = (row < rows) & (cols < WIDTH)
-    grad = _load(dy, row.to(tl.int64) * dy_stride * UNIT + cols, mask)
-    at = row.to(tl.int64) * x_stride * UNIT + cols
-    a = _load(x, at, mask)
-    partial = first_col + tl.arange(0, C)
-    if GATED:
-        b = _load(x, at + WIDTH, mask)
-        value, da, db = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
-        db = tl.where(mask, db * grad, 0.0)
-        if dbias is not None:
-            sums = dbias + tile.to(tl.int64) * total + WIDTH
-            tl.store(sums + partial, tl.sum(db, 0), partial < WIDTH)
-    else:
-        value, da = FUNCTION(a, ALPHA)
-    da = tl.where(mask, da * grad, 0.0)
     if dbias is not None:
-        tl.store(dbias + tile.to(tl.int64) * total + partial, tl.sum(da, 0), partial < WIDTH)
+        dbias += tile.to(tl.int64) * total
+    _, da, _ = _gradients(
+        dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
+        ALPHA, LIMIT, OFFSET, R, C,
+    )  # fmt: skip
+    if dbias is not None:
+        _store_sums(da, dbias, first_col, WIDTH, C)
     da = da.to(x.dtype.element_ty).to(tl.float32)
-    bits = magnitude(da)
+    if dx_amax is not None:
+        store_amax(da, dx_amax + tl.program_id(0))
     store_copies(
         da, first_row, first_col, rows, WIDTH, total, dx_row, dx_row_scale, dx_col, dx_col_scale,
         dx_given, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
     )  # fmt: skip
     if GATED:
+        _, _, db = _gradients(
+            dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
+            ALPHA, LIMIT, OFFSET, R, C,
+        )  # fmt: skip
+        if dbias is not None:
+            _store_sums(db, dbias + WIDTH, first_col, WIDTH, C)
         db = db.to(x.dtype.element_ty).to(tl.float32)
-        bits = tl.maximum(bits, magnitude(db))
+        if dx_amax is not None:
+            store_amax(db, dx_amax + tl.num_programs(0) + tl.program_id(0))
         store_copies(
             db, first_row, first_col + WIDTH, rows, total, total, dx_row, dx_row_scale, dx_col,
             dx_col_scale, dx_given, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
         )  # fmt: skip
-    if dx_amax is not None:
-        largest = tl.max(tl.max(bits, 1), 0)
-        tl.store(dx_amax + tl.program_id(0), largest.to(tl.float32, bitcast=True))
     if y_row is not None or y_col is not None or y_amax is not None:
-        value = tl.where(mask, value.to(x.dtype.element_ty).to(tl.float32), 0.0)
+        value, _, _ = _gradients(
+            dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
+            ALPHA, LIMIT, OFFSET, R, C,
+        )  # fmt: skip
+        value = value.to(x.dtype.element_ty).to(tl.float32)
         if y_amax is not None:
-            largest = tl.max(tl.max(magnitude(value), 1), 0)
-            tl.store(y_amax + tl.program_id(0), largest.to(tl.float32, bitcast=True))
+            store_amax(value, y_amax + tl.program_id(0))
         store_copies(
             value, first_row, first_col, rows, WIDTH, WIDTH, y_row, y_row_scale, y_col,
             y_col_scale, y_given, R, C, SCALING, BLOCK, Y_E5M2, EPS, POWER_OF_TWO, NATIVE,
