@@ -16,6 +16,8 @@ from .op import Op
 from .ops import LayerNorm, Linear, RMSNorm, Tee
 from .ops.activations import ACTIVATIONS, GATED
 from .plan import Plan
+from .precision import active, microbatch
+from .scaling import make_for
 from .sequential import Sequential
 
 NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
@@ -177,10 +179,15 @@ class LayerNormMLP(nn.Module):
         """inp: `[*, hidden_size]` in the parameters' dtype, or any under autocast.
 
         is_first_microbatch: with fuse_wgrad_accumulation, True overwrites main_grad; False and
-        None accumulate.
+        None accumulate. Under a recipe, True keeps the quantized weights, and False uses those of
+        the last call with True; None quantizes them anew and keeps nothing.
         """
         first = self.fuse_wgrad_accumulation and bool(is_first_microbatch)
-        result = self._sequences[first](inp)
+        if is_first_microbatch is None or active.key is None:
+            result = self._sequences[first](inp)
+        else:
+            with microbatch(is_first_microbatch):
+                result = self._sequences[first](inp)
         out, *more = result if isinstance(result, tuple) else (result,)
         if self.return_bias:
             bias = self.fc2_bias
@@ -204,6 +211,7 @@ class LayerNormMLP(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """A TransformerEngine checkpoint's pickled `_extra_state` is dropped, never unpickled."""
         given = {k: v for k, v in state_dict.items() if k != f"{prefix}_extra_state"}
+        make_for(self, given, prefix, ("fc1_weight", "fc2_weight"))
         super()._load_from_state_dict(given, prefix, *args)
         unexpected = args[3]
         if f"{prefix}_extra_state" in unexpected:

@@ -22,9 +22,27 @@ class Active(threading.local):
         self.depth = 0
         self.entered: dict[int, tuple[DelayedScaling, Any]] = {}
         """Delayed recipes, and their groups, since the outermost context opened."""
+        self.first_microbatch: bool | None = None
+        """True: keep quantized weights for the microbatches that follow; False: use those."""
 
 
 active = Active()
+
+
+class microbatch:
+    """Inside, quantized weights are kept (first=True) or those kept are used again (first=False).
+
+    With None nothing is kept: weights are quantized at every call.
+    """
+
+    def __init__(self, first: bool | None) -> None:
+        self.first = first
+
+    def __enter__(self) -> None:
+        active.first_microbatch = self.first
+
+    def __exit__(self, *error: object) -> None:
+        active.first_microbatch = None
 
 
 class autocast:

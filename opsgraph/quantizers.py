@@ -265,13 +265,14 @@ class NVFP4Quantizer(Quantizer):
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         if col and self.hadamard:
-            x = nvfp4.hadamard(x)
+            x = nvfp4.hadamard(x.contiguous())
         else:
             x = torch.nn.functional.pad(x, (0, -x.size(1) % nvfp4.BLOCK))
         seed = torch.randint(2**62, (), device=x.device) if self.stochastic else None
         amax = quantize.amax_of(x)
         data, scale = nvfp4.quantize_nvfp4(x, amax, self.height, seed)
-        return Copy(self, data.view(data.size(0), -1, nvfp4.BLOCK // 2), scale, amax)
+        blocks = x.size(1) // nvfp4.BLOCK
+        return Copy(self, data.view(data.size(0), blocks, nvfp4.BLOCK // 2), scale, amax)
 
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
         data, amax = copy.data.flatten(1), copy.amax

@@ -75,6 +75,10 @@ class Recipe:
         """How tensors of a role are quantized."""
         raise NotImplementedError
 
+    def undelayed(self, role: str) -> Quantizer:
+        """The same for a tensor that has no history of amaxes."""
+        return self.quantizer(role)
+
     def quantize(self, x: Tensor, role: str = "activation") -> Copied:
         """One quantized copy of x `[*, width]`, for a product that contracts over its width.
 
@@ -122,6 +126,9 @@ class DelayedScaling(Recipe):
 
     def quantizer(self, role: str) -> Quantizer:
         return DelayedQuantizer(self.fp8_format.of(role))
+
+    def undelayed(self, role: str) -> Quantizer:
+        return TensorQuantizer(self.fp8_format.of(role))
 
     def first_scale(self, x: Tensor, role: str) -> Tensor:
         own = TensorQuantizer(self.fp8_format.of(role)).copy(x.float()).scale

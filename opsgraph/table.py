@@ -26,8 +26,9 @@ from .op import Op, constant_under_compile, weights
 from .ops.quantize import lowered
 from .ops.sizes import width_between
 from .plan import Plan, make_plan
+from .precision import active
 from .program import Request, Run
-from .quantizers import Quantizer
+from .quantizers import Quantized, Quantizer
 from .scaling import Scaling
 from .spec import ROWS, Spec, row
 
@@ -175,16 +176,28 @@ class Stage:
         """The parts of the quantized weights that a plan takes, made of the weights as they are."""
         found: list[Tensor] = []
         for k, copies in plan.specs.packed:
-            weight, quantizer, state = weights[k], self.packers[k], self.states.get(k)
+            weight, quantizer = weights[k], self.packers[k]
             assert weight is not None
-            weight, scale = weight.detach(), None
-            if state is not None:
-                state.record("weight", quantizer.amax(weight))
-                scale = state.weight
-            made = quantizer(weight, copies, scale)
+            made = self._quantized(k, weight.detach(), copies)
             for copy in copies:
                 found += quantizer.parts(made, copy)
         return found
+
+    def _quantized(self, k: int, weight: Tensor, copies: tuple[str, ...]) -> Quantized:
+        """One weight quantized, or what the first microbatch made of it."""
+        first, quantizer, (owner, name) = active.first_microbatch, self.packers[k], self.slots[k]
+        kept: dict[Any, Quantized] = {}
+        if first is not None:
+            kept = owner.__dict__.setdefault("_quantized_weights", kept)
+        if first is False and (name, quantizer, copies) in kept:
+            return kept[name, quantizer, copies]
+        scale, state = None, self.states.get(k)
+        if state is not None:
+            state.record("weight", quantizer.amax(weight))
+            scale = state.weight
+        made = quantizer(weight, copies, scale)
+        kept[name, quantizer, copies] = made
+        return made
 
     def record(self, plan: Plan, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Note the amaxes of activations, which follow the outputs; returns these."""
@@ -373,5 +386,7 @@ class Stage:
         if self.double_backward:  # traced through, for autograd to see the ops
             return run_inference(plan, self, len(extras), (x, *extras, *weights))
         if plan.specs.packed:
+            if active.first_microbatch is not None:
+                raise PlanError("is_first_microbatch keeps weights that torch.compile cannot see")
             weights = [*weights, *self.quantize(plan, weights)]
         return run_compiled(plan, self, len(extras), (x, *extras, *weights))

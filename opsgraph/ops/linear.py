@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..op import Lowered, Op, arguments
 from ..quantizers import Quantized
+from ..scaling import make_for
 from ..spec import Spec
 from . import scaled_gemm as scaled
 from .main_grad import accumulate
@@ -80,6 +81,10 @@ class BasicLinear(Op):
             self._parameters[name].materialize(sizes[name])  # type: ignore[union-attr]
         if lazy:
             self.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        make_for(self, state_dict, prefix, ("weight",))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def sizes_from(self, name: str, shape: torch.Size) -> None:
         self.out_features = shape[0]

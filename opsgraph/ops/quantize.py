@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from ..op import Lowered, Op, Placed
-from ..quantizers import Quantizer, TensorQuantizer
+from ..quantizers import Quantizer
 from ..recipe import DelayedScaling, Recipe, recipe_of
 from ..scaling import scaling_of
 from ..spec import Spec
 from .elementwise import Identity
+from .grouped import GroupedLinear
+from .quantized_grouped import grouped
 
 
 class _Quantizing(Op):
@@ -144,6 +146,8 @@ def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     for entry, before, after in zip(plain, kinds, kinds[2:], strict=False):
         if entry.kind.quantizable:
             made += _around(entry, recipe_of(key), key)
+        elif entry.kind is GroupedLinear:
+            made += grouped(entry, recipe_of(key))
         elif isinstance(entry.op, Quantize):
             made += _rounding(entry, recipe_of(key), before.quantizable, after.quantizable)
         else:
@@ -171,18 +175,13 @@ def _rounding(
 ) -> Iterator[Placed]:
     """A user's Quantize, without what a linear layer beside it does anyway."""
 
-    def quantizer(role: str) -> Quantizer:
-        if isinstance(recipe, DelayedScaling):  # it has no history of its own
-            return TensorQuantizer(recipe.fp8_format.of(role))
-        return recipe.quantizer(role)
-
     assert isinstance(entry.op, Quantize)
     forward, backward = entry.op.rounds
     if forward and not linear_after:
-        op = RoundTrip(quantizer("activation"), "activation")
+        op = RoundTrip(recipe.undelayed("activation"), "activation")
         yield Placed(RoundTrip, op, entry.label)
     else:
         yield entry
     if backward and not linear_before:
-        grad = RoundTripGrad(quantizer("gradient"), "gradient")
+        grad = RoundTripGrad(recipe.undelayed("gradient"), "gradient")
         yield Placed(RoundTripGrad, grad, entry.label, "g")
