@@ -231,6 +231,17 @@ def test_mxfp8_exponents_at_powers_of_two(exponent: int, ulp: int) -> None:
     check_mx(torch.tensor([[float(towards), 0.0]]), E4M3, oracle.E4M3)
 
 
+def test_a_nan_of_either_sign() -> None:
+    """Reductions and 0 / 0 give negative NaNs on some machines."""
+    nans = torch.tensor([0x7FC00000, -0x400000, 0x7F800001, -1], dtype=torch.int32)
+    nans = nans.view(torch.float32)
+    assert quantize.e8m0_of(nans, E4M3).tolist() == [255] * 4
+    assert quantize.scale_of(nans, E4M3).tolist() == [1.0] * 4
+    assert bits(quantize.cast(nans, torch.ones(()), E5M2)).tolist() == [0x7F] * 4
+    assert nvfp4.tensor_multiplier(nans).tolist() == [1.0] * 4
+    assert nvfp4.e2m1(nans[None]).tolist() == [[7] * 4]
+
+
 @pytest.mark.parametrize("height", [1, 16])
 @pytest.mark.parametrize("seed", [0, -1, 2**62 + 12345])
 def test_nvfp4_stochastic_rounding(seed: int, height: int) -> None:

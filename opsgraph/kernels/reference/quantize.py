@@ -159,10 +159,10 @@ def e8m0_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
     Both largest values are 1.75 times a power of two, so that the quotient's exponent is the
     difference of theirs, and one more where amax has a mantissa above 1.75: nothing is rounded.
     """
-    bits = amax.view(torch.int32)
+    bits = amax.view(torch.int32) & 0x7FFFFFFF  # the sign of a NaN is anyone's
     exponent = (bits >> 23) - (8 if dtype == E4M3 else 15)
     exponent = (exponent + ((bits & 0x7FFFFF) > 0x600000)).clamp_min(0)
-    return torch.where(bits < _INFINITY, exponent, torch.where(amax.isnan(), 255, 254))
+    return torch.where(bits < _INFINITY, exponent, torch.where(bits > _INFINITY, 255, 254))
 
 
 def exp2(exponent: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def tile_config(width: int, tall: bool, tensors: int = 1) -> dict[str, int]:
 def check(to: Format, scale: Tensor | None, want: Collection[str]) -> None:
     """Raises ValueError for a format or a wish that is not defined."""
     if to.scaling not in BLOCKS:
-        raise ValueError(f"unknown scaling {to.scaling!r}; known: {', '.join(BLOCKS)}")
+        raise ValueError(f"unknown scaling {to.scaling!r}, expected one of {', '.join(BLOCKS)}")
     if to.dtype not in (E4M3, E5M2):
         raise ValueError(f"got dtype {to.dtype}, expected {E4M3} or {E5M2}")
     if to.scaling != "tensor" and (scale is not None or "amax" in want):
