@@ -21,6 +21,14 @@ def _triton() -> str | None:
     return "no CUDA device (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
 
 
+def _cublaslt() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device; recipes are emulated exactly"
+    if torch.cuda.get_device_capability() < (8, 9):
+        return "the device has no FP8 units (sm_89 has); recipes are emulated exactly"
+    return None
+
+
 def interpreting() -> bool:
     """Whether Triton was told to run its kernels in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -54,6 +62,7 @@ _BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("triton", "Triton kernels", ("cuda",), _triton),
+        Backend("cublaslt", "scaled GEMMs of cuBLASLt, under recipes", ("cuda",), _cublaslt),
         Backend("aten", "PyTorch's own fused calls (cublasLt, oneDNN)"),
         Backend("reference", "plain PyTorch, one op at a time"),
     )

@@ -93,17 +93,20 @@ class Space:
 
     def _usable(self) -> list[Fuser]:
         device, there = self.program.request.x.device, []
-        known = backends()
+        # Without a recipe a refusal of what is for recipes would say nothing.
+        recipe = bool(self.program.run.quantizers)
+        fusers = [f for f in registered() if recipe or not f.quantized]
+        known, used = backends(), {f.backend for f in fusers}
         for name in self.order:
             if name not in known:
                 raise PlanError(f"got backend {name!r}, expected some of {', '.join(known)}")
             reason = known[name].why_not_on(device)
             if reason is None:
                 there.append(name)
-            else:
+            elif name in used:
                 self.rejected.append(Rejection((), name, "both", reason))
         only = self.program.request.options.get("fusers")
-        return [f for f in registered() if f.backend in there and (only is None or f.name in only)]
+        return [f for f in fusers if f.backend in there and (only is None or f.name in only)]
 
     def _fused(self, fusers: list[Fuser], direction: str) -> Iterator[Claim]:
         program = self.program
@@ -143,11 +146,13 @@ class Space:
 
     def _refusal(self, match: Match, direction: str) -> str | None:
         program, fuser = self.program, match.fuser
-        if not fuser.quantized and any(
-            i is not None and program.packed(i, "weight", direction)
-            for i in match.positions.values()
-        ):
-            return "it takes plain values, and the recipe quantizes the linear's"
+        for i in match.positions.values():
+            if i is None or not program.packed(i, "weight", direction):
+                continue
+            if not fuser.quantized:
+                return "it takes plain values, and the recipe quantizes the linear's"
+            if fuser.reject_formats and (reason := fuser.reject_formats(*program.storages(i))):
+                return reason
         if direction == BACKWARD:
             for i in match.positions.values():
                 if i is not None and program.kinds[i].passes and i != match.stop - 1:
@@ -162,6 +167,11 @@ class Space:
             i = match.positions.get(key) if key else None
             if i is not None and name == "d" and i not in program.tapped:
                 return f"no gradient arrives at the Tee {program.numbers[i]}"
+        if fuser.quantized and not any(
+            i is not None and program.packed(i, "weight", direction)
+            for i in match.positions.values()
+        ):
+            return "it takes quantized values, and these are not"
         if fuser.reject is None:
             return None
         values = {key: None if i is None else program.ops[i] for key, i in match.positions.items()}

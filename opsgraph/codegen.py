@@ -11,9 +11,10 @@ import torch
 
 from .check import Checker, compare
 from .claims import Call, Claim, Space
-from .op import BACKWARD, FORWARD, STORED, derived_backward, differentiable
+from .op import BACKWARD, FORWARD, derived_backward, differentiable
 from .packing import Packing
 from .planner import Cover
+from .preamble import write_parts, write_preamble
 
 _serial = itertools.count()
 
@@ -153,8 +154,7 @@ def write_forward(space: Space, cover: Cover, saved: Sequence[str], check: bool)
     copies = Packing(space, cover)
     parameters = ["ops", "x0", *program.inputs, *program.weight_names.values()]
     parameters += [name for name, _ in copies.parameters]
-    stored = _cast(writer, FORWARD, saved)
-    _load(writer, copies, FORWARD)
+    stored = write_preamble(writer, copies, FORWARD, saved)
     used = set(cover.keeper.kept) | space.teed()
     for claim in cover.forward:
         emit_forward(writer, claim, claim.calls[0], used, copies)
@@ -165,11 +165,7 @@ def write_forward(space: Space, cover: Cover, saved: Sequence[str], check: bool)
         alias = name in outputs or name == "x0" or name in program.inputs
         outputs.append(f"{name}.view_as({name})" if alias else name)
     outputs += program.reports
-    for value, (copy, parts) in copies.kept.items():
-        names = [part for part, _ in parts]
-        quantizer = writer.quantizer(copies.quantizer(value))
-        text = f"{_commas(names)} = {quantizer}.parts({value}, {copy!r})"
-        writer.add(text, [value], names, "keep")
+    write_parts(writer, copies)
     kept = [stored.get(name, name) for name in saved]
     text = f"return ({_commas(outputs)}), ({_commas(kept)})"
     writer.add(text, {o.split(".")[0] for o in outputs} | set(kept))
@@ -178,45 +174,6 @@ def write_forward(space: Space, cover: Cover, saved: Sequence[str], check: bool)
 
 def _commas(names: Sequence[str]) -> str:
     return "".join(f"{name}, " for name in names).strip()
-
-
-def _cast(writer: Writer, direction: str, names: Sequence[str]) -> dict[str, str]:
-    """Casts for an active autocast; returns where a stored weight is still to be found."""
-    program, stored = writer.program, {}
-    compute = program.request.compute
-    if compute is None:
-        return {}
-    if direction == FORWARD:
-        for name, spec in {"x0": program.request.x, **program.extra_specs}.items():
-            if (
-                spec.dtype.is_floating_point
-                and name not in program.uncast
-                and spec.dtype != compute
-            ):
-                writer.add(f"{name} = {name}.to({compute})", [name], [name], "autocast")
-    for (i, name), variable in program.weight_names.items():
-        if not program.casts(i, name) or (direction != FORWARD and variable not in names):
-            continue
-        if program.packed(i, name, direction):
-            continue
-        if variable in names:
-            stored[variable] = variable + STORED
-            writer.add(f"{stored[variable]} = {variable}", [variable], [stored[variable]])
-        writer.add(f"{variable} = {variable}.to({compute})", [variable], [variable], "autocast")
-    return stored
-
-
-def _load(writer: Writer, copies: Packing, direction: str) -> None:
-    """Put quantized weights together from their parts."""
-    program = writer.program
-    for (i, name), variable in program.weight_names.items():
-        found = copies.weight_parts(i, name, direction)
-        if found:
-            given = [f"{copy}=({_commas([n for n, _ in parts])})" for copy, parts in found.items()]
-            quantizer = writer.quantizer(program.run.quantizers[i, name])
-            text = f"q{variable} = {quantizer}.load({program.specs[i].dtype}, {', '.join(given)})"
-            reads = [n for parts in found.values() for n, _ in parts]
-            writer.add(text, reads, [f"q{variable}"], "load")
 
 
 class _Backward:
@@ -311,23 +268,11 @@ class _Backward:
             found = {name: value for name, value in results.items() if "_" not in (name, value)}
             Checker(writer, claim, _label(claim)).backward(found)
 
-    def preamble(self) -> None:
-        """Casts for autocast, and quantized values put together from what was saved."""
-        writer, copies = self.writer, self.copies
-        _cast(writer, BACKWARD, self.saved)
-        _load(writer, copies, BACKWARD)
-        for value, (copy, parts) in copies.kept.items():
-            names = [part for part, _ in parts]
-            dtype = self.space.spec(value).dtype
-            quantizer = writer.quantizer(copies.quantizer(value))
-            text = f"{value} = {quantizer}.load({dtype}, {copy}=({_commas(names)}))"
-            writer.add(text, names, [value], "load")
-
     def finish(self) -> Function:
         program = self.program
         outs = [program.tee(i) for i in program.run.outputs if i in program.tapped]
         parameters = ["ops", "dx", *outs, *self.saved]
-        self.preamble()
+        write_preamble(self.writer, self.copies, BACKWARD, self.saved)
         gap = program.count
         for claim in self.cover.backward:
             for i in range(gap - 1, claim.stop - 1, -1):
@@ -349,7 +294,7 @@ class _Backward:
         if not self.delays:
             return None, ()
         later = _Backward(self.space, self.cover, self.saved, False)
-        later.preamble()
+        write_preamble(later.writer, later.copies, BACKWARD, self.saved)
         weights: list[str] = []
         for i, claim, call in self.queued:
             for argument in call.arguments:

@@ -330,3 +330,12 @@ def derived_backward(kind: type[Op]) -> Callable[..., Any]:
 
     bwd.declared_arguments = ("dy", *names)  # type: ignore[attr-defined]
     return bwd
+
+
+Lower = Callable[[Sequence[Op], Sequence[str]], Sequence[Placed]]
+
+
+def lower_plainly(ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
+    """What ops stand for, each basic op with the label of the one that it came from."""
+    named = zip(ops, labels, strict=True)
+    return [Placed(kind, basic, label) for op, label in named for kind, basic in op.lower()]

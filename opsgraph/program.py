@@ -5,7 +5,7 @@ parameter, `other5` its extra input, `dx` the gradient that flows, `d0` the one 
 Where ops are dropped, several gaps share one value, named after the first of them.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,25 +18,18 @@ from .op import (
     BACKWARD,
     FORWARD,
     STORED,
+    Lower,
     Op,
     Placed,
     arguments,
     differentiable,
+    lower_plainly,
     weights,
 )
-from .spec import ROWS, Spec
+from .spec import ROWS, Spec, Storage
 
 HIGH_PRECISION = "high_precision"
 """An override: the backward multiplies what the forward had before it quantized."""
-
-
-Lower = Callable[[Sequence[Op], Sequence[str]], Sequence[Placed]]
-
-
-def lower_plainly(ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
-    """What ops stand for, each basic op with the label of the one that it came from."""
-    named = zip(ops, labels, strict=True)
-    return [Placed(kind, basic, label) for op, label in named for kind, basic in op.lower()]
 
 
 class Run:
@@ -342,6 +335,13 @@ class Program:
         """Whether a weight is quantized in a pass."""
         plain = direction == BACKWARD and self.run.overrides.get(i) == HIGH_PRECISION
         return (i, name) in self.run.quantizers and not plain
+
+    def storages(self, i: int) -> tuple[Storage | None, ...]:
+        """How x, the weight and the gradient of a quantized linear layer are stored."""
+        after = self.ops[i + 1] if i + 1 < self.count and self.kinds[i + 1].packs_gradient else None
+        dy: Any = None if after is None else after.quantizer
+        weight = self.run.quantizers[i, "weight"].storage
+        return self.specs[i].storage, weight, None if dy is None else dy.storage
 
     def casts(self, i: int, name: str) -> bool:
         """Whether an active autocast has a weight cast."""

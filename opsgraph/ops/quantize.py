@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import Lowered, Op, Placed
+from ..op import Lowered, Op, Placed, lower_plainly
 from ..quantizers import Quantizer
 from ..recipe import DelayedScaling, Recipe, recipe_of
 from ..scaling import scaling_of
@@ -139,8 +139,7 @@ def _rounded(quantizer: Quantizer, x: Tensor) -> Tensor:
 
 def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     """What ops stand for under the recipe of that number, with their labels."""
-    named = zip(ops, labels, strict=True)
-    plain = [Placed(kind, basic, label) for op, label in named for kind, basic in op.lower()]
+    plain = lower_plainly(ops, labels)
     kinds: list[type[Op]] = [Op, *(entry.kind for entry in plain), Op]
     made: list[Placed] = []
     for entry, before, after in zip(plain, kinds, kinds[2:], strict=False):
