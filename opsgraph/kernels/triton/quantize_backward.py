@@ -13,9 +13,12 @@ from .launch import on_device_of, row_major, stride_unit, sum_partials
 from .quantize import BLOCKS, E4M3, E5M2, TILE, Copies, Format, Output, check, new_output
 from .quantize_tiles import activation_backward_kernel
 
-SMALL = {"R": 64, "C": 64, "num_warps": 8}
-LARGE = {"R": TILE, "C": TILE, "num_warps": 16}
-CONFIGS = {"tensor": SMALL, "mx": SMALL, "blocks": LARGE, "square": LARGE}
+CONFIGS = {
+    "tensor": {"R": 64, "C": 64, "PARTS": 1, "num_warps": 8},
+    "mx": {"R": 64, "C": 64, "PARTS": 1, "num_warps": 8},
+    "blocks": {"R": TILE, "C": TILE, "PARTS": 2, "num_warps": 8},
+    "square": {"R": TILE, "C": TILE, "PARTS": 1, "num_warps": 8},
+}
 
 
 def activation_backward_quantize(
@@ -77,7 +80,7 @@ def _run(
     bias = sums = None
     if dbias is not None:
         bias = new(total, dtype=dbias, device=x.device)
-        sums = torch.empty(down, total, dtype=torch.float32, device=x.device)
+        sums = torch.empty(down * options["PARTS"], total, dtype=torch.float32, device=x.device)
     if x.numel():
         unit, row_unit = stride_unit(dy, x), 16 if rows % 16 == 0 else 1
         with on_device_of(x):

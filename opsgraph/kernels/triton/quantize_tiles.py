@@ -125,9 +125,68 @@ def _gradients(
 
 
 @triton.jit
-def _store_sums(value, sums, first_col, width, C: tl.constexpr):
-    cols = first_col + tl.arange(0, C)
-    tl.store(sums + cols, tl.sum(value, 0), cols < width)
+def _store_output(
+    dy, x, row_data, row_scale, col_data, col_scale, given, amax, sums, first_row, first_col, rows,
+    dy_stride, x_stride, OUTPUT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr,
+    BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """A tile of OUTPUT "y", "da" or "db": its column sums, its amax and its copies."""
+    y, da, db = _gradients(
+        dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
+        ALPHA, LIMIT, OFFSET, R, C,
+    )  # fmt: skip
+    value = y if OUTPUT == "y" else da if OUTPUT == "da" else db
+    width: tl.constexpr = WIDTH * 2 if GATED and OUTPUT != "y" else WIDTH
+    offset: tl.constexpr = WIDTH if OUTPUT == "db" else 0
+    if sums is not None:
+        cols = first_col + tl.arange(0, C)
+        tl.store(sums + offset + cols, tl.sum(value, 0), cols < WIDTH)
+    value = value.to(x.dtype.element_ty).to(tl.float32)
+    if amax is not None:
+        store_amax(value, amax)
+    store_copies(
+        value, first_row, first_col + offset, rows, WIDTH + offset, width, row_data, row_scale,
+        col_data, col_scale, given, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_parts(
+    dy, x, row_data, row_scale, col_data, col_scale, given, amax, sums, first_row, first_col, rows,
+    dy_stride, x_stride, OUTPUT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    SCALING: tl.constexpr, BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """`_store_output` of a tile, whole, or of its parts: see `activation_backward_kernel`."""
+    if PARTS == 1:
+        _store_output(
+            dy, x, row_data, row_scale, col_data, col_scale, given, amax, sums, first_row,
+            first_col, rows, dy_stride, x_stride, OUTPUT, UNIT, WIDTH, FUNCTION, GATED, ALPHA,
+            LIMIT, OFFSET, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+        )  # fmt: skip
+    else:
+        for part in tl.static_range(PARTS):
+            if row_data is not None or sums is not None:
+                _store_output(
+                    dy, x, row_data, row_scale, None, None, None, None, sums,
+                    first_row + part * (R // PARTS), first_col, rows, dy_stride, x_stride, OUTPUT,
+                    UNIT, WIDTH, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, R // PARTS, C, SCALING,
+                    BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+                )  # fmt: skip
+            if sums is not None:
+                sums += WIDTH * 2 if GATED else WIDTH
+            if col_data is not None:
+                _store_output(
+                    dy, x, None, None, col_data, col_scale, None, None, None, first_row,
+                    first_col + part * (C // PARTS), rows, dy_stride, x_stride, OUTPUT,
+                    UNIT, WIDTH, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, R, C // PARTS, SCALING,
+                    BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "dy_stride", "x_stride"])
@@ -136,13 +195,15 @@ def activation_backward_kernel(
     y_row, y_row_scale, y_col, y_col_scale, y_given, y_amax, dbias, rows, dy_stride, x_stride,
     ROW_UNIT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr,
     GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr,
-    E5M2: tl.constexpr, Y_E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    NATIVE: tl.constexpr,
+    PARTS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr,
+    BLOCK: tl.constexpr, E5M2: tl.constexpr, Y_E5M2: tl.constexpr, EPS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One tile of dx (for a gated kind one of each half), of y, and their column sums for dbias.
 
-    Each is made anew from dy and x, which the cache holds: to keep all three would spill.
+    Each is made anew from dy and x, which the cache holds: to keep all three would spill. So would
+    blocks of 1 x 128 and of 128 x 1 in one tile: with PARTS 2 the row copy is written from upper
+    and lower halves of it, the column copy from left and right ones.
     """
     rows *= ROW_UNIT
     blocks: tl.constexpr = (WIDTH + C - 1) // C
@@ -150,43 +211,27 @@ def activation_backward_kernel(
     tile, first_col = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * C
     first_row = tile * R
     if dbias is not None:
-        dbias += tile.to(tl.int64) * total
-    _, da, _ = _gradients(
-        dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
-        ALPHA, LIMIT, OFFSET, R, C,
-    )  # fmt: skip
-    if dbias is not None:
-        _store_sums(da, dbias, first_col, WIDTH, C)
-    da = da.to(x.dtype.element_ty).to(tl.float32)
+        dbias += tile.to(tl.int64) * PARTS * total
     if dx_amax is not None:
-        store_amax(da, dx_amax + tl.program_id(0))
-    store_copies(
-        da, first_row, first_col, rows, WIDTH, total, dx_row, dx_row_scale, dx_col, dx_col_scale,
-        dx_given, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+        dx_amax += tl.program_id(0)
+    if y_amax is not None:
+        y_amax += tl.program_id(0)
+    _store_parts(
+        dy, x, dx_row, dx_row_scale, dx_col, dx_col_scale, dx_given, dx_amax, dbias, first_row,
+        first_col, rows, dy_stride, x_stride, "da", UNIT, WIDTH, FUNCTION, GATED, ALPHA,
+        LIMIT, OFFSET, PARTS, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
     )  # fmt: skip
     if GATED:
-        _, _, db = _gradients(
-            dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
-            ALPHA, LIMIT, OFFSET, R, C,
-        )  # fmt: skip
-        if dbias is not None:
-            _store_sums(db, dbias + WIDTH, first_col, WIDTH, C)
-        db = db.to(x.dtype.element_ty).to(tl.float32)
         if dx_amax is not None:
-            store_amax(db, dx_amax + tl.num_programs(0) + tl.program_id(0))
-        store_copies(
-            db, first_row, first_col + WIDTH, rows, total, total, dx_row, dx_row_scale, dx_col,
-            dx_col_scale, dx_given, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+            dx_amax += tl.num_programs(0)
+        _store_parts(
+            dy, x, dx_row, dx_row_scale, dx_col, dx_col_scale, dx_given, dx_amax, dbias, first_row,
+            first_col, rows, dy_stride, x_stride, "db", UNIT, WIDTH, FUNCTION, GATED, ALPHA,
+            LIMIT, OFFSET, PARTS, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
         )  # fmt: skip
     if y_row is not None or y_col is not None or y_amax is not None:
-        value, _, _ = _gradients(
-            dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
-            ALPHA, LIMIT, OFFSET, R, C,
-        )  # fmt: skip
-        value = value.to(x.dtype.element_ty).to(tl.float32)
-        if y_amax is not None:
-            store_amax(value, y_amax + tl.program_id(0))
-        store_copies(
-            value, first_row, first_col, rows, WIDTH, WIDTH, y_row, y_row_scale, y_col,
-            y_col_scale, y_given, R, C, SCALING, BLOCK, Y_E5M2, EPS, POWER_OF_TWO, NATIVE,
+        _store_parts(
+            dy, x, y_row, y_row_scale, y_col, y_col_scale, y_given, y_amax, None, first_row,
+            first_col, rows, dy_stride, x_stride, "y", UNIT, WIDTH, FUNCTION, GATED, ALPHA,
+            LIMIT, OFFSET, PARTS, R, C, SCALING, BLOCK, Y_E5M2, EPS, POWER_OF_TWO, NATIVE,
         )  # fmt: skip
