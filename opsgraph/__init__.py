@@ -7,6 +7,7 @@ from .modules import LayerNormMLP
 from .op import Op
 from .plan import Plan
 from .precision import autocast
+from .quantized_parameter import quantized_model_init
 from .sequential import Sequential
 from .spec import Spec
 
@@ -26,6 +27,7 @@ __all__ = [
     "autocast",
     "fusers",
     "ops",
+    "quantized_model_init",
     "quantizers",
     "recipe",
     "register",

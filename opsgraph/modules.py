@@ -17,6 +17,7 @@ from .ops import LayerNorm, Linear, RMSNorm, Tee
 from .ops.activations import ACTIVATIONS, GATED
 from .plan import Plan
 from .precision import active, microbatch
+from .quantized_parameter import hold
 from .scaling import make_for
 from .sequential import Sequential
 
@@ -174,6 +175,7 @@ class LayerNormMLP(nn.Module):
         with fork, torch.no_grad():
             self._init_methods[0](self.get_parameter("fc1_weight"))
             self._init_methods[1](self.get_parameter("fc2_weight"))
+        hold(self, "fc1_weight", "fc2_weight")
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Any:
         """inp: `[*, hidden_size]` in the parameters' dtype, or any under autocast.

@@ -1,4 +1,4 @@
-"""`autocast` and `quantized_model_init`: which recipe is active, for the calling thread."""
+"""`autocast`: which recipe is active, for the calling thread."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class Active(threading.local):
         self.depth = 0
         self.entered: dict[int, tuple[DelayedScaling, Any]] = {}
         """Delayed recipes, and their groups, since the outermost context opened."""
+        self.init: tuple[int, bool] | None = None
+        """Of `quantized_model_init`: the recipe, and whether to keep the first values."""
         self.first_microbatch: bool | None = None
         """True: keep quantized weights for the microbatches that follow; False: use those."""
 

@@ -28,6 +28,7 @@ from .ops.sizes import width_between
 from .plan import Plan, make_plan
 from .precision import active
 from .program import Request, Run
+from .quantized_parameter import QuantizedTensor
 from .quantizers import Quantized, Quantizer
 from .scaling import Scaling
 from .spec import ROWS, Spec, row
@@ -186,6 +187,11 @@ class Stage:
     def _quantized(self, k: int, weight: Tensor, copies: tuple[str, ...]) -> Quantized:
         """One weight quantized, or what the first microbatch made of it."""
         first, quantizer, (owner, name) = active.first_microbatch, self.packers[k], self.slots[k]
+        if isinstance(weight, QuantizedTensor):
+            held = weight.copies(quantizer, copies)
+            if held is not None:
+                return held
+            weight = weight.dequantize()
         kept: dict[Any, Quantized] = {}
         if first is not None:
             kept = owner.__dict__.setdefault("_quantized_weights", kept)

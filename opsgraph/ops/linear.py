@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..op import Lowered, Op, arguments
+from ..quantized_parameter import hold
 from ..quantizers import Quantized
 from ..scaling import make_for
 from ..spec import Spec
@@ -60,6 +61,7 @@ class BasicLinear(Op):
         else:
             with torch.no_grad():
                 self.init_method(self.weight)
+        hold(self, "weight")
 
     @property
     def in_width(self) -> int | None:
