@@ -40,12 +40,12 @@ def quantize_nvfp4(
     stochastic rounding (see `e2m1`).
     """
     multiplier = tensor_multiplier(amax)
-    product = block_amax(x, height, BLOCK) * multiplier
+    value = x.contiguous().float()
+    product = block_amax(value, height, BLOCK) * multiplier
     six = torch.full_like(amax, E2M1_MAX)  # a number would make CUDA multiply by its reciprocal
     scale = cast(product / six, torch.ones_like(amax), E4M3)
     factor = (multiplier / scale.float()).clamp_max(FP32_MAX)
-    value = x.float() * spread(factor, x.shape, height, BLOCK)
-    return pack(e2m1(value, seed)), scale
+    return pack(e2m1(value * spread(factor, x.shape, height, BLOCK), seed)), scale
 
 
 def dequantize_nvfp4(
@@ -85,9 +85,8 @@ def e2m1(value: Tensor, seed: Tensor | None = None) -> Tensor:
 
 def from_e2m1(codes: Tensor) -> Tensor:
     """The fp32 values of four-bit codes."""
-    table = torch.tensor(MAGNITUDES, device=codes.device)
-    magnitude = table[(codes & 7).int()]
-    return torch.where(codes > 7, -magnitude, magnitude)
+    table = torch.tensor((*MAGNITUDES, *(-value for value in MAGNITUDES)), device=codes.device)
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def pack(codes: Tensor) -> Tensor:
