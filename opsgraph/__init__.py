@@ -6,7 +6,7 @@ from .fuser import Fuser, register
 from .modules import LayerNormMLP
 from .op import Op
 from .plan import Plan
-from .precision import autocast
+from .precision import autocast, checkpoint_contexts
 from .quantized_parameter import quantized_model_init
 from .sequential import Sequential
 from .spec import Spec
@@ -25,6 +25,7 @@ __all__ = [
     "Sequential",
     "Spec",
     "autocast",
+    "checkpoint_contexts",
     "fusers",
     "ops",
     "quantized_model_init",

@@ -7,10 +7,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import scaling
 from .errors import OpsgraphError
-from .recipe import DelayedScaling, Recipe, key_of
+from .recipe import DelayedScaling, Recipe
 
 
 class Active(threading.local):
@@ -29,6 +30,7 @@ class Active(threading.local):
 
 
 active = Active()
+_DEFAULT = DelayedScaling()
 
 
 class microbatch:
@@ -63,14 +65,19 @@ class autocast:
     ) -> None:
         if recipe is not None and not isinstance(recipe, Recipe):
             raise OpsgraphError(f"autocast: got recipe {recipe!r}, expected one of opsgraph.recipe")
-        self.recipe = (recipe or DelayedScaling()) if enabled else None
-        self.key = None if self.recipe is None else key_of(self.recipe)
+        self.recipe = (recipe or _DEFAULT) if enabled else None
+        self.key = None if self.recipe is None else self.recipe.key
         self.group = amax_reduction_group
         self.before: list[int | None] = []
 
     def __enter__(self) -> autocast:
         if self.key is not None and isinstance(self.recipe, DelayedScaling):
-            if active.depth == 0:
+            if torch.compiler.is_compiling():
+                raise OpsgraphError(
+                    "autocast: got DelayedScaling inside a compiled function, expected the context "
+                    "around its call, where it can update all scales at once"
+                )
+            if active.depth == 0 and not scaling.recomputing():
                 scaling.update(self.key, self.recipe, self.group, scaling.BACKWARD)
             active.entered[self.key] = self.recipe, self.group
         self.before.append(active.key)
@@ -88,7 +95,7 @@ class autocast:
         active.key = self.before.pop()
         if active.depth == 0 and active.entered:
             entered, active.entered = active.entered, {}
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not scaling.recomputing():
                 for key, (recipe, group) in entered.items():
                     scaling.update(key, recipe, group, scaling.FORWARD)
 
@@ -101,3 +108,45 @@ class autocast:
                 return function(*args, **kwargs)
 
         return inside
+
+
+class _Recompute:
+    """Runs what a checkpoint forgot: with the recipe and the delayed scales of its forward."""
+
+    def __init__(self, key: int | None, scales: list[Tensor]) -> None:
+        self.key, self.scales = key, scales
+        self.before: int | None = None
+
+    def __enter__(self) -> None:
+        self.before, active.key = active.key, self.key
+        active.depth += 1  # a context inside is not the outermost, and updates nothing
+        scaling.tape.replay = iter(self.scales)
+
+    def __exit__(self, *error: object) -> None:
+        scaling.tape.replay = None
+        active.depth -= 1
+        active.key = self.before
+        active.entered = {}
+
+
+class _Record:
+    """Notes the delayed scales that a forward uses."""
+
+    def __init__(self, scales: list[Tensor]) -> None:
+        self.scales = scales
+
+    def __enter__(self) -> None:
+        scaling.tape.scales = self.scales
+
+    def __exit__(self, *error: object) -> None:
+        scaling.tape.scales = None
+
+
+def checkpoint_contexts() -> tuple[Any, Any]:
+    """`torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False, context_fn=this)`.
+
+    The recomputation then has the recipe and the delayed scales of the forward, whether autocast is
+    outside of f or in it, and changes no state. (A module's own `checkpoint=True` needs none.)
+    """
+    scales: list[Tensor] = []
+    return _Record(scales), _Recompute(active.key, scales)

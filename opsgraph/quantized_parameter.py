@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .precision import active
 from .quantizers import Copy, Quantized, Quantizer, transposed
-from .recipe import DelayedScaling, Recipe, key_of, recipe_of
+from .recipe import DelayedScaling, Recipe, recipe_of
 
 _aten = torch.ops.aten
 
@@ -154,7 +154,7 @@ def quantized_model_init(
     Their sizes must be given, and be multiples of what the format asks for.
     """
     before = active.init
-    key = key_of(recipe or DelayedScaling())
+    key = (recipe or DelayedScaling()).key
     active.init = (key, preserve_high_precision_init_val) if enabled else None
     try:
         yield

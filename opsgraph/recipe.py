@@ -2,7 +2,7 @@
 
 A recipe gives a quantizer for each role: "activation", "weight" and "gradient". It is a frozen
 value: two equal recipes are one, and a changed field is another recipe, for which modules plan
-again. Recipes are known by a number, `key_of`, in the keys of plans.
+again. Keys of plans know it by its number, `key`.
 
 `Format.HYBRID` is E4M3 in the forward and E5M2 for gradients. `backward_override` is what the
 backward multiplies instead of quantized gradients: "high_precision", the values that the forward
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,11 +62,15 @@ class Recipe:
     """Base of all recipes; a subclass gives `quantizer(role)`."""
 
     backward_override: str | None = field(default=None, kw_only=True)
+    key: ClassVar[int]
+    """Its number, the same for equal recipes: what keys of plans hold."""
 
     def __post_init__(self) -> None:
         if self.backward_override not in OVERRIDES:
             known = ", ".join(map(repr, OVERRIDES))
             self._fail(f"backward_override {self.backward_override!r}", f"one of {known}")
+        # Now, so that Dynamo, which cannot trace the lock, just reads it.
+        object.__setattr__(self, "key", _intern(self))
 
     def _fail(self, got: str, expected: str) -> None:
         raise OpsgraphError(f"{type(self).__name__}: got {got}, expected {expected}")
@@ -224,8 +228,7 @@ class CustomRecipe(Recipe):
 _recipes: list[Recipe] = []
 
 
-def key_of(recipe: Recipe) -> int:
-    """The number of a recipe, the same for equal ones."""
+def _intern(recipe: Recipe) -> int:
     with config.lock:
         if recipe not in _recipes:
             _recipes.append(recipe)

@@ -12,8 +12,9 @@ without a change of its version.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,22 @@ _library.impl("snapshot", _snapshot, "CompositeExplicitAutograd")
 torch.library.register_fake("opsgraph::snapshot", lambda s, _: s.new_empty(()), lib=_library)
 
 
+class _Tape(threading.local):
+    """Scales that a checkpointed forward used, for its recomputation."""
+
+    def __init__(self) -> None:
+        self.scales: list[Tensor] | None = None
+        self.replay: Iterator[Tensor] | None = None
+
+
+tape = _Tape()
+
+
+def recomputing() -> bool:
+    """Whether a forward runs inside a backward, as torch.utils.checkpoint has it."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def snapshot(scale: Tensor, column: int) -> Tensor:
     """A scale for a plan to keep: an update may come before its backward.
 
@@ -44,7 +61,12 @@ def snapshot(scale: Tensor, column: int) -> Tensor:
     if torch.compiler.is_compiling():
         made: Tensor = torch.ops.opsgraph.snapshot(scale, column)
         return made
-    return _snapshot(scale, column)
+    if tape.replay is not None:
+        return next(tape.replay)
+    made = _snapshot(scale, column)
+    if tape.scales is not None:
+        tape.scales.append(made)
+    return made
 
 
 FORWARD, BACKWARD = "amax_forward", "amax_backward"
@@ -90,6 +112,8 @@ class Scaling(nn.Module):
 
     def record(self, role: str, amax: Tensor) -> None:
         """Note an amax, fp32 `[]`, of an activation or a weight that was quantized."""
+        if not torch.compiler.is_compiling() and recomputing():
+            return  # it was noted when the forward ran first
         with torch.no_grad():
             seen = self.amax_forward[ROLES.index(role)]
             seen.copy_(torch.maximum(seen, amax))

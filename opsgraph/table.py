@@ -132,6 +132,8 @@ class Stage:
         later: Iterable[str | None] = (),
         recipe: int | None = None,
     ) -> None:
+        if recipe is not None and options.double_backward:
+            raise PlanError("double_backward: a recipe's rounding has no derivative; got both")
         lower = None if recipe is None else partial(lowered, recipe)
         run = Run(ops, labels, known, later, lower)
         run.verify_weights()
@@ -392,6 +394,8 @@ class Stage:
         if self.double_backward:  # traced through, for autograd to see the ops
             return run_inference(plan, self, len(extras), (x, *extras, *weights))
         if plan.specs.packed:
+            if any(isinstance(weight, QuantizedTensor) for weight in weights):
+                raise PlanError("torch.compile cannot see into weights of quantized_model_init")
             if active.first_microbatch is not None:
                 raise PlanError("is_first_microbatch keeps weights that torch.compile cannot see")
             weights = [*weights, *self.quantize(plan, weights)]

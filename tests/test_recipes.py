@@ -213,13 +213,13 @@ def test_every_field_makes_another_recipe(kind: type[r.Recipe], name: str) -> No
     first = kind()
     changed = (CHANGED[kind] | dict(backward_override="dequantized"))[name]
     second = replace(first, **{name: changed})
-    assert r.key_of(first) != r.key_of(second)
-    assert r.key_of(kind()) == r.key_of(first)
+    assert first.key != second.key
+    assert kind().key == first.key
     module = mlp()
     for recipe in (first, second, first):
         with og.autocast(recipe=recipe):
             module(example())
-    assert set(module._recipes) == {r.key_of(first), r.key_of(second)}
+    assert set(module._recipes) == {first.key, second.key}
 
 
 def test_autocast_nests_and_decorates() -> None:
@@ -373,6 +373,13 @@ def test_mxfp8_wants_multiples_of_32() -> None:
         pytest.raises(og.OpError, match="in_features 48, expected a multiple of 32 for mxe4m3"),
     ):
         Linear(48, 64)(torch.randn(4, 48))
+
+
+def test_double_backward_is_refused() -> None:
+    module = og.Sequential(Linear(HIDDEN, 32), double_backward=True)
+    refused = pytest.raises(og.PlanError, match="double_backward: a recipe's rounding has no")
+    with refused, og.autocast(recipe=r.MXFP8BlockScaling()):
+        module(example(dtype=torch.float32))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 129])

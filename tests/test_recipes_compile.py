@@ -37,3 +37,26 @@ def test_first_microbatch_is_refused() -> None:
     raises = pytest.raises(Exception, match="is_first_microbatch keeps weights")
     with raises, og.autocast(recipe=r.Float8CurrentScaling()):
         compiled(torch.randn(4, HIDDEN), is_first_microbatch=True)
+
+
+def test_a_context_inside_the_compiled_function() -> None:
+    module, x = mlp(), example()
+
+    def run(x: torch.Tensor, recipe: r.Recipe) -> torch.Tensor:
+        with og.autocast(recipe=recipe):
+            return module(x)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    recipe = r.Float8CurrentScaling()
+    assert torch.equal(compiled(x, recipe), run(x, recipe))
+    with pytest.raises(Exception, match="DelayedScaling inside a compiled function"):
+        compiled(x, r.DelayedScaling())
+
+
+def test_held_weights_are_refused() -> None:
+    with og.quantized_model_init(recipe=r.MXFP8BlockScaling()):
+        module = og.ops.Linear(HIDDEN, 32)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    refused = pytest.raises(Exception, match="cannot see into weights of quantized_model_init")
+    with refused, og.autocast(recipe=r.MXFP8BlockScaling()):
+        compiled(torch.randn(4, HIDDEN))

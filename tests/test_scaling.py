@@ -1,13 +1,16 @@
 """Delayed scaling: its state, beside a simulation in plain Python and NumPy-like steps."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from recipe_cases import HIDDEN, example, mlp, results
+from recipe_cases import RECIPES as CASES
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import opsgraph as og
 from opsgraph.ops import Linear
@@ -241,3 +244,48 @@ def test_compiled_and_eager_agree_for_some_steps(backend: str) -> None:
             found.append([first, second, *grads, *(b.clone() for b in module.buffers())])
         assert all(map(torch.equal, *found))
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("name", ["delayed", "mx", "nvfp4"])
+def test_activation_checkpointing(name: str, inside: bool) -> None:
+    """torch.utils.checkpoint: the same gradients, and the same state, as without."""
+    checkpointed, plain = mlp(), mlp()
+    ours = replace(CASES[name])
+    delayed = isinstance(ours, DelayedScaling)
+    theirs = replace(ours, reduce_amax=False) if delayed else ours
+
+    def run(module: nn.Module, recipe: Any, through: Any) -> list[Tensor]:
+        def body(x: Tensor) -> Tensor:
+            with og.autocast(recipe=recipe) if inside else nullcontext():
+                return module(x)
+
+        x = example().requires_grad_()
+        with nullcontext() if inside else og.autocast(recipe=recipe):
+            y = through(body, x)
+        torch.manual_seed(2)
+        gradients = torch.autograd.grad(y, [x, *module.parameters()], torch.randn_like(y))
+        return [y, *gradients, *(b.clone() for b in module.buffers())]
+
+    def again(body: Any, x: Tensor) -> Tensor:
+        contexts = og.checkpoint_contexts
+        return checkpoint(body, x, use_reentrant=False, context_fn=contexts)
+
+    for _ in range(3):
+        found = run(checkpointed, ours, again)
+        assert all(map(torch.equal, found, run(plain, theirs, lambda body, x: body(x))))
+
+
+def test_a_recomputation_without_contexts_leaves_the_state_alone() -> None:
+    recipe, module = DelayedScaling(amax_history_len=3), mlp()
+
+    def body(x: Tensor) -> Tensor:
+        with og.autocast(recipe=recipe):
+            return module(x)
+
+    y = checkpoint(body, example().requires_grad_(), use_reentrant=False)
+    state = module.get_submodule("1.scaling")
+    before = state.amax_history.clone(), state.amax_forward.clone()
+    y.sum().backward()
+    assert torch.equal(state.amax_history[:, :2], before[0][:, :2])
+    assert torch.equal(state.amax_forward, before[1])
