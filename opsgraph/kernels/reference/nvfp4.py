@@ -71,16 +71,18 @@ def e2m1(value: Tensor, seed: Tensor | None = None) -> Tensor:
     is `high` where `u < (|value| - low) / (high - low)`, with u uniform in [0, 1): a multiple of
     2^-24 that depends on the seed and on the element's flat index alone.
     """
-    magnitude = value.abs().clamp_max(E2M1_MAX).nan_to_num(E2M1_MAX)
-    double = (magnitude >= 2).int() + (magnitude >= 4).int()  # the spacing is 0.5 * 2^double
-    steps = magnitude * 2 / (1 << double)
+    value = value.nan_to_num(E2M1_MAX)
+    magnitude = value.abs().clamp_max(E2M1_MAX)
+    # Codes are 0.5 apart below 2, then 1, then 2: the exponent of fp32 says which.
+    exponent = (magnitude.view(torch.int32) >> 23).clamp_min(127)
+    steps = magnitude * ((255 - exponent) << 23).view(torch.float32)
     if seed is None:
         whole = steps.round()
     else:
         whole = steps.floor()
         whole = whole + (uniform(seed, *value.shape) < steps - whole)
-    code = whole.int() + 2 * double
-    return (code + 8 * (value.signbit() & ~value.isnan())).to(torch.uint8)
+    code = whole.int() + 2 * (exponent - 127)
+    return (code | ((value.view(torch.int32) >> 28) & 8)).to(torch.uint8)
 
 
 def from_e2m1(codes: Tensor) -> Tensor:
