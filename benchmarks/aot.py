@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from opsgraph.kernels.triton import gemm, norms
+from opsgraph.kernels.triton import gemm, norms, quantize
 from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
 from opsgraph.kernels.triton.dropout import dropout
 from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
@@ -36,8 +36,18 @@ from opsgraph.kernels.triton.norms import (
     rmsnorm_backward,
     rmsnorm_forward,
 )
+from opsgraph.kernels.triton.quantize import BLOCKS, Format, activation_quantize
+from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
+from opsgraph.kernels.triton.quantize_norms import layernorm_quantize, rmsnorm_quantize
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+HALF = torch.bfloat16
 CAPABILITIES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes, of one program
 
@@ -170,6 +180,31 @@ def _grouped(rows: int, depth: int, width: int, dtype: torch.dtype, what: str) -
         grouped_wgrad(dy, x, offsets)
 
 
+def _quantize(
+    what: str, scaling: str, width: int, dtype: torch.dtype, given: bool, want: tuple[str, ...]
+) -> None:
+    """given: with delayed scaling's scale and amax."""
+    to, scale = Format(scaling), (_meta() if given else None)
+    want = (*want, "amax") if given else want
+    x, vector = _meta(4096, width, dtype=dtype), _meta(width, dtype=dtype)
+    if what == "cast":
+        quantize.quantize(x, to, scale, want)
+    elif what == "rmsnorm":
+        rmsnorm_quantize(x, vector, 1e-5, to, other=x, scale=scale, want=(*want, "rstd"))
+    elif what == "layernorm":
+        want = (*want, "mean", "rstd")
+        layernorm_quantize(x, vector, vector, 1e-5, to, other=x, scale=scale, want=want)
+    elif what.endswith("backward"):
+        kind, to = what.split()[0], to._replace(dtype=torch.float8_e5m2)
+        pre = _meta(4096, width * 2 if KINDS[kind].GATED else width, dtype=dtype)
+        activation_backward_quantize(
+            x, pre, kind, to, (), scale, want, y_scale=scale, y_want=("col",), dbias=dtype
+        )
+    else:
+        pre = _meta(4096, width * 2 if KINDS[what].GATED else width, dtype=dtype)
+        activation_quantize(pre, what, to, scale=scale, want=want)
+
+
 Case = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 
@@ -199,6 +234,31 @@ def cases(which: str) -> Iterator[Case]:
     for dtype in dtypes:
         yield f"dropout {TYPES[dtype]} 4096", _dropout, (4096, dtype)
     yield from _linear_cases(which)
+    yield from _quantize_cases(which)
+
+
+def _quantize_cases(which: str) -> Iterator[Case]:
+    """Both copies at once, as training wants them; in "all" the row copy alone too."""
+    kinds, widths, dtypes = ["cast", "rmsnorm", "swiglu", "swiglu backward"], [4096], [HALF]
+    scalings = ["mx"] if which == "few" else list(BLOCKS)
+    wants: list[tuple[str, ...]] = [("row", "col")]
+    if which == "all":
+        kinds += ["layernorm", "gelu", "geglu_erf backward"]
+        widths, dtypes = [1000, 4096], [HALF, torch.float32]
+        wants += [("row",)]
+    wide = "rmsnorm", "rows", 40960, HALF, False, ("row",)
+    yield "quantize rmsnorm rows 40960", _quantize, wide
+    for what, width, dtype, scaling, want in product(kinds, widths, dtypes, scalings, wants):
+        if which == "usual" and what != "cast" and scaling in ("rows", "square"):
+            continue
+        undefined = scaling == "rows" or ("glu" in what and width % BLOCKS[scaling])
+        if what.endswith("backward") and undefined:
+            continue
+        # A tensor's scale is given, with its amax wanted, or else found from the amax.
+        for given in (True, False) if scaling == "tensor" else (False,):
+            name = f"quantize {what} {scaling}{' given' if given else ''} {'+'.join(want)}"
+            arguments = what, scaling, width, dtype, given, want
+            yield f"{name} {TYPES[dtype]} {width}", _quantize, arguments
 
 
 def _linear_cases(which: str) -> Iterator[Case]:
@@ -225,6 +285,7 @@ def table(cc: int, which: str) -> Iterator[dict[str, Any]]:
     """One row per kernel that the cases launch, each compiled kernel once."""
     seen = set()
     norms.shared_memory = gemm.shared_memory = lambda device: SHARED_MEMORY[cc]
+    quantize.native = lambda device: cc >= 89
     for name, function, arguments in cases(which):
         with recorded_launches() as launches:
             function(*arguments)

@@ -5,6 +5,7 @@ biases: forward alone, forward and backward, memory kept for the backward and th
 The three run in alternation on the same inputs; medians.
 
     python -m benchmarks.gpu            # writes benchmarks/results/gpu.json
+    python -m benchmarks.gpu --fp8      # GEMMs, casts and blocks in FP8: gpu_fp8.json
 """
 
 from __future__ import annotations
@@ -170,13 +171,21 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
+    parser.add_argument("--fp8", action="store_true", help="recipes beside bf16 instead")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.gpu needs a CUDA device; there is none here")
         return
-    results = []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    if options.fp8:
+        from benchmarks import gpu_fp8
+
+        results = [gpu_fp8.measure(*size, options.rounds) for size in SIZES]
+        write(results, options.out or Path("benchmarks/results/gpu_fp8.json"))
+        print(results[-1]["plans"]["delayed"])
+        return
+    results = []
     print("kind rows H F | train ms, /eager /compiled | forward ms, /eager /compiled | saved bytes")
     print("per row: opsgraph, eager | peak/eager | train and forward over library GEMMs")
     for kind in ("swiglu", "gelu"):
@@ -184,10 +193,15 @@ def main() -> None:
             torch._dynamo.reset()
             results.append(measure(kind, rows, hidden, ffn, options.rounds))
             print(row(results[-1]), flush=True)
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+    write(results, options.out or Path("benchmarks/results/gpu.json"))
     print(results[1]["plan"])
+
+
+def write(results: list[dict[str, Any]], path: Path) -> None:
+    """The figures and the machine, as JSON."""
+    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

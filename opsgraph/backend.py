@@ -31,6 +31,14 @@ def _symmetric() -> str | None:
     return _overlap() or "no CUDA device, whose memory other ranks could read"
 
 
+def _cublaslt() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device; recipes are emulated exactly"
+    if torch.cuda.get_device_capability() < (8, 9):
+        return "the device has no FP8 units (sm_89 has); recipes are emulated exactly"
+    return None
+
+
 def interpreting() -> bool:
     """Whether Triton was told to run its kernels in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -66,6 +74,7 @@ _BACKENDS = {
         Backend("symmetric", "PyTorch's symmetric memory over NVLink", ("cuda",), _symmetric),
         Backend("overlap", "collectives in pieces, behind matrix products", None, _overlap),
         Backend("triton", "Triton kernels", ("cuda",), _triton),
+        Backend("cublaslt", "scaled GEMMs of cuBLASLt, under recipes", ("cuda",), _cublaslt),
         Backend("aten", "PyTorch's own fused calls (cublasLt, oneDNN)"),
         Backend("reference", "plain PyTorch, one op at a time"),
     )

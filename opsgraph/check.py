@@ -100,7 +100,11 @@ class Checker:
     def forward(self, given: set[str]) -> None:
         """Compare a forward step: its output and what it handed out."""
         for i in range(self.claim.start, self.claim.stop):
-            seeds = {f"{n}{i}" for n in self.program.kinds[i].saves if self.program.kinds[i].random}
+            seeds = {
+                self.program.name(n, i)
+                for n in self.program.kinds[i].saves
+                if self.program.kinds[i].random
+            }
             self.known |= {name: name for name in seeds}
             self._forward(i)
         y = self.program.x(self.claim.stop)

@@ -56,6 +56,13 @@ class Claim:
     gives: frozenset[str]
     """Values it can hand out, its output apart."""
     private: dict[str, Spec]
+    numbers: tuple[str, ...]
+    """What plans call the ops that it covers."""
+
+    @cached_property
+    def where(self) -> str:
+        """Those as text: `3` or `3-5`."""
+        return "-".join(dict.fromkeys((self.numbers[0], self.numbers[-1])))
 
     @cached_property
     def ops(self) -> tuple[int, ...]:
@@ -95,6 +102,9 @@ class Space:
 
     def _usable(self) -> list[Fuser]:
         device, there = self.program.request.x.device, []
+        # Without a recipe a refusal of what is for recipes would say nothing.
+        recipe = bool(self.program.run.quantizers)
+        fusers = [f for f in registered() if recipe or not f.quantized]
         known = backends()
         for name in self.order:
             if name not in known:
@@ -102,17 +112,17 @@ class Space:
             reason = known[name].why_not_on(device)
             if reason is None:
                 there.append(name)
-            elif self._serves(name):
+            elif self._serves(name, fusers):
                 self.rejected.append(Rejection((), name, "both", reason))
         only = self.program.request.options.get("fusers")
-        return [f for f in registered() if f.backend in there and (only is None or f.name in only)]
+        return [f for f in fusers if f.backend in there and (only is None or f.name in only)]
 
-    def _serves(self, backend: str) -> bool:
+    def _serves(self, backend: str, fusers: list[Fuser]) -> bool:
         """Whether a backend has a fuser for ops that are here: its absence is then worth a line."""
         kinds = {None, *self.program.kinds}
         return any(
             not any(kinds.isdisjoint(alternatives(entry)) for entry in fuser.pattern.values())
-            for fuser in registered()
+            for fuser in fusers
             if fuser.backend == backend
         )
 
@@ -165,17 +175,29 @@ class Space:
 
     def _refusal(self, match: Match, direction: str) -> str | None:
         program, fuser = self.program, match.fuser
+        for i in match.positions.values():
+            if i is None or not program.packed(i, "weight", direction):
+                continue
+            if not fuser.quantized:
+                return "it takes plain values, and the recipe quantizes the linear's"
+            if fuser.reject_formats and (reason := fuser.reject_formats(*program.storages(i))):
+                return reason
         if direction == BACKWARD:
             for i in match.positions.values():
                 if i is not None and program.kinds[i].passes and i != match.stop - 1:
-                    return f"the gradient that leaves at {i} is inside it"
+                    return f"the gradient that leaves at {program.numbers[i]} is inside it"
             if any(i is not None and self._delays(i) for i in match.positions.values()):
                 return "weight gradients are delayed"
         for argument in arguments(fuser.bwd) if direction == BACKWARD and fuser.bwd else ():
             key, name = fuser.split(argument)
             i = match.positions.get(key) if key else None
             if i is not None and name == "d" and i not in program.tapped:
-                return f"no gradient arrives at the Tee {i}"
+                return f"no gradient arrives at the Tee {program.numbers[i]}"
+        if fuser.quantized and not any(
+            i is not None and program.packed(i, "weight", direction)
+            for i in match.positions.values()
+        ):
+            return "it takes quantized values, and these are not"
         if fuser.reject is None:
             return None
         values = {key: None if i is None else program.ops[i] for key, i in match.positions.items()}
@@ -201,6 +223,7 @@ class Space:
             fuser, direction, match.positions, match.start, match.stop,
             self.order.index(fuser.backend) if fuser.backend in self.order else len(self.order),
             calls, tuple(dict.fromkeys(found)), frozenset(gives), private,
+            tuple(program.numbers[i] for i in match.positions.values() if i is not None),
         )  # fmt: skip
 
     def _calls(self, match: Match, direction: str) -> Iterator[Call]:
@@ -221,7 +244,9 @@ class Space:
                 continue
             names = arguments(function)
             own = ("self",) if isinstance(fuser, Reference) else ()
-            found = tuple(self._argument(match, n) for n in (*own, *names) if n != "want")
+            found = tuple(
+                self._argument(match, n, direction) for n in (*own, *names) if n != "want"
+            )
             yield Call(name, found, "want" in names, results)
 
     def _result(self, match: Match, name: str) -> str | None:
@@ -235,13 +260,14 @@ class Space:
         """The variable of a private saved name; underscores tell it from another fuser's."""
         owner = place.fuser, tuple(place.positions.items())
         taken = self.program.places.keys() | self.program.weight_names.values()
-        while (text := f"{name}{place.start}") in taken or (
+        number = self.program.numbers[place.start]
+        while (text := f"{name}{number}") in taken or (
             self._owners.setdefault(text, owner) != owner
         ):
             name += "_"
         return text
 
-    def _argument(self, match: Match, name: str) -> Argument:
+    def _argument(self, match: Match, name: str, direction: str = FORWARD) -> Argument:
         fuser, program = match.fuser, self.program
         own = isinstance(fuser, Reference)
         if not own:
@@ -257,7 +283,7 @@ class Space:
         i = match.positions[key]
         if i is None or (value and not own and value not in vocabulary(program.kinds[i])):
             return Argument("literal", "None")
-        return program.resolve(i, value)
+        return program.resolve(i, value, direction)
 
     # -- costs --
 
@@ -292,6 +318,19 @@ class Space:
         """Bytes per row of reading some values and writing a claim's output."""
         return sum(map(self.size, needs)) + self.program.specs[claim.stop].bytes_per_row
 
+    def keeping(self, name: str) -> float:
+        """Bytes per row of keeping a value, as a planner weighs them against making it again.
+
+        A quantized value counts as the plain one, and half of itself for its own traffic: that a
+        recipe is active then changes nothing in what is made again.
+        """
+        spec = self.spec(name)
+        return (
+            self.size(name) / 2 + spec.stored(None).bytes_per_row
+            if spec.storage
+            else self.size(name)
+        )
+
     # -- making again --
 
     def makers(self, name: str, gemms: bool = False) -> Iterator[Claim]:
@@ -300,7 +339,7 @@ class Space:
         if name == "x0" or name in program.inputs or name in self.privates:
             return
         place = self.place(name)
-        if name.startswith("x") and name == f"x{place}":
+        if name in program.gaps:
             claims = self.ending[FORWARD][place]
         else:
             claims = [c for c in self.starting[FORWARD][place] if name in c.gives]
@@ -330,14 +369,15 @@ class Space:
         if name in claim.gives or name == "x0" or name in self.program.inputs:
             return False
         place = self.place(name)
-        if name == f"x{place}":
+        if name in self.program.gaps:
             return claim.start < place < claim.stop and name != self.program.x(claim.stop)
         return claim.start <= place < claim.stop
 
     def teed(self) -> set[str]:
         """Values that later ops or the caller read, whatever the backward needs."""
         run = self.program.run
-        return {self.program.x(i) for i in (*run.sources.values(), *run.outputs)}
+        found = {self.program.x(i) for i in (*run.sources.values(), *run.outputs)}
+        return found.union(self.program.reports)
 
     def admitted(self, claim: Claim) -> bool:
         """Whether a backward claim with private needs has its own forward, which gives them."""

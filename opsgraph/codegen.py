@@ -11,8 +11,10 @@ import torch
 
 from .check import Checker, compare, compare_ranks
 from .claims import Call, Claim, Space
-from .op import FORWARD, STORED, derived_backward, differentiable
+from .op import BACKWARD, FORWARD, derived_backward, differentiable
+from .packing import Packing
 from .planner import Cover
+from .preamble import write_parts, write_preamble
 
 _serial = itertools.count()
 
@@ -62,6 +64,14 @@ class Writer:
         for suffix in itertools.chain([""], map(str, itertools.count(2))):
             if self.namespace.setdefault(name + suffix, target) is target:
                 return name + suffix
+        raise AssertionError
+
+    def quantizer(self, made: Any) -> str:
+        """A quantizer's name in the source."""
+        name = made.storage.name.upper()
+        for suffix in itertools.chain([""], map("_{}".format, itertools.count(2))):
+            if self.namespace.setdefault(name + suffix, made) == made:
+                return str(name + suffix)
         raise AssertionError
 
     def call(self, claim: Claim, call: Call, want: Sequence[str]) -> tuple[str, set[str]]:
@@ -115,21 +125,17 @@ def _compiled(name: str, source: str, namespace: dict[str, Any]) -> Callable[...
     return made
 
 
-def covered(claim: Claim) -> str:
-    """The positions of a claim as text: `3` or `3-5`."""
-    ops = claim.ops
-    return str(ops[0]) if len(ops) == 1 else f"{ops[0]}-{ops[-1]}"
-
-
 def _note(claim: Claim) -> str:
-    return f"{covered(claim)} {claim.fuser.backend}"
+    return f"{claim.where} {claim.fuser.backend}"
 
 
 def _label(claim: Claim) -> str:
-    return f"{claim.direction} {covered(claim)} {claim.fuser.name} ({claim.fuser.backend})"
+    return f"{claim.direction} {claim.where} {claim.fuser.name} ({claim.fuser.backend})"
 
 
-def emit_forward(writer: Writer, claim: Claim, call: Call, used: set[str], note: str = "") -> None:
+def emit_forward(
+    writer: Writer, claim: Claim, call: Call, used: set[str], copies: Packing, note: str = ""
+) -> None:
     """Run a forward claim; of what it can hand out only `used` is bound."""
     program = writer.program
     y = program.x(claim.stop)
@@ -145,25 +151,34 @@ def emit_forward(writer: Writer, claim: Claim, call: Call, used: set[str], note:
     if y in names:  # an op that saves its own output
         names = ["_" if n == y else n for n in names]
     want = [s for s, n in zip(saves, names, strict=True) if n != "_"]
+    if program.specs[claim.stop].storage is not None:
+        want += copies.remade(y) if note else copies.made(y)
     text, reads = writer.call(claim, call, want)
-    right = f"({', '.join(names)},)" if want else "_"
+    right = f"({', '.join(names)},)" if set(names) - {"_"} else "_"
     writer.add(f"{y}, {right} = {text}", reads, [y, *names], text_note)
 
 
 def write_forward(space: Space, cover: Cover, saved: Sequence[str], check: bool) -> Function:
-    """`forward(ops, x0, extras, weights)` returns `(outputs, saved)`, both tuples."""
+    """`forward(ops, x0, extras, weights, parts)` returns `(outputs, saved)`, both tuples.
+
+    parts: of quantized weights, see `packing`. amaxes that a recipe wants follow the outputs.
+    """
     writer, program = Writer(space, cover, check), space.program
+    copies = Packing(space, cover)
     parameters = ["ops", "x0", *program.inputs, *program.weight_names.values()]
-    stored = _cast(writer, FORWARD, saved)
-    used = set(saved) | space.teed()
+    parameters += [name for name, _ in copies.parameters]
+    stored = write_preamble(writer, copies, FORWARD, saved)
+    used = set(cover.keeper.kept) | space.teed()
     for claim in cover.forward:
-        emit_forward(writer, claim, claim.calls[0], used)
+        emit_forward(writer, claim, claim.calls[0], used, copies)
         if check and not claim.is_reference:
             Checker(writer, claim, _label(claim)).forward(used & claim.gives)
     outputs: list[str] = []
     for name in (program.x(program.count), *(program.x(i) for i in program.run.outputs)):
         alias = name in outputs or name == "x0" or name in program.inputs
         outputs.append(f"{name}.view_as({name})" if alias else name)
+    outputs += program.reports
+    write_parts(writer, copies)
     kept = [stored.get(name, name) for name in saved]
     text = f"return ({_commas(outputs)}), ({_commas(kept)})"
     writer.add(text, {o.split(".")[0] for o in outputs} | set(kept))
@@ -174,37 +189,16 @@ def _commas(names: Sequence[str]) -> str:
     return "".join(f"{name}, " for name in names).strip()
 
 
-def _cast(writer: Writer, direction: str, names: Sequence[str]) -> dict[str, str]:
-    """Casts for an active autocast; returns where a stored weight is still to be found."""
-    program, stored = writer.program, {}
-    compute = program.request.compute
-    if compute is None:
-        return {}
-    if direction == FORWARD:
-        for name, spec in {"x0": program.request.x, **program.extra_specs}.items():
-            if (
-                spec.dtype.is_floating_point
-                and name not in program.uncast
-                and spec.dtype != compute
-            ):
-                writer.add(f"{name} = {name}.to({compute})", [name], [name], "autocast")
-    for (i, name), variable in program.weight_names.items():
-        if not program.casts(i, name) or (direction != FORWARD and variable not in names):
-            continue
-        if variable in names:
-            stored[variable] = variable + STORED
-            writer.add(f"{stored[variable]} = {variable}", [variable], [stored[variable]])
-        writer.add(f"{variable} = {variable}.to({compute})", [variable], [variable], "autocast")
-    return stored
-
-
 class _Backward:
     def __init__(self, space: Space, cover: Cover, saved: Sequence[str], check: bool) -> None:
         self.check = check
         self.program, self.space = space.program, space
         self.writer = Writer(space, cover, check)
         self.cover, self.saved = cover, saved
-        self.have = {f"d{i}" for i in self.program.run.outputs if i in self.program.tapped}
+        self.copies = Packing(space, cover)
+        self.have = {
+            self.program.tee(i) for i in self.program.run.outputs if i in self.program.tapped
+        }
         self.made: set[str] = set()
         self.delays = bool(self.program.request.options.get("delay_wgrad_compute"))
         self.queued: list[tuple[int, Claim, Call]] = []
@@ -238,7 +232,7 @@ class _Backward:
             self.remake(need)
         also = {n for n, other in again.items() if other.call is remake.call} | {name}
         self.made |= also
-        emit_forward(self.writer, remake.claim, remake.call, also, ", again")
+        emit_forward(self.writer, remake.claim, remake.call, also, self.copies, ", again")
 
     def step(self, claim: Claim) -> None:
         """Run a backward claim."""
@@ -251,20 +245,22 @@ class _Backward:
         for call in claim.calls:
             i = claim.start
             if call.function == "wgrad" and self.delays and program.kinds[i].gemm:
-                writer.add(f"dy{i} = dx", ["dx"], [f"dy{i}"], "for delayed")
+                late = program.name("dy", i)
+                writer.add(f"{late} = dx", ["dx"], [late], "for delayed")
                 self.queued.append((i, claim, call))
                 continue
             for argument in call.arguments:
                 if argument.category == "value":
                     self.remake(argument.text)
             names = [n or "_" for n in call.results]
-            channels = {n for n in names if n in {f"d{i}" for i in program.tapped}}
+            channels = {n for n in names if n in {program.tee(i) for i in program.tapped}}
             bound = [f"{n}_more" if n in channels and n in self.have else n for n in names]
             dx = "dx" if program.flows[claim.start] else "_"
             labels = gradient_labels(claim, program)
             want = ["x"] * (dx == "dx") + [
                 w for w, n in zip(labels, names, strict=True) if n != "_"
             ]
+            want += self.copies.gradient(claim.start)
             text, reads = writer.call(claim, call, want)
             note = _note(claim)
             if call.function == "dgrad":
@@ -289,9 +285,9 @@ class _Backward:
 
     def finish(self) -> Function:
         program = self.program
-        outs = [f"d{i}" for i in program.run.outputs if i in program.tapped]
+        outs = [program.tee(i) for i in program.run.outputs if i in program.tapped]
         parameters = ["ops", "dx", *outs, *self.saved]
-        _cast(self.writer, "backward", self.saved)
+        write_preamble(self.writer, self.copies, BACKWARD, self.saved)
         gap = program.count
         for claim in self.cover.backward:
             for i in range(gap - 1, claim.stop - 1, -1):
@@ -303,7 +299,7 @@ class _Backward:
         for i in range(gap - 1, -1, -1):
             self.cross(i)
         results = self._results()
-        later = [f"dy{i}" for i, _, _ in self.queued]
+        later = [program.name("dy", i) for i, _, _ in self.queued]
         text = f"return ({_commas(results)})" + (f", ({_commas(later)})" if self.delays else "")
         self.writer.add(text, [r for r in (*results, *later) if r != "None"])
         return self.writer.finish("backward", parameters)
@@ -313,20 +309,22 @@ class _Backward:
         if not self.delays:
             return None, ()
         later = _Backward(self.space, self.cover, self.saved, self.check)
-        _cast(later.writer, "backward", self.saved)
+        write_preamble(later.writer, later.copies, BACKWARD, self.saved)
         weights: list[str] = []
         for i, claim, call in self.queued:
             for argument in call.arguments:
                 if argument.category == "value":
                     later.remake(argument.text)
-            named = [a._replace(text=f"dy{i}") if a.text == "dx" else a for a in call.arguments]
+            dy = self.program.name("dy", i)
+            named = [a._replace(text=dy) if a.text == "dx" else a for a in call.arguments]
             text, reads = later.writer.call(claim, call._replace(arguments=tuple(named)), ())
             (gradient,) = [name for name in call.results if name is not None]
             later.writer.add(f"{gradient} = {text}", reads, [gradient], _note(claim))
             weights.append(gradient.removeprefix("d"))
         results = [f"d{name}" for name in weights]
         later.writer.add(f"return ({_commas(results)})", results)
-        parameters = ["ops", *(f"dy{i}" for i, _, _ in self.queued), *self.saved]
+        delayed = (self.program.name("dy", i) for i, _, _ in self.queued)
+        parameters = ["ops", *delayed, *self.saved]
         return later.writer.finish("delayed", parameters), tuple(weights)
 
     def _results(self) -> list[str]:
@@ -336,15 +334,17 @@ class _Backward:
         inputs = {"x0": request.x, **program.extra_specs}
         inputs |= {v: request.weights[slot] for slot, v in program.weight_names.items()}  # type: ignore[misc]
         found = []
+        wanted = wanted | program.reported
+        queued = {program.name("weight", i) for i, _, _ in self.queued}
         for name, spec in inputs.items():
             gradient = "dx" if name == "x0" else f"d{name}"
-            if name not in wanted or name in {f"weight{i}" for i, _, _ in self.queued}:
+            if name not in wanted or name in queued:
                 gradient = "None"
             elif compute is not None and spec.dtype != compute:
                 text = f"None if {gradient} is None else {gradient}.to({spec.dtype})"
                 self.writer.add(f"{gradient} = {text}", [gradient], [gradient], "autocast")
             found.append(gradient)
-        return found
+        return found + ["None"] * len(self.copies.parameters)
 
 
 def gradient_labels(claim: Claim, program: Any) -> list[str]:

@@ -12,32 +12,33 @@ if TYPE_CHECKING:
     from .plan import Plan, Step
 
 
-def positions(ops: tuple[int, ...]) -> str:
+def positions(ops: tuple[int, ...], plan: "Plan") -> str:
     """`3` or `3-5`."""
-    return str(ops[0]) if len(ops) == 1 else f"{ops[0]}-{ops[-1]}"
+    return "-".join(dict.fromkeys((plan.numbers[ops[0]], plan.numbers[ops[-1]])))
 
 
-def _row(step: "Step") -> str:
+def _row(step: "Step", plan: "Plan") -> str:
     before, after = step.edges
-    text = f"  {positions(step.ops):>5}  {step.name:<24} {step.backend:<10}"
+    text = f"  {step.where:>5}  {step.name:<24} {step.backend:<10}"
     if step.direction == FORWARD:
         text += f" {before} -> {after}"
         return text + (f"  saves {', '.join(step.saves)}" if step.saves else "")
     needs = [
-        f"{n} (again: {positions(step.again[n])})" if n in step.again else n for n in step.needs
+        f"{n} (again: {positions(step.again[n], plan)})" if n in step.again else n
+        for n in step.needs
     ]
     return text + (f" needs {', '.join(needs)}" if needs else "")
 
 
 def table(plan: "Plan") -> str:
     """Steps forward and backward, refusals, saved values, and costs where planners differ."""
-    lines = ["forward", *(map(_row, plan.forward))]
+    lines = ["forward", *(_row(step, plan) for step in plan.forward)]
     if plan.backward:
-        lines += ["backward", *(map(_row, plan.backward))]
+        lines += ["backward", *(_row(step, plan) for step in plan.backward)]
     if plan.rejected:
         lines.append("rejected")
         for ops, name, direction, reason in plan.rejected:
-            where = positions(ops) if ops else "all"
+            where = positions(ops, plan) if ops else "all"
             lines.append(f"  {where:>5}  {name:<24} {direction}: {reason}")
     if plan.backward:
         each = "  ".join(f"{name} {size}" for name, size in plan.saved.items())
@@ -125,7 +126,7 @@ def svg(plan: "Plan") -> str:
     parts, y = [], 40.0
     for i, (kind, label) in enumerate(zip(plan.kinds, plan.labels, strict=True)):
         x, size = _span((i,))
-        parts.append(_box(x, y, size, f"{i} {kind}", "#51606f", False, label))
+        parts.append(_box(x, y, size, f"{plan.numbers[i]} {kind}", "#51606f", False, label))
     specs = {step.ops[0]: step.edges[0] for step in plan.forward}
     specs |= {step.ops[-1] + 1: step.edges[1] for step in plan.forward}
     parts += [
@@ -139,7 +140,7 @@ def svg(plan: "Plan") -> str:
         for step in steps:
             x, size = _span(step.ops)
             parts.append(
-                _box(x, y, size, step.name, _color(step.backend), False, _row(step).strip())
+                _box(x, y, size, step.name, _color(step.backend), False, _row(step, plan).strip())
             )
         refused, y = _refused_rows(plan, direction, y + _HEIGHT)
         parts += refused

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import OpError
 from .plan import Plan
+from .scaling import record_gradient
 from .spec import ROWS, Spec
 
 _HERE = nullcontext()
@@ -64,10 +65,14 @@ class PlanFunction(torch.autograd.Function):
         ctx.lead = None if x.dim() == 2 else [t.shape for t in tensors[: extras + 1]]
         if ctx.lead is None and not plan.specs.autocast:
             outputs, saved = plan.run_forward(ops, *tensors)
+            if plan.specs.reports:
+                outputs = stage.record(plan, outputs)
         else:
             inputs = flattened(plan, tensors)
             with without_autocast(x.device.type):
                 outputs, saved = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])
+            if plan.specs.reports:
+                outputs = stage.record(plan, outputs)
             if ctx.lead is not None:
                 outputs = unflattened(plan, outputs, x.shape)
         ctx.save_for_backward(*saved)
@@ -95,18 +100,32 @@ class PlanFunction(torch.autograd.Function):
                 found = list(found)
                 for k, shape in enumerate(ctx.lead):
                     found[k] = None if found[k] is None else found[k].view(shape)
+            if plan.specs.reported:
+                found = note_gradients(plan, found, ctx.stage.seen_gradients(plan))
         return None, None, None, *found
 
 
-def run_inference(plan: Plan, ops: Any, extras: int, tensors: Sequence[Any]) -> Any:
+def note_gradients(plan: Plan, found: Sequence[Any], seen: Sequence[Tensor]) -> list[Any]:
+    """Note the amaxes that stand where scales would have a gradient; returns the gradients."""
+    rest = list(found)
+    for k, buffer in zip(plan.specs.reported, seen, strict=True):
+        record_gradient(buffer, rest[k])
+        rest[k] = None
+    return rest
+
+
+def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
     """The forward alone, no gradient being wanted."""
-    x = tensors[0]
+    x, ops = tensors[0], stage.ops
     with without_autocast(x.device.type):
         if x.dim() == 2:
             outputs = plan.run_forward(ops, *tensors)[0]
         else:
             inputs = flattened(plan, tensors)
             outputs = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])[0]
+        if plan.specs.reports:
+            outputs = stage.record(plan, outputs)
+        if x.dim() != 2:
             outputs = unflattened(plan, outputs, x.shape)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -123,7 +142,7 @@ def expose(plan: Plan, ops: Any) -> None:
 
 _library = torch.library.Library("opsgraph", "FRAGMENT")
 _library.define("forward(str handle, Tensor[] tensors) -> Tensor[]")
-_library.define("backward(str handle, Tensor[] tensors) -> Tensor[]")
+_library.define("backward(str handle, Tensor[] tensors, Tensor[] seen) -> Tensor[]")
 
 
 def _made(plan: Plan) -> list[int]:
@@ -156,22 +175,15 @@ def _with_missing(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     return [None if absent else next(rest) for absent in plan.specs.absent]
 
 
-def _backward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
+def _backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
     plan, ops = _handles[handle]
     with torch.no_grad(), without_autocast(tensors[0].device.type):
-        found = plan.run_backward(ops, *tensors)
+        found = note_gradients(plan, plan.run_backward(ops, *tensors), seen)
         return _distinct([g for g in found if g is not None], tensors)
 
 
 def _fakes(specs: Sequence[Spec], rows: Any) -> list[Tensor]:
-    return [
-        torch.empty(
-            [_scaled(rows, spec.factor) if s == ROWS else s for s in spec.shape],
-            dtype=spec.dtype,
-            device=spec.device,
-        )
-        for spec in specs
-    ]
+    return [spec.empty(_scaled(rows, spec.factor)) for spec in specs]
 
 
 def _scaled(rows: Any, factor: Fraction) -> Any:
@@ -186,12 +198,14 @@ def _fake_forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
     return _fakes([*plan.specs.outputs, *made], tensors[0].shape[0])
 
 
-def _fake_backward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
+def _fake_backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
     plan = _handles[handle][0]
     names = [name for name, _ in plan.specs.saved]
     saved = dict(zip(names, tensors[len(tensors) - len(names) :], strict=True))
     rows, found = _scaled(tensors[0].shape[0], 1 / plan.specs.outputs[0].factor), []
-    for name, spec in zip(plan.specs.names, plan.specs.gradients, strict=True):
+    for k, (name, spec) in enumerate(zip(plan.specs.names, plan.specs.gradients, strict=True)):
+        if k in plan.specs.reported:
+            continue
         if spec is not None and name in saved and ROWS not in spec.shape:
             like, dense = saved[name], torch.contiguous_format
             found.append(torch.empty_like(like, dtype=spec.dtype, memory_format=dense))
@@ -210,16 +224,17 @@ class CompiledPlan(torch.autograd.Function):
     """What `PlanFunction` is to eager mode, for Dynamo: flat tensors, opaque ops."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, handle: str, *tensors: Tensor) -> Any:
-        made = torch.ops.opsgraph.forward(handle, tensors)
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> Any:
+        seen, tensors = tensors[: len(plan.specs.reported)], tensors[len(plan.specs.reported) :]
+        made = torch.ops.opsgraph.forward(plan.handle, tensors)
         count = len(plan.specs.outputs)
         rest = iter(made[count:])
         specs = zip(plan.specs.names, plan.specs.absent, strict=True)
         given = dict(zip((n for n, absent in specs if not absent), tensors, strict=True))
         usable = plan.specs.inputs
         saved = [given[n] if n in usable else next(rest) for n, _ in plan.specs.saved]
-        ctx.plan, ctx.handle = plan, handle
-        ctx.save_for_backward(*saved)
+        ctx.plan = plan
+        ctx.save_for_backward(*seen, *saved)
         return tuple(made[:count])
 
     @staticmethod
@@ -227,13 +242,17 @@ class CompiledPlan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         plan = ctx.plan
         taken = [grads[0], *(grads[k] for k in plan.specs.taps)]
-        made = iter(torch.ops.opsgraph.backward(ctx.handle, [*taken, *ctx.saved_tensors]))
-        specs = zip(plan.specs.gradients, plan.specs.absent, strict=True)
-        wanted = [spec for spec, absent in specs if not absent]
-        return None, None, *(None if spec is None else next(made) for spec in wanted)
+        specs, count = plan.specs, len(plan.specs.reported)
+        seen, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        made = iter(torch.ops.opsgraph.backward(plan.handle, [*taken, *saved], list(seen)))
+        gradients = [None] * (1 + count)
+        for k, (spec, absent) in enumerate(zip(specs.gradients, specs.absent, strict=True)):
+            if not absent:
+                gradients.append(None if spec is None or k in specs.reported else next(made))
+        return tuple(gradients)
 
 
-def run_compiled(plan: Plan, handle: str, extras: int, tensors: Sequence[Tensor | None]) -> Any:
+def run_compiled(plan: Plan, stage: Any, extras: int, tensors: Sequence[Tensor | None]) -> Any:
     """The plan under torch.compile."""
     x = tensors[0]
     assert x is not None
@@ -243,9 +262,12 @@ def run_compiled(plan: Plan, handle: str, extras: int, tensors: Sequence[Tensor 
     # Dynamo takes no tensor twice, as tied weights would have it.
     there = [t.view_as(t) if any(t is u for u in there[:k]) else t for k, t in enumerate(there)]
     if plan.specs.training:
-        outputs = CompiledPlan.apply(plan, handle, *there)  # type: ignore[no-untyped-call]
+        seen = stage.seen_gradients(plan) if plan.specs.reported else []
+        outputs = CompiledPlan.apply(plan, *seen, *there)  # type: ignore[no-untyped-call]
     else:
-        outputs = torch.ops.opsgraph.forward(handle, there)[: len(plan.specs.outputs)]
+        outputs = torch.ops.opsgraph.forward(plan.handle, there)[: len(plan.specs.outputs)]
+    if plan.specs.reports:
+        outputs = stage.record(plan, outputs)
     if len(shape) != 2:
         outputs = unflattened(plan, outputs, shape)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)

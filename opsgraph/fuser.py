@@ -29,6 +29,11 @@ class Fuser:
     backend: ClassVar[str]
     pattern: ClassVar[Mapping[str, Any]]
     saves: ClassVar[tuple[str, ...]] = ()
+    quantized: ClassVar[bool] = False
+    """Whether it takes an op whose operands a recipe has quantized."""
+    reject_formats: Callable[..., str | None] | None = None
+    """`reject_formats(self, x, weight, dy)`: a reason not to take operands of such a `Storage`; dy
+    is None where a recipe leaves the gradient as it is."""
     fwd: Callable[..., Any] | None = None
     bwd: Callable[..., Any] | None = None
     reject: Callable[..., str | None] | None = None

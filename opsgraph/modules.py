@@ -20,6 +20,9 @@ from .ops.collectives import Group, group_of, process_group
 from .ops.linear import SYMMETRIC
 from .ops.parameters import Partition
 from .plan import Plan
+from .precision import active, microbatch
+from .quantized_parameter import hold
+from .scaling import make_for
 from .sequential import Sequential
 
 NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
@@ -271,15 +274,21 @@ class LayerNormMLP(nn.Module):
         with fork, torch.no_grad():
             self._init_methods[0](self.get_parameter("fc1_weight"))
             self._init_methods[1](self.get_parameter("fc2_weight"))
+        hold(self, "fc1_weight", "fc2_weight")
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Any:
         """inp: `[*, hidden_size]` in the parameters' dtype, or any under autocast.
 
         is_first_microbatch: with fuse_wgrad_accumulation, True overwrites main_grad; False and
-        None accumulate.
+        None accumulate. Under a recipe, True keeps the quantized weights, and False uses those of
+        the last call with True; None quantizes them anew and keeps nothing.
         """
         first = self.fuse_wgrad_accumulation and bool(is_first_microbatch)
-        result = self._sequences[first](inp)
+        if is_first_microbatch is None or active.key is None:
+            result = self._sequences[first](inp)
+        else:
+            with microbatch(is_first_microbatch):
+                result = self._sequences[first](inp)
         out, *more = result if isinstance(result, tuple) else (result,)
         if self.return_bias:
             bias = None if self.fc2_bias is None else own_part(self, "fc2_bias", self.fc2_bias)
@@ -303,6 +312,7 @@ class LayerNormMLP(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """A TransformerEngine checkpoint's pickled `_extra_state` is dropped, never unpickled."""
         given = {k: v for k, v in state_dict.items() if k != f"{prefix}_extra_state"}
+        make_for(self, given, prefix, ("fc1_weight", "fc2_weight"))
         super()._load_from_state_dict(given, prefix, *args)
         unexpected = args[3]
         if f"{prefix}_extra_state" in unexpected:

@@ -11,7 +11,7 @@ values or gradients ("x" and parameter names) the plan uses; the others may be N
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -64,6 +64,20 @@ class Lowered(NamedTuple):
     op: "Op"
 
 
+class Placed(NamedTuple):
+    """A lowered op in a run. label: what errors call it ("0:Linear")."""
+
+    kind: "type[Op]"
+    op: "Op"
+    label: str
+    attached: str = ""
+    """Of an op that a recipe adds: "q" before, "g" after the one whose number it shares."""
+    quantizers: Mapping[str, Any] = {}
+    """Of parameters that the recipe quantizes."""
+    override: str | None = None
+    """What the backward multiplies in the place of quantized gradients."""
+
+
 class Op(nn.Module):
     """A basic op. Subclasses write `fwd` and, unless autograd's derivative will do, `bwd`."""
 
@@ -78,6 +92,10 @@ class Op(nn.Module):
     """Parameters that keep their dtype when the computation has another."""
     gemm: ClassVar[bool] = False
     """Whether `fwd` is a matrix product: too dear to be run again in the backward."""
+    quantizable: ClassVar[bool] = False
+    """Whether recipes quantize its operands; its functions then take `Quantized` values."""
+    packs_gradient: ClassVar[bool] = False
+    """Whether `bwd` returns a `Quantized` dx, for the `quantizable` op before."""
     taps: ClassVar[bool] = False
     """Whether the op hands its input out on a channel; `bwd` takes that gradient as `d`."""
     random: ClassVar[bool] = False
@@ -255,6 +273,7 @@ class Op(nn.Module):
             },
         }
         bare.__dict__["_homes"] = {}
+        bare.__dict__["_modules"] = {}
         bare.__dict__.pop("_runner", None)
         return bare
 
@@ -318,3 +337,12 @@ def derived_backward(kind: type[Op]) -> Callable[..., Any]:
 
     bwd.declared_arguments = ("dy", *names)  # type: ignore[attr-defined]
     return bwd
+
+
+Lower = Callable[[Sequence[Op], Sequence[str]], Sequence[Placed]]
+
+
+def lower_plainly(ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
+    """What ops stand for, each basic op with the label of the one that it came from."""
+    named = zip(ops, labels, strict=True)
+    return [Placed(kind, basic, label) for op, label in named for kind, basic in op.lower()]

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .claims import Claim, Rejection, Space
-from .codegen import covered, write_backward, write_forward
+from .codegen import write_backward, write_forward
 from .config import Config
 from .errors import PlanError
 from .op import BACKWARD, FORWARD, STORED
+from .packing import Packing
 from .planner import PLANNERS, Cover
 from .program import Program, Request, Run
 from .spec import Spec
@@ -35,6 +36,8 @@ class Step(NamedTuple):
     saves: tuple[str, ...]
     again: Mapping[str, tuple[int, ...]]
     edges: tuple[Spec, Spec]
+    where: str
+    """The ops as plans show them: `3`, `3-5`, `1-q2`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Plan:
     """What errors call the op at each position: the one the user wrote."""
     kinds: tuple[str, ...]
     """The class of the basic op at each position."""
+    numbers: tuple[str, ...]
+    """What plans and sources call each op: its number, or "q2", "g2" for what a recipe adds."""
 
     @property
     def saved_bytes_per_row(self) -> int:
@@ -119,6 +124,14 @@ class Signature(NamedTuple):
     autocast: bool
     delayed: tuple[str, ...]
     """The weights whose gradients the delayed function returns."""
+    packed: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    """Weights that are handed in quantized: their places among the weights, and the copies."""
+    parts: tuple[str, ...] = ()
+    """The last arguments: the parts of those weights."""
+    reports: int = 0
+    """How many amaxes follow the outputs."""
+    reported: tuple[int, ...] = ()
+    """Which of the arguments get an amax in the place of their gradient."""
 
 
 def _step(claim: Claim, cover: Cover, space: Space) -> Step:
@@ -139,27 +152,38 @@ def _step(claim: Claim, cover: Cover, space: Space) -> Step:
         tuple(sorted(claim.gives & cover.keeper.kept)),
         again,
         (program.specs[claim.start], program.specs[claim.stop]),
+        claim.where,
     )
 
 
-def _saved_names(space: Space, cover: Cover) -> list[str]:
-    """Kept values by place, then the weights that backward calls read."""
+def _saved_specs(space: Space, cover: Cover) -> dict[str, Spec]:
+    """Kept values by place, then the weights that backward calls read; quantized ones in parts."""
+    program, copies = space.program, Packing(space, cover)
+    found: dict[str, Spec] = {}
+    for name in sorted(cover.keeper.kept, key=lambda n: (space.place(n), n)):
+        found |= dict(copies.kept[name][1]) if name in copies.kept else {name: space.spec(name)}
     calls = [call for claim in cover.backward for call in claim.calls]
     calls += [remake.call for remake in cover.keeper.again.values()]
-    weight = "weight"
-    read = {a.text.removesuffix(STORED) for c in calls for a in c.arguments if a.category == weight}
-    weights = [name for name in space.program.weight_names.values() if name in read]
-    return sorted(cover.keeper.kept, key=lambda n: (space.place(n), n)) + weights
+    read = {a.text for c in calls for a in c.arguments if a.category == "weight"}
+    for (i, name), variable in program.weight_names.items():
+        spec = program.request.weights[i, name]
+        if spec is not None and not read.isdisjoint((variable, variable + STORED)):
+            found[variable] = spec
+        for parts in copies.weight_parts(i, name, BACKWARD).values():
+            found |= dict(parts)
+    return found
 
 
 def _signature(
-    program: Program, space: Space, saved: list[str], delayed: tuple[str, ...]
+    space: Space, cover: Cover, saved: Mapping[str, Spec], delayed: tuple[str, ...]
 ) -> Signature:
+    program, copies = space.program, Packing(space, cover)
     run, request = program.run, program.request
     last = (program.count, *run.outputs)
     weights = {v: request.weights[slot] for slot, v in program.weight_names.items()}
+    weights |= dict(copies.parameters)
     given: dict[str, Any] = {"x0": request.x, **program.extra_specs, **weights}
-    specs = [(n, given[n] if n in weights else space.spec(n)) for n in saved]
+    wanted = request.gradients | program.reported
     ratios = tuple(program.specs[gap].factor.as_integer_ratio() for gap in last)
     cast = {
         name
@@ -170,18 +194,22 @@ def _signature(
         and spec.dtype != request.compute
     }
     return Signature(
-        tuple(program.specs[gap] for gap in last),
-        tuple(specs),
+        (*(program.specs[gap] for gap in last), *map(space.spec, program.reports)),
+        tuple(saved.items()),
         tuple(given),
         None if set(ratios) == {(1, 1)} else ratios,
         (2, *(program.extra_dims(*place) for place in run.inputs)),
         tuple(spec is None for spec in given.values()),
         tuple(name for name in given if name not in cast),
-        tuple(spec if name in request.gradients else None for name, spec in given.items()),
+        tuple(spec if name in wanted else None for name, spec in given.items()),
         tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
         bool(request.gradients) and program.flows[-1],
         request.compute is not None,
         delayed,
+        tuple((run.slots.index((i, name)), which) for i, name, which in copies.weights()),
+        tuple(name for name, _ in copies.parameters),
+        len(program.reports),
+        tuple(k for k, name in enumerate(given) if name in program.reported),
     )
 
 
@@ -194,10 +222,10 @@ def make_plan(
     program = Program(run, request)
     space = Space(program, order, config.fuel)
     cover = PLANNERS[planner](space)
-    saved = _saved_names(space, cover)
-    forward = write_forward(space, cover, saved, config.check)
-    backward, delayed, late = write_backward(space, cover, saved, config.check)
-    kept = [name for name in saved if name in cover.keeper.kept]
+    saved = _saved_specs(space, cover)
+    forward = write_forward(space, cover, list(saved), config.check)
+    backward, delayed, late = write_backward(space, cover, list(saved), config.check)
+    kept = sorted(cover.keeper.kept, key=lambda n: (space.place(n), n))
     plan = Plan(
         tuple(_step(claim, cover, space) for claim in cover.forward),
         tuple(_step(claim, cover, space) for claim in cover.backward),
@@ -210,9 +238,10 @@ def make_plan(
         forward.call,
         backward.call,
         None if delayed is None else delayed.call,
-        _signature(program, space, saved, late),
+        _signature(space, cover, saved, late),
         tuple(run.labels),
         tuple(kind.__name__ for kind in run.kinds),
+        tuple(run.numbers),
     )
     _log(plan, config)
     return plan
@@ -234,4 +263,4 @@ def _log(plan: Plan, config: Config) -> None:
         print(plan.forward_source, plan.backward_source, plan.delayed_source or "", file=sys.stderr)
 
 
-__all__ = ["Plan", "Step", "covered", "make_plan"]
+__all__ = ["Plan", "Step", "make_plan"]

@@ -31,8 +31,10 @@ class Cover(NamedTuple):
 
 
 def _keeper(space: Space) -> Keeper:
-    checkpoint = bool(space.program.request.options.get("checkpoint"))
-    return Keeper(space, float("inf") if checkpoint else SAVED, gemms=checkpoint)
+    options = space.program.request.options
+    checkpoint = bool(options.get("checkpoint"))
+    saved = SAVED if options.get("recompute", True) else 0.0
+    return Keeper(space, float("inf") if checkpoint else saved, gemms=checkpoint)
 
 
 def _finish(space: Space, forward: list[Claim], backward: list[Claim], keeper: Keeper) -> Cover:

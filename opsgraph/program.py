@@ -9,13 +9,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
 from .errors import OpError, PlanError
-from .op import BACKWARD, FORWARD, STORED, Op, differentiable, weights
-from .spec import ROWS, Spec
+from .op import (
+    BACKWARD,
+    FORWARD,
+    STORED,
+    Lower,
+    Op,
+    Placed,
+    arguments,
+    differentiable,
+    lower_plainly,
+    weights,
+)
+from .spec import ROWS, Spec, Storage
+
+HIGH_PRECISION = "high_precision"
+"""An override: the backward multiplies what the forward had before it quantized."""
 
 
 class Run:
@@ -23,7 +38,9 @@ class Run:
 
     labels: what errors call each op ("0:Linear"). inputs: `(position, name, channel)` of every
     extra input that no earlier Tee of the run provides; outputs: positions of Tees handed to the
-    caller.
+    caller. lower: how ops become basic ones, where a recipe adds some. numbers: what names and
+    plans call the ops; one that a recipe adds shares the number of its linear layer ("q2", "g2"),
+    so that no other number changes.
     """
 
     def __init__(
@@ -32,13 +49,17 @@ class Run:
         labels: Sequence[str],
         known: Iterable[str] = (),
         later: Iterable[str | None] = (),
+        lower: Lower | None = None,
     ) -> None:
-        lowered = [
-            (entry, label) for op, label in zip(ops, labels, strict=True) for entry in op.lower()
-        ]
-        self.kinds = [entry.kind for entry, _ in lowered]
-        self.ops = [entry.op for entry, _ in lowered]
-        self.labels = [label for _, label in lowered]
+        entries = (lower or lower_plainly)(ops, labels)
+        self.kinds = [entry.kind for entry in entries]
+        self.ops = [entry.op for entry in entries]
+        self.labels = [entry.label for entry in entries]
+        self.numbers, self.edges = _numbers(entries)
+        self.quantizers = {
+            (i, name): q for i, entry in enumerate(entries) for name, q in entry.quantizers.items()
+        }
+        self.overrides = {i: e.override for i, e in enumerate(entries) if e.override is not None}
         self.factors = [Fraction(1)]
         """For each gap, how many rows there are for each row of the input."""
         for kind, op in zip(self.kinds, self.ops, strict=True):
@@ -114,6 +135,23 @@ class Run:
                 )
 
 
+def _numbers(entries: Sequence[Placed]) -> tuple[list[str], list[str]]:
+    """The number of each op, and of each gap: of the op after it, with "q" where a Quantize ends.
+
+    The value before a Quantize has the plain number, that after it, its linear layer's input, "q".
+    """
+    numbers: list[str] = []
+    edges: list[str] = []
+    count, after_quantize = 0, ""
+    for entry in entries:
+        own = count - 1 if entry.attached == "g" else count
+        numbers.append(f"{entry.attached}{own}")
+        edges.append(f"{after_quantize}{count}")
+        after_quantize = "q" if entry.attached == "q" else ""
+        count += not entry.attached
+    return numbers, [*edges, f"{count}"]
+
+
 class Argument(NamedTuple):
     """One argument of a call: its category and the text that stands in the source."""
 
@@ -148,10 +186,11 @@ class Program:
             for i in range(count)
         ]
         self.still_forward = [entry[FORWARD] for entry in identity]
-        self.inputs = [f"{name}{i}" for i, name, _ in run.inputs]
-        self.uncast = {f"{n}{i}" for i, n, _ in run.inputs if n in self.kinds[i].as_stored}
+        self.numbers = run.numbers
+        self.inputs = [self.name(name, i) for i, name, _ in run.inputs]
+        self.uncast = {self.name(n, i) for i, n, _ in run.inputs if n in self.kinds[i].as_stored}
         self.extra_specs = dict(zip(self.inputs, request.extras, strict=True))
-        self.weight_names = {slot: f"{slot[1]}{slot[0]}" for slot in run.slots}
+        self.weight_names = {(i, name): self.name(name, i) for i, name in run.slots}
         self.canonical = [0] * (count + 1)
         for gap in range(1, count + 1):
             still = self.still_forward[gap - 1]
@@ -159,9 +198,10 @@ class Program:
         self.specs = self._propagate()
         self.flows = self._flow()
         self._saved: dict[int, dict[str, Spec]] = {}
-        self.places = dict.fromkeys(self.inputs, 0) | {f"x{gap}": gap for gap in range(count + 1)}
+        self.gaps = {f"x{run.edges[gap]}": gap for gap in range(count, -1, -1)}
+        self.places = dict.fromkeys(self.inputs, 0) | self.gaps
         for i, kind in enumerate(self.kinds):
-            self.places |= {f"{name}{i}": i for name in kind.saves}
+            self.places |= {self.name(name, i): i for name in kind.saves}
         self.tapped = self._taps()
         self.still_backward = [
             entry[BACKWARD] or bool(kind.passes) or (kind.taps and i not in self.tapped)
@@ -172,6 +212,10 @@ class Program:
     def count(self) -> int:
         """The number of lowered ops."""
         return len(self.kinds)
+
+    def name(self, name: str, i: int) -> str:
+        """What something of op i is called: `rstd1`, `weight3`, `scaleq3`."""
+        return f"{name}{self.numbers[i]}"
 
     def _propagate(self) -> list[Spec]:
         x = self.request.x
@@ -212,8 +256,8 @@ class Program:
     ) -> None:
         source = self.run.sources.get((i, name))
         if source is None:
-            spec = _rows_times(self.extra_specs[f"{name}{i}"], x.factor)
-            self.extra_specs[f"{name}{i}"] = spec
+            spec = _rows_times(self.extra_specs[self.name(name, i)], x.factor)
+            self.extra_specs[self.name(name, i)] = spec
         else:
             spec = before[source]
         expected = kind.extra_spec(self.ops[i], name, x)
@@ -239,7 +283,8 @@ class Program:
         wanted = self.request.gradients
         flows = ["x0" in wanted]
         for i, kind in enumerate(self.kinds):
-            own = any(f"{name}{i}" in wanted for name in weights(kind) + kind.extra_inputs)
+            names = (self.name(name, i) for name in weights(kind) + kind.extra_inputs)
+            own = any(name in wanted for name in names)
             read = any(flows[source] for (j, _), source in self.run.sources.items() if j == i)
             flows.append(flows[-1] or own or read)
         return flows
@@ -253,16 +298,22 @@ class Program:
 
     def x(self, gap: int) -> str:
         """The name of the value at a gap."""
-        return f"x{self.canonical[gap]}"
+        return f"x{self.run.edges[self.canonical[gap]]}"
 
     def extra(self, i: int, name: str) -> str:
         """The value of an extra input: a Tee's, or an input of the run."""
         source = self.run.sources.get((i, name))
-        return f"{name}{i}" if source is None else self.x(source)
+        return self.name(name, i) if source is None else self.x(source)
 
-    def resolve(self, i: int, name: str) -> Argument:
-        """What a name of op i stands for."""
+    def tee(self, i: int) -> str:
+        """The gradient that a Tee collects."""
+        return self.name("d", i)
+
+    def resolve(self, i: int, name: str, direction: str = FORWARD) -> Argument:
+        """What a name of op i stands for in a pass."""
         kind, op = self.kinds[i], self.ops[i]
+        if name == "x" and direction == BACKWARD and self.run.overrides.get(i) == HIGH_PRECISION:
+            return Argument("value", self.x(i - 1))  # what its Quantize read
         if name == "":
             return Argument("op", f"ops[{i}]")
         if name == "x":
@@ -272,22 +323,35 @@ class Program:
         if name == "dy":
             return Argument("gradient", "dx")
         if name == "d" and kind.taps:
-            return Argument("gradient", f"d{i}")
+            return Argument("gradient", self.tee(i))
         if name in kind.saves:
-            return Argument("value", f"{name}{i}")
+            return Argument("value", self.name(name, i))
         if name in kind.constants:
             return Argument("literal", repr(getattr(op, name)))
         if name in kind.extra_inputs:
             return Argument("value", self.extra(i, name))
         if name.endswith(STORED) and (i, name.removesuffix(STORED)) in self.weight_names:
             weight = name.removesuffix(STORED)
-            suffix = STORED if self.casts(i, weight) else ""
-            return Argument("weight", f"{weight}{i}{suffix}")
+            cast = self.casts(i, weight) and not self.packed(i, weight, direction)
+            return Argument("weight", self.name(weight, i) + (STORED if cast else ""))
         if (i, name) in self.weight_names:
             if self.request.weights[i, name] is None:
                 return Argument("literal", "None")
-            return Argument("weight", self.weight_names[i, name])
+            packed = "q" if self.packed(i, name, direction) else ""
+            return Argument("weight", packed + self.weight_names[i, name])
         raise PlanError(f"{self.labels[i]}: {kind.__name__} has no {name!r}")
+
+    def packed(self, i: int, name: str, direction: str) -> bool:
+        """Whether a weight is quantized in a pass."""
+        plain = direction == BACKWARD and self.run.overrides.get(i) == HIGH_PRECISION
+        return (i, name) in self.run.quantizers and not plain
+
+    def storages(self, i: int) -> tuple[Storage | None, ...]:
+        """How x, the weight and the gradient of a quantized linear layer are stored."""
+        after = self.ops[i + 1] if i + 1 < self.count and self.kinds[i + 1].packs_gradient else None
+        dy: Any = None if after is None else after.quantizer
+        weight = self.run.quantizers[i, "weight"].storage
+        return self.specs[i].storage, weight, None if dy is None else dy.storage
 
     def casts(self, i: int, name: str) -> bool:
         """Whether an active autocast has a weight cast."""
@@ -303,23 +367,43 @@ class Program:
         for name in differentiable(kind):
             source = self.run.sources.get((i, name))
             if source is not None:
-                found.append(f"d{source}" if source in self.tapped else None)
+                found.append(self.tee(source) if source in self.tapped else None)
             else:
-                wanted = f"{name}{i}" in self.request.gradients
-                found.append(f"d{name}{i}" if wanted else None)
+                own = self.name(name, i)
+                wanted = own in self.request.gradients or own in self.reported
+                found.append(f"d{own}" if wanted else None)
         return found
+
+    @cached_property
+    def reports(self) -> list[str]:
+        """amaxes that the forward hands out after its outputs."""
+        return [self.name("amax", i) for i in self._delayed("amax")]
+
+    @cached_property
+    def reported(self) -> set[str]:
+        """Scales in whose place the backward returns the amax that it saw."""
+        return {self.name("scale", i) for i in self._delayed("dy") if self.flows[i + 1]}
+
+    def _delayed(self, name: str) -> list[int]:
+        """Ops with delayed scales that save `name`, or whose backward takes it."""
+        return [
+            i
+            for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True))
+            if getattr(getattr(op, "quantizer", None), "delayed", False)
+            and (name in kind.saves or (kind.bwd is not None and name in arguments(kind.bwd)))
+        ]
 
     def value_spec(self, name: str) -> Spec:
         """The spec of a value by its name; private names of fusers are not known here."""
         if name in self.extra_specs:
             return self.extra_specs[name]
         i = self.places[name]
-        if name == f"x{i}":
+        if name in self.gaps:
             return self.specs[i]
         if i not in self._saved:
             x, saved = self.specs[i], self.kinds[i].saved(self.ops[i], self.specs[i])
             self._saved[i] = {n: _rows_times(spec, x.factor) for n, spec in saved.items()}
-        return self._saved[i][name.removesuffix(str(i))]
+        return self._saved[i][name.removesuffix(self.numbers[i])]
 
 
 def _rows_times(spec: Spec, factor: Fraction) -> Spec:

@@ -47,8 +47,7 @@ class Keeper:
     def cost(self) -> float:
         """Weighted bytes per row of keeping and making again."""
         kept = sum(map(self.space.size, self.kept))
-        saved = SAVED if self.gemms else self.saved
-        return saved * kept + sum(remake.moved for remake in self.again.values())
+        return SAVED * kept + sum(remake.moved for remake in self.again.values())
 
     def _settle(self, name: str) -> None:
         if name in self.kept or name in self.again:
@@ -75,7 +74,7 @@ class Keeper:
         size, makers = space.size(name), list(space.makers(name, self.gemms))
         if not size or not makers or depth >= DEPTH:
             return SAVED * size, None
-        best: tuple[float, int, Remake | None] = (self.saved * size, -1, None)
+        best: tuple[float, int, Remake | None] = (self.saved * space.keeping(name), -1, None)
         for claim in makers:
             for call, needs in space.remakes(claim):
                 if name in needs:

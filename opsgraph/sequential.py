@@ -17,6 +17,7 @@ from .ops.convert import module_from, op_from
 from .ops.linear import tell_next
 from .ops.sizes import infer_sizes
 from .plan import Plan
+from .precision import active
 from .table import Options, Stage
 
 
@@ -55,6 +56,8 @@ class Sequential(nn.Sequential):
         super().__init__(*args)
         self._options = Options(backends, planner, double_backward, **options)
         self._stages: list[Stage | nn.Module] = []
+        self._recipes: dict[int, list[Stage | nn.Module]] = {}
+        """Stages for each recipe in which the module has run, by the recipe's number."""
         self._epoch = -1
         infer_sizes(self._present())
         tell_next(self._present())
@@ -92,6 +95,11 @@ class Sequential(nn.Sequential):
         """Find the stages again: at first use, and whenever something has changed."""
         epoch = config.epoch
         tell_next(self._present())
+        self.__dict__["_recipes"] = {}
+        self.__dict__["_stages"] = self._make_stages(None)
+        self.__dict__["_epoch"] = epoch
+
+    def _make_stages(self, recipe: int | None) -> list[Stage | nn.Module]:
         groups, stages = self._groups(), list[Stage | nn.Module]()
         reads = [{channel for _, module in group for channel in _reads(module)} for group in groups]
         for k, group in enumerate(groups):
@@ -100,22 +108,30 @@ class Sequential(nn.Sequential):
             if ops:
                 known = [n for s in stages if isinstance(s, Stage) for n in s.output_names if n]
                 later = set().union(*reads[k + 1 :])
-                stages.append(Stage(ops, labels, self._options, known, later))
+                stages.append(Stage(ops, labels, self._options, known, later, recipe))
             else:
                 stages.append(group[0][1])
-        self.__dict__["_stages"] = stages
-        self.__dict__["_epoch"] = epoch
+        return stages
+
+    def _current(self) -> list[Stage | nn.Module]:
+        """The stages for the active recipe."""
+        key = active.key
+        if key is None:
+            return self._stages
+        if key not in self._recipes:
+            self._recipes[key] = self._make_stages(key)
+        return self._recipes[key]
 
     # -- running --
 
     def forward(self, x: Tensor, *extra_inputs: Tensor) -> Any:
         """x: `[*, width]`; see the class."""
         if torch.compiler.is_compiling():
-            self._refresh()
+            self._refresh(active.key)
         if self._epoch != config.epoch:
             self._complete(x)
             self._prepare()
-        stages = self._stages
+        stages = self._stages if active.key is None else self._current()
         if len(stages) == 1 and isinstance(stages[0], Stage):
             stage = stages[0]
             if len(extra_inputs) != len(stage.inputs):
@@ -123,13 +139,15 @@ class Sequential(nn.Sequential):
             if x.dim() == 0:
                 raise OpError("input", "a scalar", "[*, width]")
             return stage(x, extra_inputs)
-        return self._run_stages(x, extra_inputs)
+        return self._run_stages(stages, x, extra_inputs)
 
     @constant_under_compile
-    def _refresh(self) -> None:
+    def _refresh(self, recipe: int | None) -> None:
         """Prepare while Dynamo traces. A method, so that equal layers share what is compiled."""
         if self._epoch != config.epoch:
             self._prepare()
+        if recipe is not None and recipe not in self._recipes:
+            self._recipes[recipe] = self._make_stages(recipe)
 
     def _complete(self, x: Tensor) -> None:
         if self._lazy():
@@ -143,13 +161,15 @@ class Sequential(nn.Sequential):
         wanted = f"{len(names)} ({', '.join(names)})" if names else "none"
         raise OpError("Sequential", f"{got} extra inputs", wanted)
 
-    def _run_stages(self, x: Tensor, extra_inputs: Sequence[Tensor]) -> Any:
+    def _run_stages(
+        self, stages: list[Stage | nn.Module], x: Tensor, extra_inputs: Sequence[Tensor]
+    ) -> Any:
         made: dict[str, Tensor] = {}
         given, outputs = list(extra_inputs), []
-        needed = [n for s in self._stages if isinstance(s, Stage) for n in self._unmatched(s)]
+        needed = [n for s in stages if isinstance(s, Stage) for n in _unmatched(stages, s)]
         if len(given) != len(needed):
             self._wrong_count(len(given), needed)
-        for stage in self._stages:
+        for stage in stages:
             if not isinstance(stage, Stage):
                 x = stage(x)
                 continue
@@ -158,22 +178,13 @@ class Sequential(nn.Sequential):
             ]
             result = stage(x, extras)
             x, *more = result if isinstance(result, tuple) else (result,)
-            later = self._read_later(stage)
+            later = _read_later(stages, stage)
             for i, name, value in zip(stage.outputs, stage.output_names, more, strict=True):
                 if name is not None and name in later:
                     made[name] = value
                 if name not in made or getattr(stage.real[i], "to_caller", False):
                     outputs.append(value)
         return (x, *outputs) if outputs else x
-
-    def _unmatched(self, stage: Stage) -> list[str]:
-        before = self._stages[: self._stages.index(stage)]
-        made = {n for s in before if isinstance(s, Stage) for n in s.output_names if n}
-        return [name for _, name, channel in stage.inputs if channel not in made]
-
-    def _read_later(self, stage: Stage) -> set[str | None]:
-        after = self._stages[self._stages.index(stage) + 1 :]
-        return {channel for s in after if isinstance(s, Stage) for _, _, channel in s.inputs}
 
     def backward_dw(self) -> None:
         """Compute the weight gradients of the oldest backward that delayed them, and add them.
@@ -205,14 +216,14 @@ class Sequential(nn.Sequential):
             if x is not None:
                 self._complete(x)
             self._prepare()
-        found = [s.plan(training, x) for s in self._stages if isinstance(s, Stage)]
+        found = [s.plan(training, x) for s in self._current() if isinstance(s, Stage)]
         if not found:
             raise PlanError("there are no ops to plan")
         return found[0] if len(found) == 1 else Plans(found)
 
     def example_extras(self, x: Tensor) -> list[Tensor]:
         """Uninitialized extra inputs of the right shapes for x, where all ops are planned."""
-        (stage,) = self._stages
+        (stage,) = self._current()
         assert isinstance(stage, Stage)
         return stage.example_extras(x)
 
@@ -285,7 +296,20 @@ class Sequential(nn.Sequential):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stages": [], "_epoch": -1}
+        return {**self.__dict__, "_stages": [], "_recipes": {}, "_epoch": -1}
+
+
+def _unmatched(stages: list[Stage | nn.Module], stage: Stage) -> list[str]:
+    """The extra inputs of a stage that no stage before it makes."""
+    before = stages[: stages.index(stage)]
+    made = {n for s in before if isinstance(s, Stage) for n in s.output_names if n}
+    return [name for _, name, channel in stage.inputs if channel not in made]
+
+
+def _read_later(stages: list[Stage | nn.Module], stage: Stage) -> set[str | None]:
+    """Channels that later stages read."""
+    after = stages[stages.index(stage) + 1 :]
+    return {channel for s in after if isinstance(s, Stage) for _, _, channel in s.inputs}
 
 
 def _reads(module: nn.Module) -> Iterator[str | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
 from operator import index
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +25,14 @@ from .errors import OpError, PlanError
 from .execute import PlanFunction, expose, run_compiled, run_inference
 from .fuser import registered
 from .op import Op, constant_under_compile, weights
+from .ops.quantize import lowered
 from .ops.sizes import width_between
 from .plan import Plan, make_plan
+from .precision import active
 from .program import Request, Run
+from .quantized_parameter import QuantizedTensor
+from .quantizers import Quantized, Quantizer
+from .scaling import Scaling
 from .spec import ROWS, Spec, row
 
 Key = tuple[Any, ...]
@@ -92,14 +98,15 @@ def _table_for(run: Run, options: Options) -> PlanTable:
     try:
         parts = []
         for kind, op in zip(run.kinds, run.ops, strict=True):
-            if op._buffers or op._modules:
+            if op._buffers or any(not isinstance(m, Scaling) for m in op._modules.values()):
                 raise TypeError
             settings = op.settings()
             shapes = tuple(_shape(getattr(*op.home(name))) for name in weights(kind))
             parts.append((kind, type(op), _hashable(settings), shapes))
         wiring = (tuple(run.sources.items()), tuple(i[:2] for i in run.inputs), tuple(run.outputs))
         fusers = tuple(map(id, registered()))
-        key = (tuple(parts), wiring, tuple(run.labels), options.key, fusers)
+        recipe = (tuple(run.quantizers.items()), tuple(run.overrides.items()))
+        key = (tuple(parts), wiring, recipe, tuple(run.labels), options.key, fusers)
     except TypeError:
         proxies: list[Any] = [weakref.proxy(op) for op in run.ops]
         return PlanTable(run.with_ops(proxies), options)
@@ -139,8 +146,12 @@ class Stage:
         options: Options,
         known: Iterable[str] = (),
         later: Iterable[str | None] = (),
+        recipe: int | None = None,
     ) -> None:
-        run = Run(ops, labels, known, later)
+        if recipe is not None and options.double_backward:
+            raise PlanError("double_backward: a recipe's rounding has no derivative; got both")
+        lower = None if recipe is None else partial(lowered, recipe)
+        run = Run(ops, labels, known, later, lower)
         run.verify_weights()
         if options.double_backward and (i := _first_collective(run)) is not None:
             raise PlanError(
@@ -156,6 +167,15 @@ class Stage:
             op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
         ]
         self.real = run.ops
+        self.packers: dict[int, Quantizer] = {
+            run.slots.index(slot): q for slot, q in run.quantizers.items()
+        }
+        self.states: dict[int, Scaling] = {}
+        """The delayed scaling of each quantized weight, and of the layer that it belongs to."""
+        for k, quantizer in self.packers.items():
+            state = run.ops[run.slots[k][0] - 1].home("scale")[0]
+            if quantizer.delayed and isinstance(state, Scaling):
+                self.states[k] = state
         self.table = _table_for(run, options)
         self.plans = self.table.plans
         self.ops = self.table.ops
@@ -177,6 +197,51 @@ class Stage:
             return "accumulating into main_grad writes a tensor that torch.compile cannot see"
         return None
 
+    def quantize(self, plan: Plan, weights: Sequence[Tensor | None]) -> list[Tensor]:
+        """The parts of the quantized weights that a plan takes, made of the weights as they are."""
+        found: list[Tensor] = []
+        for k, copies in plan.specs.packed:
+            weight, quantizer = weights[k], self.packers[k]
+            assert weight is not None
+            made = self._quantized(k, weight.detach(), copies)
+            for copy in copies:
+                found += quantizer.parts(made, copy)
+        return found
+
+    def _quantized(self, k: int, weight: Tensor, copies: tuple[str, ...]) -> Quantized:
+        """One weight quantized, or what the first microbatch made of it."""
+        first, quantizer, (owner, name) = active.first_microbatch, self.packers[k], self.slots[k]
+        if isinstance(weight, QuantizedTensor):
+            held = weight.copies(quantizer, copies)
+            if held is not None:
+                return held
+            weight = weight.dequantize()
+        kept: dict[Any, Quantized] = {}
+        if first is not None:
+            kept = owner.__dict__.setdefault("_quantized_weights", kept)
+        if first is False and (name, quantizer, copies) in kept:
+            return kept[name, quantizer, copies]
+        scale, state = None, self.states.get(k)
+        if state is not None:
+            state.record("weight", quantizer.amax(weight))
+            scale = state.weight
+        made = quantizer(weight, copies, scale)
+        kept[name, quantizer, copies] = made
+        return made
+
+    def record(self, plan: Plan, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Note the amaxes of activations, which follow the outputs; returns these."""
+        count = len(outputs) - plan.specs.reports
+        for state, amax in zip(self.states.values(), outputs[count:], strict=True):
+            state.record("activation", amax)
+        return outputs[:count]
+
+    def seen_gradients(self, plan: Plan) -> list[Tensor]:
+        """Where to note the amaxes of gradients: the layers' `amax_backward`."""
+        first = len(plan.specs.names) - len(self.slots) - len(plan.specs.parts)
+        states = (self.slots[k - first][0] for k in plan.specs.reported)
+        return [state.amax_backward for state in states]  # type: ignore[misc]
+
     def delay(self, plan: Plan, found: Any, saved: Sequence[Tensor]) -> Any:
         """Queue what the delayed function needs; returns the gradients there are already."""
         gradients, later = found
@@ -187,7 +252,8 @@ class Stage:
         """Compute delayed weight gradients and add them to the parameters' `.grad`."""
         assert plan.run_delayed is not None
         homes = {
-            f"{n}{i}": home for (i, n), home in zip(self.table.run.slots, self.slots, strict=True)
+            f"{n}{self.table.run.numbers[i]}": home
+            for (i, n), home in zip(self.table.run.slots, self.slots, strict=True)
         }
         with torch.no_grad():
             found = plan.run_delayed(self.ops, *later, *saved)
@@ -270,7 +336,7 @@ class Stage:
             there = device if same else weight.device
             found[i, name] = Spec(tuple(weight.shape), dtype, there)
             if wanted:
-                gradients.add(f"{name}{i}")
+                gradients.add(f"{name}{run.numbers[i]}")
         specs = []
         for (i, name, _), dims in zip(run.inputs[:extras], self.row_dims, strict=False):
             dtype, more, last, wanted, same = (next(rest) for _ in range(5))
@@ -279,7 +345,7 @@ class Stage:
                 shape = (last,)
             specs.append(Spec(shape, dtype, device if same else torch.device("meta")))
             if wanted:
-                gradients.add(f"{name}{i}")
+                gradients.add(f"{name}{run.numbers[i]}")
         modes = {id(op): next(rest) for op in self.modes}
         request = Request(
             row(key[1], key[0], device),
@@ -335,9 +401,11 @@ class Stage:
         if plan is None:
             self.ensure(key, len(extras))
             plan = self.plans[key]
+        if plan.specs.packed:
+            weights = [*weights, *self.quantize(plan, weights)]
         if plan.specs.training:
             return PlanFunction.apply(plan, self, len(extras), x, *extras, *weights)  # type: ignore[no-untyped-call]
-        return run_inference(plan, self.ops, len(extras), (x, *extras, *weights))
+        return run_inference(plan, self, len(extras), (x, *extras, *weights))
 
     @constant_under_compile
     def _expose(self, key: Key, extras: int) -> str:
@@ -355,5 +423,11 @@ class Stage:
             raise PlanError(self.eager_only)
         plan = getattr(self.table.exposed, self._expose(key, len(extras)))
         if self.double_backward:  # traced through, for autograd to see the ops
-            return run_inference(plan, self.ops, len(extras), (x, *extras, *weights))
-        return run_compiled(plan, plan.handle, len(extras), (x, *extras, *weights))
+            return run_inference(plan, self, len(extras), (x, *extras, *weights))
+        if plan.specs.packed:
+            if any(isinstance(weight, QuantizedTensor) for weight in weights):
+                raise PlanError("torch.compile cannot see into weights of quantized_model_init")
+            if active.first_microbatch is not None:
+                raise PlanError("is_first_microbatch keeps weights that torch.compile cannot see")
+            weights = [*weights, *self.quantize(plan, weights)]
+        return run_compiled(plan, self, len(extras), (x, *extras, *weights))

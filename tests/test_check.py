@@ -90,7 +90,9 @@ def test_backends_limits_and_names_wrong_ones(monkeypatch) -> None:
     monkeypatch.setenv("OPSGRAPH_BACKENDS", "reference")
     assert {step.backend for step in _mlp().plan().forward} == {"reference"}
     monkeypatch.setenv("OPSGRAPH_BACKENDS", "cudnn")
-    with pytest.raises(og.PlanError, match=r"got backend 'cudnn', expected some of .*triton, aten"):
+    with pytest.raises(
+        og.PlanError, match=r"got backend 'cudnn', expected some of .*triton, cublaslt, aten"
+    ):
         _mlp().plan()
 
 

@@ -38,6 +38,14 @@ def test_byte_lm(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "plan.svg").read_text()
 
 
+def test_fp8_training(tmp_path: Path) -> None:
+    sizes = "--steps 4 --hidden 32 --layers 1 --context 32 --batch 4"
+    out = run("fp8_training", *sizes.split(), "--device", "cpu", "--out", str(tmp_path))
+    for name in ("bf16", "DelayedScaling", "NVFP4BlockScaling", "QuantizeGrad"):
+        assert name in out
+    assert (tmp_path / "fp8_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     "name, text",
     (

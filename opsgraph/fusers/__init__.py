@@ -1,6 +1,15 @@
 """Fused implementations, one file per backend; importing this package registers them all."""
 
 from . import triton_gemm  # isort: skip  # before triton: of equals, the planner takes the first
-from . import aten, overlap, symmetric, triton, triton_grouped
+from . import aten, cublaslt, overlap, symmetric, triton, triton_grouped, triton_quantize
 
-__all__ = ["aten", "overlap", "symmetric", "triton", "triton_gemm", "triton_grouped"]
+__all__ = [
+    "aten",
+    "cublaslt",
+    "overlap",
+    "symmetric",
+    "triton",
+    "triton_gemm",
+    "triton_grouped",
+    "triton_quantize",
+]

@@ -21,6 +21,7 @@ from .elementwise import ConstantScale, Dropout, Identity, Reshape
 from .grouped import GroupedLinear
 from .linear import BasicLinear, Bias, Linear
 from .norms import L2Normalization, LayerNorm, RMSNorm
+from .quantize import Quantize, QuantizeGrad
 from .residual import Add, AddExtraInput, MakeExtraOutput, Residual, Tee
 from .scaled import (
     ScaledClampedSwiGLU,
@@ -56,6 +57,8 @@ __all__ = [
     "Linear",
     "MakeExtraOutput",
     "Modulate",
+    "Quantize",
+    "QuantizeGrad",
     "RMSNorm",
     "ReGLU",
     "ReLU",

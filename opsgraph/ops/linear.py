@@ -13,7 +13,11 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..errors import OpError
 from ..op import Lowered, Op, arguments
+from ..quantized_parameter import hold
+from ..quantizers import Quantized
+from ..scaling import make_for
 from ..spec import Spec
+from . import scaled_gemm as scaled
 from .collectives import AllGather, AllReduce, AllReduceGrad, Group, ReduceScatter, group_of
 from .main_grad import accumulate
 from .parameters import Partition, empty_parameter
@@ -30,6 +34,9 @@ def shards(mode: str | None, size: int) -> tuple[int, int]:
 SYMMETRIC = ("multimem_all_reduce", "two_shot", "one_shot")
 """All-reduces over symmetric memory that a row-parallel layer may ask for."""
 
+Operand = Any
+"""A tensor, or `Quantized` under a recipe."""
+
 
 class BasicLinear(Op):
     """`y = x @ weight.T`. x: `[*, in_features]`; weight: `[out_features, in_features]`.
@@ -40,7 +47,7 @@ class BasicLinear(Op):
     shards: among how many ranks the weight's rows and columns are split; this one holds a share.
     """
 
-    gemm = True
+    gemm = quantizable = True
     distributed = False
     """Whether the parameters are DTensors of the whole layer."""
 
@@ -79,6 +86,7 @@ class BasicLinear(Op):
         else:
             with torch.no_grad():
                 self.init_method(self.weight)
+        hold(self, "weight")
 
     @property
     def local_in_features(self) -> int | None:
@@ -118,6 +126,10 @@ class BasicLinear(Op):
         if lazy:
             self.reset_parameters()
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        make_for(self, state_dict, prefix, ("weight",))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def sizes_from(self, name: str, shape: torch.Size) -> None:
         self.out_features = shape[0] * self.shards[0]
         if name == "weight":
@@ -126,17 +138,19 @@ class BasicLinear(Op):
     def out(self, x: Spec) -> Spec:
         return x.like(self.local_out_features)
 
-    def fwd(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[()]]:
-        return F.linear(x, weight), ()
+    def fwd(self, x: Operand, weight: Operand) -> tuple[Tensor, tuple[()]]:
+        return (scaled.forward(x, weight) if isinstance(x, Quantized) else F.linear(x, weight)), ()
 
-    def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
-        return dy @ weight
+    def dgrad(self, dy: Operand, weight: Operand) -> Tensor:
+        return scaled.dgrad(dy, weight) if isinstance(weight, Quantized) else dy @ weight
 
-    def wgrad(self, dy: Tensor, x: Tensor, weight_stored: Tensor) -> Tensor | None:
+    def wgrad(self, dy: Operand, x: Operand, weight_stored: Tensor) -> Any:
         """`dy.T @ x`, or into the weight's main_grad; fusers with a linear inside call it too."""
         if not self.accumulate_into_main_grad:
-            return dy.t() @ x
-        return accumulate(dy.t(), x, weight_stored, self.overwrite_main_grad)
+            return scaled.wgrad(dy, x) if isinstance(x, Quantized) else dy.t() @ x
+        quantized = isinstance(x, Quantized)
+        left, right = scaled.wgrad_operands(dy, x) if quantized else (dy.t(), x)
+        return accumulate(left, right, weight_stored, self.overwrite_main_grad)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

@@ -26,19 +26,38 @@ def accumulate(a: Tensor, b: Tensor, weight: Tensor, overwrite: bool) -> Tensor 
 
     Raises OpsgraphError if the weight has no main_grad of its shape.
     """
+    main = _main_grad(weight)
+    if overwrite or getattr(weight, "overwrite_main_grad", False):
+        main.copy_(_product(a, b, main.dtype))
+    elif main.dtype == a.dtype:
+        torch.addmm(main, a, b, out=main)
+    else:
+        main.add_(_product(a, b, main.dtype))
+    return _dummy(weight)
+
+
+def add_to_main_grad(gradient: Tensor, weight: Tensor, overwrite: bool) -> Tensor | None:
+    """`accumulate` for a gradient that was computed already."""
+    main = _main_grad(weight)
+    if overwrite or getattr(weight, "overwrite_main_grad", False):
+        main.copy_(gradient)
+    else:
+        main.add_(gradient)
+    return _dummy(weight)
+
+
+def _main_grad(weight: Tensor) -> Tensor:
     main = getattr(weight, "main_grad", None)
     if not isinstance(main, Tensor) or main.shape != weight.shape:
         got = tuple(main.shape) if isinstance(main, Tensor) else main
         raise OpsgraphError(
             f"Linear: got main_grad {got}, expected a tensor {tuple(weight.shape)} on the weight"
         )
-    overwrite = overwrite or getattr(weight, "overwrite_main_grad", False)
-    if overwrite:
-        main.copy_(_product(a, b, main.dtype))
-    elif main.dtype == a.dtype:
-        torch.addmm(main, a, b, out=main)
-    else:
-        main.add_(_product(a, b, main.dtype))
+    return main
+
+
+def _dummy(weight: Tensor) -> Tensor | None:
+    """What autograd is given for a weight whose gradient went elsewhere."""
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True

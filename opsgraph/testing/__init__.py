@@ -5,7 +5,8 @@ modules run twice, once with that fuser alone and once with the reference ops.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import product
+from functools import partial
+from itertools import cycle, product
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from ..fuser import Fuser, variants
 from ..op import Op
+from ..ops import BasicLinear, Quantize, QuantizeGrad
+from ..precision import autocast
+from ..recipe import Float8CurrentScaling, MXFP8BlockScaling, Recipe
 from ..sequential import Sequential
 
 TOLERANCES = {
@@ -25,12 +29,32 @@ TOLERANCES = {
 """(rtol, atol times the largest magnitude) between implementations that round in other places."""
 
 
+RECIPES = (Float8CurrentScaling(), MXFP8BlockScaling())
+"""What fusers of quantized values are compared under, with sizes that all recipes take."""
+QUANTIZED_WIDTH = 256
+
+
+def quantizing(fuser: Fuser) -> bool:
+    """Whether a fuser is for plans under a recipe alone."""
+    kinds = {kind for variant in variants(fuser.pattern) for _, kind in variant}
+    return fuser.quantized or not kinds.isdisjoint((Quantize, QuantizeGrad))
+
+
 def samples(fuser: Fuser) -> Iterator[list[Op]]:
-    """Fresh ops for every variant of the pattern and every sample of its ops."""
+    """Fresh ops for every variant of the pattern and every sample of its ops.
+
+    Under a recipe a linear layer stands for the Quantize or QuantizeGrad that it brings.
+    """
+    linear = partial(BasicLinear, out_features=QUANTIZED_WIDTH)
     for variant in variants(fuser.pattern):
         kinds = [kind for _, kind in variant if kind is not None]
-        for k in range(max(len(list(kind.sample())) for kind in kinds)):
-            chosen = [list(kind.sample()) for kind in kinds]
+        for k in range(max(len(list(kind.sample())) for kind in kinds) or 1):
+            chosen = [list(kind.sample()) or [linear()] for kind in kinds]
+            if fuser.quantized:
+                chosen = [
+                    [linear()] if kind is BasicLinear else c
+                    for kind, c in zip(kinds, chosen, strict=True)
+                ]
             yield [found[k % len(found)] for found in chosen]
 
 
@@ -73,6 +97,18 @@ def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
         )
 
 
+def assert_near(found: Tensor, expected: Tensor, what: str) -> None:
+    """Equal but for quantized values on the other side of a rounding: up to 2% of the norm.
+
+    Up to 5% in bf16, to which Triton's interpreter truncates. Raises AssertionError that says what
+    differs.
+    """
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype), what
+    size, error = expected.double().norm(), (found.double() - expected.double()).norm()
+    part = 0.05 if expected.dtype == torch.bfloat16 else 0.02
+    assert float(error) <= part * float(size), f"{what}: differs by {error:.3g} of {size:.3g}"
+
+
 def check_fuser(
     fuser: Fuser,
     dtype: torch.dtype = torch.float32,
@@ -84,30 +120,44 @@ def check_fuser(
 
     In a process group each rank has an input, weights and gradients of its own, as shards are.
     Returns in how many plans it was taken; where it declined there is nothing to compare. Raises
-    AssertionError where outputs or gradients differ.
+    AssertionError where outputs or gradients differ. A fuser for quantized values is compared under
+    `RECIPES` in turn, at `QUANTIZED_WIDTH`.
     """
+    recipes: Sequence[Recipe | None] = (None,)
+    if quantizing(fuser):
+        shape, recipes = (*shape[:-1], QUANTIZED_WIDTH), RECIPES
     taken = 0
-    for ops, training in product(samples(fuser), (True, False)):
-        torch.manual_seed(_rank())
-        order = tuple(dict.fromkeys((fuser.backend, "reference")))
-        place: Any = {"device": device, "dtype": dtype}
-        module = Sequential(*ops, backends=order, fusers=(fuser.name,), **place)
-        reference = Sequential(*module, backends=("reference",), fusers=())
-        x = torch.randn(*shape, device=device, dtype=dtype)
-        plan = module.plan(training, x=x)
-        if fuser.name not in [step.name for step in (*plan.forward, *plan.backward)]:
-            continue
-        taken += 1
-        for parameter in module.parameters():
-            nn.init.normal_(parameter.data, 0.5, 0.5)
-        extras = module.example_extras(x)
-        inputs = [x, *(torch.randn_like(e) if e.is_floating_point() else e for e in extras)]
-        run: Any = module
-        if compiled:
-            torch.compiler.reset()
-            run = torch.compile(module, fullgraph=True, backend="aot_eager")
-        label = f"{fuser.name} over {[type(op).__name__ for op in ops]}, training={training}"
-        found, expected = _run(run, inputs, training), _run(reference, inputs, training)
-        for k, (one, other) in enumerate(zip(found, expected, strict=True)):
-            assert_same(one, other, f"{label}: result {k}")
+    for (ops, recipe), training in product(zip(samples(fuser), cycle(recipes)), (True, False)):
+        with autocast(recipe is not None, recipe):
+            taken += _check(fuser, ops, training, dtype, device, shape, compiled)
     return taken
+
+
+def _check(
+    fuser: Fuser, ops: Sequence[Op], training: bool, dtype: torch.dtype,
+    device: torch.device | str, shape: Sequence[int], compiled: bool,
+) -> bool:  # fmt: skip
+    """Compare one instance; whether the fuser was taken."""
+    torch.manual_seed(_rank())
+    order = tuple(dict.fromkeys((fuser.backend, "reference")))
+    place: Any = {"device": device, "dtype": dtype}
+    module = Sequential(*ops, backends=order, fusers=(fuser.name,), **place)
+    reference = Sequential(*module, backends=("reference",), fusers=())
+    x = torch.randn(*shape, device=device, dtype=dtype)
+    plan = module.plan(training, x=x)
+    if fuser.name not in [step.name for step in (*plan.forward, *plan.backward)]:
+        return False
+    for parameter in module.parameters():
+        nn.init.normal_(parameter.data, 0.5, 0.5)
+    extras = module.example_extras(x)
+    inputs = [x, *(torch.randn_like(e) if e.is_floating_point() else e for e in extras)]
+    run: Any = module
+    if compiled:
+        torch.compiler.reset()
+        run = torch.compile(module, fullgraph=True, backend="aot_eager")
+    label = f"{fuser.name} over {[type(op).__name__ for op in ops]}, training={training}"
+    found, expected = _run(run, inputs, training), _run(reference, inputs, training)
+    compare = assert_near if quantizing(fuser) else assert_same
+    for k, (one, other) in enumerate(zip(found, expected, strict=True)):
+        compare(one, other, f"{label}: result {k}")
+    return True

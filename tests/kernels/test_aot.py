@@ -23,6 +23,11 @@ KERNELS = {
     "linear_activation_backward_kernel",
     "grouped_rows_kernel",
     "grouped_weights_kernel",
+    "copy_kernel",
+    "rows_kernel",
+    "activation_backward_kernel",
+    "norm_quantize_kernel",
+    "norm_statistics_wide_kernel",
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -56,13 +57,17 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
+def bits(x: Tensor) -> Tensor:
+    """The bytes of x, for comparisons in which a NaN equals itself."""
+    return x.contiguous().flatten().view(torch.uint8)
+
+
 def twice(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """function's results; they repeat bit for bit, and function writes to none of its arguments."""
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     before = [t.clone() for t in tensors]
     first, second = function(*args, **kwargs), function(*args, **kwargs)
-    several = isinstance(first, tuple)
-    for a, b in zip(*((first, second) if several else ((first,), (second,))), strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True):
+        assert (a is None and b is None) or torch.equal(bits(a), bits(b))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(tensors, before, strict=True))
     return first

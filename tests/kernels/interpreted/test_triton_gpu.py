@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_checks import close, normal
+from kernel_checks import bits, close, normal
 from test_triton_activations import activation64
 from test_triton_norms import EPS, norm64
 from torch import Tensor
 
+from opsgraph.kernels.reference import quantize as reference
 from opsgraph.kernels.reference.dropout import keep_mask
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
 from opsgraph.kernels.triton.dropout import dropout
@@ -18,6 +19,8 @@ from opsgraph.kernels.triton.norms import (
     rmsnorm_backward,
     rmsnorm_forward,
 )
+from opsgraph.kernels.triton.quantize import E4M3, Format, quantize
+from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
 
 pytestmark = pytest.mark.gpu
 HALF = torch.bfloat16
@@ -84,6 +87,34 @@ def test_activation_and_dropout_offsets(make: Callable[[int], Tensor], width: in
         return
     share = dropped[-1000:].double().mean().item() / 2
     assert abs(share - 0.5) < 4 * 0.5 / (1000 * width) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize("make", [rows_past_2_31, stride_past_2_31])
+@pytest.mark.parametrize("scaling", ["tensor", "mx"])
+def test_quantize_offsets(make: Callable[[int], Tensor], scaling: str) -> None:
+    """The last rows of either copy, and of the gradient of relu, which is 0 elsewhere too."""
+    x, to = make(4096), Format(scaling)
+    scale = torch.ones((), device="cuda") if scaling == "tensor" else None
+    last = x[-2:]
+    for value, found in (
+        (last, quantize(x, to, scale, ("row",)).row),
+        (
+            last * (last > 0),
+            activation_backward_quantize(x, x, "relu", to, scale=scale)[0].row,
+        ),
+    ):
+        expected = reference.quantize_mxfp8(value)[0]
+        if scale is not None:
+            expected = reference.cast(value, scale, E4M3)
+        assert found is not None
+        assert torch.equal(bits(found[0][-2:]), bits(expected))
+    if scale is not None:
+        col = quantize(x, to, scale, ("col",)).col
+        assert col is not None
+        expected = reference.cast(last.t(), scale, E4M3)
+        assert torch.equal(bits(col[0][:, -2:]), bits(expected))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -1,0 +1,206 @@
+"""Fusers that absorb Quantize and QuantizeGrad: what a GEMM reads is written by what makes it."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..fuser import register
+from ..op import Op
+from ..ops import Add, Bias, LayerNorm, Quantize, QuantizeGrad, RMSNorm
+from ..quantizers import (
+    BlockQuantizer,
+    Copy,
+    MXQuantizer,
+    Quantized,
+    Quantizer,
+    RowQuantizer,
+    TensorQuantizer,
+)
+from ..spec import Spec
+from .lazy import Lazy
+from .triton import Gated, Plain, Triton, _dtype, _params, _short, reject_activation
+
+kernels = Lazy("triton.quantize")
+norm_kernels = Lazy("triton.quantize_norms")
+backward = Lazy("triton.quantize_backward")
+
+
+def _scaling(quantizer: Quantizer) -> str | None:
+    """The kernels' name for a quantizer's scaling; None where they have none."""
+    if isinstance(quantizer, RowQuantizer):
+        return "rows"
+    if isinstance(quantizer, TensorQuantizer):
+        return "tensor"
+    if isinstance(quantizer, BlockQuantizer):
+        return "blocks" if quantizer.height == 1 else "square"
+    return "mx" if isinstance(quantizer, MXQuantizer) else None
+
+
+def _format(quantizer: Any) -> Any:
+    eps, power = getattr(quantizer, "eps", 0.0), getattr(quantizer, "power_of_two", False)
+    return kernels.Format(_scaling(quantizer), quantizer.dtype, eps, power)
+
+
+def _quantized(quantizer: Quantizer, copies: Any, dtype: torch.dtype) -> Quantized:
+    row, col = (None if c is None else Copy(quantizer, *c) for c in (copies.row, copies.col))
+    return Quantized(row, col, dtype)
+
+
+def _names(want: Collection[str]) -> tuple[str, ...]:
+    """The kernels' names for what a plan wants of a Quantize and what is before it."""
+    return tuple(dict.fromkeys((*_short(want), *(["amax"] if "q_scale" in want else []))))
+
+
+def _rejects(q: Any, x: Spec) -> str | None:
+    if _scaling(q.quantizer) is None:
+        return f"its kernels do not write {q.quantizer.storage.name}"
+    return _dtype(x)
+
+
+class _Quantizing(Triton):
+    """What all of them refuse."""
+
+    def reject(self, q: Op, x: Spec) -> str | None:  # type: ignore[override]
+        return _rejects(q, x)
+
+
+@register
+class QuantizeKernel(_Quantizing):
+    """Quantize alone: one reading of x for both copies, the column copy transposed."""
+
+    pattern, saves = dict(q=Quantize), ("q_amax",)
+
+    def fwd(self, x: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
+        made = kernels.quantize(x, _format(q.quantizer), q_scale, _names(want))
+        return _quantized(q.quantizer, made, x.dtype), (made.amax,)
+
+
+@register
+class QuantizeGradKernel(_Quantizing):
+    """QuantizeGrad alone."""
+
+    pattern = dict(q=QuantizeGrad)
+
+    def bwd(self, dy: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
+        made = kernels.quantize(dy, _format(q.quantizer), q_scale, _names(want))
+        return _quantized(q.quantizer, made, dy.dtype), (made.amax,)
+
+
+@register
+class RMSNormQuantize(_Quantizing):
+    """RMSNorm and Quantize; the normalized value is not stored."""
+
+    pattern, saves = dict(norm=RMSNorm, q=Quantize), ("norm_rstd", "q_amax")
+
+    def fwd(
+        self, x: Tensor, norm_weight: Tensor | None, norm_eps: float,
+        norm_zero_centered_gamma: bool, q: Any, q_scale: Tensor | None, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        made, rstd, _ = norm_kernels.rmsnorm_quantize(
+            x, norm_weight, norm_eps, _format(q.quantizer), norm_zero_centered_gamma, None,
+            q_scale, _names(want),
+        )  # fmt: skip
+        return _quantized(q.quantizer, made, x.dtype), (rstd, made.amax)
+
+
+@register
+class AddRMSNormQuantize(_Quantizing):
+    """Residual add, RMSNorm and Quantize in one pass; hands out the sum."""
+
+    pattern = dict(add=Add, norm=RMSNorm, q=Quantize)
+    saves = ("norm_x", "norm_rstd", "q_amax")
+
+    def fwd(
+        self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_eps: float,
+        norm_zero_centered_gamma: bool, q: Any, q_scale: Tensor | None, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        made, rstd, total = norm_kernels.rmsnorm_quantize(
+            x, norm_weight, norm_eps, _format(q.quantizer), norm_zero_centered_gamma, add_other,
+            q_scale, _names(want),
+        )  # fmt: skip
+        return _quantized(q.quantizer, made, x.dtype), (total, rstd, made.amax)
+
+
+@register
+class LayerNormQuantize(_Quantizing):
+    """LayerNorm and Quantize; the normalized value is not stored."""
+
+    pattern, saves = dict(norm=LayerNorm, q=Quantize), ("norm_mean", "norm_rstd", "q_amax")
+
+    def fwd(
+        self, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
+        norm_zero_centered_gamma: bool, q: Any, q_scale: Tensor | None, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        made, mean, rstd, _ = norm_kernels.layernorm_quantize(
+            x, norm_weight, norm_bias, norm_eps, _format(q.quantizer), norm_zero_centered_gamma,
+            None, q_scale, _names(want),
+        )  # fmt: skip
+        return _quantized(q.quantizer, made, x.dtype), (mean, rstd, made.amax)
+
+
+@register
+class AddLayerNormQuantize(_Quantizing):
+    """Residual add, LayerNorm and Quantize in one pass; hands out the sum."""
+
+    pattern = dict(add=Add, norm=LayerNorm, q=Quantize)
+    saves = ("norm_x", "norm_mean", "norm_rstd", "q_amax")
+
+    def fwd(
+        self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+        norm_eps: float, norm_zero_centered_gamma: bool, q: Any, q_scale: Tensor | None,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        made, mean, rstd, total = norm_kernels.layernorm_quantize(
+            x, norm_weight, norm_bias, norm_eps, _format(q.quantizer), norm_zero_centered_gamma,
+            add_other, q_scale, _names(want),
+        )  # fmt: skip
+        return _quantized(q.quantizer, made, x.dtype), (total, mean, rstd, made.amax)
+
+
+@register
+class ActivationQuantize(_Quantizing):
+    """An activation, plain or gated, and Quantize; the activation is not stored."""
+
+    pattern, saves = dict(act=Plain | Gated, q=Quantize), ("q_amax",)
+
+    def reject(self, act: Op, q: Op, x: Spec) -> str | None:  # type: ignore[override]
+        return reject_activation(act, x) or _rejects(q, x)
+
+    def fwd(
+        self, x: Tensor, act: Op, act_kernel: str, q: Any, q_scale: Tensor | None,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        made = kernels.activation_quantize(
+            x, act_kernel, _format(q.quantizer), _params(act), scale=q_scale, want=_names(want)
+        )
+        return _quantized(q.quantizer, made, x.dtype), (made.amax,)
+
+
+@register
+class ActivationBackwardQuantize(_Quantizing):
+    """Backward of [bias and] activation, quantized for the linear before, with the bias's sums."""
+
+    pattern = dict(q=QuantizeGrad, bias=Bias | None, act=Plain | Gated)
+
+    def reject(self, q: Any, act: Any, x: Spec) -> str | None:  # type: ignore[override]
+        if reason := reject_activation(act, x) or _rejects(q, x):
+            return reason
+        if isinstance(q.quantizer, RowQuantizer):
+            return "its kernel does not scale by rows"
+        if act.out(x).width != x.width and x.width // 2 % 128:
+            return f"its kernel wants halves of a multiple of 128, not {x.width // 2}"
+        return None
+
+    def bwd(
+        self, dy: Tensor, q: Any, q_scale: Tensor | None, bias: Op | None,
+        bias_bias: Tensor | None, act: Op, act_x: Tensor, act_kernel: str, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        names = tuple(n for n in _names(want) if n in ("row", "col", "amax"))
+        dtype = bias_bias.dtype if bias_bias is not None and "bias_bias" in want else None
+        made, _, dbias = backward.activation_backward_quantize(
+            dy, act_x, act_kernel, _format(q.quantizer), _params(act), q_scale, names, dbias=dtype
+        )
+        dx = _quantized(q.quantizer, made, dy.dtype)
+        return dx, (made.amax,) if bias is None else (made.amax, dbias)

@@ -1,0 +1,201 @@
+"""FP8 quantizers of `[rows, cols]` tensors: by tensor, by row, by block, MXFP8; delayed scaling.
+
+A quantizer takes fp32, bf16 or fp16 and returns `(data, scale)`, both contiguous and on x's device;
+data is `[rows, cols]` of `dtype`, E4M3 (`float8_e4m3fn`, largest value 448) or E5M2 (57344):
+
+    quantizer         scale                                          one scale covers
+    quantize_tensor   fp32 []                                        the tensor
+    quantize_rows     fp32 [rows, 1]                                 a row
+    quantize_blocks   fp32 [ceil(rows / height), ceil(cols / 128)]   1 or 128 rows by 128 columns
+    quantize_mxfp8    uint8 [rows, ceil(cols / 32)]                  32 columns of a row
+
+Scales multiply: `data = cast(x * scale)`; only MXFP8's divides. The product is in fp32, is clamped
+to the dtype's finite range, then rounded once, to nearest even: infinities saturate, and a NaN is
+always the byte 0x7F. amax is the largest magnitude that a scale covers, NaN if one of them is, and
+
+    scale = fp8_max / max(amax, eps), or 1 where that amax is 0, infinite or NaN
+
+in fp32 (an infinite quotient becomes the largest fp32), rounded down to a power of two if asked.
+
+Sizes need not divide: a block at the end is a short one, as if it were filled up with zeros, which
+change no amax. data is never padded.
+
+Scales run along rows. The copy that contracts over x's rows (a weight gradient's operand) is the
+quantizer of `x.t()`: data `[cols, rows]`, with blocks of 128 x 1 or 32 x 1 of x, of which each has
+its own scale. For `quantize_tensor`, and for blocks of 128 x 128, that is the transpose of the same
+data and scale, bit for bit, so one quantization serves both: `data.t().contiguous(), scale.t()`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
+FP32_MAX = torch.finfo(torch.float32).max
+BLOCK, MX_BLOCK = 128, 32
+
+_INFINITY = 0x7F800000
+_NOT_MANTISSA = -0x800000
+
+
+def amax_of(x: Tensor, dim: int | None = None) -> Tensor:
+    """The largest magnitude, fp32: of the tensor `[]`, or along `dim`, which is kept with size 1.
+
+    NaN if there is one; 0 where there is nothing.
+    """
+    if dim is None:
+        return x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    if x.size(dim) == 0:
+        shape = [1 if axis == dim % x.dim() else size for axis, size in enumerate(x.shape)]
+        return x.new_zeros(shape, dtype=torch.float32)
+    return x.abs().amax(dim, keepdim=True).float()
+
+
+def scale_of(
+    amax: Tensor, dtype: torch.dtype, eps: float = 0.0, power_of_two: bool = False
+) -> Tensor:
+    """The multiplier of each amax, fp32 of any shape; the module says the formula."""
+    amax = amax.clamp_min(eps)
+    scale = quotient(FP8_MAX[dtype], amax).clamp_max(FP32_MAX)
+    scale = torch.where((amax > 0) & (amax < torch.inf), scale, 1.0)
+    return (scale.view(torch.int32) & _NOT_MANTISSA).view(torch.float32) if power_of_two else scale
+
+
+def quotient(numerator: float, x: Tensor) -> Tensor:
+    """`numerator / x`, rounded once: PyTorch itself multiplies by the reciprocal of x."""
+    return torch.full_like(x, numerator) / x
+
+
+def cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x * scale` saturated and rounded to `dtype`; scale is fp32 and broadcasts."""
+    limit = FP8_MAX[dtype]
+    value = (x.float() * scale).clamp(-limit, limit)
+    return value.nan_to_num(torch.nan).to(dtype).contiguous()  # a NaN loses its sign
+
+
+def decode(data: Tensor) -> Tensor:
+    """The fp32 values of FP8 data."""
+    if data.dtype != E4M3 or data.device.type != "cpu":
+        return data.float()
+    # PyTorch's conversion from E4M3 takes eight times as long on a CPU.
+    table = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+    return table.index_select(0, data.view(torch.uint8).flatten().int()).view(data.shape)
+
+
+def quantize_tensor(
+    x: Tensor, dtype: torch.dtype, eps: float = 0.0, power_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Current scaling with one scale, fp32 `[]`."""
+    scale = scale_of(amax_of(x), dtype, eps, power_of_two)
+    return cast(x, scale, dtype), scale
+
+
+def quantize_rows(
+    x: Tensor, dtype: torch.dtype, eps: float = 0.0, power_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Current scaling with one scale per row, fp32 `[rows, 1]`."""
+    value = x.contiguous().float()
+    scale = scale_of(amax_of(value, 1), dtype, eps, power_of_two)
+    return cast(value, scale, dtype), scale
+
+
+def quantize_blocks(
+    x: Tensor, dtype: torch.dtype, height: int = 1, eps: float = 0.0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor]:
+    """One scale per block of `height` (1 or 128) rows by 128 columns."""
+    value = x.contiguous().float()
+    scale = scale_of(block_amax(value, height, BLOCK), dtype, eps, power_of_two)
+    return cast(value, spread(scale, x.shape, height, BLOCK), dtype), scale
+
+
+def quantize_mxfp8(x: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
+    """Microscaling: one scale `2^(e - 127)` per 32 columns of a row, stored as the byte e (E8M0).
+
+    The scale divides: `data = cast(x * 2^(127 - e))`. It is amax / fp8_max, rounded up to a power
+    of two; e is 0 for an amax of 0 (and wherever 2^-127 is enough), 0xFE for an infinite one and
+    0xFF, a NaN, for a NaN, which makes the block's data NaN.
+    """
+    value = x.contiguous().float()
+    exponent = e8m0_of(block_amax(value, 1, MX_BLOCK), dtype)
+    inverse = exp2(127 - exponent)
+    inverse = torch.where(exponent == 255, torch.nan, inverse)
+    data = cast(value, spread(inverse, x.shape, 1, MX_BLOCK), dtype)
+    return data, exponent.to(torch.uint8)
+
+
+def dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`data * (1 / scale)`, in fp32 and then rounded to `dtype`: what a scaled GEMM multiplies.
+
+    scale: as `quantize_tensor`, `quantize_rows` or `quantize_blocks` returns it.
+    """
+    inverse = scale.reciprocal()
+    if scale.dim() == 2 and scale.shape != (data.size(0), 1):
+        height = 1 if scale.size(0) == data.size(0) else BLOCK
+        inverse = spread(inverse, data.shape, height, BLOCK)
+    return (decode(data) * inverse).to(dtype)
+
+
+def dequantize_mxfp8(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`data * 2^(e - 127)`, in fp32 and then rounded to `dtype`; NaN for a block with e = 0xFF."""
+    exponent = scale.int()
+    factor = torch.where(exponent == 255, torch.nan, exp2(exponent - 127))
+    return (decode(data) * spread(factor, data.shape, 1, MX_BLOCK)).to(dtype)
+
+
+def delayed_update(
+    history: Tensor, scale: Tensor, fp8_max: float, margin: float = 0.0,
+    algorithm: str | Callable[[Tensor], Tensor] = "max",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Delayed scaling's step, on new tensors: returns (history, scale).
+
+    history: fp32 `[length, ...]`, the latest amax in slot 0; scale: fp32 `[...]`. The amax is the
+    history's largest ("max"), its slot 0 ("most_recent"), or `algorithm(history)`. The new scale is
+    `(fp8_max / amax) / 2^margin`, the largest fp32 if that is infinite, and the old one where amax
+    is 0, infinite or NaN. The history is rolled by -1 and its slot 0 is cleared.
+    """
+    if callable(algorithm):
+        amax = algorithm(history)
+    else:
+        amax = history.amax(0) if algorithm == "max" else history[0]
+    new = (quotient(fp8_max, amax) * 2.0**-margin).clamp_max(FP32_MAX)
+    new = torch.where((amax > 0) & (amax < torch.inf), new, scale)
+    first = torch.zeros_like(history[:1])
+    return torch.cat((first, history.roll(-1, 0)[1:])), new
+
+
+def e8m0_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The int32 exponent byte of `amax / fp8_max` rounded up to a power of two.
+
+    Both largest values are 1.75 times a power of two, so that the quotient's exponent is the
+    difference of theirs, and one more where amax has a mantissa above 1.75: nothing is rounded.
+    """
+    bits = amax.view(torch.int32) & 0x7FFFFFFF  # the sign of a NaN is anyone's
+    exponent = (bits >> 23) - (8 if dtype == E4M3 else 15)
+    exponent = (exponent + ((bits & 0x7FFFFF) > 0x600000)).clamp_min(0)
+    return torch.where(bits < _INFINITY, exponent, torch.where(bits > _INFINITY, 255, 254))
+
+
+def exp2(exponent: Tensor) -> Tensor:
+    """`2^exponent` in fp32, exactly, for int32 exponents from -127 (which is subnormal) to 127."""
+    bits = (exponent + 127) << 23
+    return torch.where(exponent == -127, 1 << 22, bits).int().view(torch.float32)
+
+
+def block_amax(value: Tensor, height: int, width: int) -> Tensor:
+    """The amax of each block of a contiguous fp32 `[rows, cols]`, fp32 in a grid of blocks."""
+    rows, cols = value.shape
+    down, across = -(-rows // height), -(-cols // width)
+    padding = (0, across * width - cols, 0, down * height - rows)
+    value = torch.nn.functional.pad(value.abs(), padding) if any(padding) else value.abs()
+    if height > 1:
+        value = value.view(down, height, across * width).amax(1)
+    return value.view(down, across, width).amax(2)
+
+
+def spread(grid: Tensor, shape: torch.Size, height: int, width: int) -> Tensor:
+    """Repeats each entry of a grid over its block and cuts the result to `shape`."""
+    if height > 1:
+        grid = grid.repeat_interleave(height, 0)
+    return grid.repeat_interleave(width, 1)[: shape[0], : shape[1]]

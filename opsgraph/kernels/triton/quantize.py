@@ -1,0 +1,274 @@
+"""Quantized copies of a tensor, or of what an activation makes of it, without storing it first.
+
+Formulas, shapes and short blocks are those of `opsgraph.kernels.reference.quantize`, and so are the
+bits of data and scale. Whatever is quantized is first rounded to x's dtype, as the kernel that
+stores it would, so that a fused kernel gives the bits of the unfused pair.
+
+The row copy, `[rows, width]`, has scales along rows; the column copy, `[width, rows]`, is the row
+copy of the transpose. Both are written from one reading of x, except where an amax over more than a
+tile comes first: one more reading for a scale per tensor that is not given, and for a scale per
+column; a scale per row reads the row a second time from cache.
+"""
+
+from collections.abc import Collection
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import activations
+from .activations import Kind, _output_width
+from .launch import on_device_of, packed, row_major, stride_unit
+from .quantize_tiles import copy_kernel, rows_kernel
+
+BLOCKS = {"tensor": 1, "rows": 1, "blocks": 128, "square": 128, "mx": 32}
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+TILE = 128
+PLAIN = Kind(None, False)._asdict()
+
+
+class Format(NamedTuple):
+    """How to quantize: scaling is a key of `BLOCKS`, dtype E4M3 or E5M2.
+
+    "tensor" has one scale, "rows" one per row (the column copy: per column of x), "blocks" one per
+    1 x 128, "square" one per 128 x 128, "mx" is MXFP8. eps and power_of_two: as in the reference.
+    """
+
+    scaling: str
+    dtype: torch.dtype = E4M3
+    eps: float = 0.0
+    power_of_two: bool = False
+
+    def constants(self, device: torch.device) -> dict[str, Any]:
+        """The kernels' compile-time arguments, but for those of the scaling."""
+        return {
+            "E5M2": self.dtype == E5M2,
+            "EPS": self.eps,
+            "POWER_OF_TWO": self.power_of_two,
+            "NATIVE": native(device),
+        }
+
+
+Copy = tuple[Tensor, Tensor]
+
+
+class Copies(NamedTuple):
+    """What was wanted: the row and the column copy, each (data, scale), and the amax, fp32 `[]`."""
+
+    row: Copy | None
+    col: Copy | None
+    amax: Tensor | None
+
+
+class Source(NamedTuple):
+    """What is quantized, `width` wide: the operands of `quantize_tiles._source`."""
+
+    name: str
+    x: Tensor
+    width: int
+    bias: Tensor | None = None
+    weight: Tensor | None = None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    flags: dict[str, Any] = PLAIN
+    zero_centered: bool = False
+
+    def laid_out(self) -> "Source":
+        """The same with operands that the kernels can read."""
+        return self._replace(
+            x=row_major(self.x),
+            bias=packed(self.bias),
+            weight=packed(self.weight),
+            mean=packed(self.mean),
+            rstd=packed(self.rstd),
+        )
+
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """The kernels' first arguments."""
+        return self.x, self.bias, self.weight, self.mean, self.rstd
+
+    def constants(self) -> dict[str, Any]:
+        """The kernels' compile-time arguments that say what is made, and how it rounds."""
+        return {
+            "SOURCE": self.name,
+            "WIDTH": self.width,
+            **self.flags,
+            "ZERO_CENTERED": self.zero_centered,
+            "enable_fp_fusion": self.name == "norm",  # as the kernel of each has it
+        }
+
+    def config(self, tall: bool) -> dict[str, int]:
+        """`tile_config` for it."""
+        return tile_config(self.width, tall, 2 if self.flags["GATED"] else 1)
+
+
+@cache
+def native(device: torch.device) -> bool:
+    """Whether the chip converts to FP8 itself (sm_89 and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@cache
+def tile_config(width: int, tall: bool, tensors: int = 1) -> dict[str, int]:
+    """Compile options for tiles of rows that are `width` wide.
+
+    tall: 128 x 128, which transposed stores and blocks along both dimensions need; else rows are
+    written in long pieces. tensors: how many such tiles of fp32 a program holds.
+    """
+    if tall:
+        return {"R": TILE, "C": TILE, "num_warps": 8 if tensors == 1 else 16}
+    cols = min(1024, max(TILE, triton.next_power_of_2(width)))
+    return {"R": 4096 // cols, "C": cols, "num_warps": 4 if tensors == 1 else 8}
+
+
+def check(to: Format, scale: Tensor | None, want: Collection[str]) -> None:
+    """Raises ValueError for a format or a wish that is not defined."""
+    if to.scaling not in BLOCKS:
+        raise ValueError(f"unknown scaling {to.scaling!r}, expected one of {', '.join(BLOCKS)}")
+    if to.dtype not in (E4M3, E5M2):
+        raise ValueError(f"got dtype {to.dtype}, expected {E4M3} or {E5M2}")
+    if to.scaling != "tensor" and (scale is not None or "amax" in want):
+        raise ValueError(f"scaling {to.scaling!r} takes no scale and gives no amax")
+
+
+def new_copy(rows: int, width: int, to: Format, x: Tensor, scale: Tensor | None = None) -> Copy:
+    """A row copy on x's device to be written; its scales are 1 where there is nothing to write."""
+    data = torch.empty(rows, width, dtype=to.dtype, device=x.device)
+    if scale is not None:
+        return data, scale
+    block = BLOCKS[to.scaling]
+    across = 1 if to.scaling == "rows" else triton.cdiv(width, block)
+    shape = (triton.cdiv(rows, block) if to.scaling == "square" else rows, across)
+    new = torch.empty if data.numel() else torch.ones
+    dtype = torch.uint8 if to.scaling == "mx" else torch.float32
+    return data, new(shape, dtype=dtype, device=x.device)
+
+
+def _bytes(copy: Copy | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if copy is None else (copy[0].view(torch.uint8), copy[1])
+
+
+class Output(NamedTuple):
+    """Copies to be written; `given` is their scale, or the amax where `written` is to hold it."""
+
+    row: Copy | None = None
+    col: Copy | None = None
+    given: Tensor | None = None
+    written: Tensor | None = None
+    amax: bool = False
+    """Whether the kernel has to find the amax."""
+
+    def operands(self, amaxes: Tensor | None) -> tuple[Tensor | None, ...]:
+        """row data, row scale, column data, column scale, given, amaxes, as kernels take them."""
+        row, row_scale = _bytes(self.row)
+        col, col_scale = _bytes(self.col)
+        of_tensor = self.given is not None and self.given.dim() == 0
+        row_scale = self.written if of_tensor else row_scale
+        return row, row_scale, col, col_scale, self.given, amaxes
+
+    def asked(self) -> bool:
+        """Whether a kernel has anything to do."""
+        return self.row is not None or self.col is not None or self.amax
+
+    def copies(self, want: Collection[str], amax: Tensor | None) -> Copies:
+        """What was wanted, once it is written."""
+        return Copies(self.row, self.col, amax if "amax" in want else None)
+
+
+def new_output(
+    rows: int, width: int, to: Format, x: Tensor, scale: Tensor | None, want: Collection[str],
+    amax: Tensor | None,
+) -> Output:  # fmt: skip
+    """Memory for copies of `[rows, width]`; amax is known where scaling "tensor" has no scale."""
+    given, written = scale, None
+    if to.scaling == "tensor" and scale is None:
+        new = torch.empty if rows * width else torch.ones
+        scale = written = new((), dtype=torch.float32, device=x.device)
+        given = amax
+    row = new_copy(rows, width, to, x, scale) if "row" in want else None
+    col = new_copy(width, rows, to, x, scale) if "col" in want else None
+    return Output(row, col, given, written, "amax" in want and amax is None)
+
+
+def copies(
+    source: Source, to: Format, scale: Tensor | None, want: Collection[str],
+    amax: Tensor | None = None,
+) -> Copies:  # fmt: skip
+    """The copies of a source; see `quantize`. amax: the source's, where it is known already."""
+    check(to, scale, want)
+    source = source.laid_out()
+    x, rows, width = source.x, source.x.size(0), source.width
+    empty = not rows * width
+    if empty:
+        amax = x.new_zeros((), dtype=torch.float32)
+    elif to.scaling == "tensor" and scale is None and amax is None:
+        amax = _run(source, to, Output(amax=True))
+    output = new_output(rows, width, to, x, scale, want, amax)
+    if empty or not output.asked():
+        return output.copies(want, amax)
+    if to.scaling != "rows":
+        found = _run(source, to, output)
+        return output.copies(want, found if output.amax else amax)
+    if output.row is not None:
+        _run_rows(source, to, output)
+    if output.col is not None:
+        columns = _run(source, to, Output(), columns=True)
+        _run(source, to, Output(col=output.col, given=columns))
+    return output.copies(want, None)
+
+
+def _run(source: Source, to: Format, output: Output, columns: bool = False) -> Tensor | None:
+    """One launch of `copy_kernel`; returns the amax `[]`, or all columns', if that is asked."""
+    x, rows = source.x, source.x.size(0)
+    options = source.config(output.col is not None or to.scaling == "square" or columns)
+    down, across = triton.cdiv(rows, options["R"]), triton.cdiv(source.width, options["C"])
+    unit, row_unit = stride_unit(x), 16 if output.col is not None and rows % 16 == 0 else 1
+    new = partial(torch.empty, dtype=torch.float32, device=x.device)
+    amaxes = new(down * across) if output.amax else None
+    col_amaxes = new(down, source.width) if columns else None
+    with on_device_of(x):
+        copy_kernel[(down * across,)](
+            *source.operands(), *output.operands(amaxes), col_amaxes,
+            rows // row_unit, x.stride(0) // unit,
+            ROW_UNIT=row_unit, UNIT=unit, **source.constants(), **to.constants(x.device),
+            SCALING=to.scaling, BLOCK=min(BLOCKS[to.scaling], options["C"]), **options,
+        )  # fmt: skip
+    if amaxes is not None:
+        return amaxes.amax()
+    return None if col_amaxes is None else col_amaxes.amax(0)
+
+
+def _run_rows(source: Source, to: Format, output: Output) -> None:
+    x, options = source.x, source.config(False)
+    unit = stride_unit(x)
+    with on_device_of(x):
+        rows_kernel[(triton.cdiv(x.size(0), options["R"]),)](
+            *source.operands(), *output.operands(None)[:2], x.size(0), x.stride(0) // unit,
+            UNIT=unit, **source.constants(), **to.constants(x.device), **options,
+        )  # fmt: skip
+
+
+def quantize(
+    x: Tensor, to: Format, scale: Tensor | None = None, want: Collection[str] = ("row",)
+) -> Copies:
+    """The copies of x (fp32, fp16 or bf16, `[rows, width]`) that are in want: "row", "col", "amax".
+
+    scale, fp32 `[]`, is for scaling "tensor": without it the scale is x's own (current scaling).
+    Only that scaling gives the amax. Raises ValueError for what is not defined.
+    """
+    return copies(Source("plain", x, x.size(1)), to, scale, want)
+
+
+def activation_quantize(
+    x: Tensor, kind: str, to: Format, params: tuple[float, ...] = (), bias: Tensor | None = None,
+    scale: Tensor | None = None, want: Collection[str] = ("row",),
+) -> Copies:  # fmt: skip
+    """`quantize(activation_forward(x, kind, params, bias), ...)` without storing the activation.
+
+    It is rounded to x's dtype before it is quantized. Raises ValueError as either of the two.
+    """
+    flags = activations.constants(kind, params)
+    width = _output_width(x, kind, flags["GATED"])
+    return copies(Source("activation", x, width, bias=bias, flags=flags), to, scale, want)

@@ -1,0 +1,99 @@
+"""The gradient of an activation, quantized, with the bias gradient and the activation once more."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import activations
+from .activations import FUSION, _output_width
+from .launch import on_device_of, row_major, stride_unit, sum_partials
+from .quantize import BLOCKS, E4M3, E5M2, TILE, Copies, Format, Output, check, new_output
+from .quantize_tiles import activation_backward_kernel
+
+CONFIGS = {
+    "tensor": {"R": 64, "C": 64, "PARTS": 1, "num_warps": 8},
+    "mx": {"R": 64, "C": 64, "PARTS": 1, "num_warps": 8},
+    "blocks": {"R": TILE, "C": TILE, "PARTS": 2, "num_warps": 8},
+    "square": {"R": TILE, "C": TILE, "PARTS": 1, "num_warps": 8},
+}
+
+
+def activation_backward_quantize(
+    dy: Tensor, x: Tensor, kind: str, to: Format, params: tuple[float, ...] = (),
+    scale: Tensor | None = None, want: Collection[str] = ("row",),
+    y_dtype: torch.dtype = E4M3, y_scale: Tensor | None = None, y_want: Collection[str] = (),
+    dbias: torch.dtype | None = None,
+) -> tuple[Copies, Copies, Tensor | None]:  # fmt: skip
+    """`activation_backward` with dx and y quantized instead of stored: (dx, y, dbias).
+
+    dx and y, the activation computed again, are rounded to x's dtype before they are quantized: dx
+    as `to`, y as the same with y_dtype; want and y_want say which copies ("row", "col", "amax").
+    Scaling "tensor" without a scale reads dy and x twice, as in `quantize`; "rows" is not there.
+    dbias: the dtype in which to return the column sums of the unrounded dx, in fp32 and in a fixed
+    order: over 64 or 128 rows, then over those sums.
+    Raises ValueError, also where a block would hold columns of both halves of a gated dx.
+    """
+    flags, y_to = dict(activations.constants(kind, params)), to._replace(dtype=y_dtype)
+    flags["WIDTH"] = width = _output_width(x, kind, flags["GATED"])
+    check(to, scale, want)
+    check(y_to, y_scale, y_want)
+    if to.scaling == "rows":
+        raise ValueError("an activation's gradient cannot be scaled by rows in one pass")
+    if flags["GATED"] and width % BLOCKS[to.scaling]:
+        raise ValueError(
+            f"{kind} has halves of {width} columns, expected a multiple of {BLOCKS[to.scaling]}"
+        )
+    rows, total = x.shape
+    dy, x = row_major(dy), row_major(x)
+    current = Output(amax=to.scaling == "tensor" and scale is None and bool(want))
+    y_current = Output(amax=to.scaling == "tensor" and y_scale is None and bool(y_want))
+    amax, y_amax, _ = _run(dy, x, flags, to, y_dtype, current, y_current)
+    dx = new_output(rows, total, to, x, scale, want, amax)
+    y = new_output(rows, width, y_to, x, y_scale, y_want, y_amax)
+    found, y_found, bias = _run(dy, x, flags, to, y_dtype, dx, y, dbias)
+    return (
+        dx.copies(want, found if dx.amax else amax),
+        y.copies(y_want, y_found if y.amax else y_amax),
+        bias,
+    )
+
+
+def _run(
+    dy: Tensor, x: Tensor, flags: dict[str, Any], to: Format, y_dtype: torch.dtype, dx: Output,
+    y: Output, dbias: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """One launch, if anything is asked for; returns the amaxes and the bias gradient."""
+    if not (dx.asked() or y.asked() or dbias is not None):
+        return None, None, None
+    rows, total = x.shape
+    new = torch.empty if x.numel() else torch.zeros
+    options = CONFIGS[to.scaling]
+    down, across = triton.cdiv(rows, options["R"]), triton.cdiv(flags["WIDTH"], options["C"])
+    count = max(1, down * across * (2 if flags["GATED"] else 1))
+    amaxes, y_amaxes = (
+        torch.zeros(count, dtype=torch.float32, device=x.device) if output.amax else None
+        for output in (dx, y)
+    )
+    bias = sums = None
+    if dbias is not None:
+        bias = new(total, dtype=dbias, device=x.device)
+        sums = torch.empty(down * options["PARTS"], total, dtype=torch.float32, device=x.device)
+    if x.numel():
+        unit, row_unit = stride_unit(dy, x), 16 if rows % 16 == 0 else 1
+        with on_device_of(x):
+            activation_backward_kernel[(down * across,)](
+                dy, x, *dx.operands(amaxes), *y.operands(y_amaxes), sums,
+                rows // row_unit, dy.stride(0) // unit, x.stride(0) // unit,
+                ROW_UNIT=row_unit, UNIT=unit, **flags, **to.constants(x.device),
+                Y_E5M2=y_dtype == E5M2, SCALING=to.scaling, BLOCK=BLOCKS[to.scaling],
+                **options, **FUSION,
+            )  # fmt: skip
+            sum_partials(sums, bias, None, None)
+    return (
+        None if amaxes is None else amaxes.amax(),
+        None if y_amaxes is None else y_amaxes.amax(),
+        bias,
+    )

@@ -1,0 +1,182 @@
+"""What every quantizing kernel shares: FP8 bytes, scales, and storing a tile's quantized copy.
+
+The bits are those of `opsgraph.kernels.reference.quantize`, which says the formulas. Data is
+written as bytes, so that the kernels also run where Triton lacks an FP8 type (sm_80).
+
+A tile is fp32 `[R, C]`, zero outside the tensor. A copy's data has `width` columns; the tile, at
+(first_row, first_col), fills it up to (end_row, end_col). The column copy is the row copy of the
+transposed tile, with the indices exchanged.
+
+SCALING is "tensor" (the scale is at `given`, or the amax where `scale` is to be written), "rows"
+(the row amaxes are at `given`), "square" (one block, the tile) or "blocks" and "mx" (1 x BLOCK).
+"""
+
+import triton
+import triton.language as tl
+
+FP32_MAX = tl.constexpr(3.4028234663852886e38)
+INFINITY_BITS = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def magnitude(value):
+    """The bits of |value| as int32, which order like the magnitudes, a NaN's above infinity's."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def store_amax(value, amax):
+    """The tile's amax, a NaN if it holds one."""
+    bits = tl.max(tl.max(magnitude(value), 1), 0)
+    tl.store(amax, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def encode(value, E5M2: tl.constexpr, NATIVE: tl.constexpr):
+    """fp32 to the bytes of FP8: saturated, rounded to nearest even, 0x7F for a NaN.
+
+    NATIVE: by the conversion of sm_89 and later. Triton's interpreter rounds differently, so there
+    and on older chips the bits are put together here: adding a number whose unit in the last place
+    is FP8's smallest step rounds subnormals, and the rest is rounded as an integer.
+    """
+    LARGEST: tl.constexpr = 57344.0 if E5M2 else 448.0
+    value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    if NATIVE:
+        return value.to(tl.float8e5 if E5M2 else tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        MANTISSA: tl.constexpr = 2 if E5M2 else 3
+        BIAS: tl.constexpr = 15 if E5M2 else 7
+        DROPPED: tl.constexpr = 23 - MANTISSA
+        STEP_BITS: tl.constexpr = (151 - BIAS - MANTISSA) << 23
+        bits = magnitude(value)
+        step = tl.full(bits.shape, STEP_BITS, tl.int32).to(tl.float32, bitcast=True)
+        tiny = (tl.abs(value) + step).to(tl.int32, bitcast=True) - STEP_BITS
+        rounded = bits + ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)
+        normal = (rounded >> DROPPED) - ((127 - BIAS) << MANTISSA)
+        code = tl.where(bits < ((128 - BIAS) << 23), tiny, normal)
+        code |= (value.to(tl.int32, bitcast=True) >> 24) & 0x80
+        return tl.where(bits > INFINITY_BITS, 0x7F, code).to(tl.uint8)
+
+
+@triton.jit
+def scale_of(bits, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """The multiplier of amaxes, given by their bits."""
+    amax = bits.to(tl.float32, bitcast=True)
+    if EPS > 0:
+        amax = tl.maximum(amax, EPS, propagate_nan=tl.PropagateNan.ALL)
+    largest = tl.full(bits.shape, 57344.0 if E5M2 else 448.0, tl.float32)
+    scale = tl.minimum(tl.div_rn(largest, amax), FP32_MAX)
+    scale = tl.where((amax > 0) & (bits < INFINITY_BITS), scale, 1.0)
+    if POWER_OF_TWO:
+        scale = (scale.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def e8m0_of(bits, E5M2: tl.constexpr):
+    """The int32 E8M0 exponents of amaxes, given by their bits."""
+    exponent = (bits >> 23) - (15 if E5M2 else 8) + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+    exponent = tl.maximum(exponent, 0)
+    special = tl.where(bits > INFINITY_BITS, 255, 254)
+    return tl.where(bits < INFINITY_BITS, exponent, special)
+
+
+@triton.jit
+def e8m0_multiplier(exponent):
+    """`2^(127 - exponent)`: what MXFP8 multiplies with; subnormal for 254 and NaN for 255."""
+    bits = tl.where(exponent == 254, 1 << 22, (254 - exponent) << 23)
+    return tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_data(
+    codes, first_row, first_col, end_row, end_col, width, data, R: tl.constexpr, C: tl.constexpr
+):
+    """The bytes of a tile into data `[.., width]`."""
+    row = first_row + tl.arange(0, R)[:, None]
+    cols = first_col + tl.arange(0, C)[None, :]
+    tl.store(data + row.to(tl.int64) * width + cols, codes, (row < end_row) & (cols < end_col))
+
+
+@triton.jit
+def store_copy(
+    value, first_row, first_col, end_row, end_col, width, data, scale, given,
+    R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr,
+    E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Scales "rows", "blocks" and "mx", which run along the tile's rows."""
+    row = first_row + tl.arange(0, R)
+    if SCALING == "rows":
+        bits = magnitude(tl.load(given + row, row < end_row, other=0.0))
+        multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
+        tl.store(scale + row, multiplier, (row < end_row) & (first_col == 0))
+        codes = encode(value * multiplier[:, None], E5M2, NATIVE)
+    else:
+        blocks = tl.reshape(value, [R, C // BLOCK, BLOCK])
+        bits = tl.max(magnitude(blocks), 2)
+        if SCALING == "mx":
+            exponent = e8m0_of(bits, E5M2)
+            grid = exponent.to(tl.uint8)
+            multiplier = e8m0_multiplier(exponent)
+        else:
+            multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
+            grid = multiplier
+        block = first_col // BLOCK + tl.arange(0, C // BLOCK)[None, :]
+        at = row.to(tl.int64)[:, None] * tl.cdiv(width, BLOCK) + block
+        tl.store(scale + at, grid, (row[:, None] < end_row) & (block * BLOCK < end_col))
+        codes = tl.reshape(encode(blocks * multiplier[:, :, None], E5M2, NATIVE), [R, C])
+    store_data(codes, first_row, first_col, end_row, end_col, width, data, R, C)
+
+
+@triton.jit
+def shared_codes(
+    value, first_row, first_col, rows, width, row_scale, col_scale, given,
+    R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr,
+    E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The bytes that the row and the column copy share: scales "tensor" and "square"."""
+    if SCALING == "square":
+        bits = tl.max(tl.max(magnitude(value), 1), 0)
+        multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
+        row, col = first_row // R, first_col // C
+        if row_scale is not None:
+            tl.store(row_scale + row * tl.cdiv(width, C) + col, multiplier)
+        if col_scale is not None:
+            tl.store(col_scale + col * tl.cdiv(rows, R) + row, multiplier)
+    elif row_scale is not None:
+        multiplier = scale_of(magnitude(tl.load(given)), E5M2, EPS, POWER_OF_TWO)
+        tl.store(row_scale, multiplier, (first_row == 0) & (first_col == 0))
+    else:
+        multiplier = tl.load(given)
+    return encode(value * multiplier, E5M2, NATIVE)
+
+
+@triton.jit
+def store_copies(
+    value, first_row, first_col, rows, end_col, width, row_data, row_scale, col_data, col_scale,
+    given, R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr,
+    E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The row copy and the column copy of a tile, where there is data for each."""
+    if row_data is None and col_data is None:
+        pass
+    elif SCALING == "tensor" or SCALING == "square":
+        codes = shared_codes(
+            value, first_row, first_col, rows, width, row_scale, col_scale, given,
+            R, C, SCALING, E5M2, EPS, POWER_OF_TWO, NATIVE,
+        )  # fmt: skip
+        if row_data is not None:
+            store_data(codes, first_row, first_col, rows, end_col, width, row_data, R, C)
+        if col_data is not None:
+            store_data(tl.trans(codes), first_col, first_row, end_col, rows, rows, col_data, C, R)
+    else:
+        if row_data is not None:
+            store_copy(
+                value, first_row, first_col, rows, end_col, width, row_data, row_scale, given,
+                R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+            )  # fmt: skip
+        if col_data is not None:
+            store_copy(
+                tl.trans(value), first_col, first_row, end_col, rows, rows, col_data, col_scale,
+                given, C, R, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+            )  # fmt: skip

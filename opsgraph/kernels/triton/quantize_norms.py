@@ -1,0 +1,199 @@
+"""RMSNorm and LayerNorm whose output is quantized instead of stored, with a residual add before.
+
+The output is rounded to x's dtype before it is quantized, so that the copies are those of
+`norms.py`'s output, bit for bit. A row copy with a given scale, or with scales by rows, blocks or
+MX, is written by the kernel that finds the statistics, in one reading of x. What needs more than a
+row reads x once more, the statistics being known: the column copy, a tensor's scale from its own
+amax (which the first reading gives), blocks of 128 x 128, and rows wider than `norms.NARROW`.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device_of, packed, row_major, stride_unit
+from .norm_kernels import _STRIDES, _affine, _load, _load_total, _wide_statistics
+from .norms import FUSION, NARROW, forward_config
+from .quantize import BLOCKS, Copies, Format, Output, Source, check, copies, new_output
+from .quantize_kernels import store_amax, store_copies
+
+
+@triton.jit(do_not_specialize=_STRIDES)
+def norm_quantize_kernel(
+    x, other, weight, bias, total, mean, rstd, data, scale, given, amax,
+    rows, x_stride, other_stride,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, NORM_EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    CENTER: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SCALING: tl.constexpr,
+    BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """`norm_kernels.forward_kernel` in the same arithmetic, but for what becomes of its output."""
+    cols = tl.arange(0, C)[None, :]
+    first_row = tl.program_id(0) * R
+    row = first_row.to(tl.int64) + tl.arange(0, R)[:, None]
+    inside = row < rows
+    mask = inside & (cols < WIDTH)
+    value = _load(x, row * x_stride * UNIT + cols, mask)
+    if other is not None:
+        value += _load(other, row * other_stride * UNIT + cols, mask)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + row * WIDTH + cols, rounded, mask)
+        value = rounded.to(tl.float32)
+    if CENTER:
+        center = tl.sum(value, 1, keep_dims=True) / WIDTH
+        value = tl.where(cols < WIDTH, value - center, 0.0)
+        if mean is not None:
+            tl.store(mean + row, center, inside)
+    factor = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / WIDTH + NORM_EPS)
+    if rstd is not None:
+        tl.store(rstd + row, factor, inside)
+    value = _affine(value, factor, weight, bias, cols, cols < WIDTH, ZERO_CENTERED)
+    value = tl.where(mask, value.to(x.dtype.element_ty).to(tl.float32), 0.0)
+    if amax is not None:
+        store_amax(value, amax + tl.program_id(0))
+    store_copies(
+        value, first_row, 0, rows, WIDTH, WIDTH, data, scale, None, None, given,
+        R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_STRIDES)
+def norm_statistics_wide_kernel(
+    x, other, total, mean, rstd, rows, x_stride, other_stride,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, NORM_EPS: tl.constexpr, CENTER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The statistics of one wide row, as `norm_kernels.forward_wide_kernel` finds them."""
+    row = tl.program_id(0).to(tl.int64)
+    x += row * x_stride * UNIT
+    if other is not None:
+        other += row * other_stride * UNIT
+    center, variance = _wide_statistics(x, other, WIDTH, CENTER, BLOCK, x.dtype.element_ty)
+    if mean is not None:
+        tl.store(mean + row, center)
+    tl.store(rstd + row, tl.rsqrt(variance + NORM_EPS))
+    if other is not None:
+        for start in tl.range(0, WIDTH, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            value = _load_total(x, other, cols, cols < WIDTH, x.dtype.element_ty)
+            tl.store(total + row * WIDTH + cols, value.to(x.dtype.element_ty), cols < WIDTH)
+
+
+class _Norm(NamedTuple):
+    """What both norms' functions are given."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    zero_centered: bool
+    center: bool
+
+
+class _Rows(NamedTuple):
+    """What one reading of x gives."""
+
+    total: Tensor | None
+    mean: Tensor | None
+    rstd: Tensor
+    amax: Tensor | None
+
+
+def _read(x: Tensor, other: Tensor | None, norm: _Norm, to: Format, output: Output) -> _Rows:
+    """The statistics, and of rows up to NARROW the row copy of output and its amax."""
+    rows, width = x.shape
+    new = torch.empty if x.numel() else torch.zeros
+    total = None if other is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    mean, rstd = (new(rows, 1, dtype=torch.float32, device=x.device) for _ in range(2))
+    read = _Rows(total, mean if norm.center else None, rstd, None)
+    if not x.numel():
+        return read
+    x, other = row_major(x), None if other is None else row_major(other)
+    unit, config = stride_unit(x, other), forward_config(width, x.element_size())
+    strides = x.stride(0) // unit, 0 if other is None else other.stride(0) // unit
+    flags = {"UNIT": unit, "WIDTH": width, "NORM_EPS": norm.eps, "CENTER": norm.center}
+    if width > NARROW:
+        with on_device_of(x):
+            norm_statistics_wide_kernel[(rows,)](
+                x, other, *read[:3], rows, *strides, **flags, **config, **FUSION
+            )
+        return read
+    programs = triton.cdiv(rows, config["ROWS"])
+    amax = torch.empty(programs, dtype=torch.float32, device=x.device) if output.amax else None
+    whole = config["BLOCK"]
+    with on_device_of(x):
+        norm_quantize_kernel[(programs,)](
+            x, other, packed(norm.weight), packed(norm.bias), *read[:3],
+            *output.operands(None)[:2], output.given, amax, rows, *strides, **flags,
+            ZERO_CENTERED=norm.zero_centered, C=whole, R=config["ROWS"],
+            SCALING="blocks" if to.scaling == "rows" else to.scaling,
+            BLOCK=whole if to.scaling == "rows" else min(BLOCKS[to.scaling], whole),
+            num_warps=config["num_warps"], **to.constants(x.device), **FUSION,
+        )  # fmt: skip
+    return read._replace(amax=None if amax is None else amax.amax())
+
+
+def _quantize(
+    x: Tensor, other: Tensor | None, norm: _Norm, to: Format, scale: Tensor | None,
+    want: Collection[str],
+) -> tuple[Copies, _Rows]:  # fmt: skip
+    check(to, scale, want)
+    rows, width = x.shape
+    narrow, wanted = width <= NARROW, set(want)
+    output = Output(amax=narrow and to.scaling == "tensor" and (scale is None or "amax" in want))
+    if narrow and (scale is not None or to.scaling in ("rows", "blocks", "mx")):
+        output = new_output(rows, width, to, x, scale, wanted & {"row", "amax"}, None)
+        wanted -= {"row"}
+    read = _read(x, other, norm, to, output)
+    source = Source(
+        "norm", x if read.total is None else read.total, width, norm.bias, norm.weight, read.mean,
+        read.rstd, zero_centered=norm.zero_centered,
+    )  # fmt: skip
+    rest = copies(source, to, scale, wanted, read.amax)
+    return rest._replace(row=output.row or rest.row), read
+
+
+def rmsnorm_quantize(
+    x: Tensor, weight: Tensor | None, eps: float, to: Format, zero_centered: bool = False,
+    other: Tensor | None = None, scale: Tensor | None = None,
+    want: Collection[str] = ("row", "rstd"),
+) -> tuple[Copies, Tensor | None, Tensor | None]:  # fmt: skip
+    """`quantize(y, to, scale, want)` of `y, rstd, total = rmsnorm_forward(x, ...)`.
+
+    Returns (copies of y, rstd, total), as those two give them; y is never stored.
+    """
+    norm = _Norm(weight, None, eps, zero_centered, False)
+    found, read = _quantize(x, other, norm, to, scale, want)
+    return found, read.rstd if "rstd" in want else None, read.total
+
+
+def layernorm_quantize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, to: Format,
+    zero_centered: bool = False, other: Tensor | None = None, scale: Tensor | None = None,
+    want: Collection[str] = ("row", "mean", "rstd"),
+) -> tuple[Copies, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """`quantize(y, to, scale, want)` of `y, mean, rstd, total = layernorm_forward(x, ...)`.
+
+    Returns (copies of y, mean, rstd, total), as those two give them; y is never stored.
+    """
+    norm = _Norm(weight, bias, eps, zero_centered, True)
+    found, read = _quantize(x, other, norm, to, scale, want)
+    mean, rstd = read.mean if "mean" in want else None, read.rstd if "rstd" in want else None
+    return found, mean, rstd, read.total
+
+
+def norm_again_quantize(
+    x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+    to: Format, zero_centered: bool = False, scale: Tensor | None = None,
+    want: Collection[str] = ("col",),
+) -> Copies:  # fmt: skip
+    """The copies of a norm's output made once more from its saved statistics, bit for bit.
+
+    x: what the norm read (the total, where there was one); mean: None for RMSNorm; mean and rstd:
+    fp32 `[rows, 1]`. The rest as in `layernorm_quantize`.
+    """
+    source = Source("norm", x, x.size(1), bias, weight, mean, rstd, zero_centered=zero_centered)
+    return copies(source, to, scale, want)

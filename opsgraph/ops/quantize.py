@@ -1,0 +1,186 @@
+"""Quantize and QuantizeGrad, which recipes put around every linear layer.
+
+Each is the identity in the other pass. `Quantize` makes the layer's operand of x, `QuantizeGrad`
+that of the gradient which arrives at the layer. The op `Quantize` that a user writes rounds the
+value, or its gradient, through the recipe's format wherever no linear layer does so anyway.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..op import Lowered, Op, Placed, lower_plainly
+from ..quantizers import Quantizer
+from ..recipe import DelayedScaling, Recipe, recipe_of
+from ..scaling import scaling_of
+from ..spec import Spec
+from .elementwise import Identity
+from .grouped import GroupedLinear
+from .quantized_grouped import grouped
+
+
+class _Quantizing(Op):
+    """What both share: a quantizer, the role whose it is, and the scale where that is delayed."""
+
+    as_stored = ("scale",)
+
+    def __init__(self, quantizer: Quantizer | None = None, role: str = "") -> None:
+        super().__init__()
+        self.quantizer = quantizer or Quantizer()
+        self.role, self.scale = role, None
+
+    def width_before(self, out_width: int) -> int | None:
+        return out_width
+
+    def reject(self, x: Spec) -> str | None:
+        if x.width % self.quantizer.multiple:
+            name, multiple = self.quantizer.storage.name, self.quantizer.multiple
+            side = "out" if self.role == "gradient" else "in"
+            return f"got {side}_features {x.width}, expected a multiple of {multiple} for {name}"
+        return None
+
+    @classmethod
+    def sample(cls) -> Sequence[Op]:
+        return ()
+
+
+class Quantize(_Quantizing):
+    """Round x through the active recipe's format, and with backward=True its gradient.
+
+    Without a recipe it does nothing. Before a linear layer, which quantizes its input itself, it
+    adds nothing either.
+    """
+
+    saves = ("amax",)
+
+    def __init__(
+        self,
+        forward: bool = True,
+        backward: bool = False,
+        *,
+        quantizer: Quantizer | None = None,
+        role: str = "",
+    ) -> None:
+        super().__init__(quantizer, role)
+        self.rounds = forward, backward
+
+    def identity(self, direction: str, training: bool) -> bool:
+        return direction == "backward"
+
+    def out(self, x: Spec) -> Spec:
+        return x.stored(self.quantizer.storage)
+
+    def saved(self, x: Spec) -> dict[str, Spec]:
+        return {"amax": Spec((), torch.float32, x.device)}
+
+    def fwd(self, x: Tensor, scale: Tensor | None, want: Collection[str]) -> Any:
+        amax = self.quantizer.amax(x) if "amax" in want else None
+        return self.quantizer(x, want, scale), (amax,)
+
+    def lower(self) -> Sequence[Lowered]:
+        return (Lowered(Identity, self),)
+
+
+class QuantizeGrad(_Quantizing):
+    """Quantize the gradient that arrives; the "gradient" of its scale is that amax."""
+
+    packs_gradient = True
+
+    def identity(self, direction: str, training: bool) -> bool:
+        return direction == "forward"
+
+    def out(self, x: Spec) -> Spec:
+        return x
+
+    def fwd(self, x: Tensor, scale: Tensor | None) -> Any:
+        return x, ()
+
+    def bwd(self, dy: Tensor, scale: Tensor | None, want: Collection[str]) -> Any:
+        amax = self.quantizer.amax(dy) if "scale" in want else None
+        return self.quantizer(dy, want, scale), (amax,)
+
+
+class RoundTrip(_Quantizing):
+    """`y = dequantize(quantize(x))`; the gradient passes as it is."""
+
+    def identity(self, direction: str, training: bool) -> bool:
+        return direction == "backward"
+
+    def out(self, x: Spec) -> Spec:
+        return x
+
+    def fwd(self, x: Tensor) -> tuple[Tensor, tuple[()]]:
+        return _rounded(self.quantizer, x), ()
+
+
+class RoundTripGrad(_Quantizing):
+    """What RoundTrip does, to the gradient."""
+
+    def identity(self, direction: str, training: bool) -> bool:
+        return direction == "forward"
+
+    def out(self, x: Spec) -> Spec:
+        return x
+
+    def fwd(self, x: Tensor) -> tuple[Tensor, tuple[()]]:
+        return x, ()
+
+    def bwd(self, dy: Tensor) -> tuple[Tensor, tuple[()]]:
+        return _rounded(self.quantizer, dy), ()
+
+
+def _rounded(quantizer: Quantizer, x: Tensor) -> Tensor:
+    copy = quantizer(x, ("row",)).row
+    assert copy is not None
+    return copy.dequantize(x.dtype)[:, : x.shape[-1]]
+
+
+def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
+    """What ops stand for under the recipe of that number, with their labels."""
+    plain = lower_plainly(ops, labels)
+    kinds: list[type[Op]] = [Op, *(entry.kind for entry in plain), Op]
+    made: list[Placed] = []
+    for entry, before, after in zip(plain, kinds, kinds[2:], strict=False):
+        if entry.kind.quantizable:
+            made += _around(entry, recipe_of(key), key)
+        elif entry.kind is GroupedLinear:
+            made += grouped(entry, recipe_of(key))
+        elif isinstance(entry.op, Quantize):
+            made += _rounding(entry, recipe_of(key), before.quantizable, after.quantizable)
+        else:
+            made.append(entry)
+    return made
+
+
+def _around(entry: Placed, recipe: Recipe, key: int) -> Iterator[Placed]:
+    """A linear layer between its Quantize and its QuantizeGrad."""
+    override, label = recipe.backward_override, entry.label
+    before = Quantize(quantizer=recipe.quantizer("activation"), role="activation")
+    after = QuantizeGrad(recipe.quantizer("gradient"), "gradient")
+    if isinstance(recipe, DelayedScaling):
+        state = scaling_of(*entry.op.home("weight"), recipe, key)
+        for op in (before, after):
+            op._homes["scale"] = state, op.role
+    yield Placed(Quantize, before, label, "q")
+    yield entry._replace(quantizers={"weight": recipe.quantizer("weight")}, override=override)
+    if override is None:
+        yield Placed(QuantizeGrad, after, label, "g")
+
+
+def _rounding(
+    entry: Placed, recipe: Recipe, linear_before: bool, linear_after: bool
+) -> Iterator[Placed]:
+    """A user's Quantize, without what a linear layer beside it does anyway."""
+
+    assert isinstance(entry.op, Quantize)
+    forward, backward = entry.op.rounds
+    if forward and not linear_after:
+        op = RoundTrip(recipe.undelayed("activation"), "activation")
+        yield Placed(RoundTrip, op, entry.label)
+    else:
+        yield entry
+    if backward and not linear_before:
+        grad = RoundTripGrad(recipe.undelayed("gradient"), "gradient")
+        yield Placed(RoundTripGrad, grad, entry.label, "g")

@@ -1,0 +1,94 @@
+"""GroupedLinear under a recipe: each group's operands are quantized on their own."""
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..op import Op, Placed
+from ..quantizers import Quantized, Quantizer
+from ..recipe import Recipe
+from ..spec import Spec
+from . import scaled_gemm as scaled
+from .grouped import GroupedLinear, _pieces
+
+
+class QuantizedGroupedLinear(GroupedLinear):
+    """What recipes put in the place of a GroupedLinear; it reads that one's parameters.
+
+    Blocks of scales end with their group, so a group's result does not depend on its neighbours.
+    Nothing quantized is saved: a group's sizes are not known before it runs.
+    """
+
+    quantizes = "activation", "weight", "gradient"
+
+    def __init__(self, layer: GroupedLinear, quantizers: Sequence[Quantizer], override: str | None):
+        Op.__init__(self)
+        self.num_groups = layer.num_groups
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.quantizers, self.override = tuple(quantizers), override
+        self.channels, self.strict = layer.channels, layer.strict
+        for name in ("weight", "bias"):
+            self.register_parameter(name, None)
+            self._homes[name] = layer.home(name)
+
+    def reject(self, x: Spec) -> str | None:
+        widths = {"in_features": x.width, "out_features": self.out_features or 0}
+        for (name, width), quantizer in zip(widths.items(), self.quantizers[::2], strict=True):
+            if width % quantizer.multiple:
+                multiple, what = quantizer.multiple, quantizer.storage.name
+                return f"got {name} {width}, expected a multiple of {multiple} for {what}"
+        return super().reject(x)
+
+    def _operands(
+        self, x: Tensor, weight: Tensor, copies: Collection[str]
+    ) -> tuple[Quantized, Quantized]:
+        activation, weights, _ = self.quantizers
+        return activation(x, copies), weights(weight, copies)
+
+    def fwd(
+        self, x: Tensor, split_sizes: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, tuple[()]]:
+        parts = []
+        for g, piece in enumerate(_pieces(x, split_sizes)):
+            y = scaled.forward(*self._operands(piece, weight[g], ("row",)))
+            parts.append(y if bias is None else y + bias[g])
+        return torch.cat(parts), ()
+
+    def bwd(
+        self, dy: Tensor, x: Tensor, split_sizes: Tensor, weight: Tensor, bias: Tensor | None,
+        want: Collection[str],
+    ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:  # fmt: skip
+        if self.override == "high_precision":
+            return super().bwd(dy, x, split_sizes, weight, bias, want)
+        pieces = zip(_pieces(dy, split_sizes), _pieces(x, split_sizes), weight, strict=True)
+        found = [self._group(d, p, w, want) for d, p, w in pieces]
+        dx = torch.cat([data for data, _ in found]) if "x" in want else None  # type: ignore[misc]
+        dweight = torch.stack([w for _, w in found]) if "weight" in want else None  # type: ignore[misc]
+        dbias = None
+        if "bias" in want and bias is not None:
+            grads = _pieces(dy, split_sizes)
+            dbias = torch.stack([g.sum(0, dtype=bias.dtype) for g in grads])
+        return dx, (None, dweight, dbias)
+
+    def _group(
+        self, dy: Tensor, x: Tensor, weight: Tensor, want: Collection[str]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dx and dweight of one group."""
+        copies = ("row",) if self.override else ("col",)
+        qx, qweight = self._operands(x, weight, copies)
+        grad = dy if self.override else self.quantizers[2](dy, ("row", "col"))
+        dx = scaled.dgrad(grad, qweight) if "x" in want else None
+        return dx, scaled.wgrad(grad, qx) if "weight" in want else None
+
+    @classmethod
+    def sample(cls) -> Sequence[Op]:
+        return ()
+
+
+def grouped(entry: Placed, recipe: Recipe) -> Iterator[Placed]:
+    """A GroupedLinear under a recipe. With DelayedScaling each group has its own current scale."""
+    assert isinstance(entry.op, GroupedLinear)
+    quantizers = [recipe.undelayed(role) for role in QuantizedGroupedLinear.quantizes]
+    op = QuantizedGroupedLinear(entry.op, quantizers, recipe.backward_override)
+    yield entry._replace(kind=QuantizedGroupedLinear, op=op)

@@ -1,0 +1,289 @@
+"""Quantizers: how one tensor becomes low-precision data and scales, and what a GEMM reads of it.
+
+A GEMM of quantized operands is `a @ b.T`, both contracted over their rows' elements, along which
+scales run. So a value has two copies: `row` for the product that contracts over its width (its own
+pass's GEMM) and `col` for the one that contracts over its rows (the data or weight gradient's).
+`col` is the copy of the transpose, data `[width, rows]`. Where the grid of scales transposes
+exactly the two are one, and `row` alone is stored.
+
+The arithmetic is `kernels.reference.quantize` and `nvfp4`; the formulas stand there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels.reference import nvfp4, quantize
+from .spec import ROWS, Spec, Storage
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+_NAMES = {E4M3: "e4m3", E5M2: "e5m2"}
+COPIES = ("row", "col")
+
+
+class Copy(NamedTuple):
+    """One quantized copy `[rows, cols]` for a product that contracts over `cols`.
+
+    data and scale: as the quantizer's function returns them; amax: NVFP4's, of the whole tensor.
+    """
+
+    quantizer: Quantizer
+    data: Tensor
+    scale: Tensor
+    amax: Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that it is made of."""
+        both = self.data, self.scale
+        return both if self.amax is None else (*both, self.amax)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values that a GEMM multiplies, `[rows, cols]`; NVFP4 fills cols up to blocks."""
+        return self.quantizer.dequantize(self, dtype)
+
+
+class Quantized(NamedTuple):
+    """A quantized value: its copies, None for one that is not used, and the dtype it stands for."""
+
+    row: Copy | None
+    col: Copy | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How tensors of one role are quantized. Equal quantizers are interchangeable.
+
+    A quantizer of your own gives `copy`, `dequantize`, `storage` and `specs`, and sets `shared`
+    where `col` is the transpose of `row`.
+    """
+
+    shared: ClassVar[bool] = False
+    delayed: ClassVar[bool] = False
+    """Whether the scale is given, made from earlier amaxes, and each call's amax is handed out."""
+    multiple: ClassVar[int] = 16
+    """What the width of a GEMM's operand must be a multiple of."""
+
+    @property
+    def storage(self) -> Storage:
+        """The format for specs."""
+        raise NotImplementedError
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        """Quantize x `[rows, cols]` along rows; scale only where it is delayed.
+
+        col: whether x is the transpose of a value, whose `col` copy is wanted.
+        """
+        raise NotImplementedError
+
+    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
+        """The values of a copy."""
+        raise NotImplementedError
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
+        """Of each part of a copy `[rows, cols]`, either of which may be `ROWS`."""
+        raise NotImplementedError
+
+    def amax(self, x: Tensor) -> Tensor:
+        """x's largest magnitude, fp32 `[]`, NaN if there is one."""
+        return quantize.amax_of(x)
+
+    # -- what plans call --
+
+    def __call__(
+        self, x: Tensor, want: Collection[str] = COPIES, scale: Tensor | None = None
+    ) -> Quantized:
+        """Quantize `[rows, width]`; of `want` are "row" and "col"."""
+        value = x.float() if x.dtype == torch.float64 else x
+        row = col = None
+        if "row" in want or self.shared:
+            row = self.copy(value, scale)
+        if "col" in want:
+            col = transposed(row) if row and self.shared else self.copy(value.t(), scale, True)
+        return Quantized(row, col, x.dtype)
+
+    def part_specs(self, spec: Spec, name: str) -> tuple[Spec, ...]:
+        """Specs of what is stored for one copy of a value of that spec."""
+        rows, width = spec.shape
+        if name == "col" and not self.shared:
+            rows, width = width, rows
+        return self.specs(rows, width, spec.device)
+
+    def parts(self, value: Quantized, name: str) -> tuple[Tensor, ...]:
+        """What is stored for one copy."""
+        copy = value.row if name == "row" else value.col
+        assert copy is not None
+        return transposed(copy).parts if name == "col" and self.shared else copy.parts
+
+    def load(self, dtype: torch.dtype, **parts: Sequence[Tensor]) -> Quantized:
+        """The value again from the parts of its copies: `load(dtype, row=(data, scale))`."""
+        made = {name: Copy(self, *tensors) for name, tensors in parts.items()}
+        if "col" in made and self.shared:
+            made["col"] = transposed(made["col"])
+        return Quantized(made.get("row"), made.get("col"), dtype)
+
+
+def transposed(copy: Copy) -> Copy:
+    """The copy of the transpose, where that is the transpose of the copy."""
+    return copy._replace(data=copy.data.t(), scale=copy.scale.t())
+
+
+def _step(cols: int, block: int) -> int:
+    """How many blocks there are in so many columns, for a Spec."""
+    return -block if cols == ROWS else -(-cols // block)
+
+
+@dataclass(frozen=True)
+class TensorQuantizer(Quantizer):
+    """FP8 with one scale for the tensor, from its own amax."""
+
+    dtype: torch.dtype
+    eps: float = 0.0
+    power_of_two: bool = False
+    shared: ClassVar[bool] = True
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(_NAMES[self.dtype], 8)
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        return Copy(self, *quantize.quantize_tensor(x, self.dtype, self.eps, self.power_of_two))
+
+    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
+        return quantize.dequantize(copy.data, copy.scale, dtype)
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
+        data = Spec((rows, cols), self.dtype, device)
+        return data, Spec((), torch.float32, device)
+
+
+@dataclass(frozen=True)
+class DelayedQuantizer(TensorQuantizer):
+    """FP8 with one scale for the tensor, from the amaxes of earlier steps."""
+
+    delayed: ClassVar[bool] = True
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        assert scale is not None
+        return Copy(self, quantize.cast(x, scale, self.dtype), scale)
+
+
+@dataclass(frozen=True)
+class RowQuantizer(TensorQuantizer):
+    """FP8 with one scale for each row of a copy, from its own amax."""
+
+    shared: ClassVar[bool] = False
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(_NAMES[self.dtype] + "r", 8)
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        return Copy(self, *quantize.quantize_rows(x, self.dtype, self.eps, self.power_of_two))
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
+        data = Spec((rows, cols), self.dtype, device)
+        return data, Spec((rows, 1), torch.float32, device)
+
+
+@dataclass(frozen=True)
+class BlockQuantizer(Quantizer):
+    """FP8 with an fp32 scale for each block of `height` rows (1 or 128) by 128 columns."""
+
+    dtype: torch.dtype
+    height: int = 1
+    eps: float = 0.0
+    power_of_two: bool = True
+
+    @property
+    def shared(self) -> bool:  # type: ignore[override]
+        """Square blocks transpose exactly."""
+        return self.height > 1
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(_NAMES[self.dtype] + "b", 8, 32, quantize.BLOCK)
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        return Copy(
+            self,
+            *quantize.quantize_blocks(x, self.dtype, self.height, self.eps, self.power_of_two),
+        )
+
+    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
+        return quantize.dequantize(copy.data, copy.scale, dtype)
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
+        down = rows if self.height == 1 else _step(rows, self.height)
+        scale = Spec((down, _step(cols, quantize.BLOCK)), torch.float32, device)
+        return Spec((rows, cols), self.dtype, device), scale
+
+
+@dataclass(frozen=True)
+class MXQuantizer(Quantizer):
+    """MXFP8: an E8M0 scale for each 32 columns of a row."""
+
+    dtype: torch.dtype = E4M3
+    multiple: ClassVar[int] = quantize.MX_BLOCK
+
+    @property
+    def storage(self) -> Storage:
+        return Storage("mx" + _NAMES[self.dtype], 8, 8, quantize.MX_BLOCK)
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        return Copy(self, *quantize.quantize_mxfp8(x, self.dtype))
+
+    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
+        return quantize.dequantize_mxfp8(copy.data, copy.scale, dtype)
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
+        scale = Spec((rows, _step(cols, quantize.MX_BLOCK)), torch.uint8, device)
+        return Spec((rows, cols), self.dtype, device), scale
+
+
+@dataclass(frozen=True)
+class NVFP4Quantizer(Quantizer):
+    """NVFP4: E2M1 data, an E4M3 scale for each block of `height` (1 or 16) by 16, one amax.
+
+    stochastic: round stochastically. hadamard: transform `col` copies first, along the dimension
+    that is contracted; both operands of a product have to. Data is `[rows, blocks, 8]` bytes.
+    """
+
+    height: int = 1
+    stochastic: bool = False
+    hadamard: bool = False
+
+    @property
+    def storage(self) -> Storage:
+        return Storage("nvfp4", 4, 8, nvfp4.BLOCK)
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        if col and self.hadamard:
+            x = nvfp4.hadamard(x.contiguous())
+        else:
+            x = torch.nn.functional.pad(x, (0, -x.size(1) % nvfp4.BLOCK))
+        seed = torch.randint(2**62, (), device=x.device) if self.stochastic else None
+        amax = quantize.amax_of(x)
+        data, scale = nvfp4.quantize_nvfp4(x, amax, self.height, seed)
+        blocks = x.size(1) // nvfp4.BLOCK
+        return Copy(self, data.view(data.size(0), blocks, nvfp4.BLOCK // 2), scale, amax)
+
+    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
+        data, amax = copy.data.flatten(1), copy.amax
+        assert amax is not None
+        return nvfp4.dequantize_nvfp4(data, copy.scale, amax, 2 * data.size(1), dtype)
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
+        blocks = _step(cols, nvfp4.BLOCK)
+        down = rows if self.height == 1 else _step(rows, self.height)
+        return (
+            Spec((rows, blocks, nvfp4.BLOCK // 2), torch.uint8, device),
+            Spec((down, blocks), E4M3, device),
+            Spec((), torch.float32, device),
+        )

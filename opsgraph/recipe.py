@@ -1,0 +1,240 @@
+"""Recipes: the numerics that linear layers run in under `opsgraph.autocast`.
+
+A recipe gives a quantizer for each role: "activation", "weight" and "gradient". It is a frozen
+value: two equal recipes are one, and a changed field is another recipe, for which modules plan
+again. Keys of plans know it by its number, `key`.
+
+`Format.HYBRID` is E4M3 in the forward and E5M2 for gradients. `backward_override` is what the
+backward multiplies instead of quantized gradients: "high_precision", the values that the forward
+had before it quantized them, or "dequantized", those that its GEMMs read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import config
+from .errors import OpsgraphError
+from .quantizers import (
+    BlockQuantizer,
+    DelayedQuantizer,
+    MXQuantizer,
+    NVFP4Quantizer,
+    Quantizer,
+    RowQuantizer,
+    TensorQuantizer,
+)
+
+ROLES = ("activation", "weight", "gradient")
+OVERRIDES = (None, "high_precision", "dequantized")
+
+
+class Format(Enum):
+    """FP8 formats, of the forward and of gradients."""
+
+    E4M3 = ("float8_e4m3fn", "float8_e4m3fn")
+    E5M2 = ("float8_e5m2", "float8_e5m2")
+    HYBRID = ("float8_e4m3fn", "float8_e5m2")
+
+    def of(self, role: str) -> torch.dtype:
+        """The dtype of a role's data."""
+        dtype: torch.dtype = getattr(torch, self.value[role == "gradient"])
+        return dtype
+
+
+class Copied(NamedTuple):
+    """One quantized copy of a tensor: `data` and `scale` as the recipe stores them."""
+
+    data: Tensor
+    scale: Tensor
+    dequantize: Callable[[], Tensor]
+    """Returns the values that it stands for, in the tensor's shape and dtype."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Base of all recipes; a subclass gives `quantizer(role)`."""
+
+    backward_override: str | None = field(default=None, kw_only=True)
+    key: ClassVar[int]
+    """Its number, the same for equal recipes: what keys of plans hold."""
+
+    def __post_init__(self) -> None:
+        if self.backward_override not in OVERRIDES:
+            known = ", ".join(map(repr, OVERRIDES))
+            self._fail(f"backward_override {self.backward_override!r}", f"one of {known}")
+        # Now, so that Dynamo, which cannot trace the lock, just reads it.
+        object.__setattr__(self, "key", _intern(self))
+
+    def _fail(self, got: str, expected: str) -> None:
+        raise OpsgraphError(f"{type(self).__name__}: got {got}, expected {expected}")
+
+    def quantizer(self, role: str) -> Quantizer:
+        """How tensors of a role are quantized."""
+        raise NotImplementedError
+
+    def undelayed(self, role: str) -> Quantizer:
+        """The same for a tensor that has no history of amaxes."""
+        return self.quantizer(role)
+
+    def quantize(self, x: Tensor, role: str = "activation") -> Copied:
+        """One quantized copy of x `[*, width]`, for a product that contracts over its width.
+
+        x: fp32, bf16, fp16 or fp64, which is rounded to fp32. DelayedScaling takes the scale from
+        x's own amax here, as a first step with one amax in the history would.
+        """
+        if role not in ROLES:
+            self._fail(f"role {role!r}", f"one of {', '.join(ROLES)}")
+        rows = x.reshape(-1, x.shape[-1])
+        copy = self.quantizer(role)(rows, ("row",), self.first_scale(rows, role)).row
+        assert copy is not None
+
+        def dequantize() -> Tensor:
+            return copy.dequantize(x.dtype)[:, : x.shape[-1]].reshape(x.shape)
+
+        return Copied(copy.data, copy.scale, dequantize)
+
+    def first_scale(self, x: Tensor, role: str) -> Tensor | None:
+        """The scale for a tensor without a history; None where scales are its own anyway."""
+        return None
+
+
+@dataclass(frozen=True)
+class DelayedScaling(Recipe):
+    """FP8 with one scale per tensor, made from the amaxes of earlier steps.
+
+    margin: scales are divided by 2^margin. amax_history_len: how many steps are looked back on.
+    amax_compute_algo: "max" over the history, "most_recent", or a function of the history, fp32
+    `[length, tensors]`, that returns `[tensors]`. reduce_amax: over `amax_reduction_group`.
+    """
+
+    margin: int = 0
+    fp8_format: Format = Format.HYBRID
+    amax_history_len: int = 1024
+    amax_compute_algo: str | Callable[[Tensor], Tensor] = "max"
+    reduce_amax: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        algo = self.amax_compute_algo
+        if not callable(algo) and algo not in ("max", "most_recent"):
+            self._fail(f"amax_compute_algo {algo!r}", "'max', 'most_recent' or a function")
+        if self.amax_history_len < 1:
+            self._fail(f"amax_history_len {self.amax_history_len}", "at least 1")
+
+    def quantizer(self, role: str) -> Quantizer:
+        return DelayedQuantizer(self.fp8_format.of(role))
+
+    def undelayed(self, role: str) -> Quantizer:
+        return TensorQuantizer(self.fp8_format.of(role))
+
+    def first_scale(self, x: Tensor, role: str) -> Tensor:
+        own = TensorQuantizer(self.fp8_format.of(role)).copy(x.float()).scale
+        return own / 2.0**self.margin
+
+
+@dataclass(frozen=True)
+class Float8CurrentScaling(Recipe):
+    """FP8 with one scale per tensor, from its own amax; row_wise: one for each row and column.
+
+    use_power_2_scales: round scales down to powers of two. amax_epsilon: the least amax.
+    """
+
+    fp8_format: Format = Format.HYBRID
+    row_wise: bool = False
+    use_power_2_scales: bool = False
+    amax_epsilon: float = 0.0
+
+    def quantizer(self, role: str) -> Quantizer:
+        kind = RowQuantizer if self.row_wise else TensorQuantizer
+        return kind(self.fp8_format.of(role), self.amax_epsilon, self.use_power_2_scales)
+
+
+@dataclass(frozen=True)
+class Float8BlockScaling(Recipe):
+    """FP8 with fp32 scales for 1x128 blocks of activations and gradients, 128x128 of weights.
+
+    use_f32_scales: keep scales as they are; else they are rounded down to powers of two.
+    """
+
+    fp8_format: Format = Format.E4M3
+    use_f32_scales: bool = False
+    amax_epsilon: float = 0.0
+
+    def quantizer(self, role: str) -> Quantizer:
+        height = 128 if role == "weight" else 1
+        dtype = self.fp8_format.of(role)
+        return BlockQuantizer(dtype, height, self.amax_epsilon, not self.use_f32_scales)
+
+
+@dataclass(frozen=True)
+class MXFP8BlockScaling(Recipe):
+    """MXFP8: an E8M0 scale for each 32 values, along each product's own dimension."""
+
+    fp8_format: Format = Format.E4M3
+
+    def quantizer(self, role: str) -> Quantizer:
+        return MXQuantizer(self.fp8_format.of(role))
+
+
+@dataclass(frozen=True)
+class NVFP4BlockScaling(Recipe):
+    """NVFP4: E2M1 data in blocks of 16, E4M3 block scales, one fp32 scale per tensor.
+
+    Weights have 16x16 blocks (disable_2d_quantization: 1x16), gradients are rounded stochastically
+    (disable_stochastic_rounding: to nearest even), and the operands of weight gradients are
+    rotated by a random Hadamard transform of 16 points (disable_rht: they are not).
+    """
+
+    disable_rht: bool = False
+    disable_stochastic_rounding: bool = False
+    disable_2d_quantization: bool = False
+
+    def quantizer(self, role: str) -> Quantizer:
+        if role == "weight":
+            return NVFP4Quantizer(1 if self.disable_2d_quantization else 16)
+        stochastic = role == "gradient" and not self.disable_stochastic_rounding
+        # With an override the gradients stay plain, so nothing may be rotated.
+        rotates = not self.disable_rht and self.backward_override is None
+        return NVFP4Quantizer(1, stochastic, rotates)
+
+
+@dataclass(frozen=True)
+class CustomRecipe(Recipe):
+    """Quantizers of your choice: `qfactory(role)` returns one of `opsgraph.quantizers`.
+
+    Roles are "activation", "weight" and "gradient". It is called when modules plan, and must give
+    equal quantizers each time.
+    """
+
+    qfactory: Callable[[str], Quantizer]
+
+    def quantizer(self, role: str) -> Quantizer:
+        made = self.qfactory(role)
+        if not isinstance(made, Quantizer) or made.delayed:
+            got = type(made).__name__
+            self._fail(f"{got} for {role}", "a Quantizer of opsgraph.quantizers, not delayed")
+        if role != "gradient" and getattr(made, "stochastic", False):
+            self._fail(f"stochastic rounding for {role}", "it for gradients alone")
+        return made
+
+
+_recipes: list[Recipe] = []
+
+
+def _intern(recipe: Recipe) -> int:
+    with config.lock:
+        if recipe not in _recipes:
+            _recipes.append(recipe)
+        return _recipes.index(recipe)
+
+
+def recipe_of(key: int) -> Recipe:
+    """The recipe with that number."""
+    return _recipes[key]

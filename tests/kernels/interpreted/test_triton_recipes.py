@@ -1,0 +1,58 @@
+"""Fusers that absorb quantization give the bits of the same kernels one after the other."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import opsgraph as og
+from opsgraph import recipe as r
+from opsgraph.ops import Add, LayerNorm, Linear, RMSNorm, SwiGLU, Tee
+
+RECIPES = {
+    "current": r.Float8CurrentScaling(),
+    "rows": r.Float8CurrentScaling(row_wise=True),
+    "delayed": r.DelayedScaling(amax_history_len=2),
+    "blocks": r.Float8BlockScaling(),
+    "mx": r.MXFP8BlockScaling(),
+    "dequantized": r.MXFP8BlockScaling(backward_override="dequantized"),
+}
+ALONE = (
+    "QuantizeKernel", "QuantizeGradKernel", "RMSNormKernel", "LayerNormKernel", "AddRMSNorm",
+    "AddLayerNorm", "ActivationKernel", "BiasActivationBackward", "TeeRMSNorm", "TeeLayerNorm",
+)  # fmt: skip
+
+
+def block(norm: type[og.Op], device: str, **options: object) -> og.Sequential:
+    torch.manual_seed(0)
+    return og.Sequential(
+        Add(), Tee("r"), norm(64), Linear(64, 512), SwiGLU(), Linear(256, 64, bias=False), Add("r"),
+        device=device, dtype=torch.bfloat16, **options,
+    )  # fmt: skip
+
+
+def results(module: og.Sequential, recipe: r.Recipe, x: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    with og.autocast(recipe=recipe):
+        y = module(x, 2 * x)
+    leaves = [x, *module.parameters()]
+    return [y, *torch.autograd.grad(y, leaves, y.detach().flip(0)), *module.buffers()]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
+def test_fused_quantization_gives_the_same_bits(norm: type[og.Op], name: str, device: str) -> None:
+    fused, alone = block(norm, device), block(norm, device, fusers=ALONE)
+    recipe = replace(RECIPES[name])
+    with og.autocast(recipe=recipe):
+        plan = fused.plan()
+    names = {step.name for step in (*plan.forward, *plan.backward)}
+    assert {f"Add{norm.__name__}Quantize", "ActivationQuantize"} <= names
+    absorbs = recipe.backward_override is None and name != "rows"
+    assert ("ActivationBackwardQuantize" in names) == absorbs
+    x = torch.randn(40, 64, device=device).bfloat16()
+    # One context: delayed scales change when it ends, of both modules at once.
+    with og.autocast(recipe=recipe):
+        found, expected = results(fused, recipe, x), results(alone, recipe, x)
+    assert all(map(torch.equal, found, expected))
