@@ -128,23 +128,23 @@ def compiled(rank: int, size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_op_and_its_dual(ranks: Ranks, size: int) -> None:
-    ranks.run(every_op, size)
+    ranks.run(every_op, size, timeout=300)
 
 
 def test_rows_and_errors(ranks: Ranks) -> None:
-    ranks.run(rows_and_errors, 2)
+    ranks.run(rows_and_errors, 2, timeout=300)
 
 
 def test_bytes_count_the_ranks_rows(ranks: Ranks) -> None:
-    ranks.run(accounts, 2)
+    ranks.run(accounts, 2, timeout=300)
 
 
 def test_copies_and_meshes(ranks: Ranks) -> None:
-    ranks.run(copies, 4)
+    ranks.run(copies, 4, timeout=300)
 
 
 def test_under_compile(ranks: Ranks) -> None:
-    ranks.run(compiled, 2)
+    ranks.run(compiled, 2, timeout=300)
 
 
 def test_alone_they_are_identities() -> None:

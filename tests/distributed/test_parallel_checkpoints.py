@@ -121,19 +121,19 @@ def load_optimizer(rank: int, size: int, path: str, saved: dict[str, torch.Tenso
 
 
 def test_whole_checkpoints(ranks: Ranks) -> None:
-    ranks.run(whole_checkpoints, 2)
+    ranks.run(whole_checkpoints, 2, timeout=300)
 
 
 def test_distributed_checkpoint_from_4_ranks_to_2_and_1(ranks: Ranks) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        ranks.run(save, 4, folder)
+        ranks.run(save, 4, folder, timeout=300)
         assert os.listdir(folder)
         for size in (2, 1):
-            ranks.run(load, size, folder, False)
-            ranks.run(load, size, folder, True)
+            ranks.run(load, size, folder, False, timeout=300)
+            ranks.run(load, size, folder, True, timeout=300)
 
 
 def test_an_optimizer_of_dtensors_from_4_ranks_to_2(ranks: Ranks) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        saved = ranks.run(save_optimizer, 4, folder)[0]
-        ranks.run(load_optimizer, 2, folder, saved)
+        saved = ranks.run(save_optimizer, 4, folder, timeout=300)[0]
+        ranks.run(load_optimizer, 2, folder, saved, timeout=300)

@@ -230,8 +230,8 @@ def reference_ops(rank: int, size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_combination(ranks: Ranks, size: int) -> None:
-    ranks.run(all_cases, size)
+    ranks.run(all_cases, size, timeout=300)
 
 
 def test_the_reference_ops_alone(ranks: Ranks) -> None:
-    ranks.run(reference_ops, 2)
+    ranks.run(reference_ops, 2, timeout=300)

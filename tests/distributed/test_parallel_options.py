@@ -299,10 +299,10 @@ BODIES = (gradients, compiled, dtypes, attributes, initial_weights, linears, wit
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 def test_on_two_ranks(ranks: Ranks, body: Any) -> None:
-    ranks.run(body, 2)
+    ranks.run(body, 2, timeout=300)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("body", BODIES[:-1], ids=lambda body: body.__name__)
 def test_on_four_ranks(ranks: Ranks, body: Any) -> None:
-    ranks.run(body, 4)
+    ranks.run(body, 4, timeout=300)

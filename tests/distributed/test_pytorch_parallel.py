@@ -298,23 +298,23 @@ def fsdp_and_dtensors(rank: int, size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_dtensor_parameters(ranks: Ranks, size: int) -> None:
-    ranks.run(dtensors, size)
+    ranks.run(dtensors, size, timeout=300)
 
 
 def test_dtensors_under_compile(ranks: Ranks) -> None:
-    ranks.run(compiled_dtensors, 2)
+    ranks.run(compiled_dtensors, 2, timeout=300)
 
 
 def test_what_the_style_refuses(ranks: Ranks) -> None:
-    ranks.run(style_errors, 2)
+    ranks.run(style_errors, 2, timeout=300)
 
 
 def test_ddp_and_fsdp_with_tensor_parallelism(ranks: Ranks) -> None:
-    ranks.run(data_and_tensor_parallel, 4)
+    ranks.run(data_and_tensor_parallel, 4, timeout=300)
 
 
 def test_combinations_under_ddp_and_fsdp(ranks: Ranks) -> None:
-    ranks.run(every_combination_wrapped, 4, 5)
+    ranks.run(every_combination_wrapped, 4, 5, timeout=300)
 
 
 @pytest.mark.slow
@@ -323,8 +323,8 @@ def test_every_combination_under_ddp_and_fsdp(ranks: Ranks) -> None:
 
 
 def test_fsdp_mixed_precision(ranks: Ranks) -> None:
-    ranks.run(mixed_precision, 2)
+    ranks.run(mixed_precision, 2, timeout=300)
 
 
 def test_fsdp_over_dtensors(ranks: Ranks) -> None:
-    ranks.run(fsdp_and_dtensors, 4)
+    ranks.run(fsdp_and_dtensors, 4, timeout=300)

@@ -108,7 +108,7 @@ def compare(rank: int, size: int, seeds: range) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_random_sequences(ranks: Ranks, size: int) -> None:
-    ranks.run(compare, size, range(40 // size))
+    ranks.run(compare, size, range(40 // size), timeout=300)
 
 
 @pytest.mark.slow

@@ -63,8 +63,8 @@ def equal_ranks_pass(rank: int, size: int) -> None:
 
 
 def test_differing_ranks_are_told(ranks: Ranks) -> None:
-    ranks.run(mismatches, 2)
+    ranks.run(mismatches, 2, timeout=300)
 
 
 def test_equal_ranks_pass(ranks: Ranks) -> None:
-    ranks.run(equal_ranks_pass, 2)
+    ranks.run(equal_ranks_pass, 2, timeout=300)
