@@ -22,6 +22,7 @@ from .backend import backends as known_backends
 from .errors import OpError, PlanError
 from .execute import PlanFunction, expose, run_compiled, run_inference
 from .fuser import registered
+from .fusers.triton_quantize import quantize_weight
 from .op import Op, constant_under_compile, weights
 from .ops.quantize import lowered
 from .ops.sizes import width_between
@@ -156,6 +157,8 @@ class Stage:
                 self.states[k] = state
         self.table = _table_for(run, options)
         self.plans = self.table.plans
+        there = known_backends()["triton"].why_not() is None
+        self.triton = there and "triton" in options.order
         self.ops = self.table.ops
         self.double_backward, self.queue = options.double_backward, options.queue
         self.eager_only = self._eager_only(options)
@@ -203,7 +206,10 @@ class Stage:
         if state is not None:
             state.record("weight", quantizer.amax(weight))
             scale = state.weight
-        made = quantizer(weight, copies, scale)
+        if self.triton:
+            made = quantize_weight(quantizer, weight, copies, scale)
+        else:
+            made = quantizer(weight, copies, scale)
         kept[name, quantizer, copies] = made
         return made
 

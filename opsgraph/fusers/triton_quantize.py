@@ -22,6 +22,8 @@ from ..spec import Spec
 from .lazy import Lazy
 from .triton import Gated, Plain, Triton, _dtype, _params, _short, reject_activation
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 kernels = Lazy("triton.quantize")
 norm_kernels = Lazy("triton.quantize_norms")
 backward = Lazy("triton.quantize_backward")
@@ -46,6 +48,17 @@ def _format(quantizer: Any) -> Any:
 def _quantized(quantizer: Quantizer, copies: Any, dtype: torch.dtype) -> Quantized:
     row, col = (None if c is None else Copy(quantizer, *c) for c in (copies.row, copies.col))
     return Quantized(row, col, dtype)
+
+
+def quantize_weight(
+    quantizer: Quantizer, weight: Tensor, copies: Collection[str], scale: Tensor | None
+) -> Quantized:
+    """`quantizer(weight, copies, scale)`, by the kernels where they can: the same bits."""
+    there = weight.is_cuda and weight.dtype in DTYPES and _scaling(quantizer) is not None
+    if not there or torch.compiler.is_compiling():
+        return quantizer(weight, copies, scale)
+    made = kernels.quantize(weight, _format(quantizer), scale, tuple(copies))
+    return _quantized(quantizer, made, weight.dtype)
 
 
 def _names(want: Collection[str]) -> tuple[str, ...]:
