@@ -30,7 +30,7 @@ from .plan import Plan, make_plan
 from .precision import active
 from .program import Request, Run
 from .quantized_parameter import QuantizedTensor
-from .quantizers import Quantized, Quantizer
+from .quantizers import Quantized
 from .scaling import Scaling
 from .spec import ROWS, Spec, row
 
@@ -146,9 +146,7 @@ class Stage:
             op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
         ]
         self.real = run.ops
-        self.packers: dict[int, Quantizer] = {
-            run.slots.index(slot): q for slot, q in run.quantizers.items()
-        }
+        self.packers = {run.slots.index(slot): q for slot, q in run.quantizers.items()}
         self.states: dict[int, Scaling] = {}
         """The delayed scaling of each quantized weight, and of the layer that it belongs to."""
         for k, quantizer in self.packers.items():
@@ -157,8 +155,7 @@ class Stage:
                 self.states[k] = state
         self.table = _table_for(run, options)
         self.plans = self.table.plans
-        there = known_backends()["triton"].why_not() is None
-        self.triton = there and "triton" in options.order
+        self.triton = "triton" in options.order and known_backends()["triton"].why_not() is None
         self.ops = self.table.ops
         self.double_backward, self.queue = options.double_backward, options.queue
         self.eager_only = self._eager_only(options)
@@ -197,19 +194,15 @@ class Stage:
             if held is not None:
                 return held
             weight = weight.dequantize()
-        kept: dict[Any, Quantized] = {}
-        if first is not None:
-            kept = owner.__dict__.setdefault("_quantized_weights", kept)
+        kept = {} if first is None else owner.__dict__.setdefault("_quantized_weights", {})
         if first is False and (name, quantizer, copies) in kept:
-            return kept[name, quantizer, copies]
+            return kept[name, quantizer, copies]  # type: ignore[no-any-return]
         scale, state = None, self.states.get(k)
         if state is not None:
             state.record("weight", quantizer.amax(weight))
             scale = state.weight
-        if self.triton:
-            made = quantize_weight(quantizer, weight, copies, scale)
-        else:
-            made = quantizer(weight, copies, scale)
+        quantize = partial(quantize_weight, quantizer) if self.triton else quantizer
+        made: Quantized = quantize(weight, copies, scale)
         kept[name, quantizer, copies] = made
         return made
 
