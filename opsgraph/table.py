@@ -190,8 +190,7 @@ class Stage:
         """One weight quantized, or what the first microbatch made of it."""
         first, quantizer, (owner, name) = active.first_microbatch, self.packers[k], self.slots[k]
         if isinstance(weight, QuantizedTensor):
-            held = weight.copies(quantizer, copies)
-            if held is not None:
+            if (held := weight.copies(quantizer, copies)) is not None:
                 return held
             weight = weight.dequantize()
         kept = {} if first is None else owner.__dict__.setdefault("_quantized_weights", {})
