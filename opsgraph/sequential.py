@@ -36,7 +36,8 @@ class Sequential(nn.Sequential):
     order. Has nn.Sequential's whole list protocol.
 
     device, dtype: where to put the ops' parameters. backends: their order of preference, by default
-    all that are there. planner: "greedy" or "optimal". double_backward: run the reference ops
+    all that are there. planner: "greedy" or "optimal". recompute: False keeps whatever the backward
+    needs, where by default cheap values are made again. double_backward: run the reference ops
     without a Function of our own, so that gradients can be differentiated again.
 
     Hooks of the ops inside do not fire; those of the Sequential do. Raises OpError for an input

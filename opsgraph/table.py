@@ -24,6 +24,7 @@ from .dtensor import PLAIN, own_part
 from .errors import OpError, PlanError
 from .execute import PlanFunction, expose, run_compiled, run_inference
 from .fuser import registered
+from .fusers.triton_quantize import quantize_weight
 from .op import Op, constant_under_compile, weights
 from .ops.quantize import lowered
 from .ops.sizes import width_between
@@ -31,7 +32,7 @@ from .plan import Plan, make_plan
 from .precision import active
 from .program import Request, Run
 from .quantized_parameter import QuantizedTensor
-from .quantizers import Quantized, Quantizer
+from .quantizers import Quantized
 from .scaling import Scaling
 from .spec import ROWS, Spec, row
 
@@ -167,9 +168,7 @@ class Stage:
             op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
         ]
         self.real = run.ops
-        self.packers: dict[int, Quantizer] = {
-            run.slots.index(slot): q for slot, q in run.quantizers.items()
-        }
+        self.packers = {run.slots.index(slot): q for slot, q in run.quantizers.items()}
         self.states: dict[int, Scaling] = {}
         """The delayed scaling of each quantized weight, and of the layer that it belongs to."""
         for k, quantizer in self.packers.items():
@@ -178,6 +177,7 @@ class Stage:
                 self.states[k] = state
         self.table = _table_for(run, options)
         self.plans = self.table.plans
+        self.triton = "triton" in options.order and known_backends()["triton"].why_not() is None
         self.ops = self.table.ops
         self.double_backward, self.queue = options.double_backward, options.queue
         self.eager_only = self._eager_only(options)
@@ -212,20 +212,18 @@ class Stage:
         """One weight quantized, or what the first microbatch made of it."""
         first, quantizer, (owner, name) = active.first_microbatch, self.packers[k], self.slots[k]
         if isinstance(weight, QuantizedTensor):
-            held = weight.copies(quantizer, copies)
-            if held is not None:
+            if (held := weight.copies(quantizer, copies)) is not None:
                 return held
             weight = weight.dequantize()
-        kept: dict[Any, Quantized] = {}
-        if first is not None:
-            kept = owner.__dict__.setdefault("_quantized_weights", kept)
+        kept = {} if first is None else owner.__dict__.setdefault("_quantized_weights", {})
         if first is False and (name, quantizer, copies) in kept:
-            return kept[name, quantizer, copies]
+            return kept[name, quantizer, copies]  # type: ignore[no-any-return]
         scale, state = None, self.states.get(k)
         if state is not None:
             state.record("weight", quantizer.amax(weight))
             scale = state.weight
-        made = quantizer(weight, copies, scale)
+        quantize = partial(quantize_weight, quantizer) if self.triton else quantizer
+        made: Quantized = quantize(weight, copies, scale)
         kept[name, quantizer, copies] = made
         return made
 

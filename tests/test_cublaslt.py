@@ -54,7 +54,7 @@ def test_a_whole_block_takes_what_was_quantized() -> None:
     for one, other in zip(
         results(native, recipe, example()), results(reference, recipe, example()), strict=True
     ):
-        assert float((one - other).norm()) <= 3e-2 * float(other.norm())
+        assert float((one - other).norm()) <= 6e-2 * float(other.norm())
 
 
 def test_main_grad() -> None:

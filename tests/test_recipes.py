@@ -406,3 +406,68 @@ def test_any_number_of_rows(name: str, rows: int) -> None:
 def test_wrong_recipes(make: Any, message: str) -> None:
     with pytest.raises(og.OpsgraphError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["current", "delayed", "mx", "nvfp4 plain", "dequantized"])
+def test_delayed_weight_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    plain = og.LayerNormMLP(HIDDEN, FFN, activation="swiglu", device="cpu")
+    late = og.LayerNormMLP(HIDDEN, FFN, activation="swiglu", device="cpu", delay_wgrad_compute=True)
+    late.load_state_dict(plain.state_dict())
+    x, recipe = example(dtype=torch.float32), replace(RECIPES[name])
+    with og.autocast(recipe=recipe):
+        for module in (plain, late):
+            with og.autocast(recipe=recipe):
+                y = module(x)
+            y.square().sum().backward()
+    assert late.fc1_weight.grad is None
+    late.backward_dw()
+    for one, other in zip(late.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("name", ["current", "blocks", "delayed"])
+def test_frozen_weights(name: str) -> None:
+    recipe, module, x = replace(RECIPES[name]), mlp(), example()
+    with og.autocast(recipe=recipe):
+        expected = results(module, recipe, x)[2:]
+        module[3].weight.requires_grad_(False)
+        with og.autocast(recipe=recipe):
+            y = module(x)
+        torch.manual_seed(2)
+        dy = torch.randn_like(y)
+        leaves = [p for p in module.parameters() if p.requires_grad]
+        found = torch.autograd.grad(y, leaves, dy)
+    rest = [g for g, p in zip(expected, module.parameters(), strict=True) if p.requires_grad]
+    assert len(rest) == len(expected) - 1
+    assert all(map(torch.equal, found, rest))
+
+
+def test_want_names_the_copies() -> None:
+    module = mlp()
+    module[3].weight.requires_grad_(False)
+    x = example()
+    with og.autocast(recipe=r.MXFP8BlockScaling()):
+        module(x)
+        (plan,) = module._current()[0].plans.values()
+    lines = [line for line in plan.backward_source.split("\n") if "QuantizeGrad.bwd" in line]
+    assert "want=('x', 'row')" in lines[0]  # the frozen weight's layer
+    module[3].weight.requires_grad_(True)
+    module[0].weight.requires_grad_(False)
+    with og.autocast(recipe=r.MXFP8BlockScaling()):
+        module(x)
+        plan = list(module._current()[0].plans.values())[-1]
+    lines = [line for line in plan.backward_source.split("\n") if "QuantizeGrad.bwd" in line]
+    assert "want=('x', 'row', 'col')" in lines[0]
+    assert "'col')" in lines[1]
+    assert "'row'" not in lines[1]  # nothing before the first layer wants a gradient
+
+
+def test_an_extra_output_of_the_norm_is_the_plain_value() -> None:
+    module = og.LayerNormMLP(
+        HIDDEN, FFN, normalization="RMSNorm", device="cpu", return_layernorm_output=True
+    )
+    x = example(dtype=torch.float32)
+    plain = module(x)[1]
+    with og.autocast(recipe=r.Float8CurrentScaling()):
+        assert torch.equal(module(x)[1], plain)

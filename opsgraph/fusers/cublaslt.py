@@ -60,6 +60,29 @@ def scaled_mm(
     )
 
 
+def scaled_product(a: Copy | None, b: Copy | None, dtype: torch.dtype) -> Tensor:
+    """`scaled_mm` on a GPU; elsewhere, where Triton interprets, what it stands for."""
+    assert a is not None and b is not None  # noqa: PT018
+    if a.data.is_cuda:
+        return scaled_mm(a, b, dtype)
+    return (a.dequantize() @ b.dequantize().t()).to(dtype)
+
+
+def weight_gradient(dy: Quantized, x: Quantized, fc: Any, weight: Tensor) -> Tensor | None:
+    """`dy.T @ x`, or into the weight's main_grad."""
+    found = scaled_product(dy.col, x.col, dy.dtype)
+    if fc.accumulate_into_main_grad:
+        return add_to_main_grad(found, weight, fc.overwrite_main_grad)
+    return found
+
+
+def reject_gradient_formats(x: Storage, weight: Storage, dy: Storage | None) -> str | None:
+    """Why the two products of a backward cannot be scaled GEMMs, or None."""
+    if dy is None:
+        return "the recipe leaves the gradient in high precision"
+    return _formats(dy.name, weight.name) or _formats(dy.name, x.name)
+
+
 class _Scaled(Fuser):
     backend, quantized = "cublaslt", True
 
@@ -99,9 +122,7 @@ class ScaledLinearBackward(_Scaled):
     pattern = dict(fc=BasicLinear)
 
     def reject_formats(self, x: Storage, weight: Storage, dy: Storage | None) -> str | None:
-        if dy is None:
-            return "the recipe leaves the gradient in high precision"
-        return _formats(dy.name, weight.name) or _formats(dy.name, x.name)
+        return reject_gradient_formats(x, weight, dy)
 
     def reject(self, x: Spec) -> str | None:
         return _dtype(x)
@@ -111,10 +132,5 @@ class ScaledLinearBackward(_Scaled):
         fc_weight_stored: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
         dx = scaled_mm(dy.row, fc_weight.col, dy.dtype) if "x" in want else None
-        dweight = None
-        if "fc_weight" in want and fc.accumulate_into_main_grad:
-            found = scaled_mm(dy.col, fc_x.col, dy.dtype)
-            dweight = add_to_main_grad(found, fc_weight_stored, fc.overwrite_main_grad)
-        elif "fc_weight" in want:
-            dweight = scaled_mm(dy.col, fc_x.col, dy.dtype)
-        return dx, (dweight,)
+        weighs = "fc_weight" in want
+        return dx, (weight_gradient(dy, fc_x, fc, fc_weight_stored) if weighs else None,)

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import backends, interpreting
 from ..fuser import register
 from ..op import Op
-from ..ops import Add, Bias, LayerNorm, Quantize, QuantizeGrad, RMSNorm
+from ..ops import Add, BasicLinear, Bias, LayerNorm, Quantize, QuantizeGrad, RMSNorm
 from ..quantizers import (
     BlockQuantizer,
     Copy,
@@ -18,9 +19,12 @@ from ..quantizers import (
     RowQuantizer,
     TensorQuantizer,
 )
-from ..spec import Spec
+from ..spec import Spec, Storage
+from .cublaslt import reject_gradient_formats, scaled_product, weight_gradient
 from .lazy import Lazy
 from .triton import Gated, Plain, Triton, _dtype, _params, _short, reject_activation
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 kernels = Lazy("triton.quantize")
 norm_kernels = Lazy("triton.quantize_norms")
@@ -46,6 +50,17 @@ def _format(quantizer: Any) -> Any:
 def _quantized(quantizer: Quantizer, copies: Any, dtype: torch.dtype) -> Quantized:
     row, col = (None if c is None else Copy(quantizer, *c) for c in (copies.row, copies.col))
     return Quantized(row, col, dtype)
+
+
+def quantize_weight(
+    quantizer: Quantizer, weight: Tensor, copies: Collection[str], scale: Tensor | None
+) -> Quantized:
+    """`quantizer(weight, copies, scale)`, by the kernels where they can: the same bits."""
+    there = weight.is_cuda and weight.dtype in DTYPES and _scaling(quantizer) is not None
+    if not there or torch.compiler.is_compiling():
+        return quantizer(weight, copies, scale)
+    made = kernels.quantize(weight, _format(quantizer), scale, tuple(copies))
+    return _quantized(quantizer, made, weight.dtype)
 
 
 def _names(want: Collection[str]) -> tuple[str, ...]:
@@ -178,6 +193,17 @@ class ActivationQuantize(_Quantizing):
         return _quantized(q.quantizer, made, x.dtype), (made.amax,)
 
 
+def reject_backward(q: Any, act: Any, x: Spec) -> str | None:
+    """Why the kernel of an activation's gradient cannot quantize it, or None."""
+    if reason := reject_activation(act, x) or _rejects(q, x):
+        return reason
+    if isinstance(q.quantizer, RowQuantizer):
+        return "its kernel does not scale by rows"
+    if act.out(x).width != x.width and x.width // 2 % 128:
+        return f"its kernel wants halves of a multiple of 128, not {x.width // 2}"
+    return None
+
+
 @register
 class ActivationBackwardQuantize(_Quantizing):
     """Backward of [bias and] activation, quantized for the linear before, with the bias's sums."""
@@ -185,13 +211,7 @@ class ActivationBackwardQuantize(_Quantizing):
     pattern = dict(q=QuantizeGrad, bias=Bias | None, act=Plain | Gated)
 
     def reject(self, q: Any, act: Any, x: Spec) -> str | None:  # type: ignore[override]
-        if reason := reject_activation(act, x) or _rejects(q, x):
-            return reason
-        if isinstance(q.quantizer, RowQuantizer):
-            return "its kernel does not scale by rows"
-        if act.out(x).width != x.width and x.width // 2 % 128:
-            return f"its kernel wants halves of a multiple of 128, not {x.width // 2}"
-        return None
+        return reject_backward(q, act, x)
 
     def bwd(
         self, dy: Tensor, q: Any, q_scale: Tensor | None, bias: Op | None,
@@ -204,3 +224,53 @@ class ActivationBackwardQuantize(_Quantizing):
         )
         dx = _quantized(q.quantizer, made, dy.dtype)
         return dx, (made.amax,) if bias is None else (made.amax, dbias)
+
+
+@register
+class ActivationLinearBackwardQuantize(Triton):
+    """Backward of [bias,] activation and linear, with the linear's input made again on the way.
+
+    Between the two scaled GEMMs one pass reads the pre-activation once: it writes that gradient,
+    quantized for the linear before, the linear's input, quantized for the weight gradient, and
+    the bias's sums.
+    """
+
+    quantized = True
+    pattern = dict(
+        grad=QuantizeGrad, bias=Bias | None, act=Plain | Gated, q=Quantize, fc=BasicLinear
+    )
+
+    def reject_formats(self, x: Storage, weight: Storage, dy: Storage | None) -> str | None:
+        """Why it cannot multiply such operands, or None."""
+        return reject_gradient_formats(x, weight, dy)
+
+    def reject(self, grad: Any, act: Any, q: Any, x: Spec) -> str | None:  # type: ignore[override]
+        if reason := reject_backward(grad, act, x):
+            return reason
+        first, second = grad.quantizer, q.quantizer
+        if _format(first)._replace(dtype=second.dtype) != _format(second):
+            return "its kernel scales the gradient and the activation in one way"
+        absent = None if interpreting() else backends()["cublaslt"].why_not_on(x.device)
+        return None if absent is None else f"its GEMMs are cublaslt's: {absent}"
+
+    def bwd(
+        self, dy: Quantized, grad: Any, grad_scale: Tensor | None, bias: Op | None,
+        bias_bias: Tensor | None, act: Op, act_x: Tensor, act_kernel: str, q: Any,
+        q_scale: Tensor | None, fc: Any, fc_weight: Quantized, fc_weight_stored: Tensor,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        names = [n for n in ("row", "col") if n in want] + ["amax"] * ("grad_scale" in want)
+        dtype = bias_bias.dtype if bias_bias is not None and "bias_bias" in want else None
+        weighs = "fc_weight" in want
+        dact = scaled_product(dy.row, fc_weight.col, dy.dtype)
+        made, y, dbias = backward.activation_backward_quantize(
+            dact, act_x, act_kernel, _format(grad.quantizer), _params(act), grad_scale, names,
+            q.quantizer.dtype, q_scale, ("col",) if weighs else (), dtype,
+        )  # fmt: skip
+        dweight = None
+        if weighs:
+            again = _quantized(q.quantizer, y, dy.dtype)
+            dweight = weight_gradient(dy, again, fc, fc_weight_stored)
+        dx = _quantized(grad.quantizer, made, dy.dtype)
+        rest = (None, dweight)
+        return dx, (made.amax, *rest) if bias is None else (made.amax, dbias, *rest)

@@ -131,6 +131,8 @@ def check(to: Format, scale: Tensor | None, want: Collection[str]) -> None:
         raise ValueError(f"got dtype {to.dtype}, expected {E4M3} or {E5M2}")
     if to.scaling != "tensor" and (scale is not None or "amax" in want):
         raise ValueError(f"scaling {to.scaling!r} takes no scale and gives no amax")
+    if scale is not None and (scale.dtype != torch.float32 or scale.dim()):
+        raise ValueError(f"scale must be fp32 [], got {scale.dtype} {list(scale.shape)}")
 
 
 def new_copy(rows: int, width: int, to: Format, x: Tensor, scale: Tensor | None = None) -> Copy:

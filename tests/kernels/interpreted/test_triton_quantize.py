@@ -105,7 +105,7 @@ def cases() -> list[Case]:
         for want in (("amax",), ("row", "amax"), ())
         for scale in (None, 0.5)
     ]
-    many += [Case(6, 48, HALF, to, layout=layout) for to in FORMATS[::2] for layout in LAYOUTS[1:]]
+    many += [Case(6, 48, HALF, to, layout=layout) for to in FORMATS[:1] for layout in LAYOUTS[1:]]
     return many
 
 
@@ -264,6 +264,8 @@ def test_errors() -> None:
         quantize(x, Format("rows", torch.float16))
     with pytest.raises(ValueError, match="'mx' takes no scale and gives no amax"):
         quantize(x, Format("mx"), scale)
+    with pytest.raises(ValueError, match=r"scale must be fp32 \[\], got torch.float32 \[1\]"):
+        quantize(x, Format("tensor"), scale[None])
     with pytest.raises(ValueError, match="'rows' takes no scale and gives no amax"):
         rmsnorm_quantize(x, None, EPS, Format("rows"), want=("amax",))
     with pytest.raises(ValueError, match="cannot be scaled by rows"):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import opsgraph as og
 from opsgraph import recipe as r
+from opsgraph.fusers import triton_quantize
 from opsgraph.ops import Add, LayerNorm, Linear, RMSNorm, SwiGLU, Tee
 
 RECIPES = {
@@ -40,8 +41,9 @@ def results(module: og.Sequential, recipe: r.Recipe, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, leaves, y.detach().flip(0)), *module.buffers()]
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
+@pytest.mark.parametrize(
+    ("norm", "name"), [*((RMSNorm, name) for name in RECIPES), (LayerNorm, "mx")]
+)
 def test_fused_quantization_gives_the_same_bits(norm: type[og.Op], name: str, device: str) -> None:
     fused, alone = block(norm, device), block(norm, device, fusers=ALONE)
     recipe = replace(RECIPES[name])
@@ -50,9 +52,28 @@ def test_fused_quantization_gives_the_same_bits(norm: type[og.Op], name: str, de
     names = {step.name for step in (*plan.forward, *plan.backward)}
     assert {f"Add{norm.__name__}Quantize", "ActivationQuantize"} <= names
     absorbs = recipe.backward_override is None and name != "rows"
-    assert ("ActivationBackwardQuantize" in names) == absorbs
+    absorbing = {"ActivationBackwardQuantize", "ActivationLinearBackwardQuantize"}
+    assert bool(absorbing & names) == absorbs
     x = torch.randn(40, 64, device=device).bfloat16()
     # One context: delayed scales change when it ends, of both modules at once.
     with og.autocast(recipe=recipe):
         found, expected = results(fused, recipe, x), results(alone, recipe, x)
     assert all(map(torch.equal, found, expected))
+
+
+def test_check_compares_quantized_steps(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPSGRAPH_CHECK", "1")
+    module, x = block(RMSNorm, device), torch.randn(8, 64, device=device).bfloat16()
+    with og.autocast(recipe=RECIPES["current"]):
+        source = module.plan().forward_source
+    assert "check('forward 0-q3 AddRMSNormQuantize (triton)', 'xq3', xq3, ref_xq3)" in source
+    results(module, RECIPES["current"], x)
+    original = triton_quantize._quantized
+
+    def wrong(*args: object) -> object:
+        made = original(*args)
+        return made._replace(row=made.row._replace(scale=2 * made.row.scale))
+
+    monkeypatch.setattr(triton_quantize, "_quantized", wrong)
+    with pytest.raises(og.OpsgraphError, match=r"AddRMSNormQuantize .*: xq3, quantized, differs"):
+        results(module, RECIPES["current"], x)
