@@ -4,10 +4,10 @@ The library's speed depends on how each operand is stored, on whether it is aske
 for its transpose, and on which of its entry points is called; which combination wins differs
 between machines, dtypes and shapes, by a factor of two and more. So each class of product is
 measured at its first use (`choices`): the kind of product, the sizes (rows rounded up to a power of
-two), the dtype and the number of threads. A transposed copy of an operand that a combination wants
-is counted in its time. Small products are as PyTorch has them and are not measured.
+two), the dtype and the number of threads. Where a combination wants an operand stored by columns,
+the time of its transposed copy counts. Small products are as PyTorch has them and are not measured.
 
-`a @ b + bias` is written to `[m, n]` by rows, in kept memory where the entry point allows it.
+Results are stored by rows, in kept memory where the entry point allows it.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,28 +30,28 @@ MOST_ROWS = 4096
 
 
 class Layout(NamedTuple):
-    """How to compute `a @ b`.
+    """How to compute a product of two operands.
 
     entry: "mm", "flipped" (mm of the transposes, into the transpose of the result) or "onednn"
-    (linear, with the bias in its accumulator). a, b: whether a transposed copy of that operand is
-    made first, stored by columns if it was by rows and by rows if it was by columns.
+    (linear, with the bias in its accumulator). first, second: whether that operand is to be stored
+    by columns; operands come stored by rows.
     """
 
     entry: str = "mm"
-    a: bool = False
-    b: bool = False
+    first: bool = False
+    second: bool = False
 
     @property
     def name(self) -> str:
         """What the file of choices calls it."""
-        return self.entry + " a" * self.a + " b" * self.b
+        return self.entry + " first" * self.first + " second" * self.second
 
 
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout(entry, a, b)
-        for a, b in ((False, False), (True, False), (False, True), (True, True))
+        Layout(entry, first, second)
+        for first, second in ((False, False), (True, False), (False, True), (True, True))
         for entry in ("mm", "flipped", "onednn")
     )
 }
@@ -60,42 +60,46 @@ choices = Choices()
 _chosen: dict[tuple[object, ...], Layout | None] = {}
 
 
+_FACTORS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    FORWARD: lambda x, weight: (x, weight.t()),
+    DGRAD: lambda dy, weight: (dy, weight),
+    WGRAD: lambda dy, x: (dy.t(), x),
+}
+"""The product of each kind, from its operands as they are stored by rows."""
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, `[rows, out]`. x: `[rows, in]`; weight: `[out, in]`."""
     width, depth = weight.shape
     layout = _layout(FORWARD, x.shape[0], width, depth, x.dtype, bias is not None)
     if layout is None:
         return F.linear(x, weight, bias)
-    return _product(layout, _dense(x), weight.t(), bias)
+    return _product(FORWARD, layout, x, weight, bias)
 
 
 def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     """`dy @ weight`, `[rows, in]`. dy: `[rows, out]`; weight: `[out, in]`."""
     width, depth = weight.shape
     layout = _layout(DGRAD, dy.shape[0], width, depth, dy.dtype)
-    if layout is None:
-        return dy @ weight
-    return _product(layout, _dense(dy), weight)
+    return dy @ weight if layout is None else _product(DGRAD, layout, dy, weight)
 
 
-def wgrad(dy: Tensor, x: Tensor, dy_t: Tensor | None = None, x_t: Tensor | None = None) -> Tensor:
+def wgrad(dy: Tensor, x: Tensor) -> Tensor:
     """`dy.T @ x`, `[out, in]`. dy: `[rows, out]`; x: `[rows, in]`.
 
-    dy_t, x_t: contiguous transposed copies, where there are any; see `wgrad_copies`.
+    Either may be the view of a contiguous transposed copy, see `wgrad_copies`.
     """
     layout = _layout(WGRAD, dy.shape[0], dy.shape[1], x.shape[1], dy.dtype)
-    if layout is None:
-        return dy.t() @ x
-    a = dy_t if layout.a and dy_t is not None else _dense(dy).t()
-    b = x_t.t() if layout.b and x_t is not None else _dense(x)
-    missing = layout._replace(a=layout.a and dy_t is None, b=layout.b and x_t is None)
-    return _product(missing, a, b)
+    return dy.t() @ x if layout is None else _product(WGRAD, layout, dy, x)
 
 
 def wgrad_copies(rows: int, width: int, depth: int, dtype: torch.dtype) -> tuple[bool, bool]:
-    """Whether `wgrad` of dy `[rows, width]` and x `[rows, depth]` wants their transposed copies."""
+    """Whether `wgrad` of dy `[rows, width]` and x `[rows, depth]` wants each stored by columns.
+
+    Whoever makes such an operand then best writes its transposed copy in the same pass.
+    """
     layout = _layout(WGRAD, rows, width, depth, dtype)
-    return (False, False) if layout is None else (layout.a, layout.b)
+    return (False, False) if layout is None else (layout.first, layout.second)
 
 
 def _layout(
@@ -138,30 +142,37 @@ def _candidates(
         x, dy = (torch.full((rows, n), 0.5, dtype=dtype) for n in (depth, width))
         weight = torch.full((width, depth), 0.5, dtype=dtype)
         if kind == FORWARD:
-            return x, weight.t(), torch.full((width,), 0.5, dtype=dtype) if bias else None
-        return (dy, weight, None) if kind == DGRAD else (dy.t(), x, None)
+            return x, weight, torch.full((width,), 0.5, dtype=dtype) if bias else None
+        return dy, weight if kind == DGRAD else x, None
+
+    def run(layout: Layout) -> Tensor:
+        return _product(kind, layout, *operands())
 
     return {
-        name: lambda layout=layout: _product(layout, *operands())  # type: ignore[misc]
+        name: partial(run, layout)
         for name, layout in LAYOUTS.items()
         if layout.entry != "onednn" or _onednn(dtype)
     }
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x stored by rows: a gradient may be expanded, an input strided."""
+def transposed(x: Tensor) -> Tensor:
+    """A contiguous copy of the transpose of x `[rows, width]`."""
+    return x.t().contiguous()
+
+
+def _stored(x: Tensor, by_columns: bool) -> Tensor:
+    """x, stored by rows or by columns: a gradient may be expanded, an input strided."""
+    if by_columns:
+        return x if x.t().is_contiguous() else transposed(x).t()
     return x if x.is_contiguous() else x.contiguous()
 
 
-def _turned(x: Tensor) -> Tensor:
-    """x stored by columns where it is stored by rows, and the other way round."""
-    return x.t().contiguous().t() if x.is_contiguous() else x.contiguous()
-
-
-def _product(layout: Layout, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a @ b + bias` as the layout says."""
-    a = _turned(a) if layout.a else a
-    b = _turned(b) if layout.b else b
+def _product(
+    kind: str, layout: Layout, first: Tensor, second: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The product as the layout says, stored by rows."""
+    first, second = _stored(first, layout.first), _stored(second, layout.second)
+    a, b = _FACTORS[kind](first, second)
     if layout.entry == "onednn":
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")  # type: ignore[no-any-return]
     y = empty((a.shape[0], b.shape[1]), a.dtype)
