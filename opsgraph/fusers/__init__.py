@@ -1,6 +1,6 @@
 """Fused implementations, one file per backend; importing this package registers them all."""
 
 from . import triton_gemm  # isort: skip  # before triton: of equals, the planner takes the first
-from . import aten, cpu, triton, triton_grouped
+from . import aten, cpu, cpu_gemm, triton, triton_grouped
 
-__all__ = ["aten", "cpu", "triton", "triton_gemm", "triton_grouped"]
+__all__ = ["aten", "cpu", "cpu_gemm", "triton", "triton_gemm", "triton_grouped"]

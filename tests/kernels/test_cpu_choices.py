@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from opsgraph.kernels.cpu import choices
-from opsgraph.kernels.cpu.choices import Choices, cache_file, fastest
+from opsgraph.kernels.cpu.choices import Choices, cache_files, fastest
 
 
 class Recorder:
@@ -33,19 +33,19 @@ def path(tmp_path: Path) -> Path:
 
 def test_measured_once_and_read_by_the_next_process(path: Path) -> None:
     first = Recorder()
-    made = Choices(lambda: path, first)
+    made = Choices(lambda: [path], first)
     assert [made.choose("key", runs("b", "a")) for _ in range(3)] == ["a"] * 3
     assert made.choose("other", runs("c")) == "c"
     assert first.calls == 2
     assert json.loads(path.read_text()) == {"key": "a", "other": "c"}
     assert list(path.parent.iterdir()) == [path], "a temporary file was left"
     second = Recorder(max)
-    assert Choices(lambda: path, second).choose("key", runs("b", "a")) == "a"
+    assert Choices(lambda: [path], second).choose("key", runs("b", "a")) == "a"
     assert second.calls == 0
 
 
 def test_a_choice_stays_though_the_file_changes(path: Path) -> None:
-    made = Choices(lambda: path, Recorder())
+    made = Choices(lambda: [path], Recorder())
     assert made.choose("key", runs("a", "b")) == "a"
     path.write_text('{"key": "b"}')
     assert made.choose("key", runs("a", "b")) == "a"
@@ -57,7 +57,7 @@ def test_another_process_measured_meanwhile(path: Path) -> None:
         path.write_text('{"key": "b", "theirs": "x"}')
         return "a"
 
-    assert Choices(lambda: path, slowly).choose("key", runs("a", "b")) == "b"
+    assert Choices(lambda: [path], slowly).choose("key", runs("a", "b")) == "b"
     assert json.loads(path.read_text()) == {"key": "b", "theirs": "x"}
 
 
@@ -66,29 +66,35 @@ def test_a_spoilt_file_is_ignored_with_a_warning(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_bytes(text.encode("latin-1"))
     with pytest.warns(UserWarning, match="is ignored"):
-        assert Choices(lambda: path, Recorder()).choose("key", runs("a")) == "a"
+        assert Choices(lambda: [path], Recorder()).choose("key", runs("a")) == "a"
     assert json.loads(path.read_text()) == {"key": "a"}
 
 
 def test_a_choice_that_is_no_candidate_any_more_is_measured_again(path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text('{"key": "gone", "other": "b"}')
-    assert Choices(lambda: path, Recorder()).choose("key", runs("a", "b")) == "a"
+    assert Choices(lambda: [path], Recorder()).choose("key", runs("a", "b")) == "a"
     assert json.loads(path.read_text()) == {"key": "a", "other": "b"}
 
 
-def test_what_cannot_be_written_is_kept_in_memory(tmp_path: Path) -> None:
+def test_what_cannot_be_written_goes_to_the_next_place_or_stays_in_memory(
+    tmp_path: Path, path: Path
+) -> None:
     (tmp_path / "file").write_text("")
+    nowhere = tmp_path / "file" / "below.json"
     measure = Recorder()
-    made = Choices(lambda: tmp_path / "file" / "below.json", measure)
-    with pytest.warns(UserWarning, match=r"below\.json is"):
+    assert Choices(lambda: [nowhere, path], measure).choose("key", runs("a")) == "a"
+    assert Choices(lambda: [nowhere, path], measure).choose("key", runs("b", "a")) == "a"
+    assert measure.calls == 1
+    made = Choices(lambda: [nowhere], measure)
+    with pytest.warns(UserWarning, match=r"choices are not kept: .*below\.json"):
         assert made.choose("key", runs("a")) == "a"
     assert made.choose("key", runs("a")) == "a"
-    assert measure.calls == 1
+    assert measure.calls == 2
 
 
 def test_many_writers_leave_a_whole_file(path: Path) -> None:
-    made = [Choices(lambda: path, Recorder()) for _ in range(8)]
+    made = [Choices(lambda: [path], Recorder()) for _ in range(8)]
     threads = [
         threading.Thread(
             target=lambda c=c, n=n: [c.choose(f"{n} {k}", runs("a")) for k in range(20)]
@@ -106,7 +112,7 @@ def test_many_writers_leave_a_whole_file(path: Path) -> None:
 
 def test_one_thread_measures_and_the_others_wait() -> None:
     measure = Recorder()
-    made, found = Choices(lambda: None, measure), []
+    made, found = Choices(lambda: [], measure), []
     threads = [
         threading.Thread(target=lambda: found.append(made.choose("key", runs("a", "b"))))
         for _ in range(8)
@@ -119,12 +125,11 @@ def test_one_thread_measures_and_the_others_wait() -> None:
     assert measure.calls == 1
 
 
-def test_the_users_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_choices_lie_where_the_compiled_kernels_do(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_file().parent == tmp_path / "opsgraph"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_file().parent == tmp_path / ".cache" / "opsgraph"
+    first, second = cache_files()
+    assert first.parent == tmp_path / "opsgraph"
+    assert second.name == first.name
 
 
 def test_fastest_takes_turns_and_drops_the_slow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opsgraph.kernels.cpu import gemm
 from opsgraph.kernels.cpu.choices import Choices
@@ -32,7 +33,7 @@ class Chooser:
 def chooser(monkeypatch: pytest.MonkeyPatch) -> Chooser:
     made = Chooser()
     monkeypatch.setattr(gemm, "SMALL", 0)
-    monkeypatch.setattr(gemm, "choices", Choices(lambda: None, made))
+    monkeypatch.setattr(gemm, "choices", Choices(list, made))
     monkeypatch.setattr(gemm, "_chosen", {})
     return made
 
@@ -99,7 +100,7 @@ def test_measured_once_for_each_class(chooser: Chooser) -> None:
     gemm.linear(x, weight, bias)
     gemm.dgrad(dy, weight)
     gemm.wgrad(dy, x)
-    assert gemm.wgrad_copies(100, 24, 16, torch.float32) == (False, False)
+    assert gemm.wgrad_copies(x, 24, 16) == (False, False)
     assert len(chooser.asked) == 5
     gemm.linear(x.bfloat16(), weight.bfloat16())
     assert len(chooser.asked) == 6
@@ -114,9 +115,9 @@ def test_measured_once_for_each_class(chooser: Chooser) -> None:
 
 def test_copies_that_the_weight_gradient_wants(chooser: Chooser) -> None:
     chooser.answer = "onednn first second"
-    assert gemm.wgrad_copies(64, 8, 8, torch.float32) == (True, True)
+    assert gemm.wgrad_copies(torch.empty(64, 8), 8, 8) == (True, True)
     chooser.answer = "mm second"
-    assert gemm.wgrad_copies(128, 8, 8, torch.float32) == (False, True)
+    assert gemm.wgrad_copies(torch.empty(128, 8), 8, 8) == (False, True)
 
 
 def test_small_products_are_pytorchs_and_not_measured(chooser: Chooser, monkeypatch) -> None:
@@ -126,7 +127,7 @@ def test_small_products_are_pytorchs_and_not_measured(chooser: Chooser, monkeypa
     assert torch.equal(gemm.linear(x, weight, bias), linear(x, weight, bias))
     assert torch.equal(gemm.dgrad(dy, weight), dy @ weight)
     assert torch.equal(gemm.wgrad(dy, x), dy.t() @ x)
-    assert gemm.wgrad_copies(12, 40, 24, torch.bfloat16) == (False, False)
+    assert gemm.wgrad_copies(x, 40, 24) == (False, False)
     assert not chooser.asked
 
 
@@ -162,3 +163,17 @@ def test_repeatable(chooser: Chooser, name: str) -> None:
     ):
         first = product()
         assert all(torch.equal(first, product()) for _ in range(3))
+
+
+def test_fake_tensors_and_transforms_see_pytorchs_product(chooser: Chooser) -> None:
+    x, weight, bias, dy = operands(12, 24, 40, torch.float32)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in (x, weight, bias, dy)]
+        assert gemm.linear(*fake[:3]).shape == (12, 40)
+        assert gemm.dgrad(fake[3], fake[1]).shape == (12, 24)
+        assert gemm.wgrad(fake[3], fake[0]).shape == (40, 24)
+        assert gemm.wgrad_copies(fake[0], 40, 24) == (False, False)
+    many = torch.stack((x, 2 * x))
+    found = torch.func.vmap(gemm.linear, in_dims=(0, None))(many, weight)
+    torch.testing.assert_close(found, many @ weight.t())
+    assert not chooser.asked

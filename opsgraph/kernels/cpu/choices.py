@@ -1,9 +1,9 @@
 """Choices between equal computations that are measured once and remembered, in memory and on disk.
 
-The file belongs to one CPU model, torch version and set of instructions. It is replaced as a whole
-by renaming, after what others have written meanwhile is read again: writers may lose each other's
-news, which are then measured once more, but no reader ever sees half a file. What cannot be read or
-written is left out with a warning.
+The file belongs to one CPU model, torch version and set of instructions, and lies beside the
+compiled kernels (`build`). It is replaced as a whole by renaming, after what others have written
+meanwhile is read again: writers may lose each other's news, which are then measured once more, but
+no reader ever sees half a file. What cannot be read or written is left out with a warning.
 """
 
 import json
@@ -13,12 +13,14 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
 import torch
+
+from .build import directories
 
 Run = Callable[[], object]
 Measure = Callable[[Mapping[str, Run]], str]
@@ -65,24 +67,25 @@ def _model() -> str:
     return platform.processor() or platform.machine()
 
 
-def cache_file() -> Path:
-    """Where this machine's choices are kept, under the user's cache directory."""
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+def cache_files() -> list[Path]:
+    """Where this machine's choices may be kept, in order."""
     what = (_model(), torch.__version__, torch.backends.cpu.get_cpu_capability())
-    return Path(caches, "opsgraph", f"gemm-{sha256(repr(what).encode()).hexdigest()[:16]}.json")
+    name = f"gemm-{sha256(repr(what).encode()).hexdigest()[:16]}.json"
+    return [directory / name for directory in directories()]
 
 
 class Choices:
     """Names of candidates by key. All methods may be called by any thread.
 
-    path: the file, or None to keep nothing beyond the process. measure: returns the name of the
-    fastest of the candidates that it is given.
+    files: where they are kept: read from the first that is there, written to the first that can be;
+    with none they are forgotten with the process. measure: returns the name of the fastest of the
+    candidates that it is given.
     """
 
     def __init__(
-        self, path: Callable[[], Path | None] = cache_file, measure: Measure = fastest
+        self, files: Callable[[], Iterable[Path]] = cache_files, measure: Measure = fastest
     ) -> None:
-        self.path, self.measure = path, measure
+        self.files, self.measure = files, measure
         self._lock = threading.Lock()
         self._found: dict[str, str] | None = None
         os.register_at_fork(after_in_child=self._forked)
@@ -108,29 +111,39 @@ class Choices:
             return self._found[key]
 
     def _read(self) -> dict[str, str]:
-        path = self.path()
-        if path is None:
-            return {}
-        try:
-            found = json.loads(path.read_text())
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            warnings.warn(f"opsgraph: {path} is ignored: {error}", stacklevel=2)
-            return {}
-        if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        for path in self.files():
+            try:
+                found = json.loads(path.read_text())
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (OSError, ValueError) as error:
+                warnings.warn(f"opsgraph: {path} is ignored: {error}", stacklevel=2)
+                continue
+            if isinstance(found, dict) and all(isinstance(v, str) for v in found.values()):
+                return found
             warnings.warn(f"opsgraph: {path} is ignored: it holds no choices", stacklevel=2)
-            return {}
-        return found
+        return {}
 
     def _write(self, choices: Mapping[str, str]) -> None:
-        path = self.path()
-        if path is None:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                json.dump(choices, file, indent=1, sort_keys=True)
-            os.replace(file.name, path)
-        except OSError as error:
-            warnings.warn(f"opsgraph: {path} is not written: {error}", stacklevel=2)
+        failures = []
+        for path in self.files():
+            try:
+                _replace(path, json.dumps(choices, indent=1, sort_keys=True))
+                return
+            except OSError as error:
+                failures.append(f"{path}: {error.strerror or error}")
+        if failures:
+            text = "; ".join(failures)
+            warnings.warn(f"opsgraph: measured choices are not kept: {text}", stacklevel=2)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file as a whole, making its directory if need be. Raises OSError."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .choices import Choices
+from .launch import direct
 from .memory import empty
+from .transpose import transposed
 
 FORWARD, DGRAD, WGRAD = "forward", "dgrad", "wgrad"
 
@@ -71,8 +73,8 @@ _FACTORS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, `[rows, out]`. x: `[rows, in]`; weight: `[out, in]`."""
     width, depth = weight.shape
-    layout = _layout(FORWARD, x.shape[0], width, depth, x.dtype, bias is not None)
-    if layout is None:
+    layout = _layout(FORWARD, x, width, depth, bias is not None)
+    if layout is None or not direct(x, weight, bias):
         return F.linear(x, weight, bias)
     return _product(FORWARD, layout, x, weight, bias)
 
@@ -80,8 +82,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     """`dy @ weight`, `[rows, in]`. dy: `[rows, out]`; weight: `[out, in]`."""
     width, depth = weight.shape
-    layout = _layout(DGRAD, dy.shape[0], width, depth, dy.dtype)
-    return dy @ weight if layout is None else _product(DGRAD, layout, dy, weight)
+    layout = _layout(DGRAD, dy, width, depth)
+    if layout is None or not direct(dy, weight):
+        return dy @ weight
+    return _product(DGRAD, layout, dy, weight)
 
 
 def wgrad(dy: Tensor, x: Tensor) -> Tensor:
@@ -89,24 +93,26 @@ def wgrad(dy: Tensor, x: Tensor) -> Tensor:
 
     Either may be the view of a contiguous transposed copy, see `wgrad_copies`.
     """
-    layout = _layout(WGRAD, dy.shape[0], dy.shape[1], x.shape[1], dy.dtype)
-    return dy.t() @ x if layout is None else _product(WGRAD, layout, dy, x)
+    layout = _layout(WGRAD, dy, dy.shape[1], x.shape[1])
+    if layout is None or not direct(dy, x):
+        return dy.t() @ x
+    return _product(WGRAD, layout, dy, x)
 
 
-def wgrad_copies(rows: int, width: int, depth: int, dtype: torch.dtype) -> tuple[bool, bool]:
+def wgrad_copies(like: Tensor, width: int, depth: int) -> tuple[bool, bool]:
     """Whether `wgrad` of dy `[rows, width]` and x `[rows, depth]` wants each stored by columns.
 
-    Whoever makes such an operand then best writes its transposed copy in the same pass.
+    like: any tensor of as many rows and that dtype. Whoever makes such an operand then best writes
+    its transposed copy in the same pass.
     """
-    layout = _layout(WGRAD, rows, width, depth, dtype)
+    layout = _layout(WGRAD, like, width, depth)
     return (False, False) if layout is None else (layout.first, layout.second)
 
 
-def _layout(
-    kind: str, rows: int, width: int, depth: int, dtype: torch.dtype, bias: bool = False
-) -> Layout | None:
+def _layout(kind: str, like: Tensor, width: int, depth: int, bias: bool = False) -> Layout | None:
     """How to compute a product with a weight `[width, depth]`; None: as PyTorch does."""
-    if rows * width * depth <= SMALL:
+    rows, dtype = like.shape[0], like.dtype
+    if rows * width * depth <= SMALL or not direct(like):
         return None
     rows = min(MOST_ROWS, 1 << (rows - 1).bit_length())
     key = kind, rows, width, depth, dtype, bias, torch.get_num_threads()
@@ -153,11 +159,6 @@ def _candidates(
         for name, layout in LAYOUTS.items()
         if layout.entry != "onednn" or _onednn(dtype)
     }
-
-
-def transposed(x: Tensor) -> Tensor:
-    """A contiguous copy of the transpose of x `[rows, width]`."""
-    return x.t().contiguous()
 
 
 def _stored(x: Tensor, by_columns: bool) -> Tensor:
