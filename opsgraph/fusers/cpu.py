@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backend import Backend, add_backend
 from ..fuser import Fuser, register
 from ..op import Op
-from ..ops import Add, BasicLinear, Bias, LayerNorm, RMSNorm, Tee
+from ..ops import Add, Bias, LayerNorm, RMSNorm, Tee
 from ..ops.activations import ACTIVATIONS
 from ..spec import Spec
 from .lazy import Lazy
@@ -98,24 +98,6 @@ class RMSNormBackward(CPU):
 
 
 @register
-class RMSNormLinearBackward(CPU):
-    """Backward of RMSNorm and the linear after it, whose input is made again on the way."""
-
-    pattern = dict(tee=Tee | None, norm=RMSNorm, fc=BasicLinear)
-
-    def bwd(
-        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_rstd: Tensor,
-        norm_weight: Tensor | None, norm_zero_centered_gamma: bool, fc: Any, fc_weight: Tensor,
-        fc_weight_stored: Tensor, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        dx, dnorm, y = norms.rmsnorm_backward(
-            dy @ fc_weight, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d,
-            _norm_wants(want),
-        )  # fmt: skip
-        return dx, (dnorm, None if y is None else fc.wgrad(dy, y, fc_weight_stored))
-
-
-@register
 class LayerNormKernel(CPU):
     """LayerNorm, each row read from memory once, variance from centred values."""
 
@@ -163,31 +145,6 @@ class LayerNormBackward(CPU):
             tee_d, short(want),
         )  # fmt: skip
         return dx, (dweight, dbias)
-
-
-@register
-class LayerNormLinearBackward(CPU):
-    """Backward of LayerNorm and the linear after it, whose input is made again on the way."""
-
-    pattern = dict(tee=Tee | None, norm=LayerNorm, fc=BasicLinear)
-
-    def bwd(
-        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor,
-        norm_rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        norm_zero_centered_gamma: bool, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
-        want: Collection[str],
-    ) -> Any:  # fmt: skip
-        dx, dweight, dbias, y = norms.layernorm_backward(
-            dy @ fc_weight, norm_x, norm_mean, norm_rstd, norm_weight, norm_bias,
-            norm_zero_centered_gamma, tee_d, _norm_wants(want),
-        )  # fmt: skip
-        return dx, (dweight, dbias, None if y is None else fc.wgrad(dy, y, fc_weight_stored))
-
-
-def _norm_wants(want: Collection[str]) -> tuple[str, ...]:
-    """What a norm's backward is to give where a linear follows, which wants the norm's y."""
-    wants = {"x": "x", "norm_weight": "weight", "norm_bias": "bias", "fc_weight": "y"}
-    return tuple(wants[name] for name in want)
 
 
 def reject_activation(act: Op, x: Spec) -> str | None:
@@ -238,25 +195,3 @@ class BiasActivation(_Activation):
             dy, act_x, *shape_of(act), short(want), bias_bias.dtype
         )
         return dx, (dbias,)
-
-
-@register
-class ActivationLinearBackward(_Activation):
-    """Backward of [bias,] activation and linear: one pass between the linear's two GEMMs.
-
-    It writes the pre-activation's gradient, the linear's input computed again, and the bias's sums.
-    """
-
-    pattern = dict(bias=Bias | None, act=Activation, fc=BasicLinear)
-
-    def bwd(
-        self, dy: Tensor, bias: Op | None, act: Op, act_x: Tensor, bias_bias: Tensor | None,
-        fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        wants = {"x": "x", "bias_bias": "bias", "fc_weight": "y"}
-        dtype = torch.float32 if bias_bias is None else bias_bias.dtype
-        dx, y, dbias = activations.activation_backward(
-            dy @ fc_weight, act_x, *shape_of(act), [wants[name] for name in want], dtype
-        )
-        dweight = None if y is None else fc.wgrad(dy, y, fc_weight_stored)
-        return dx, (dweight,) if bias is None else (dbias, dweight)

@@ -112,15 +112,16 @@ def activation_backward(
     x: the pre-activation (bias included). Returns (dx like x, y, dbias), None for what is not in
     want ("x", "y", "bias"): y is the activation, computed again; dbias `[width of x]` is the column
     sum of the unrounded dx in fp32, in an order that depends on the number of rows alone, then cast
-    to bias_dtype. dx_t, y_t: `[width, rows]`, get transposed copies of dx and y.
+    to bias_dtype. dx_t, y_t: `[width, rows]`, get the transposes of dx and y, which need not be in
+    want for that.
     """
     if not direct(dy, x):
         return _backward_by_formula(dy, x, kind, params, interleave, want, bias_dtype, dx_t, y_t)
     function, gated, constants = row(kind, params)
     dtype, (rows, total) = x.dtype, x.shape
     width = total // 2 if gated else total
-    dx = empty((rows, total), dtype) if "x" in want or dx_t is not None else None
-    y = empty((rows, width), dtype) if "y" in want or y_t is not None else None
+    dx = empty((rows, total), dtype) if "x" in want else None
+    y = empty((rows, width), dtype) if "y" in want else None
     dbias = torch.empty(total, dtype=torch.float32) if "bias" in want else None
     if rows and width:
         dy, dy_stride = rows_of(dy, (rows, width), dtype)
@@ -155,15 +156,12 @@ def _backward_by_formula(
     dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...], interleave: int | None,
     want: Collection[str], bias_dtype: torch.dtype, dx_t: Tensor | None, y_t: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    y: Tensor | None
     if KINDS[kind].gated:
-        dx, y = reference.gated_backward_and_y(dy, x, kind, params, interleave, "y" in want)
+        dx = reference.gated_backward(dy, x, kind, params, interleave)
     else:
         dx = reference.activation_backward(dy, x, kind)
-        y = reference.activation_forward(x, kind) if "y" in want else None
+    y = _forward_by_formula(x, kind, params, interleave, None, False, y_t)[0]
     if dx_t is not None:
         dx_t.copy_(dx.t())
-    if y_t is not None and y is not None:
-        y_t.copy_(y.t())
     dbias = dx.sum(0, dtype=torch.float32).to(bias_dtype) if "bias" in want else None
-    return dx if "x" in want else None, y, dbias
+    return dx if "x" in want else None, y if "y" in want else None, dbias

@@ -26,7 +26,12 @@ FLAGS = (
     "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
     "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd",
 )  # fmt: skip
-TARGETS = (("-march=native",), ("-mcpu=native",), ())
+TARGETS = (
+    ("-march=native", "-mprefer-vector-width=512"),
+    ("-march=native",),
+    ("-mcpu=native",),
+    (),
+)
 """Flags for this machine's vectors; the first that the compiler takes."""
 TIMEOUT = 300
 """Seconds after which a compiler counts as one that does not work."""

@@ -98,7 +98,9 @@ static void norm_forward(const Norm& n) {
             T* y = static_cast<T*>(n.y) + row * n.width;
             normalize<T, Center>(x, gamma.values, beta.values, mean, rstd, y, n.width);
         }
-        transposed_copy<T>(n.y, n.width, begin, end, n.yt, n.rows);
+        transposed_copy(
+            static_cast<T*>(n.y) + begin * n.width, n.width, end - begin,
+            offset(static_cast<T*>(n.yt), begin), n.rows);
     });
 }
 
@@ -176,8 +178,12 @@ static void norm_backward(const Norm& n) {
         float *weight = dweight.of(share, begin), *bias = dbias.of(share, begin);
         for (int64_t row = begin; row < end; row++)
             norm_backward_row<T, Center>(n, row, gamma.values, beta.values, weight, bias);
-        transposed_copy<T>(n.dx, n.width, begin, end, n.dxt, n.rows);
-        transposed_copy<T>(n.y, n.width, begin, end, n.yt, n.rows);
+        transposed_copy(
+            static_cast<T*>(n.dx) + begin * n.width, n.width, end - begin,
+            offset(static_cast<T*>(n.dxt), begin), n.rows);
+        transposed_copy(
+            static_cast<T*>(n.y) + begin * n.width, n.width, end - begin,
+            offset(static_cast<T*>(n.yt), begin), n.rows);
     });
     dweight.finish(n.threads);
     dbias.finish(n.threads);

@@ -10,7 +10,7 @@ using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
 static Fork fork_join = nullptr;  // GOMP_parallel, or null: one thread
 
 const int64_t WORTH = 32768;  // elements below which waking a thread costs more than it does
-const int64_t BLOCK = 32;     // rows of a block: a line of a transposed copy of bf16
+const int64_t BLOCK = 128;    // rows at a time: some lines of each column of a transposed copy
 
 // Calls run(k) for every k below count. Which thread takes which k varies; results must not.
 template <class Run>
@@ -37,7 +37,7 @@ static void parallel(int64_t threads, int64_t count, int64_t work, const Run& ru
 struct Shares {
     int64_t rows, step, count;
     explicit Shares(int64_t rows) : rows(rows) {
-        int64_t unit = rows >= 8 * BLOCK ? BLOCK : 8;
+        int64_t unit = rows >= 8 * BLOCK ? BLOCK : rows >= 2 * BLOCK ? BLOCK / 4 : 8;
         step = std::max(unit, (rows + 64 * unit - 1) / (64 * unit) * unit);
         count = (rows + step - 1) / step;
     }
