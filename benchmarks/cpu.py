@@ -324,6 +324,7 @@ def main() -> int:
             peaks = {n: peak_in_a_process(name, n, args.threads) for n in (OURS, EAGER)}
             found |= {"peak_bytes": peaks} if None not in peaks.values() else {}
         results["cases"][name] = found
+        print(f"{name} measured", file=sys.stderr)
     print(table(results))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=2) + "\n")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..fuser import Fuser, register
 from ..op import Op
-from ..ops import BasicLinear, Bias, LayerNorm, RMSNorm, Tee
+from ..ops import Add, BasicLinear, Bias, LayerNorm, RMSNorm, Tee
 from ..spec import Spec
 from .cpu import Activation, reject_dtype, shape_of
 from .lazy import Lazy
@@ -33,12 +33,14 @@ def _wgrad(fc: Any, dy: Tensor, x: Tensor, stored: Tensor) -> Tensor | None:
 
 @register
 class LinearProduct(Fuser):
-    """`x @ weight.T (+ bias)`, the bias inside the product where that is faster."""
+    """`x @ weight.T (+ bias) (+ other)`, the sums inside the product where that is faster."""
 
-    backend, pattern = "cpu", dict(fc=BasicLinear, bias=Bias | None)
+    backend, pattern = "cpu", dict(fc=BasicLinear, bias=Bias | None, add=Add | None)
 
-    def fwd(self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor | None) -> Any:
-        return gemm.linear(x, fc_weight, bias_bias), ()
+    def fwd(
+        self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor | None, add_other: Tensor | None
+    ) -> Any:
+        return gemm.linear(x, fc_weight, bias_bias, add_other), ()
 
 
 @register
@@ -55,8 +57,7 @@ class LinearProductBackward(Fuser):
         if "fc_weight" in want:
             dweight = _wgrad(fc, dy, fc_x, fc_weight_stored)
         if "x" in want:
-            dx = gemm.dgrad(dy, fc_weight)
-            dx = dx if tee_d is None else dx.add_(tee_d)
+            dx = gemm.dgrad(dy, fc_weight, tee_d)
         return dx, (dweight,)
 
 

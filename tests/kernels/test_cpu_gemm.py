@@ -52,6 +52,12 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> None:
     close(gemm.linear(x, weight), x64 @ w64.t(), dtype)
     close(gemm.linear(x, weight, bias), x64 @ w64.t() + b64, dtype)
     close(gemm.dgrad(dy, weight), dy64 @ w64, dtype)
+    added, dx = dy.flip(1), x.flip(0)
+    close(gemm.linear(x, weight, None, added), x64 @ w64.t() + added.double(), dtype)
+    close(gemm.linear(x, weight, bias, added), x64 @ w64.t() + b64 + added.double(), dtype)
+    close(gemm.dgrad(dy, weight, dx), dy64 @ w64 + dx.double(), dtype)
+    assert torch.equal(added, dy.flip(1)), "what is added was written to"
+    assert torch.equal(dx, x.flip(0)), "what is added was written to"
     for dy_given in (dy, dy.t().contiguous().t()):
         for x_given in (x, x.t().contiguous().t()):
             close(gemm.wgrad(dy_given, x_given), dy64.t() @ x64, dtype)
@@ -100,17 +106,20 @@ def test_measured_once_for_each_class(chooser: Chooser) -> None:
     gemm.linear(x, weight, bias)
     gemm.dgrad(dy, weight)
     gemm.wgrad(dy, x)
+    gemm.linear(x, weight, None, dy)
+    gemm.linear(x, weight, bias, dy)
+    gemm.dgrad(dy, weight, x)
     assert gemm.wgrad_copies(x, 24, 16) == (False, False)
-    assert len(chooser.asked) == 5
+    assert len(chooser.asked) == 8
     gemm.linear(x.bfloat16(), weight.bfloat16())
-    assert len(chooser.asked) == 6
+    assert len(chooser.asked) == 9
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
         gemm.linear(x, weight)
     finally:
         torch.set_num_threads(threads)
-    assert len(chooser.asked) == 7
+    assert len(chooser.asked) == 10
 
 
 def test_copies_that_the_weight_gradient_wants(chooser: Chooser) -> None:
@@ -125,7 +134,10 @@ def test_small_products_are_pytorchs_and_not_measured(chooser: Chooser, monkeypa
     x, weight, bias, dy = operands(12, 24, 40, torch.bfloat16)
     linear = torch.nn.functional.linear
     assert torch.equal(gemm.linear(x, weight, bias), linear(x, weight, bias))
+    assert torch.equal(gemm.linear(x, weight, bias, dy), linear(x, weight, bias) + dy)
+    assert torch.equal(gemm.linear(x, weight, None, dy), torch.addmm(dy, x, weight.t()))
     assert torch.equal(gemm.dgrad(dy, weight), dy @ weight)
+    assert torch.equal(gemm.dgrad(dy, weight, x), torch.addmm(x, dy, weight))
     assert torch.equal(gemm.wgrad(dy, x), dy.t() @ x)
     assert gemm.wgrad_copies(x, 40, 24) == (False, False)
     assert not chooser.asked
@@ -135,18 +147,19 @@ def test_small_products_are_pytorchs_and_not_measured(chooser: Chooser, monkeypa
 def test_candidates_run_the_product_that_they_are_for(kind: str, monkeypatch) -> None:
     shapes = []
 
-    def product(_, layout, first, second, bias=None):
-        shapes.append((tuple(first.shape), tuple(second.shape), bias is not None))
+    def product(_, layout, *given):
+        shapes.append(tuple(None if t is None else tuple(t.shape) for t in given))
 
     monkeypatch.setattr(gemm, "_product", product)
-    runs = gemm._candidates(kind, 64, 24, 16, torch.float32, kind == gemm.FORWARD)
+    bias, add = kind == gemm.FORWARD, kind != gemm.WGRAD
+    runs = gemm._candidates(kind, 64, 24, 16, torch.float32, bias, add)
     assert next(iter(runs)) == "mm", "the usual one is the first"
     for run in runs.values():
         run()
     expected = {
-        gemm.FORWARD: ((64, 16), (24, 16), True),
-        gemm.DGRAD: ((64, 24), (24, 16), False),
-        gemm.WGRAD: ((64, 24), (64, 16), False),
+        gemm.FORWARD: ((64, 16), (24, 16), (24,), (64, 24)),
+        gemm.DGRAD: ((64, 24), (24, 16), None, (64, 16)),
+        gemm.WGRAD: ((64, 24), (64, 16), None, None),
     }
     assert set(shapes) == {expected[kind]}
     assert len(shapes) == len(runs) >= 8

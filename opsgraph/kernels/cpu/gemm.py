@@ -70,22 +70,27 @@ _FACTORS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 """The product of each kind, from its operands as they are stored by rows."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, `[rows, out]`. x: `[rows, in]`; weight: `[out, in]`."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, other: Tensor | None = None
+) -> Tensor:
+    """`x @ weight.T + bias + other`, `[rows, out]`, as other is. x: `[rows, in]`; weight:
+    `[out, in]`; bias: `[out]`."""
     width, depth = weight.shape
-    layout = _layout(FORWARD, x, width, depth, bias is not None)
-    if layout is None or not direct(x, weight, bias):
+    layout = _layout(FORWARD, x, width, depth, bias is not None, other is not None)
+    if layout is not None and direct(x, weight, bias, other):
+        return _product(FORWARD, layout, x, weight, bias, other)
+    if other is None:
         return F.linear(x, weight, bias)
-    return _product(FORWARD, layout, x, weight, bias)
+    return torch.addmm(other, x, weight.t()) if bias is None else F.linear(x, weight, bias) + other
 
 
-def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
-    """`dy @ weight`, `[rows, in]`. dy: `[rows, out]`; weight: `[out, in]`."""
+def dgrad(dy: Tensor, weight: Tensor, other: Tensor | None = None) -> Tensor:
+    """`dy @ weight + other`, `[rows, in]`, as other is. dy: `[rows, out]`; weight: `[out, in]`."""
     width, depth = weight.shape
-    layout = _layout(DGRAD, dy, width, depth)
-    if layout is None or not direct(dy, weight):
-        return dy @ weight
-    return _product(DGRAD, layout, dy, weight)
+    layout = _layout(DGRAD, dy, width, depth, add=other is not None)
+    if layout is not None and direct(dy, weight, other):
+        return _product(DGRAD, layout, dy, weight, other=other)
+    return dy @ weight if other is None else torch.addmm(other, dy, weight)
 
 
 def wgrad(dy: Tensor, x: Tensor) -> Tensor:
@@ -109,17 +114,20 @@ def wgrad_copies(like: Tensor, width: int, depth: int) -> tuple[bool, bool]:
     return (False, False) if layout is None else (layout.first, layout.second)
 
 
-def _layout(kind: str, like: Tensor, width: int, depth: int, bias: bool = False) -> Layout | None:
+def _layout(
+    kind: str, like: Tensor, width: int, depth: int, bias: bool = False, add: bool = False
+) -> Layout | None:
     """How to compute a product with a weight `[width, depth]`; None: as PyTorch does."""
     rows, dtype = like.shape[0], like.dtype
     if rows * width * depth <= SMALL or not direct(like):
         return None
     rows = min(MOST_ROWS, 1 << (rows - 1).bit_length())
-    key = kind, rows, width, depth, dtype, bias, torch.get_num_threads()
+    key = kind, rows, width, depth, dtype, bias, add, torch.get_num_threads()
     if key not in _chosen:
         sizes = f"{rows} {width} {depth} {str(dtype).removeprefix('torch.')}"
-        text = f"{kind}{' bias' if bias else ''} {sizes} threads {key[-1]}"
-        found = choices.choose(text, partial(_candidates, kind, rows, width, depth, dtype, bias))
+        text = f"{kind}{' bias' * bias}{' add' * add} {sizes} threads {key[-1]}"
+        made = partial(_candidates, kind, rows, width, depth, dtype, bias, add)
+        found = choices.choose(text, made)
         _chosen[key] = LAYOUTS[found]
     return _chosen[key]
 
@@ -139,20 +147,23 @@ def _onednn(dtype: torch.dtype) -> bool:
 
 
 def _candidates(
-    kind: str, rows: int, width: int, depth: int, dtype: torch.dtype, bias: bool
+    kind: str, rows: int, width: int, depth: int, dtype: torch.dtype, bias: bool, add: bool
 ) -> Mapping[str, Callable[[], object]]:
     """Every layout of a class of products, over operands made when the first of them runs."""
 
     @cache
-    def operands() -> tuple[Tensor, Tensor, Tensor | None]:
-        x, dy = (torch.full((rows, n), 0.5, dtype=dtype) for n in (depth, width))
-        weight = torch.full((width, depth), 0.5, dtype=dtype)
+    def operands() -> tuple[Tensor | None, ...]:
+        def made(*shape: int) -> Tensor:
+            return torch.full(shape, 0.5, dtype=dtype)
+
+        x, dy, weight = made(rows, depth), made(rows, width), made(width, depth)
+        other = made(rows, width if kind == FORWARD else depth) if add else None
         if kind == FORWARD:
-            return x, weight, torch.full((width,), 0.5, dtype=dtype) if bias else None
-        return dy, weight if kind == DGRAD else x, None
+            return x, weight, made(width) if bias else None, other
+        return dy, weight if kind == DGRAD else x, None, other
 
     def run(layout: Layout) -> Tensor:
-        return _product(kind, layout, *operands())
+        return _product(kind, layout, *operands())  # type: ignore[arg-type]
 
     return {
         name: partial(run, layout)
@@ -169,18 +180,25 @@ def _stored(x: Tensor, by_columns: bool) -> Tensor:
 
 
 def _product(
-    kind: str, layout: Layout, first: Tensor, second: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """The product as the layout says, stored by rows."""
+    kind: str, layout: Layout, first: Tensor, second: Tensor, bias: Tensor | None = None,
+    other: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The product as the layout says, plus what is to be added, stored by rows."""
     first, second = _stored(first, layout.first), _stored(second, layout.second)
     a, b = _FACTORS[kind](first, second)
     if layout.entry == "onednn":
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")  # type: ignore[no-any-return]
+        pointwise = torch.ops.mkldnn._linear_pointwise
+        if other is None:
+            return pointwise(a, b.t(), bias, "none", [], "")  # type: ignore[no-any-return]
+        return pointwise.binary(a, _stored(other, False), b.t(), bias, "add")  # type: ignore[no-any-return]
     y = empty((a.shape[0], b.shape[1]), a.dtype)
-    if layout.entry == "mm":
-        return torch.mm(a, b, out=y) if bias is None else torch.addmm(bias, a, b, out=y)
-    if bias is None:
-        torch.mm(b.t(), a.t(), out=y.t())
+    if layout.entry == "flipped":
+        a, b, out = b.t(), a.t(), y.t()
+        bias = None if bias is None else bias[:, None]
     else:
-        torch.addmm(bias[:, None], b.t(), a.t(), out=y.t())
-    return y
+        out = y
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+    return y if other is None else y.add_(other)
