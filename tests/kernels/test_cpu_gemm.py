@@ -190,3 +190,9 @@ def test_fake_tensors_and_transforms_see_pytorchs_product(chooser: Chooser) -> N
     found = torch.func.vmap(gemm.linear, in_dims=(0, None))(many, weight)
     torch.testing.assert_close(found, many @ weight.t())
     assert not chooser.asked
+
+
+def test_candidates_are_on_the_cpu_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        for run in gemm._candidates(gemm.WGRAD, 8, 4, 4, torch.float32, False, False).values():
+            assert run().device.type == "cpu"

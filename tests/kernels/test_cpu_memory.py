@@ -118,6 +118,12 @@ def test_inference_mode_and_versions() -> None:
     y.backward()
 
 
+def test_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        assert fresh().device.type == "cpu"
+        assert memory.empty((3,), torch.float32).device.type == "cpu"
+
+
 def test_fresh_memory_is_poisoned_where_asked() -> None:
     fresh().zero_()
     assert fresh().isnan().all()

@@ -154,7 +154,7 @@ def _candidates(
     @cache
     def operands() -> tuple[Tensor | None, ...]:
         def made(*shape: int) -> Tensor:
-            return torch.full(shape, 0.5, dtype=dtype)
+            return torch.full(shape, 0.5, dtype=dtype, device="cpu")
 
         x, dy, weight = made(rows, depth), made(rows, width), made(width, depth)
         other = made(rows, width if kind == FORWARD else depth) if add else None

@@ -22,7 +22,9 @@ LEAST = 2**20
 SPARE = 2**28
 """Bytes that may lie idle beyond the most that was ever in use at once."""
 
-_use_count = getattr(torch._C, "_storage_Use_Count", None)
+# Without a global lock Python's counts are spread over threads: too little to go by.
+_locked: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
+_use_count = getattr(torch._C, "_storage_Use_Count", None) if _locked else None
 
 
 class Block(NamedTuple):
@@ -126,8 +128,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialized, contiguous tensor on the CPU, in kept memory if it is large."""
     size = prod(shape) * dtype.itemsize
     if size < LEAST or _use_count is None:
-        return torch.empty(shape, dtype=dtype)
-    made: Tensor = torch.empty(0, dtype=dtype).set_(pool.take(size), 0, shape)  # type: ignore[call-overload]
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    bare = torch.empty(0, dtype=dtype, device="cpu")  # whatever the default device is
+    made: Tensor = bare.set_(pool.take(size), 0, shape)  # type: ignore[call-overload]
     if (
         torch.are_deterministic_algorithms_enabled()
         and torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
