@@ -8,6 +8,8 @@ import opsgraph as og
 from opsgraph.ops import Add as AddOp
 from opsgraph.ops import BasicLinear, Bias, Linear, RMSNorm, SiLU, SwiGLU, Tee
 
+pytestmark = pytest.mark.usefixtures("without_cpu_backend")
+
 
 def _mlp() -> og.Sequential:
     torch.manual_seed(0)
@@ -90,7 +92,9 @@ def test_backends_limits_and_names_wrong_ones(monkeypatch) -> None:
     monkeypatch.setenv("OPSGRAPH_BACKENDS", "reference")
     assert {step.backend for step in _mlp().plan().forward} == {"reference"}
     monkeypatch.setenv("OPSGRAPH_BACKENDS", "cudnn")
-    with pytest.raises(og.PlanError, match="got backend 'cudnn', expected some of triton, aten"):
+    with pytest.raises(
+        og.PlanError, match="got backend 'cudnn', expected some of triton, cpu, aten"
+    ):
         _mlp().plan()
 
 

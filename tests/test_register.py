@@ -27,7 +27,7 @@ def rejects_y(self: Any, norm: Any, y: og.Spec) -> str | None: ...
 @pytest.mark.parametrize(
     "attributes, message",
     [
-        (dict(backend="tritn"), "backend 'tritn', expected one of triton, aten, reference"),
+        (dict(backend="tritn"), "backend 'tritn', expected one of triton, cpu, aten, reference"),
         (dict(backend=None), "backend None, expected one of"),
         (dict(pattern=dict(norm=nn.Linear)), "expected op classes under names"),
         (dict(pattern=dict(norm=RMSNorm | nn.Linear)), "expected op classes under names"),

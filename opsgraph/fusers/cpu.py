@@ -1,7 +1,6 @@
 """Fusers over the C++ kernels for the CPU: norms with their residuals, activations with biases."""
 
-from collections.abc import Collection
-from functools import reduce
+from functools import cache, reduce
 from operator import or_
 from typing import Any
 
@@ -20,6 +19,7 @@ build = Lazy("cpu.build")
 norms = Lazy("cpu.norms")
 activations = Lazy("cpu.activations")
 
+Want = tuple[str, ...]
 Activation: Any = reduce(or_, ACTIVATIONS.values())
 
 add_backend(
@@ -35,7 +35,8 @@ def reject_dtype(x: Spec) -> str | None:
     return None
 
 
-def short(want: Collection[str]) -> tuple[str, ...]:
+@cache
+def short(want: Want) -> Want:
     """`norm_rstd` is the kernel's `rstd`; `x` stays."""
     return tuple(name.rpartition("_")[2] for name in want)
 
@@ -57,7 +58,7 @@ class RMSNormKernel(CPU):
 
     def fwd(
         self, x: Tensor, norm_weight: Tensor | None, norm_eps: float,
-        norm_zero_centered_gamma: bool, want: Collection[str],
+        norm_zero_centered_gamma: bool, want: Want,
     ) -> Any:  # fmt: skip
         y, rstd, _ = norms.rmsnorm_forward(
             x, norm_weight, norm_eps, norm_zero_centered_gamma, None, short(want)
@@ -73,7 +74,7 @@ class AddRMSNorm(CPU):
 
     def fwd(
         self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_eps: float,
-        norm_zero_centered_gamma: bool, want: Collection[str],
+        norm_zero_centered_gamma: bool, want: Want,
     ) -> Any:  # fmt: skip
         y, rstd, total = norms.rmsnorm_forward(
             x, norm_weight, norm_eps, norm_zero_centered_gamma, add_other, short(want)
@@ -89,7 +90,7 @@ class RMSNormBackward(CPU):
 
     def bwd(
         self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_rstd: Tensor,
-        norm_weight: Tensor | None, norm_zero_centered_gamma: bool, want: Collection[str],
+        norm_weight: Tensor | None, norm_zero_centered_gamma: bool, want: Want,
     ) -> Any:  # fmt: skip
         dx, dweight, _ = norms.rmsnorm_backward(
             dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d, short(want)
@@ -105,7 +106,7 @@ class LayerNormKernel(CPU):
 
     def fwd(
         self, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
-        norm_zero_centered_gamma: bool, want: Collection[str],
+        norm_zero_centered_gamma: bool, want: Want,
     ) -> Any:  # fmt: skip
         y, mean, rstd, _ = norms.layernorm_forward(
             x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, None, short(want)
@@ -121,7 +122,7 @@ class AddLayerNorm(CPU):
 
     def fwd(
         self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        norm_eps: float, norm_zero_centered_gamma: bool, want: Collection[str],
+        norm_eps: float, norm_zero_centered_gamma: bool, want: Want,
     ) -> Any:  # fmt: skip
         y, mean, rstd, total = norms.layernorm_forward(
             x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, short(want)
@@ -138,7 +139,7 @@ class LayerNormBackward(CPU):
     def bwd(
         self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor,
         norm_rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        norm_zero_centered_gamma: bool, want: Collection[str],
+        norm_zero_centered_gamma: bool, want: Want,
     ) -> Any:  # fmt: skip
         dx, dweight, dbias, _ = norms.layernorm_backward(
             dy, norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma,
@@ -183,13 +184,13 @@ class BiasActivation(_Activation):
 
     pattern, saves = dict(bias=Bias, act=Activation), ("act_x",)
 
-    def fwd(self, x: Tensor, bias_bias: Tensor, act: Op, want: Collection[str]) -> Any:
+    def fwd(self, x: Tensor, bias_bias: Tensor, act: Op, want: Want) -> Any:
         shape = shape_of(act)
         y, pre = activations.activation_forward(x, *shape, bias_bias, "act_x" in want)
         return y, (pre,)
 
     def bwd(
-        self, dy: Tensor, act: Op, act_x: Tensor, bias_bias: Tensor, want: Collection[str]
+        self, dy: Tensor, act: Op, act_x: Tensor, bias_bias: Tensor, want: Want
     ) -> Any:
         dx, _, dbias = activations.activation_backward(
             dy, act_x, *shape_of(act), short(want), bias_bias.dtype

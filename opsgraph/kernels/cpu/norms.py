@@ -63,7 +63,7 @@ def _backward(
     dweight = dbias = None
     if "weight" in want and weight is not None:
         dweight = torch.empty(width, dtype=_FP32)
-    if "bias" in want:
+    if "bias" in want and bias is not None:
         dbias = torch.empty(width, dtype=_FP32)
     if rows and width:
         dy, dy_stride = rows_of(dy, shape, dtype)
@@ -144,9 +144,8 @@ def rmsnorm_backward(
         )
         dx = dx if dx is None or dother is None else dx + dother
         return _copied(dx, dx_t), dweight, _copied(y, y_t)
-    wanted = {"x", "weight", "y"}.intersection(want)
     dx, dweight, _, y = _backward(
-        dy, x, None, rstd, weight, None, zero_centered, dother, wanted, dx_t, y_t
+        dy, x, None, rstd, weight, None, zero_centered, dother, want, dx_t, y_t
     )
     return dx, dweight, y
 
@@ -185,11 +184,8 @@ def layernorm_backward(
     is not in want ("x", "weight", "bias", "y") or has no parameter. dx_t, y_t: as in
     `rmsnorm_backward`.
     """
-    wanted = {"x", "weight", "bias", "y"}.intersection(want)
-    if bias is None:
-        wanted.discard("bias")
     if not direct(dy, x, mean, rstd, weight, bias, dother):
-        mask = "x" in wanted, "weight" in wanted, "bias" in wanted
+        mask = "x" in want, "weight" in want, "bias" in want
         dx, dweight, dbias = reference.layernorm_backward(
             dy, x, mean, rstd, weight, bias, zero_centered, mask
         )
@@ -197,7 +193,7 @@ def layernorm_backward(
         y = _layernorm_again(x, mean, rstd, weight, bias, zero_centered) if "y" in want else None
         return _copied(dx, dx_t), dweight, dbias, _copied(y, y_t)
     dx, dweight, dbias, y = _backward(
-        dy, x, mean, rstd, weight, bias, zero_centered, dother, wanted, dx_t, y_t
+        dy, x, mean, rstd, weight, bias, zero_centered, dother, want, dx_t, y_t
     )
     if dbias is not None and bias is not None and bias.dtype != _FP32:
         dbias = dbias.to(bias.dtype)
