@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .choices import Choices
 from .launch import direct
-from .memory import empty
+from .memory import empty, pool
 from .transpose import transposed
 
 FORWARD, DGRAD, WGRAD = "forward", "dgrad", "wgrad"
@@ -127,8 +127,8 @@ def _layout(
         sizes = f"{rows} {width} {depth} {str(dtype).removeprefix('torch.')}"
         text = f"{kind}{' bias' * bias}{' add' * add} {sizes} threads {key[-1]}"
         made = partial(_candidates, kind, rows, width, depth, dtype, bias, add)
-        found = choices.choose(text, made)
-        _chosen[key] = LAYOUTS[found]
+        _chosen[key] = LAYOUTS[choices.choose(text, made)]
+        pool.release()  # of what was measured with
     return _chosen[key]
 
 
