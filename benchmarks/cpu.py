@@ -1,11 +1,11 @@
 """An MLP on the CPU: opsgraph, eager PyTorch, torch.compile, and the bare matrix products.
 
 Every case runs in alternation and is judged by medians. "GEMMs" are the products of the step alone,
-each at the fastest of the layouts tried and into a buffer that is kept: what no implementation over
-the same library can beat. Peak memory is that of a step in a process of its own, weights and inputs
-left out. Prints a table; writes JSON and a bar chart.
+each at the fastest of the layouts tried and, where the library allows it, into a buffer that is
+kept: what no implementation over the same library can beat. Peak memory is that of a step in a
+process of its own, weights and inputs left out. Prints a table; writes JSON and a bar chart.
 
-    taskset -c 0,1 python -m benchmarks.cpu [--threads 2] [--seconds 60] [--cases NAME,...]
+    taskset -c 0,1 python -m benchmarks.cpu [--threads 2] [--seconds 40] [--cases NAME,...]
 """
 
 import argparse
@@ -113,17 +113,21 @@ def call_of(case: Case, module: nn.Module, compiled: bool = False) -> Callable[[
 
 
 def layouts(m: int, n: int, k: int, dtype: torch.dtype) -> Iterator[Callable[[], Tensor]]:
-    """Ways to multiply `[m, k]` by `[k, n]` into one buffer: each operand and the result stored
-    by rows or by columns."""
+    """Ways to multiply `[m, k]` by `[k, n]`: each operand and the result stored by rows or by
+    columns, by mm into one buffer or by oneDNN's linear."""
 
     def stored(rows: int, columns: int, by_rows: bool) -> Tensor:
         shape = (rows, columns) if by_rows else (columns, rows)
         made = torch.full(shape, 0.5, dtype=dtype)
         return made if by_rows else made.t()
 
-    for a, b, c in itertools.product((True, False), repeat=3):
-        result = stored(m, n, c)
-        yield partial(torch.mm, stored(m, k, a), stored(k, n, b), out=result)
+    for by_rows in itertools.product((True, False), repeat=2):
+        a, b = stored(m, k, by_rows[0]), stored(k, n, by_rows[1])
+        for c in (True, False):
+            yield partial(torch.mm, a, b, out=stored(m, n, c))
+        if torch.backends.mkldnn.is_available():
+            linear = torch.ops.mkldnn._linear_pointwise
+            yield partial(linear, a, b.t(), None, "none", [], "")
 
 
 def products(case: Case) -> list[tuple[int, int, int]]:
@@ -159,12 +163,12 @@ def least_seconds(product: Callable[[], Any]) -> float:
 
 
 def repeats_within(seconds: float, functions: Mapping[str, Callable[[], Any]], inner: int) -> int:
-    """How many rounds fit, between 3 and 40; each sample warms up with one more call."""
+    """How many rounds fit, between 5 and 40; each sample warms up with one more call."""
     start = time.perf_counter()
     for function in functions.values():
         function()
     one = (time.perf_counter() - start) * (inner + 1)
-    return min(40, max(3, int(seconds / one)))
+    return min(40, max(5, int(seconds / one)))
 
 
 def measure(case: Case, seconds: float, threads: int) -> dict[str, Any]:
@@ -295,7 +299,7 @@ def main() -> int:
     """Measure, print, write; 1 if a limit is missed and --check was given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60, help="for timing, compiling apart")
+    parser.add_argument("--seconds", type=float, default=40, help="for timing, compiling apart")
     parser.add_argument("--cases", default=",".join(CASES), help="some of the cases, with commas")
     default = Path(__file__).parent / "results" / "cpu.json"
     parser.add_argument("--out", type=Path, default=default, help="JSON; the chart goes beside it")
