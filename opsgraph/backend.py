@@ -86,8 +86,17 @@ def backends() -> dict[str, Backend]:
     return dict(_BACKENDS)
 
 
-def add_backend(backend: Backend) -> None:
-    """Make a backend known, so that fusers may name it. Raises ValueError if it is already."""
+def add_backend(backend: Backend, before: str = "reference") -> None:
+    """Make a backend known, so that fusers may name it, and prefer it to the one called `before`.
+
+    Raises ValueError if it is known already, or the other is not.
+    """
+    global _BACKENDS
     if backend.name in _BACKENDS:
         raise ValueError(f"backend {backend.name!r} is known already")
-    _BACKENDS[backend.name] = backend
+    if before not in _BACKENDS:
+        raise ValueError(f"got before={before!r}, expected one of {', '.join(_BACKENDS)}")
+    found: dict[str, Backend] = {}
+    for name, known in _BACKENDS.items():
+        found |= {backend.name: backend, name: known} if name == before else {name: known}
+    _BACKENDS = found

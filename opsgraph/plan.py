@@ -77,7 +77,7 @@ class Plan:
 
         It tells what the plan is: compilers keep graphs on disk, for other processes.
         """
-        content = repr((self.forward_source, self.backward_source, self.specs))
+        content = repr((self.kinds, self.forward_source, self.backward_source, self.specs))
         digest = sha256(content.encode()).hexdigest()[:16]
         _handles[digest] += 1
         return f"{digest}-{_handles[digest]}"

@@ -43,6 +43,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def without_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans that are the same whether there is a C++ compiler or not."""
+    monkeypatch.setenv("OPSGRAPH_BACKENDS", "triton,aten,reference")
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Where a test runs: on the CPU, and with `-m gpu` on a CUDA device."""

@@ -8,6 +8,8 @@ import opsgraph as og
 from opsgraph.ops import Add as AddOp
 from opsgraph.ops import BasicLinear, Bias, Linear, RMSNorm, SiLU, SwiGLU, Tee
 
+pytestmark = pytest.mark.usefixtures("without_cpu_backend")
+
 
 def _mlp() -> og.Sequential:
     torch.manual_seed(0)
@@ -91,7 +93,7 @@ def test_backends_limits_and_names_wrong_ones(monkeypatch) -> None:
     assert {step.backend for step in _mlp().plan().forward} == {"reference"}
     monkeypatch.setenv("OPSGRAPH_BACKENDS", "cudnn")
     with pytest.raises(
-        og.PlanError, match=r"got backend 'cudnn', expected some of .*triton, cublaslt, aten"
+        og.PlanError, match=r"got backend 'cudnn', expected some of .*triton, cublaslt, cpu, aten"
     ):
         _mlp().plan()
 

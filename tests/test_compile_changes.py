@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from compiled import Compiled, assert_equal, cold, llama
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ def test_freezing_and_thawing() -> None:
     assert all(p.grad is not None for p in module.parameters())
 
 
+@pytest.mark.usefixtures("without_cpu_backend")
 def test_registering_and_unregistering() -> None:
     class Doubled(og.Fuser):
         backend, pattern = "aten", dict(act=SiLU)

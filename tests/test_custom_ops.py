@@ -282,6 +282,7 @@ def test_a_subclass_of_linear_with_its_own_fwd_is_used() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.usefixtures("without_cpu_backend")
 def test_a_subclass_with_its_own_fwd_is_not_replaced() -> None:
     class Shifted(RMSNorm):
         def fwd(self, x: Tensor, weight: Any, eps: float, zero_centered_gamma: bool) -> Any:

@@ -11,6 +11,8 @@ import opsgraph as og
 from opsgraph.fuser import Handle, registered
 from opsgraph.ops import GELU, Add, BasicLinear, Bias, Linear, ReLU, SiLU, Tee
 
+pytestmark = pytest.mark.usefixtures("without_cpu_backend")
+
 
 class SquaredReLU(og.Op):
     """y = relu(x)**2"""

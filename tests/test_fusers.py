@@ -22,7 +22,8 @@ def check(fuser: Fuser, device: str, dtype: torch.dtype, shape=(5, 16), compiled
     reason = backends()[fuser.backend].why_not_on(torch.device(device))
     if reason is not None:
         pytest.skip(f"{fuser.backend}: {reason}")
-    assert check_fuser(fuser, dtype, device, shape, compiled) > 0, "it was never taken"
+    may_decline = fuser.backend == "cpu" and dtype == torch.float16
+    assert check_fuser(fuser, dtype, device, shape, compiled) > 0 or may_decline, "never taken"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -30,6 +30,8 @@ from opsgraph.program import Program, Request, Run
 from opsgraph.recompute import Keeper
 from opsgraph.spec import row
 
+pytestmark = pytest.mark.usefixtures("without_cpu_backend")
+
 CPU = torch.device("cpu")
 
 

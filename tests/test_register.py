@@ -29,7 +29,7 @@ def rejects_y(self: Any, norm: Any, y: og.Spec) -> str | None: ...
     [
         (
             dict(backend="tritn"),
-            "backend 'tritn', expected one of .*triton, cublaslt, aten, reference",
+            "backend 'tritn', expected one of .*triton, cublaslt, cpu, aten, reference",
         ),
         (dict(backend=None), "backend None, expected one of"),
         (dict(pattern=dict(norm=nn.Linear)), "expected op classes under names"),

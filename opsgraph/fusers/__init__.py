@@ -1,10 +1,22 @@
 """Fused implementations, one file per backend; importing this package registers them all."""
 
 from . import triton_gemm  # isort: skip  # before triton: of equals, the planner takes the first
-from . import aten, cublaslt, overlap, symmetric, triton, triton_grouped, triton_quantize
+from . import (
+    aten,
+    cpu,
+    cpu_gemm,
+    cublaslt,
+    overlap,
+    symmetric,
+    triton,
+    triton_grouped,
+    triton_quantize,
+)
 
 __all__ = [
     "aten",
+    "cpu",
+    "cpu_gemm",
     "cublaslt",
     "overlap",
     "symmetric",

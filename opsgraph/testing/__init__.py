@@ -4,7 +4,7 @@ Ops come from each class's `sample()`, which leaves out sizes that the neighbour
 modules run twice, once with that fuser alone and once with the reference ops.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, product
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..fuser import Fuser, variants
+from ..fuser import Fuser, Variant, variants
 from ..op import Op
 from ..ops import BasicLinear, Quantize, QuantizeGrad
 from ..precision import autocast
@@ -40,17 +40,32 @@ def quantizing(fuser: Fuser) -> bool:
     return fuser.quantized or not kinds.isdisjoint((Quantize, QuantizeGrad))
 
 
-def samples(fuser: Fuser) -> Iterator[list[Op]]:
+MOST = 32
+"""Of a pattern with more variants than that, only enough are run for each alternative to occur."""
+
+
+def _covering(found: Iterable[Variant]) -> Iterator[Variant]:
+    """Variants in which every alternative of every entry of a pattern occurs."""
+    seen: set[tuple[str, type[Op] | None]] = set()
+    for variant in found:
+        if not seen.issuperset(variant):
+            seen.update(variant)
+            yield variant
+
+
+def samples(fuser: Fuser, few: bool = False) -> Iterator[list[Op]]:
     """Fresh ops for every variant of the pattern and every sample of its ops.
 
-    Under a recipe a linear layer stands for the Quantize or QuantizeGrad that it brings.
+    Under a recipe a linear layer stands for the Quantize or QuantizeGrad that it brings. few: only
+    so many variants that every alternative occurs, and one sample of each.
     """
     linear = partial(BasicLinear, out_features=QUANTIZED_WIDTH)
-    for variant in variants(fuser.pattern):
+    every = list(variants(fuser.pattern))
+    for variant in _covering(every) if few or len(every) > MOST else every:
         kinds = [kind for _, kind in variant if kind is not None]
         pairs = zip(kinds, [*kinds[1:], None], strict=True)
         kinds = [kind for kind, after in pairs if (kind, after) != (Quantize, BasicLinear)]
-        for k in range(max(len(list(kind.sample())) for kind in kinds) or 1):
+        for k in range(1 if few else max(len(list(kind.sample())) for kind in kinds) or 1):
             chosen = [list(kind.sample()) or [linear()] for kind in kinds]
             if fuser.quantized:
                 chosen = [
@@ -123,13 +138,16 @@ def check_fuser(
     In a process group each rank has an input, weights and gradients of its own, as shards are.
     Returns in how many plans it was taken; where it declined there is nothing to compare. Raises
     AssertionError where outputs or gradients differ. A fuser for quantized values is compared under
-    `RECIPES` in turn, at `QUANTIZED_WIDTH`.
+    `RECIPES` in turn, at `QUANTIZED_WIDTH`. compiled: under torch.compile, with fewer cases since
+    each takes long.
     """
     recipes: Sequence[Recipe | None] = (None,)
     if quantizing(fuser):
         shape, recipes = (*shape[:-1], QUANTIZED_WIDTH), RECIPES
     taken = 0
-    for (ops, recipe), training in product(zip(samples(fuser), cycle(recipes)), (True, False)):
+    for (ops, recipe), training in product(
+        zip(samples(fuser, compiled), cycle(recipes)), (True, False)
+    ):
         with autocast(recipe is not None, recipe):
             taken += _check(fuser, ops, training, dtype, device, shape, compiled)
     return taken

@@ -1,0 +1,167 @@
+"""Activations, plain and gated, forward and backward, with the bias before them.
+
+Formulas: SPEC's, `y = f(x)` or `y = f(a) * g(b)`. Arithmetic and sums are in fp32; the activation
+that a backward computes again has the forward's bits. Tensors are `[rows, width]`, fp32 or bf16,
+their rows at any stride; results are contiguous.
+"""
+
+from collections.abc import Collection
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import activations as reference
+from .launch import DTYPES, Kernel, address, direct, rows_of
+from .memory import empty
+
+_FIELDS = "=7q 3q 2q 5q q 3d"  # struct Activation in source/activations.h
+_forward_kernel = Kernel("opsgraph_activation_forward", _FIELDS)
+_backward_kernel = Kernel("opsgraph_activation_backward", _FIELDS)
+FUNCTIONS = ("swish", "gelu", "gelu_erf", "relu", "srelu", "sigmoid", "clamped", "situ")
+"""The functions f, with their g, in the order of `kinds` in source/activations.h."""
+
+
+class Kind(NamedTuple):
+    """A function, whether it gates, and its three constants."""
+
+    function: str
+    gated: bool
+    params: tuple[float, float, float] = (1.0, 0.0, 0.0)
+
+
+KINDS = {
+    "gelu": Kind("gelu", False),
+    "gelu_erf": Kind("gelu_erf", False),
+    "qgelu": Kind("swish", False, (1.702, 0.0, 0.0)),
+    "relu": Kind("relu", False),
+    "srelu": Kind("srelu", False),
+    "silu": Kind("swish", False),
+    "geglu": Kind("gelu", True),
+    "geglu_erf": Kind("gelu_erf", True),
+    "qgeglu": Kind("swish", True, (1.702, 0.0, 0.0)),
+    "reglu": Kind("relu", True),
+    "sreglu": Kind("srelu", True),
+    "swiglu": Kind("swish", True),
+    "glu": Kind("sigmoid", True),
+    "clamped_swiglu": Kind("clamped", True, (7.0, 1.702, 1.0)),
+    "situglu": Kind("situ", True, (4.0, 25.0, 0.0)),
+}
+
+
+class Row(NamedTuple):
+    """What the kernels take of a kind."""
+
+    function: int
+    gated: bool
+    params: tuple[float, float, float]
+
+
+@cache
+def row(kind: str, params: tuple[float, ...] = ()) -> Row:
+    """A kind's row of the table, with params in the place of its own. Raises ValueError."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown activation {kind!r}; known: {', '.join(KINDS)}")
+    function, gated, own = KINDS[kind]
+    count = {"clamped": 3, "situ": 2}.get(function, 0)
+    if params and len(params) != count:
+        raise ValueError(f"activation {kind!r} got params {params}, expected {count} or none")
+    a, b, c = (*params, *own[len(params) :])
+    return Row(FUNCTIONS.index(function), gated, (float(a), float(b), float(c)))
+
+
+def activation_forward(
+    x: Tensor, kind: str, params: tuple[float, ...] = (), interleave: int | None = None,
+    bias: Tensor | None = None, pre: bool = False, y_t: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`y = f(x + bias)`, or `f(a) * g(b)` with a, b the halves of `x + bias`; the sum is rounded.
+
+    x: `[rows, width]`; y: `[rows, width]`, or `[rows, width / 2]` for gated kinds, of x's dtype.
+    kind: a key of `KINDS`. params: for clamped_swiglu (limit, alpha, offset), for situglu (beta1,
+    beta2). interleave: gate and value alternate in blocks of that many columns. bias: `[width]`.
+    y_t: gets the transposed copy of y. Returns (y, x + bias if pre and there is a bias, else None).
+    Raises ValueError for an unknown kind, or params that it does not take.
+    """
+    if not direct(x, bias):
+        return _forward_by_formula(x, kind, params, interleave, bias, pre, y_t)
+    function, gated, constants = row(kind, params)
+    dtype, (rows, total) = x.dtype, x.shape
+    width = total // 2 if gated else total
+    y = empty((rows, width), dtype)
+    sums = empty((rows, total), dtype) if pre and bias is not None else None
+    if not rows or not width:
+        return y, sums
+    x, stride = rows_of(x, (rows, total), dtype)
+    bias = None if bias is None else bias.float().contiguous()
+    _forward_kernel(
+        DTYPES[dtype], function, gated, torch.get_num_threads(), rows, width, interleave or width,
+        x.data_ptr(), 0, address(bias), stride, 0,
+        y.data_ptr(), address(y_t), address(sums), 0, 0, 0, *constants,
+    )  # fmt: skip
+    return y, sums
+
+
+def activation_backward(
+    dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...] = (),
+    interleave: int | None = None, want: Collection[str] = ("x",),
+    bias_dtype: torch.dtype = torch.float32, dx_t: Tensor | None = None, y_t: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradient of `activation_forward` by its input, in one pass over dy and x.
+
+    x: the pre-activation (bias included). Returns (dx like x, y, dbias), None for what is not in
+    want ("x", "y", "bias"): y is the activation, computed again; dbias `[width of x]` is the column
+    sum of the unrounded dx in fp32, in an order that depends on the number of rows alone, then cast
+    to bias_dtype. dx_t, y_t: `[width, rows]`, get the transposes of dx and y, which need not be in
+    want for that.
+    """
+    if not direct(dy, x):
+        return _backward_by_formula(dy, x, kind, params, interleave, want, bias_dtype, dx_t, y_t)
+    function, gated, constants = row(kind, params)
+    dtype, (rows, total) = x.dtype, x.shape
+    width = total // 2 if gated else total
+    dx = empty((rows, total), dtype) if "x" in want else None
+    y = empty((rows, width), dtype) if "y" in want else None
+    dbias = torch.empty(total, dtype=torch.float32) if "bias" in want else None
+    if rows and width:
+        dy, dy_stride = rows_of(dy, (rows, width), dtype)
+        x, stride = rows_of(x, (rows, total), dtype)
+        _backward_kernel(
+            DTYPES[dtype], function, gated, torch.get_num_threads(), rows, width,
+            interleave or width, x.data_ptr(), dy.data_ptr(), 0, stride, dy_stride,
+            address(y), address(y_t), 0, address(dx), address(dx_t), address(dbias), *constants,
+        )  # fmt: skip
+    elif dbias is not None:
+        dbias.zero_()
+    if dbias is not None and bias_dtype != torch.float32:
+        dbias = dbias.to(bias_dtype)
+    return dx, y, dbias
+
+
+def _forward_by_formula(
+    x: Tensor, kind: str, params: tuple[float, ...], interleave: int | None, bias: Tensor | None,
+    pre: bool, y_t: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    x = x if bias is None else x + bias.to(x.dtype)
+    if KINDS[kind].gated:
+        y = reference.gated_forward(x, kind, params, interleave)
+    else:
+        y = reference.activation_forward(x, kind)
+    if y_t is not None:
+        y_t.copy_(y.t())
+    return y, x if pre and bias is not None else None
+
+
+def _backward_by_formula(
+    dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...], interleave: int | None,
+    want: Collection[str], bias_dtype: torch.dtype, dx_t: Tensor | None, y_t: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    if KINDS[kind].gated:
+        dx = reference.gated_backward(dy, x, kind, params, interleave)
+    else:
+        dx = reference.activation_backward(dy, x, kind)
+    y = _forward_by_formula(x, kind, params, interleave, None, False, y_t)[0]
+    if dx_t is not None:
+        dx_t.copy_(dx.t())
+    dbias = dx.sum(0, dtype=torch.float32).to(bias_dtype) if "bias" in want else None
+    return dx if "x" in want else None, y if "y" in want else None, dbias

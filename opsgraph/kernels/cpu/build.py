@@ -1,0 +1,181 @@
+"""The library of C++ kernels: compiled at first use, kept in a cache directory of the user's.
+
+A file's name tells from what it was made (sources, compiler, flags, CPU) and the digest of its own
+bytes: `kernels-KEY-DIGEST.so`. It appears by a rename, so processes that start at the same time may
+each compile, and none sees half a file; one whose bytes are not what its name says is made again.
+The directory is `$XDG_CACHE_HOME/opsgraph`, by default `~/.cache/opsgraph`, and where that cannot
+be written a private one below the system's temporary directory.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "source"
+# No -ffast-math: linked, it has the whole process flush denormals to zero; inf and NaN get lost.
+# Contraction is off because sources say themselves where a multiply-add is fused (scalar.h).
+FLAGS = (
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
+    "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd",
+)  # fmt: skip
+TARGETS = (
+    ("-march=native", "-mprefer-vector-width=512"),
+    ("-march=native",),
+    ("-mcpu=native",),
+    (),
+)
+"""Flags for this machine's vectors; the first that the compiler takes."""
+TIMEOUT = 300
+"""Seconds after which a compiler counts as one that does not work."""
+
+_lock = threading.Lock()
+_found: ctypes.CDLL | str | None = None
+
+
+class BuildError(Exception):
+    """Why there is no library."""
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library, compiled if need be. Raises BuildError, with the reason, every time."""
+    global _found
+    with _lock:
+        if _found is None:
+            try:
+                _found = _load()
+            except BuildError as error:
+                _found = str(error)
+    if isinstance(_found, str):
+        raise BuildError(_found)
+    return _found
+
+
+def why_not() -> str | None:
+    """Why there is no library, or None where there is one."""
+    try:
+        library()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def compiler() -> list[str]:
+    """The command of the C++ compiler: `$CXX`, or the first of c++, g++ and clang++ there is."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    for name in [given[0]] if given else ["c++", "g++", "clang++"]:
+        path = shutil.which(name)
+        if path is not None:
+            return [path, *given[1:]]
+    looked = f"CXX={given[0]} is not found" if given else "none of c++, g++ and clang++ is found"
+    raise BuildError(f"no C++ compiler: {looked}")
+
+
+def directories() -> Iterator[Path]:
+    """Where the library may be, in order."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        yield Path(home) / "opsgraph"
+    except RuntimeError:  # no home
+        pass
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    yield Path(tempfile.gettempdir()) / f"opsgraph-{user}"
+
+
+def _load() -> ctypes.CDLL:
+    command = compiler()
+    key = _key(command)
+    for directory in directories():
+        for path in sorted(directory.glob(f"kernels-{key}-*.so")):
+            if _ours(directory) and _digest(path) == path.stem.rpartition("-")[2]:
+                return _open(path)
+    failures = []
+    for directory in directories():
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _ours(directory):
+                return _open(_build(command, key, directory))
+            failures.append(f"{directory} belongs to another user or is writable by others")
+        except OSError as error:
+            failures.append(f"{directory}: {error.strerror or error}")
+    raise BuildError(f"no directory for the compiled kernels: {'; '.join(failures)}")
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"cannot load the compiled kernels: {error}") from error
+
+
+def _ours(directory: Path) -> bool:
+    """Whether nobody else can have put a library there for us to load."""
+    if not hasattr(os, "getuid"):
+        return True
+    found = directory.stat()
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
+
+
+def _build(command: list[str], key: str, directory: Path) -> Path:
+    """Compile into a file of its own in the directory, then give it its name."""
+    handle, name = tempfile.mkstemp(suffix=".tmp", dir=directory)
+    os.close(handle)
+    try:
+        reasons = []
+        for target in TARGETS:
+            reason = _compile([*command, *FLAGS, *target, str(SOURCES / "kernels.cpp"), "-o", name])
+            if reason is None:
+                path = directory / f"kernels-{key}-{_digest(Path(name))}.so"
+                os.replace(name, path)
+                return path
+            reasons.append(reason)
+        raise BuildError(f"the C++ compiler {command[0]} failed: {reasons[0]}")
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _compile(command: list[str]) -> str | None:
+    """Run the compiler; returns the first error that it prints, or None."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if run.returncode == 0:
+        return None
+    lines = [line for line in run.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line]
+    return (errors or lines or [f"exit status {run.returncode}"])[0]
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    except OSError:
+        return "unreadable"
+
+
+def _key(command: list[str]) -> str:
+    """What the library depends on, as a name. A compiler is told by its file, size and date."""
+    made = hashlib.sha256(repr((command, FLAGS, TARGETS, _processor())).encode())
+    found = os.stat(os.path.realpath(command[0]))
+    made.update(f"{found.st_size} {found.st_mtime_ns}".encode())
+    for path in sorted(SOURCES.iterdir()):
+        made.update(path.read_bytes())
+    return made.hexdigest()[:32]
+
+
+def _processor() -> str:
+    """The instruction sets of this machine: a home may be shared by different ones."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told = [x for x in lines if x.partition(":")[0].strip() in ("model name", "flags", "Features")]
+    return "\n".join([platform.machine(), platform.processor(), *told[:2]])

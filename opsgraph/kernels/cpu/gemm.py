@@ -1,0 +1,204 @@
+"""Matrix products in the way that the library runs fastest on this machine.
+
+The library's speed depends on how each operand is stored, on whether it is asked for a product or
+for its transpose, and on which of its entry points is called; which combination wins differs
+between machines, dtypes and shapes, by a factor of two and more. So each class of product is
+measured at its first use (`choices`): the kind of product, the sizes (rows rounded up to a power of
+two), the dtype and the number of threads. Where a combination wants an operand stored by columns,
+the time of its transposed copy counts. Small products are as PyTorch has them and are not measured.
+
+Results are stored by rows, in kept memory where the entry point allows it.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .choices import Choices
+from .launch import direct
+from .memory import empty, pool
+from .transpose import transposed
+
+FORWARD, DGRAD, WGRAD = "forward", "dgrad", "wgrad"
+
+SMALL = 2**26
+"""Multiplications up to which a product is as PyTorch has it."""
+MOST_ROWS = 4096
+"""Products of more rows are of the class of this many."""
+
+
+class Layout(NamedTuple):
+    """How to compute a product of two operands.
+
+    entry: "mm", "flipped" (mm of the transposes, into the transpose of the result) or "onednn"
+    (linear, with the bias in its accumulator). first, second: whether that operand is to be stored
+    by columns; operands come stored by rows.
+    """
+
+    entry: str = "mm"
+    first: bool = False
+    second: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the file of choices calls it."""
+        return self.entry + " first" * self.first + " second" * self.second
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout(entry, first, second)
+        for first, second in ((False, False), (True, False), (False, True), (True, True))
+        for entry in ("mm", "flipped", "onednn")
+    )
+}
+
+choices = Choices()
+_chosen: dict[tuple[object, ...], Layout | None] = {}
+
+
+_FACTORS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    FORWARD: lambda x, weight: (x, weight.t()),
+    DGRAD: lambda dy, weight: (dy, weight),
+    WGRAD: lambda dy, x: (dy.t(), x),
+}
+"""The product of each kind, from its operands as they are stored by rows."""
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, other: Tensor | None = None
+) -> Tensor:
+    """`x @ weight.T + bias + other`, `[rows, out]`, as other is. x: `[rows, in]`; weight:
+    `[out, in]`; bias: `[out]`."""
+    width, depth = weight.shape
+    layout = _layout(FORWARD, x, width, depth, bias is not None, other is not None)
+    if layout is not None and direct(x, weight, bias, other):
+        return _product(FORWARD, layout, x, weight, bias, other)
+    if other is None:
+        return F.linear(x, weight, bias)
+    return torch.addmm(other, x, weight.t()) if bias is None else F.linear(x, weight, bias) + other
+
+
+def dgrad(dy: Tensor, weight: Tensor, other: Tensor | None = None) -> Tensor:
+    """`dy @ weight + other`, `[rows, in]`, as other is. dy: `[rows, out]`; weight: `[out, in]`."""
+    width, depth = weight.shape
+    layout = _layout(DGRAD, dy, width, depth, add=other is not None)
+    if layout is not None and direct(dy, weight, other):
+        return _product(DGRAD, layout, dy, weight, other=other)
+    return dy @ weight if other is None else torch.addmm(other, dy, weight)
+
+
+def wgrad(dy: Tensor, x: Tensor) -> Tensor:
+    """`dy.T @ x`, `[out, in]`. dy: `[rows, out]`; x: `[rows, in]`.
+
+    Either may be the view of a contiguous transposed copy, see `wgrad_copies`.
+    """
+    layout = _layout(WGRAD, dy, dy.shape[1], x.shape[1])
+    if layout is None or not direct(dy, x):
+        return dy.t() @ x
+    return _product(WGRAD, layout, dy, x)
+
+
+def wgrad_copies(like: Tensor, width: int, depth: int) -> tuple[bool, bool]:
+    """Whether `wgrad` of dy `[rows, width]` and x `[rows, depth]` wants each stored by columns.
+
+    like: any tensor of as many rows and that dtype. Whoever makes such an operand then best writes
+    its transposed copy in the same pass.
+    """
+    layout = _layout(WGRAD, like, width, depth)
+    return (False, False) if layout is None else (layout.first, layout.second)
+
+
+def _layout(
+    kind: str, like: Tensor, width: int, depth: int, bias: bool = False, add: bool = False
+) -> Layout | None:
+    """How to compute a product with a weight `[width, depth]`; None: as PyTorch does."""
+    rows, dtype = like.shape[0], like.dtype
+    if rows * width * depth <= SMALL or not direct(like):
+        return None
+    rows = min(MOST_ROWS, 1 << (rows - 1).bit_length())
+    key = kind, rows, width, depth, dtype, bias, add, torch.get_num_threads()
+    if key not in _chosen:
+        sizes = f"{rows} {width} {depth} {str(dtype).removeprefix('torch.')}"
+        text = f"{kind}{' bias' * bias}{' add' * add} {sizes} threads {key[-1]}"
+        made = partial(_candidates, kind, rows, width, depth, dtype, bias, add)
+        _chosen[key] = LAYOUTS[choices.choose(text, made)]
+        pool.release()  # of what was measured with
+    return _chosen[key]
+
+
+@cache
+def _onednn(dtype: torch.dtype) -> bool:
+    """Whether the library's linear takes that dtype here."""
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
+def _candidates(
+    kind: str, rows: int, width: int, depth: int, dtype: torch.dtype, bias: bool, add: bool
+) -> Mapping[str, Callable[[], object]]:
+    """Every layout of a class of products, over operands made when the first of them runs."""
+
+    @cache
+    def operands() -> tuple[Tensor | None, ...]:
+        def made(*shape: int) -> Tensor:
+            return torch.full(shape, 0.5, dtype=dtype, device="cpu")
+
+        x, dy, weight = made(rows, depth), made(rows, width), made(width, depth)
+        other = made(rows, width if kind == FORWARD else depth) if add else None
+        if kind == FORWARD:
+            return x, weight, made(width) if bias else None, other
+        return dy, weight if kind == DGRAD else x, None, other
+
+    def run(layout: Layout) -> Tensor:
+        return _product(kind, layout, *operands())  # type: ignore[arg-type]
+
+    return {
+        name: partial(run, layout)
+        for name, layout in LAYOUTS.items()
+        if layout.entry != "onednn" or _onednn(dtype)
+    }
+
+
+def _stored(x: Tensor, by_columns: bool) -> Tensor:
+    """x, stored by rows or by columns: a gradient may be expanded, an input strided."""
+    if by_columns:
+        return x if x.t().is_contiguous() else transposed(x).t()
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _product(
+    kind: str, layout: Layout, first: Tensor, second: Tensor, bias: Tensor | None = None,
+    other: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The product as the layout says, plus what is to be added, stored by rows."""
+    first, second = _stored(first, layout.first), _stored(second, layout.second)
+    a, b = _FACTORS[kind](first, second)
+    if layout.entry == "onednn":
+        pointwise = torch.ops.mkldnn._linear_pointwise
+        if other is None:
+            return pointwise(a, b.t(), bias, "none", [], "")  # type: ignore[no-any-return]
+        return pointwise.binary(a, _stored(other, False), b.t(), bias, "add")  # type: ignore[no-any-return]
+    y = empty((a.shape[0], b.shape[1]), a.dtype)
+    if layout.entry == "flipped":
+        a, b, out = b.t(), a.t(), y.t()
+        bias = None if bias is None else bias[:, None]
+    else:
+        out = y
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+    return y if other is None else y.add_(other)

@@ -1,0 +1,113 @@
+"""What every call of a C++ kernel needs: the library, one packed record, and fit tensors.
+
+A kernel takes one record of 8-byte fields (the structs in `source/`), packed by `struct`: that
+costs a quarter of what ctypes takes to convert as many arguments.
+"""
+
+import ctypes
+import os
+import struct
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import build
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""The dtypes that the kernels compute on, with their codes."""
+_PLAIN = (Tensor, nn.Parameter)
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+
+
+def direct(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether tensors have memory that a kernel may read, past PyTorch's dispatcher.
+
+    Under a dispatch mode or a functorch transform, and with subclasses (fake tensors among them),
+    kernels leave the work to the reference formulas, which any of these can see through.
+    """
+    if _modes() or _transform() is not None or type(x) not in _PLAIN:
+        return False
+    return all(other is None or type(other) in _PLAIN for other in others)
+
+
+def rows_of(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, int]:
+    """x, or a copy where the elements of a row are not adjacent, and the stride of its rows.
+
+    It gets the shape and the dtype given. Raises RuntimeError where it cannot be expanded so.
+    """
+    if x.dtype is not dtype or x.shape != shape:
+        x = x.to(dtype).expand(shape)
+    if x.is_contiguous():
+        return x, x.size(1)
+    if x.stride(1) == 1 and x.stride(0) >= 0:
+        return x, x.stride(0)
+    return x.contiguous(), x.size(1)
+
+
+def vector(parameter: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A weight or a bias of a dtype that kernels read, with its address and its dtype's code."""
+    if parameter is None:
+        return None, 0, 0
+    code = DTYPES.get(parameter.dtype)
+    if code is None:
+        parameter, code = parameter.float(), 0
+    parameter = parameter.contiguous()
+    return parameter, parameter.data_ptr(), code
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's elements begin; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class Kernel:
+    """A function of the library, looked up (and the library built) at its first call.
+
+    name: of the C function. fields: the record's, as `struct` writes them.
+    """
+
+    def __init__(self, name: str, fields: str) -> None:
+        self.name, self.pack = name, struct.Struct(fields).pack
+
+    def __call__(self, *values: Any) -> None:
+        """Run on the calling thread and as many others as `values` says."""
+        self.function(self.pack(*values))
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "function":
+            raise AttributeError(name)
+        self.function = getattr(_ready(), self.name)
+        self.function.argtypes, self.function.restype = [ctypes.c_char_p], None
+        return self.function
+
+
+@cache
+def _ready() -> ctypes.CDLL:
+    """The library, told of the function by which PyTorch's OpenMP starts its threads."""
+    library = build.library()
+    library.opsgraph_threads.argtypes, library.opsgraph_threads.restype = [ctypes.c_void_p], None
+    library.opsgraph_threads(_fork_join())
+    # A process forked after OpenMP has started its threads has none of them, and waits for them
+    # forever: kernels run on one thread there.
+    os.register_at_fork(after_in_child=lambda: library.opsgraph_threads(None))
+    return library
+
+
+def _fork_join() -> int | None:
+    """The address of GOMP_parallel as PyTorch finds it (LLVM's runtime has it too), or None."""
+    for name in (None, _torch_library()):
+        try:
+            function = ctypes.CDLL(name).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+def _torch_library() -> str:
+    suffix = "libtorch_cpu.dylib" if os.uname().sysname == "Darwin" else "libtorch_cpu.so"
+    return os.path.join(os.path.dirname(torch.__file__), "lib", suffix)

@@ -1,0 +1,139 @@
+"""Memory that is kept: a large result takes the block of one that died, whose pages are there.
+
+A fresh block of some megabytes costs a page fault for every 4 KiB, which for a GEMM of the sizes of
+a transformer's layer can take as long as the arithmetic. `empty` hands out a block again once no
+tensor has its storage: what is saved, returned or viewed keeps its block for as long as it lives,
+whoever holds it and in whatever thread. A block is of exactly the tensor's size, so a storage
+never tells of more than its tensor.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LEAST = 2**20
+"""Bytes below which a tensor gets memory of its own: the allocator keeps such blocks itself."""
+SPARE = 2**28
+"""Bytes that may lie idle beyond the most that was ever in use at once."""
+
+# Without a global lock Python's counts are spread over threads: too little to go by.
+_locked: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
+_use_count = getattr(torch._C, "_storage_Use_Count", None) if _locked else None
+
+
+class Block(NamedTuple):
+    """A storage with the place that it had when it was made."""
+
+    storage: torch.UntypedStorage
+    address: int
+    size: int
+
+
+class Pool:
+    """Blocks by size, idle or in use. All methods may be called by any thread.
+
+    spare: bytes that may lie idle beyond the most that was in use at once.
+    """
+
+    def __init__(self, spare: int = SPARE) -> None:
+        self.spare = spare
+        self._lock = threading.Lock()
+        self._blocks: dict[int, list[Block]] = {}
+        self._most = 0
+        os.register_at_fork(after_in_child=self._forked)
+
+    def _forked(self) -> None:
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> torch.UntypedStorage:
+        """A storage of that many bytes which no tensor has."""
+        with self._lock:
+            blocks = self._blocks.pop(size, [])
+            self._blocks[size] = blocks  # last: sizes not asked for longest are dropped first
+            for k, block in enumerate(blocks):
+                if _idle(block):
+                    blocks.append(blocks.pop(k))
+                    if _intact(block):
+                        return block.storage
+                    blocks.pop()  # resized, or moved to memory that other processes see
+                    break
+            self._drop(size)
+            storage = torch.UntypedStorage(size)
+            blocks.append(Block(storage, storage.data_ptr(), size))
+            return storage
+
+    def _drop(self, size: int) -> None:
+        """Free idle blocks so that one more of that size stays within the limit."""
+        held = {s: len(blocks) for s, blocks in self._blocks.items()}
+        used = {s: sum(not _idle(b) for b in blocks) for s, blocks in self._blocks.items()}
+        self._most = max(self._most, size + sum(s * n for s, n in used.items()))
+        excess = size + sum(s * n for s, n in held.items()) - self._most - self.spare
+        for s in list(self._blocks):
+            kept = []
+            for block in self._blocks[s]:
+                if excess > 0 and _idle(block):
+                    excess -= s
+                else:
+                    kept.append(block)
+            self._blocks[s][:] = kept
+            if not kept and s != size:
+                del self._blocks[s]
+
+    def release(self) -> None:
+        """Free all idle blocks."""
+        with self._lock:
+            self._most = 0
+            for size in list(self._blocks):
+                self._blocks[size] = [block for block in self._blocks[size] if not _idle(block)]
+                if not self._blocks[size]:
+                    del self._blocks[size]
+
+    def held(self) -> tuple[int, int]:
+        """Bytes in use and bytes idle."""
+        with self._lock:
+            blocks = [block for same in self._blocks.values() for block in same]
+            idle = sum(block.size for block in blocks if _idle(block))
+            return sum(block.size for block in blocks) - idle, idle
+
+
+def _references(block: Block) -> tuple[int, int]:
+    """How many tensors (and storage objects) have the storage, and how many Python names."""
+    assert _use_count is not None
+    return _use_count(block.storage._cdata), sys.getrefcount(block.storage)
+
+
+_ALONE = _references(Block(torch.UntypedStorage(1), 0, 1)) if _use_count else (0, 0)
+
+
+def _idle(block: Block) -> bool:
+    """Whether the pool alone has the storage."""
+    return _references(block) == _ALONE
+
+
+def _intact(block: Block) -> bool:
+    """Whether the storage is as it was made; a tensor's resize_ or share_memory_ changes it."""
+    return (block.storage.nbytes(), block.storage.data_ptr()) == (block.size, block.address)
+
+
+pool = Pool()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialized, contiguous tensor on the CPU, in kept memory if it is large."""
+    size = prod(shape) * dtype.itemsize
+    if size < LEAST or _use_count is None:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    bare = torch.empty(0, dtype=dtype, device="cpu")  # whatever the default device is
+    made: Tensor = bare.set_(pool.take(size), 0, shape)  # type: ignore[call-overload]
+    if (
+        torch.are_deterministic_algorithms_enabled()
+        and torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    ):
+        made.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
+    return made

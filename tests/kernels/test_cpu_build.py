@@ -1,0 +1,226 @@
+"""The library of the CPU's kernels: first use by many, bad caches, compilers that are not there.
+
+A script that hands out the library compiled already stands for the compiler, but for what needs
+none: so each test takes a process, not a compilation.
+"""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opsgraph.kernels.cpu import build
+
+REASON = build.why_not()
+needs_compiler = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+RUN = """
+import torch
+from opsgraph.kernels.cpu import activations, build
+x = torch.randn(4, 8)
+y = activations.activation_forward(x, "relu")[0]
+assert torch.equal(y, x.clamp(min=0))
+print(build.library()._name)
+"""
+
+PLAN = """
+import torch, opsgraph as og
+from opsgraph.ops import Linear, RMSNorm, SwiGLU
+from opsgraph.testing import assert_same
+mlp = og.Sequential(RMSNorm(8), Linear(8, 32), SwiGLU(), Linear(16, 8))
+reference = og.Sequential(*mlp, backends=("reference",))
+x = torch.randn(4, 8)
+assert_same(mlp(x), reference(x), "y")
+mlp(x).sum().backward()
+plan = mlp.plan(training=True)
+assert "cpu" not in {step.backend for step in (*plan.forward, *plan.backward)}
+print(*(r.reason for r in plan.rejected if r.name == "cpu"), sep="\\n")
+"""
+
+
+class Home:
+    """A cache directory of its own, and a compiler that copies the library there is."""
+
+    def __init__(self, path: Path) -> None:
+        self.cache, self.temporary, self.log = path / "cache", path / "tmp", path / "log"
+        self.temporary.mkdir()
+        self.compiler = path / "compiler"
+        self.script('sleep 0.2\ncp "$COMPILED" "$out"')
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "XDG_CACHE_HOME": str(self.cache),
+            "TMPDIR": str(self.temporary),
+            "CXX": str(self.compiler),
+            "COMPILED": "" if REASON else build.library()._name,
+            "LOG": str(self.log),
+        }
+
+    def script(self, body: str) -> None:
+        """Have the compiler do that, $out being the file to make."""
+        find = 'for a in "$@"; do [ "$last" = -o ] && out="$a"; last="$a"; done'
+        self.compiler.write_text(f'#!/bin/sh\necho run >> "$LOG"\n{find}\n{body}\n')
+        self.compiler.chmod(0o755)
+
+    def start(self, code: str) -> subprocess.Popen[str]:
+        """A fresh process."""
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-c", code]
+        return subprocess.Popen(command, env=self.environment, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, code: str = RUN) -> str:
+        """What it prints, without its end of line; its failure is the test's."""
+        process = self.start(code)
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+        return out.strip()
+
+    @property
+    def compiled(self) -> int:
+        """How often the compiler ran."""
+        return self.log.read_text().count("run") if self.log.exists() else 0
+
+    def files(self) -> list[Path]:
+        return sorted((self.cache / "opsgraph").iterdir())
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+@needs_compiler
+def test_the_library_is_compiled_once_and_kept(home: Home) -> None:
+    first = home.run()
+    assert Path(first).parent == home.cache / "opsgraph"
+    assert home.run() == first
+    assert home.compiled == 1
+    assert stat.S_IMODE((home.cache / "opsgraph").stat().st_mode) == 0o700
+
+
+@needs_compiler
+def test_processes_that_start_together(home: Home) -> None:
+    processes = [home.start(RUN) for _ in range(4)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [p.returncode for p in processes] == [0] * 4, outputs
+    assert len({out for out, _ in outputs}) == 1
+    assert [str(path) for path in home.files()] == [outputs[0][0].strip()]
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", [b"", b"\x7fELF", None], ids=["empty", "short", "a byte off"])
+def test_a_damaged_file_is_made_again(home: Home, damage: bytes | None) -> None:
+    path = Path(home.run())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content) if damage is None else damage)
+    assert home.run() == str(path)
+    assert home.compiled == 2
+
+
+@needs_compiler
+def test_an_interrupted_compilation_leaves_no_trap(home: Home) -> None:
+    (home.cache / "opsgraph").mkdir(parents=True, mode=0o700)
+    (home.cache / "opsgraph" / "left.tmp").write_bytes(b"\x7fELF")
+    assert Path(home.run()) in home.files()
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(home: Home) -> None:
+    home.cache.write_text("a file where the directory should be")
+    path = Path(home.run())
+    assert path.parent.parent == home.temporary
+    assert home.run() == str(path)
+    assert home.compiled == 1
+
+
+@needs_compiler
+def test_nothing_is_loaded_that_others_can_write(home: Home) -> None:
+    mine = Path(home.run())
+    mine.parent.chmod(0o777)
+    other = Path(home.run())
+    assert other.parent.parent == home.temporary
+    other.parent.chmod(0o777)
+    home.script("exit 1")
+    assert "writable by others" in home.run(PLAN)
+
+
+def test_without_a_compiler_the_next_backend_runs_and_doctor_says_why(home: Home) -> None:
+    del home.environment["CXX"]
+    home.environment["PATH"] = str(home.temporary)
+    reason = "no C++ compiler: none of c++, g++ and clang++ is found"
+    assert home.run(PLAN) == reason
+    told = home.run("from opsgraph.cli import main; main(['doctor'])")
+    assert f"absent: {reason}" in told
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        ("echo 'kernels.cpp:1: error: boom' >&2; exit 1", "failed: kernels.cpp:1: error: boom"),
+        ("exit 3", "failed: exit status 3"),
+        ('echo nonsense > "$out"', "cannot load the compiled kernels"),
+    ],
+    ids=["an error", "a silent failure", "no library"],
+)
+def test_a_compiler_that_fails_is_a_reason(home: Home, body: str, reason: str) -> None:
+    home.script(body)
+    assert reason in home.run(PLAN)
+
+
+def test_a_compiler_that_is_not_there_is_a_reason(home: Home) -> None:
+    home.environment["CXX"] = "no-such-compiler -m64"
+    assert home.run(PLAN) == "no C++ compiler: CXX=no-such-compiler is not found"
+
+
+@needs_compiler
+def test_a_compiler_of_another_machine_gets_other_flags(home: Home) -> None:
+    home.script('case "$*" in *prefer-vector*|*march*) exit 1;; esac\ncp "$COMPILED" "$out"')
+    home.run()
+    assert home.compiled == 3
+
+
+FORK = """
+import os, torch
+from opsgraph.kernels.cpu import activations
+torch.set_num_threads(2)
+x = torch.randn(4096, 64)
+first = activations.activation_forward(x, "silu")[0]
+child = os.fork()
+if child == 0:
+    again = activations.activation_forward(x, "silu")[0]
+    torch.set_num_threads(1)  # PyTorch's own operators would wait for the parent's threads
+    os._exit(0 if torch.equal(first, again) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@needs_compiler
+def test_fork_after_first_use(home: Home) -> None:
+    assert home.run(FORK) == "0"
+
+
+THREADS = """
+import threading, torch
+from opsgraph.kernels.cpu import activations
+x = torch.randn(2048, 64)
+found = []
+def work():
+    torch.set_num_threads(2)
+    for _ in range(20):
+        found.append(activations.activation_backward(x, x, "gelu", want=("x", "y", "bias")))
+threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+assert len(found) == 80
+print(all(torch.equal(a, b) for made in found for a, b in zip(made, found[0])))
+"""
+
+
+@needs_compiler
+def test_threads_that_start_together(home: Home) -> None:
+    assert home.run(THREADS) == "True"
+    assert home.compiled == 1

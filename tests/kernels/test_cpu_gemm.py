@@ -1,0 +1,198 @@
+"""Matrix products in every layout, against fp64; which one is taken is given, never timed."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from opsgraph.kernels.cpu import gemm
+from opsgraph.kernels.cpu.choices import Choices
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCES = {
+    torch.float32: (1e-4, 1e-4),
+    torch.bfloat16: (2e-2, 2e-2),
+    torch.float16: (4e-3, 4e-3),
+}
+
+
+class Chooser:
+    """A measurement that answers with a given layout, and says what it was asked for."""
+
+    def __init__(self) -> None:
+        self.answer, self.asked = "mm", list[list[str]]()
+
+    def __call__(self, candidates: Mapping[str, object]) -> str:
+        self.asked.append(list(candidates))
+        return self.answer
+
+
+@pytest.fixture(autouse=True)
+def chooser(monkeypatch: pytest.MonkeyPatch) -> Chooser:
+    made = Chooser()
+    monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(gemm, "choices", Choices(list, made))
+    monkeypatch.setattr(gemm, "_chosen", {})
+    return made
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    rtol, atol = TOLERANCES[dtype]
+    assert found.dtype == dtype
+    assert found.is_contiguous()
+    size = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=atol * size)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> None:
+    dtype = x.dtype
+    x64, w64, b64, dy64 = (t.double() for t in (x, weight, bias, dy))
+    close(gemm.linear(x, weight), x64 @ w64.t(), dtype)
+    close(gemm.linear(x, weight, bias), x64 @ w64.t() + b64, dtype)
+    close(gemm.dgrad(dy, weight), dy64 @ w64, dtype)
+    added, dx = dy.flip(1), x.flip(0)
+    close(gemm.linear(x, weight, None, added), x64 @ w64.t() + added.double(), dtype)
+    close(gemm.linear(x, weight, bias, added), x64 @ w64.t() + b64 + added.double(), dtype)
+    close(gemm.dgrad(dy, weight, dx), dy64 @ w64 + dx.double(), dtype)
+    assert torch.equal(added, dy.flip(1)), "what is added was written to"
+    assert torch.equal(dx, x.flip(0)), "what is added was written to"
+    for dy_given in (dy, dy.t().contiguous().t()):
+        for x_given in (x, x.t().contiguous().t()):
+            close(gemm.wgrad(dy_given, x_given), dy64.t() @ x64, dtype)
+
+
+def operands(rows: int, depth: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    shapes = (rows, depth), (width, depth), (width,), (rows, width)
+    return tuple(torch.randn(shape).to(dtype) for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", gemm.LAYOUTS)
+def test_every_layout_equals_fp64(chooser: Chooser, name: str, dtype: torch.dtype) -> None:
+    if gemm.LAYOUTS[name].entry == "onednn" and not gemm._onednn(dtype):
+        pytest.skip(f"the library's linear does not take {dtype} here")
+    chooser.answer = name
+    check(*operands(37, 24, 40, dtype))
+    assert all(name in asked for asked in chooser.asked)
+
+
+@pytest.mark.parametrize("sizes", [(0, 8, 8), (1, 8, 8), (3, 1, 1), (1, 1, 1), (65, 7, 131)])
+@pytest.mark.parametrize("name", gemm.LAYOUTS)
+def test_odd_sizes(chooser: Chooser, name: str, sizes: tuple[int, int, int]) -> None:
+    chooser.answer = name
+    check(*operands(*sizes, torch.float32))
+
+
+@pytest.mark.parametrize("name", gemm.LAYOUTS)
+def test_strided_and_expanded_operands(chooser: Chooser, name: str) -> None:
+    chooser.answer = name
+    x, weight, bias, dy = operands(12, 24, 40, torch.float32)
+    wide = torch.randn(12, 48)
+    check(wide[:, ::2], weight, bias, dy)
+    check(wide[:, 24:], weight, bias, dy[:1].expand(12, 40))
+    check(x.t().contiguous().t(), weight.t().contiguous().t(), bias, torch.ones(()).expand(12, 40))
+    check(x[::3], torch.randn(40, 48)[:, ::2], bias.expand(40), dy[::3])
+
+
+def test_measured_once_for_each_class(chooser: Chooser) -> None:
+    x, weight, bias, dy = operands(100, 16, 24, torch.float32)
+    for rows in (100, 65, 80):  # all of them are products of 128 rows
+        gemm.linear(x[:rows], weight)
+    assert len(chooser.asked) == 1
+    gemm.linear(x[:64], weight)
+    gemm.linear(x, weight, bias)
+    gemm.dgrad(dy, weight)
+    gemm.wgrad(dy, x)
+    gemm.linear(x, weight, None, dy)
+    gemm.linear(x, weight, bias, dy)
+    gemm.dgrad(dy, weight, x)
+    assert gemm.wgrad_copies(x, 24, 16) == (False, False)
+    assert len(chooser.asked) == 8
+    gemm.linear(x.bfloat16(), weight.bfloat16())
+    assert len(chooser.asked) == 9
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        gemm.linear(x, weight)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(chooser.asked) == 10
+
+
+def test_copies_that_the_weight_gradient_wants(chooser: Chooser) -> None:
+    chooser.answer = "onednn first second"
+    assert gemm.wgrad_copies(torch.empty(64, 8), 8, 8) == (True, True)
+    chooser.answer = "mm second"
+    assert gemm.wgrad_copies(torch.empty(128, 8), 8, 8) == (False, True)
+
+
+def test_small_products_are_pytorchs_and_not_measured(chooser: Chooser, monkeypatch) -> None:
+    monkeypatch.setattr(gemm, "SMALL", 10**6)
+    x, weight, bias, dy = operands(12, 24, 40, torch.bfloat16)
+    linear = torch.nn.functional.linear
+    assert torch.equal(gemm.linear(x, weight, bias), linear(x, weight, bias))
+    assert torch.equal(gemm.linear(x, weight, bias, dy), linear(x, weight, bias) + dy)
+    assert torch.equal(gemm.linear(x, weight, None, dy), torch.addmm(dy, x, weight.t()))
+    assert torch.equal(gemm.dgrad(dy, weight), dy @ weight)
+    assert torch.equal(gemm.dgrad(dy, weight, x), torch.addmm(x, dy, weight))
+    assert torch.equal(gemm.wgrad(dy, x), dy.t() @ x)
+    assert gemm.wgrad_copies(x, 40, 24) == (False, False)
+    assert not chooser.asked
+
+
+@pytest.mark.parametrize("kind", [gemm.FORWARD, gemm.DGRAD, gemm.WGRAD])
+def test_candidates_run_the_product_that_they_are_for(kind: str, monkeypatch) -> None:
+    shapes = []
+
+    def product(_, layout, *given):
+        shapes.append(tuple(None if t is None else tuple(t.shape) for t in given))
+
+    monkeypatch.setattr(gemm, "_product", product)
+    bias, add = kind == gemm.FORWARD, kind != gemm.WGRAD
+    runs = gemm._candidates(kind, 64, 24, 16, torch.float32, bias, add)
+    assert next(iter(runs)) == "mm", "the usual one is the first"
+    for run in runs.values():
+        run()
+    expected = {
+        gemm.FORWARD: ((64, 16), (24, 16), (24,), (64, 24)),
+        gemm.DGRAD: ((64, 24), (24, 16), None, (64, 16)),
+        gemm.WGRAD: ((64, 24), (64, 16), None, None),
+    }
+    assert set(shapes) == {expected[kind]}
+    assert len(shapes) == len(runs) >= 8
+
+
+@pytest.mark.parametrize("name", gemm.LAYOUTS)
+def test_repeatable(chooser: Chooser, name: str) -> None:
+    chooser.answer = name
+    x, weight, bias, dy = operands(200, 64, 96, torch.float32)
+    for product in (
+        lambda: gemm.linear(x, weight, bias),
+        lambda: gemm.dgrad(dy, weight),
+        lambda: gemm.wgrad(dy, x),
+    ):
+        first = product()
+        assert all(torch.equal(first, product()) for _ in range(3))
+
+
+def test_fake_tensors_and_transforms_see_pytorchs_product(chooser: Chooser) -> None:
+    x, weight, bias, dy = operands(12, 24, 40, torch.float32)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in (x, weight, bias, dy)]
+        assert gemm.linear(*fake[:3]).shape == (12, 40)
+        assert gemm.dgrad(fake[3], fake[1]).shape == (12, 24)
+        assert gemm.wgrad(fake[3], fake[0]).shape == (40, 24)
+        assert gemm.wgrad_copies(fake[0], 40, 24) == (False, False)
+    many = torch.stack((x, 2 * x))
+    found = torch.func.vmap(gemm.linear, in_dims=(0, None))(many, weight)
+    torch.testing.assert_close(found, many @ weight.t())
+    assert not chooser.asked
+
+
+def test_candidates_are_on_the_cpu_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        for run in gemm._candidates(gemm.WGRAD, 8, 4, 4, torch.float32, False, False).values():
+            assert run().device.type == "cpu"

@@ -1,0 +1,164 @@
+"""Kept memory: a block is handed out again only when no tensor has it."""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from opsgraph.kernels.cpu import memory
+from opsgraph.kernels.cpu.memory import LEAST, Pool
+
+SHAPE = (LEAST // 4096, 1024)
+"""A float32 tensor of the least size."""
+
+
+@pytest.fixture(autouse=True)
+def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
+    made = Pool()
+    monkeypatch.setattr(memory, "pool", made)
+    return made
+
+
+def fresh() -> Tensor:
+    return memory.empty(SHAPE, torch.float32)
+
+
+def test_a_dead_tensors_block_is_taken_again() -> None:
+    first = fresh()
+    place = first.data_ptr()
+    del first
+    assert fresh().data_ptr() == place
+
+
+HOLDERS = {
+    "tensor": lambda t: t,
+    "row": lambda t: t[3],
+    "transpose": lambda t: t.t(),
+    "detached": lambda t: t.detach(),
+    "storage": lambda t: t.untyped_storage(),
+    "numpy": lambda t: t.numpy(),
+    "saved": lambda t: (torch.ones(1, requires_grad=True) * t).grad_fn,
+    "dlpack": torch.utils.dlpack.to_dlpack,
+    "buffer": lambda t: memoryview(t.numpy()),
+}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+def test_whatever_holds_the_memory_keeps_it(hold, pool: Pool) -> None:
+    tensor = fresh()
+    place, held = tensor.data_ptr(), hold(tensor)
+    del tensor
+    assert fresh().data_ptr() != place
+    assert pool.held() == (LEAST, LEAST)
+    del held
+    assert pool.held() == (0, 2 * LEAST)
+
+
+def test_blocks_have_exactly_the_tensors_size() -> None:
+    tensor = memory.empty((LEAST + 2,), torch.uint8)
+    assert tensor.untyped_storage().nbytes() == LEAST + 2
+    place = tensor.data_ptr()
+    del tensor
+    assert memory.empty((LEAST + 1,), torch.uint8).data_ptr() != place
+    assert memory.empty((LEAST // 2 + 1,), torch.int16).data_ptr() == place
+
+
+def test_a_small_tensor_is_no_block(pool: Pool) -> None:
+    tensor = memory.empty((3, 5), torch.bfloat16)
+    assert tensor.shape == (3, 5)
+    assert tensor.dtype == torch.bfloat16
+    assert pool.held() == (0, 0)
+
+
+def test_a_resized_or_shared_block_is_dropped(pool: Pool) -> None:
+    grown, shared = fresh(), fresh()
+    grown.resize_(SHAPE[0] * 2, SHAPE[1])
+    shared.share_memory_()
+    places = {grown.data_ptr(), shared.data_ptr()}
+    del grown, shared
+    found = [fresh(), fresh()]
+    assert not places & {t.data_ptr() for t in found}
+    assert all(t.untyped_storage().nbytes() == LEAST for t in found)
+    assert pool.held()[0] == 2 * LEAST
+
+
+def test_idle_memory_is_bounded(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "spare", LEAST)
+    for size in range(1, 30):
+        memory.empty((LEAST + size,), torch.uint8)
+        assert sum(pool.held()) <= 2 * (LEAST + size) + LEAST
+    kept = [memory.empty((LEAST,), torch.uint8) for _ in range(5)]
+    del kept
+    assert pool.held() == (0, sum(pool.held()))
+    for size in range(100, 110):  # no more than was in use at once, and the spare
+        memory.empty((LEAST + size,), torch.uint8)
+        assert sum(pool.held()) <= 7 * LEAST + 300
+
+
+def test_release_frees_what_is_idle(pool: Pool) -> None:
+    kept = fresh()
+    assert fresh() is not kept
+    pool.release()
+    assert pool.held() == (LEAST, 0)
+    assert kept.shape == SHAPE
+
+
+def test_inference_mode_and_versions() -> None:
+    with torch.inference_mode():
+        place = fresh().data_ptr()
+    normal = fresh()
+    assert normal.data_ptr() == place
+    assert not normal.is_inference()
+    before = normal._version
+    y = (torch.ones(1, requires_grad=True) * normal).sum()
+    with torch.inference_mode():
+        fresh()
+    assert normal._version == before
+    y.backward()
+
+
+def test_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        assert fresh().device.type == "cpu"
+        assert memory.empty((3,), torch.float32).device.type == "cpu"
+
+
+def test_fresh_memory_is_poisoned_where_asked() -> None:
+    fresh().zero_()
+    assert fresh().isnan().all()
+    assert (memory.empty((LEAST,), torch.int32) == torch.iinfo(torch.int32).max).all()
+    torch.use_deterministic_algorithms(False)
+    fresh().zero_()
+    assert not fresh().any()
+
+
+def test_threads_never_share_a_block() -> None:
+    wrong = []
+    begin = threading.Barrier(4)
+
+    def work(mark: int) -> None:
+        begin.wait()
+        held: list[Tensor] = []
+        for k in range(60):
+            tensor = memory.empty((LEAST,), torch.uint8)
+            tensor[::4096] = mark
+            held.append(tensor)
+            if k % 3:
+                held.pop(0)
+            wrong.extend(t for t in held if (t[::4096] != mark).any())
+            del held[:-3]
+
+    torch.use_deterministic_algorithms(False)  # poisoning costs most of the time
+    threads = [threading.Thread(target=work, args=(mark,)) for mark in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_without_torchs_count_memory_is_torchs(monkeypatch, pool: Pool) -> None:
+    monkeypatch.setattr(memory, "_use_count", None)
+    assert fresh().shape == SHAPE
+    assert pool.held() == (0, 0)
