@@ -175,7 +175,10 @@ class Space:
 
     def _refusal(self, match: Match, direction: str) -> str | None:
         program, fuser = self.program, match.fuser
+        still = program.still_forward if direction == FORWARD else program.still_backward
         for i in match.positions.values():
+            if i is not None and still[i] and program.kinds[i].training_matters:
+                return f"{program.kinds[i].__name__} does nothing in this mode"
             if i is None or not program.packed(i, "weight", direction):
                 continue
             if not fuser.quantized:

@@ -209,6 +209,25 @@ def test_dropout_keeps_the_share_it_promises(device: str) -> None:
     assert torch.equal(dropout.eval()(x), x)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fuser_takes_no_op_that_does_nothing_in_the_mode(training: bool) -> None:
+    """What drops in training must not in evaluation, although its pattern names the op."""
+
+    class DropAndAdd(og.Fuser):
+        backend, pattern = "aten", dict(drop=Dropout, add=Add)
+        saves = ("drop_seed",)
+
+        def fwd(self, x: torch.Tensor, add_other: torch.Tensor) -> Any:
+            return torch.full_like(x, 7.0), (torch.zeros((), dtype=torch.int64),)
+
+    with og.register(DropAndAdd):
+        module = og.Sequential(Dropout(0.5), Add("r")).train(training)
+        x = torch.ones(3, 4)
+        assert torch.equal(module(x, x), torch.full((3, 4), 7.0 if training else 2.0))
+        reasons = {r.reason for r in module.plan(x=x).rejected if r.name == "DropAndAdd"}
+    assert reasons == (set() if training else {"Dropout does nothing in this mode"})
+
+
 ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "width of Linear": (
         lambda: og.Sequential(Identity(), Linear(4, 3))(torch.ones(2, 5)),
