@@ -11,7 +11,8 @@ claim): whichever pass is behind advances, and an edge exists only if the two ar
 The planner knows no concrete op.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -143,23 +144,27 @@ def _pair_path(space: Space) -> list[Claim]:
             estimate[name] = keeper.cost - free, frozenset(keeper.kept)
         return estimate[name]
 
+    @cache
     def compatible(forward: Claim | None, backward: Claim | None) -> bool:
         if forward is None or backward is None:
             return True
         needs = {k for name in backward.needs for k in keeping(name)[1]}
         return not any(space.hides(forward, name) for name in needs)
 
-    def advance(gap: int, direction: str) -> Iterator[tuple[Claim | None, int, float]]:
+    @cache
+    def advance(gap: int, direction: str) -> list[tuple[Claim | None, int, float]]:
+        found: list[tuple[Claim | None, int, float]] = []
         still = program.still_forward if direction == FORWARD else program.still_backward
         if still[gap] or (direction == BACKWARD and not program.flows[gap + 1]):
-            yield None, gap + 1, 0.0
+            found.append((None, gap + 1, 0.0))
         for claim in space.starting[direction][gap]:
             cost = space.moved(claim) + 1e-3 * claim.rank
             if direction == BACKWARD:
                 if not space.admitted(claim):
                     continue
                 cost += sum(keeping(name)[0] for name in claim.needs)
-            yield claim, claim.stop, cost
+            found.append((claim, claim.stop, cost))
+        return found
 
     start: tuple[int, int, Claim | None, Claim | None] = (0, 0, None, None)
     graph, frontier, seen = nx.DiGraph(), [start], {start}
