@@ -16,7 +16,8 @@ from .errors import PlanError
 from .op import BACKWARD, FORWARD, STORED
 from .packing import Packing
 from .planner import PLANNERS, Cover
-from .program import Program, Request, Run
+from .program import Program, Request
+from .run import Run
 from .spec import Spec
 
 if TYPE_CHECKING:

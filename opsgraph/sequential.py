@@ -18,7 +18,8 @@ from .ops.linear import tell_next
 from .ops.sizes import infer_sizes
 from .plan import Plan
 from .precision import active
-from .table import Options, Stage
+from .stage import Stage
+from .table import Options
 
 
 class Plans(tuple[Plan, ...]):

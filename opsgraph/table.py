@@ -1,40 +1,25 @@
-"""Where plans are kept, and the stage that looks one up and runs it.
+"""Where plans are kept, by structure, so that equal layers plan, and compile, once.
 
-A call's key is a tuple of dtypes, sizes and flags: all that changes what is right. Tables are
-shared by every module of the same structure, so that equal layers plan, and compile, once. A table
-holds skeletons of the ops, without parameters; parameters are read from the modules at each call.
+A table holds skeletons of the ops, without parameters.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
-from functools import partial
-from operator import index
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from . import config
 from .backend import backends as known_backends
-from .dtensor import PLAIN, own_part
-from .errors import OpError, PlanError
-from .execute import PlanFunction, expose, run_compiled, run_inference
 from .fuser import registered
-from .fusers.triton_quantize import quantize_weight
-from .op import Op, constant_under_compile, weights
-from .ops.quantize import lowered
-from .ops.sizes import width_between
-from .plan import Plan, make_plan
-from .precision import active
-from .program import Request, Run
-from .quantized_parameter import QuantizedTensor
-from .quantizers import Quantized
+from .op import weights
+from .plan import Plan
+from .run import Run
 from .scaling import Scaling
-from .spec import ROWS, Spec, row
 
 Key = tuple[Any, ...]
 
@@ -93,7 +78,7 @@ def _hashable(value: Any) -> Any:
     return value
 
 
-def _table_for(run: Run, options: Options) -> PlanTable:
+def table_for(run: Run, options: Options) -> PlanTable:
     """The shared table of this structure; one of its own where a setting cannot be compared."""
     options.config = config.read()
     try:
@@ -123,309 +108,3 @@ def _shape(weight: Tensor | None) -> Any:
     if weight is None or isinstance(weight, UninitializedParameter):
         return None
     return tuple(weight.shape)
-
-
-def _first_collective(run: Run) -> int | None:
-    return next((i for i, kind in enumerate(run.kinds) if kind.collective), None)
-
-
-def _lead(lead: torch.Size, ratio: tuple[int, int]) -> torch.Size:
-    """Leading dimensions after ranks have exchanged rows: the first one is scaled."""
-    up, down = ratio
-    if up == down or not lead:
-        return lead
-    return torch.Size((lead[0] * up // down, *lead[1:]))
-
-
-class Stage:
-    """A run of consecutive ops of a Sequential, with the parameters it reads."""
-
-    def __init__(
-        self,
-        ops: Sequence[Op],
-        labels: Sequence[str],
-        options: Options,
-        known: Iterable[str] = (),
-        later: Iterable[str | None] = (),
-        recipe: int | None = None,
-    ) -> None:
-        if recipe is not None and options.double_backward:
-            raise PlanError("double_backward: a recipe's rounding has no derivative; got both")
-        lower = None if recipe is None else partial(lowered, recipe)
-        run = Run(ops, labels, known, later, lower)
-        run.verify_weights()
-        if options.double_backward and (i := _first_collective(run)) is not None:
-            raise PlanError(
-                f"{run.labels[i]}: it exchanges tensors with other ranks, and has no "
-                "second derivative; expected double_backward=False"
-            )
-        self.inputs, self.outputs = run.inputs, run.outputs
-        self.row_dims = [self._row_dims(run, i, name) for i, name, _ in run.inputs]
-        self.ratios = [factor.as_integer_ratio() for factor in run.factors]
-        self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
-        self.slots = [run.ops[i].home(name) for i, name in run.slots]
-        self.modes = [
-            op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
-        ]
-        self.real = run.ops
-        self.packers = {run.slots.index(slot): q for slot, q in run.quantizers.items()}
-        self.states: dict[int, Scaling] = {}
-        """The delayed scaling of each quantized weight, and of the layer that it belongs to."""
-        for k, quantizer in self.packers.items():
-            state = run.ops[run.slots[k][0] - 1].home("scale")[0]
-            if quantizer.delayed and isinstance(state, Scaling):
-                self.states[k] = state
-        self.table = _table_for(run, options)
-        self.plans = self.table.plans
-        self.triton = "triton" in options.order and known_backends()["triton"].why_not() is None
-        self.ops = self.table.ops
-        self.double_backward, self.queue = options.double_backward, options.queue
-        self.eager_only = self._eager_only(options)
-
-    @staticmethod
-    def _row_dims(run: Run, i: int, name: str) -> int | None:
-        """Of an extra input: 2 for `[*, width]`, 1 for `[*]`, None where the op checks itself."""
-        edge = row(1, torch.float32, torch.device("cpu"))
-        spec = run.kinds[i].extra_spec(run.ops[i], name, edge)
-        return None if spec is None else len(spec.shape)
-
-    def _eager_only(self, options: Options) -> str | None:
-        """Why the stage cannot run under torch.compile, or None."""
-        if options.more.get("delay_wgrad_compute"):
-            return "delay_wgrad_compute queues gradients, which torch.compile cannot see"
-        if any(getattr(op, "accumulate_into_main_grad", False) for op in self.real):
-            return "accumulating into main_grad writes a tensor that torch.compile cannot see"
-        return None
-
-    def quantize(self, plan: Plan, weights: Sequence[Tensor | None]) -> list[Tensor]:
-        """The parts of the quantized weights that a plan takes, made of the weights as they are."""
-        found: list[Tensor] = []
-        for k, copies in plan.specs.packed:
-            weight, quantizer = weights[k], self.packers[k]
-            assert weight is not None
-            made = self._quantized(k, weight.detach(), copies)
-            for copy in copies:
-                found += quantizer.parts(made, copy)
-        return found
-
-    def _quantized(self, k: int, weight: Tensor, copies: tuple[str, ...]) -> Quantized:
-        """One weight quantized, or what the first microbatch made of it."""
-        first, quantizer, (owner, name) = active.first_microbatch, self.packers[k], self.slots[k]
-        if isinstance(weight, QuantizedTensor):
-            if (held := weight.copies(quantizer, copies)) is not None:
-                return held
-            weight = weight.dequantize()
-        kept = {} if first is None else owner.__dict__.setdefault("_quantized_weights", {})
-        if first is False and (name, quantizer, copies) in kept:
-            return kept[name, quantizer, copies]  # type: ignore[no-any-return]
-        scale, state = None, self.states.get(k)
-        if state is not None:
-            state.record("weight", quantizer.amax(weight))
-            scale = state.weight
-        quantize = partial(quantize_weight, quantizer) if self.triton else quantizer
-        made: Quantized = quantize(weight, copies, scale)
-        kept[name, quantizer, copies] = made
-        return made
-
-    def record(self, plan: Plan, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Note the amaxes of activations, which follow the outputs; returns these."""
-        count = len(outputs) - plan.specs.reports
-        for state, amax in zip(self.states.values(), outputs[count:], strict=True):
-            state.record("activation", amax)
-        return outputs[:count]
-
-    def seen_gradients(self, plan: Plan) -> list[Tensor]:
-        """Where to note the amaxes of gradients: the layers' `amax_backward`."""
-        first = len(plan.specs.names) - len(self.slots) - len(plan.specs.parts)
-        states = (self.slots[k - first][0] for k in plan.specs.reported)
-        return [state.amax_backward for state in states]  # type: ignore[misc]
-
-    def delay(self, plan: Plan, found: Any, saved: Sequence[Tensor]) -> Any:
-        """Queue what the delayed function needs; returns the gradients there are already."""
-        gradients, later = found
-        self.queue.append((self, plan, later, saved))
-        return gradients
-
-    def run_delayed(self, plan: Plan, later: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
-        """Compute delayed weight gradients and add them to the parameters' `.grad`."""
-        assert plan.run_delayed is not None
-        homes = {
-            f"{n}{self.table.run.numbers[i]}": home
-            for (i, n), home in zip(self.table.run.slots, self.slots, strict=True)
-        }
-        with torch.no_grad():
-            found = plan.run_delayed(self.ops, *later, *saved)
-            for name, gradient in zip(plan.specs.delayed, found, strict=True):
-                weight = getattr(*homes[name])
-                if type(weight) not in PLAIN:
-                    got = f"{homes[name][1]} as a {type(weight).__name__}"
-                    raise OpError("backward_dw", got, "a plain parameter")
-                if gradient is not None:
-                    gradient = gradient.to(weight.dtype)
-                    weight.grad = gradient if weight.grad is None else weight.grad + gradient
-
-    def weights(self) -> list[Tensor | None]:
-        """The parameters as they are now; a parametrized one is an attribute only."""
-        found: list[Tensor | None] = [module._parameters.get(name) for module, name in self.slots]
-        for k, weight in enumerate(found):
-            if weight is None:
-                found[k] = weight = getattr(*self.slots[k])
-            if type(weight) not in PLAIN and weight is not None:
-                found[k] = own_part(*self.slots[k], weight)
-        return found
-
-    def key(self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Key:
-        """All that changes what is right for a call."""
-        grad = torch.is_grad_enabled() and not self.double_backward
-        device = x.device
-        kind = device.type
-        autocast = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-        compute = torch.get_autocast_dtype(kind) if autocast else None
-        # index(): under torch.compile a width that varied is symbolic, and no part of a key.
-        width = index(x.shape[-1])
-        parts = [x.dtype, width, kind, device.index, grad and x.requires_grad, compute]
-        for w in weights:
-            if w is None:
-                parts.append(None)
-            else:
-                parts += (w.dtype, grad and w.requires_grad, w.device == device)
-        for e in extras:
-            last = index(e.shape[-1]) if e.dim() else 0
-            same = e.device == device
-            parts += (e.dtype, e.dim() - x.dim(), last, grad and e.requires_grad, same)
-        for op in self.modes:
-            parts.append(op.training)
-        return tuple(parts)
-
-    def example_extras(self, x: Tensor) -> list[Tensor]:
-        """Extra inputs of the right shapes for an input, uninitialized."""
-        run, rows = self.table.run, x.numel() // max(1, x.shape[-1])
-        edge, found, lead = row(x.shape[-1], x.dtype, x.device), [], x.shape[:-1]
-        specs = [edge]
-        for kind, op in zip(run.kinds, self.real, strict=True):
-            specs.append(kind.out(op, specs[-1]))
-        for (i, name, _), dims in zip(run.inputs, self.row_dims, strict=True):
-            up, down = self.ratios[i]
-            extra = run.kinds[i].example_extra(self.real[i], name, specs[i], rows * up // down)
-            more = _lead(lead, self.ratios[i])
-            shape = extra.shape if dims is None else (*more, *extra.shape[1:])
-            found.append(extra.view(shape))
-        return found
-
-    def ensure(self, key: Key, extras: int) -> None:
-        """Plan for a key, unless that was done."""
-        with config.lock:
-            if key not in self.plans:
-                self.plans[key] = self._make(key, extras)
-
-    def _make(self, key: Key, extras: int) -> Plan:
-        run, options = self.table.run, self.table.options
-        device = torch.device(key[2], key[3])
-        gradients = {"x0"} if key[4] else set()
-        rest = iter(key[6:])
-        found: dict[tuple[int, str], Spec | None] = {}
-        for (i, name), weight in zip(run.slots, self.weights(), strict=True):
-            dtype = next(rest)
-            found[i, name] = None
-            if dtype is None:
-                continue
-            assert weight is not None
-            wanted, same = next(rest), next(rest)
-            there = device if same else weight.device
-            found[i, name] = Spec(tuple(weight.shape), dtype, there)
-            if wanted:
-                gradients.add(f"{name}{run.numbers[i]}")
-        specs = []
-        for (i, name, _), dims in zip(run.inputs[:extras], self.row_dims, strict=False):
-            dtype, more, last, wanted, same = (next(rest) for _ in range(5))
-            shape = {0: (ROWS, last), -1: (ROWS,)}.get(more, (last,))
-            if dims is None:
-                shape = (last,)
-            specs.append(Spec(shape, dtype, device if same else torch.device("meta")))
-            if wanted:
-                gradients.add(f"{name}{run.numbers[i]}")
-        modes = {id(op): next(rest) for op in self.modes}
-        request = Request(
-            row(key[1], key[0], device),
-            tuple(specs),
-            found,
-            frozenset(gradients),
-            tuple(modes.get(id(op), False) for op in self.real),
-            key[5],
-            options.more,
-        )
-        return make_plan(run, request, options.order, options.planner, options.config)
-
-    def plan(self, training: bool, x: Tensor | None) -> Plan:
-        """The plan for an example input, by default one in the parameters' dtype and device."""
-        weights = self.weights()
-        if x is None:
-            x = self._example(weights)
-        x = x.detach().requires_grad_(training)
-        extras = self.example_extras(x)
-        for extra in extras:
-            extra.requires_grad_(training and extra.is_floating_point())
-        with torch.set_grad_enabled(training):
-            key = self.key(x, extras, weights)
-        self.ensure(key, len(extras))
-        return self.plans[key]
-
-    def _example(self, weights: Sequence[Tensor | None]) -> Tensor:
-        width = width_between(self.real)
-        if width is None:
-            raise PlanError(f"{self.table.run.labels[0]}: got no width to plan for, expected x")
-        there = [w for w in weights if w is not None]
-        like = next((w for w in there if w.dim() > 1), there[0] if there else torch.empty(0))
-        return torch.empty(2, width, dtype=like.dtype, device=like.device)
-
-    def _check_rows(self, x: Tensor, extras: Sequence[Tensor]) -> None:
-        """Raises OpError for an extra input whose rows are not those of x."""
-        for (i, name, _), extra, dims in zip(self.inputs, extras, self.row_dims, strict=True):
-            lead = _lead(x.shape[:-1], self.ratios[i])
-            if dims is None or extra.shape[: len(lead)] == lead:
-                continue
-            expected = (*lead, extra.shape[-1]) if dims == 2 else tuple(lead)
-            got = f"{name} of shape {tuple(extra.shape)}"
-            raise OpError(self.table.run.labels[i], got, f"{expected}")
-
-    def __call__(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
-        if extras:
-            self._check_rows(x, extras)
-        weights = self.weights()
-        key = self.key(x, extras, weights)
-        if torch.compiler.is_compiling():
-            return self._compiled(key, x, extras, weights)
-        plan = self.plans.get(key)
-        if plan is None:
-            self.ensure(key, len(extras))
-            plan = self.plans[key]
-        if plan.specs.packed:
-            weights = [*weights, *self.quantize(plan, weights)]
-        if plan.specs.training:
-            return PlanFunction.apply(plan, self, len(extras), x, *extras, *weights)  # type: ignore[no-untyped-call]
-        return run_inference(plan, self, len(extras), (x, *extras, *weights))
-
-    @constant_under_compile
-    def _expose(self, key: Key, extras: int) -> str:
-        """Plan while Dynamo traces. A method: Dynamo guards which object a function is given."""
-        self.ensure(key, extras)
-        plan = self.plans[key]
-        expose(plan, self.ops)
-        setattr(self.table.exposed, plan.handle, plan)
-        return plan.handle
-
-    def _compiled(
-        self, key: Key, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
-    ) -> Any:
-        if self.eager_only is not None:
-            raise PlanError(self.eager_only)
-        plan = getattr(self.table.exposed, self._expose(key, len(extras)))
-        if self.double_backward:  # traced through, for autograd to see the ops
-            return run_inference(plan, self, len(extras), (x, *extras, *weights))
-        if plan.specs.packed:
-            if any(isinstance(weight, QuantizedTensor) for weight in weights):
-                raise PlanError("torch.compile cannot see into weights of quantized_model_init")
-            if active.first_microbatch is not None:
-                raise PlanError("is_first_microbatch keeps weights that torch.compile cannot see")
-            weights = [*weights, *self.quantize(plan, weights)]
-        return run_compiled(plan, self, len(extras), (x, *extras, *weights))

@@ -26,8 +26,9 @@ from opsgraph.ops import (
     SwiGLU,
     Tee,
 )
-from opsgraph.program import Program, Request, Run
+from opsgraph.program import Program, Request
 from opsgraph.recompute import Keeper
+from opsgraph.run import Run
 from opsgraph.spec import row
 
 pytestmark = pytest.mark.usefixtures("without_cpu_backend")
