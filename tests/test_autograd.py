@@ -299,6 +299,23 @@ def test_backward_in_another_thread() -> None:
     assert_equal([p.grad for p in module.parameters()], gradients(module, x)[1:])
 
 
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
+def test_the_default_device_is_not_where_results_go(norm: type[og.Op]) -> None:
+    torch.manual_seed(0)
+    module = og.Sequential(norm(6), Linear(6, 8), SwiGLU(), Linear(4, 6))
+    x, dy = torch.randn(5, 6), torch.randn(5, 6)
+
+    def run() -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        y = module(leaf)
+        return [y.detach(), *torch.autograd.grad(y, [leaf, *module.parameters()], dy)]
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+    assert_equal(found, expected)
+
+
 def test_a_forked_process_uses_and_makes_plans() -> None:
     context = multiprocessing.get_context("fork")
     module, x, results = mlp(), torch.randn(5, 6), context.SimpleQueue()

@@ -122,7 +122,7 @@ def activation_backward(
     width = total // 2 if gated else total
     dx = empty((rows, total), dtype) if "x" in want else None
     y = empty((rows, width), dtype) if "y" in want else None
-    dbias = torch.empty(total, dtype=torch.float32) if "bias" in want else None
+    dbias = torch.empty(total, dtype=torch.float32, device="cpu") if "bias" in want else None
     if rows and width:
         dy, dy_stride = rows_of(dy, (rows, width), dtype)
         x, stride = rows_of(x, (rows, total), dtype)

@@ -22,7 +22,7 @@ _FP32 = torch.float32
 
 
 def _column(x: Tensor) -> Tensor:
-    return torch.empty((x.size(0), 1), dtype=_FP32)
+    return torch.empty((x.size(0), 1), dtype=_FP32, device="cpu")
 
 
 def _forward(
@@ -62,9 +62,9 @@ def _backward(
     y = empty(shape, dtype) if "y" in want or y_t is not None else None
     dweight = dbias = None
     if "weight" in want and weight is not None:
-        dweight = torch.empty(width, dtype=_FP32)
+        dweight = torch.empty(width, dtype=_FP32, device="cpu")
     if "bias" in want and bias is not None:
-        dbias = torch.empty(width, dtype=_FP32)
+        dbias = torch.empty(width, dtype=_FP32, device="cpu")
     if rows and width:
         dy, dy_stride = rows_of(dy, shape, dtype)
         x, stride = rows_of(x, shape, dtype)

@@ -20,7 +20,7 @@ Scales run along rows. The copy that contracts over x's rows is the quantizer of
 import torch
 from torch import Tensor
 
-from .dropout import _MASK, _mix
+from .dropout import MASK, mix
 from .quantize import E4M3, FP8_MAX, FP32_MAX, block_amax, cast, quotient, spread
 
 BLOCK = 16
@@ -104,11 +104,11 @@ def unpack(data: Tensor, cols: int) -> Tensor:
 
 def uniform(seed: Tensor, rows: int, cols: int) -> Tensor:
     """fp32 multiples of 2^-24 in [0, 1): the hash of (seed, flat index) that `dropout` uses."""
-    first = _mix(seed.reshape(()) & _MASK)
-    second = _mix(((seed.reshape(()) >> 32) & _MASK) ^ first)
+    first = mix(seed.reshape(()) & MASK)
+    second = mix(((seed.reshape(()) >> 32) & MASK) ^ first)
     index = torch.arange(rows * cols, device=seed.device)
-    h = _mix((index & _MASK) ^ first)
-    h = _mix(h ^ (index >> 32) ^ second)
+    h = mix((index & MASK) ^ first)
+    h = mix(h ^ (index >> 32) ^ second)
     return ((h & 0xFFFFFF).float() * 2.0**-24).view(rows, cols)
 
 
