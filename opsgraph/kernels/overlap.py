@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .reference.collectives import start_all_gather, start_reduce_scatter, wait
+from .reference.collectives import Pending, start_all_gather, start_reduce_scatter, wait
 
 PIECES = 4
 """Into how many pieces a collective is cut at most."""
@@ -80,7 +80,6 @@ def matmul_all_reduce(x: Tensor, b: Tensor, group: str) -> Tensor:
     return y
 
 
-def start_all_reduce_in_place(y: Tensor, group: str) -> Tensor:
+def start_all_reduce_in_place(y: Tensor, group: str) -> Pending:
     """Put the sum over ranks into y, which nobody else may hold. To be waited for."""
-    reduced: Tensor = torch.ops._c10d_functional.all_reduce_(y, "sum", group)
-    return reduced
+    return Pending(torch.ops._c10d_functional.all_reduce_(y, "sum", group), y)

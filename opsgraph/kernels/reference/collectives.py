@@ -5,33 +5,42 @@ started, which never writes to x, and waited for; between the two its result mus
 Ranks are in the group's order. Gradients are those of the plan: these functions record none.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-def start_all_gather(x: Tensor, group: str, group_size: int) -> Tensor:
+class Pending(NamedTuple):
+    """An exchange that was started. What is sent must live until it is over."""
+
+    result: Tensor
+    sent: Tensor
+
+
+def start_all_gather(x: Tensor, group: str, group_size: int) -> Pending:
     """Every rank's `[rows, *]`, one below the other: `[group_size * rows, *]`. To be waited for."""
     ops = torch.ops._c10d_functional
-    gathered: Tensor = ops.all_gather_into_tensor(x.contiguous(), group_size, group)
-    return gathered
+    x = x.contiguous()
+    return Pending(ops.all_gather_into_tensor(x, group_size, group), x)
 
 
-def start_reduce_scatter(x: Tensor, group: str, group_size: int) -> Tensor:
+def start_reduce_scatter(x: Tensor, group: str, group_size: int) -> Pending:
     """This rank's `[rows / group_size, *]` of the sum over ranks. To be waited for."""
     ops = torch.ops._c10d_functional
-    scattered: Tensor = ops.reduce_scatter_tensor(x.contiguous(), "sum", group_size, group)
-    return scattered
+    x = x.contiguous()
+    return Pending(ops.reduce_scatter_tensor(x, "sum", group_size, group), x)
 
 
-def start_all_reduce(x: Tensor, group: str) -> Tensor:
+def start_all_reduce(x: Tensor, group: str) -> Pending:
     """The sum over ranks, of x's shape. To be waited for."""
-    reduced: Tensor = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group)
-    return reduced
+    x = x.contiguous()
+    return Pending(torch.ops._c10d_functional.all_reduce(x, "sum", group), x)
 
 
-def wait(pending: Tensor) -> Tensor:
+def wait(pending: Pending) -> Tensor:
     """The result of an exchange, once it is there; on a GPU, for what follows on the stream."""
-    done: Tensor = torch.ops._c10d_functional.wait_tensor(pending)
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(pending.result)
     return done
 
 
