@@ -1,14 +1,14 @@
 """Fair timing of several candidates: they take turns, and each is judged by its median."""
 
 import gc
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from opsgraph.kernels.cpu.choices import cpu_model
 
 
 def alternate(
@@ -54,16 +54,7 @@ def _sample(function: Callable[[], Any], inner: int, synchronize: Callable[[], A
 
 def machine() -> str:
     """CPU (and GPU) model, threads that PyTorch uses, and its version."""
-    parts = [_processor(), f"{torch.get_num_threads()} thread(s)"]
+    parts = [cpu_model(), f"{torch.get_num_threads()} thread(s)"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return ", ".join((*parts, f"torch {torch.__version__}"))
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

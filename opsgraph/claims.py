@@ -128,7 +128,7 @@ class Space:
 
     def _fused(self, fusers: list[Fuser], direction: str) -> Iterator[Claim]:
         program = self.program
-        still = program.still_forward if direction == FORWARD else program.still_backward
+        still = program.still(direction)
         crossed = [
             flag and not (direction == BACKWARD and kind.passes)
             for flag, kind in zip(still, program.kinds, strict=True)
@@ -151,7 +151,7 @@ class Space:
 
     def _references(self, direction: str) -> Iterator[Claim]:
         program = self.program
-        still = program.still_forward if direction == FORWARD else program.still_backward
+        still = program.still(direction)
         for i, kind in enumerate(program.kinds):
             if not still[i] and (direction == FORWARD or program.flows[i + 1]):
                 if direction == BACKWARD and self._delays(i) and not kind.wgrad:
@@ -175,7 +175,7 @@ class Space:
 
     def _refusal(self, match: Match, direction: str) -> str | None:
         program, fuser = self.program, match.fuser
-        still = program.still_forward if direction == FORWARD else program.still_backward
+        still = program.still(direction)
         for i in match.positions.values():
             if i is not None and still[i] and program.kinds[i].training_matters:
                 return f"{program.kinds[i].__name__} does nothing in this mode"

@@ -90,7 +90,7 @@ class Writer:
     def compare_ranks(self, claim: Claim, x: str) -> None:
         """Under OPSGRAPH_CHECK, compare ranks before a step that exchanges tensors."""
         program = self.program
-        still = program.still_forward if claim.direction == FORWARD else program.still_backward
+        still = program.still(claim.direction)
         talks = [i for i in claim.ops if program.kinds[i].collective and not still[i]]
         if not self.check or not talks:
             return

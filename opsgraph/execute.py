@@ -65,16 +65,14 @@ class PlanFunction(torch.autograd.Function):
         ctx.lead = None if x.dim() == 2 else [t.shape for t in tensors[: extras + 1]]
         if ctx.lead is None and not plan.specs.autocast:
             outputs, saved = plan.run_forward(ops, *tensors)
-            if plan.specs.reports:
-                outputs = stage.record(plan, outputs)
         else:
             inputs = flattened(plan, tensors)
             with without_autocast(x.device.type):
                 outputs, saved = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])
-            if plan.specs.reports:
-                outputs = stage.record(plan, outputs)
-            if ctx.lead is not None:
-                outputs = unflattened(plan, outputs, x.shape)
+        if plan.specs.reports:
+            outputs = stage.record(plan, outputs)
+        if ctx.lead is not None:
+            outputs = unflattened(plan, outputs, x.shape)
         ctx.save_for_backward(*saved)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -88,15 +86,11 @@ class PlanFunction(torch.autograd.Function):
         plan = ctx.plan
         taken = [others[k - 1] for k in plan.specs.taps]
         with without_autocast(dy.device.type):
-            if ctx.lead is None:
-                found = plan.run_backward(ctx.stage.ops, dy, *taken, *ctx.saved_tensors)
-                if plan.run_delayed is not None:
-                    found = ctx.stage.delay(plan, found, ctx.saved_tensors)
-            else:
-                grads = [flat(g, 2) for g in (dy, *taken)]
-                found = plan.run_backward(ctx.stage.ops, *grads, *ctx.saved_tensors)
-                if plan.run_delayed is not None:
-                    found = ctx.stage.delay(plan, found, ctx.saved_tensors)
+            grads = (dy, *taken) if ctx.lead is None else [flat(g, 2) for g in (dy, *taken)]
+            found = plan.run_backward(ctx.stage.ops, *grads, *ctx.saved_tensors)
+            if plan.run_delayed is not None:
+                found = ctx.stage.delay(plan, found, ctx.saved_tensors)
+            if ctx.lead is not None:
                 found = list(found)
                 for k, shape in enumerate(ctx.lead):
                     found[k] = None if found[k] is None else found[k].view(shape)

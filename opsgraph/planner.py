@@ -154,7 +154,7 @@ def _pair_path(space: Space) -> list[Claim]:
     @cache
     def advance(gap: int, direction: str) -> list[tuple[Claim | None, int, float]]:
         found: list[tuple[Claim | None, int, float]] = []
-        still = program.still_forward if direction == FORWARD else program.still_backward
+        still = program.still(direction)
         if still[gap] or (direction == BACKWARD and not program.flows[gap + 1]):
             found.append((None, gap + 1, 0.0))
         for claim in space.starting[direction][gap]:

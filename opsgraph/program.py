@@ -91,6 +91,10 @@ class Program:
         """The number of lowered ops."""
         return len(self.kinds)
 
+    def still(self, direction: str) -> list[bool]:
+        """Which ops do nothing in a pass."""
+        return self.still_forward if direction == FORWARD else self.still_backward
+
     def name(self, name: str, i: int) -> str:
         """What something of op i is called: `rstd1`, `weight3`, `scaleq3`."""
         return f"{name}{self.numbers[i]}"

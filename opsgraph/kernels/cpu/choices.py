@@ -57,7 +57,7 @@ def _seconds(run: Run) -> float:
 
 
 @cache
-def _model() -> str:
+def cpu_model() -> str:
     """The CPU's model as the system names it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -69,7 +69,7 @@ def _model() -> str:
 
 def cache_files() -> list[Path]:
     """Where this machine's choices may be kept, in order."""
-    what = (_model(), torch.__version__, torch.backends.cpu.get_cpu_capability())
+    what = (cpu_model(), torch.__version__, torch.backends.cpu.get_cpu_capability())
     name = f"gemm-{sha256(repr(what).encode()).hexdigest()[:16]}.json"
     return [directory / name for directory in directories()]
 
