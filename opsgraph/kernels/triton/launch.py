@@ -46,7 +46,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any)
         compiled[grid + (1, 1)[: 3 - len(grid)]](*operands, *rest)
         return
     compiled = kernel[grid](*operands, **constants)
-    if isinstance(kernel, triton.JITFunction) and compiled.metadata.target.backend == "cuda":
+    if not isinstance(kernel, triton.JITFunction) or compiled is None:
+        return  # interpreted, or only looked at
+    if compiled.metadata.target.backend == "cuda":
         names = kernel.arg_names[len(operands) :]
         _launchable[key] = compiled, tuple(constants[name] for name in names)
 
