@@ -178,9 +178,25 @@ def test_a_compiler_that_is_not_there_is_a_reason(home: Home) -> None:
 
 @needs_compiler
 def test_a_compiler_of_another_machine_gets_other_flags(home: Home) -> None:
-    home.script('case "$*" in *prefer-vector*|*march*) exit 1;; esac\ncp "$COMPILED" "$out"')
+    home.script('case "$*" in *prefer-vector*|*mtune*) exit 1;; esac\ncp "$COMPILED" "$out"')
     home.run()
     assert home.compiled == 3
+
+
+def test_a_compiler_that_is_told_the_machine_gets_no_other(home: Home) -> None:
+    home.environment["CXX"] += " -march=x86-64-v3"
+    home.script('echo "error: $*" >&2; exit 1')
+    told = home.run(PLAN)
+    assert "-march=x86-64-v3" in told
+    assert "native" not in told
+    assert home.compiled == 1
+
+
+def test_a_compiler_that_does_not_end_is_a_reason(home: Home) -> None:
+    home.script("exec sleep 60")
+    code = "from opsgraph.kernels.cpu import build; build.TIMEOUT = 1; print(build.why_not())"
+    assert home.run(code) == f"the C++ compiler {home.compiler} did not end within 1 s"
+    assert home.compiled == 1
 
 
 FORK = """

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "source"
@@ -26,13 +26,13 @@ FLAGS = (
     "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
     "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd",
 )  # fmt: skip
-TARGETS = (
-    ("-march=native", "-mprefer-vector-width=512"),
-    ("-march=native",),
-    ("-mcpu=native",),
-    (),
-)
-"""Flags for this machine's vectors; the first that the compiler takes."""
+# On ARM the vectors are those that all of them have, NEON's: for SVE's, whose length it does not
+# know, GCC leaves sums scalar.
+TARGETS = (("-march=native", "-mprefer-vector-width=512"), ("-mtune=native",), ())
+"""Flags for this machine's vectors: on x86, on ARM, elsewhere; the first that the compiler takes.
+
+A compiler's command that names a machine itself (-march, -mcpu) gets none of them.
+"""
 TIMEOUT = 300
 """Seconds after which a compiler counts as one that does not work."""
 
@@ -68,7 +68,10 @@ def why_not() -> str | None:
 
 
 def compiler() -> list[str]:
-    """The command of the C++ compiler: `$CXX`, or the first of c++, g++ and clang++ there is."""
+    """The command of the C++ compiler: `$CXX`, or the first of c++, g++ and clang++ there is.
+
+    `$CXX` may have arguments. Raises BuildError.
+    """
     given = shlex.split(os.environ.get("CXX", ""))
     for name in [given[0]] if given else ["c++", "g++", "clang++"]:
         path = shutil.which(name)
@@ -128,24 +131,28 @@ def _build(command: list[str], key: str, directory: Path) -> Path:
     handle, name = tempfile.mkstemp(suffix=".tmp", dir=directory)
     os.close(handle)
     try:
-        reasons = []
-        for target in TARGETS:
+        for target in _targets(command):
             reason = _compile([*command, *FLAGS, *target, str(SOURCES / "kernels.cpp"), "-o", name])
             if reason is None:
                 path = directory / f"kernels-{key}-{_digest(Path(name))}.so"
                 os.replace(name, path)
                 return path
-            reasons.append(reason)
-        raise BuildError(f"the C++ compiler {command[0]} failed: {reasons[0]}")
+        raise BuildError(f"the C++ compiler {command[0]} failed: {reason}")
     finally:
         Path(name).unlink(missing_ok=True)
 
 
+def _targets(command: list[str]) -> Sequence[tuple[str, ...]]:
+    return ((),) if any(a.startswith(("-march", "-mcpu")) for a in command) else TARGETS
+
+
 def _compile(command: list[str]) -> str | None:
-    """Run the compiler; returns the first error that it prints, or None."""
+    """Run the compiler; returns the first error that it prints, or None. Raises BuildError."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:  # with other flags it would not end either
+        raise BuildError(f"the C++ compiler {command[0]} did not end within {TIMEOUT} s") from error
+    except OSError as error:
         return str(error)
     if run.returncode == 0:
         return None
