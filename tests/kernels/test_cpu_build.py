@@ -285,11 +285,13 @@ def test_without_a_compiler_the_next_backend_runs_and_doctor_says_why(home: Home
     "body, reason",
     [
         ("echo 'kernels.cpp:1: error: boom' >&2; exit 1", "failed: kernels.cpp:1: error: boom"),
+        (r"printf '\344: error: boom' >&2; exit 1", "failed: .: error: boom"),
+        ('[ "$LC_ALL" = C ] && echo in English >&2; exit 1', "failed: in English"),
         ("exit 3", "failed: exit status 3"),
         ('echo nonsense > "$out"', "file too short"),
         ("exit 0", "No such file or directory: .*kernels.so"),
     ],
-    ids=["an error", "a silent failure", "no library", "nothing"],
+    ids=["an error", "no text", "in English", "a silent failure", "no library", "nothing"],
 )
 def test_a_compiler_that_fails_is_a_reason(here: Home, body: str, reason: str) -> None:
     here.script(body)

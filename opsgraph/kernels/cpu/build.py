@@ -170,7 +170,10 @@ def _targets(command: list[str]) -> Sequence[tuple[str, ...]]:
 def _compile(command: list[str]) -> str | None:
     """Run the compiler; returns the first error that it prints, or None. Raises BuildError."""
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        run = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False,
+            env={**os.environ, "LC_ALL": "C"},  # in English: errors are found by that word
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:  # with other flags it would not end either
         raise BuildError(f"the C++ compiler {command[0]} did not end within {TIMEOUT} s") from error
     except OSError as error:
