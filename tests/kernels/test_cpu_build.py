@@ -1,14 +1,17 @@
 """The library of the CPU's kernels: first use by many, bad caches, compilers that are not there.
 
 A script that hands out the library compiled already stands for the compiler, but for what needs
-none: so each test takes a process, not a compilation.
+none: so a test takes a process at most, not a compilation.
 """
 
+import errno
 import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +95,15 @@ def home(tmp_path: Path) -> Home:
     return Home(tmp_path)
 
 
+@pytest.fixture
+def here(home: Home, monkeypatch: Any) -> Home:
+    """The same for this very process."""
+    for name, value in home.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tempfile, "tempdir", str(home.temporary))
+    return home
+
+
 @needs_compiler
 def test_the_library_is_compiled_once_and_kept(home: Home) -> None:
     first = home.run()
@@ -112,13 +124,15 @@ def test_processes_that_start_together(home: Home) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("damage", [b"", b"\x7fELF", None], ids=["empty", "short", "a byte off"])
-def test_a_damaged_file_is_made_again(home: Home, damage: bytes | None) -> None:
-    path = Path(home.run())
+def test_a_damaged_file_is_made_again(here: Home, damage: bytes | None) -> None:
+    path = Path(build._load()._name)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
+    path.unlink()  # it is mapped here
     path.write_bytes(bytes(content) if damage is None else damage)
-    assert home.run() == str(path)
-    assert home.compiled == 2
+    path.chmod(0o600)
+    assert build._load()._name == str(path)
+    assert here.compiled == 2
 
 
 @needs_compiler
@@ -144,8 +158,118 @@ def test_nothing_is_loaded_that_others_can_write(home: Home) -> None:
     other = Path(home.run())
     assert other.parent.parent == home.temporary
     other.parent.chmod(0o777)
-    home.script("exit 1")
     assert "writable by others" in home.run(PLAN)
+
+
+@needs_compiler
+def test_no_library_is_loaded_that_others_made_or_can_write(here: Home, monkeypatch: Any) -> None:
+    """Of those in our own directory, on any way that they may have come there."""
+    path = Path(build._load()._name)
+    assert build._intact(path)
+    path.chmod(0o666)
+    assert not build._intact(path), "others can write it"
+    assert Path(build._load()._name) == path, "it is made again in its place"
+    assert here.compiled == 2
+    assert build._intact(path)
+    link = path.with_name(f"link{path.name}")
+    link.symlink_to(path)
+    assert not build._intact(link), "a link leads anywhere"
+    here.cache.chmod(0o777)
+    assert not build._intact(path), "others can put another directory there"
+    here.cache.chmod(0o1777)
+    assert build._intact(path), "not where it is sticky"
+    monkeypatch.setattr(
+        Path, "lstat", lambda path: os.stat_result((0o600, 0, 0, 0, 6789, *[0] * 5))
+    )
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert not build._intact(path), "another user's"
+
+
+@needs_compiler
+def test_a_link_in_the_temporary_directory_is_not_followed(here: Home) -> None:
+    here.cache.write_text("a file where the directory should be")
+    elsewhere = here.cache.with_name("elsewhere")
+    elsewhere.mkdir(mode=0o700)
+    (here.temporary / f"opsgraph-{os.getuid()}").symlink_to(elsewhere)
+    with pytest.raises(build.BuildError, match="belongs to another user"):
+        build._load()
+    assert not list(elsewhere.iterdir())
+
+
+@needs_compiler
+def test_a_full_disk_is_left_for_the_temporary_directory(here: Home, monkeypatch: Any) -> None:
+    def full(source: Any, target: Path) -> None:
+        if "cache" in target.parts:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", full)
+    path = Path(build._load()._name)
+    assert path.parent.parent == here.temporary
+    assert build._load()._name == str(path)
+    assert here.compiled == 1
+    assert not here.files(), "nothing is left half written"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@needs_compiler
+def test_a_library_that_the_system_will_not_load_is_made_elsewhere(
+    here: Home, monkeypatch: Any
+) -> None:
+    def load(path: str) -> Any:
+        if "cache" in Path(path).parts:
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return library(path)
+
+    library = build.ctypes.CDLL
+    monkeypatch.setattr(build.ctypes, "CDLL", load)
+    assert Path(build._load()._name).parent.parent == here.temporary
+    assert Path(build._load()._name).parent.parent == here.temporary
+    assert here.compiled == 1
+
+
+@needs_compiler
+def test_without_a_temporary_directory_what_is_kept_is_used(here: Home, monkeypatch: Any) -> None:
+    path = build._load()._name
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/no/such"])
+    assert build._load()._name == path
+    Path(path).unlink()
+    with pytest.raises(build.BuildError, match="No usable temporary directory"):
+        build._load()
+
+
+def test_a_relative_cache_directory_is_ignored(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert next(build.directories()) == tmp_path / ".cache" / "opsgraph"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "given"))
+    assert next(build.directories()) == tmp_path / "given" / "opsgraph"
+
+
+CPUS = {
+    "AVX-512": "processor: 0\nmodel name\t: X\nMHz: {n}\nflags\t\t: sse2 avx2 fma avx512f\n",
+    "AVX2": "processor: 0\nmodel name\t: X\nMHz: {n}\nflags\t\t: sse2 avx2 fma\n",
+    "NEON": "processor\t: 0\nBogoMIPS\t: {n}\nFeatures\t: fp asimd\n",
+    "SVE": "processor\t: 0\nBogoMIPS\t: {n}\nFeatures\t: fp asimd sve\n",
+}
+
+
+def test_machines_that_share_a_home_keep_libraries_apart(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "CPUINFO", tmp_path / "cpuinfo")
+    keys = {}
+    for name, text in CPUS.items():
+        for n in range(2):  # what varies from one moment to the next does not count
+            build.CPUINFO.write_text("\n".join([text.format(n=n)] * 4))
+            keys.setdefault(name, set()).add(build._key([sys.executable]))
+    assert [len(found) for found in keys.values()] == [1] * 4
+    assert len(set.union(*keys.values())) == 4
+    build.CPUINFO.unlink()
+    assert build._key([sys.executable]) not in set.union(*keys.values())
+    other = {build._key([sys.executable, "-march=haswell"]), build._key(["/bin/sh"])}
+    assert len(other | {build._key([sys.executable])}) == 3
 
 
 def test_without_a_compiler_the_next_backend_runs_and_doctor_says_why(home: Home) -> None:
@@ -161,26 +285,48 @@ def test_without_a_compiler_the_next_backend_runs_and_doctor_says_why(home: Home
     "body, reason",
     [
         ("echo 'kernels.cpp:1: error: boom' >&2; exit 1", "failed: kernels.cpp:1: error: boom"),
+        (r"printf '\344: error: boom' >&2; exit 1", "failed: .: error: boom"),
+        ('[ "$LC_ALL" = C ] && echo in English >&2; exit 1', "failed: in English"),
         ("exit 3", "failed: exit status 3"),
-        ('echo nonsense > "$out"', "cannot load the compiled kernels"),
+        ('echo nonsense > "$out"', "file too short"),
+        ("exit 0", "No such file or directory: .*kernels.so"),
     ],
-    ids=["an error", "a silent failure", "no library"],
+    ids=["an error", "no text", "in English", "a silent failure", "no library", "nothing"],
 )
-def test_a_compiler_that_fails_is_a_reason(home: Home, body: str, reason: str) -> None:
-    home.script(body)
-    assert reason in home.run(PLAN)
+def test_a_compiler_that_fails_is_a_reason(here: Home, body: str, reason: str) -> None:
+    here.script(body)
+    with pytest.raises(build.BuildError, match=reason):
+        build._load()
 
 
-def test_a_compiler_that_is_not_there_is_a_reason(home: Home) -> None:
-    home.environment["CXX"] = "no-such-compiler -m64"
-    assert home.run(PLAN) == "no C++ compiler: CXX=no-such-compiler is not found"
+def test_a_compiler_that_is_not_there_is_a_reason(here: Home, monkeypatch: Any) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.raises(build.BuildError, match="CXX=no-such-compiler is not found"):
+        build._load()
 
 
 @needs_compiler
-def test_a_compiler_of_another_machine_gets_other_flags(home: Home) -> None:
-    home.script('case "$*" in *prefer-vector*|*march*) exit 1;; esac\ncp "$COMPILED" "$out"')
-    home.run()
-    assert home.compiled == 3
+def test_a_compiler_of_another_machine_gets_other_flags(here: Home) -> None:
+    here.script('case "$*" in *prefer-vector*|*mtune*) exit 1;; esac\ncp "$COMPILED" "$out"')
+    build._load()
+    assert here.compiled == 3
+
+
+def test_a_compiler_that_is_told_the_machine_gets_no_other(here: Home, monkeypatch: Any) -> None:
+    monkeypatch.setenv("CXX", f"{here.compiler} -march=x86-64-v3")
+    here.script('echo "error: $*" >&2; exit 1')
+    with pytest.raises(build.BuildError, match="failed: error: -march=x86-64-v3 -std") as raised:
+        build._load()
+    assert "native" not in str(raised.value)
+    assert here.compiled == 1
+
+
+def test_a_compiler_that_does_not_end_is_a_reason(here: Home, monkeypatch: Any) -> None:
+    here.script("exec sleep 60")
+    monkeypatch.setattr(build, "TIMEOUT", 0.5)
+    with pytest.raises(build.BuildError, match=r"compiler did not end within 0.5 s"):
+        build._load()
+    assert here.compiled == 1
 
 
 FORK = """

@@ -2,9 +2,10 @@
 
 A file's name tells from what it was made (sources, compiler, flags, CPU) and the digest of its own
 bytes: `kernels-KEY-DIGEST.so`. It appears by a rename, so processes that start at the same time may
-each compile, and none sees half a file; one whose bytes are not what its name says is made again.
-The directory is `$XDG_CACHE_HOME/opsgraph`, by default `~/.cache/opsgraph`, and where that cannot
-be written a private one below the system's temporary directory.
+each compile, and none sees half a file; one whose bytes are not what its name says is made again,
+and so is one that somebody else could have put there. The directory is `$XDG_CACHE_HOME/opsgraph`,
+by default `~/.cache/opsgraph`, and where that cannot be written, is full or does not let libraries
+be loaded, a private one below the system's temporary directory.
 """
 
 import ctypes
@@ -13,26 +14,29 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "source"
+CPUINFO = Path("/proc/cpuinfo")
 # No -ffast-math: linked, it has the whole process flush denormals to zero; inf and NaN get lost.
 # Contraction is off because sources say themselves where a multiply-add is fused (scalar.h).
 FLAGS = (
     "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
     "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd",
 )  # fmt: skip
-TARGETS = (
-    ("-march=native", "-mprefer-vector-width=512"),
-    ("-march=native",),
-    ("-mcpu=native",),
-    (),
-)
-"""Flags for this machine's vectors; the first that the compiler takes."""
+# On ARM the vectors are those that all of them have, NEON's: for SVE's, whose length it does not
+# know, GCC leaves sums scalar.
+TARGETS = (("-march=native", "-mprefer-vector-width=512"), ("-mtune=native",), ())
+"""Flags for this machine's vectors: on x86, on ARM, elsewhere; the first that the compiler takes.
+
+A compiler's command that names a machine itself (-march, -mcpu) gets none of them.
+"""
 TIMEOUT = 300
 """Seconds after which a compiler counts as one that does not work."""
 
@@ -68,7 +72,10 @@ def why_not() -> str | None:
 
 
 def compiler() -> list[str]:
-    """The command of the C++ compiler: `$CXX`, or the first of c++, g++ and clang++ there is."""
+    """The command of the C++ compiler: `$CXX`, or the first of c++, g++ and clang++ there is.
+
+    `$CXX` may have arguments. Raises BuildError.
+    """
     given = shlex.split(os.environ.get("CXX", ""))
     for name in [given[0]] if given else ["c++", "g++", "clang++"]:
         path = shutil.which(name)
@@ -80,72 +87,96 @@ def compiler() -> list[str]:
 
 def directories() -> Iterator[Path]:
     """Where the library may be, in order."""
-    try:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        yield Path(home) / "opsgraph"
-    except RuntimeError:  # no home
-        pass
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    with suppress(RuntimeError):  # no home
+        home = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+        yield Path(os.path.realpath(home / "opsgraph"))
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
-    yield Path(tempfile.gettempdir()) / f"opsgraph-{user}"
+    with suppress(FileNotFoundError):  # none that can be written
+        # The name itself is not followed: anybody may have made a link of it.
+        yield Path(os.path.realpath(tempfile.gettempdir())) / f"opsgraph-{user}"
 
 
-def _load() -> ctypes.CDLL:
-    command = compiler()
-    key = _key(command)
-    for directory in directories():
-        for path in sorted(directory.glob(f"kernels-{key}-*.so")):
-            if _ours(directory) and _digest(path) == path.stem.rpartition("-")[2]:
-                return _open(path)
-    failures = []
-    for directory in directories():
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if _ours(directory):
-                return _open(_build(command, key, directory))
-            failures.append(f"{directory} belongs to another user or is writable by others")
-        except OSError as error:
-            failures.append(f"{directory}: {error.strerror or error}")
-    raise BuildError(f"no directory for the compiled kernels: {'; '.join(failures)}")
-
-
-def _open(path: Path) -> ctypes.CDLL:
+def replace(path: Path, content: bytes) -> None:
+    """Write a file as a whole, making its directory if need be. Raises OSError."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
     try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"cannot load the compiled kernels: {error}") from error
-
-
-def _ours(directory: Path) -> bool:
-    """Whether nobody else can have put a library there for us to load."""
-    if not hasattr(os, "getuid"):
-        return True
-    found = directory.stat()
-    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
-
-
-def _build(command: list[str], key: str, directory: Path) -> Path:
-    """Compile into a file of its own in the directory, then give it its name."""
-    handle, name = tempfile.mkstemp(suffix=".tmp", dir=directory)
-    os.close(handle)
-    try:
-        reasons = []
-        for target in TARGETS:
-            reason = _compile([*command, *FLAGS, *target, str(SOURCES / "kernels.cpp"), "-o", name])
-            if reason is None:
-                path = directory / f"kernels-{key}-{_digest(Path(name))}.so"
-                os.replace(name, path)
-                return path
-            reasons.append(reason)
-        raise BuildError(f"the C++ compiler {command[0]} failed: {reasons[0]}")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
 
 
-def _compile(command: list[str]) -> str | None:
-    """Run the compiler; returns the first error that it prints, or None."""
+def _load() -> ctypes.CDLL:
+    command = compiler()
+    name = f"kernels-{_key(command)}"
+    for directory in directories():
+        for path in sorted(directory.glob(f"{name}-*.so")):
+            with suppress(OSError):  # what cannot be read or loaded is made again
+                if _intact(path):
+                    return ctypes.CDLL(str(path))
+    content = _compiled(command)
+    failures = []
+    for directory in directories():
+        path = directory / f"{name}-{_digest(content)}.so"
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _private(directory):
+                replace(path, content)
+                return ctypes.CDLL(str(path))
+            failures.append(f"{directory} belongs to another user or is writable by others")
+        except OSError as error:
+            failures.append(f"{directory}: {error.strerror or error}")
+    raise BuildError(f"the compiled kernels cannot be kept and loaded: {'; '.join(failures)}")
+
+
+def _intact(path: Path) -> bool:
+    """Whether a file is as we made it, and nobody else can have. Raises OSError."""
+    ours = _private(path.parent) and _private(path)
+    return ours and path.stem.endswith(f"-{_digest(path.read_bytes())}")
+
+
+def _private(path: Path) -> bool:
+    """Whether nobody else can have made what is there, or can put something else in its place."""
+    if not hasattr(os, "getuid"):
+        return True
+    found = path.lstat()
+    above = [parent.stat().st_mode for parent in path.parents]
+    exposed = any(mode & stat.S_IWOTH and not mode & stat.S_ISVTX for mode in above)
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022 and not exposed
+
+
+def _compiled(command: list[str]) -> bytes:
+    """A library. Compilers need room for temporary files anyway, so it is made among them."""
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        with tempfile.TemporaryDirectory(prefix="opsgraph-") as folder:
+            made = Path(folder) / "kernels.so"
+            for target in _targets(command):
+                source = str(SOURCES / "kernels.cpp")
+                reason = _compile([*command, *FLAGS, *target, source, "-o", str(made)])
+                if reason is None:
+                    return made.read_bytes()
+    except OSError as error:
+        reason = str(error)
+    raise BuildError(f"the C++ compiler {command[0]} failed: {reason}")
+
+
+def _targets(command: list[str]) -> Sequence[tuple[str, ...]]:
+    return ((),) if any(a.startswith(("-march", "-mcpu")) for a in command) else TARGETS
+
+
+def _compile(command: list[str]) -> str | None:
+    """Run the compiler; returns the first error that it prints, or None. Raises BuildError."""
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False,
+            env={**os.environ, "LC_ALL": "C"},  # in English: errors are found by that word
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:  # with other flags it would not end either
+        raise BuildError(f"the C++ compiler {command[0]} did not end within {TIMEOUT} s") from error
+    except OSError as error:
         return str(error)
     if run.returncode == 0:
         return None
@@ -154,11 +185,8 @@ def _compile(command: list[str]) -> str | None:
     return (errors or lines or [f"exit status {run.returncode}"])[0]
 
 
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-    except OSError:
-        return "unreadable"
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _key(command: list[str]) -> str:
@@ -174,8 +202,8 @@ def _key(command: list[str]) -> str:
 def _processor() -> str:
     """The instruction sets of this machine: a home may be shared by different ones."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:  # no Linux: macOS tells the chip's family in its version
+        return f"{platform.version()} {platform.machine()} {platform.processor()}"
     told = [x for x in lines if x.partition(":")[0].strip() in ("model name", "flags", "Features")]
-    return "\n".join([platform.machine(), platform.processor(), *told[:2]])
+    return "\n".join([platform.machine(), *told[:2]])

@@ -9,7 +9,6 @@ no reader ever sees half a file. What cannot be read or written is left out with
 import json
 import os
 import platform
-import tempfile
 import threading
 import time
 import warnings
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .build import directories
+from .build import directories, replace
 
 Run = Callable[[], object]
 Measure = Callable[[Mapping[str, Run]], str]
@@ -128,22 +127,10 @@ class Choices:
         failures = []
         for path in self.files():
             try:
-                _replace(path, json.dumps(choices, indent=1, sort_keys=True))
+                replace(path, json.dumps(choices, indent=1, sort_keys=True).encode())
                 return
             except OSError as error:
                 failures.append(f"{path}: {error.strerror or error}")
         if failures:
             text = "; ".join(failures)
             warnings.warn(f"opsgraph: measured choices are not kept: {text}", stacklevel=2)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file as a whole, making its directory if need be. Raises OSError."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)

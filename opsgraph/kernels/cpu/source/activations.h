@@ -45,11 +45,11 @@ struct Gelu {  // 0.5 * x * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2 / pi) * 
 struct GeluErf {
     static inline Slope at(float x, const float*) {
         float size = (x < 0.0f ? -x : x) * 0.707106781f;
-        float t = 1.0f / fma(0.3275911f, size, 1.0f);
-        float p = fma(t, 1.061405429f, -1.453152027f);
-        p = fma(p, t, 1.421413741f);
-        p = fma(p, t, -0.284496736f);
-        p = fma(p, t, 0.254829592f);
+        float t = 1.0f / fmadd(0.3275911f, size, 1.0f);
+        float p = fmadd(t, 1.061405429f, -1.453152027f);
+        p = fmadd(p, t, 1.421413741f);
+        p = fmadd(p, t, -0.284496736f);
+        p = fmadd(p, t, 0.254829592f);
         float e = exponential(-size * size);
         float tail = 0.5f * p * t * e;
         float phi = x < 0.0f ? tail : 1.0f - tail;

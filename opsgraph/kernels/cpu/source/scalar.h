@@ -1,6 +1,6 @@
 // Scalar functions that compilers vectorize in loops: no branches, no calls.
 //
-// Multiply-adds are fused where `fma` says so and nowhere else (-ffp-contract=off): whatever loop a
+// Multiply-adds are fused where `fmadd` says so and nowhere else (-ffp-contract=off): whatever loop a
 // function is inlined into, and however wide its vectors, it gives the same bits. So an activation
 // that the backward computes again equals the forward's.
 #pragma once
@@ -39,7 +39,8 @@ inline bf16 narrow<bf16>(float x) {
 }
 
 // One rounding where the machine has the instruction; elsewhere a library call would not vectorize.
-static inline float fma(float a, float b, float c) {
+// Not named fma: libc++ has that in the global namespace, with these very parameters.
+static inline float fmadd(float a, float b, float c) {
 #if defined(__FMA__) || defined(__aarch64__)
     return __builtin_fmaf(a, b, c);
 #else
@@ -47,24 +48,27 @@ static inline float fma(float a, float b, float c) {
 #endif
 }
 
+template <class T>
+void fma(T, T, T) = delete;  // the global one of libstdc++ would take floats as doubles, silently
+
 // e^x by 2^n * e^r, |r| <= log(2) / 2, and the Taylor polynomial of e^r to its seventh power, within
 // 2e-7 relative. 0 below 2^-126.5 and inf above 2^127.5, where the exponent's field is 0 or full.
 static inline float exponential(float x) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the lowest bits
     x = x > 88.7f ? 88.7f : x;
     x = x < -88.0f ? -88.0f : x;
-    float shifted = fma(x, 1.44269504f, magic);
+    float shifted = fmadd(x, 1.44269504f, magic);
     float n = shifted - magic;
-    float r = fma(n, -0.693145752f, x);  // log(2) in two parts, the first exact in n * part
-    r = fma(n, -1.42860677e-6f, r);
+    float r = fmadd(n, -0.693145752f, x);  // log(2) in two parts, the first exact in n * part
+    r = fmadd(n, -1.42860677e-6f, r);
     float p = 1.98412698e-4f;
-    p = fma(p, r, 1.38888889e-3f);
-    p = fma(p, r, 8.33333333e-3f);
-    p = fma(p, r, 4.16666667e-2f);
-    p = fma(p, r, 1.66666667e-1f);
-    p = fma(p, r, 0.5f);
-    p = fma(p, r, 1.0f);
-    p = fma(p, r, 1.0f);
+    p = fmadd(p, r, 1.38888889e-3f);
+    p = fmadd(p, r, 8.33333333e-3f);
+    p = fmadd(p, r, 4.16666667e-2f);
+    p = fmadd(p, r, 1.66666667e-1f);
+    p = fmadd(p, r, 0.5f);
+    p = fmadd(p, r, 1.0f);
+    p = fmadd(p, r, 1.0f);
     return p * bits<float>((bits<uint32_t>(shifted) << 23) + 0x3f800000u);
 }
 
@@ -77,12 +81,12 @@ static inline float hyperbolic_tangent(float x) {
     far = x < 0.0f ? -far : far;
     float square = x * x;
     float p = -1.45583438e-3f;
-    p = fma(p, square, 3.59212804e-3f);
-    p = fma(p, square, -8.86323553e-3f);
-    p = fma(p, square, 2.18694885e-2f);
-    p = fma(p, square, -5.39682540e-2f);
-    p = fma(p, square, 1.33333333e-1f);
-    p = fma(p, square, -3.33333333e-1f);
-    float near = fma(x * square, p, x);
+    p = fmadd(p, square, 3.59212804e-3f);
+    p = fmadd(p, square, -8.86323553e-3f);
+    p = fmadd(p, square, 2.18694885e-2f);
+    p = fmadd(p, square, -5.39682540e-2f);
+    p = fmadd(p, square, 1.33333333e-1f);
+    p = fmadd(p, square, -3.33333333e-1f);
+    float near = fmadd(x * square, p, x);
     return size < 0.4f ? near : far;
 }
