@@ -21,7 +21,7 @@ from torch import Tensor
 from .kernels.reference import nvfp4, quantize
 from .spec import ROWS, Spec, Storage
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3, E5M2, BF16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
 _NAMES = {E4M3: "e4m3", E5M2: "e5m2"}
 COPIES = ("row", "col")
 
@@ -48,6 +48,17 @@ class Copy(NamedTuple):
         return self.quantizer.dequantize(self, dtype)
 
 
+class Operand(NamedTuple):
+    """What a copy stands for as `values * factor`: bf16 `[rows, cols]`, rounded nowhere, and fp32.
+
+    factor: as the quantizer's `factor` says, `[]` or `[rows, 1]`; None is 1. Values below 2^-126
+    and products of two that are below it may count as zero on bf16 units.
+    """
+
+    values: Tensor
+    factor: Tensor | None = None
+
+
 class Quantized(NamedTuple):
     """A quantized value: its copies, None for one that is not used, and the dtype it stands for."""
 
@@ -60,8 +71,8 @@ class Quantized(NamedTuple):
 class Quantizer:
     """How tensors of one role are quantized. Equal quantizers are interchangeable.
 
-    A quantizer of your own gives `copy`, `dequantize`, `storage` and `specs`, and sets `shared`
-    where `col` is the transpose of `row`.
+    A quantizer of your own gives `copy`, `dequantize`, `storage` and `specs`, sets `shared` where
+    `col` is the transpose of `row`, and gives `factor` and `operand` where bf16 holds its values.
     """
 
     shared: ClassVar[bool] = False
@@ -84,6 +95,16 @@ class Quantizer:
 
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
         """The values of a copy."""
+        raise NotImplementedError
+
+    @property
+    def factor(self) -> str | None:
+        """What makes a copy's values bf16 numbers, if it is taken out: "tensor", a factor of all;
+        "rows", one of each row; "none", nothing need be; None: no such factor does."""
+        return None
+
+    def operand(self, copy: Copy) -> Operand:
+        """A copy for a product in bf16, where there is a `factor`."""
         raise NotImplementedError
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
@@ -158,6 +179,13 @@ class TensorQuantizer(Quantizer):
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
         return quantize.dequantize(copy.data, copy.scale, dtype)
 
+    @property
+    def factor(self) -> str:
+        return "tensor"
+
+    def operand(self, copy: Copy) -> Operand:
+        return Operand(quantize.decode(copy.data, BF16), copy.scale.reciprocal())
+
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
         data = Spec((rows, cols), self.dtype, device)
         return data, Spec((), torch.float32, device)
@@ -186,6 +214,15 @@ class RowQuantizer(TensorQuantizer):
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         return Copy(self, *quantize.quantize_rows(x, self.dtype, self.eps, self.power_of_two))
+
+    @property
+    def factor(self) -> str:
+        return "none" if self.power_of_two else "rows"
+
+    def operand(self, copy: Copy) -> Operand:
+        if self.power_of_two:
+            return Operand(quantize.dequantize(copy.data, copy.scale, BF16, True))
+        return super().operand(copy)
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
         data = Spec((rows, cols), self.dtype, device)
@@ -219,6 +256,13 @@ class BlockQuantizer(Quantizer):
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
         return quantize.dequantize(copy.data, copy.scale, dtype)
 
+    @property
+    def factor(self) -> str | None:
+        return "none" if self.power_of_two else None
+
+    def operand(self, copy: Copy) -> Operand:
+        return Operand(quantize.dequantize(copy.data, copy.scale, BF16, True))
+
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
         down = rows if self.height == 1 else _step(rows, self.height)
         scale = Spec((down, _step(cols, quantize.BLOCK)), torch.float32, device)
@@ -241,6 +285,13 @@ class MXQuantizer(Quantizer):
 
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
         return quantize.dequantize_mxfp8(copy.data, copy.scale, dtype)
+
+    @property
+    def factor(self) -> str:
+        return "none"
+
+    def operand(self, copy: Copy) -> Operand:
+        return Operand(self.dequantize(copy, BF16))
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
         scale = Spec((rows, _step(cols, quantize.MX_BLOCK)), torch.uint8, device)
@@ -278,6 +329,16 @@ class NVFP4Quantizer(Quantizer):
         data, amax = copy.data.flatten(1), copy.amax
         assert amax is not None
         return nvfp4.dequantize_nvfp4(data, copy.scale, amax, 2 * data.size(1), dtype)
+
+    @property
+    def factor(self) -> str:
+        return "tensor"
+
+    def operand(self, copy: Copy) -> Operand:
+        data, amax = copy.data.flatten(1), copy.amax
+        assert amax is not None
+        values = nvfp4.block_values(data, copy.scale.to(BF16), 2 * data.size(1))
+        return Operand(values, nvfp4.tensor_multiplier(amax).reciprocal())
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
         blocks = _step(cols, nvfp4.BLOCK)

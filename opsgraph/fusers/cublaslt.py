@@ -14,6 +14,7 @@ from ..fuser import Fuser, register
 from ..op import Op
 from ..ops import BasicLinear, Bias
 from ..ops.main_grad import add_to_main_grad
+from ..ops.scaled_gemm import product
 from ..quantizers import Copy, Quantized
 from ..spec import Spec, Storage
 
@@ -65,7 +66,7 @@ def scaled_product(a: Copy | None, b: Copy | None, dtype: torch.dtype) -> Tensor
     assert a is not None and b is not None  # noqa: PT018
     if a.data.is_cuda:
         return scaled_mm(a, b, dtype)
-    return (a.dequantize() @ b.dequantize().t()).to(dtype)
+    return product(a, b, dtype)
 
 
 def weight_gradient(dy: Quantized, x: Quantized, fc: Any, weight: Tensor) -> Tensor | None:

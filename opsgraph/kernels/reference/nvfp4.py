@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from .dropout import MASK, mix
-from .quantize import E4M3, FP8_MAX, FP32_MAX, block_amax, cast, quotient, spread
+from .quantize import E4M3, FP8_MAX, FP32_MAX, block_amax, cast, quotient, spread, times
 
 BLOCK = 16
 E2M1_MAX = 6.0
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SIGNS = tuple(-1.0 if bit == "1" else 1.0 for bit in format(0x243F, "016b"))
 """The random Hadamard transform's signs: minus where the first 16 bits of pi's fraction are 1."""
 
@@ -52,10 +51,17 @@ def dequantize_nvfp4(
     data: Tensor, scale: Tensor, amax: Tensor, cols: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`q * (d * (1 / S))`, in fp32 and then rounded to `dtype`: `[rows, cols]`."""
-    codes = unpack(data, cols)
     factor = scale.float() * tensor_multiplier(amax).reciprocal()
-    height = 1 if scale.size(0) == data.size(0) else BLOCK
-    return (from_e2m1(codes) * spread(factor, codes.shape, height, BLOCK)).to(dtype)
+    return block_values(data, factor, cols).to(dtype)
+
+
+def block_values(data: Tensor, factor: Tensor, cols: int) -> Tensor:
+    """`q * factor`, the entry of q's block, in factor's dtype.
+
+    With the block scales d for factors fp32 and bf16 hold them: two significant bits by four.
+    """
+    value = from_e2m1(unpack(data, cols), factor.dtype)
+    return times(value, factor, 1 if factor.size(0) == value.size(0) else BLOCK, BLOCK)
 
 
 def tensor_multiplier(amax: Tensor) -> Tensor:
@@ -85,10 +91,14 @@ def e2m1(value: Tensor, seed: Tensor | None = None) -> Tensor:
     return (code | ((value.view(torch.int32) >> 28) & 8)).to(torch.uint8)
 
 
-def from_e2m1(codes: Tensor) -> Tensor:
-    """The fp32 values of four-bit codes."""
-    table = torch.tensor((*MAGNITUDES, *(-value for value in MAGNITUDES)), device=codes.device)
-    return table.index_select(0, codes.flatten().int()).view(codes.shape)
+def from_e2m1(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of four-bit codes, in fp32 or bf16.
+
+    A code's bits, moved to where bf16 has them, are a number with an exponent 126 too small.
+    """
+    bits = codes.to(torch.int16)
+    bits = (bits & 7) << 6 | (bits & 8) << 12
+    return bits.view(torch.bfloat16).mul_(2.0**126).to(dtype)
 
 
 def pack(codes: Tensor) -> Tensor:
