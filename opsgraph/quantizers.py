@@ -245,7 +245,7 @@ class BlockQuantizer(Quantizer):
 
     @property
     def storage(self) -> Storage:
-        return Storage(_NAMES[self.dtype] + "b", 8, 32, quantize.BLOCK)
+        return Storage(_NAMES[self.dtype] + "b", 8, 32, quantize.BLOCK, self.height)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         return Copy(
@@ -312,7 +312,7 @@ class NVFP4Quantizer(Quantizer):
 
     @property
     def storage(self) -> Storage:
-        return Storage("nvfp4", 4, 8, nvfp4.BLOCK)
+        return Storage("nvfp4", 4, 8, nvfp4.BLOCK, self.height)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         if col and self.hadamard:

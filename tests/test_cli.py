@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import opsgraph.ops
+from opsgraph import backend
 from opsgraph.backend import backends
 from opsgraph.cli import main
 from opsgraph.fuser import Fuser, register, registered
@@ -32,10 +33,22 @@ def test_doctor_says_of_each_backend_that_it_is_there_or_why_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lines = printed(capsys, "doctor")
-    for backend in backends().values():
-        why_not = backend.why_not()
+    for known in backends().values():
+        why_not = known.why_not()
         state = "there" if why_not is None else f"absent: {why_not}"
-        assert f"{backend.name} {backend.about} {state}" in lines
+        assert f"{known.name} {known.about} {state}" in lines
+
+
+def test_doctor_says_which_formats_are_emulated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, state in (("FP8, a scale per row", "emulated"), ("NVFP4", "emulated")):
+        assert f"{name} {state}" in printed(capsys, "doctor")
+    everywhere = backend.Backend("cublaslt", "the same calls")
+    monkeypatch.setitem(backend._BACKENDS, "cublaslt", everywhere)
+    lines = printed(capsys, "doctor")
+    assert "FP8, a scale per row scaled GEMMs" in lines
+    assert "NVFP4 emulated: units for it are those of sm_100" in lines
 
 
 def test_ops_lists_every_op_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,22 +1,33 @@
-"""Scaled GEMMs, by the same PyTorch call on the CPU, which computes them slowly and exactly."""
+"""Scaled GEMMs: by the same PyTorch call on the CPU, which computes them slowly and exactly, and,
+marked gpu, by the library, in all formats that the chip has."""
 
 import pytest
 import torch
 from recipe_cases import RECIPES, example, mlp, results
+from torch import Tensor
 
 import opsgraph as og
 from opsgraph import backend
 from opsgraph.fuser import registered
-from opsgraph.fusers.cublaslt import scaled_mm
-from opsgraph.ops import Linear
-from opsgraph.quantizers import RowQuantizer, TensorQuantizer
+from opsgraph.fusers.cublaslt import FAMILIES, scaled_mm
+from opsgraph.ops import Linear, RMSNorm, SwiGLU
+from opsgraph.quantizers import (
+    BlockQuantizer,
+    MXQuantizer,
+    NVFP4Quantizer,
+    Quantizer,
+    RowQuantizer,
+    TensorQuantizer,
+)
 from opsgraph.testing import check_fuser
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "gpu" in request.keywords:
+        return
     everywhere = backend.Backend("cublaslt", "the same calls")
     monkeypatch.setitem(backend._BACKENDS, "cublaslt", everywhere)
 
@@ -71,11 +82,12 @@ def test_main_grad() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mx", "mxe4m3 by mxe4m3 is emulated"),
-        ("blocks", "e4m3b by e4m3b is emulated"),
-        ("nvfp4", "nvfp4 by nvfp4 is emulated"),
+        ("mx", "mxe4m3 by mxe4m3 is emulated: units for it are those of sm_100"),
+        ("blocks", "e4m3b by e4m3b is emulated: units for it are those of sm_90"),
+        ("nvfp4", "nvfp4 by nvfp4 is emulated: units for it are those of sm_100"),
+        ("custom", "mxe4m3 by mxe4m3 is emulated: units for it are those of sm_100"),
         ("high precision", "it takes quantized values, and these are not"),
-        ("rows", "with scales by rows it writes bf16, not torch.float32"),
+        ("rows", "FP8, a scale per row: it writes bfloat16, not torch.float32"),
     ],
 )
 def test_refusals_say_why(name: str, reason: str) -> None:
@@ -88,3 +100,94 @@ def test_e5m2_by_e5m2_is_refused() -> None:
     recipe = og.recipe.Float8CurrentScaling(fp8_format=og.recipe.Format.E5M2)
     with og.autocast(recipe=recipe):
         assert "no unit multiplies E5M2 by E5M2" in str(mlp().plan())
+
+
+NATIVE: dict[str, tuple[Quantizer, Quantizer, Quantizer]] = {
+    "tensor": (TensorQuantizer(E4M3), TensorQuantizer(E4M3), TensorQuantizer(E5M2)),
+    "rows": (RowQuantizer(E4M3), RowQuantizer(E4M3), RowQuantizer(E4M3)),
+    "blocks": (BlockQuantizer(E4M3), BlockQuantizer(E4M3, 128), BlockQuantizer(E4M3)),
+    "f32 blocks": (
+        BlockQuantizer(E4M3, power_of_two=False),
+        BlockQuantizer(E4M3, 128, power_of_two=False),
+        BlockQuantizer(E4M3, power_of_two=False),
+    ),
+    "mx": (MXQuantizer(), MXQuantizer(), MXQuantizer(E5M2)),
+    "nvfp4": (NVFP4Quantizer(hadamard=True), NVFP4Quantizer(16), NVFP4Quantizer(hadamard=True)),
+    "nvfp4 rows": (NVFP4Quantizer(), NVFP4Quantizer(), NVFP4Quantizer(stochastic=True)),
+}
+"""Quantizers of an activation, a weight and a gradient."""
+
+
+def varied(rows: int, cols: int) -> Tensor:
+    """Values whose size changes from block to block, so that a scale out of place shows."""
+    x = torch.randn(rows, cols, device="cuda")
+    down, across = torch.arange(rows, device="cuda"), torch.arange(cols, device="cuda")
+    return x * torch.exp2((down[:, None] * 5 // 16 + across // 16 * 3) % 7 - 3.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [0, 1, 16, 130, 2048])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_library_multiplies_what_copies_stand_for(
+    name: str, dtype: torch.dtype, rows: int
+) -> None:
+    """Within 2^-10 of the magnitudes, the tensor cores' own short sums, and one rounding."""
+    quantizers = NATIVE[name]
+    family = next(f for f in FAMILIES if quantizers[0].storage.name in f.formats)
+    reason = backend.backends()["cublaslt"].why_not() or family.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    if dtype not in family.dtypes:
+        pytest.skip(f"{family.about} does not write {dtype}")
+    torch.manual_seed(rows)
+    shapes = (rows, 640), (384, 640), (rows, 384)
+    x, weight, dy = (q(varied(*shape)) for q, shape in zip(quantizers, shapes, strict=True))
+    for a, b in ((x.row, weight.row), (dy.row, weight.col), (dy.col, x.col)):
+        assert a is not None
+        assert b is not None
+        found = scaled_mm(a, b, dtype)
+        left, right = a.dequantize().double(), b.dequantize().double()
+        exact, size = left @ right.t(), left.abs() @ right.abs().t()
+        assert found.dtype == dtype
+        assert found.shape == exact.shape
+        step = torch.finfo(dtype).eps
+        allowed = step * (exact.abs() + torch.finfo(dtype).tiny) + 2.0**-10 * size
+        assert ((found.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("name", ["current", "rows", "blocks", "mx", "nvfp4 plain"])
+def test_a_block_by_the_library_is_the_emulated_one(name: str, accumulates: bool) -> None:
+    recipe = RECIPES[name]
+    if name == "rows":
+        recipe = og.recipe.Float8CurrentScaling(og.recipe.Format.E4M3, row_wise=True)
+    formats = recipe.quantizer("activation").storage.name
+    family = next(f for f in FAMILIES if formats in f.formats)
+    reason = backend.backends()["cublaslt"].why_not() or family.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    place = {"device": "cuda", "dtype": torch.bfloat16}
+    native = og.Sequential(
+        RMSNorm(256), Linear(256, 512, accumulate_into_main_grad=accumulates), SwiGLU(),
+        Linear(256, 128, bias=False), backends=("cublaslt", "reference"), **place,
+    )  # fmt: skip
+    with og.autocast(recipe=recipe):
+        names = [step.name for step in (*native.plan().forward, *native.plan().backward)]
+    assert names.count("ScaledLinear") == names.count("ScaledLinearBackward") == 2
+    emulated = og.Sequential(*native, backends=("reference",))
+    torch.manual_seed(1)
+    x, dy = torch.randn(130, 256, **place), torch.randn(130, 128, **place)
+    found = []
+    for module in (native, emulated):
+        native.zero_grad()
+        leaf = x.clone().requires_grad_()
+        native[1].weight.main_grad = torch.ones(512, 256, device="cuda")
+        with og.autocast(recipe=recipe):
+            y = module(leaf)
+        y.backward(dy)
+        grads = [p.grad for p in native.parameters() if p.grad is not None]
+        found.append([y.detach(), leaf.grad, native[1].weight.main_grad, *grads])
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).norm()) <= 6e-2 * float(other.norm())

@@ -20,7 +20,7 @@ from ..quantizers import (
     TensorQuantizer,
 )
 from ..spec import Spec, Storage
-from .cublaslt import reject_gradient_formats, scaled_product, weight_gradient
+from .cublaslt import reject_gradient_formats, reject_product, scaled_product, weight_gradient
 from .lazy import Lazy
 from .triton import Gated, Plain, Triton, _dtype, _params, _short, reject_activation
 
@@ -244,8 +244,11 @@ class ActivationLinearBackwardQuantize(Triton):
         """Why it cannot multiply such operands, or None."""
         return reject_gradient_formats(x, weight, dy)
 
-    def reject(self, grad: Any, act: Any, q: Any, x: Spec) -> str | None:  # type: ignore[override]
-        if reason := reject_backward(grad, act, x):
+    def reject(  # type: ignore[override]
+        self, grad: Any, act: Any, q: Any, fc: Any, x: Spec
+    ) -> str | None:
+        stored = x.stored(q.quantizer.storage)
+        if reason := reject_backward(grad, act, x) or reject_product(fc, stored):
             return reason
         first, second = grad.quantizer, q.quantizer
         if _format(first)._replace(dtype=second.dtype) != _format(second):
