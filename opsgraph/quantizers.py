@@ -29,19 +29,27 @@ COPIES = ("row", "col")
 class Copy(NamedTuple):
     """One quantized copy `[rows, cols]` for a product that contracts over `cols`.
 
-    data and scale: as the quantizer's function returns them; amax: NVFP4's, of the whole tensor.
+    data and scale: as the quantizer's function returns them; amax: NVFP4's, of the whole tensor;
+    inverse: `1 / scale` where the quantizer `inverts`, because scaled GEMMs multiply with that.
     """
 
     quantizer: Quantizer
     data: Tensor
     scale: Tensor
     amax: Tensor | None = None
+    inverse: Tensor | None = None
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors that it is made of."""
-        both = self.data, self.scale
-        return both if self.amax is None else (*both, self.amax)
+        inverse = self.multiplier if self.quantizer.inverts else None
+        more = (part for part in (self.amax, inverse) if part is not None)
+        return (self.data, self.scale, *more)
+
+    @property
+    def multiplier(self) -> Tensor:
+        """`1 / scale`: what a GEMM multiplies with, where scales are multiplied with before."""
+        return self.scale.reciprocal() if self.inverse is None else self.inverse
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values that a GEMM multiplies, `[rows, cols]`; NVFP4 fills cols up to blocks."""
@@ -78,6 +86,8 @@ class Quantizer:
     shared: ClassVar[bool] = False
     delayed: ClassVar[bool] = False
     """Whether the scale is given, made from earlier amaxes, and each call's amax is handed out."""
+    inverts: ClassVar[bool] = False
+    """Whether `1 / scale` is a part of copies, made once for all products that read them."""
     multiple: ClassVar[int] = 16
     """What the width of a GEMM's operand must be a multiple of."""
 
@@ -92,6 +102,12 @@ class Quantizer:
         col: whether x is the transpose of a value, whose `col` copy is wanted.
         """
         raise NotImplementedError
+
+    def made(self, data: Tensor, scale: Tensor, *more: Tensor) -> Copy:
+        """The copy that is made of parts; `1 / scale` may be left out."""
+        if not self.inverts:
+            return Copy(self, data, scale, *more)
+        return Copy(self, data, scale, None, more[0] if more else scale.reciprocal())
 
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
         """The values of a copy."""
@@ -144,7 +160,7 @@ class Quantizer:
 
     def load(self, dtype: torch.dtype, **parts: Sequence[Tensor]) -> Quantized:
         """The value again from the parts of its copies: `load(dtype, row=(data, scale))`."""
-        made = {name: Copy(self, *tensors) for name, tensors in parts.items()}
+        made = {name: self.made(*tensors) for name, tensors in parts.items()}
         if "col" in made and self.shared:
             made["col"] = transposed(made["col"])
         return Quantized(made.get("row"), made.get("col"), dtype)
@@ -168,27 +184,28 @@ class TensorQuantizer(Quantizer):
     eps: float = 0.0
     power_of_two: bool = False
     shared: ClassVar[bool] = True
+    inverts: ClassVar[bool] = True
 
     @property
     def storage(self) -> Storage:
         return Storage(_NAMES[self.dtype], 8)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
-        return Copy(self, *quantize.quantize_tensor(x, self.dtype, self.eps, self.power_of_two))
+        return self.made(*quantize.quantize_tensor(x, self.dtype, self.eps, self.power_of_two))
 
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
-        return quantize.dequantize(copy.data, copy.scale, dtype)
+        return (quantize.decode(copy.data) * copy.multiplier).to(dtype)
 
     @property
     def factor(self) -> str:
         return "tensor"
 
     def operand(self, copy: Copy) -> Operand:
-        return Operand(quantize.decode(copy.data, BF16), copy.scale.reciprocal())
+        return Operand(quantize.decode(copy.data, BF16), copy.multiplier)
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
-        data = Spec((rows, cols), self.dtype, device)
-        return data, Spec((), torch.float32, device)
+        number = Spec((), torch.float32, device)
+        return Spec((rows, cols), self.dtype, device), number, number
 
 
 @dataclass(frozen=True)
@@ -199,7 +216,7 @@ class DelayedQuantizer(TensorQuantizer):
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         assert scale is not None
-        return Copy(self, quantize.cast(x, scale, self.dtype), scale)
+        return self.made(quantize.cast(x, scale, self.dtype), scale)
 
 
 @dataclass(frozen=True)
@@ -207,13 +224,14 @@ class RowQuantizer(TensorQuantizer):
     """FP8 with one scale for each row of a copy, from its own amax."""
 
     shared: ClassVar[bool] = False
+    inverts: ClassVar[bool] = False
 
     @property
     def storage(self) -> Storage:
         return Storage(_NAMES[self.dtype] + "r", 8)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
-        return Copy(self, *quantize.quantize_rows(x, self.dtype, self.eps, self.power_of_two))
+        return self.made(*quantize.quantize_rows(x, self.dtype, self.eps, self.power_of_two))
 
     @property
     def factor(self) -> str:

@@ -68,6 +68,20 @@ def test_a_whole_block_takes_what_was_quantized() -> None:
         assert float((one - other).norm()) <= 6e-2 * float(other.norm())
 
 
+@pytest.mark.parametrize("name", ["current", "delayed"])
+def test_a_scale_is_inverted_once(name: str) -> None:
+    """Not for each of the two or three products that read it."""
+    module = og.Sequential(Linear(64, 64, bias=False), backends=("cublaslt", "reference"))
+    recipe = RECIPES[name]
+    x = example(dtype=torch.float32)
+    results(module, recipe, x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        results(module, recipe, x)
+    counts = {entry.key: entry.count for entry in profile.key_averages()}
+    assert counts["aten::_scaled_mm"] == 2  # and a weight gradient, emulated off the GPU
+    assert counts["aten::reciprocal"] == 3  # of x, the weight and the gradient
+
+
 def test_main_grad() -> None:
     layers = [Linear(64, 32, accumulate_into_main_grad=True) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())

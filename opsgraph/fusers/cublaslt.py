@@ -120,7 +120,7 @@ def scaled_mm(
     if a.quantizer.storage.block:
         return native.multiply(_blocks(a), _blocks(b), rows, dtype)  # type: ignore[no-any-return]
     left, right = (native.filled(copy.data, 1, ALIGNMENT) for copy in (a, b))
-    scale_a, scale_b = a.scale.reciprocal(), b.scale.reciprocal()
+    scale_a, scale_b = a.multiplier, b.multiplier
     if scale_b.dim():
         scale_b = scale_b.t()
     return torch._scaled_mm(

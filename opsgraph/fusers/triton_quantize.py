@@ -12,7 +12,6 @@ from ..op import Op
 from ..ops import Add, BasicLinear, Bias, LayerNorm, Quantize, QuantizeGrad, RMSNorm
 from ..quantizers import (
     BlockQuantizer,
-    Copy,
     MXQuantizer,
     Quantized,
     Quantizer,
@@ -48,7 +47,8 @@ def _format(quantizer: Any) -> Any:
 
 
 def _quantized(quantizer: Quantizer, copies: Any, dtype: torch.dtype) -> Quantized:
-    row, col = (None if c is None else Copy(quantizer, *c) for c in (copies.row, copies.col))
+    more = () if copies.inverse is None else (copies.inverse,)
+    row, col = (None if c is None else quantizer.made(*c, *more) for c in (copies.row, copies.col))
     return Quantized(row, col, dtype)
 
 
