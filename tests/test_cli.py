@@ -12,6 +12,7 @@ from opsgraph import backend
 from opsgraph.backend import backends
 from opsgraph.cli import main
 from opsgraph.fuser import Fuser, register, registered
+from opsgraph.fusers import cublaslt
 from opsgraph.ops import GELU, BasicLinear, Bias
 
 
@@ -42,8 +43,11 @@ def test_doctor_says_of_each_backend_that_it_is_there_or_why_not(
 def test_doctor_says_which_formats_are_emulated(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, state in (("FP8, a scale per row", "emulated"), ("NVFP4", "emulated")):
-        assert f"{name} {state}" in printed(capsys, "doctor")
+    absent = backend.Backend("cublaslt", "scaled GEMMs", probe=lambda: "no CUDA device")
+    monkeypatch.setitem(backend._BACKENDS, "cublaslt", absent)
+    for name in ("FP8, a scale per row", "NVFP4"):
+        assert f"{name} emulated" in printed(capsys, "doctor")
+    monkeypatch.setattr(cublaslt, "chip", lambda: 0)
     everywhere = backend.Backend("cublaslt", "the same calls")
     monkeypatch.setitem(backend._BACKENDS, "cublaslt", everywhere)
     lines = printed(capsys, "doctor")

@@ -9,6 +9,7 @@ from torch import Tensor
 import opsgraph as og
 from opsgraph import backend
 from opsgraph.fuser import registered
+from opsgraph.fusers import cublaslt
 from opsgraph.fusers.cublaslt import FAMILIES, scaled_mm
 from opsgraph.ops import Linear, RMSNorm, SwiGLU
 from opsgraph.quantizers import (
@@ -28,6 +29,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 def on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "gpu" in request.keywords:
         return
+    monkeypatch.setattr(cublaslt, "chip", lambda: 0)
     everywhere = backend.Backend("cublaslt", "the same calls")
     monkeypatch.setitem(backend._BACKENDS, "cublaslt", everywhere)
 
@@ -108,6 +110,37 @@ def test_refusals_say_why(name: str, reason: str) -> None:
     module = mlp(torch.float32)
     with og.autocast(recipe=RECIPES[name]):
         assert reason in str(module.plan())
+
+
+@pytest.mark.parametrize(
+    ("chip", "cuda", "refused"),
+    [
+        (8, "13.0", ["e4m3b", "mxe4m3", "nvfp4"]),
+        (9, "12.8", ["e4m3b", "mxe4m3", "nvfp4"]),
+        (9, "12.9", ["mxe4m3", "nvfp4"]),
+        (10, "13.0", ["e4m3b"]),
+        (12, "13.0", ["e4m3b", "mxe4m3", "nvfp4"]),
+    ],
+)
+def test_what_a_chip_has(
+    chip: int, cuda: str, refused: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cublaslt, "chip", lambda: chip)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert [f.formats[0] for f in FAMILIES if f.why_not() is not None] == refused
+
+
+def test_blocks_want_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cublaslt, "chip", lambda: 9)
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    with og.autocast(recipe=RECIPES["blocks"]):
+        plan = str(mlp(backends=("cublaslt", "reference")).plan())
+        assert "FP8, blocks of 128: in_features 64 is not a multiple of 128" in plan
+        whole = og.Sequential(Linear(256, 128, dtype=torch.bfloat16))
+        steps = whole.plan()
+    names = [step.name for step in (*steps.forward, *steps.backward)]
+    assert {"ScaledLinear", "ScaledLinearBackward"} <= set(names)
+    assert "its epilogue adds no bias where scales are those of blocks" in str(steps)
 
 
 def test_e5m2_by_e5m2_is_refused() -> None:

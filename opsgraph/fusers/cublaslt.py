@@ -26,6 +26,11 @@ ALIGNMENT = 16
 native = Lazy("scaled_mm")
 
 
+def chip() -> int:
+    """The major number of the current device's compute capability, 0 without one."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+
+
 class Family(NamedTuple):
     """Formats that the library multiplies with each other.
 
@@ -46,7 +51,7 @@ class Family(NamedTuple):
         if not self.chip:
             return None
         built = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
-        if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != self.chip:
+        if chip() != self.chip:
             return f"units for it are those of sm_{self.chip}0"
         if built < self.cuda or not hasattr(torch.nn.functional, "scaled_mm"):
             return f"it takes CUDA {self.cuda[0]}.{self.cuda[1]} and torch 2.10"
