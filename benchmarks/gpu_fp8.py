@@ -2,7 +2,8 @@
 
 GEMM: `x @ w.T` in bf16, and of operands that are quantized already. Cast: what one reading of x
 costs as norm, norm and quantize, and quantize with both copies. Block: RMSNorm, Linear, SwiGLU,
-Linear, forward and backward, in bf16 and under every recipe that has a scaled GEMM there.
+Linear, forward and backward, in bf16 and under every recipe. Graph: the same as a CUDA graph, which
+leaves out what the host takes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ RECIPES = {
     "current": recipes.Float8CurrentScaling(),
     "rows": recipes.Float8CurrentScaling(row_wise=True),
     "delayed": recipes.DelayedScaling(amax_history_len=16),
+    "blocks": recipes.Float8BlockScaling(),
+    "mx": recipes.MXFP8BlockScaling(),
+    "nvfp4": recipes.NVFP4BlockScaling(),
 }
 Calls = dict[str, Callable[[], Any]]
 
@@ -78,6 +82,7 @@ def blocks(x: Tensor, ffn: int) -> tuple[Calls, dict[str, str]]:
 
     def step(chosen: recipes.Recipe | None) -> None:
         module.zero_grad(set_to_none=True)
+        leaf.grad = None
         with og.autocast(chosen is not None, chosen):
             y = module(leaf)
         y.backward(dy)
@@ -89,12 +94,34 @@ def blocks(x: Tensor, ffn: int) -> tuple[Calls, dict[str, str]]:
     return {name: (lambda c=c: step(c)) for name, c in RECIPES.items()}, plans  # type: ignore[misc]
 
 
+def graphs(steps: Calls) -> Calls:
+    """Each step captured, after it ran on a stream of its own."""
+    captured = {}
+    for name, step in steps.items():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        captured[name] = graph.replay
+    return captured
+
+
 def measure(rows: int, hidden: int, ffn: int, rounds: int) -> dict[str, Any]:
     """All figures for one size, in milliseconds; printed as they come."""
     x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16)
     weight, gamma = torch.randn(2 * ffn, hidden).to(x), torch.ones(hidden).to(x)
     calls, plans = blocks(x, ffn)
-    parts = {"gemm": gemms(x, weight), "cast": casts(x, gamma), "block": calls}
+    parts = {
+        "gemm": gemms(x, weight),
+        "cast": casts(x, gamma),
+        "block": calls,
+        "graph": graphs(calls),
+    }
     result: dict[str, Any] = {"rows": rows, "hidden": hidden, "ffn": ffn, "plans": plans}
     for part, candidates in parts.items():
         result[part] = timed(candidates, rounds)

@@ -18,6 +18,8 @@ from opsgraph.kernels.reference.quantize import E4M3, E5M2
 
 FORMATS = [(E4M3, oracle.E4M3), (E5M2, oracle.E5M2)]
 SEED = torch.tensor(3)
+SIGNS = [-1.0 if bit == "1" else 1.0 for bit in "0010010000111111"]
+"""1 - 2 * bit for the first 16 bits of pi's fraction, 0x243F."""
 INF, NAN, TINY = math.inf, math.nan, 2.0**-149
 
 
@@ -271,12 +273,12 @@ def test_e2m1_values() -> None:
 def test_hadamard(cols: int) -> None:
     generator = torch.Generator().manual_seed(1)
     whole = torch.randint(-50, 50, (6, cols), generator=generator).float()
-    expected = torch.from_numpy(oracle.hadamard(whole.numpy(), list(nvfp4.SIGNS)))
+    expected = torch.from_numpy(oracle.hadamard(whole.numpy(), SIGNS))
     assert torch.equal(nvfp4.hadamard(whole).double(), expected)
     x, y = torch.randn(6, cols, generator=generator), torch.randn(6, cols, generator=generator)
     torch.testing.assert_close(nvfp4.inverse_hadamard(nvfp4.hadamard(x), cols), x)
     torch.testing.assert_close(nvfp4.hadamard(x) @ nvfp4.hadamard(y).t(), x @ y.t())
-    assert sorted(nvfp4.SIGNS) == [-1.0] * 8 + [1.0] * 8
+    assert sorted(SIGNS) == [-1.0] * 8 + [1.0] * 8
 
 
 def test_a_tensor_and_a_square_share_their_transpose() -> None:

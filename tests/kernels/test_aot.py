@@ -53,6 +53,8 @@ def check(rows: list[dict[str, Any]], allowed: Callable[[dict[str, Any]], int]) 
     assert not spilled, "\n".join(map(str, spilled))
     too_large = [row for row in rows if row["shared"] > SHARED_MEMORY[row["cc"]]]
     assert not too_large, "\n".join(map(str, too_large))
+    lost = [row for row in rows if row["lost"]]
+    assert not lost, "\n".join(map(str, lost))
     # Rows are loaded 16 bytes at a time, their widths being multiples of 8 (all but one are).
     narrow = [
         row

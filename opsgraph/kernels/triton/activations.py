@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import multiprocessors, on_device_of, packed, row_major, stride_unit, sum_partials
+from .launch import (
+    ceil_div,
+    launch,
+    multiprocessors,
+    on_device_of,
+    packed,
+    row_major,
+    stride_unit,
+    sum_partials,
+)
 
 
 @triton.jit
@@ -240,9 +249,10 @@ def activation_forward(
     bias = packed(bias)
     unit = stride_unit(x)
     options = config(width)
-    grid = (triton.cdiv(rows, options["ROWS"]) * triton.cdiv(width, options["BLOCK"]),)
+    grid = (ceil_div(rows, options["ROWS"]) * ceil_div(width, options["BLOCK"]),)
     with on_device_of(x):
-        forward_kernel[grid](
+        launch(
+            forward_kernel, grid,
             x, bias, y, rows, x.stride(0) // unit,
             UNIT=unit, WIDTH=width,
             **flags, **options, **FUSION,
@@ -274,12 +284,13 @@ def activation_backward(
     dy, x = row_major(dy), row_major(x)
     unit = stride_unit(dy, x)
     options = config(width, dbias is not None)
-    blocks, shares = triton.cdiv(width, options["BLOCK"]), triton.cdiv(rows, options["ROWS"])
+    blocks, shares = ceil_div(width, options["BLOCK"]), ceil_div(rows, options["ROWS"])
     if dbias is not None:
         shares = min(shares, max(1, multiprocessors(x.device) * 4 // blocks))
         partials = torch.empty(shares, total, dtype=torch.float32, device=x.device)
     with on_device_of(x):
-        backward_kernel[(shares * blocks,)](
+        launch(
+            backward_kernel, (shares * blocks,),
             dy, x, dx, y, partials, rows, dy.stride(0) // unit, x.stride(0) // unit,
             UNIT=unit, WIDTH=width, STAGES=1 if dbias is None else 2,
             **flags, **options, **FUSION,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import config
-from .launch import on_device_of, packed, row_major, stride_unit
+from .launch import ceil_div, launch, on_device_of, packed, row_major, stride_unit
 
 
 @triton.jit
@@ -80,10 +80,11 @@ def dropout(
     bias = packed(bias)
     unit = stride_unit(x, residual)
     options = config(width)
-    grid = (triton.cdiv(rows, options["ROWS"]) * triton.cdiv(width, options["BLOCK"]),)
+    grid = (ceil_div(rows, options["ROWS"]) * ceil_div(width, options["BLOCK"]),)
     with on_device_of(x):
         # Without fusion into multiply-adds, fp32 results equal the reference's bit for bit.
-        dropout_kernel[grid](
+        launch(
+            dropout_kernel, grid,
             x, seed, bias, residual, y, round(p * 2**24), 1.0 / (1.0 - p) if p < 1.0 else 0.0,
             rows, x.stride(0) // unit, 0 if residual is None else residual.stride(0) // unit,
             UNIT=unit, WIDTH=width, **options, enable_fp_fusion=False,

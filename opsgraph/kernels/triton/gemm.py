@@ -20,7 +20,16 @@ from torch import Tensor
 
 from ...backend import interpreting
 from .activations import _gate, activation_backward, activation_forward, constants
-from .launch import on_device_of, packed, row_major, shared_memory, stride_unit, sum_partials
+from .launch import (
+    ceil_div,
+    launch,
+    on_device_of,
+    packed,
+    row_major,
+    shared_memory,
+    stride_unit,
+    sum_partials,
+)
 
 # Columns of a part of an epilogue: 32 bytes of a row, and few enough registers for two programs on
 # a multiprocessor, so that the epilogue of one runs beside the main loop of the other.
@@ -281,11 +290,12 @@ def linear_activation(
     bias = packed(bias)
     unit = stride_unit(x, weight)
     options = product_options(rows, total, x, depth)
-    tiles = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(
+    tiles = ceil_div(rows, options["BLOCK_M"]) * ceil_div(
         width, options["BLOCK_N"] // (total // width)
     )
     with on_device_of(x):
-        linear_activation_kernel[(tiles,)](
+        launch(
+            linear_activation_kernel, (tiles,),
             x, weight, bias, y, pre, rows, depth, x.stride(0) // unit, weight.stride(0) // unit,
             UNIT=unit, EVEN=depth % options["BLOCK_K"] == 0, WIDTH=width, **flags, **options,
         )  # fmt: skip
@@ -320,13 +330,14 @@ def linear_activation_backward(
     dy, weight, pre = row_major(dy), row_major(weight), row_major(pre)
     unit = stride_unit(dy, weight, pre)
     options = product_options(rows, width, dy, depth)
-    blocks = triton.cdiv(rows, options["BLOCK_M"])
+    blocks = ceil_div(rows, options["BLOCK_M"])
     dbias = partials = None
     if "bias" in want:
         dbias = torch.empty(total, dtype=bias_dtype or pre.dtype, device=pre.device)
         partials = torch.empty(blocks, total, dtype=torch.float32, device=pre.device)
     with on_device_of(dy):
-        linear_activation_backward_kernel[(blocks * triton.cdiv(width, options["BLOCK_N"]),)](
+        launch(
+            linear_activation_backward_kernel, (blocks * ceil_div(width, options["BLOCK_N"]),),
             dy, weight, pre, dpre, y, partials, rows, depth,
             dy.stride(0) // unit, weight.stride(0) // unit, pre.stride(0) // unit,
             UNIT=unit, EVEN=depth % options["BLOCK_K"] == 0, WIDTH=width, **flags, **options,

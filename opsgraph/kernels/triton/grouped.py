@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gemm import multiply, product_options, swizzled
-from .launch import on_device_of, row_major, stride_unit
+from .launch import ceil_div, launch, on_device_of, row_major, stride_unit
 
 MANY = 4096  # rows of a group, as far as the choice of a tile goes
 
@@ -126,10 +126,11 @@ def _rows(
     x, weights, offsets = row_major(x), weights.contiguous(), offsets.contiguous()
     bias = None if bias is None else bias.contiguous()
     unit = stride_unit(x)
-    options = product_options(triton.cdiv(rows, groups), width, x, depth)
-    tiles = triton.cdiv(rows, options["BLOCK_M"]) + groups
+    options = product_options(ceil_div(rows, groups), width, x, depth)
+    tiles = ceil_div(rows, options["BLOCK_M"]) + groups
     with on_device_of(x):
-        grouped_rows_kernel[(tiles * triton.cdiv(width, options["BLOCK_N"]),)](
+        launch(
+            grouped_rows_kernel, (tiles * ceil_div(width, options["BLOCK_N"]),),
             x, weights, bias, y, offsets, rows, x.stride(0) // unit,
             UNIT=unit, DEPTH=depth, WIDTH=width, TRANSPOSED=transposed, COUNT=groups,
             SLOTS=triton.next_power_of_2(groups + 1), **options,
@@ -179,9 +180,10 @@ def grouped_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     dy, x, offsets = row_major(dy), row_major(x), offsets.contiguous()
     unit = stride_unit(dy, x)
     options = product_options(width, depth, x, MANY)
-    tiles = triton.cdiv(width, options["BLOCK_M"]) * triton.cdiv(depth, options["BLOCK_N"])
+    tiles = ceil_div(width, options["BLOCK_M"]) * ceil_div(depth, options["BLOCK_N"])
     with on_device_of(x):
-        grouped_weights_kernel[(groups * tiles,)](
+        launch(
+            grouped_weights_kernel, (groups * tiles,),
             dy, x, dweights, offsets, x.size(0), dy.stride(0) // unit, x.stride(0) // unit,
             UNIT=unit, WIDTH=width, DEPTH=depth, **options,
         )  # fmt: skip

@@ -1,4 +1,8 @@
-"""What every launch needs: layout, alignment, device, and the reduction of partial sums."""
+"""What every launch needs: layout, alignment, device, and the reduction of partial sums.
+
+`kernel[grid](...)` works out anew, at every launch, which compiled kernel suits its arguments:
+`launch` remembers that.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -10,6 +14,43 @@ import triton.language as tl
 from torch import Tensor
 
 _HERE: AbstractContextManager[Any] = nullcontext()
+_launchable: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+"""By all that tells compiled kernels apart: the compiled kernel, and the constants of its call."""
+
+
+def ceil_div(size: int, block: int) -> int:
+    """How many blocks hold so many elements; `triton.cdiv` takes microseconds."""
+    return -(-size // block)
+
+
+def _trait(operand: Any) -> Any:
+    """What Triton compiles a kernel for, of a tensor, an int or None."""
+    if isinstance(operand, Tensor):
+        return operand.dtype, operand.data_ptr() % 16 == 0
+    if type(operand) is int:
+        return operand % 16 == 0, operand == 1, -(2**31) <= operand < 2**31
+    return operand if operand is None else type(operand)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any) -> None:
+    """`kernel[grid](*operands, **constants)`: first what is known at run time, then the rest.
+
+    Constants are those of the kernel and compile options. Triton's interpreter, and other vendors'
+    chips, for which kernels are compiled for more traits, go Triton's way.
+    """
+    device = next(operand.device for operand in operands if operand is not None)
+    key = kernel.fn, device, *map(_trait, operands), *constants.items()
+    known = _launchable.get(key)
+    if known is not None:
+        compiled, rest = known
+        compiled[grid + (1, 1)[: 3 - len(grid)]](*operands, *rest)
+        return
+    compiled = kernel[grid](*operands, **constants)
+    if not isinstance(kernel, triton.JITFunction) or compiled is None:
+        return  # interpreted, or only looked at
+    if compiled.metadata.target.backend == "cuda":
+        names = kernel.arg_names[len(operands) :]
+        _launchable[key] = compiled, tuple(constants[name] for name in names)
 
 
 def row_major(x: Tensor) -> Tensor:
@@ -90,7 +131,8 @@ def sum_partials(
     if given is None:
         return
     count, width = given.shape
-    grid = (triton.cdiv(width, SUM_CONFIG["BLOCK"]),)
-    sum_partials_kernel[grid](
-        first, first_out, second, second_out, count, WIDTH=width, **SUM_CONFIG
-    )
+    grid = (ceil_div(width, SUM_CONFIG["BLOCK"]),)
+    launch(
+        sum_partials_kernel, grid, first, first_out, second, second_out, count,
+        WIDTH=width, **SUM_CONFIG,
+    )  # fmt: skip

@@ -20,6 +20,8 @@ import triton
 from torch import Tensor
 
 from .launch import (
+    ceil_div,
+    launch,
     multiprocessors,
     on_device_of,
     packed,
@@ -103,9 +105,10 @@ def _forward(
     unit = stride_unit(x, other)
     config = forward_config(width, x.element_size())
     kernel = forward_wide_kernel if width > NARROW else forward_kernel
-    grid = (triton.cdiv(rows, config.get("ROWS", 1)),)
+    grid = (ceil_div(rows, config.get("ROWS", 1)),)
     with on_device_of(x):
-        kernel[grid](
+        launch(
+            kernel, grid,
             x, other, weight, bias, y, total, mean, rstd,
             rows, x.stride(0) // unit, 0 if other is None else other.stride(0) // unit,
             UNIT=unit, WIDTH=width, EPS=eps, ZERO_CENTERED=zero_centered, CENTER=center,
@@ -136,27 +139,40 @@ def _backward(
     last = 0 if dother is None else dother.stride(0) // unit
     both = dweight is not None and dbias is not None
     config = backward_config(width, x.element_size(), both)
-    blocks = triton.cdiv(width, config["BLOCK"])
+    blocks = ceil_div(width, config["BLOCK"])
     per_row = max(1, multiprocessors(x.device) * _programs_per_multiprocessor(1024) // blocks)
     if blocks == 1:
         per_row = multiprocessors(x.device) * _programs_per_multiprocessor(width)
-    programs = min(triton.cdiv(rows, config["ROWS"]), per_row)
+    programs = min(ceil_div(rows, config["ROWS"]), per_row)
     partials = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
     into = partials[0] if dweight is not None else None, partials[1] if dbias is not None else None
     flags = {"UNIT": unit, "WIDTH": width, "ZERO_CENTERED": zero_centered}
     with on_device_of(x):
         if blocks == 1:
-            backward_kernel[(programs,)](
+            launch(
+                backward_kernel, (programs,),
                 dy, x, mean, rstd, weight, dother, dx, *into, rows, *strides, last,
                 **flags, **config, **FUSION, STAGES=_stages(config, dy, x, weight, dother),
             )  # fmt: skip
         else:
             dots = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
             if dx is not None:
-                backward_wide_dots_kernel[(rows,)](
-                    dy, x, mean, rstd, weight, dots, *strides, **flags, **DOTS_CONFIG, **FUSION
+                launch(
+                    backward_wide_dots_kernel,
+                    (rows,),
+                    dy,
+                    x,
+                    mean,
+                    rstd,
+                    weight,
+                    dots,
+                    *strides,
+                    **flags,
+                    **DOTS_CONFIG,
+                    **FUSION,
                 )
-            backward_wide_kernel[(blocks, programs)](
+            launch(
+                backward_wide_kernel, (blocks, programs),
                 dy, x, mean, rstd, weight, dother, dx, *into, dots, rows, *strides, last,
                 **flags, **config, **FUSION,
             )  # fmt: skip

@@ -17,6 +17,9 @@ import triton.language as tl
 FP32_MAX = tl.constexpr(3.4028234663852886e38)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 
+_CONVERT = "{.reg .b16 pair; cvt.rn.satfinite.%s.f32 pair, 0f00000000, $1; cvt.u32.u16 $0, pair;}"
+_TO_E4M3, _TO_E5M2 = tl.constexpr(_CONVERT % "e4m3x2"), tl.constexpr(_CONVERT % "e5m2x2")
+
 
 @triton.jit
 def magnitude(value):
@@ -35,15 +38,20 @@ def store_amax(value, amax):
 def encode(value, E5M2: tl.constexpr, NATIVE: tl.constexpr):
     """fp32 to the bytes of FP8: saturated, rounded to nearest even, 0x7F for a NaN.
 
-    NATIVE: by the conversion of sm_89 and later. Triton's interpreter rounds differently, so there
-    and on older chips the bits are put together here: adding a number whose unit in the last place
-    is FP8's smallest step rounds subnormals, and the rest is rounded as an integer.
+    NATIVE: by the conversion of sm_89 and later, one value at a time. Triton's own makes pairs, and
+    where both the row and the column copy are stored, ptxas 12.8 puts a pair into a word of one and
+    its stack pointer into the other.
+
+    Triton's interpreter rounds differently, so there and on older chips the bits are put together
+    here: adding a number whose unit in the last place is FP8's smallest step rounds subnormals, and
+    the rest is rounded as an integer.
     """
-    LARGEST: tl.constexpr = 57344.0 if E5M2 else 448.0
-    value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     if NATIVE:
-        return value.to(tl.float8e5 if E5M2 else tl.float8e4nv).to(tl.uint8, bitcast=True)
+        CONVERT: tl.constexpr = _TO_E5M2 if E5M2 else _TO_E4M3
+        return tl.inline_asm_elementwise(CONVERT, "=r,f", [value], tl.int32, True, 1).to(tl.uint8)
     else:
+        LARGEST: tl.constexpr = 57344.0 if E5M2 else 448.0
+        value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         MANTISSA: tl.constexpr = 2 if E5M2 else 3
         BIAS: tl.constexpr = 15 if E5M2 else 7
         DROPPED: tl.constexpr = 23 - MANTISSA
