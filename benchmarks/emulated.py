@@ -1,10 +1,10 @@
-"""Emulated products of quantized operands on the CPU, beside those of bf16 and fp32 tensors.
+"""Emulated products of quantized operands, beside those of bf16 and fp32 tensors.
 
 For every recipe the forward product of a linear layer and its weight gradient, of operands that are
-quantized already: by fp32 units ("fp32 units", where the CPU has bf16 ones too) and as the
-reference ops do it here ("here"). Every case runs in alternation and is judged by medians.
+quantized already: by fp32 units, and by bf16 units where these will do on that device ("here").
+Every case runs in alternation and is judged by medians.
 
-    python -m benchmarks.emulated [--rows 2048] [--hidden 1024] [--ffn 4096] [--repeats 9]
+    python -m benchmarks.emulated [--device cuda] [--rows 2048] [--hidden 1024] [--ffn 4096]
 """
 
 import argparse
@@ -31,23 +31,24 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def on_fp32_units(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The same where the CPU is taken to have no bf16 units."""
-    known = scaled_gemm.cpu_units
+    """The same where bf16 units are taken to do for no operand."""
+    known = scaled_gemm._units
 
     def run() -> None:
-        scaled_gemm.cpu_units = lambda: False  # type: ignore[assignment]
+        scaled_gemm._units = lambda data, dtype: set()
         try:
             call()
         finally:
-            scaled_gemm.cpu_units = known
+            scaled_gemm._units = known
 
     return run
 
 
-def calls(rows: int, hidden: int, ffn: int) -> Calls:
+def calls(rows: int, hidden: int, ffn: int, device: str) -> Calls:
     """Every case by its name."""
     torch.manual_seed(0)
-    x, weight, dy = torch.randn(rows, hidden), torch.randn(ffn, hidden), torch.randn(rows, ffn)
+    shapes = (rows, hidden), (ffn, hidden), (rows, ffn)
+    x, weight, dy = (torch.randn(*shape, device=device) for shape in shapes)
     found: Calls = {}
     for dtype in (torch.float32, torch.bfloat16):
         plain = [tensor.to(dtype) for tensor in (x, weight, dy)]
@@ -74,9 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for option, value in (("rows", 2048), ("hidden", 1024), ("ffn", 4096), ("repeats", 9)):
         parser.add_argument(f"--{option}", type=int, default=value)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     print(machine(), f"rows {args.rows}, hidden {args.hidden}, ffn {args.ffn}", sep="\n")
-    found = alternate(calls(args.rows, args.hidden, args.ffn), args.repeats, 1)
+    cases = calls(args.rows, args.hidden, args.ffn, args.device)
+    found = alternate(cases, args.repeats, 1, wait)
     for name, seconds in found.items():
         print(f"{name:32} {1e3 * seconds:8.2f} ms")
 

@@ -40,6 +40,7 @@ _INFINITY = 0x7F800000
 _NOT_MANTISSA = -0x800000
 _E4M3_IN_BF16 = -0x7810
 """The sign, as bf16 has it, and E4M3's seven other bits four places up."""
+_BF16_NAN = 0x7FC0
 
 
 def amax_of(x: Tensor, dim: int | None = None) -> Tensor:
@@ -88,8 +89,10 @@ def decode(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     bits = data.view(torch.int8).to(torch.int16)
     if data.dtype == E5M2:
         return bits.mul_(2**8).view(torch.float16).to(dtype)
-    value = bits.mul_(2**4).bitwise_and_(_E4M3_IN_BF16).view(torch.bfloat16).mul_(2.0**120)
-    return value.masked_fill_(value.abs() > FP8_MAX[E4M3], torch.nan).to(dtype)
+    bits.mul_(2**4).bitwise_and_(_E4M3_IN_BF16)
+    nan = ((bits & 0x7F0) + 0x10 >> 11).mul_(_BF16_NAN)  # where all seven bits are set
+    value = bits.view(torch.bfloat16).mul_(2.0**120)
+    return value.view(torch.int16).bitwise_or_(nan).view(torch.bfloat16).to(dtype)
 
 
 def quantize_tensor(
