@@ -14,6 +14,7 @@ from opsgraph.ops import GroupedLinear
 from opsgraph.recipe import Float8BlockScaling, Float8CurrentScaling, Format
 
 ROWS_E4M3 = Float8CurrentScaling(Format.E4M3, row_wise=True)
+CALL = torch._scaled_grouped_mm
 SIZES = [[5, 0, 40, 3], [16, 16, 16, 0], [0, 0, 0, 48]]
 
 
@@ -28,6 +29,8 @@ def manual(
     assert offs.dtype == torch.int32
     assert scale_a.shape == (a.size(0),)
     assert scale_b.shape == (groups, width)
+    given = (t.to("meta") for t in (a, b, scale_a, scale_b, offs))
+    assert CALL(*given, out_dtype=out_dtype).shape == (a.size(0), width)
     y = torch.full((a.size(0), width), torch.nan, dtype=torch.float64)
     start = 0
     for g, end in enumerate(offs.tolist()):

@@ -54,7 +54,7 @@ def blocks(data: Tensor, scale: Tensor) -> Scaled:
 def squares(data: Tensor, scale: Tensor) -> Scaled:
     """FP8 `[rows, depth]` with an fp32 scale for 128 x 128."""
     inverse = _inverse(scale, -(-scale.size(1) // 4) * 4).t()
-    return Scaled(filled(data, ROWS, 128), [inverse], [ScalingType.BlockWise128x128], [PLAIN])
+    return Scaled(filled(data, 128, 128), [inverse], [ScalingType.BlockWise128x128], [PLAIN])
 
 
 def mx(data: Tensor, scale: Tensor) -> Scaled:

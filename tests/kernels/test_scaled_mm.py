@@ -1,7 +1,7 @@
 """What cuBLASLt is given for blocks of scales: layouts against the manuals' formulas, in numpy.
 
-`manual` reads operands as cuBLAS documents them, checks what PyTorch's call asks of shapes and
-strides, and multiplies in fp64; it shares nothing with the code that lays them out.
+`manual` reads operands as cuBLAS documents them, has PyTorch's call check shapes and strides, and
+multiplies in fp64; it shares nothing with the code that lays them out.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
+from torch.nn.functional import scaled_mm as call
 
 from opsgraph.fusers.cublaslt import scaled_mm
 from opsgraph.kernels.scaled_mm import tiles
@@ -88,11 +89,20 @@ def _values(data: Tensor, scales: list[Tensor], scalings: Any, swizzles: Any) ->
     return value * grid.repeat(128, 0)[:rows].repeat(128, 1)
 
 
+def meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
 def manual(
     a: Tensor, b: Tensor, scale_a: Any, scaling_a: Any, scale_b: Any, scaling_b: Any,
     swizzle_a: Any, swizzle_b: Any, output_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     assert b.size(1) % 16 == 0
+    seen = call(
+        meta(a), meta(b), [meta(s) for s in scale_a], scaling_a, [meta(s) for s in scale_b],
+        scaling_b, swizzle_a, swizzle_b, output_dtype=output_dtype,
+    )  # fmt: skip
+    assert seen.shape == (a.size(0), b.size(1))
     left = _values(a, scale_a, scaling_a, swizzle_a)
     right = _values(b.t(), scale_b, scaling_b, swizzle_b)
     return torch.from_numpy(left @ right.T).to(output_dtype)
