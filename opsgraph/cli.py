@@ -14,6 +14,7 @@ import opsgraph.fusers  # registers the built-in ones
 import opsgraph.ops
 from opsgraph.backend import backends
 from opsgraph.fuser import registered
+from opsgraph.fusers.cublaslt import FAMILIES, Family
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +42,8 @@ def doctor() -> Iterable[str]:
         (backend.name, backend.about, _availability(backend.why_not()))
         for backend in backends().values()
     )
+    yield "products of quantized operands"
+    yield from _table((family.about, _products(family)) for family in FAMILIES)
 
 
 def ops() -> Iterable[str]:
@@ -81,6 +84,13 @@ def _devices() -> Iterable[tuple[str, str]]:
 
 def _availability(why_not: str | None) -> str:
     return "there" if why_not is None else f"absent: {why_not}"
+
+
+def _products(family: Family) -> str:
+    if backends()["cublaslt"].why_not() is not None:
+        return "emulated"
+    why_not = family.why_not()
+    return "scaled GEMMs" if why_not is None else f"emulated: {why_not}"
 
 
 def _summary(documented: object) -> str:

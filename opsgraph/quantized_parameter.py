@@ -108,7 +108,7 @@ class QuantizedTensor(torch.Tensor):
 
     def _mapped(self, change: Any, dtype: torch.dtype | None = None) -> QuantizedTensor:
         def copy(old: Copy | None) -> Copy | None:
-            return None if old is None else Copy(old.quantizer, *map(change, old.parts))
+            return None if old is None else old.quantizer.made(*map(change, old.parts))
 
         row, col = copy(self.value.row), copy(self.value.col)
         return type(self)(Quantized(row, col, dtype or self.dtype), self.shape)

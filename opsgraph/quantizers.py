@@ -21,7 +21,7 @@ from torch import Tensor
 from .kernels.reference import nvfp4, quantize
 from .spec import ROWS, Spec, Storage
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3, E5M2, BF16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
 _NAMES = {E4M3: "e4m3", E5M2: "e5m2"}
 COPIES = ("row", "col")
 
@@ -29,23 +29,42 @@ COPIES = ("row", "col")
 class Copy(NamedTuple):
     """One quantized copy `[rows, cols]` for a product that contracts over `cols`.
 
-    data and scale: as the quantizer's function returns them; amax: NVFP4's, of the whole tensor.
+    data and scale: as the quantizer's function returns them; amax: NVFP4's, of the whole tensor;
+    inverse: `1 / scale` where the quantizer `inverts`, because scaled GEMMs multiply with that.
     """
 
     quantizer: Quantizer
     data: Tensor
     scale: Tensor
     amax: Tensor | None = None
+    inverse: Tensor | None = None
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors that it is made of."""
-        both = self.data, self.scale
-        return both if self.amax is None else (*both, self.amax)
+        inverse = self.multiplier if self.quantizer.inverts else None
+        more = (part for part in (self.amax, inverse) if part is not None)
+        return (self.data, self.scale, *more)
+
+    @property
+    def multiplier(self) -> Tensor:
+        """`1 / scale`: what a GEMM multiplies with, where scales are multiplied with before."""
+        return self.scale.reciprocal() if self.inverse is None else self.inverse
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values that a GEMM multiplies, `[rows, cols]`; NVFP4 fills cols up to blocks."""
         return self.quantizer.dequantize(self, dtype)
+
+
+class Operand(NamedTuple):
+    """What a copy stands for as `values * factor`: bf16 `[rows, cols]`, rounded nowhere, and fp32.
+
+    factor: as the quantizer's `factor` says, `[]` or `[rows, 1]`; None is 1. Values below 2^-126
+    and products of two that are below it may count as zero on bf16 units.
+    """
+
+    values: Tensor
+    factor: Tensor | None = None
 
 
 class Quantized(NamedTuple):
@@ -60,13 +79,15 @@ class Quantized(NamedTuple):
 class Quantizer:
     """How tensors of one role are quantized. Equal quantizers are interchangeable.
 
-    A quantizer of your own gives `copy`, `dequantize`, `storage` and `specs`, and sets `shared`
-    where `col` is the transpose of `row`.
+    A quantizer of your own gives `copy`, `dequantize`, `storage` and `specs`, sets `shared` where
+    `col` is the transpose of `row`, and gives `factor` and `operand` where bf16 holds its values.
     """
 
     shared: ClassVar[bool] = False
     delayed: ClassVar[bool] = False
     """Whether the scale is given, made from earlier amaxes, and each call's amax is handed out."""
+    inverts: ClassVar[bool] = False
+    """Whether `1 / scale` is a part of copies, made once for all products that read them."""
     multiple: ClassVar[int] = 16
     """What the width of a GEMM's operand must be a multiple of."""
 
@@ -82,8 +103,24 @@ class Quantizer:
         """
         raise NotImplementedError
 
+    def made(self, data: Tensor, scale: Tensor, *more: Tensor) -> Copy:
+        """The copy that is made of parts; `1 / scale` may be left out."""
+        if not self.inverts:
+            return Copy(self, data, scale, *more)
+        return Copy(self, data, scale, None, more[0] if more else scale.reciprocal())
+
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
         """The values of a copy."""
+        raise NotImplementedError
+
+    @property
+    def factor(self) -> str | None:
+        """What makes a copy's values bf16 numbers, if it is taken out: "tensor", a factor of all;
+        "rows", one of each row; "none", nothing need be; None: no such factor does."""
+        return None
+
+    def operand(self, copy: Copy) -> Operand:
+        """A copy for a product in bf16, where there is a `factor`."""
         raise NotImplementedError
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
@@ -123,7 +160,7 @@ class Quantizer:
 
     def load(self, dtype: torch.dtype, **parts: Sequence[Tensor]) -> Quantized:
         """The value again from the parts of its copies: `load(dtype, row=(data, scale))`."""
-        made = {name: Copy(self, *tensors) for name, tensors in parts.items()}
+        made = {name: self.made(*tensors) for name, tensors in parts.items()}
         if "col" in made and self.shared:
             made["col"] = transposed(made["col"])
         return Quantized(made.get("row"), made.get("col"), dtype)
@@ -147,20 +184,28 @@ class TensorQuantizer(Quantizer):
     eps: float = 0.0
     power_of_two: bool = False
     shared: ClassVar[bool] = True
+    inverts: ClassVar[bool] = True
 
     @property
     def storage(self) -> Storage:
         return Storage(_NAMES[self.dtype], 8)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
-        return Copy(self, *quantize.quantize_tensor(x, self.dtype, self.eps, self.power_of_two))
+        return self.made(*quantize.quantize_tensor(x, self.dtype, self.eps, self.power_of_two))
 
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
-        return quantize.dequantize(copy.data, copy.scale, dtype)
+        return (quantize.decode(copy.data) * copy.multiplier).to(dtype)
+
+    @property
+    def factor(self) -> str:
+        return "tensor"
+
+    def operand(self, copy: Copy) -> Operand:
+        return Operand(quantize.decode(copy.data, BF16), copy.multiplier)
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
-        data = Spec((rows, cols), self.dtype, device)
-        return data, Spec((), torch.float32, device)
+        number = Spec((), torch.float32, device)
+        return Spec((rows, cols), self.dtype, device), number, number
 
 
 @dataclass(frozen=True)
@@ -171,7 +216,7 @@ class DelayedQuantizer(TensorQuantizer):
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         assert scale is not None
-        return Copy(self, quantize.cast(x, scale, self.dtype), scale)
+        return self.made(quantize.cast(x, scale, self.dtype), scale)
 
 
 @dataclass(frozen=True)
@@ -179,13 +224,23 @@ class RowQuantizer(TensorQuantizer):
     """FP8 with one scale for each row of a copy, from its own amax."""
 
     shared: ClassVar[bool] = False
+    inverts: ClassVar[bool] = False
 
     @property
     def storage(self) -> Storage:
         return Storage(_NAMES[self.dtype] + "r", 8)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
-        return Copy(self, *quantize.quantize_rows(x, self.dtype, self.eps, self.power_of_two))
+        return self.made(*quantize.quantize_rows(x, self.dtype, self.eps, self.power_of_two))
+
+    @property
+    def factor(self) -> str:
+        return "none" if self.power_of_two else "rows"
+
+    def operand(self, copy: Copy) -> Operand:
+        if self.power_of_two:
+            return Operand(quantize.dequantize(copy.data, copy.scale, BF16, True))
+        return super().operand(copy)
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
         data = Spec((rows, cols), self.dtype, device)
@@ -208,7 +263,7 @@ class BlockQuantizer(Quantizer):
 
     @property
     def storage(self) -> Storage:
-        return Storage(_NAMES[self.dtype] + "b", 8, 32, quantize.BLOCK)
+        return Storage(_NAMES[self.dtype] + "b", 8, 32, quantize.BLOCK, self.height)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         return Copy(
@@ -218,6 +273,13 @@ class BlockQuantizer(Quantizer):
 
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
         return quantize.dequantize(copy.data, copy.scale, dtype)
+
+    @property
+    def factor(self) -> str | None:
+        return "none" if self.power_of_two else None
+
+    def operand(self, copy: Copy) -> Operand:
+        return Operand(quantize.dequantize(copy.data, copy.scale, BF16, True))
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
         down = rows if self.height == 1 else _step(rows, self.height)
@@ -242,6 +304,13 @@ class MXQuantizer(Quantizer):
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
         return quantize.dequantize_mxfp8(copy.data, copy.scale, dtype)
 
+    @property
+    def factor(self) -> str:
+        return "none"
+
+    def operand(self, copy: Copy) -> Operand:
+        return Operand(self.dequantize(copy, BF16))
+
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
         scale = Spec((rows, _step(cols, quantize.MX_BLOCK)), torch.uint8, device)
         return Spec((rows, cols), self.dtype, device), scale
@@ -261,7 +330,7 @@ class NVFP4Quantizer(Quantizer):
 
     @property
     def storage(self) -> Storage:
-        return Storage("nvfp4", 4, 8, nvfp4.BLOCK)
+        return Storage("nvfp4", 4, 8, nvfp4.BLOCK, self.height)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         if col and self.hadamard:
@@ -278,6 +347,16 @@ class NVFP4Quantizer(Quantizer):
         data, amax = copy.data.flatten(1), copy.amax
         assert amax is not None
         return nvfp4.dequantize_nvfp4(data, copy.scale, amax, 2 * data.size(1), dtype)
+
+    @property
+    def factor(self) -> str:
+        return "tensor"
+
+    def operand(self, copy: Copy) -> Operand:
+        data, amax = copy.data.flatten(1), copy.amax
+        assert amax is not None
+        values = nvfp4.block_values(data, copy.scale.to(BF16), 2 * data.size(1))
+        return Operand(values, nvfp4.tensor_multiplier(amax).reciprocal())
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
         blocks = _step(cols, nvfp4.BLOCK)

@@ -24,12 +24,14 @@ class Storage(NamedTuple):
     """How a quantized value is stored: its format's name, and what a value and a scale take.
 
     block: how many values of a row have one scale; 0 where the scales do not grow with the rows.
+    height: how many rows of a block do.
     """
 
     name: str
     bits: int
     scale_bits: int = 0
     block: int = 0
+    height: int = 1
 
     def bytes_of(self, width: int) -> int:
         """Bytes of so many values of a row, with their scales."""

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import opsgraph.ops
+from opsgraph import backend
 from opsgraph.backend import backends
 from opsgraph.cli import main
 from opsgraph.fuser import Fuser, register, registered
+from opsgraph.fusers import cublaslt
 from opsgraph.ops import GELU, BasicLinear, Bias
 
 
@@ -32,10 +34,25 @@ def test_doctor_says_of_each_backend_that_it_is_there_or_why_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lines = printed(capsys, "doctor")
-    for backend in backends().values():
-        why_not = backend.why_not()
+    for known in backends().values():
+        why_not = known.why_not()
         state = "there" if why_not is None else f"absent: {why_not}"
-        assert f"{backend.name} {backend.about} {state}" in lines
+        assert f"{known.name} {known.about} {state}" in lines
+
+
+def test_doctor_says_which_formats_are_emulated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = backend.Backend("cublaslt", "scaled GEMMs", probe=lambda: "no CUDA device")
+    monkeypatch.setitem(backend._BACKENDS, "cublaslt", absent)
+    for name in ("FP8, a scale per row", "NVFP4"):
+        assert f"{name} emulated" in printed(capsys, "doctor")
+    monkeypatch.setattr(cublaslt, "chip", lambda: 0)
+    everywhere = backend.Backend("cublaslt", "the same calls")
+    monkeypatch.setitem(backend._BACKENDS, "cublaslt", everywhere)
+    lines = printed(capsys, "doctor")
+    assert "FP8, a scale per row scaled GEMMs" in lines
+    assert "NVFP4 emulated: units for it are those of sm_100" in lines
 
 
 def test_ops_lists_every_op_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,63 +1,146 @@
-"""Scaled GEMMs on the tensor cores' FP8 units: they take what Quantize wrote, with its scales.
+"""Scaled GEMMs on the tensor cores' FP8 and FP4 units: they take what Quantize wrote, with scales.
 
-`torch._scaled_mm` multiplies by the scales that it is given, where ours divide: it gets 1 / scale.
-Formats that it is not known to take on this chip stay with the reference, which emulates them.
+PyTorch's calls multiply by the scales that they are given, where ours divide: they get 1 / scale.
+What `FAMILIES` does not name for this chip stays with the reference, which emulates it.
 """
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..fuser import Fuser, register
+from ..kernels.reference.nvfp4 import tensor_multiplier
+from ..kernels.reference.quantize import BLOCK
 from ..op import Op
 from ..ops import BasicLinear, Bias
 from ..ops.main_grad import add_to_main_grad
+from ..ops.scaled_gemm import product
 from ..quantizers import Copy, Quantized
 from ..spec import Spec, Storage
+from .lazy import Lazy
 
-TENSOR, ROWS = ("e4m3", "e5m2"), ("e4m3r", "e5m2r")
 ALIGNMENT = 16
 
+native = Lazy("scaled_mm")
 
-def _formats(first: str, second: str) -> str | None:
+
+def chip() -> int:
+    """The major number of the current device's compute capability, 0 without one."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+
+
+class Family(NamedTuple):
+    """Formats that the library multiplies with each other.
+
+    chip: the major number of the compute capability that has them, 0 for all with FP8 units. cuda:
+    the least version. multiple: what in_features and out_features have to be a multiple of.
+    dtypes: of the result.
+    """
+
+    about: str
+    formats: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    chip: int = 0
+    cuda: tuple[int, int] = (12, 0)
+    multiple: int = 1
+
+    def why_not(self) -> str | None:
+        """Why such operands are emulated here, or None."""
+        if not self.chip:
+            return None
+        built = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+        if chip() != self.chip:
+            return f"units for it are those of sm_{self.chip}0"
+        if built < self.cuda or not hasattr(torch.nn.functional, "scaled_mm"):
+            return f"it takes CUDA {self.cuda[0]}.{self.cuda[1]} and torch 2.10"
+        return None
+
+
+_HALF = torch.float16
+FAMILIES = (
+    Family("FP8, a scale per tensor", ("e4m3", "e5m2"), (torch.bfloat16, torch.float32, _HALF)),
+    Family("FP8, a scale per row", ("e4m3r", "e5m2r"), (torch.bfloat16,)),
+    Family("FP8, blocks of 128", ("e4m3b",), chip=9, cuda=(12, 9), multiple=128),
+    Family("MXFP8", ("mxe4m3", "mxe5m2"), chip=10, cuda=(12, 8)),
+    Family("NVFP4", ("nvfp4",), chip=10, cuda=(12, 8)),
+)
+
+
+def _family(storage: Storage | None) -> Family | None:
+    return next((f for f in FAMILIES if storage is not None and storage.name in f.formats), None)
+
+
+def _formats(first: Storage, second: Storage) -> str | None:
     """Why two formats cannot be multiplied, or None."""
-    if first.startswith("e5m2") and second.startswith("e5m2"):
+    if "e5m2" in first.name and "e5m2" in second.name:
         return "no unit multiplies E5M2 by E5M2"
-    if not any(first in family and second in family for family in (TENSOR, ROWS)):
-        return f"{first} by {second} is emulated"
+    family, emulated = _family(first), f"{first.name} by {second.name} is emulated"
+    if family is None or family is not _family(second):
+        return emulated
+    if reason := family.why_not():
+        return f"{emulated}: {reason}"
+    if first.height == second.height == BLOCK:
+        return f"no unit multiplies two operands with blocks of {BLOCK} rows"
     return None
 
 
-def _bytes(data: Tensor, columns: int) -> Tensor:
-    """FP8 data, row by row in memory, filled up with zeros to a multiple of the alignment."""
-    missing = -columns % ALIGNMENT
-    if missing:
-        return torch.nn.functional.pad(data.view(torch.uint8), (0, missing)).view(data.dtype)
-    return data.contiguous()
+def reject_gradient_formats(x: Storage, weight: Storage, dy: Storage | None) -> str | None:
+    """Why the two products of a backward cannot be scaled GEMMs, or None."""
+    if dy is None:
+        return "the recipe leaves the gradient in high precision"
+    return _formats(dy, weight) or _formats(dy, x)
+
+
+def reject_product(fc: Any, x: Spec) -> str | None:
+    """Why a linear layer's products, of x as it is stored, cannot be such ones, or None."""
+    family = _family(x.storage)
+    if family is None:
+        return None  # `_formats` says why
+    if x.dtype not in family.dtypes:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in family.dtypes)
+        return f"{family.about}: it writes {known}, not {x.dtype}"
+    for name in ("in_features", "out_features"):
+        size = getattr(fc, f"local_{name}")
+        if size % family.multiple:
+            return f"{family.about}: {name} {size} is not a multiple of {family.multiple}"
+    return None
 
 
 def scaled_mm(
     a: Copy | None, b: Copy | None, dtype: torch.dtype, fast: bool = False,
     bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`a @ b.T (+ bias)` of FP8 copies `[rows, depth]` and `[cols, depth]`, in dtype.
+    """`a @ b.T (+ bias)` of copies `[rows, depth]` and `[cols, depth]`, in dtype.
 
-    fast: accumulate in the tensor core's own, shorter sums, as forward passes may.
+    fast: accumulate in the tensor core's own, shorter sums, as forward passes may. Neither that nor
+    a bias is for formats with blocks.
     """
     assert a is not None and b is not None  # noqa: PT018
-    rows, depth = a.data.shape
-    if not rows * depth * b.data.size(0):
-        made = torch.zeros(rows, b.data.size(0), dtype=dtype, device=a.data.device)
+    rows, cols = a.data.size(0), b.data.size(0)
+    if not a.data.numel() * cols:
+        made = torch.zeros(rows, cols, dtype=dtype, device=a.data.device)
         return made if bias is None else made + bias
-    left, right = _bytes(a.data, depth), _bytes(b.data, depth).t()
-    scale_a, scale_b = a.scale.reciprocal(), b.scale.reciprocal()
+    if a.quantizer.storage.block:
+        return native.multiply(_blocks(a), _blocks(b), rows, dtype)  # type: ignore[no-any-return]
+    left, right = (native.filled(copy.data, 1, ALIGNMENT) for copy in (a, b))
+    scale_a, scale_b = a.multiplier, b.multiplier
     if scale_b.dim():
         scale_b = scale_b.t()
     return torch._scaled_mm(
-        left, right, scale_a, scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast
+        left, right.t(), scale_a, scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast
     )
+
+
+def _blocks(copy: Copy) -> Any:
+    """A copy with scales of blocks, as the library takes it."""
+    storage, data, scale = copy.quantizer.storage, copy.data, copy.scale
+    if copy.amax is not None:
+        return native.nvfp4(data.flatten(1), scale, tensor_multiplier(copy.amax).reciprocal())
+    if storage.name.startswith("mx"):
+        return native.mx(data, scale)
+    return native.blocks(data, scale) if storage.height == 1 else native.squares(data, scale)
 
 
 def scaled_product(a: Copy | None, b: Copy | None, dtype: torch.dtype) -> Tensor:
@@ -65,22 +148,18 @@ def scaled_product(a: Copy | None, b: Copy | None, dtype: torch.dtype) -> Tensor
     assert a is not None and b is not None  # noqa: PT018
     if a.data.is_cuda:
         return scaled_mm(a, b, dtype)
-    return (a.dequantize() @ b.dequantize().t()).to(dtype)
+    return product(a, b, dtype)
 
 
 def weight_gradient(dy: Quantized, x: Quantized, fc: Any, weight: Tensor) -> Tensor | None:
-    """`dy.T @ x`, or into the weight's main_grad."""
-    found = scaled_product(dy.col, x.col, dy.dtype)
-    if fc.accumulate_into_main_grad:
-        return add_to_main_grad(found, weight, fc.overwrite_main_grad)
-    return found
-
-
-def reject_gradient_formats(x: Storage, weight: Storage, dy: Storage | None) -> str | None:
-    """Why the two products of a backward cannot be scaled GEMMs, or None."""
-    if dy is None:
-        return "the recipe leaves the gradient in high precision"
-    return _formats(dy.name, weight.name) or _formats(dy.name, x.name)
+    """`dy.T @ x`, or into the weight's main_grad: not rounded before it is added, if it can be."""
+    if not fc.accumulate_into_main_grad:
+        return scaled_product(dy.col, x.col, dy.dtype)
+    assert x.col is not None
+    family = _family(x.col.quantizer.storage)
+    wide = family is not None and torch.float32 in family.dtypes
+    found = scaled_product(dy.col, x.col, torch.float32 if wide else dy.dtype)
+    return add_to_main_grad(found, weight, fc.overwrite_main_grad)
 
 
 class _Scaled(Fuser):
@@ -88,16 +167,7 @@ class _Scaled(Fuser):
 
     def reject_formats(self, x: Storage, weight: Storage, dy: Storage | None) -> str | None:
         """Why it cannot multiply such operands, or None."""
-        return _formats(x.name, weight.name)
-
-
-def _dtype(x: Spec) -> str | None:
-    rows = x.storage is not None and x.storage.name in ROWS
-    if rows and x.dtype != torch.bfloat16:
-        return f"with scales by rows it writes bf16, not {x.dtype}"
-    if x.dtype == torch.float64:
-        return "it does not write fp64"
-    return None
+        return _formats(x, weight)
 
 
 @register
@@ -106,10 +176,12 @@ class ScaledLinear(_Scaled):
 
     pattern = dict(fc=BasicLinear, bias=Bias | None)
 
-    def reject(self, bias: Op | None, x: Spec) -> str | None:
+    def reject(self, fc: Op, bias: Op | None, x: Spec) -> str | None:
         if bias is not None and x.dtype == torch.float32:
             return "its epilogue adds no fp32 bias"
-        return _dtype(x)
+        if bias is not None and x.storage is not None and x.storage.block:
+            return "its epilogue adds no bias where scales are those of blocks"
+        return reject_product(fc, x)
 
     def fwd(self, x: Quantized, fc_weight: Quantized, bias_bias: Tensor | None) -> Any:
         return scaled_mm(x.row, fc_weight.row, x.dtype, True, bias_bias), ()
@@ -124,8 +196,8 @@ class ScaledLinearBackward(_Scaled):
     def reject_formats(self, x: Storage, weight: Storage, dy: Storage | None) -> str | None:
         return reject_gradient_formats(x, weight, dy)
 
-    def reject(self, x: Spec) -> str | None:
-        return _dtype(x)
+    def reject(self, fc: Op, x: Spec) -> str | None:
+        return reject_product(fc, x)
 
     def bwd(
         self, dy: Quantized, fc: Any, fc_x: Quantized, fc_weight: Quantized,

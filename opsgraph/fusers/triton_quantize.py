@@ -12,7 +12,6 @@ from ..op import Op
 from ..ops import Add, BasicLinear, Bias, LayerNorm, Quantize, QuantizeGrad, RMSNorm
 from ..quantizers import (
     BlockQuantizer,
-    Copy,
     MXQuantizer,
     Quantized,
     Quantizer,
@@ -20,7 +19,7 @@ from ..quantizers import (
     TensorQuantizer,
 )
 from ..spec import Spec, Storage
-from .cublaslt import reject_gradient_formats, scaled_product, weight_gradient
+from .cublaslt import reject_gradient_formats, reject_product, scaled_product, weight_gradient
 from .lazy import Lazy
 from .triton import Gated, Plain, Triton, _dtype, _params, _short, reject_activation
 
@@ -48,7 +47,8 @@ def _format(quantizer: Any) -> Any:
 
 
 def _quantized(quantizer: Quantizer, copies: Any, dtype: torch.dtype) -> Quantized:
-    row, col = (None if c is None else Copy(quantizer, *c) for c in (copies.row, copies.col))
+    more = () if copies.inverse is None else (copies.inverse,)
+    row, col = (None if c is None else quantizer.made(*c, *more) for c in (copies.row, copies.col))
     return Quantized(row, col, dtype)
 
 
@@ -244,8 +244,11 @@ class ActivationLinearBackwardQuantize(Triton):
         """Why it cannot multiply such operands, or None."""
         return reject_gradient_formats(x, weight, dy)
 
-    def reject(self, grad: Any, act: Any, q: Any, x: Spec) -> str | None:  # type: ignore[override]
-        if reason := reject_backward(grad, act, x):
+    def reject(  # type: ignore[override]
+        self, grad: Any, act: Any, q: Any, fc: Any, x: Spec
+    ) -> str | None:
+        stored = x.stored(q.quantizer.storage)
+        if reason := reject_backward(grad, act, x) or reject_product(fc, stored):
             return reason
         first, second = grad.quantizer, q.quantizer
         if _format(first)._replace(dtype=second.dtype) != _format(second):

@@ -19,7 +19,7 @@ from ..scaling import make_for
 from ..spec import Spec
 from . import scaled_gemm as scaled
 from .collectives import AllGather, AllReduce, AllReduceGrad, Group, ReduceScatter, group_of
-from .main_grad import accumulate
+from .main_grad import accumulate, add_to_main_grad
 from .parameters import Partition, empty_parameter
 
 if TYPE_CHECKING:
@@ -148,9 +148,10 @@ class BasicLinear(Op):
         """`dy.T @ x`, or into the weight's main_grad; fusers with a linear inside call it too."""
         if not self.accumulate_into_main_grad:
             return scaled.wgrad(dy, x) if isinstance(x, Quantized) else dy.t() @ x
-        quantized = isinstance(x, Quantized)
-        left, right = scaled.wgrad_operands(dy, x) if quantized else (dy.t(), x)
-        return accumulate(left, right, weight_stored, self.overwrite_main_grad)
+        if isinstance(x, Quantized):
+            found = scaled.wgrad_sums(dy, x)
+            return add_to_main_grad(found, weight_stored, self.overwrite_main_grad)
+        return accumulate(dy.t(), x, weight_stored, self.overwrite_main_grad)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

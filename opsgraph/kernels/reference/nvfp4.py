@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .dropout import MASK, mix
-from .quantize import E4M3, FP8_MAX, FP32_MAX, block_amax, cast, decode, quotient, spread
+from .quantize import E4M3, FP8_MAX, FP32_MAX, block_amax, cast, decode, quotient, spread, times
 
 BLOCK = 16
 E2M1_MAX = 6.0
@@ -51,10 +51,17 @@ def dequantize_nvfp4(
     data: Tensor, scale: Tensor, amax: Tensor, cols: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`q * (d * (1 / S))`, in fp32 and then rounded to `dtype`: `[rows, cols]`."""
-    codes = unpack(data, cols)
     factor = scale.float() * tensor_multiplier(amax).reciprocal()
-    height = 1 if scale.size(0) == data.size(0) else BLOCK
-    return (from_e2m1(codes) * spread(factor, codes.shape, height, BLOCK)).to(dtype)
+    return block_values(data, factor, cols).to(dtype)
+
+
+def block_values(data: Tensor, factor: Tensor, cols: int) -> Tensor:
+    """`q * factor`, the entry of q's block, in factor's dtype.
+
+    With the block scales d for factors fp32 and bf16 hold them: two significant bits by four.
+    """
+    value = from_e2m1(unpack(data, cols), factor.dtype)
+    return times(value, factor, 1 if factor.size(0) == value.size(0) else BLOCK, BLOCK)
 
 
 def tensor_multiplier(amax: Tensor) -> Tensor:
@@ -84,9 +91,9 @@ def e2m1(value: Tensor, seed: Tensor | None = None) -> Tensor:
     return (code | ((value.view(torch.int32) >> 28) & 8)).to(torch.uint8)
 
 
-def from_e2m1(codes: Tensor) -> Tensor:
-    """The fp32 values of four-bit codes: E4M3 has the same bits for a 64th of each."""
-    return decode(((codes & 8) << 4 | (codes & 7) << 2).view(E4M3)) * 64.0
+def from_e2m1(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of four-bit codes, fp32 or bf16: E4M3 has the same bits for a 64th of each."""
+    return decode(((codes & 8) << 4 | (codes & 7) << 2).view(E4M3), dtype) * 64.0
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -38,6 +38,9 @@ BLOCK, MX_BLOCK = 128, 32
 
 _INFINITY = 0x7F800000
 _NOT_MANTISSA = -0x800000
+_E4M3_IN_BF16 = -0x7810
+"""The sign, as bf16 has it, and E4M3's seven other bits four places up."""
+_BF16_NAN = 0x7FC0
 
 
 def amax_of(x: Tensor, dim: int | None = None) -> Tensor:
@@ -75,13 +78,21 @@ def cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return value.nan_to_num(torch.nan).to(dtype).contiguous()  # a NaN loses its sign
 
 
-def decode(data: Tensor) -> Tensor:
-    """The fp32 values of FP8 data."""
-    if data.dtype != E4M3 or data.device.type != "cpu":
-        return data.float()
-    # PyTorch's conversion from E4M3 takes eight times as long on a CPU.
-    table = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
-    return table.index_select(0, data.view(torch.uint8).flatten().int()).view(data.shape)
+def decode(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of FP8 data in fp32 or bf16, which both hold them; strided as data is.
+
+    A CPU converts from FP8 one value at a time. Its bits, moved to where fp16 (E5M2) or bf16
+    (E4M3) has them, are a number of that format, for E4M3 with an exponent that is 120 too small.
+    """
+    if data.device.type != "cpu":
+        return data.to(dtype)
+    bits = data.view(torch.int8).to(torch.int16)
+    if data.dtype == E5M2:
+        return bits.mul_(2**8).view(torch.float16).to(dtype)
+    bits.mul_(2**4).bitwise_and_(_E4M3_IN_BF16)
+    nan = ((bits & 0x7F0) + 0x10 >> 11).mul_(_BF16_NAN)  # where all seven bits are set
+    value = bits.view(torch.bfloat16).mul_(2.0**120)
+    return value.view(torch.int16).bitwise_or_(nan).view(torch.bfloat16).to(dtype)
 
 
 def quantize_tensor(
@@ -125,23 +136,30 @@ def quantize_mxfp8(x: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor
     return data, exponent.to(torch.uint8)
 
 
-def dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(
+    data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, exact: bool = False
+) -> Tensor:
     """`data * (1 / scale)`, in fp32 and then rounded to `dtype`: what a scaled GEMM multiplies.
 
-    scale: as `quantize_tensor`, `quantize_rows` or `quantize_blocks` returns it.
+    scale: as `quantize_tensor`, `quantize_rows` or `quantize_blocks` returns it. exact: scales are
+    powers of two, so bf16 holds the values too: they are computed in `dtype`, fp32 or bf16.
     """
-    inverse = scale.reciprocal()
-    if scale.dim() == 2 and scale.shape != (data.size(0), 1):
-        height = 1 if scale.size(0) == data.size(0) else BLOCK
-        inverse = spread(inverse, data.shape, height, BLOCK)
-    return (decode(data) * inverse).to(dtype)
+    inverse, value = scale.reciprocal(), decode(data, dtype if exact else torch.float32)
+    if scale.dim() < 2 or scale.shape == (data.size(0), 1):
+        return (value * inverse.to(value.dtype)).to(dtype)
+    height = 1 if scale.size(0) == data.size(0) else BLOCK
+    return times(value, inverse.to(value.dtype), height, BLOCK).to(dtype)
 
 
 def dequantize_mxfp8(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`data * 2^(e - 127)`, in fp32 and then rounded to `dtype`; NaN for a block with e = 0xFF."""
+    """`data * 2^(e - 127)`, rounded once, to `dtype`; NaN for a block with e = 0xFF.
+
+    bf16 holds all such values from 2^-126 up.
+    """
+    within = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     exponent = scale.int()
-    factor = torch.where(exponent == 255, torch.nan, exp2(exponent - 127))
-    return (decode(data) * spread(factor, data.shape, 1, MX_BLOCK)).to(dtype)
+    factor = torch.where(exponent == 255, torch.nan, exp2(exponent - 127)).to(within)
+    return times(decode(data, within), factor, 1, MX_BLOCK).to(dtype)
 
 
 def delayed_update(
@@ -199,3 +217,14 @@ def spread(grid: Tensor, shape: torch.Size, height: int, width: int) -> Tensor:
     if height > 1:
         grid = grid.repeat_interleave(height, 0)
     return grid.repeat_interleave(width, 1)[: shape[0], : shape[1]]
+
+
+def times(value: Tensor, grid: Tensor, height: int, width: int) -> Tensor:
+    """`[rows, cols]` times the entry of its block, of so many rows and columns, in the grid."""
+    if value.size(0) % height or value.size(1) % width:
+        return value * spread(grid, value.shape, height, width)
+    blocks: Tensor = value.unflatten(1, (-1, width))
+    if height == 1:
+        return (blocks * grid[:, :, None]).flatten(1)
+    squares: Tensor = blocks.unflatten(0, (-1, height))
+    return (squares * grid[:, None, :, None]).flatten(2).flatten(0, 1)

@@ -55,11 +55,15 @@ Copy = tuple[Tensor, Tensor]
 
 
 class Copies(NamedTuple):
-    """What was wanted: the row and the column copy, each (data, scale), and the amax, fp32 `[]`."""
+    """What was wanted: the row and the column copy, each (data, scale), and the amax, fp32 `[]`.
+
+    inverse: `1 / scale`, fp32 `[]`, of scaling "tensor"; None where the kernel does not write it.
+    """
 
     row: Copy | None
     col: Copy | None
     amax: Tensor | None
+    inverse: Tensor | None = None
 
 
 class Source(NamedTuple):
@@ -161,13 +165,16 @@ class Output(NamedTuple):
     written: Tensor | None = None
     amax: bool = False
     """Whether the kernel has to find the amax."""
+    inverse: Tensor | None = None
+    """Where to write `1 / scale` of scaling "tensor"."""
 
     def operands(self, amaxes: Tensor | None) -> tuple[Tensor | None, ...]:
         """row data, row scale, column data, column scale, given, amaxes, as kernels take them."""
         row, row_scale = _bytes(self.row)
         col, col_scale = _bytes(self.col)
         of_tensor = self.given is not None and self.given.dim() == 0
-        row_scale = self.written if of_tensor else row_scale
+        if of_tensor:
+            row_scale, col_scale = self.written, self.inverse
         return row, row_scale, col, col_scale, self.given, amaxes
 
     def asked(self) -> bool:
@@ -176,7 +183,7 @@ class Output(NamedTuple):
 
     def copies(self, want: Collection[str], amax: Tensor | None) -> Copies:
         """What was wanted, once it is written."""
-        return Copies(self.row, self.col, amax if "amax" in want else None)
+        return Copies(self.row, self.col, amax if "amax" in want else None, self.inverse)
 
 
 def new_output(
@@ -184,14 +191,17 @@ def new_output(
     amax: Tensor | None,
 ) -> Output:  # fmt: skip
     """Memory for copies of `[rows, width]`; amax is known where scaling "tensor" has no scale."""
-    given, written = scale, None
-    if to.scaling == "tensor" and scale is None:
+    given, written, inverse = scale, None, None
+    if to.scaling == "tensor":
         new = torch.empty if rows * width else torch.ones
-        scale = written = new((), dtype=torch.float32, device=x.device)
-        given = amax
+        if scale is None:
+            scale = written = new((), dtype=torch.float32, device=x.device)
+            given = amax
+        if rows * width and ("row" in want or "col" in want):
+            inverse = torch.empty_like(scale)
     row = new_copy(rows, width, to, x, scale) if "row" in want else None
     col = new_copy(width, rows, to, x, scale) if "col" in want else None
-    return Output(row, col, given, written, "amax" in want and amax is None)
+    return Output(row, col, given, written, "amax" in want and amax is None, inverse)
 
 
 def copies(

@@ -142,7 +142,10 @@ def shared_codes(
     R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr,
     E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The bytes that the row and the column copy share: scales "tensor" and "square"."""
+    """The bytes that the row and the column copy share: scales "tensor" and "square".
+
+    "tensor" has one scale for both: `1 / scale` is written to col_scale.
+    """
     if SCALING == "square":
         bits = tl.max(tl.max(magnitude(value), 1), 0)
         multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
@@ -151,11 +154,14 @@ def shared_codes(
             tl.store(row_scale + row * tl.cdiv(width, C) + col, multiplier)
         if col_scale is not None:
             tl.store(col_scale + col * tl.cdiv(rows, R) + row, multiplier)
-    elif row_scale is not None:
-        multiplier = scale_of(magnitude(tl.load(given)), E5M2, EPS, POWER_OF_TWO)
-        tl.store(row_scale, multiplier, (first_row == 0) & (first_col == 0))
     else:
         multiplier = tl.load(given)
+        first = (first_row == 0) & (first_col == 0)
+        if row_scale is not None:
+            multiplier = scale_of(magnitude(multiplier), E5M2, EPS, POWER_OF_TWO)
+            tl.store(row_scale, multiplier, first)
+        if col_scale is not None:
+            tl.store(col_scale, tl.div_rn(tl.full([], 1.0, tl.float32), multiplier), first)
     return encode(value * multiplier, E5M2, NATIVE)
 
 

@@ -59,6 +59,10 @@ def check(
                 assert part.dtype == right.dtype
                 assert part.is_contiguous()
                 assert torch.equal(bits(part), bits(right))
+    copy = found.row or found.col
+    assert found.inverse is None or to.scaling == "tensor"
+    if found.inverse is not None and copy is not None:
+        assert torch.equal(bits(found.inverse), bits(copy[1].reciprocal()))
     assert (found.amax is None) == ("amax" not in want)
     if found.amax is not None:
         torch.testing.assert_close(found.amax, reference.amax_of(x), rtol=0, atol=0, equal_nan=True)
@@ -274,3 +278,20 @@ def test_errors() -> None:
         activation_backward_quantize(x[:, :20], x, "swiglu", Format("mx"))
     with pytest.raises(ValueError, match="unknown activation 'nothing'"):
         activation_quantize(x, "nothing", Format("mx"))
+
+
+@pytest.mark.parametrize("scale", [None, 0.37])
+@pytest.mark.parametrize("rows", [0, 33])
+def test_the_inverse_of_a_tensors_scale_is_written(
+    rows: int, scale: float | None, device: str
+) -> None:
+    """For scaled GEMMs: nothing need be launched for it."""
+    x = normal(rows, 48, dtype=HALF, device=device)
+    given = None if scale is None else torch.tensor(scale, device=device)
+    found = quantize(x, Format("tensor"), given, BOTH)
+    assert found.row is not None
+    assert (found.inverse is None) == (rows == 0)
+    if found.inverse is not None:
+        assert torch.equal(bits(found.inverse), bits(found.row[1].reciprocal()))
+    assert quantize(x, Format("tensor"), given, ("amax",)).inverse is None
+    assert quantize(x, Format("mx"), None, BOTH).inverse is None

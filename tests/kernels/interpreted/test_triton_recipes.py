@@ -72,7 +72,7 @@ def test_check_compares_quantized_steps(device: str, monkeypatch: pytest.MonkeyP
 
     def wrong(*args: object) -> object:
         made = original(*args)
-        return made._replace(row=made.row._replace(scale=2 * made.row.scale))
+        return made._replace(row=made.row._replace(inverse=2 * made.row.inverse))
 
     monkeypatch.setattr(triton_quantize, "_quantized", wrong)
     with pytest.raises(og.OpsgraphError, match=r"AddRMSNormQuantize .*: xq3, quantized, differs"):

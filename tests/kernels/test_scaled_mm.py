@@ -1,0 +1,134 @@
+"""What cuBLASLt is given for blocks of scales: layouts against the manuals' formulas, in numpy.
+
+`manual` reads operands as cuBLAS documents them, has PyTorch's call check shapes and strides, and
+multiplies in fp64; it shares nothing with the code that lays them out.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import ScalingType, SwizzleType
+from torch.nn.functional import scaled_mm as call
+
+from opsgraph.fusers.cublaslt import scaled_mm
+from opsgraph.kernels.scaled_mm import tiles
+from opsgraph.quantizers import BlockQuantizer, MXQuantizer, NVFP4Quantizer, Quantizer
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+PAIRS: dict[str, tuple[Quantizer, Quantizer]] = {
+    "blocks": (BlockQuantizer(E4M3), BlockQuantizer(E4M3)),
+    "blocks by squares": (BlockQuantizer(E4M3), BlockQuantizer(E4M3, 128)),
+    "squares by blocks": (BlockQuantizer(E4M3, 128), BlockQuantizer(E4M3, power_of_two=False)),
+    "mx": (MXQuantizer(), MXQuantizer(E5M2)),
+    "nvfp4": (NVFP4Quantizer(), NVFP4Quantizer(hadamard=True)),
+    "nvfp4 squares": (NVFP4Quantizer(), NVFP4Quantizer(16)),
+}
+
+
+def tiled(flat: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """Entry (r, c) of scales in tiles of 128 x 4, as the manual gives its place."""
+    across = -(-cols // 4)
+    assert flat.size == -(-rows // 128) * across * 512
+    found = np.empty((rows, cols), flat.dtype)
+    for r in range(rows):
+        for c in range(cols):
+            tile = (r // 128) * across + c // 4
+            found[r, c] = flat[tile * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4]
+    return found
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (32, 4), (128, 4), (130, 9), (300, 3)])
+def test_tiles(rows: int, cols: int) -> None:
+    torch.manual_seed(rows)
+    scale = torch.randint(0, 255, (rows, cols), dtype=torch.uint8)
+    assert np.array_equal(tiled(tiles(scale).numpy(), rows, cols), scale.numpy())
+
+
+def _values(data: Tensor, scales: list[Tensor], scalings: Any, swizzles: Any) -> np.ndarray:
+    """An operand `[rows, depth]`, in fp64."""
+    assert data.is_contiguous()
+    rows, scale = data.shape[0], scales[0]
+    kind = ScalingType(scalings[0])
+    if kind == ScalingType.BlockWise1x16:
+        assert data.dtype == torch.float4_e2m1fn_x2
+        code = data.view(torch.uint8).numpy()
+        value = E2M1[np.stack((code & 15, code >> 4), 2).reshape(rows, -1)]
+        assert ScalingType(scalings[1]) == ScalingType.TensorWise
+        assert scales[1].dtype == torch.float32
+        assert scales[1].numel() == 1
+        value = value * scales[1].item()
+    else:
+        value = data.double().numpy()
+    depth = value.shape[1]
+    if kind in (ScalingType.BlockWise1x16, ScalingType.BlockWise1x32):
+        assert SwizzleType(swizzles[0]) == SwizzleType.SWIZZLE_32_4_4
+        assert scale.is_contiguous()
+        block = 16 if kind == ScalingType.BlockWise1x16 else 32
+        grid = tiled(scale.view(torch.uint8).numpy(), rows, depth // block)
+        assert depth % 32 == 0
+        assert scale.dtype == (E4M3 if block == 16 else torch.float8_e8m0fnu)
+        factor = torch.from_numpy(grid).view(scale.dtype).float().double().numpy()
+        return value * factor.repeat(block, 1)
+    assert depth % 128 == 0
+    assert scale.dtype == torch.float32
+    across = depth // 128
+    if kind == ScalingType.BlockWise1x128:
+        assert scale.shape == (rows, across)
+        assert scale.stride() == (1, rows) or across == 1
+        assert rows % 4 == 0  # of what lies between two columns, 16 bytes
+        return value * scale.double().numpy().repeat(128, 1)
+    assert kind == ScalingType.BlockWise128x128
+    filled = -(-across // 4) * 4
+    assert scale.shape == (filled, -(-rows // 128))
+    assert scale.stride() == (1, filled)
+    grid = scale.t()[:, :across].double().numpy()
+    return value * grid.repeat(128, 0)[:rows].repeat(128, 1)
+
+
+def meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def manual(
+    a: Tensor, b: Tensor, scale_a: Any, scaling_a: Any, scale_b: Any, scaling_b: Any,
+    swizzle_a: Any, swizzle_b: Any, output_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    assert b.size(1) % 16 == 0
+    seen = call(
+        meta(a), meta(b), [meta(s) for s in scale_a], scaling_a, [meta(s) for s in scale_b],
+        scaling_b, swizzle_a, swizzle_b, output_dtype=output_dtype,
+    )  # fmt: skip
+    assert seen.shape == (a.size(0), b.size(1))
+    left = _values(a, scale_a, scaling_a, swizzle_a)
+    right = _values(b.t(), scale_b, scaling_b, swizzle_b)
+    return torch.from_numpy(left @ right.T).to(output_dtype)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", manual)
+
+
+@pytest.mark.parametrize("rows", [1, 130, 256])
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.usefixtures("library")
+def test_operands(name: str, rows: int) -> None:
+    """Three products of a layer; rows are contracted over in the last, and fill no block."""
+    torch.manual_seed(rows)
+    first, second = PAIRS[name]
+    x, weight = torch.randn(rows, 384), torch.randn(256, 384)
+    cases = [(first(x).row, second(weight).row), (first(weight).row, second(weight).row)]
+    if name != "squares by blocks":
+        cases.append((first(x).row, second(weight.t().contiguous()).col))
+    if not (first.shared or second.shared):
+        cases.append((first(torch.randn(rows, 256)).col, second(x).col))
+    for a, b in cases:
+        assert a is not None
+        assert b is not None
+        found = scaled_mm(a, b, torch.float32)
+        expected = a.dequantize(torch.float64) @ b.dequantize(torch.float64).t()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
