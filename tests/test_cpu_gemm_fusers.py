@@ -40,6 +40,7 @@ def one_pass(request, monkeypatch: pytest.MonkeyPatch) -> bool:
 def chooser(request, monkeypatch: pytest.MonkeyPatch) -> Chooser:
     made = Chooser(request.param)
     monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(gemm, "FEW", -1)
     monkeypatch.setattr(gemm, "choices", Choices(list, made))
     monkeypatch.setattr(gemm, "_chosen", {})
     return made

@@ -33,6 +33,7 @@ class Chooser:
 def chooser(monkeypatch: pytest.MonkeyPatch) -> Chooser:
     made = Chooser()
     monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(gemm, "FEW", -1)
     monkeypatch.setattr(gemm, "choices", Choices(list, made))
     monkeypatch.setattr(gemm, "_chosen", {})
     return made
@@ -148,8 +149,11 @@ def test_a_large_gradient_is_transposed_in_pieces(
     assert len(made) - len(pieces) == gemm.LAYOUTS[name].second
 
 
-def test_small_products_are_pytorchs_and_not_measured(chooser: Chooser, monkeypatch) -> None:
-    monkeypatch.setattr(gemm, "SMALL", 10**6)
+@pytest.mark.parametrize(("limit", "value"), [("SMALL", 10**6), ("FEW", 12)])
+def test_small_products_are_pytorchs_and_not_measured(
+    chooser: Chooser, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    monkeypatch.setattr(gemm, limit, value)
     x, weight, bias, dy = operands(12, 24, 40, torch.bfloat16)
     linear = torch.nn.functional.linear
     assert torch.equal(gemm.linear(x, weight, bias), linear(x, weight, bias))

@@ -6,7 +6,7 @@ between machines, dtypes and shapes, by a factor of two and more. So each class 
 measured at its first use (`choices`): the kind of product, the sizes (rows rounded up to a power of
 two), the dtype and the number of threads. Where a combination wants an operand stored by columns,
 the time of its transposed copy counts; one of a large gradient is made and multiplied in pieces.
-Small products are as PyTorch has them and are not measured.
+Small products, and those of few rows, are as PyTorch has them and are not measured.
 
 Results are stored by rows, in kept memory where the entry point allows it.
 """
@@ -28,6 +28,9 @@ FORWARD, DGRAD, WGRAD = "forward", "dgrad", "wgrad"
 
 SMALL = 2**26
 """Multiplications up to which a product is as PyTorch has it."""
+FEW = 32
+"""Rows up to which it is so too: its time is that of reading the weight from memory, which no
+layout changes, and a weight that is still in the cache while one measures would mislead."""
 MOST_ROWS = 4096
 """Products of more rows are of the class of this many."""
 PIECE = 2**21
@@ -144,7 +147,7 @@ def _layout(
 ) -> Layout | None:  # fmt: skip
     """How to compute a product with a weight `[width, depth]`; None: as PyTorch does."""
     rows, dtype = like.shape[0], like.dtype
-    if rows * width * depth <= SMALL or not direct(like):
+    if rows <= FEW or rows * width * depth <= SMALL or not direct(like):
         return None
     rows = min(MOST_ROWS, 1 << (rows - 1).bit_length())
     key = kind, rows, width, depth, dtype, bias, add, into, torch.get_num_threads()
