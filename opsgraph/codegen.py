@@ -203,6 +203,14 @@ class _Backward:
         self.delays = bool(self.program.request.options.get("delay_wgrad_compute"))
         self.queued: list[tuple[int, Claim, Call]] = []
 
+    def unpack(self) -> None:
+        """Take what was saved out of its list: each value the forward made dies after its use."""
+        if not self.saved:
+            return
+        given = {"x0", *self.program.inputs, *self.program.weight_names.values()}
+        self.writer.add(f"({_commas(self.saved)}) = saved", [], set(self.saved) - given)
+        self.writer.add("saved.clear()")
+
     def arrive(self, name: str, value: str) -> None:
         """A gradient `value` for `name`: the first of a channel binds it, later ones are added."""
         if name in self.have:
@@ -286,7 +294,8 @@ class _Backward:
     def finish(self) -> Function:
         program = self.program
         outs = [program.tee(i) for i in program.run.outputs if i in program.tapped]
-        parameters = ["ops", "dx", *outs, *self.saved]
+        parameters = ["ops", "dx", *outs, "saved"]
+        self.unpack()
         write_preamble(self.writer, self.copies, BACKWARD, self.saved)
         gap = program.count
         for claim in self.cover.backward:
@@ -362,6 +371,8 @@ def write_backward(
     space: Space, cover: Cover, saved: Sequence[str], check: bool
 ) -> tuple[Function, Function | None, tuple[str, ...]]:
     """`backward(ops, dx, d of extra outputs, saved)` returns a gradient for each input, or None.
+
+    saved: a list, which is emptied, so that no caller keeps a value that is used no more.
 
     Where weight gradients are delayed it also returns the gradients that `delayed`, the second
     function, takes before the saved values; the third result names the weights of that function.

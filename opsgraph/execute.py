@@ -85,11 +85,14 @@ class PlanFunction(torch.autograd.Function):
             )
         plan = ctx.plan
         taken = [others[k - 1] for k in plan.specs.taps]
+        saved = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each dies after its use
         with without_autocast(dy.device.type):
             grads = (dy, *taken) if ctx.lead is None else [flat(g, 2) for g in (dy, *taken)]
-            found = plan.run_backward(ctx.stage.ops, *grads, *ctx.saved_tensors)
-            if plan.run_delayed is not None:
-                found = ctx.stage.delay(plan, found, ctx.saved_tensors)
+            later = None if plan.run_delayed is None else tuple(saved)
+            found = plan.run_backward(ctx.stage.ops, *grads, saved)
+            if later is not None:
+                found = ctx.stage.delay(plan, found, later)
             if ctx.lead is not None:
                 found = list(found)
                 for k, shape in enumerate(ctx.lead):
@@ -171,8 +174,10 @@ def _with_missing(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor | None]:
 
 def _backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
     plan, ops = _handles[handle]
+    count = 1 + len(plan.specs.taps)
     with torch.no_grad(), without_autocast(tensors[0].device.type):
-        found = note_gradients(plan, plan.run_backward(ops, *tensors), seen)
+        made = plan.run_backward(ops, *tensors[:count], tensors[count:])
+        found = note_gradients(plan, made, seen)
         return _distinct([g for g in found if g is not None], tensors)
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -360,3 +361,43 @@ def test_forty_layers() -> None:
     assert_equal([nested(x)], [one(x)])
     for a, b in zip(gradients(nested, x), gradients(one, x), strict=True):
         assert_close(a, b.double(), "gradient", rounded=True)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_saved_value_dies_after_its_last_use_unless_the_graph_is_retained(retain: bool) -> None:
+    alive: list[bool] = []
+    seen: list[weakref.ref[Tensor]] = []
+
+    class Keeps(og.Op):
+        """x / 2, which saves a value of its own."""
+
+        saves = ("half",)
+
+        def fwd(self, x):
+            half = x / 2
+            return half.clone(), (half,)
+
+        def bwd(self, dy, half):
+            seen.append(weakref.ref(half))
+            return dy / 2, ()
+
+    class Looks(og.Op):
+        """The identity, whose backward looks whether the value of the op after it still lives."""
+
+        def fwd(self, x):
+            return x * 1, ()
+
+        def bwd(self, dy):
+            alive.append(seen[-1]() is not None)
+            return dy * 1, ()
+
+    x = torch.randn(3, 4, requires_grad=True)
+    y = og.Sequential(Looks(), Keeps())(x)
+    y.sum().backward(retain_graph=retain)
+    assert alive == [retain]
+    if retain:
+        y.sum().backward()
+        assert alive == [True, False]
+        torch.testing.assert_close(x.grad, torch.ones(3, 4))
+    with pytest.raises(RuntimeError, match="a second time"):
+        y.sum().backward()

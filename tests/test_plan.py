@@ -240,7 +240,7 @@ def test_source_is_what_runs() -> None:
     weights = [dict(module.named_parameters())[f"{k}.weight"] for k in (0, 1, 3)]
     (y,), saved = plan.run_forward(module._stages[0].ops, x, *weights)
     torch.testing.assert_close(y, module(x))
-    gradients = plan.run_backward(module._stages[0].ops, torch.ones_like(y), *saved)
+    gradients = plan.run_backward(module._stages[0].ops, torch.ones_like(y), list(saved))
     module(x).sum().backward()
     for found, weight in zip(gradients[1:], weights, strict=True):
         torch.testing.assert_close(found, weight.grad)

@@ -1,12 +1,13 @@
 """Fusers for the CPU with matrix products inside, each in the layout measured to be fastest.
 
-In the backward a weight gradient may want its operands stored by columns. The passes between the
-products write them so as they make them; the longer a fuser, the more of its operands it makes.
+In the backward a linear's input is made again for its weight gradient, which comes first: so that
+input is dead when the data gradient is there, and few large tensors live at the same time. Small
+tensors are made in one pass instead.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ gemm = Lazy("cpu.gemm")
 norms = Lazy("cpu.norms")
 activations = Lazy("cpu.activations")
 memory = Lazy("cpu.memory")
+
+ROWS = 256
+"""Rows of a gradient between a product and the pass after it that are there at the same time."""
 
 
 def _wgrad(fc: Any, dy: Tensor, x: Tensor, stored: Tensor) -> Tensor | None:
@@ -71,47 +75,45 @@ class _Passes(Fuser):
 
 
 @cache
-def _activation_wants(want: tuple[str, ...], first: bool, second: bool) -> tuple[Any, bool, bool]:
-    """What the activation's pass gives by rows, and whether dpre and y are wanted by columns."""
-    names = {"x"} if {"x", "norm_weight", "norm_bias"} & {*want} else set()
-    names |= {"bias"} if "bias_bias" in want else set()
-    if "fc1_weight" in want and not first:
-        names.add("x")
-    if "fc2_weight" in want and not second:
-        names.add("y")
-    return frozenset(names), "fc1_weight" in want and first, "fc2_weight" in want and second
+def _activation_wants(want: tuple[str, ...]) -> frozenset[str]:
+    """What the activation's pass gives."""
+    given = {"x": "x", "bias_bias": "bias", "fc2_weight": "y"}
+    return frozenset(given[name] for name in want)
 
 
-class Middle(NamedTuple):
-    """What the backward of [bias,] activation, linear leaves."""
+def _one_pass(x: Tensor) -> bool:
+    """Whether memory does not matter, so that one pass makes all that it can."""
+    return x.nbytes < memory.LEAST  # type: ignore[no-any-return]
 
-    dpre: Tensor | None
-    operand: Tensor | None
-    """dpre for the weight gradient of the linear before, stored as that wants it."""
-    dbias: Tensor | None
-    dweight: Tensor | None
+
+def _activation_forward(act: Op, pre: Tensor, weight: Tensor) -> Tensor:
+    """The activation, stored as the weight gradient of the linear after it wants it."""
+    rows, (width, depth) = pre.shape[0], weight.shape
+    transposes = gemm.wgrad_transposes_x(pre, width, depth)
+    y_t = memory.empty((depth, rows), pre.dtype) if transposes else None
+    return activations.activation_forward(pre, *shape_of(act), y_t=y_t)[0]  # type: ignore[no-any-return]
 
 
 def _activation_backward(
-    dy: Tensor, act: Op, pre: Tensor, bias: Tensor | None, fc: Any, weight: Tensor, stored: Tensor,
-    want: tuple[str, ...], first: bool = False,
-) -> Middle:  # fmt: skip
-    """One pass between the products of the linear after the activation.
+    dy: Tensor, act: Op, pre: Tensor, weight: Tensor, names: frozenset[str], dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """dpre and dbias: the linear's data gradient and the activation's pass, some rows at a time.
 
-    first: whether the linear before, if its weight gradient is wanted, wants dpre by columns.
+    A block's gradient is still in the cache when the pass reads it, and is never there as a whole.
     """
-    second = gemm.wgrad_copies(dy, *weight.shape)[1]
-    names, dpre_by_columns, y_by_columns = _activation_wants(want, first, second)
-    rows = pre.shape[0]
-    dpre_t = memory.empty((pre.shape[1], rows), pre.dtype) if dpre_by_columns else None
-    y_t = memory.empty((weight.shape[1], rows), pre.dtype) if y_by_columns else None
-    dtype = torch.float32 if bias is None else bias.dtype
-    dpre, y, dbias = activations.activation_backward(
-        gemm.dgrad(dy, weight), pre, *shape_of(act), names, dtype, dpre_t, y_t
-    )
-    y = y if y_t is None else y_t.t()
-    dweight = None if y is None else _wgrad(fc, dy, y, stored)
-    return Middle(dpre, dpre if dpre_t is None else dpre_t.t(), dbias, dweight)
+    backward, shape = activations.activation_backward, shape_of(act)
+    rows, width = pre.shape[0], weight.shape[1]
+    dpre = memory.empty(pre.shape, pre.dtype)
+    dbias = torch.zeros(pre.shape[1], device="cpu") if "bias" in names else None
+    for k in range(0, rows, ROWS):
+        part = slice(k, k + ROWS)
+        # A plain activation's gradient takes the place of the one that it is made of.
+        gradient = gemm.dgrad(dy[part], weight, out=dpre[part] if pre.shape[1] == width else None)
+        sums = backward(gradient, pre[part], *shape, names, out=dpre[part])[2]
+        del gradient
+        if dbias is not None:
+            dbias += sums
+    return dpre if "x" in names else None, None if dbias is None else dbias.to(dtype)
 
 
 @register
@@ -127,66 +129,47 @@ class ActivationProductBackward(_Passes):
         self, dy: Tensor, bias: Op | None, act: Op, act_x: Tensor, bias_bias: Tensor | None,
         fc2: Any, fc2_weight: Tensor, fc2_weight_stored: Tensor, want: tuple[str, ...],
     ) -> Any:  # fmt: skip
-        dpre, _, dbias, dweight = _activation_backward(
-            dy, act, act_x, bias_bias, fc2, fc2_weight, fc2_weight_stored, want
-        )
+        names = _activation_wants(want)
+        dtype = torch.float32 if bias_bias is None else bias_bias.dtype
+        dpre = dbias = dweight = None
+        if _one_pass(act_x):
+            dpre, y, dbias = activations.activation_backward(
+                gemm.dgrad(dy, fc2_weight), act_x, *shape_of(act), names, dtype
+            )
+            dweight = None if y is None else _wgrad(fc2, dy, y, fc2_weight_stored)
+        else:
+            if "y" in names:
+                y = _activation_forward(act, act_x, fc2_weight)
+                dweight = _wgrad(fc2, dy, y, fc2_weight_stored)
+                del y
+            if names := names - {"y"}:
+                dpre, dbias = _activation_backward(dy, act, act_x, fc2_weight, names, dtype)
         return dpre, (dweight,) if bias is None else (dbias, dweight)
 
 
-@register
-class MLPProductBackward(_Passes):
-    """Backward of linear, [bias,] activation, linear: four products around one pass.
-
-    The pass writes what both weight gradients want, among it the pre-activation's gradient stored
-    by columns, which no step of its own could hand to the next.
-    """
-
-    pattern = dict(fc1=BasicLinear, bias=Bias | None, act=Activation, fc2=BasicLinear)
-
-    def bwd(
-        self, dy: Tensor, fc1: Any, fc1_x: Tensor, fc1_weight: Tensor, fc1_weight_stored: Tensor,
-        bias: Op | None, bias_bias: Tensor | None, act: Op, act_x: Tensor,
-        fc2: Any, fc2_weight: Tensor, fc2_weight_stored: Tensor, want: tuple[str, ...],
-    ) -> Any:  # fmt: skip
-        first = gemm.wgrad_copies(dy, *fc1_weight.shape)[0]
-        dpre, operand, dbias, dweight2 = _activation_backward(
-            dy, act, act_x, bias_bias, fc2, fc2_weight, fc2_weight_stored, want, first
-        )
-        dx = dweight1 = None
-        if "fc1_weight" in want:
-            dweight1 = _wgrad(fc1, operand, fc1_x, fc1_weight_stored)  # type: ignore[arg-type]
-        del operand
-        if "x" in want:
-            dx = gemm.dgrad(dpre, fc1_weight)
-        return dx, (dweight1, dweight2) if bias is None else (dweight1, dbias, dweight2)
-
-
 @cache
-def _norm_wants(want: tuple[str, ...], by_columns: bool) -> tuple[Any, bool]:
-    """What the norm's pass gives, and whether it writes y by columns."""
-    weighs = "fc1_weight" in want
-    given = {"x": "x", "norm_weight": "weight", "norm_bias": "bias"}
-    names = {given[name] for name in want if name in given}
-    return frozenset(names | ({"y"} if weighs and not by_columns else set())), weighs and by_columns
+def _norm_wants(want: tuple[str, ...]) -> frozenset[str]:
+    """What the norm's pass gives."""
+    given = {"x": "x", "norm_weight": "weight", "norm_bias": "bias", "fc1_weight": "y"}
+    return frozenset(given[name] for name in want)
 
 
 def _norm_backward(
-    dy: Any, operand: Any, norm: Callable[..., Any], x: Tensor, fc: Any, weight: Tensor,
-    stored: Tensor, want: tuple[str, ...],
+    dy: Tensor, norm: Callable[..., Any], x: Tensor, fc: Any, weight: Tensor, stored: Tensor,
+    want: tuple[str, ...],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """dx, the norm's gradients and the weight's: the norm's pass between the linear's products.
-
-    dy and operand, which is dy as the weight gradient wants it, are None where nothing needs them.
-    norm: the norm's backward, for `(dy, want, y_t)`.
-    """
-    names, by_columns = _norm_wants(want, gemm.wgrad_copies(x, *weight.shape)[1])
-    y_t = memory.empty((x.shape[1], x.shape[0]), x.dtype) if by_columns else None
-    # Where no gradient goes through the norm its pass only makes y, whatever dy is.
+    """dx, the norm's gradients and the weight's. norm: the norm's backward, for `(dy, want)`."""
+    names, dweight = _norm_wants(want), None
+    if "y" in names and not _one_pass(x):
+        y = norm(x, want={"y"})[-1]  # whatever the gradient is
+        dweight = _wgrad(fc, dy, y, stored)
+        del y
+        names -= {"y"}
+    # Where no gradient goes through the norm its pass only makes y.
     gradient = gemm.dgrad(dy, weight) if names - {"y"} else x
-    *found, y = norm(gradient, want=names, y_t=y_t)
+    *found, y = norm(gradient, want=names)
     del gradient
-    y = y if y_t is None else y_t.t()
-    return *found, None if y is None else _wgrad(fc, operand, y, stored)
+    return *found, dweight if y is None else _wgrad(fc, dy, y, stored)
 
 
 def _rmsnorm(
@@ -210,35 +193,8 @@ class RMSNormProductBackward(_Passes):
         fc1_weight_stored: Tensor, want: tuple[str, ...],
     ) -> Any:  # fmt: skip
         norm = _rmsnorm(norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d)
-        dx, *found = _norm_backward(dy, dy, norm, norm_x, fc1, fc1_weight, fc1_weight_stored, want)
+        dx, *found = _norm_backward(dy, norm, norm_x, fc1, fc1_weight, fc1_weight_stored, want)
         return dx, tuple(found)
-
-
-@register
-class RMSNormMLPBackward(_Passes):
-    """Backward of RMSNorm, linear, [bias,] activation, linear: four products around two passes."""
-
-    pattern = dict(
-        tee=Tee | None, norm=RMSNorm, fc1=BasicLinear, bias=Bias | None, act=Activation,
-        fc2=BasicLinear,
-    )  # fmt: skip
-
-    def bwd(
-        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_rstd: Tensor,
-        norm_weight: Tensor | None, norm_zero_centered_gamma: bool, fc1: Any, fc1_weight: Tensor,
-        fc1_weight_stored: Tensor, bias: Op | None, bias_bias: Tensor | None, act: Op,
-        act_x: Tensor, fc2: Any, fc2_weight: Tensor, fc2_weight_stored: Tensor,
-        want: tuple[str, ...],
-    ) -> Any:  # fmt: skip
-        first = gemm.wgrad_copies(dy, *fc1_weight.shape)[0]
-        dpre, operand, dbias, dweight2 = _activation_backward(
-            dy, act, act_x, bias_bias, fc2, fc2_weight, fc2_weight_stored, want, first
-        )
-        norm = _rmsnorm(norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d)
-        dx, *found = _norm_backward(
-            dpre, operand, norm, norm_x, fc1, fc1_weight, fc1_weight_stored, want
-        )  # fmt: skip
-        return dx, (*found, dweight2) if bias is None else (*found, dbias, dweight2)
 
 
 def _layernorm(
@@ -267,34 +223,5 @@ class LayerNormProductBackward(_Passes):
         norm = _layernorm(
             norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma, tee_d
         )
-        dx, *found = _norm_backward(dy, dy, norm, norm_x, fc1, fc1_weight, fc1_weight_stored, want)
+        dx, *found = _norm_backward(dy, norm, norm_x, fc1, fc1_weight, fc1_weight_stored, want)
         return dx, tuple(found)
-
-
-@register
-class LayerNormMLPBackward(_Passes):
-    """Backward of LayerNorm, linear, [bias,] activation, linear: four products, two passes."""
-
-    pattern = dict(
-        tee=Tee | None, norm=LayerNorm, fc1=BasicLinear, bias=Bias | None, act=Activation,
-        fc2=BasicLinear,
-    )  # fmt: skip
-
-    def bwd(
-        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor,
-        norm_rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        norm_zero_centered_gamma: bool, fc1: Any, fc1_weight: Tensor, fc1_weight_stored: Tensor,
-        bias: Op | None, bias_bias: Tensor | None, act: Op, act_x: Tensor, fc2: Any,
-        fc2_weight: Tensor, fc2_weight_stored: Tensor, want: tuple[str, ...],
-    ) -> Any:  # fmt: skip
-        first = gemm.wgrad_copies(dy, *fc1_weight.shape)[0]
-        dpre, operand, dbias, dweight2 = _activation_backward(
-            dy, act, act_x, bias_bias, fc2, fc2_weight, fc2_weight_stored, want, first
-        )
-        norm = _layernorm(
-            norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma, tee_d
-        )
-        dx, *found = _norm_backward(
-            dpre, operand, norm, norm_x, fc1, fc1_weight, fc1_weight_stored, want
-        )  # fmt: skip
-        return dx, (*found, dweight2) if bias is None else (*found, dbias, dweight2)

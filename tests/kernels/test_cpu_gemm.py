@@ -33,6 +33,7 @@ class Chooser:
 def chooser(monkeypatch: pytest.MonkeyPatch) -> Chooser:
     made = Chooser()
     monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(gemm, "FEW", -1)
     monkeypatch.setattr(gemm, "choices", Choices(list, made))
     monkeypatch.setattr(gemm, "_chosen", {})
     return made
@@ -52,6 +53,9 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> None:
     close(gemm.linear(x, weight), x64 @ w64.t(), dtype)
     close(gemm.linear(x, weight, bias), x64 @ w64.t() + b64, dtype)
     close(gemm.dgrad(dy, weight), dy64 @ w64, dtype)
+    out = torch.empty((dy.shape[0], weight.shape[1]), dtype=dtype)
+    assert gemm.dgrad(dy, weight, out=out) is out
+    close(out, dy64 @ w64, dtype)
     added, dx = dy.flip(1), x.flip(0)
     close(gemm.linear(x, weight, None, added), x64 @ w64.t() + added.double(), dtype)
     close(gemm.linear(x, weight, bias, added), x64 @ w64.t() + b64 + added.double(), dtype)
@@ -76,7 +80,7 @@ def test_every_layout_equals_fp64(chooser: Chooser, name: str, dtype: torch.dtyp
         pytest.skip(f"the library's linear does not take {dtype} here")
     chooser.answer = name
     check(*operands(37, 24, 40, dtype))
-    assert all(name in asked for asked in chooser.asked)
+    assert any(name in asked for asked in chooser.asked)
 
 
 @pytest.mark.parametrize("sizes", [(0, 8, 8), (1, 8, 8), (3, 1, 1), (1, 1, 1), (65, 7, 131)])
@@ -109,7 +113,7 @@ def test_measured_once_for_each_class(chooser: Chooser) -> None:
     gemm.linear(x, weight, None, dy)
     gemm.linear(x, weight, bias, dy)
     gemm.dgrad(dy, weight, x)
-    assert gemm.wgrad_copies(x, 24, 16) == (False, False)
+    assert not gemm.wgrad_transposes_x(x, 24, 16)
     assert len(chooser.asked) == 8
     gemm.linear(x.bfloat16(), weight.bfloat16())
     assert len(chooser.asked) == 9
@@ -124,13 +128,32 @@ def test_measured_once_for_each_class(chooser: Chooser) -> None:
 
 def test_copies_that_the_weight_gradient_wants(chooser: Chooser) -> None:
     chooser.answer = "onednn first second"
-    assert gemm.wgrad_copies(torch.empty(64, 8), 8, 8) == (True, True)
-    chooser.answer = "mm second"
-    assert gemm.wgrad_copies(torch.empty(128, 8), 8, 8) == (False, True)
+    assert gemm.wgrad_transposes_x(torch.empty(64, 8), 8, 8)
+    chooser.answer = "mm first"
+    assert not gemm.wgrad_transposes_x(torch.empty(128, 8), 8, 8)
 
 
-def test_small_products_are_pytorchs_and_not_measured(chooser: Chooser, monkeypatch) -> None:
-    monkeypatch.setattr(gemm, "SMALL", 10**6)
+@pytest.mark.parametrize("name", [name for name, layout in gemm.LAYOUTS.items() if layout.first])
+def test_a_large_gradient_is_transposed_in_pieces(
+    chooser: Chooser, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "PIECE", 4096)
+    monkeypatch.setattr(gemm, "LEAST_COLUMNS", 64)
+    made = []
+    monkeypatch.setattr(gemm, "transposed", lambda x: made.append(x.shape) or x.t().contiguous())
+    chooser.answer = name
+    x, dy = torch.randn(10, 24), torch.randn(10, 200)
+    close(gemm.wgrad(dy, x), dy.double().t() @ x.double(), torch.float32)
+    pieces = [shape[1] for shape in made if shape[1] != 24]
+    assert pieces == [64, 64, 64, 8]
+    assert len(made) - len(pieces) == gemm.LAYOUTS[name].second
+
+
+@pytest.mark.parametrize(("limit", "value"), [("SMALL", 10**6), ("FEW", 12)])
+def test_small_products_are_pytorchs_and_not_measured(
+    chooser: Chooser, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    monkeypatch.setattr(gemm, limit, value)
     x, weight, bias, dy = operands(12, 24, 40, torch.bfloat16)
     linear = torch.nn.functional.linear
     assert torch.equal(gemm.linear(x, weight, bias), linear(x, weight, bias))
@@ -139,7 +162,7 @@ def test_small_products_are_pytorchs_and_not_measured(chooser: Chooser, monkeypa
     assert torch.equal(gemm.dgrad(dy, weight), dy @ weight)
     assert torch.equal(gemm.dgrad(dy, weight, x), torch.addmm(x, dy, weight))
     assert torch.equal(gemm.wgrad(dy, x), dy.t() @ x)
-    assert gemm.wgrad_copies(x, 40, 24) == (False, False)
+    assert not gemm.wgrad_transposes_x(x, 40, 24)
     assert not chooser.asked
 
 
@@ -159,10 +182,10 @@ def test_candidates_run_the_product_that_they_are_for(kind: str, monkeypatch) ->
     expected = {
         gemm.FORWARD: ((64, 16), (24, 16), (24,), (64, 24)),
         gemm.DGRAD: ((64, 24), (24, 16), None, (64, 16)),
-        gemm.WGRAD: ((64, 24), (64, 16), None, None),
+        gemm.WGRAD: ((64, 24), (64, 16)),
     }
     assert set(shapes) == {expected[kind]}
-    assert len(shapes) == len(runs) >= 8
+    assert len(shapes) == len(runs) >= 3
 
 
 @pytest.mark.parametrize("name", gemm.LAYOUTS)
@@ -185,7 +208,7 @@ def test_fake_tensors_and_transforms_see_pytorchs_product(chooser: Chooser) -> N
         assert gemm.linear(*fake[:3]).shape == (12, 40)
         assert gemm.dgrad(fake[3], fake[1]).shape == (12, 24)
         assert gemm.wgrad(fake[3], fake[0]).shape == (40, 24)
-        assert gemm.wgrad_copies(fake[0], 40, 24) == (False, False)
+        assert not gemm.wgrad_transposes_x(fake[0], 40, 24)
     many = torch.stack((x, 2 * x))
     found = torch.func.vmap(gemm.linear, in_dims=(0, None))(many, weight)
     torch.testing.assert_close(found, many @ weight.t())

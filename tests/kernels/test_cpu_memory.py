@@ -55,10 +55,11 @@ def test_whatever_holds_the_memory_keeps_it(hold, pool: Pool) -> None:
     assert pool.held() == (0, 2 * LEAST)
 
 
-def test_blocks_have_exactly_the_tensors_size() -> None:
+def test_blocks_have_exactly_the_tensors_size(pool: Pool) -> None:
     tensor = memory.empty((LEAST + 2,), torch.uint8)
     assert tensor.untyped_storage().nbytes() == LEAST + 2
     place = tensor.data_ptr()
+    pool._most += 2 * LEAST
     del tensor
     assert memory.empty((LEAST + 1,), torch.uint8).data_ptr() != place
     assert memory.empty((LEAST // 2 + 1,), torch.int16).data_ptr() == place
@@ -83,17 +84,16 @@ def test_a_resized_or_shared_block_is_dropped(pool: Pool) -> None:
     assert pool.held()[0] == 2 * LEAST
 
 
-def test_idle_memory_is_bounded(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "spare", LEAST)
+def test_no_more_is_held_than_was_in_use_at_once(pool: Pool) -> None:
     for size in range(1, 30):
         memory.empty((LEAST + size,), torch.uint8)
-        assert sum(pool.held()) <= 2 * (LEAST + size) + LEAST
+        assert sum(pool.held()) == LEAST + size
     kept = [memory.empty((LEAST,), torch.uint8) for _ in range(5)]
     del kept
-    assert pool.held() == (0, sum(pool.held()))
-    for size in range(100, 110):  # no more than was in use at once, and the spare
+    assert pool.held() == (0, 5 * LEAST)
+    for size in range(100, 110):
         memory.empty((LEAST + size,), torch.uint8)
-        assert sum(pool.held()) <= 7 * LEAST + 300
+        assert sum(pool.held()) <= 5 * LEAST
 
 
 def test_release_frees_what_is_idle(pool: Pool) -> None:

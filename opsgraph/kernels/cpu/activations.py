@@ -16,7 +16,7 @@ from ..reference import activations as reference
 from .launch import DTYPES, Kernel, address, direct, rows_of
 from .memory import empty
 
-_FIELDS = "=7q 3q 2q 5q q 3d"  # struct Activation in source/activations.h
+_FIELDS = "=7q 3q 2q 4q q 3d"  # struct Activation in source/activations.h
 _forward_kernel = Kernel("opsgraph_activation_forward", _FIELDS)
 _backward_kernel = Kernel("opsgraph_activation_backward", _FIELDS)
 FUNCTIONS = ("swish", "gelu", "gelu_erf", "relu", "srelu", "sigmoid", "clamped", "situ")
@@ -80,7 +80,8 @@ def activation_forward(
     x: `[rows, width]`; y: `[rows, width]`, or `[rows, width / 2]` for gated kinds, of x's dtype.
     kind: a key of `KINDS`. params: for clamped_swiglu (limit, alpha, offset), for situglu (beta1,
     beta2). interleave: gate and value alternate in blocks of that many columns. bias: `[width]`.
-    y_t: gets the transposed copy of y. Returns (y, x + bias if pre and there is a bias, else None).
+    y_t: `[width, rows]`, gets the transpose of y, which then is the view of it. Returns (y,
+    x + bias if pre and there is a bias, else None).
     Raises ValueError for an unknown kind, or params that it does not take.
     """
     if not direct(x, bias):
@@ -88,7 +89,7 @@ def activation_forward(
     function, gated, constants = row(kind, params)
     dtype, (rows, total) = x.dtype, x.shape
     width = total // 2 if gated else total
-    y = empty((rows, width), dtype)
+    y = empty((rows, width), dtype) if y_t is None else y_t.t()
     sums = empty((rows, total), dtype) if pre and bias is not None else None
     if not rows or not width:
         return y, sums
@@ -97,7 +98,7 @@ def activation_forward(
     _forward_kernel(
         DTYPES[dtype], function, gated, torch.get_num_threads(), rows, width, interleave or width,
         x.data_ptr(), 0, address(bias), stride, 0,
-        y.data_ptr(), address(y_t), address(sums), 0, 0, 0, *constants,
+        0 if y_t is not None else y.data_ptr(), address(y_t), address(sums), 0, 0, *constants,
     )  # fmt: skip
     return y, sums
 
@@ -105,22 +106,23 @@ def activation_forward(
 def activation_backward(
     dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...] = (),
     interleave: int | None = None, want: Collection[str] = ("x",),
-    bias_dtype: torch.dtype = torch.float32, dx_t: Tensor | None = None, y_t: Tensor | None = None,
+    bias_dtype: torch.dtype = torch.float32, out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradient of `activation_forward` by its input, in one pass over dy and x.
 
     x: the pre-activation (bias included). Returns (dx like x, y, dbias), None for what is not in
     want ("x", "y", "bias"): y is the activation, computed again; dbias `[width of x]` is the column
     sum of the unrounded dx in fp32, in an order that depends on the number of rows alone, then cast
-    to bias_dtype. dx_t, y_t: `[width, rows]`, get the transposes of dx and y, which need not be in
-    want for that.
+    to bias_dtype. out: contiguous, gets dx; of a plain kind it may be dy itself.
     """
     if not direct(dy, x):
-        return _backward_by_formula(dy, x, kind, params, interleave, want, bias_dtype, dx_t, y_t)
+        return _backward_by_formula(dy, x, kind, params, interleave, want, bias_dtype, out)
     function, gated, constants = row(kind, params)
     dtype, (rows, total) = x.dtype, x.shape
     width = total // 2 if gated else total
-    dx = empty((rows, total), dtype) if "x" in want else None
+    dx = None
+    if "x" in want:
+        dx = empty((rows, total), dtype) if out is None else out
     y = empty((rows, width), dtype) if "y" in want else None
     dbias = torch.empty(total, dtype=torch.float32, device="cpu") if "bias" in want else None
     if rows and width:
@@ -129,7 +131,7 @@ def activation_backward(
         _backward_kernel(
             DTYPES[dtype], function, gated, torch.get_num_threads(), rows, width,
             interleave or width, x.data_ptr(), dy.data_ptr(), 0, stride, dy_stride,
-            address(y), address(y_t), 0, address(dx), address(dx_t), address(dbias), *constants,
+            address(y), 0, 0, address(dx), address(dbias), *constants,
         )  # fmt: skip
     elif dbias is not None:
         dbias.zero_()
@@ -147,21 +149,19 @@ def _forward_by_formula(
         y = reference.gated_forward(x, kind, params, interleave)
     else:
         y = reference.activation_forward(x, kind)
-    if y_t is not None:
-        y_t.copy_(y.t())
+    y = y if y_t is None else y_t.copy_(y.t()).t()
     return y, x if pre and bias is not None else None
 
 
 def _backward_by_formula(
     dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...], interleave: int | None,
-    want: Collection[str], bias_dtype: torch.dtype, dx_t: Tensor | None, y_t: Tensor | None,
+    want: Collection[str], bias_dtype: torch.dtype, out: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     if KINDS[kind].gated:
         dx = reference.gated_backward(dy, x, kind, params, interleave)
     else:
         dx = reference.activation_backward(dy, x, kind)
-    y = _forward_by_formula(x, kind, params, interleave, None, False, y_t)[0]
-    if dx_t is not None:
-        dx_t.copy_(dx.t())
+    y = _forward_by_formula(x, kind, params, interleave, None, False, None)[0]
     dbias = dx.sum(0, dtype=torch.float32).to(bias_dtype) if "bias" in want else None
+    dx = dx if out is None else out.copy_(dx)
     return dx if "x" in want else None, y if "y" in want else None, dbias

@@ -28,18 +28,25 @@ CLEARLY = 0.97
 """A candidate takes the first one's place only if it needs less than that part of its time."""
 NEAR = 1.25
 """Candidates that need more than that times the best are measured no further."""
+ENOUGH = 0.1
+"""Seconds that rounds of quick candidates go on for, since their times vary the more."""
+MOST_ROUNDS = 12
+RULES = 2
+"""Number of the rules by which is measured: other rules' choices are not read."""
 
 
 def fastest(candidates: Mapping[str, Run], rounds: int = 3) -> str:
     """The name of the candidate that runs fastest, by the least of some times in alternation.
 
-    The first candidate, the usual one, keeps its place unless another is clearly faster.
+    rounds: how often each runs at the least; quick ones run up to `MOST_ROUNDS` times. The first
+    candidate, the usual one, keeps its place unless another is clearly faster.
     """
     least = {}
     for name, run in candidates.items():
         run()  # makes what the library makes at first use
         least[name] = _seconds(run)
-    for _ in range(rounds - 1):
+    more = int(ENOUGH / max(sum(least.values()), 1e-9))
+    for _ in range(max(rounds, min(MOST_ROUNDS, more)) - 1):
         bound = NEAR * min(least.values())
         for name, run in candidates.items():
             if least[name] <= bound:
@@ -68,7 +75,7 @@ def cpu_model() -> str:
 
 def cache_files() -> list[Path]:
     """Where this machine's choices may be kept, in order."""
-    what = (cpu_model(), torch.__version__, torch.backends.cpu.get_cpu_capability())
+    what = (RULES, cpu_model(), torch.__version__, torch.backends.cpu.get_cpu_capability())
     name = f"gemm-{sha256(repr(what).encode()).hexdigest()[:16]}.json"
     return [directory / name for directory in directories()]
 

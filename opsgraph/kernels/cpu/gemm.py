@@ -5,7 +5,8 @@ for its transpose, and on which of its entry points is called; which combination
 between machines, dtypes and shapes, by a factor of two and more. So each class of product is
 measured at its first use (`choices`): the kind of product, the sizes (rows rounded up to a power of
 two), the dtype and the number of threads. Where a combination wants an operand stored by columns,
-the time of its transposed copy counts. Small products are as PyTorch has them and are not measured.
+the time of its transposed copy counts; one of a large gradient is made and multiplied in pieces.
+Small products, and those of few rows, are as PyTorch has them and are not measured.
 
 Results are stored by rows, in kept memory where the entry point allows it.
 """
@@ -27,8 +28,15 @@ FORWARD, DGRAD, WGRAD = "forward", "dgrad", "wgrad"
 
 SMALL = 2**26
 """Multiplications up to which a product is as PyTorch has it."""
+FEW = 32
+"""Rows up to which it is so too: its time is that of reading the weight from memory, which no
+layout changes, and a weight that is still in the cache while one measures would mislead."""
 MOST_ROWS = 4096
 """Products of more rows are of the class of this many."""
+PIECE = 2**21
+"""Bytes of a gradient up to which its transposed copy is made as a whole."""
+LEAST_COLUMNS = 512
+"""Columns of a gradient in a piece, at the least: narrower products are slow."""
 
 
 class Layout(NamedTuple):
@@ -84,13 +92,19 @@ def linear(
     return torch.addmm(other, x, weight.t()) if bias is None else F.linear(x, weight, bias) + other
 
 
-def dgrad(dy: Tensor, weight: Tensor, other: Tensor | None = None) -> Tensor:
-    """`dy @ weight + other`, `[rows, in]`, as other is. dy: `[rows, out]`; weight: `[out, in]`."""
+def dgrad(
+    dy: Tensor, weight: Tensor, other: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """`dy @ weight + other`, `[rows, in]`, as other is. dy: `[rows, out]`; weight: `[out, in]`.
+
+    out: contiguous, gets the result, which is returned.
+    """
     width, depth = weight.shape
-    layout = _layout(DGRAD, dy, width, depth, add=other is not None)
+    layout = _layout(DGRAD, dy, width, depth, add=other is not None, into=out is not None)
     if layout is not None and direct(dy, weight, other):
-        return _product(DGRAD, layout, dy, weight, other=other)
-    return dy @ weight if other is None else torch.addmm(other, dy, weight)
+        return _product(DGRAD, layout, dy, weight, other=other, out=out)
+    made = dy @ weight if other is None else torch.addmm(other, dy, weight)
+    return made if out is None else out.copy_(made)
 
 
 def wgrad(dy: Tensor, x: Tensor) -> Tensor:
@@ -101,32 +115,46 @@ def wgrad(dy: Tensor, x: Tensor) -> Tensor:
     layout = _layout(WGRAD, dy, dy.shape[1], x.shape[1])
     if layout is None or not direct(dy, x):
         return dy.t() @ x
-    return _product(WGRAD, layout, dy, x)
+    return _wgrad(layout, dy, x)
 
 
-def wgrad_copies(like: Tensor, width: int, depth: int) -> tuple[bool, bool]:
-    """Whether `wgrad` of dy `[rows, width]` and x `[rows, depth]` wants each stored by columns.
+def wgrad_transposes_x(like: Tensor, width: int, depth: int) -> bool:
+    """Whether `wgrad` of dy `[rows, width]` and x `[rows, depth]` wants x stored by columns.
 
-    like: any tensor of as many rows and that dtype. Whoever makes such an operand then best writes
-    its transposed copy in the same pass.
+    like: any tensor of as many rows and that dtype. Whoever makes x then best makes the transposed
+    copy alone.
     """
     layout = _layout(WGRAD, like, width, depth)
-    return (False, False) if layout is None else (layout.first, layout.second)
+    return layout is not None and layout.second
+
+
+def _wgrad(layout: Layout, dy: Tensor, x: Tensor) -> Tensor:
+    """The weight gradient, in pieces of dy's columns where dy is to be copied and large."""
+    if not layout.first or dy.nbytes <= PIECE or dy.t().is_contiguous():
+        return _product(WGRAD, layout, dy, x)
+    rows, width = dy.shape
+    step = max(LEAST_COLUMNS, PIECE // (rows * dy.element_size()) // 64 * 64)
+    x = _stored(x, layout.second)
+    dweight = empty((width, x.shape[1]), dy.dtype)
+    for k in range(0, width, step):
+        _product(WGRAD, layout, dy[:, k : k + step], x, out=dweight[k : k + step])
+    return dweight
 
 
 def _layout(
-    kind: str, like: Tensor, width: int, depth: int, bias: bool = False, add: bool = False
-) -> Layout | None:
+    kind: str, like: Tensor, width: int, depth: int, bias: bool = False, add: bool = False,
+    into: bool = False,
+) -> Layout | None:  # fmt: skip
     """How to compute a product with a weight `[width, depth]`; None: as PyTorch does."""
     rows, dtype = like.shape[0], like.dtype
-    if rows * width * depth <= SMALL or not direct(like):
+    if rows <= FEW or rows * width * depth <= SMALL or not direct(like):
         return None
     rows = min(MOST_ROWS, 1 << (rows - 1).bit_length())
-    key = kind, rows, width, depth, dtype, bias, add, torch.get_num_threads()
+    key = kind, rows, width, depth, dtype, bias, add, into, torch.get_num_threads()
     if key not in _chosen:
         sizes = f"{rows} {width} {depth} {str(dtype).removeprefix('torch.')}"
-        text = f"{kind}{' bias' * bias}{' add' * add} {sizes} threads {key[-1]}"
-        made = partial(_candidates, kind, rows, width, depth, dtype, bias, add)
+        text = f"{kind}{' bias' * bias}{' add' * add}{' into' * into} {sizes} threads {key[-1]}"
+        made = partial(_candidates, kind, rows, width, depth, dtype, bias, add, into)
         _chosen[key] = LAYOUTS[choices.choose(text, made)]
         pool.release()  # of what was measured with
     return _chosen[key]
@@ -147,8 +175,9 @@ def _onednn(dtype: torch.dtype) -> bool:
 
 
 def _candidates(
-    kind: str, rows: int, width: int, depth: int, dtype: torch.dtype, bias: bool, add: bool
-) -> Mapping[str, Callable[[], object]]:
+    kind: str, rows: int, width: int, depth: int, dtype: torch.dtype, bias: bool, add: bool,
+    into: bool = False,
+) -> Mapping[str, Callable[[], object]]:  # fmt: skip
     """Every layout of a class of products, over operands made when the first of them runs."""
 
     @cache
@@ -163,13 +192,32 @@ def _candidates(
         return dy, weight if kind == DGRAD else x, None, other
 
     def run(layout: Layout) -> Tensor:
-        return _product(kind, layout, *operands())  # type: ignore[arg-type]
+        first, second, *added = operands()
+        assert first is not None
+        assert second is not None
+        if kind == WGRAD:
+            return _wgrad(layout, first, second)
+        return _product(kind, layout, first, second, *added)
 
     return {
         name: partial(run, layout)
         for name, layout in LAYOUTS.items()
-        if layout.entry != "onednn" or _onednn(dtype)
+        if (layout.entry != "onednn" or (_onednn(dtype) and not into))
+        and _worthwhile(kind, layout, rows, width, depth)
     }
+
+
+def _worthwhile(kind: str, layout: Layout, rows: int, width: int, depth: int) -> bool:
+    """Whether a layout's copies are worth their memory: they are no larger than the result.
+
+    A weight gradient's are made in pieces or in the place of the operand; the library's linear
+    would copy more, and make every piece of the result in memory of its own.
+    """
+    if kind == WGRAD:
+        return layout.entry != "onednn"
+    inputs, outputs = (depth, width) if kind == FORWARD else (width, depth)
+    first, second = rows * inputs, width * depth
+    return max(layout.first * first, layout.second * second) <= rows * outputs
 
 
 def _stored(x: Tensor, by_columns: bool) -> Tensor:
@@ -181,24 +229,28 @@ def _stored(x: Tensor, by_columns: bool) -> Tensor:
 
 def _product(
     kind: str, layout: Layout, first: Tensor, second: Tensor, bias: Tensor | None = None,
-    other: Tensor | None = None,
+    other: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The product as the layout says, plus what is to be added, stored by rows."""
+    """The product as the layout says, plus what is to be added, stored by rows (into out)."""
     first, second = _stored(first, layout.first), _stored(second, layout.second)
     a, b = _FACTORS[kind](first, second)
     if layout.entry == "onednn":
-        pointwise = torch.ops.mkldnn._linear_pointwise
-        if other is None:
-            return pointwise(a, b.t(), bias, "none", [], "")  # type: ignore[no-any-return]
-        return pointwise.binary(a, _stored(other, False), b.t(), bias, "add")  # type: ignore[no-any-return]
-    y = empty((a.shape[0], b.shape[1]), a.dtype)
+        made = _onednn_product(a, b, bias, other)
+        return made if out is None else out.copy_(made)
+    y = empty((a.shape[0], b.shape[1]), a.dtype) if out is None else out
+    into = y
     if layout.entry == "flipped":
-        a, b, out = b.t(), a.t(), y.t()
+        a, b, into = b.t(), a.t(), y.t()
         bias = None if bias is None else bias[:, None]
-    else:
-        out = y
     if bias is None:
-        torch.mm(a, b, out=out)
+        torch.mm(a, b, out=into)
     else:
-        torch.addmm(bias, a, b, out=out)
+        torch.addmm(bias, a, b, out=into)
     return y if other is None else y.add_(other)
+
+
+def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None, other: Tensor | None) -> Tensor:
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    if other is None:
+        return pointwise(a, b.t(), bias, "none", [], "")  # type: ignore[no-any-return]
+    return pointwise.binary(a, _stored(other, False), b.t(), bias, "add")  # type: ignore[no-any-return]

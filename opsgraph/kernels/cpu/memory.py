@@ -19,8 +19,6 @@ from torch import Tensor
 
 LEAST = 2**20
 """Bytes below which a tensor gets memory of its own: the allocator keeps such blocks itself."""
-SPARE = 2**28
-"""Bytes that may lie idle beyond the most that was ever in use at once."""
 
 # Without a global lock Python's counts are spread over threads: too little to go by.
 _locked: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
@@ -38,11 +36,11 @@ class Block(NamedTuple):
 class Pool:
     """Blocks by size, idle or in use. All methods may be called by any thread.
 
-    spare: bytes that may lie idle beyond the most that was in use at once.
+    No more is held than was in use at the same time once: where blocks of another size are asked
+    for, idle ones go back to the system.
     """
 
-    def __init__(self, spare: int = SPARE) -> None:
-        self.spare = spare
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._blocks: dict[int, list[Block]] = {}
         self._most = 0
@@ -69,11 +67,11 @@ class Pool:
             return storage
 
     def _drop(self, size: int) -> None:
-        """Free idle blocks so that one more of that size stays within the limit."""
+        """Free idle blocks so that one more of that size stays within the most ever in use."""
         held = {s: len(blocks) for s, blocks in self._blocks.items()}
         used = {s: sum(not _idle(b) for b in blocks) for s, blocks in self._blocks.items()}
         self._most = max(self._most, size + sum(s * n for s, n in used.items()))
-        excess = size + sum(s * n for s, n in held.items()) - self._most - self.spare
+        excess = size + sum(s * n for s, n in held.items()) - self._most
         for s in list(self._blocks):
             kept = []
             for block in self._blocks[s]:

@@ -6,7 +6,6 @@ are `[rows, width]`, fp32 or bf16, their rows at any stride; results are contigu
 """
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from ..reference import norms as reference
 from .launch import DTYPES, Kernel, address, direct, rows_of, vector
 from .memory import empty
 
-_FIELDS = "=6q 3q 3q 2q 2q 5q 4q d"  # struct Norm in source/norms.h
+_FIELDS = "=6q 3q 3q 2q 2q 3q 4q d"  # struct Norm in source/norms.h
 _forward_kernel = Kernel("opsgraph_norm_forward", _FIELDS)
 _backward_kernel = Kernel("opsgraph_norm_backward", _FIELDS)
 _FP32 = torch.float32
@@ -27,7 +26,7 @@ def _column(x: Tensor) -> Tensor:
 
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: bool,
-    other: Tensor | None, center: bool, want: Collection[str], y_t: Tensor | None,
+    other: Tensor | None, center: bool, want: Collection[str],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     shape, dtype = x.shape, x.dtype
     rows, width = shape
@@ -46,7 +45,7 @@ def _forward(
         DTYPES[dtype], center, zero_centered, torch.get_num_threads(), rows, width,
         x.data_ptr(), address(other), 0, stride, other_stride, 0,
         weight_at, bias_at, weight_dtype, bias_dtype,
-        y.data_ptr(), address(y_t), address(total), 0, 0, address(mean), address(rstd), 0, 0, eps,
+        y.data_ptr(), address(total), 0, address(mean), address(rstd), 0, 0, eps,
     )  # fmt: skip
     return y, mean, rstd, total
 
@@ -54,12 +53,11 @@ def _forward(
 def _backward(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
     bias: Tensor | None, zero_centered: bool, dother: Tensor | None, want: Collection[str],
-    dx_t: Tensor | None, y_t: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     shape, dtype = x.shape, x.dtype
     rows, width = shape
-    dx = empty(shape, dtype) if "x" in want or dx_t is not None else None
-    y = empty(shape, dtype) if "y" in want or y_t is not None else None
+    dx = empty(shape, dtype) if "x" in want else None
+    y = empty(shape, dtype) if "y" in want else None
     dweight = dbias = None
     if "weight" in want and weight is not None:
         dweight = torch.empty(width, dtype=_FP32, device="cpu")
@@ -75,8 +73,8 @@ def _backward(
             DTYPES[dtype], mean is not None, zero_centered, torch.get_num_threads(), rows, width,
             x.data_ptr(), address(dother), dy.data_ptr(), stride, other_stride, dy_stride,
             weight_at, bias_at, weight_dtype, bias_dtype,
-            address(y), address(y_t), 0, address(dx), address(dx_t),
-            address(mean), rstd.data_ptr(), address(dweight), address(dbias), 0.0,
+            address(y), 0, address(dx), address(mean), rstd.data_ptr(),
+            address(dweight), address(dbias), 0.0,
         )  # fmt: skip
         del factor, shift  # were read until here
     else:
@@ -86,13 +84,6 @@ def _backward(
     if dweight is not None and weight is not None and weight.dtype != _FP32:
         dweight = dweight.to(weight.dtype)
     return dx, dweight, dbias, y
-
-
-def _copied(y: Any, y_t: Tensor | None) -> Any:
-    """y, after its transposed copy was made where one is wanted."""
-    if y_t is not None:
-        y_t.copy_(y.t())
-    return y
 
 
 def _layernorm_again(
@@ -107,53 +98,49 @@ def _layernorm_again(
 
 def rmsnorm_forward(
     x: Tensor, weight: Tensor | None, eps: float, zero_centered: bool = False,
-    other: Tensor | None = None, want: Collection[str] = ("rstd",), y_t: Tensor | None = None,
+    other: Tensor | None = None, want: Collection[str] = ("rstd",),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """`y = t * rstd * w` with `rstd = rsqrt(mean(t^2) + eps)` and `t = x`, or `x + other`.
 
     x, other, y, total: `[rows, width]` of x's dtype; the sum is rounded to it before the norm reads
     it. weight: `[width]` of any float dtype or None; `w = 1 + weight` when zero_centered.
-    rstd: fp32 `[rows, 1]`, if "rstd" is in want. y_t: `[width, rows]`, gets the transposed copy of
-    y. Returns (y, rstd, total), None for what is not.
+    rstd: fp32 `[rows, 1]`, if "rstd" is in want. Returns (y, rstd, total), None for what is not.
     """
     if not direct(x, weight, other):
         total = None if other is None else x + other
         y, rstd = reference.rmsnorm_forward(
             x if total is None else total, weight, eps, zero_centered
         )
-        return _copied(y, y_t), rstd if "rstd" in want else None, total
-    y, _, found, total = _forward(x, weight, None, eps, zero_centered, other, False, want, y_t)
+        return y, rstd if "rstd" in want else None, total
+    y, _, found, total = _forward(x, weight, None, eps, zero_centered, other, False, want)
     return y, found, total
 
 
 def rmsnorm_backward(
     dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered: bool = False,
     dother: Tensor | None = None, want: Collection[str] = ("x", "weight"),
-    dx_t: Tensor | None = None, y_t: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of `rmsnorm_forward`: with `m = dy * w`,
     `dx = rstd * (m - x * rstd^2 * mean(m * x)) + dother`.
 
     dy, x, dother: `[rows, width]`; x is what the norm read (the total, where there was one).
     Returns (dx in x's dtype, dweight in weight's dtype, y computed again), None for what is not in
-    want ("x", "weight", "y"). dx_t, y_t: `[width, rows]`, get transposed copies.
+    want ("x", "weight", "y").
     """
     if not direct(dy, x, rstd, weight, dother):
         dx, dweight, y = reference.rmsnorm_backward(
             dy, x, rstd, weight, zero_centered, "x" in want, "weight" in want, "y" in want
         )
         dx = dx if dx is None or dother is None else dx + dother
-        return _copied(dx, dx_t), dweight, _copied(y, y_t)
-    dx, dweight, _, y = _backward(
-        dy, x, None, rstd, weight, None, zero_centered, dother, want, dx_t, y_t
-    )
+        return dx, dweight, y
+    dx, dweight, _, y = _backward(dy, x, None, rstd, weight, None, zero_centered, dother, want)
     return dx, dweight, y
 
 
 def layernorm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     zero_centered: bool = False, other: Tensor | None = None,
-    want: Collection[str] = ("mean", "rstd"), y_t: Tensor | None = None,
+    want: Collection[str] = ("mean", "rstd"),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`y = (t - mean) * rstd * w + bias`, `rstd = rsqrt(var + eps)`, `t = x`, or `x + other`.
 
@@ -167,22 +154,20 @@ def layernorm_forward(
             x if total is None else total, weight, bias, eps, zero_centered
         )
         kept = mean if "mean" in want else None, rstd if "rstd" in want else None
-        return _copied(y, y_t), *kept, total
-    return _forward(x, weight, bias, eps, zero_centered, other, True, want, y_t)
+        return y, *kept, total
+    return _forward(x, weight, bias, eps, zero_centered, other, True, want)
 
 
 def layernorm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
     zero_centered: bool = False, dother: Tensor | None = None,
-    want: Collection[str] = ("x", "weight", "bias"), dx_t: Tensor | None = None,
-    y_t: Tensor | None = None,
+    want: Collection[str] = ("x", "weight", "bias"),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of `layernorm_forward`: with `m = dy * w` and `h = (x - mean) * rstd`,
     `dx = rstd * (m - mean(m) - h * mean(m * h)) + dother`.
 
     Returns (dx in x's dtype, dweight in weight's, dbias in bias's, y computed again), None for what
-    is not in want ("x", "weight", "bias", "y") or has no parameter. dx_t, y_t: as in
-    `rmsnorm_backward`.
+    is not in want ("x", "weight", "bias", "y") or has no parameter.
     """
     if not direct(dy, x, mean, rstd, weight, bias, dother):
         mask = "x" in want, "weight" in want, "bias" in want
@@ -191,10 +176,8 @@ def layernorm_backward(
         )
         dx = dx if dx is None or dother is None else dx + dother
         y = _layernorm_again(x, mean, rstd, weight, bias, zero_centered) if "y" in want else None
-        return _copied(dx, dx_t), dweight, dbias, _copied(y, y_t)
-    dx, dweight, dbias, y = _backward(
-        dy, x, mean, rstd, weight, bias, zero_centered, dother, want, dx_t, y_t
-    )
+        return dx, dweight, dbias, y
+    dx, dweight, dbias, y = _backward(dy, x, mean, rstd, weight, bias, zero_centered, dother, want)
     if dbias is not None and bias is not None and bias.dtype != _FP32:
         dbias = dbias.to(bias.dtype)
     return dx, dweight, dbias, y

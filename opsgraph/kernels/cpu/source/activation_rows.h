@@ -6,6 +6,9 @@
 
 const int64_t CHUNK = 512;
 
+template <class T>
+static inline T* offset(T* pointer, int64_t by) { return pointer ? pointer + by : nullptr; }
+
 static inline const float* loaded(const float* from, float*, int64_t) { return from; }
 
 LOOP const float* loaded(const bf16* __restrict from, float* __restrict to, int64_t n) {
@@ -64,35 +67,15 @@ LOOP const float* biased(
     return buffer;
 }
 
-// A result's rows of one chunk: in the tensor or, where only the transposed copy is wanted, in a
-// buffer of the thread's; and that copy's first element.
-template <class T>
-struct Part {
-    T* at;
-    int64_t stride;
-    T* copy;
-    const Activation& t;
-
-    Part(const Activation& t, void* tensor, void* copied, int64_t width, int64_t row, int64_t column,
-         T* buffer)
-        : at(offset(static_cast<T*>(tensor), row * width + column)), stride(width),
-          copy(offset(static_cast<T*>(copied), column * t.rows + row)), t(t) {
-        if (!at && copy) at = buffer, stride = CHUNK;
-    }
-
-    T* row(int64_t k) const { return offset(at, k * stride); }
-
-    void transpose(int64_t rows, int64_t n) const {
-        if (copy) transpose_block(at, stride, rows, n, copy, t.rows);
-    }
-};
-
+// y of a chunk, row by row into the tensor; or, where its transpose is wanted in its place, a block
+// of rows into a buffer of the thread's, which is then copied.
 template <class T>
 LOOP void activation_forward_chunk(
     const Activation& t, const Kind& kind, const float* p, int64_t begin, int64_t end, Chunk c) {
     alignas(64) float buffers[3][CHUNK];
-    const int64_t total = t.gated ? 2 * t.width : t.width;
-    const Part<T> y(t, t.y, t.yt, t.width, begin, c.y, nullptr);
+    static thread_local std::vector<T> room(BLOCK * CHUNK);
+    const int64_t total = t.gated ? 2 * t.width : t.width, stride = t.y ? t.width : CHUNK;
+    T* y = t.y ? static_cast<T*>(t.y) + begin * t.width + c.y : room.data();
     for (int64_t row = begin; row < end; row++) {
         const T* x = static_cast<const T*>(t.x) + row * t.x_stride;
         T* pre = offset(static_cast<T*>(t.pre), row * total);
@@ -102,11 +85,14 @@ LOOP void activation_forward_chunk(
         };
         const float* gate = load(c.a, buffers[0]);
         const float* value = t.gated ? load(c.b, buffers[1]) : ones.values;
-        float* into = target(y.row(row - begin), buffers[2]);
+        T* to = y + (row - begin) * stride;
+        float* into = target(to, buffers[2]);
         kind.forward(gate, value, into, c.n, p);
-        stored(into, y.row(row - begin), c.n);
+        stored(into, to, c.n);
     }
-    y.transpose(end - begin, c.n);
+    if (t.yt)
+        transpose_block(
+            y, stride, end - begin, c.n, static_cast<T*>(t.yt) + c.y * t.rows + begin, t.rows);
 }
 
 template <class T>
@@ -121,37 +107,28 @@ static void activation_forward(const Activation& t) {
 
 template <class T>
 LOOP void activation_backward_chunk(
-    const Activation& t, const Kind& kind, const float* p, int64_t begin, int64_t end, Chunk c,
-    float* sums) {
+    const Activation& t, const Kind& kind, const float* p, int64_t row, Chunk c, float* sums) {
     alignas(64) float buffers[6][CHUNK];
-    static thread_local std::vector<T> copied(3 * BLOCK * CHUNK);
-    T* room = copied.data();
     const int64_t total = t.gated ? 2 * t.width : t.width;
-    const Part<T> y(t, t.y, t.yt, t.width, begin, c.y, room);
-    const Part<T> dxa(t, t.dx, t.dxt, total, begin, c.a, room + BLOCK * CHUNK);
-    const Part<T> dxb(
-        t, t.gated ? t.dx : nullptr, t.gated ? t.dxt : nullptr, total, begin, c.b,
-        room + 2 * BLOCK * CHUNK);
-    for (int64_t row = begin; row < end; row++) {
-        const int64_t k = row - begin;
-        const T* x = static_cast<const T*>(t.x) + row * t.x_stride;
-        const T* dy = static_cast<const T*>(t.dy) + row * t.dy_stride;
-        const float* gradient = loaded(dy + c.y, buffers[0], c.n);
-        const float* gate = loaded(x + c.a, buffers[1], c.n);
-        const float* value = t.gated ? loaded(x + c.b, buffers[2], c.n) : ones.values;
-        float* da = target(dxa.row(k), buffers[3]);
-        float* db = target(dxb.row(k), buffers[4]);
-        float* out = target(y.row(k), buffers[5]);
-        kind.backward(gradient, gate, value, da, db, out, c.n, p);
-        stored(da, dxa.row(k), c.n);
-        stored(db, dxb.row(k), c.n);
-        stored(out, y.row(k), c.n);
-        if (sums) accumulate(da, sums + c.a, c.n);
-        if (sums && t.gated) accumulate(db, sums + c.b, c.n);
-    }
-    y.transpose(end - begin, c.n);
-    dxa.transpose(end - begin, c.n);
-    dxb.transpose(end - begin, c.n);
+    const T* x = static_cast<const T*>(t.x) + row * t.x_stride;
+    const T* dy = static_cast<const T*>(t.dy) + row * t.dy_stride + c.y;
+    T* y = offset(static_cast<T*>(t.y), row * t.width + c.y);
+    T* dxa = offset(static_cast<T*>(t.dx), row * total + c.a);
+    T* dxb = t.gated ? offset(static_cast<T*>(t.dx), row * total + c.b) : nullptr;
+    const float* gradient = loaded(dy, buffers[0], c.n);
+    if (dxa == dy && gradient != buffers[0])  // in place
+        gradient = static_cast<float*>(memcpy(buffers[0], gradient, c.n * sizeof(float)));
+    const float* gate = loaded(x + c.a, buffers[1], c.n);
+    const float* value = t.gated ? loaded(x + c.b, buffers[2], c.n) : ones.values;
+    float* da = target(dxa, buffers[3]);
+    float* db = target(dxb, buffers[4]);
+    float* out = target(y, buffers[5]);
+    kind.backward(gradient, gate, value, da, db, out, c.n, p);
+    stored(da, dxa, c.n);
+    stored(db, dxb, c.n);
+    stored(out, y, c.n);
+    if (sums) accumulate(da, sums + c.a, c.n);
+    if (sums && t.gated) accumulate(db, sums + c.b, c.n);
 }
 
 template <class T>
@@ -162,9 +139,8 @@ static void activation_backward(const Activation& t) {
     ColumnSums dbias(t.dbias, total, shares);
     over_rows(t.threads, shares, total, [&](int64_t begin, int64_t end, int64_t share) {
         float* sums = dbias.of(share, begin);
-        bool copies = t.dxt || t.yt;
-        over_chunks(t, begin, end, copies, [&](int64_t from, int64_t to, const Chunk& chunk) {
-            activation_backward_chunk<T>(t, kinds[t.kind], p, from, to, chunk, sums);
+        over_chunks(t, begin, end, false, [&](int64_t row, int64_t, const Chunk& chunk) {
+            activation_backward_chunk<T>(t, kinds[t.kind], p, row, chunk, sums);
         });
     });
     dbias.finish(t.threads);

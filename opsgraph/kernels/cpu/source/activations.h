@@ -10,7 +10,7 @@ struct Activation {
     const void *x, *dy;
     const float* bias;
     int64_t x_stride, dy_stride;
-    void *y, *yt, *pre, *dx, *dxt;
+    void *y, *yt, *pre, *dx;
     float* dbias;
     double params[3];
 };

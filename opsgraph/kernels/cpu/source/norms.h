@@ -7,7 +7,6 @@
 
 #include "parallel.h"
 #include "scalar.h"
-#include "transpose.h"
 
 struct Norm {
     int64_t dtype, center, zero_centered, threads, rows, width;
@@ -15,7 +14,7 @@ struct Norm {
     int64_t x_stride, other_stride, dy_stride;
     const void *weight, *bias;
     int64_t weight_dtype, bias_dtype;
-    void *y, *yt, *total, *dx, *dxt;
+    void *y, *total, *dx;
     float *mean, *rstd, *dweight, *dbias;
     double eps;
 };
@@ -98,9 +97,6 @@ static void norm_forward(const Norm& n) {
             T* y = static_cast<T*>(n.y) + row * n.width;
             normalize<T, Center>(x, gamma.values, beta.values, mean, rstd, y, n.width);
         }
-        transposed_copy(
-            static_cast<T*>(n.y) + begin * n.width, n.width, end - begin,
-            offset(static_cast<T*>(n.yt), begin), n.rows);
     });
 }
 
@@ -178,12 +174,6 @@ static void norm_backward(const Norm& n) {
         float *weight = dweight.of(share, begin), *bias = dbias.of(share, begin);
         for (int64_t row = begin; row < end; row++)
             norm_backward_row<T, Center>(n, row, gamma.values, beta.values, weight, bias);
-        transposed_copy(
-            static_cast<T*>(n.dx) + begin * n.width, n.width, end - begin,
-            offset(static_cast<T*>(n.dxt), begin), n.rows);
-        transposed_copy(
-            static_cast<T*>(n.y) + begin * n.width, n.width, end - begin,
-            offset(static_cast<T*>(n.yt), begin), n.rows);
     });
     dweight.finish(n.threads);
     dbias.finish(n.threads);

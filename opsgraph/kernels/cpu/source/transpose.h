@@ -107,14 +107,3 @@ static __attribute__((noinline)) void transpose_block(
     _mm_sfence();
 #endif
 }
-
-// The transposed copy of rows of a result that lie at `from`, if it is wanted: into `to`, the
-// place of the first of them in a [width, all rows].
-template <class T>
-static void transposed_copy(
-    const T* from, int64_t width, int64_t rows, T* to, int64_t all_rows) {
-    if (to) transpose_block(from, width, rows, width, to, all_rows);
-}
-
-template <class T>
-static inline T* offset(T* pointer, int64_t by) { return pointer ? pointer + by : nullptr; }
