@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..fuser import Fuser, Variant, variants
 from ..op import Op
-from ..ops import BasicLinear, Quantize, QuantizeGrad
+from ..ops import BasicLinear, GroupedLinear, Quantize, QuantizeGrad
+from ..ops.quantized_grouped import QuantizedGroupedLinear
 from ..precision import autocast
-from ..recipe import Float8CurrentScaling, MXFP8BlockScaling, Recipe
+from ..recipe import Float8CurrentScaling, Format, MXFP8BlockScaling, Recipe
 from ..sequential import Sequential
 
 TOLERANCES = {
@@ -29,7 +30,11 @@ TOLERANCES = {
 """(rtol, atol times the largest magnitude) between implementations that round in other places."""
 
 
-RECIPES = (Float8CurrentScaling(), MXFP8BlockScaling())
+RECIPES = (
+    Float8CurrentScaling(),
+    MXFP8BlockScaling(),
+    Float8CurrentScaling(row_wise=True, fp8_format=Format.E4M3),
+)
 """What fusers of quantized values are compared under, with sizes that all recipes take."""
 QUANTIZED_WIDTH = 256
 
@@ -37,7 +42,7 @@ QUANTIZED_WIDTH = 256
 def quantizing(fuser: Fuser) -> bool:
     """Whether a fuser is for plans under a recipe alone."""
     kinds = {kind for variant in variants(fuser.pattern) for _, kind in variant}
-    return fuser.quantized or not kinds.isdisjoint((Quantize, QuantizeGrad))
+    return fuser.quantized or not kinds.isdisjoint((Quantize, QuantizeGrad, QuantizedGroupedLinear))
 
 
 MOST = 32
@@ -56,17 +61,23 @@ def _covering(found: Iterable[Variant]) -> Iterator[Variant]:
 def samples(fuser: Fuser, few: bool = False) -> Iterator[list[Op]]:
     """Fresh ops for every variant of the pattern and every sample of its ops.
 
-    Under a recipe a linear layer stands for the Quantize or QuantizeGrad that it brings. few: only
-    so many variants that every alternative occurs, and one sample of each.
+    Under a recipe a linear layer stands for the Quantize or QuantizeGrad that it brings, and a
+    GroupedLinear for what it becomes. few: only so many variants that every alternative occurs, and
+    one sample of each.
     """
     linear = partial(BasicLinear, out_features=QUANTIZED_WIDTH)
+
+    def stand_in(kind: type[Op]) -> Op:
+        groups = issubclass(kind, QuantizedGroupedLinear)
+        return GroupedLinear(2, out_features=QUANTIZED_WIDTH) if groups else linear()
+
     every = list(variants(fuser.pattern))
     for variant in _covering(every) if few or len(every) > MOST else every:
         kinds = [kind for _, kind in variant if kind is not None]
         pairs = zip(kinds, [*kinds[1:], None], strict=True)
         kinds = [kind for kind, after in pairs if (kind, after) != (Quantize, BasicLinear)]
         for k in range(1 if few else max(len(list(kind.sample())) for kind in kinds) or 1):
-            chosen = [list(kind.sample()) or [linear()] for kind in kinds]
+            chosen = [list(kind.sample()) or [stand_in(kind)] for kind in kinds]
             if fuser.quantized:
                 chosen = [
                     [linear()] if kind is BasicLinear else c
@@ -138,18 +149,20 @@ def check_fuser(
     In a process group each rank has an input, weights and gradients of its own, as shards are.
     Returns in how many plans it was taken; where it declined there is nothing to compare. Raises
     AssertionError where outputs or gradients differ. A fuser for quantized values is compared under
-    `RECIPES` in turn, at `QUANTIZED_WIDTH`. compiled: under torch.compile, with fewer cases since
-    each takes long.
+    `RECIPES` in turn, and each sample under another until it is taken, at `QUANTIZED_WIDTH`.
+    compiled: under torch.compile, with fewer cases since each takes long.
     """
     recipes: Sequence[Recipe | None] = (None,)
     if quantizing(fuser):
         shape, recipes = (*shape[:-1], QUANTIZED_WIDTH), RECIPES
     taken = 0
-    for (ops, recipe), training in product(
-        zip(samples(fuser, compiled), cycle(recipes)), (True, False)
-    ):
-        with autocast(recipe is not None, recipe):
-            taken += _check(fuser, ops, training, dtype, device, shape, compiled)
+    for turn in range(len(recipes)):
+        pairs = zip(samples(fuser, compiled), cycle((*recipes[turn:], *recipes[:turn])))
+        for (ops, recipe), training in product(pairs, (True, False)):
+            with autocast(recipe is not None, recipe):
+                taken += _check(fuser, ops, training, dtype, device, shape, compiled)
+        if taken:
+            break
     return taken
 
 

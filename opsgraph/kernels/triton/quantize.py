@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import activations
 from .activations import Kind, _output_width
-from .launch import on_device_of, packed, row_major, stride_unit
+from .launch import ceil_div, launch, on_device_of, packed, row_major, stride_unit
 from .quantize_tiles import copy_kernel, rows_kernel
 
 BLOCKS = {"tensor": 1, "rows": 1, "blocks": 128, "square": 128, "mx": 32}
@@ -145,8 +145,8 @@ def new_copy(rows: int, width: int, to: Format, x: Tensor, scale: Tensor | None 
     if scale is not None:
         return data, scale
     block = BLOCKS[to.scaling]
-    across = 1 if to.scaling == "rows" else triton.cdiv(width, block)
-    shape = (triton.cdiv(rows, block) if to.scaling == "square" else rows, across)
+    across = 1 if to.scaling == "rows" else ceil_div(width, block)
+    shape = (ceil_div(rows, block) if to.scaling == "square" else rows, across)
     new = torch.empty if data.numel() else torch.ones
     dtype = torch.uint8 if to.scaling == "mx" else torch.float32
     return data, new(shape, dtype=dtype, device=x.device)
@@ -235,13 +235,14 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
     """One launch of `copy_kernel`; returns the amax `[]`, or all columns', if that is asked."""
     x, rows = source.x, source.x.size(0)
     options = source.config(output.col is not None or to.scaling == "square" or columns)
-    down, across = triton.cdiv(rows, options["R"]), triton.cdiv(source.width, options["C"])
+    down, across = ceil_div(rows, options["R"]), ceil_div(source.width, options["C"])
     unit, row_unit = stride_unit(x), 16 if output.col is not None and rows % 16 == 0 else 1
     new = partial(torch.empty, dtype=torch.float32, device=x.device)
     amaxes = new(down * across) if output.amax else None
     col_amaxes = new(down, source.width) if columns else None
     with on_device_of(x):
-        copy_kernel[(down * across,)](
+        launch(
+            copy_kernel, (down * across,),
             *source.operands(), *output.operands(amaxes), col_amaxes,
             rows // row_unit, x.stride(0) // unit,
             ROW_UNIT=row_unit, UNIT=unit, **source.constants(), **to.constants(x.device),
@@ -256,7 +257,8 @@ def _run_rows(source: Source, to: Format, output: Output) -> None:
     x, options = source.x, source.config(False)
     unit = stride_unit(x)
     with on_device_of(x):
-        rows_kernel[(triton.cdiv(x.size(0), options["R"]),)](
+        launch(
+            rows_kernel, (ceil_div(x.size(0), options["R"]),),
             *source.operands(), *output.operands(None)[:2], x.size(0), x.stride(0) // unit,
             UNIT=unit, **source.constants(), **to.constants(x.device), **options,
         )  # fmt: skip

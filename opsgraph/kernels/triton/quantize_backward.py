@@ -4,12 +4,11 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import activations
 from .activations import FUSION, _output_width
-from .launch import on_device_of, row_major, stride_unit, sum_partials
+from .launch import ceil_div, launch, on_device_of, row_major, stride_unit, sum_partials
 from .quantize import BLOCKS, E4M3, E5M2, TILE, Copies, Format, Output, check, new_output
 from .quantize_tiles import activation_backward_kernel
 
@@ -71,7 +70,7 @@ def _run(
     rows, total = x.shape
     new = torch.empty if x.numel() else torch.zeros
     options = CONFIGS[to.scaling]
-    down, across = triton.cdiv(rows, options["R"]), triton.cdiv(flags["WIDTH"], options["C"])
+    down, across = ceil_div(rows, options["R"]), ceil_div(flags["WIDTH"], options["C"])
     count = max(1, down * across * (2 if flags["GATED"] else 1))
     amaxes, y_amaxes = (
         torch.zeros(count, dtype=torch.float32, device=x.device) if output.amax else None
@@ -84,7 +83,8 @@ def _run(
     if x.numel():
         unit, row_unit = stride_unit(dy, x), 16 if rows % 16 == 0 else 1
         with on_device_of(x):
-            activation_backward_kernel[(down * across,)](
+            launch(
+                activation_backward_kernel, (down * across,),
                 dy, x, *dx.operands(amaxes), *y.operands(y_amaxes), sums,
                 rows // row_unit, dy.stride(0) // unit, x.stride(0) // unit,
                 ROW_UNIT=row_unit, UNIT=unit, **flags, **to.constants(x.device),

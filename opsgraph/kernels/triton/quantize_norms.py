@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of, packed, row_major, stride_unit
+from .launch import ceil_div, launch, on_device_of, packed, row_major, stride_unit
 from .norm_kernels import _STRIDES, _affine, _load, _load_total, _wide_statistics
 from .norms import FUSION, NARROW, forward_config
 from .quantize import BLOCKS, Copies, Format, Output, Source, check, copies, new_output
@@ -117,15 +117,25 @@ def _read(x: Tensor, other: Tensor | None, norm: _Norm, to: Format, output: Outp
     flags = {"UNIT": unit, "WIDTH": width, "NORM_EPS": norm.eps, "CENTER": norm.center}
     if width > NARROW:
         with on_device_of(x):
-            norm_statistics_wide_kernel[(rows,)](
-                x, other, *read[:3], rows, *strides, **flags, **config, **FUSION
+            launch(
+                norm_statistics_wide_kernel,
+                (rows,),
+                x,
+                other,
+                *read[:3],
+                rows,
+                *strides,
+                **flags,
+                **config,
+                **FUSION,
             )
         return read
-    programs = triton.cdiv(rows, config["ROWS"])
+    programs = ceil_div(rows, config["ROWS"])
     amax = torch.empty(programs, dtype=torch.float32, device=x.device) if output.amax else None
     whole = config["BLOCK"]
     with on_device_of(x):
-        norm_quantize_kernel[(programs,)](
+        launch(
+            norm_quantize_kernel, (programs,),
             x, other, packed(norm.weight), packed(norm.bias), *read[:3],
             *output.operands(None)[:2], output.given, amax, rows, *strides, **flags,
             ZERO_CENTERED=norm.zero_centered, C=whole, R=config["ROWS"],

@@ -22,6 +22,7 @@ RECIPES = {
 ALONE = (
     "QuantizeKernel", "QuantizeGradKernel", "RMSNormKernel", "LayerNormKernel", "AddRMSNorm",
     "AddLayerNorm", "ActivationKernel", "BiasActivationBackward", "TeeRMSNorm", "TeeLayerNorm",
+    "ScaledLinear", "ScaledLinearBackward",
 )  # fmt: skip
 
 
@@ -29,7 +30,8 @@ def block(norm: type[og.Op], device: str, **options: object) -> og.Sequential:
     torch.manual_seed(0)
     return og.Sequential(
         Add(), Tee("r"), norm(64), Linear(64, 512), SwiGLU(), Linear(256, 64, bias=False), Add("r"),
-        device=device, dtype=torch.bfloat16, backends=("triton", "reference"), **options,
+        device=device, dtype=torch.bfloat16,
+        backends=("triton", "cublaslt", "reference"), **options,
     )  # fmt: skip
 
 
