@@ -2,7 +2,7 @@
 
 GEMM: `x @ w.T` in bf16, and of operands that are quantized already. Cast: what one reading of x
 costs as norm, norm and quantize, and quantize with both copies. Block: RMSNorm, Linear, SwiGLU,
-Linear, forward and backward, in bf16 and under every recipe. Graph: the same as a CUDA graph, which
+Linear, forward and backward, in bf16 and under the FP8 recipes. Graph: the same as a CUDA graph, which
 leaves out what the host takes.
 """
 
@@ -30,7 +30,6 @@ RECIPES = {
     "delayed": recipes.DelayedScaling(amax_history_len=16),
     "blocks": recipes.Float8BlockScaling(),
     "mx": recipes.MXFP8BlockScaling(),
-    "nvfp4": recipes.NVFP4BlockScaling(),
 }
 Calls = dict[str, Callable[[], Any]]
 
