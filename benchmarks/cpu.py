@@ -321,6 +321,7 @@ def main() -> int:
         "method": "medians of calls in alternation",
         "cases": {},
     }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         case = CASES[name]
         found = measure(case, args.seconds / len(names), args.threads)
@@ -328,10 +329,9 @@ def main() -> int:
             peaks = {n: peak_in_a_process(name, n, args.threads) for n in (OURS, EAGER)}
             found |= {"peak_bytes": peaks} if None not in peaks.values() else {}
         results["cases"][name] = found
+        args.out.write_text(json.dumps(results, indent=2) + "\n")
         print(f"{name} measured", file=sys.stderr)
     print(table(results))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=2) + "\n")
     chart(results, args.out.with_suffix(".png"))
     missed = [
         f"{name}: {other}"

@@ -2,8 +2,8 @@
 
 GEMM: `x @ w.T` in bf16, and of operands that are quantized already. Cast: what one reading of x
 costs as norm, norm and quantize, and quantize with both copies. Block: RMSNorm, Linear, SwiGLU,
-Linear, forward and backward, in bf16 and under the FP8 recipes. Graph: the same as a CUDA graph, which
-leaves out what the host takes.
+Linear, forward and backward, in bf16 and under the FP8 recipes. Graph: the same as a CUDA graph,
+which leaves out what the host takes.
 """
 
 from __future__ import annotations
