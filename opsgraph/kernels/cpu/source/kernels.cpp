@@ -1,6 +1,7 @@
 // The CPU's kernels behind a plain C interface: each takes one record, see launch.py.
 #include "activation_rows.h"
 #include "norms.h"
+#include "quantize.h"
 
 template <class T>
 static void norm(const Norm& n, bool backward) {
@@ -47,4 +48,10 @@ EXPORT void opsgraph_activation_backward(const Activation* a) {
 
 EXPORT void opsgraph_transpose(const Transpose* t) {
     t->size == 2 ? transpose<uint16_t>(*t) : transpose<float>(*t);
+}
+
+EXPORT void opsgraph_quantize(const Quantize* q) {
+    auto* of_bf16 = q->e5m2 ? quantize<bf16, true> : quantize<bf16, false>;
+    auto* of_fp32 = q->e5m2 ? quantize<float, true> : quantize<float, false>;
+    (q->dtype ? of_bf16 : of_fp32)(*q);
 }

@@ -19,6 +19,17 @@ struct Vector;
 #endif
 
 template <>
+struct Vector<uint8_t> {
+    typedef uint8_t V __attribute__((vector_size(16)));
+    static V low(V a, V b) {
+        return SHUFFLE(V, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    }
+    static V high(V a, V b) {
+        return SHUFFLE(V, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+};
+
+template <>
 struct Vector<uint16_t> {
     typedef uint16_t V __attribute__((vector_size(16)));
     static V low(V a, V b) { return SHUFFLE(V, a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
@@ -51,8 +62,9 @@ static inline void transpose_square(const T* from, int64_t from_stride, T* to, i
     for (int i = 0; i < N; i++) memcpy(to + i * to_stride, &v[i], 16);
 }
 
-// A tile of up to STEP rows and one cache line of columns.
-const int64_t STEP = 32;
+// A tile of up to STEP rows and one cache line of columns: a line of each column at least.
+template <class T>
+constexpr int64_t STEP = sizeof(T) == 1 ? 64 : 32;
 
 // A line (or two) to memory, past the caches where there is an instruction for it: a column's line
 // need then not be read from memory before it is written, which no prefetcher sees coming.
@@ -72,7 +84,7 @@ static inline void stream(const void* from, void* to, int64_t bytes) {
 template <class T>
 static inline void transpose_tile(
     const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-    constexpr int N = 16 / sizeof(T), LINE = 64 / sizeof(T);
+    constexpr int N = 16 / sizeof(T), LINE = 64 / sizeof(T), STEP = ::STEP<T>;
     alignas(64) T tile[LINE * STEP];
     alignas(64) T edge[STEP * LINE];
     const bool whole = rows == STEP && columns == LINE;
@@ -97,7 +109,7 @@ static inline void transpose_tile(
 template <class T>
 static __attribute__((noinline)) void transpose_block(
     const T* from, int64_t from_stride, int64_t rows, int64_t width, T* to, int64_t to_stride) {
-    constexpr int64_t LINE = 64 / sizeof(T);
+    constexpr int64_t LINE = 64 / sizeof(T), STEP = ::STEP<T>;
     for (int64_t j = 0; j < width; j += LINE)
         for (int64_t i = 0; i < rows; i += STEP)
             transpose_tile(

@@ -1,0 +1,57 @@
+"""Quantize and QuantizeGrad by the C++ kernels for the CPU."""
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor
+
+from ..fuser import register
+from ..ops import Quantize, QuantizeGrad
+from ..quantizers import Quantized, Quantizer
+from ..spec import Spec
+from .cpu import CPU, reject_dtype
+from .lazy import Lazy
+from .triton_quantize import _names, _quantized, _scaling
+
+kernels = Lazy("cpu.quantize")
+
+
+def _made(
+    quantizer: Quantizer, x: Tensor, scale: Tensor | None, names: Collection[str]
+) -> tuple[Quantized, Tensor | None]:
+    """The copies of x that are named, and its amax."""
+    eps, power = getattr(quantizer, "eps", 0.0), getattr(quantizer, "power_of_two", False)
+    to = kernels.Format(_scaling(quantizer), quantizer.dtype, eps, power)  # type: ignore[attr-defined]
+    made = kernels.quantize(x, to, scale, names)
+    return _quantized(quantizer, made, x.dtype), made.amax
+
+
+class _Quantizing(CPU):
+    """What both refuse."""
+
+    def reject(self, q: Any, x: Spec) -> str | None:  # type: ignore[override]
+        if _scaling(q.quantizer) is None:
+            return f"its kernels do not write {q.quantizer.storage.name}"
+        return reject_dtype(x)
+
+
+@register
+class QuantizeCPU(_Quantizing):
+    """Quantize: one reading of x for both copies, the column copy transposed."""
+
+    pattern, saves = dict(q=Quantize), ("q_amax",)
+
+    def fwd(self, x: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
+        made, amax = _made(q.quantizer, x, q_scale, _names(want))
+        return made, (amax,)
+
+
+@register
+class QuantizeGradCPU(_Quantizing):
+    """QuantizeGrad alone."""
+
+    pattern = dict(q=QuantizeGrad)
+
+    def bwd(self, dy: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
+        made, amax = _made(q.quantizer, dy, q_scale, _names(want))
+        return made, (amax,)

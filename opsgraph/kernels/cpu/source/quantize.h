@@ -1,0 +1,272 @@
+// FP8 copies of a tensor: the formulas, and the bits, of kernels/reference/quantize.py.
+//
+// Work is cut into tiles of BLOCK rows by SPAN columns, which hold whole blocks of every scaling. A
+// column copy is made as rows: with a scale for each column, then its bytes are transposed.
+#pragma once
+#include <vector>
+
+#include "activation_rows.h"
+#include "parallel.h"
+#include "scalar.h"
+#include "transpose.h"
+
+enum Scaling { TENSOR, ROWS, BLOCKS, SQUARE, MX };  // in the order of SCALINGS in quantize.py
+
+struct Quantize {
+    int64_t dtype, e5m2, scaling, power_of_two, threads, rows, width;
+    const void* x;
+    int64_t stride;
+    const float* given;  // the scale of TENSOR, or null: x's own, which goes to row_scale
+    uint8_t *row, *col;
+    void *row_scale, *col_scale;
+    float *amax, *inverse;
+    double eps;
+};
+
+const int64_t SPAN = 512;
+const int64_t SIDE = 128, MX_SIDE = 32;  // elements of a block of BLOCKS and SQUARE, and of MX
+const uint32_t INFINITE = 0x7f800000;
+
+// |x| as an integer: it orders like the magnitudes, a NaN above infinity.
+static inline uint32_t magnitude(float x) { return bits<uint32_t>(x) & 0x7fffffff; }
+static inline uint16_t magnitude(bf16 x) { return x & 0x7fff; }
+
+static inline uint32_t widened(uint32_t magnitude) { return magnitude; }
+static inline uint32_t widened(uint16_t magnitude) { return uint32_t(magnitude) << 16; }
+
+template <class T>
+using Magnitude = decltype(magnitude(T()));
+
+// fp32 to a byte of FP8: saturated, rounded to nearest even, 0x7f for a NaN. Subnormals are rounded
+// by adding a number whose unit in the last place is their step, the others as integers.
+template <bool E5M2>
+static inline uint8_t encode(float x) {
+    const float largest = E5M2 ? 57344.0f : 448.0f;
+    const uint32_t mantissa = E5M2 ? 2 : 3, bias = E5M2 ? 15 : 7, dropped = 23 - mantissa;
+    const uint32_t step = (151 - bias - mantissa) << 23;
+    x = x > largest ? largest : x;
+    x = x < -largest ? -largest : x;
+    uint32_t all = bits<uint32_t>(x), size = all & 0x7fffffff;
+    uint32_t tiny = bits<uint32_t>(bits<float>(size) + bits<float>(step)) - step;
+    uint32_t rounded = size + ((1u << (dropped - 1)) - 1) + ((size >> dropped) & 1);
+    uint32_t normal = (rounded >> dropped) - ((127 - bias) << mantissa);
+    uint32_t code = size < ((128 - bias) << 23) ? tiny : normal;
+    code |= (all >> 24) & 0x80;
+    return uint8_t(size > INFINITE ? 0x7f : code);
+}
+
+static inline float scale_of(const Quantize& q, uint32_t size) {
+    float amax = bits<float>(size), eps = float(q.eps);
+    amax = amax < eps ? eps : amax;
+    float scale = (q.e5m2 ? 57344.0f : 448.0f) / amax;
+    scale = scale > 3.4028234663852886e38f ? 3.4028234663852886e38f : scale;
+    scale = amax > 0.0f && bits<uint32_t>(amax) < INFINITE ? scale : 1.0f;
+    return q.power_of_two ? bits<float>(bits<uint32_t>(scale) & 0xff800000u) : scale;
+}
+
+static inline uint8_t e8m0_of(bool e5m2, uint32_t size) {
+    int32_t exponent = int32_t(size >> 23) - (e5m2 ? 15 : 8) + ((size & 0x7fffff) > 0x600000);
+    exponent = std::max(exponent, 0);
+    return uint8_t(size < INFINITE ? exponent : size > INFINITE ? 255 : 254);
+}
+
+// Of a block with that amax: writes its scale into the grid, returns what values are multiplied by.
+static inline float multiplier(const Quantize& q, uint32_t size, void* grid, int64_t at) {
+    if (q.scaling != MX) return static_cast<float*>(grid)[at] = scale_of(q, size);
+    uint8_t exponent = static_cast<uint8_t*>(grid)[at] = e8m0_of(q.e5m2, size);
+    if (exponent == 255) return bits<float>(uint32_t(0x7fc00000));
+    return bits<float>(exponent == 254 ? 1u << 22 : (254u - exponent) << 23);
+}
+
+template <class T>
+static inline uint32_t largest_of(const T* __restrict x, int64_t n) {
+    Magnitude<T> most = 0;
+    for (int64_t j = 0; j < n; j++) {
+        Magnitude<T> size = magnitude(x[j]);
+        most = size > most ? size : most;
+    }
+    return widened(most);
+}
+
+template <class T>
+LOOP uint32_t largest(const T* x, int64_t n) { return largest_of(x, n); }
+
+template <bool E5M2>
+LOOP void encode_all(
+    const float* __restrict x, float scale, uint8_t* __restrict to, int64_t n) {
+    for (int64_t j = 0; j < n; j++) to[j] = encode<E5M2>(x[j] * scale);
+}
+
+template <bool E5M2>
+LOOP void encode_columns(
+    const float* __restrict x, const float* __restrict scale, uint8_t* __restrict to, int64_t n) {
+    for (int64_t j = 0; j < n; j++) to[j] = encode<E5M2>(x[j] * scale[j]);
+}
+
+// Blocks of a row, each with its scale at the grid's next place, which is repeated for its columns.
+LOOP void block_scales(
+    const Quantize& q, const float* x, void* grid, int64_t at, float* to, int64_t n) {
+    const int64_t side = q.scaling == MX ? MX_SIDE : SIDE;
+    for (int64_t j = 0; j < n; j += side) {
+        const int64_t end = std::min(n, j + side);
+        std::fill(to + j, to + end, multiplier(q, largest(x + j, end - j), grid, at++));
+    }
+}
+
+template <class T>
+LOOP void raise_columns(const T* __restrict x, Magnitude<T>* __restrict most, int64_t n) {
+    for (int64_t j = 0; j < n; j++) {
+        Magnitude<T> size = magnitude(x[j]);
+        most[j] = size > most[j] ? size : most[j];
+    }
+}
+
+static inline int64_t blocks(int64_t count, int64_t side) { return (count + side - 1) / side; }
+
+struct Tile {
+    int64_t row, col, rows, cols;
+};
+
+template <class Run>
+static void over_tiles(const Quantize& q, const Run& run) {
+    const int64_t across = blocks(q.width, SPAN), down = blocks(q.rows, BLOCK);
+    parallel(q.threads, down * across, q.rows * q.width, [&](int64_t k) {
+        int64_t row = k / across * BLOCK, col = k % across * SPAN;
+        run(Tile{row, col, std::min(BLOCK, q.rows - row), std::min(SPAN, q.width - col)}, k);
+    });
+}
+
+template <class T>
+static inline const T* at(const Quantize& q, int64_t row, int64_t col) {
+    return static_cast<const T*>(q.x) + row * q.stride + col;
+}
+
+template <class T>
+static uint32_t amax_of(const Quantize& q) {
+    std::vector<uint32_t> found(blocks(q.rows, BLOCK) * blocks(q.width, SPAN));
+    over_tiles(q, [&](const Tile& t, int64_t k) {
+        for (int64_t i = 0; i < t.rows; i++)
+            found[k] = std::max(found[k], largest(at<T>(q, t.row + i, t.col), t.cols));
+    });
+    return *std::max_element(found.begin(), found.end());
+}
+
+// Bytes of a tile's rows, where the row copy has them or in a buffer of the thread's.
+class Bytes {
+    static inline thread_local uint8_t room[BLOCK * SPAN];
+
+   public:
+    uint8_t* first;
+    int64_t stride;
+
+    Bytes(const Quantize& q, const Tile& t, bool kept)
+        : first(kept ? q.row + t.row * q.width + t.col : room), stride(kept ? q.width : SPAN) {}
+
+    void transpose(const Quantize& q, const Tile& t) const {
+        uint8_t* to = q.col + t.col * q.rows + t.row;
+        transpose_block(first, stride, t.rows, t.cols, to, q.rows);
+    }
+};
+
+// A scale for all of the tensor, or for each square: both copies have the same bytes.
+template <class T, bool E5M2>
+static void shared_tile(const Quantize& q, const Tile& t, float scale) {
+    alignas(64) float buffer[SPAN];
+    Bytes bytes(q, t, q.row);
+    const int64_t side = q.scaling == SQUARE ? SIDE : SPAN;
+    for (int64_t j = 0; j < t.cols; j += side) {
+        const int64_t n = std::min(side, t.cols - j), row = t.row / SIDE, col = (t.col + j) / SIDE;
+        if (q.scaling == SQUARE) {
+            uint32_t most = 0;
+            for (int64_t i = 0; i < t.rows; i++)
+                most = std::max(most, largest(at<T>(q, t.row + i, t.col + j), n));
+            scale = scale_of(q, most);
+            if (q.row) static_cast<float*>(q.row_scale)[row * blocks(q.width, SIDE) + col] = scale;
+            if (q.col) static_cast<float*>(q.col_scale)[col * blocks(q.rows, SIDE) + row] = scale;
+        }
+        for (int64_t i = 0; i < t.rows; i++)
+            encode_all<E5M2>(
+                loaded(at<T>(q, t.row + i, t.col + j), buffer, n), scale,
+                bytes.first + i * bytes.stride + j, n);
+    }
+    if (q.col) bytes.transpose(q, t);
+}
+
+template <class T, bool E5M2>
+static void row_tile(const Quantize& q, const Tile& t) {
+    alignas(64) float buffer[SPAN], scale[SPAN];
+    const int64_t side = q.scaling == MX ? MX_SIDE : SIDE, across = blocks(q.width, side);
+    for (int64_t row = t.row; row < t.row + t.rows; row++) {
+        const float* x = loaded(at<T>(q, row, t.col), buffer, t.cols);
+        uint8_t* to = q.row + row * q.width + t.col;
+        if (q.scaling == ROWS) {
+            encode_all<E5M2>(x, static_cast<float*>(q.row_scale)[row], to, t.cols);
+        } else {
+            block_scales(q, x, q.row_scale, row * across + t.col / side, scale, t.cols);
+            encode_columns<E5M2>(x, scale, to, t.cols);
+        }
+    }
+}
+
+template <class T, bool E5M2>
+static void col_tile(const Quantize& q, const Tile& t) {
+    Bytes bytes(q, t, false);
+    const int64_t side = q.scaling == MX ? MX_SIDE : BLOCK;
+    alignas(64) float buffer[SPAN], made[SPAN];
+    const float* scale = made;
+    if (q.scaling == ROWS) scale = static_cast<float*>(q.col_scale) + t.col;
+    for (int64_t first = 0; first < t.rows; first += side) {
+        const int64_t end = std::min(t.rows, first + side), block = (t.row + first) / side;
+        if (q.scaling != ROWS) {
+            Magnitude<T> most[SPAN] = {};
+            for (int64_t i = first; i < end; i++)
+                raise_columns(at<T>(q, t.row + i, t.col), most, t.cols);
+            for (int64_t j = 0; j < t.cols; j++)
+                made[j] = multiplier(
+                    q, widened(most[j]), q.col_scale, (t.col + j) * blocks(q.rows, side) + block);
+        }
+        for (int64_t i = first; i < end; i++)
+            encode_columns<E5M2>(
+                loaded(at<T>(q, t.row + i, t.col), buffer, t.cols), scale,
+                bytes.first + i * bytes.stride, t.cols);
+    }
+    bytes.transpose(q, t);
+}
+
+// The scale of each row and of each column, before data can be made.
+template <class T>
+static void row_scales(const Quantize& q) {
+    parallel(q.threads, blocks(q.rows, BLOCK), q.rows * q.width, [&](int64_t k) {
+        for (int64_t row = k * BLOCK; row < std::min(q.rows, (k + 1) * BLOCK); row++)
+            multiplier(q, largest(at<T>(q, row, 0), q.width), q.row_scale, row);
+    });
+}
+
+template <class T>
+static void col_scales(const Quantize& q) {
+    parallel(q.threads, blocks(q.width, SIDE), q.rows * q.width, [&](int64_t k) {
+        const int64_t first = k * SIDE, n = std::min(SIDE, q.width - first);
+        Magnitude<T> most[SIDE] = {};
+        for (int64_t row = 0; row < q.rows; row++) raise_columns(at<T>(q, row, first), most, n);
+        for (int64_t j = 0; j < n; j++) multiplier(q, widened(most[j]), q.col_scale, first + j);
+    });
+}
+
+template <class T, bool E5M2>
+static void quantize(const Quantize& q) {
+    float scale = q.given ? *q.given : 1.0f;
+    if (q.amax || (q.scaling == TENSOR && !q.given)) {
+        uint32_t most = amax_of<T>(q);
+        if (q.amax) *q.amax = bits<float>(most > INFINITE ? 0x7fc00000u : most);
+        if (!q.given) scale = *static_cast<float*>(q.row_scale) = scale_of(q, most);
+    }
+    if (q.inverse) *q.inverse = 1.0f / scale;
+    if (q.scaling == ROWS && q.row) row_scales<T>(q);
+    if (q.scaling == ROWS && q.col) col_scales<T>(q);
+    if (!q.row && !q.col) return;
+    over_tiles(q, [&](const Tile& t, int64_t) {
+        if (q.scaling == TENSOR || q.scaling == SQUARE) return shared_tile<T, E5M2>(q, t, scale);
+        if (q.row) row_tile<T, E5M2>(q, t);
+        if (q.col) col_tile<T, E5M2>(q, t);
+    });
+}
