@@ -165,6 +165,7 @@ def test_without_recomputation_the_quantized_copies_are_kept(name: str) -> None:
         assert counted == KEPT
 
 
+@pytest.mark.usefixtures("without_cpu_backend")
 def test_the_plan_shows_what_is_quantized() -> None:
     module = mlp()
     with og.autocast(recipe=r.Float8CurrentScaling()):
@@ -443,6 +444,7 @@ def test_frozen_weights(name: str) -> None:
     assert all(map(torch.equal, found, rest))
 
 
+@pytest.mark.usefixtures("without_cpu_backend")
 def test_want_names_the_copies() -> None:
     module = mlp()
     module[3].weight.requires_grad_(False)

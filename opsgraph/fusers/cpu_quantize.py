@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..fuser import register
 from ..ops import Quantize, QuantizeGrad
-from ..quantizers import Quantized, Quantizer
+from ..quantizers import Quantized, Quantizer, transposed
 from ..spec import Spec
 from .cpu import CPU, reject_dtype
 from .lazy import Lazy
@@ -19,11 +19,21 @@ kernels = Lazy("cpu.quantize")
 def _made(
     quantizer: Quantizer, x: Tensor, scale: Tensor | None, names: Collection[str]
 ) -> tuple[Quantized, Tensor | None]:
-    """The copies of x that are named, and its amax."""
+    """The copies of x that are named, and its amax.
+
+    Where the column copy is the transpose it is a view of the row copy, as in the reference: the
+    products that read it were faster so than of bytes that were written transposed.
+    """
+    both = quantizer.shared and "col" in names
+    if both:
+        names = {"row", *names} - {"col"}
     eps, power = getattr(quantizer, "eps", 0.0), getattr(quantizer, "power_of_two", False)
     to = kernels.Format(_scaling(quantizer), quantizer.dtype, eps, power)  # type: ignore[attr-defined]
     made = kernels.quantize(x, to, scale, names)
-    return _quantized(quantizer, made, x.dtype), made.amax
+    found = _quantized(quantizer, made, x.dtype)
+    if both and found.row is not None:
+        found = found._replace(col=transposed(found.row))
+    return found, made.amax
 
 
 class _Quantizing(CPU):

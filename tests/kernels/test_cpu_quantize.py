@@ -67,8 +67,8 @@ def by_oracle(x: Tensor, to: Format) -> tuple[Tensor, Tensor]:
         height, width = BLOCKS[to.scaling]
         height, width = height or x.shape[0], width or x.shape[1]
         codes, grid = oracle.scaled(given, small, height, width, to.eps, to.power_of_two)
-        grid = grid.reshape(()) if to.scaling == "tensor" else grid
         scale = torch.from_numpy(np.ascontiguousarray(grid)).float()
+        scale = scale.reshape(()) if to.scaling == "tensor" else scale
     return torch.from_numpy(np.ascontiguousarray(codes)).view(torch.uint8).view(to.dtype), scale
 
 
