@@ -111,7 +111,8 @@ class Source(NamedTuple):
 @cache
 def native(device: torch.device) -> bool:
     """Whether the chip converts to FP8 itself (sm_89 and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @cache
