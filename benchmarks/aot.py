@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from opsgraph.kernels.formats import BLOCKS, Format
 from opsgraph.kernels.triton import gemm, norms, quantize
 from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
 from opsgraph.kernels.triton.dropout import dropout
@@ -36,7 +37,7 @@ from opsgraph.kernels.triton.norms import (
     rmsnorm_backward,
     rmsnorm_forward,
 )
-from opsgraph.kernels.triton.quantize import BLOCKS, Format, activation_quantize
+from opsgraph.kernels.triton.quantize import activation_quantize
 from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
 from opsgraph.kernels.triton.quantize_norms import layernorm_quantize, rmsnorm_quantize
 

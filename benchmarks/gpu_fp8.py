@@ -19,6 +19,7 @@ import opsgraph as og
 from benchmarks.timing import alternate
 from opsgraph import recipe as recipes
 from opsgraph.fusers.cublaslt import scaled_mm
+from opsgraph.kernels.formats import Format
 from opsgraph.kernels.triton import norms, quantize, quantize_norms
 from opsgraph.ops import Linear, RMSNorm, SwiGLU
 from opsgraph.quantizers import TensorQuantizer
@@ -53,7 +54,7 @@ def gemms(x: Tensor, weight: Tensor) -> Calls:
 def casts(x: Tensor, gamma: Tensor) -> Calls:
     """A norm, a norm whose output is quantized, and quantization alone, each from x."""
     scale = torch.ones((), device=x.device)
-    to, both = quantize.Format("tensor"), ("row", "col")
+    to, both = Format("tensor"), ("row", "col")
     return {
         "copy": lambda: x.clone(),
         "norm": lambda: norms.rmsnorm_forward(x, gamma, 1e-5, False, want=("rstd",)),
@@ -63,9 +64,7 @@ def casts(x: Tensor, gamma: Tensor) -> Calls:
         "norm+quantize (current)": lambda: quantize_norms.rmsnorm_quantize(x, gamma, 1e-5, to),
         "quantize, both copies (delayed)": lambda: quantize.quantize(x, to, scale, both),
         "quantize, both copies (current)": lambda: quantize.quantize(x, to, None, both),
-        "quantize, both copies (mx)": lambda: quantize.quantize(
-            x, quantize.Format("mx"), None, both
-        ),
+        "quantize, both copies (mx)": lambda: quantize.quantize(x, Format("mx"), None, both),
     }
 
 

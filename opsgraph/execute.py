@@ -88,7 +88,7 @@ class PlanFunction(torch.autograd.Function):
         taken = [others[k - 1] for k in plan.specs.taps]
         saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each dies after its use
-        # But Gloo was seen to read what it sends after its exchange was waited for.
+        # But between ranks they stay: exchanges over Gloo crashed now and then, why is not known.
         sent = tuple(saved) if dist.is_available() and dist.is_initialized() else ()  # noqa: F841
         with without_autocast(dy.device.type):
             grads = (dy, *taken) if ctx.lead is None else [flat(g, 2) for g in (dy, *taken)]

@@ -18,7 +18,7 @@ from .ops import AllGather, LayerNorm, Linear, RMSNorm, Tee
 from .ops.activations import ACTIVATIONS, GATED
 from .ops.collectives import Group, group_of, process_group
 from .ops.linear import SYMMETRIC
-from .ops.parameters import Partition
+from .ops.parameters import MarksParameters, Partition
 from .plan import Plan
 from .precision import active, microbatch
 from .quantized_parameter import hold
@@ -40,7 +40,7 @@ def _known(what: str, got: str, known: Mapping[str, Any]) -> None:
         raise OpsgraphError(f"LayerNormMLP: got {what} {got!r}, expected one of {', '.join(known)}")
 
 
-class LayerNormMLP(nn.Module):
+class LayerNormMLP(MarksParameters):
     """Norm -> FC1 -> activation -> FC2. Input and output `[*, hidden_size]`.
 
     Parameters: layer_norm_weight, layer_norm_bias `[hidden]` (no bias with RMSNorm); fc1_weight
@@ -243,7 +243,6 @@ class LayerNormMLP(nn.Module):
         return {"fc1_weight": rows, "fc2_weight": columns} | bias
 
     def _mark_parameters(self) -> None:
-        """Give the parameters the attributes by which others know how they are split."""
         split = self.partitions()
         # What DTensors are, they tell themselves.
         for name, parameter in () if self.distributed else self.named_parameters():
@@ -251,15 +250,6 @@ class LayerNormMLP(nn.Module):
                 split[name].mark(parameter)
             else:
                 parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._mark_parameters()  # moving to another device may make new parameters
-        return result
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._mark_parameters()  # copies of parameters lose their attributes
 
     def reset_parameters(self) -> None:
         """Initialize all parameters again, e.g. after `to_empty`."""

@@ -11,7 +11,7 @@ from ..quantizers import Quantized, Quantizer, transposed
 from ..spec import Spec
 from .cpu import CPU, reject_dtype
 from .lazy import Lazy
-from .triton_quantize import _names, _quantized, _scaling
+from .quantizing import as_quantized, copy_names, format_of, scaling_of
 
 kernels = Lazy("cpu.quantize")
 
@@ -27,10 +27,8 @@ def _made(
     both = quantizer.shared and "col" in names
     if both:
         names = {"row", *names} - {"col"}
-    eps, power = getattr(quantizer, "eps", 0.0), getattr(quantizer, "power_of_two", False)
-    to = kernels.Format(_scaling(quantizer), quantizer.dtype, eps, power)  # type: ignore[attr-defined]
-    made = kernels.quantize(x, to, scale, names)
-    found = _quantized(quantizer, made, x.dtype)
+    made = kernels.quantize(x, format_of(quantizer), scale, names)
+    found = as_quantized(quantizer, made, x.dtype)
     if both and found.row is not None:
         found = found._replace(col=transposed(found.row))
     return found, made.amax
@@ -40,7 +38,7 @@ class _Quantizing(CPU):
     """What both refuse."""
 
     def reject(self, q: Any, x: Spec) -> str | None:  # type: ignore[override]
-        if _scaling(q.quantizer) is None:
+        if scaling_of(q.quantizer) is None:
             return f"its kernels do not write {q.quantizer.storage.name}"
         return reject_dtype(x)
 
@@ -52,7 +50,7 @@ class QuantizeCPU(_Quantizing):
     pattern, saves = dict(q=Quantize), ("q_amax",)
 
     def fwd(self, x: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
-        made, amax = _made(q.quantizer, x, q_scale, _names(want))
+        made, amax = _made(q.quantizer, x, q_scale, copy_names(want))
         return made, (amax,)
 
 
@@ -63,5 +61,5 @@ class QuantizeGradCPU(_Quantizing):
     pattern = dict(q=QuantizeGrad)
 
     def bwd(self, dy: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
-        made, amax = _made(q.quantizer, dy, q_scale, _names(want))
+        made, amax = _made(q.quantizer, dy, q_scale, copy_names(want))
         return made, (amax,)

@@ -10,18 +10,12 @@ from ..backend import backends, interpreting
 from ..fuser import register
 from ..op import Op
 from ..ops import Add, BasicLinear, Bias, LayerNorm, Quantize, QuantizeGrad, RMSNorm
-from ..quantizers import (
-    BlockQuantizer,
-    MXQuantizer,
-    Quantized,
-    Quantizer,
-    RowQuantizer,
-    TensorQuantizer,
-)
+from ..quantizers import Quantized, Quantizer, RowQuantizer
 from ..spec import Spec, Storage
 from .cublaslt import reject_gradient_formats, reject_product, scaled_product, weight_gradient
 from .lazy import Lazy
-from .triton import Gated, Plain, Triton, _dtype, _params, _short, reject_activation
+from .quantizing import as_quantized, copy_names, format_of, scaling_of
+from .triton import Gated, Plain, Triton, _dtype, _params, reject_activation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,46 +24,19 @@ norm_kernels = Lazy("triton.quantize_norms")
 backward = Lazy("triton.quantize_backward")
 
 
-def _scaling(quantizer: Quantizer) -> str | None:
-    """The kernels' name for a quantizer's scaling; None where they have none."""
-    if isinstance(quantizer, RowQuantizer):
-        return "rows"
-    if isinstance(quantizer, TensorQuantizer):
-        return "tensor"
-    if isinstance(quantizer, BlockQuantizer):
-        return "blocks" if quantizer.height == 1 else "square"
-    return "mx" if isinstance(quantizer, MXQuantizer) else None
-
-
-def _format(quantizer: Any) -> Any:
-    eps, power = getattr(quantizer, "eps", 0.0), getattr(quantizer, "power_of_two", False)
-    return kernels.Format(_scaling(quantizer), quantizer.dtype, eps, power)
-
-
-def _quantized(quantizer: Quantizer, copies: Any, dtype: torch.dtype) -> Quantized:
-    more = () if copies.inverse is None else (copies.inverse,)
-    row, col = (None if c is None else quantizer.made(*c, *more) for c in (copies.row, copies.col))
-    return Quantized(row, col, dtype)
-
-
 def quantize_weight(
     quantizer: Quantizer, weight: Tensor, copies: Collection[str], scale: Tensor | None
 ) -> Quantized:
     """`quantizer(weight, copies, scale)`, by the kernels where they can: the same bits."""
-    there = weight.is_cuda and weight.dtype in DTYPES and _scaling(quantizer) is not None
+    there = weight.is_cuda and weight.dtype in DTYPES and scaling_of(quantizer) is not None
     if not there or torch.compiler.is_compiling():
         return quantizer(weight, copies, scale)
-    made = kernels.quantize(weight, _format(quantizer), scale, tuple(copies))
-    return _quantized(quantizer, made, weight.dtype)
-
-
-def _names(want: Collection[str]) -> tuple[str, ...]:
-    """The kernels' names for what a plan wants of a Quantize and what is before it."""
-    return tuple(dict.fromkeys((*_short(want), *(["amax"] if "q_scale" in want else []))))
+    made = kernels.quantize(weight, format_of(quantizer), scale, tuple(copies))
+    return as_quantized(quantizer, made, weight.dtype)
 
 
 def _rejects(q: Any, x: Spec) -> str | None:
-    if _scaling(q.quantizer) is None:
+    if scaling_of(q.quantizer) is None:
         return f"its kernels do not write {q.quantizer.storage.name}"
     return _dtype(x)
 
@@ -88,8 +55,8 @@ class QuantizeKernel(_Quantizing):
     pattern, saves = dict(q=Quantize), ("q_amax",)
 
     def fwd(self, x: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
-        made = kernels.quantize(x, _format(q.quantizer), q_scale, _names(want))
-        return _quantized(q.quantizer, made, x.dtype), (made.amax,)
+        made = kernels.quantize(x, format_of(q.quantizer), q_scale, copy_names(want))
+        return as_quantized(q.quantizer, made, x.dtype), (made.amax,)
 
 
 @register
@@ -99,8 +66,8 @@ class QuantizeGradKernel(_Quantizing):
     pattern = dict(q=QuantizeGrad)
 
     def bwd(self, dy: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
-        made = kernels.quantize(dy, _format(q.quantizer), q_scale, _names(want))
-        return _quantized(q.quantizer, made, dy.dtype), (made.amax,)
+        made = kernels.quantize(dy, format_of(q.quantizer), q_scale, copy_names(want))
+        return as_quantized(q.quantizer, made, dy.dtype), (made.amax,)
 
 
 @register
@@ -114,10 +81,10 @@ class RMSNormQuantize(_Quantizing):
         norm_zero_centered_gamma: bool, q: Any, q_scale: Tensor | None, want: Collection[str],
     ) -> Any:  # fmt: skip
         made, rstd, _ = norm_kernels.rmsnorm_quantize(
-            x, norm_weight, norm_eps, _format(q.quantizer), norm_zero_centered_gamma, None,
-            q_scale, _names(want),
+            x, norm_weight, norm_eps, format_of(q.quantizer), norm_zero_centered_gamma, None,
+            q_scale, copy_names(want),
         )  # fmt: skip
-        return _quantized(q.quantizer, made, x.dtype), (rstd, made.amax)
+        return as_quantized(q.quantizer, made, x.dtype), (rstd, made.amax)
 
 
 @register
@@ -132,10 +99,10 @@ class AddRMSNormQuantize(_Quantizing):
         norm_zero_centered_gamma: bool, q: Any, q_scale: Tensor | None, want: Collection[str],
     ) -> Any:  # fmt: skip
         made, rstd, total = norm_kernels.rmsnorm_quantize(
-            x, norm_weight, norm_eps, _format(q.quantizer), norm_zero_centered_gamma, add_other,
-            q_scale, _names(want),
+            x, norm_weight, norm_eps, format_of(q.quantizer), norm_zero_centered_gamma, add_other,
+            q_scale, copy_names(want),
         )  # fmt: skip
-        return _quantized(q.quantizer, made, x.dtype), (total, rstd, made.amax)
+        return as_quantized(q.quantizer, made, x.dtype), (total, rstd, made.amax)
 
 
 @register
@@ -149,10 +116,10 @@ class LayerNormQuantize(_Quantizing):
         norm_zero_centered_gamma: bool, q: Any, q_scale: Tensor | None, want: Collection[str],
     ) -> Any:  # fmt: skip
         made, mean, rstd, _ = norm_kernels.layernorm_quantize(
-            x, norm_weight, norm_bias, norm_eps, _format(q.quantizer), norm_zero_centered_gamma,
-            None, q_scale, _names(want),
+            x, norm_weight, norm_bias, norm_eps, format_of(q.quantizer), norm_zero_centered_gamma,
+            None, q_scale, copy_names(want),
         )  # fmt: skip
-        return _quantized(q.quantizer, made, x.dtype), (mean, rstd, made.amax)
+        return as_quantized(q.quantizer, made, x.dtype), (mean, rstd, made.amax)
 
 
 @register
@@ -168,10 +135,10 @@ class AddLayerNormQuantize(_Quantizing):
         want: Collection[str],
     ) -> Any:  # fmt: skip
         made, mean, rstd, total = norm_kernels.layernorm_quantize(
-            x, norm_weight, norm_bias, norm_eps, _format(q.quantizer), norm_zero_centered_gamma,
-            add_other, q_scale, _names(want),
+            x, norm_weight, norm_bias, norm_eps, format_of(q.quantizer), norm_zero_centered_gamma,
+            add_other, q_scale, copy_names(want),
         )  # fmt: skip
-        return _quantized(q.quantizer, made, x.dtype), (total, mean, rstd, made.amax)
+        return as_quantized(q.quantizer, made, x.dtype), (total, mean, rstd, made.amax)
 
 
 @register
@@ -188,9 +155,14 @@ class ActivationQuantize(_Quantizing):
         want: Collection[str],
     ) -> Any:  # fmt: skip
         made = kernels.activation_quantize(
-            x, act_kernel, _format(q.quantizer), _params(act), scale=q_scale, want=_names(want)
+            x,
+            act_kernel,
+            format_of(q.quantizer),
+            _params(act),
+            scale=q_scale,
+            want=copy_names(want),
         )
-        return _quantized(q.quantizer, made, x.dtype), (made.amax,)
+        return as_quantized(q.quantizer, made, x.dtype), (made.amax,)
 
 
 def reject_backward(q: Any, act: Any, x: Spec) -> str | None:
@@ -217,12 +189,12 @@ class ActivationBackwardQuantize(_Quantizing):
         self, dy: Tensor, q: Any, q_scale: Tensor | None, bias: Op | None,
         bias_bias: Tensor | None, act: Op, act_x: Tensor, act_kernel: str, want: Collection[str],
     ) -> Any:  # fmt: skip
-        names = tuple(n for n in _names(want) if n in ("row", "col", "amax"))
+        names = tuple(n for n in copy_names(want) if n in ("row", "col", "amax"))
         dtype = bias_bias.dtype if bias_bias is not None and "bias_bias" in want else None
         made, _, dbias = backward.activation_backward_quantize(
-            dy, act_x, act_kernel, _format(q.quantizer), _params(act), q_scale, names, dbias=dtype
+            dy, act_x, act_kernel, format_of(q.quantizer), _params(act), q_scale, names, dbias=dtype
         )
-        dx = _quantized(q.quantizer, made, dy.dtype)
+        dx = as_quantized(q.quantizer, made, dy.dtype)
         return dx, (made.amax,) if bias is None else (made.amax, dbias)
 
 
@@ -251,7 +223,7 @@ class ActivationLinearBackwardQuantize(Triton):
         if reason := reject_backward(grad, act, x) or reject_product(fc, stored):
             return reason
         first, second = grad.quantizer, q.quantizer
-        if _format(first)._replace(dtype=second.dtype) != _format(second):
+        if format_of(first)._replace(dtype=second.dtype) != format_of(second):
             return "its kernel scales the gradient and the activation in one way"
         absent = None if interpreting() else backends()["cublaslt"].why_not_on(x.device)
         return None if absent is None else f"its GEMMs are cublaslt's: {absent}"
@@ -267,13 +239,13 @@ class ActivationLinearBackwardQuantize(Triton):
         weighs = "fc_weight" in want
         dact = scaled_product(dy.row, fc_weight.col, dy.dtype)
         made, y, dbias = backward.activation_backward_quantize(
-            dact, act_x, act_kernel, _format(grad.quantizer), _params(act), grad_scale, names,
+            dact, act_x, act_kernel, format_of(grad.quantizer), _params(act), grad_scale, names,
             q.quantizer.dtype, q_scale, ("col",) if weighs else (), dtype,
         )  # fmt: skip
         dweight = None
         if weighs:
-            again = _quantized(q.quantizer, y, dy.dtype)
+            again = as_quantized(q.quantizer, y, dy.dtype)
             dweight = weight_gradient(dy, again, fc, fc_weight_stored)
-        dx = _quantized(grad.quantizer, made, dy.dtype)
+        dx = as_quantized(grad.quantizer, made, dy.dtype)
         rest = (None, dweight)
         return dx, (made.amax, *rest) if bias is None else (made.amax, dbias, *rest)

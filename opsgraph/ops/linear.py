@@ -20,7 +20,7 @@ from ..spec import Spec
 from . import scaled_gemm as scaled
 from .collectives import AllGather, AllReduce, AllReduceGrad, Group, ReduceScatter, group_of
 from .main_grad import accumulate, add_to_main_grad
-from .parameters import Partition, empty_parameter
+from .parameters import MarksParameters, Partition, empty_parameter
 
 if TYPE_CHECKING:
     from .collectives import GroupLike
@@ -220,7 +220,7 @@ class Bias(Op):
         return (cls(),)
 
 
-class Linear(BasicLinear):
+class Linear(MarksParameters, BasicLinear):
     """`y = x @ weight.T + bias`: a drop-in for nn.Linear, with its keys and its initialization.
 
     x: `[*, in_features]`; weight: `[out_features, in_features]`; bias: `[out_features]` or None.
@@ -342,7 +342,6 @@ class Linear(BasicLinear):
         return {"weight": split} | ({"bias": split} if self.has("bias") else {})
 
     def _mark_parameters(self) -> None:
-        """Give the parameters the attributes by which others know how they are split."""
         if self.tensor_parallel_mode is None or self.distributed:
             return
         for name, partition in self.partitions().items():
@@ -350,15 +349,6 @@ class Linear(BasicLinear):
         bias = self._parameters["bias"]
         if bias is not None and self.tensor_parallel_mode == "row":
             bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._mark_parameters()  # moving to another device may make new parameters
-        return result
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._mark_parameters()  # copies of parameters lose their attributes
 
     def lower(self) -> Sequence[Lowered]:
         kind = type(self)

@@ -47,3 +47,20 @@ class Partition(NamedTuple):
         """The whole, of every rank's share."""
         pieces = zip(*(share.chunk(self.stride, self.dim) for share in shares), strict=True)
         return torch.cat([torch.cat(piece, self.dim) for piece in pieces], self.dim)
+
+
+class MarksParameters(nn.Module):
+    """A module whose parameters carry attributes, which new or copied parameters lack."""
+
+    def _mark_parameters(self) -> None:
+        """Give the parameters the attributes by which others know how they are split."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._mark_parameters()  # moving to another device may make new parameters
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._mark_parameters()  # copies of parameters lose their attributes

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import quantize_oracle as oracle
 
 from opsgraph.kernels.cpu import build
-from opsgraph.kernels.cpu.quantize import E4M3, E5M2, SCALINGS, Format, quantize
+from opsgraph.kernels.cpu.quantize import SCALINGS, quantize
+from opsgraph.kernels.formats import E4M3, E5M2, Format
 from opsgraph.kernels.reference import quantize as reference
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))

@@ -6,11 +6,11 @@ one of a block: the tensor's where no scale is given, each row's and each column
 """
 
 from collections.abc import Collection
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..formats import E5M2, Copies, Copy, Format, check
 from ..reference import quantize as reference
 from .launch import DTYPES, Kernel, address, direct, rows_of
 from .memory import empty
@@ -18,35 +18,7 @@ from .memory import empty
 _kernel = Kernel("opsgraph_quantize", "=7q 2q q 2q 2q 2q d")  # struct Quantize in source/quantize.h
 SCALINGS = {"tensor": 0, "rows": 1, "blocks": 2, "square": 3, "mx": 4}
 """The scalings, with their codes in source/quantize.h."""
-E4M3, E5M2, FP32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float32
-
-
-class Format(NamedTuple):
-    """How to quantize: scaling is a key of `SCALINGS`, dtype E4M3 or E5M2.
-
-    "tensor" has one scale, "rows" one per row (the column copy: per column of x), "blocks" one per
-    1 x 128, "square" one per 128 x 128, "mx" is MXFP8. eps and power_of_two: as in the reference.
-    """
-
-    scaling: str
-    dtype: torch.dtype = E4M3
-    eps: float = 0.0
-    power_of_two: bool = False
-
-
-Copy = tuple[Tensor, Tensor]
-
-
-class Copies(NamedTuple):
-    """What was wanted: the row and the column copy, each (data, scale), and the amax, fp32 `[]`.
-
-    inverse: `1 / scale`, fp32 `[]`, of scaling "tensor".
-    """
-
-    row: Copy | None
-    col: Copy | None
-    amax: Tensor | None
-    inverse: Tensor | None = None
+FP32 = torch.float32
 
 
 def quantize(
@@ -57,7 +29,9 @@ def quantize(
     scale, fp32 `[]`, is for scaling "tensor": without it the scale is x's own (current scaling).
     Only that scaling gives the amax. Raises ValueError for what is not defined.
     """
-    _check(x, to, scale, want)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"got dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    check(to, scale, want)
     if not direct(x, scale) or not x.numel():
         return _by_formula(x, to, scale, want)
     rows, width = x.shape
@@ -81,19 +55,6 @@ def quantize(
         address(col and col[1]), address(amax), address(inverse), to.eps,
     )  # fmt: skip
     return Copies(row, col, amax, inverse)
-
-
-def _check(x: Tensor, to: Format, scale: Tensor | None, want: Collection[str]) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"got dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-    if to.scaling not in SCALINGS:
-        raise ValueError(f"unknown scaling {to.scaling!r}, expected one of {', '.join(SCALINGS)}")
-    if to.dtype not in (E4M3, E5M2):
-        raise ValueError(f"got dtype {to.dtype}, expected {E4M3} or {E5M2}")
-    if to.scaling != "tensor" and (scale is not None or "amax" in want):
-        raise ValueError(f"scaling {to.scaling!r} takes no scale and gives no amax")
-    if scale is not None and (scale.dtype != FP32 or scale.dim()):
-        raise ValueError(f"scale must be fp32 [], got {scale.dtype} {list(scale.shape)}")
 
 
 def _number() -> Tensor:

@@ -158,19 +158,9 @@ def _backward(
             dots = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
             if dx is not None:
                 launch(
-                    backward_wide_dots_kernel,
-                    (rows,),
-                    dy,
-                    x,
-                    mean,
-                    rstd,
-                    weight,
-                    dots,
-                    *strides,
-                    **flags,
-                    **DOTS_CONFIG,
-                    **FUSION,
-                )
+                    backward_wide_dots_kernel, (rows,),
+                    dy, x, mean, rstd, weight, dots, *strides, **flags, **DOTS_CONFIG, **FUSION,
+                )  # fmt: skip
             launch(
                 backward_wide_kernel, (blocks, programs),
                 dy, x, mean, rstd, weight, dother, dx, *into, dots, rows, *strides, last,

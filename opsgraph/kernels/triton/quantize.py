@@ -18,52 +18,14 @@ import torch
 import triton
 from torch import Tensor
 
+from ..formats import BLOCKS, E5M2, Copies, Copy, Format, check
 from . import activations
 from .activations import Kind, _output_width
 from .launch import ceil_div, launch, on_device_of, packed, row_major, stride_unit
 from .quantize_tiles import copy_kernel, rows_kernel
 
-BLOCKS = {"tensor": 1, "rows": 1, "blocks": 128, "square": 128, "mx": 32}
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TILE = 128
 PLAIN = Kind(None, False)._asdict()
-
-
-class Format(NamedTuple):
-    """How to quantize: scaling is a key of `BLOCKS`, dtype E4M3 or E5M2.
-
-    "tensor" has one scale, "rows" one per row (the column copy: per column of x), "blocks" one per
-    1 x 128, "square" one per 128 x 128, "mx" is MXFP8. eps and power_of_two: as in the reference.
-    """
-
-    scaling: str
-    dtype: torch.dtype = E4M3
-    eps: float = 0.0
-    power_of_two: bool = False
-
-    def constants(self, device: torch.device) -> dict[str, Any]:
-        """The kernels' compile-time arguments, but for those of the scaling."""
-        return {
-            "E5M2": self.dtype == E5M2,
-            "EPS": self.eps,
-            "POWER_OF_TWO": self.power_of_two,
-            "NATIVE": native(device),
-        }
-
-
-Copy = tuple[Tensor, Tensor]
-
-
-class Copies(NamedTuple):
-    """What was wanted: the row and the column copy, each (data, scale), and the amax, fp32 `[]`.
-
-    inverse: `1 / scale`, fp32 `[]`, of scaling "tensor"; None where the kernel does not write it.
-    """
-
-    row: Copy | None
-    col: Copy | None
-    amax: Tensor | None
-    inverse: Tensor | None = None
 
 
 class Source(NamedTuple):
@@ -128,16 +90,14 @@ def tile_config(width: int, tall: bool, tensors: int = 1) -> dict[str, int]:
     return {"R": 4096 // cols, "C": cols, "num_warps": 4 if tensors == 1 else 8}
 
 
-def check(to: Format, scale: Tensor | None, want: Collection[str]) -> None:
-    """Raises ValueError for a format or a wish that is not defined."""
-    if to.scaling not in BLOCKS:
-        raise ValueError(f"unknown scaling {to.scaling!r}, expected one of {', '.join(BLOCKS)}")
-    if to.dtype not in (E4M3, E5M2):
-        raise ValueError(f"got dtype {to.dtype}, expected {E4M3} or {E5M2}")
-    if to.scaling != "tensor" and (scale is not None or "amax" in want):
-        raise ValueError(f"scaling {to.scaling!r} takes no scale and gives no amax")
-    if scale is not None and (scale.dtype != torch.float32 or scale.dim()):
-        raise ValueError(f"scale must be fp32 [], got {scale.dtype} {list(scale.shape)}")
+def constants(to: Format, device: torch.device) -> dict[str, Any]:
+    """The kernels' compile-time arguments of a format, but for those of the scaling."""
+    return {
+        "E5M2": to.dtype == E5M2,
+        "EPS": to.eps,
+        "POWER_OF_TWO": to.power_of_two,
+        "NATIVE": native(device),
+    }
 
 
 def new_copy(rows: int, width: int, to: Format, x: Tensor, scale: Tensor | None = None) -> Copy:
@@ -246,7 +206,7 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
             copy_kernel, (down * across,),
             *source.operands(), *output.operands(amaxes), col_amaxes,
             rows // row_unit, x.stride(0) // unit,
-            ROW_UNIT=row_unit, UNIT=unit, **source.constants(), **to.constants(x.device),
+            ROW_UNIT=row_unit, UNIT=unit, **source.constants(), **constants(to, x.device),
             SCALING=to.scaling, BLOCK=min(BLOCKS[to.scaling], options["C"]), **options,
         )  # fmt: skip
     if amaxes is not None:
@@ -261,7 +221,7 @@ def _run_rows(source: Source, to: Format, output: Output) -> None:
         launch(
             rows_kernel, (ceil_div(x.size(0), options["R"]),),
             *source.operands(), *output.operands(None)[:2], x.size(0), x.stride(0) // unit,
-            UNIT=unit, **source.constants(), **to.constants(x.device), **options,
+            UNIT=unit, **source.constants(), **constants(to, x.device), **options,
         )  # fmt: skip
 
 

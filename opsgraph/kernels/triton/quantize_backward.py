@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formats import BLOCKS, E4M3, E5M2, Copies, Format, check
 from . import activations
 from .activations import FUSION, _output_width
 from .launch import ceil_div, launch, on_device_of, row_major, stride_unit, sum_partials
-from .quantize import BLOCKS, E4M3, E5M2, TILE, Copies, Format, Output, check, new_output
+from .quantize import TILE, Output, constants, new_output
 from .quantize_tiles import activation_backward_kernel
 
 CONFIGS = {
@@ -87,7 +88,7 @@ def _run(
                 activation_backward_kernel, (down * across,),
                 dy, x, *dx.operands(amaxes), *y.operands(y_amaxes), sums,
                 rows // row_unit, dy.stride(0) // unit, x.stride(0) // unit,
-                ROW_UNIT=row_unit, UNIT=unit, **flags, **to.constants(x.device),
+                ROW_UNIT=row_unit, UNIT=unit, **flags, **constants(to, x.device),
                 Y_E5M2=y_dtype == E5M2, SCALING=to.scaling, BLOCK=BLOCKS[to.scaling],
                 **options, **FUSION,
             )  # fmt: skip

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..formats import BLOCKS, Copies, Format, check
 from .launch import ceil_div, launch, on_device_of, packed, row_major, stride_unit
 from .norm_kernels import _STRIDES, _affine, _load, _load_total, _wide_statistics
 from .norms import FUSION, NARROW, forward_config
-from .quantize import BLOCKS, Copies, Format, Output, Source, check, copies, new_output
+from .quantize import Output, Source, constants, copies, new_output
 from .quantize_kernels import store_amax, store_copies
 
 
@@ -118,17 +119,9 @@ def _read(x: Tensor, other: Tensor | None, norm: _Norm, to: Format, output: Outp
     if width > NARROW:
         with on_device_of(x):
             launch(
-                norm_statistics_wide_kernel,
-                (rows,),
-                x,
-                other,
-                *read[:3],
-                rows,
-                *strides,
-                **flags,
-                **config,
-                **FUSION,
-            )
+                norm_statistics_wide_kernel, (rows,),
+                x, other, *read[:3], rows, *strides, **flags, **config, **FUSION,
+            )  # fmt: skip
         return read
     programs = ceil_div(rows, config["ROWS"])
     amax = torch.empty(programs, dtype=torch.float32, device=x.device) if output.amax else None
@@ -141,7 +134,7 @@ def _read(x: Tensor, other: Tensor | None, norm: _Norm, to: Format, output: Outp
             ZERO_CENTERED=norm.zero_centered, C=whole, R=config["ROWS"],
             SCALING="blocks" if to.scaling == "rows" else to.scaling,
             BLOCK=whole if to.scaling == "rows" else min(BLOCKS[to.scaling], whole),
-            num_warps=config["num_warps"], **to.constants(x.device), **FUSION,
+            num_warps=config["num_warps"], **constants(to, x.device), **FUSION,
         )  # fmt: skip
     return read._replace(amax=None if amax is None else amax.amax())
 

@@ -9,6 +9,7 @@ from test_triton_activations import activation64
 from test_triton_norms import EPS, norm64
 from torch import Tensor
 
+from opsgraph.kernels.formats import E4M3, Format
 from opsgraph.kernels.reference import quantize as reference
 from opsgraph.kernels.reference.dropout import keep_mask
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
@@ -19,7 +20,7 @@ from opsgraph.kernels.triton.norms import (
     rmsnorm_backward,
     rmsnorm_forward,
 )
-from opsgraph.kernels.triton.quantize import E4M3, Format, quantize
+from opsgraph.kernels.triton.quantize import quantize
 from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
 
 pytestmark = pytest.mark.gpu

@@ -11,18 +11,11 @@ import torch
 from kernel_checks import LAYOUTS, bits, laid_out, normal, twice
 from torch import Tensor
 
+from opsgraph.kernels.formats import BLOCKS, E4M3, E5M2, Copies, Format
 from opsgraph.kernels.reference import quantize as reference
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
 from opsgraph.kernels.triton.norms import layernorm_forward, rmsnorm_forward
-from opsgraph.kernels.triton.quantize import (
-    BLOCKS,
-    E4M3,
-    E5M2,
-    Copies,
-    Format,
-    activation_quantize,
-    quantize,
-)
+from opsgraph.kernels.triton.quantize import activation_quantize, quantize
 from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
 from opsgraph.kernels.triton.quantize_norms import (
     layernorm_quantize,

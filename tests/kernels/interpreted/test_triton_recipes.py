@@ -70,12 +70,12 @@ def test_check_compares_quantized_steps(device: str, monkeypatch: pytest.MonkeyP
         source = module.plan().forward_source
     assert "check('forward 0-q3 AddRMSNormQuantize (triton)', 'xq3', xq3, ref_xq3)" in source
     results(module, RECIPES["current"], x)
-    original = triton_quantize._quantized
+    original = triton_quantize.as_quantized
 
     def wrong(*args: object) -> object:
         made = original(*args)
         return made._replace(row=made.row._replace(inverse=2 * made.row.inverse))
 
-    monkeypatch.setattr(triton_quantize, "_quantized", wrong)
+    monkeypatch.setattr(triton_quantize, "as_quantized", wrong)
     with pytest.raises(og.OpsgraphError, match=r"AddRMSNormQuantize .*: xq3, quantized, differs"):
         results(module, RECIPES["current"], x)

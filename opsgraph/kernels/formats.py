@@ -1,0 +1,51 @@
+"""How a tensor is to be quantized and what comes of it, for the kernels of every backend."""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCKS = {"tensor": 1, "rows": 1, "blocks": 128, "square": 128, "mx": 32}
+"""The scalings, each with the columns of one of its blocks; 1 where it has none."""
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+class Format(NamedTuple):
+    """How to quantize: scaling is a key of `BLOCKS`, dtype E4M3 or E5M2.
+
+    "tensor" has one scale, "rows" one per row (the column copy: per column of x), "blocks" one per
+    1 x 128, "square" one per 128 x 128, "mx" is MXFP8. eps and power_of_two: as in the reference.
+    """
+
+    scaling: str
+    dtype: torch.dtype = E4M3
+    eps: float = 0.0
+    power_of_two: bool = False
+
+
+Copy = tuple[Tensor, Tensor]
+
+
+class Copies(NamedTuple):
+    """What was wanted: the row and the column copy, each (data, scale), and the amax, fp32 `[]`.
+
+    inverse: `1 / scale`, fp32 `[]`, of scaling "tensor"; None where the kernel does not write it.
+    """
+
+    row: Copy | None
+    col: Copy | None
+    amax: Tensor | None
+    inverse: Tensor | None = None
+
+
+def check(to: Format, scale: Tensor | None, want: Collection[str]) -> None:
+    """Raises ValueError for a format or a wish that is not defined."""
+    if to.scaling not in BLOCKS:
+        raise ValueError(f"unknown scaling {to.scaling!r}, expected one of {', '.join(BLOCKS)}")
+    if to.dtype not in (E4M3, E5M2):
+        raise ValueError(f"got dtype {to.dtype}, expected {E4M3} or {E5M2}")
+    if to.scaling != "tensor" and (scale is not None or "amax" in want):
+        raise ValueError(f"scaling {to.scaling!r} takes no scale and gives no amax")
+    if scale is not None and (scale.dtype != torch.float32 or scale.dim()):
+        raise ValueError(f"scale must be fp32 [], got {scale.dtype} {list(scale.shape)}")
