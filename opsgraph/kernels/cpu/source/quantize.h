@@ -41,18 +41,17 @@ using Magnitude = decltype(magnitude(T()));
 // by adding a number whose unit in the last place is their step, the others as integers.
 template <bool E5M2>
 static inline uint8_t encode(float x) {
-    const float largest = E5M2 ? 57344.0f : 448.0f;
+    const uint32_t largest = E5M2 ? 0x47600000 : 0x43e00000;  // 57344 and 448
     const uint32_t mantissa = E5M2 ? 2 : 3, bias = E5M2 ? 15 : 7, dropped = 23 - mantissa;
     const uint32_t step = (151 - bias - mantissa) << 23;
-    x = x > largest ? largest : x;
-    x = x < -largest ? -largest : x;
-    uint32_t all = bits<uint32_t>(x), size = all & 0x7fffffff;
+    uint32_t all = bits<uint32_t>(x), whole = all & 0x7fffffff;
+    uint32_t size = std::min(whole, largest);  // a NaN's too: not through a branch on floats
     uint32_t tiny = bits<uint32_t>(bits<float>(size) + bits<float>(step)) - step;
     uint32_t rounded = size + ((1u << (dropped - 1)) - 1) + ((size >> dropped) & 1);
     uint32_t normal = (rounded >> dropped) - ((127 - bias) << mantissa);
     uint32_t code = size < ((128 - bias) << 23) ? tiny : normal;
     code |= (all >> 24) & 0x80;
-    return uint8_t(size > INFINITE ? 0x7f : code);
+    return uint8_t(whole > INFINITE ? 0x7f : code);
 }
 
 static inline float scale_of(const Quantize& q, uint32_t size) {
@@ -91,10 +90,9 @@ static inline uint32_t largest_of(const T* __restrict x, int64_t n) {
 template <class T>
 LOOP uint32_t largest(const T* x, int64_t n) { return largest_of(x, n); }
 
-template <bool E5M2>
-LOOP void encode_all(
-    const float* __restrict x, float scale, uint8_t* __restrict to, int64_t n) {
-    for (int64_t j = 0; j < n; j++) to[j] = encode<E5M2>(x[j] * scale);
+template <bool E5M2, class T>
+LOOP void encode_all(const T* __restrict x, float scale, uint8_t* __restrict to, int64_t n) {
+    for (int64_t j = 0; j < n; j++) to[j] = encode<E5M2>(widen(x[j]) * scale);
 }
 
 template <bool E5M2>
@@ -171,7 +169,6 @@ class Bytes {
 // A scale for all of the tensor, or for each square: both copies have the same bytes.
 template <class T, bool E5M2>
 static void shared_tile(const Quantize& q, const Tile& t, float scale) {
-    alignas(64) float buffer[SPAN];
     Bytes bytes(q, t, q.row);
     const int64_t side = q.scaling == SQUARE ? SIDE : SPAN;
     for (int64_t j = 0; j < t.cols; j += side) {
@@ -186,8 +183,7 @@ static void shared_tile(const Quantize& q, const Tile& t, float scale) {
         }
         for (int64_t i = 0; i < t.rows; i++)
             encode_all<E5M2>(
-                loaded(at<T>(q, t.row + i, t.col + j), buffer, n), scale,
-                bytes.first + i * bytes.stride + j, n);
+                at<T>(q, t.row + i, t.col + j), scale, bytes.first + i * bytes.stride + j, n);
     }
     if (q.col) bytes.transpose(q, t);
 }
@@ -197,11 +193,12 @@ static void row_tile(const Quantize& q, const Tile& t) {
     alignas(64) float buffer[SPAN], scale[SPAN];
     const int64_t side = q.scaling == MX ? MX_SIDE : SIDE, across = blocks(q.width, side);
     for (int64_t row = t.row; row < t.row + t.rows; row++) {
-        const float* x = loaded(at<T>(q, row, t.col), buffer, t.cols);
         uint8_t* to = q.row + row * q.width + t.col;
         if (q.scaling == ROWS) {
-            encode_all<E5M2>(x, static_cast<float*>(q.row_scale)[row], to, t.cols);
+            float given = static_cast<float*>(q.row_scale)[row];
+            encode_all<E5M2>(at<T>(q, row, t.col), given, to, t.cols);
         } else {
+            const float* x = loaded(at<T>(q, row, t.col), buffer, t.cols);
             block_scales(q, x, q.row_scale, row * across + t.col / side, scale, t.cols);
             encode_columns<E5M2>(x, scale, to, t.cols);
         }
