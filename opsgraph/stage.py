@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from . import config
-from .backend import backends as known_backends
 from .dtensor import PLAIN, own_part
 from .errors import OpError, PlanError
 from .execute import PlanFunction, expose, run_compiled, run_inference
-from .fusers.triton_quantize import quantize_weight
+from .fusers.quantizing import quantize
 from .op import Op, constant_under_compile
 from .ops.quantize import lowered
 from .ops.sizes import width_between
@@ -86,7 +85,6 @@ class Stage:
                 self.states[k] = state
         self.table = table_for(run, options)
         self.plans = self.table.plans
-        self.triton = "triton" in options.order and known_backends()["triton"].why_not() is None
         self.ops = self.table.ops
         self.double_backward, self.queue = options.double_backward, options.queue
         self.eager_only = self._eager_only(options)
@@ -127,12 +125,13 @@ class Stage:
         kept = {} if first is None else owner.__dict__.setdefault("_quantized_weights", {})
         if first is False and (name, quantizer, copies) in kept:
             return kept[name, quantizer, copies]  # type: ignore[no-any-return]
-        scale, state = None, self.states.get(k)
-        if state is not None:
-            state.record("weight", quantizer.amax(weight))
-            scale = state.weight
-        quantize = partial(quantize_weight, quantizer) if self.triton else quantizer
-        made: Quantized = quantize(weight, copies, scale)
+        order, state = self.table.options.order, self.states.get(k)
+        if state is None:
+            made, _ = quantize(order, quantizer, weight, None, copies)
+        else:
+            made, amax = quantize(order, quantizer, weight, state.weight, (*copies, "amax"))
+            assert amax is not None
+            state.record("weight", amax)
         kept[name, quantizer, copies] = made
         return made
 

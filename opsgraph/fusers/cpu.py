@@ -19,6 +19,8 @@ build = Lazy("cpu.build")
 norms = Lazy("cpu.norms")
 activations = Lazy("cpu.activations")
 
+DTYPES = (torch.float32, torch.bfloat16)
+"""What the kernels compute on."""
 Want = tuple[str, ...]
 Activation: Any = reduce(or_, ACTIVATIONS.values())
 
@@ -30,7 +32,7 @@ add_backend(
 
 def reject_dtype(x: Spec) -> str | None:
     """Why the kernels cannot compute on a value, or None."""
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in DTYPES:
         return f"its kernel takes fp32 and bf16, not {x.dtype}"
     return None
 

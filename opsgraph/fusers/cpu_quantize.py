@@ -9,14 +9,14 @@ from ..fuser import register
 from ..ops import Quantize, QuantizeGrad
 from ..quantizers import Quantized, Quantizer, transposed
 from ..spec import Spec
-from .cpu import CPU, reject_dtype
+from .cpu import CPU, DTYPES, reject_dtype
 from .lazy import Lazy
-from .quantizing import as_quantized, copy_names, format_of, scaling_of
+from .quantizing import KERNELS, Kernel, as_quantized, copy_names, format_of, scaling_of
 
 kernels = Lazy("cpu.quantize")
 
 
-def _made(
+def quantize(
     quantizer: Quantizer, x: Tensor, scale: Tensor | None, names: Collection[str]
 ) -> tuple[Quantized, Tensor | None]:
     """The copies of x that are named, and its amax.
@@ -32,6 +32,9 @@ def _made(
     if both and found.row is not None:
         found = found._replace(col=transposed(found.row))
     return found, made.amax
+
+
+KERNELS["cpu"] = Kernel(DTYPES, quantize)
 
 
 class _Quantizing(CPU):
@@ -50,7 +53,7 @@ class QuantizeCPU(_Quantizing):
     pattern, saves = dict(q=Quantize), ("q_amax",)
 
     def fwd(self, x: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
-        made, amax = _made(q.quantizer, x, q_scale, copy_names(want))
+        made, amax = quantize(q.quantizer, x, q_scale, copy_names(want))
         return made, (amax,)
 
 
@@ -61,5 +64,5 @@ class QuantizeGradCPU(_Quantizing):
     pattern = dict(q=QuantizeGrad)
 
     def bwd(self, dy: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
-        made, amax = _made(q.quantizer, dy, q_scale, copy_names(want))
+        made, amax = quantize(q.quantizer, dy, q_scale, copy_names(want))
         return made, (amax,)

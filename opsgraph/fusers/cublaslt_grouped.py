@@ -17,7 +17,7 @@ from ..ops.quantized_grouped import QuantizedGroupedLinear
 from ..quantizers import Copy, Quantizer
 from ..spec import Spec
 from .cublaslt import Family, scaled_product
-from .triton_quantize import quantize_weight
+from .quantizing import quantize
 
 GROUPED = Family("FP8, a scale per row", ("e4m3r",), (torch.bfloat16,), chip=9)
 
@@ -72,7 +72,7 @@ class ScaledGroupedLinear(Fuser):
 
 def _rows(quantizer: Quantizer, x: Tensor) -> Copy:
     """x with a scale for each row."""
-    copy = quantize_weight(quantizer, x, ("row",), None).row
+    copy = quantize(("triton",), quantizer, x, None, ("row",))[0].row
     assert copy is not None
     return copy
 

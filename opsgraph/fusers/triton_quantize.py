@@ -14,7 +14,7 @@ from ..quantizers import Quantized, Quantizer, RowQuantizer
 from ..spec import Spec, Storage
 from .cublaslt import reject_gradient_formats, reject_product, scaled_product, weight_gradient
 from .lazy import Lazy
-from .quantizing import as_quantized, copy_names, format_of, scaling_of
+from .quantizing import KERNELS, Kernel, as_quantized, copy_names, format_of, scaling_of
 from .triton import Gated, Plain, Triton, _dtype, _params, reject_activation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,15 +24,15 @@ norm_kernels = Lazy("triton.quantize_norms")
 backward = Lazy("triton.quantize_backward")
 
 
-def quantize_weight(
-    quantizer: Quantizer, weight: Tensor, copies: Collection[str], scale: Tensor | None
-) -> Quantized:
-    """`quantizer(weight, copies, scale)`, by the kernels where they can: the same bits."""
-    there = weight.is_cuda and weight.dtype in DTYPES and scaling_of(quantizer) is not None
-    if not there or torch.compiler.is_compiling():
-        return quantizer(weight, copies, scale)
-    made = kernels.quantize(weight, format_of(quantizer), scale, tuple(copies))
-    return as_quantized(quantizer, made, weight.dtype)
+def quantize(
+    quantizer: Quantizer, x: Tensor, scale: Tensor | None, names: Collection[str]
+) -> tuple[Quantized, Tensor | None]:
+    """The copies of x that are named, and its amax."""
+    made = kernels.quantize(x, format_of(quantizer), scale, tuple(names))
+    return as_quantized(quantizer, made, x.dtype), made.amax
+
+
+KERNELS["triton"] = Kernel(DTYPES, quantize)
 
 
 def _rejects(q: Any, x: Spec) -> str | None:
@@ -55,8 +55,8 @@ class QuantizeKernel(_Quantizing):
     pattern, saves = dict(q=Quantize), ("q_amax",)
 
     def fwd(self, x: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
-        made = kernels.quantize(x, format_of(q.quantizer), q_scale, copy_names(want))
-        return as_quantized(q.quantizer, made, x.dtype), (made.amax,)
+        made, amax = quantize(q.quantizer, x, q_scale, copy_names(want))
+        return made, (amax,)
 
 
 @register
@@ -66,8 +66,8 @@ class QuantizeGradKernel(_Quantizing):
     pattern = dict(q=QuantizeGrad)
 
     def bwd(self, dy: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
-        made = kernels.quantize(dy, format_of(q.quantizer), q_scale, copy_names(want))
-        return as_quantized(q.quantizer, made, dy.dtype), (made.amax,)
+        made, amax = quantize(q.quantizer, dy, q_scale, copy_names(want))
+        return made, (amax,)
 
 
 @register
