@@ -18,6 +18,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels.cpu.dequantize import decode, dequantize, dequantize_mxfp8
 from .kernels.reference import nvfp4, quantize
 from .spec import ROWS, Spec, Storage
 
@@ -194,14 +195,14 @@ class TensorQuantizer(Quantizer):
         return self.made(*quantize.quantize_tensor(x, self.dtype, self.eps, self.power_of_two))
 
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
-        return (quantize.decode(copy.data) * copy.multiplier).to(dtype)
+        return dequantize(copy.data, copy.scale, dtype)
 
     @property
     def factor(self) -> str:
         return "tensor"
 
     def operand(self, copy: Copy) -> Operand:
-        return Operand(quantize.decode(copy.data, BF16), copy.multiplier)
+        return Operand(decode(copy.data, BF16), copy.multiplier)
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
         number = Spec((), torch.float32, device)
@@ -239,7 +240,7 @@ class RowQuantizer(TensorQuantizer):
 
     def operand(self, copy: Copy) -> Operand:
         if self.power_of_two:
-            return Operand(quantize.dequantize(copy.data, copy.scale, BF16, True))
+            return Operand(dequantize(copy.data, copy.scale, BF16, True))
         return super().operand(copy)
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
@@ -272,14 +273,14 @@ class BlockQuantizer(Quantizer):
         )
 
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
-        return quantize.dequantize(copy.data, copy.scale, dtype)
+        return dequantize(copy.data, copy.scale, dtype)
 
     @property
     def factor(self) -> str | None:
         return "none" if self.power_of_two else None
 
     def operand(self, copy: Copy) -> Operand:
-        return Operand(quantize.dequantize(copy.data, copy.scale, BF16, True))
+        return Operand(dequantize(copy.data, copy.scale, BF16, True))
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
         down = rows if self.height == 1 else _step(rows, self.height)
@@ -302,7 +303,7 @@ class MXQuantizer(Quantizer):
         return Copy(self, *quantize.quantize_mxfp8(x, self.dtype))
 
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
-        return quantize.dequantize_mxfp8(copy.data, copy.scale, dtype)
+        return dequantize_mxfp8(copy.data, copy.scale, dtype)
 
     @property
     def factor(self) -> str:

@@ -1,5 +1,6 @@
 // The CPU's kernels behind a plain C interface: each takes one record, see launch.py.
 #include "activation_rows.h"
+#include "dequantize.h"
 #include "norms.h"
 #include "quantize.h"
 
@@ -54,4 +55,10 @@ EXPORT void opsgraph_quantize(const Quantize* q) {
     auto* of_bf16 = q->e5m2 ? quantize<bf16, true> : quantize<bf16, false>;
     auto* of_fp32 = q->e5m2 ? quantize<float, true> : quantize<float, false>;
     (q->dtype ? of_bf16 : of_fp32)(*q);
+}
+
+EXPORT void opsgraph_dequantize(const Dequantize* d) {
+    auto* to_bf16 = d->e5m2 ? dequantize<bf16, true> : dequantize<bf16, false>;
+    auto* to_fp32 = d->e5m2 ? dequantize<float, true> : dequantize<float, false>;
+    (d->dtype ? to_bf16 : to_fp32)(*d);
 }

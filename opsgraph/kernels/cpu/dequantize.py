@@ -1,0 +1,71 @@
+"""The values of FP8 copies in C++; formulas and results are `kernels.reference.quantize`'s.
+
+A product that is emulated reads a copy as bf16 or fp32 numbers. On other devices, and where there
+is no library, the formulas make them.
+"""
+
+import torch
+from torch import Tensor
+
+from ..reference import quantize as reference
+from . import build
+from .launch import DTYPES, Kernel, address, direct, rows_of
+from .memory import empty
+
+_kernel = Kernel("opsgraph_dequantize", "=6q q q q 2q q")  # struct Dequantize in dequantize.h
+
+
+def decode(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of FP8 data in fp32 or bf16, which both hold them; strided as data is."""
+    if not _takes(data, None, dtype):
+        return reference.decode(data, dtype)
+    return _made(data, None, 1, 1, dtype)
+
+
+def dequantize(
+    data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, exact: bool = False
+) -> Tensor:
+    """`data * (1 / scale)`, in fp32 and then rounded to `dtype`; see the reference."""
+    if not _takes(data, scale, dtype):
+        return reference.dequantize(data, scale, dtype, exact)
+    rows, width = data.shape
+    if not scale.dim():
+        return _made(data, scale, rows, width, dtype)
+    if scale.shape == (rows, 1):
+        return _made(data, scale, 1, width, dtype)
+    height = 1 if scale.size(0) == rows else reference.BLOCK
+    return _made(data, scale, height, reference.BLOCK, dtype)
+
+
+def dequantize_mxfp8(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`data * 2^(e - 127)`, rounded once, to `dtype`; NaN for a block with e = 0xFF."""
+    if not _takes(data, scale, dtype):
+        return reference.dequantize_mxfp8(data, scale, dtype)
+    return _made(data, scale, 1, reference.MX_BLOCK, dtype)
+
+
+def _takes(data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the kernel is here, and may read such a copy."""
+    if torch.compiler.is_compiling() or data.device.type != "cpu" or dtype not in DTYPES:
+        return False
+    return direct(data, scale) and data.dim() == 2 and bool(data.numel()) and not build.why_not()
+
+
+def _made(
+    data: Tensor, scale: Tensor | None, height: int, side: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """data times its scales' inverses, by blocks of so many rows and columns."""
+    whole = scale is None or not scale.dim()
+    if data.stride(0) == 1 < data.stride(1) and (whole or height == side):  # grids that transpose
+        scale = None if scale is None else scale.t()
+        return _made(data.t(), scale, side, height, dtype).t()
+    rows, width = data.shape
+    y = empty((rows, width), dtype)
+    data, stride = rows_of(data, data.shape, data.dtype)
+    scale = None if scale is None else scale.contiguous()
+    e8m0 = scale is not None and scale.dtype == torch.uint8
+    _kernel(
+        DTYPES[dtype], data.dtype is reference.E5M2, e8m0, torch.get_num_threads(), rows, width,
+        data.data_ptr(), stride, address(scale), height, side, y.data_ptr(),
+    )  # fmt: skip
+    return y
