@@ -1,37 +1,50 @@
-"""Quantize and QuantizeGrad by the C++ kernels for the CPU."""
+"""Quantize and QuantizeGrad by the C++ kernels for the CPU, and activations quantized by theirs."""
 
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..fuser import register
-from ..ops import Quantize, QuantizeGrad
-from ..quantizers import Quantized, Quantizer, transposed
+from ..kernels.formats import Copies
+from ..op import Op
+from ..ops import Bias, Quantize, QuantizeGrad
+from ..quantizers import Quantized, Quantizer, TensorQuantizer, transposed
 from ..spec import Spec
-from .cpu import CPU, DTYPES, reject_dtype
+from .cpu import CPU, DTYPES, Activation, reject_dtype, shape_of
 from .lazy import Lazy
 from .quantizing import KERNELS, Kernel, as_quantized, copy_names, format_of, scaling_of
 
 kernels = Lazy("cpu.quantize")
 
 
-def quantize(
-    quantizer: Quantizer, x: Tensor, scale: Tensor | None, names: Collection[str]
-) -> tuple[Quantized, Tensor | None]:
-    """The copies of x that are named, and its amax.
+def _names(quantizer: Quantizer, names: Collection[str]) -> Collection[str]:
+    """What kernels are to write of what is named.
 
     Where the column copy is the transpose it is a view of the row copy, as in the reference: the
     products that read it were faster so than of bytes that were written transposed.
     """
     both = quantizer.shared and "col" in names
-    if both:
-        names = {"row", *names} - {"col"}
-    made = kernels.quantize(x, format_of(quantizer), scale, names)
-    found = as_quantized(quantizer, made, x.dtype)
-    if both and found.row is not None:
+    return {"row", *names} - {"col"} if both else names
+
+
+def _found(
+    quantizer: Quantizer, made: Copies, dtype: torch.dtype, names: Collection[str]
+) -> Quantized:
+    """The value with the copies that are named."""
+    found = as_quantized(quantizer, made, dtype)
+    if quantizer.shared and "col" in names and found.row is not None:
         found = found._replace(col=transposed(found.row))
-    return found, made.amax
+    return found
+
+
+def quantize(
+    quantizer: Quantizer, x: Tensor, scale: Tensor | None, names: Collection[str]
+) -> tuple[Quantized, Tensor | None]:
+    """The copies of x that are named, and its amax."""
+    made = kernels.quantize(x, format_of(quantizer), scale, _names(quantizer, names))
+    return _found(quantizer, made, x.dtype, names), made.amax
 
 
 KERNELS["cpu"] = Kernel(DTYPES, quantize)
@@ -66,3 +79,29 @@ class QuantizeGradCPU(_Quantizing):
     def bwd(self, dy: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
         made, amax = quantize(q.quantizer, dy, q_scale, copy_names(want))
         return made, (amax,)
+
+
+@register
+class ActivationQuantizeCPU(_Quantizing):
+    """[Bias,] activation and Quantize: tiles of the activation are quantized out of the cache."""
+
+    pattern, saves = dict(bias=Bias | None, act=Activation, q=Quantize), ("act_x", "q_amax")
+
+    def reject(self, act: Op, q: Any, x: Spec) -> str | None:  # type: ignore[override]
+        if scaling_of(q.quantizer) == "rows" or type(q.quantizer) is TensorQuantizer:
+            return "its kernel quantizes tiles before the amax of a row or of the tensor is known"
+        if getattr(act, "glu_interleave_size", None):
+            return "its kernel does not interleave"
+        return super().reject(q, x)
+
+    def fwd(
+        self, x: Tensor, bias_bias: Tensor | None, act: Op, q: Any, q_scale: Tensor | None,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        (kind, params, _), names = shape_of(act), copy_names(want)
+        made, pre = kernels.activation_quantize(
+            x, kind, format_of(q.quantizer), params, bias_bias, "act_x" in want, q_scale,
+            _names(q.quantizer, names),
+        )  # fmt: skip
+        found = _found(q.quantizer, made, x.dtype, names)
+        return found, (x if bias_bias is None else pre, made.amax)

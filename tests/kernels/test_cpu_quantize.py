@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import quantize_oracle as oracle
 
-from opsgraph.kernels.cpu import build
-from opsgraph.kernels.cpu.quantize import SCALINGS, quantize
+from opsgraph.kernels.cpu import activations, build
+from opsgraph.kernels.cpu.quantize import SCALINGS, activation_quantize, quantize
 from opsgraph.kernels.formats import E4M3, E5M2, Format
 from opsgraph.kernels.reference import quantize as reference
 
@@ -195,3 +195,30 @@ def test_errors() -> None:
             quantize(x, to, scale, want)
     with pytest.raises(ValueError, match=r"got dtype torch\.float16"):
         quantize(x.half(), Format("tensor"))
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+@pytest.mark.parametrize("scaling", ["delayed", *SCALINGS])
+@each_dtype
+def test_an_activation_is_quantized_as_after_its_own_kernel(dtype, scaling, kind) -> None:
+    delayed = scaling == "delayed"
+    to, scale = Format("tensor" if delayed else scaling), torch.tensor(0.7) if delayed else None
+    names = ("row", "col", "amax") if to.scaling == "tensor" else ("row", "col")
+    for rows, width in ((3, 20), (300, 700), (129, 1024)):
+        total = 2 * width if kind == "swiglu" else width
+        x, bias = torch.randn(rows, total + 16).to(dtype)[:, 8 : 8 + total], torch.randn(total)
+        for given in (None, bias.to(dtype)):
+            y, sums = activations.activation_forward(x, kind, bias=given, pre=True)
+            expected = quantize(y, to, scale, names)
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                found, pre = activation_quantize(
+                    x, kind, to, bias=given, pre=True, scale=scale, want=names
+                )
+                parts = [p for c in (found, expected) for copy in c[:2] for p in copy]
+                for part, other in zip(parts[:4], parts[4:], strict=True):
+                    same(part, other)
+                assert (found.amax is None) == (expected.amax is None)
+                assert found.amax is None or found.amax == expected.amax
+                assert (pre is None) == (sums is None)
+                assert pre is None or torch.equal(pre, sums)

@@ -1,4 +1,5 @@
-"""FP8 copies of a tensor in C++; formulas, shapes and bits are `kernels.reference.quantize`'s.
+"""FP8 copies of a tensor, and of an activation, in C++; formulas, shapes and bits are
+`kernels.reference.quantize`'s.
 
 The row copy, `[rows, width]`, has scales along rows; the column copy, `[width, rows]`, is the row
 copy of the transpose. x is read once for both, and once more before that for an amax that is not
@@ -6,16 +7,20 @@ one of a block: the tensor's where no scale is given, each row's and each column
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formats import E5M2, Copies, Copy, Format, check
 from ..reference import quantize as reference
+from . import activations
 from .launch import DTYPES, Kernel, address, direct, rows_of
 from .memory import empty
 
-_kernel = Kernel("opsgraph_quantize", "=7q 2q q 2q 2q 2q d")  # struct Quantize in source/quantize.h
+_FIELDS = "7q 2q q 2q 2q 2q d"  # struct Quantize in source/quantize.h
+_kernel = Kernel("opsgraph_quantize", f"={_FIELDS}")
+_activation_kernel = Kernel("opsgraph_activation_quantize", f"{activations.FIELDS} {_FIELDS}")
 SCALINGS = {"tensor": 0, "rows": 1, "blocks": 2, "square": 3, "mx": 4}
 """The scalings, with their codes in source/quantize.h."""
 FP32 = torch.float32
@@ -34,27 +39,71 @@ def quantize(
     check(to, scale, want)
     if not direct(x, scale) or not x.numel():
         return _by_formula(x, to, scale, want)
-    rows, width = x.shape
+    made = _new_copies(x.shape, to, scale, want)
+    read, stride = rows_of(x, x.shape, x.dtype)
+    _kernel(*_record(read.data_ptr(), stride, x.dtype, x.shape, to, scale, made))
+    return made
+
+
+def activation_quantize(
+    x: Tensor, kind: str, to: Format, params: tuple[float, ...] = (), bias: Tensor | None = None,
+    pre: bool = False, scale: Tensor | None = None, want: Collection[str] = ("row",),
+) -> tuple[Copies, Tensor | None]:  # fmt: skip
+    """`quantize` of `activation_forward(x, ...)`; returns (copies, x + bias as that does).
+
+    One pass: the activation is rounded to x's dtype, but a tile of it never leaves the cache. For
+    scales that all of a row or of the tensor makes it is two, `ahead` says which.
+    """
+    check(to, scale, want)
+    if ahead(to, scale) or not direct(x, bias, scale) or not x.numel():
+        y, sums = activations.activation_forward(x, kind, params, None, bias, pre)
+        return quantize(y, to, scale, want), sums
+    function, gated, constants = activations.row(kind, params)
+    shape, dtype = torch.Size((x.size(0), x.size(1) // 2 if gated else x.size(1))), x.dtype
+    made = _new_copies(shape, to, scale, want)
+    sums = empty(x.shape, dtype) if pre and bias is not None else None
+    x, stride = rows_of(x, x.shape, dtype)
+    bias = None if bias is None else bias.float().contiguous()
+    _activation_kernel(
+        DTYPES[dtype], function, gated, torch.get_num_threads(), *shape, shape[1],
+        x.data_ptr(), 0, address(bias), stride, 0, 0, 0, address(sums), 0, 0, *constants,
+        *_record(0, 0, dtype, shape, to, scale, made),
+    )  # fmt: skip
+    return made, sums
+
+
+def ahead(to: Format, scale: Tensor | None) -> bool:
+    """Whether scales must be known before anything can be quantized."""
+    return to.scaling == "rows" or (to.scaling == "tensor" and scale is None)
+
+
+def _new_copies(
+    shape: torch.Size, to: Format, scale: Tensor | None, want: Collection[str]
+) -> Copies:
+    """Copies to be written, of a tensor of that shape."""
+    rows, width = shape
     row = _new_copy(rows, width, to, scale) if "row" in want else None
     col = _new_copy(width, rows, to, scale) if "col" in want else None
-    amax, given, inverse = _number() if "amax" in want else None, 0, None
-    written = None if row is None else row[1]
-    if to.scaling == "tensor":
-        given = address(scale)
-        if row is not None or col is not None:
-            inverse, own = _number(), _number() if scale is None else scale
-            row, col = (None if copy is None else (copy[0], own) for copy in (row, col))
-            written = own
-        elif scale is None:
-            written = _number()  # an amax alone: the kernel makes a scale of it all the same
-    x, stride = rows_of(x, x.shape, x.dtype)
-    _kernel(
-        DTYPES[x.dtype], to.dtype is E5M2, SCALINGS[to.scaling], to.power_of_two,
-        torch.get_num_threads(), rows, width, x.data_ptr(), stride, given,
-        address(row and row[0]), address(col and col[0]), address(written),
-        address(col and col[1]), address(amax), address(inverse), to.eps,
-    )  # fmt: skip
+    amax, inverse = _number() if "amax" in want else None, None
+    if to.scaling == "tensor" and (row is not None or col is not None):
+        inverse, own = _number(), _number() if scale is None else scale
+        row, col = (None if copy is None else (copy[0], own) for copy in (row, col))
     return Copies(row, col, amax, inverse)
+
+
+def _record(
+    place: int, stride: int, dtype: torch.dtype, shape: torch.Size, to: Format,
+    scale: Tensor | None, made: Copies,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The kernel's, of a tensor whose elements are at that place, or are yet to be made."""
+    row, col, amax, inverse = made
+    own = row or col if to.scaling == "tensor" else row  # a tensor's copies have one scale
+    return (
+        DTYPES[dtype], to.dtype is E5M2, SCALINGS[to.scaling], to.power_of_two,
+        torch.get_num_threads(), *shape, place, stride, address(scale), address(row and row[0]),
+        address(col and col[0]), address(own and own[1]), address(col and col[1]),
+        address(amax), address(inverse), to.eps,
+    )  # fmt: skip
 
 
 def _number() -> Tensor:

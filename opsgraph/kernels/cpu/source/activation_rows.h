@@ -67,15 +67,13 @@ LOOP const float* biased(
     return buffer;
 }
 
-// y of a chunk, row by row into the tensor; or, where its transpose is wanted in its place, a block
-// of rows into a buffer of the thread's, which is then copied.
+// y of a chunk, row by row to where it is wanted.
 template <class T>
-LOOP void activation_forward_chunk(
-    const Activation& t, const Kind& kind, const float* p, int64_t begin, int64_t end, Chunk c) {
+LOOP void activation_forward_rows(
+    const Activation& t, const Kind& kind, const float* p, int64_t begin, int64_t end, Chunk c,
+    T* y, int64_t stride) {
     alignas(64) float buffers[3][CHUNK];
-    static thread_local std::vector<T> room(BLOCK * CHUNK);
-    const int64_t total = t.gated ? 2 * t.width : t.width, stride = t.y ? t.width : CHUNK;
-    T* y = t.y ? static_cast<T*>(t.y) + begin * t.width + c.y : room.data();
+    const int64_t total = t.gated ? 2 * t.width : t.width;
     for (int64_t row = begin; row < end; row++) {
         const T* x = static_cast<const T*>(t.x) + row * t.x_stride;
         T* pre = offset(static_cast<T*>(t.pre), row * total);
@@ -90,6 +88,23 @@ LOOP void activation_forward_chunk(
         kind.forward(gate, value, into, c.n, p);
         stored(into, to, c.n);
     }
+}
+
+// Of the thread's: a block of rows of a chunk.
+template <class T>
+static T* room() {
+    static thread_local std::vector<T> found(BLOCK * CHUNK);
+    return found.data();
+}
+
+// y of a chunk in the tensor; or, where its transpose is wanted in its place, in a buffer, of which
+// that is a copy.
+template <class T>
+static void activation_forward_chunk(
+    const Activation& t, const Kind& kind, const float* p, int64_t begin, int64_t end, Chunk c) {
+    const int64_t stride = t.y ? t.width : CHUNK;
+    T* y = t.y ? static_cast<T*>(t.y) + begin * t.width + c.y : room<T>();
+    activation_forward_rows(t, kind, p, begin, end, c, y, stride);
     if (t.yt)
         transpose_block(
             y, stride, end - begin, c.n, static_cast<T*>(t.yt) + c.y * t.rows + begin, t.rows);

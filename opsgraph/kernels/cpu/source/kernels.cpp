@@ -51,10 +51,21 @@ EXPORT void opsgraph_transpose(const Transpose* t) {
     t->size == 2 ? transpose<uint16_t>(*t) : transpose<float>(*t);
 }
 
-EXPORT void opsgraph_quantize(const Quantize* q) {
-    auto* of_bf16 = q->e5m2 ? quantize<bf16, true> : quantize<bf16, false>;
-    auto* of_fp32 = q->e5m2 ? quantize<float, true> : quantize<float, false>;
-    (q->dtype ? of_bf16 : of_fp32)(*q);
+static void quantize(const Quantize& q, const Activation* made) {
+    auto* of_bf16 = q.e5m2 ? quantize<bf16, true> : quantize<bf16, false>;
+    auto* of_fp32 = q.e5m2 ? quantize<float, true> : quantize<float, false>;
+    (q.dtype ? of_bf16 : of_fp32)(q, made);
+}
+
+EXPORT void opsgraph_quantize(const Quantize* q) { quantize(*q, nullptr); }
+
+struct ActivationQuantize {
+    Activation activation;
+    Quantize quantize;
+};
+
+EXPORT void opsgraph_activation_quantize(const ActivationQuantize* both) {
+    quantize(both->quantize, &both->activation);
 }
 
 EXPORT void opsgraph_dequantize(const Dequantize* d) {

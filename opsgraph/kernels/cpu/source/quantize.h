@@ -121,17 +121,16 @@ LOOP void raise_columns(const T* __restrict x, Magnitude<T>* __restrict most, in
 
 static inline int64_t blocks(int64_t count, int64_t side) { return (count + side - 1) / side; }
 
+// A tile of x: where it lies in the tensor, and its elements, at x or in a buffer.
 struct Tile {
     int64_t row, col, rows, cols;
+    const void* x;
+    int64_t stride;
 };
 
-template <class Run>
-static void over_tiles(const Quantize& q, const Run& run) {
-    const int64_t across = blocks(q.width, SPAN), down = blocks(q.rows, BLOCK);
-    parallel(q.threads, down * across, q.rows * q.width, [&](int64_t k) {
-        int64_t row = k / across * BLOCK, col = k % across * SPAN;
-        run(Tile{row, col, std::min(BLOCK, q.rows - row), std::min(SPAN, q.width - col)}, k);
-    });
+template <class T>
+static inline const T* at(const Tile& t, int64_t row, int64_t col) {
+    return static_cast<const T*>(t.x) + row * t.stride + col;
 }
 
 template <class T>
@@ -139,14 +138,23 @@ static inline const T* at(const Quantize& q, int64_t row, int64_t col) {
     return static_cast<const T*>(q.x) + row * q.stride + col;
 }
 
-template <class T>
-static uint32_t amax_of(const Quantize& q) {
-    std::vector<uint32_t> found(blocks(q.rows, BLOCK) * blocks(q.width, SPAN));
-    over_tiles(q, [&](const Tile& t, int64_t k) {
-        for (int64_t i = 0; i < t.rows; i++)
-            found[k] = std::max(found[k], largest(at<T>(q, t.row + i, t.col), t.cols));
+static int64_t tiles(const Quantize& q) { return blocks(q.rows, BLOCK) * blocks(q.width, SPAN); }
+
+template <class T, class Run>
+static void over_tiles(const Quantize& q, const Run& run) {
+    const int64_t across = blocks(q.width, SPAN);
+    parallel(q.threads, tiles(q), q.rows * q.width, [&](int64_t k) {
+        int64_t row = k / across * BLOCK, col = k % across * SPAN;
+        int64_t rows = std::min(BLOCK, q.rows - row), cols = std::min(SPAN, q.width - col);
+        run(Tile{row, col, rows, cols, at<T>(q, row, col), q.stride}, k);
     });
-    return *std::max_element(found.begin(), found.end());
+}
+
+template <class T>
+static uint32_t largest_in(const Tile& t) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < t.rows; i++) most = std::max(most, largest(at<T>(t, i, 0), t.cols));
+    return most;
 }
 
 // Bytes of a tile's rows, where the row copy has them or in a buffer of the thread's.
@@ -176,14 +184,13 @@ static void shared_tile(const Quantize& q, const Tile& t, float scale) {
         if (q.scaling == SQUARE) {
             uint32_t most = 0;
             for (int64_t i = 0; i < t.rows; i++)
-                most = std::max(most, largest(at<T>(q, t.row + i, t.col + j), n));
+                most = std::max(most, largest(at<T>(t, i, j), n));
             scale = scale_of(q, most);
             if (q.row) static_cast<float*>(q.row_scale)[row * blocks(q.width, SIDE) + col] = scale;
             if (q.col) static_cast<float*>(q.col_scale)[col * blocks(q.rows, SIDE) + row] = scale;
         }
         for (int64_t i = 0; i < t.rows; i++)
-            encode_all<E5M2>(
-                at<T>(q, t.row + i, t.col + j), scale, bytes.first + i * bytes.stride + j, n);
+            encode_all<E5M2>(at<T>(t, i, j), scale, bytes.first + i * bytes.stride + j, n);
     }
     if (q.col) bytes.transpose(q, t);
 }
@@ -192,13 +199,14 @@ template <class T, bool E5M2>
 static void row_tile(const Quantize& q, const Tile& t) {
     alignas(64) float buffer[SPAN], scale[SPAN];
     const int64_t side = q.scaling == MX ? MX_SIDE : SIDE, across = blocks(q.width, side);
-    for (int64_t row = t.row; row < t.row + t.rows; row++) {
+    for (int64_t i = 0; i < t.rows; i++) {
+        const int64_t row = t.row + i;
         uint8_t* to = q.row + row * q.width + t.col;
         if (q.scaling == ROWS) {
             float given = static_cast<float*>(q.row_scale)[row];
-            encode_all<E5M2>(at<T>(q, row, t.col), given, to, t.cols);
+            encode_all<E5M2>(at<T>(t, i, 0), given, to, t.cols);
         } else {
-            const float* x = loaded(at<T>(q, row, t.col), buffer, t.cols);
+            const float* x = loaded(at<T>(t, i, 0), buffer, t.cols);
             block_scales(q, x, q.row_scale, row * across + t.col / side, scale, t.cols);
             encode_columns<E5M2>(x, scale, to, t.cols);
         }
@@ -217,15 +225,15 @@ static void col_tile(const Quantize& q, const Tile& t) {
         if (q.scaling != ROWS) {
             Magnitude<T> most[SPAN] = {};
             for (int64_t i = first; i < end; i++)
-                raise_columns(at<T>(q, t.row + i, t.col), most, t.cols);
+                raise_columns(at<T>(t, i, 0), most, t.cols);
             for (int64_t j = 0; j < t.cols; j++)
                 made[j] = multiplier(
                     q, widened(most[j]), q.col_scale, (t.col + j) * blocks(q.rows, side) + block);
         }
         for (int64_t i = first; i < end; i++)
             encode_columns<E5M2>(
-                loaded(at<T>(q, t.row + i, t.col), buffer, t.cols), scale,
-                bytes.first + i * bytes.stride, t.cols);
+                loaded(at<T>(t, i, 0), buffer, t.cols), scale, bytes.first + i * bytes.stride,
+                t.cols);
     }
     bytes.transpose(q, t);
 }
@@ -249,21 +257,57 @@ static void col_scales(const Quantize& q) {
     });
 }
 
+// The amax of the tensor, from those of the tiles; a NaN as PyTorch writes it.
+static void note(const Quantize& q, const std::vector<uint32_t>& found) {
+    uint32_t most = *std::max_element(found.begin(), found.end());
+    *q.amax = bits<float>(most > INFINITE ? 0x7fc00000u : most);
+}
+
+// A tile of what an activation makes: it is computed into a buffer of the thread's, and is not stored.
+template <class T>
+static void activation_tile(const Activation& a, Tile& t) {
+    const float p[3] = {float(a.params[0]), float(a.params[1]), float(a.params[2])};
+    Chunk chunk{t.col, t.col, t.col + a.width, t.cols};
+    T* y = room<T>();
+    activation_forward_rows<T>(a, kinds[a.kind], p, t.row, t.row + t.rows, chunk, y, SPAN);
+    t.x = y;
+    t.stride = SPAN;
+}
+
+// The scale of TENSOR where that is x's own, and with it the amax.
+template <class T>
+static float own_scale(const Quantize& q) {
+    std::vector<uint32_t> found(tiles(q));
+    over_tiles<T>(q, [&](const Tile& t, int64_t k) { found[k] = largest_in<T>(t); });
+    float scale = scale_of(q, *std::max_element(found.begin(), found.end()));
+    if (q.row_scale) *static_cast<float*>(q.row_scale) = scale;
+    if (q.amax) note(q, found);
+    return scale;
+}
+
+// The copies of x, or of what an activation makes: its tiles are quantized out of the cache. Scales
+// that all of a row or of the tensor makes must be known first, and are for an x that is there.
 template <class T, bool E5M2>
-static void quantize(const Quantize& q) {
+static void quantize(Quantize q, const Activation* made = nullptr) {
     float scale = q.given ? *q.given : 1.0f;
-    if (q.amax || (q.scaling == TENSOR && !q.given)) {
-        uint32_t most = amax_of<T>(q);
-        if (q.amax) *q.amax = bits<float>(most > INFINITE ? 0x7fc00000u : most);
-        if (!q.given) scale = *static_cast<float*>(q.row_scale) = scale_of(q, most);
+    if (q.scaling == TENSOR && !q.given) {
+        scale = own_scale<T>(q);
+        q.amax = nullptr;
     }
-    if (q.inverse) *q.inverse = 1.0f / scale;
     if (q.scaling == ROWS && q.row) row_scales<T>(q);
     if (q.scaling == ROWS && q.col) col_scales<T>(q);
-    if (!q.row && !q.col) return;
-    over_tiles(q, [&](const Tile& t, int64_t) {
-        if (q.scaling == TENSOR || q.scaling == SQUARE) return shared_tile<T, E5M2>(q, t, scale);
+    if (q.inverse) *q.inverse = 1.0f / scale;
+    std::vector<uint32_t> found(q.amax ? tiles(q) : 0);
+    if (!q.row && !q.col && !q.amax) return;
+    over_tiles<T>(q, [&](Tile t, int64_t k) {
+        if (made) activation_tile<T>(*made, t);
+        if (q.amax) found[k] = largest_in<T>(t);
+        if (q.scaling == TENSOR || q.scaling == SQUARE) {
+            if (q.row || q.col) shared_tile<T, E5M2>(q, t, scale);
+            return;
+        }
         if (q.row) row_tile<T, E5M2>(q, t);
         if (q.col) col_tile<T, E5M2>(q, t);
     });
+    if (q.amax) note(q, found);
 }
