@@ -1,9 +1,11 @@
 """An MLP under low-precision recipes on the CPU, where their products are emulated on bf16 units.
 
 A training step of LayerNorm, linear, GELU, linear under every recipe beside one in bf16, and how
-much of it the passes over rows take: norms and activations, quantizing, and making bf16 or fp32
-numbers of quantized copies for the products. Then these passes alone. All run in alternation and
-are judged by medians. Prints tables; writes JSON.
+much of it the passes over rows take: norms and activations (quantized at once or not), quantizing,
+and making bf16 or fp32 numbers of quantized copies for the products. "formulas": the step with
+PyTorch's formulas for the last. Then these passes alone; "gelu, blocks row" is an activation and
+its row copy, by two kernels and by one. All run in alternation and are judged by medians. Prints
+tables; writes JSON.
 
     taskset -c 0 python -m benchmarks.cpu_fp8 [--threads 1] [--repeats 9] [--rows 2048]
 """
@@ -25,9 +27,9 @@ from torch import Tensor
 import opsgraph as og
 from benchmarks.timing import alternate, machine
 from opsgraph import recipe as r
-from opsgraph.kernels.cpu import activations, norms
+from opsgraph.kernels.cpu import activations, dequantize, norms
 from opsgraph.kernels.cpu.launch import Kernel
-from opsgraph.kernels.cpu.quantize import quantize
+from opsgraph.kernels.cpu.quantize import activation_quantize, ahead, quantize
 from opsgraph.kernels.formats import Format
 
 RECIPES: dict[str, og.recipe.Recipe | None] = {
@@ -39,6 +41,8 @@ RECIPES: dict[str, og.recipe.Recipe | None] = {
     "blocks": r.Float8BlockScaling(),
     "mx": r.MXFP8BlockScaling(),
 }
+FORMULAS = ("current", "blocks", "mx")
+"""Recipes that are also run with the formulas."""
 PASSES = {"quantize": "quantize", "dequantize": "dequantize"}
 """The column of a kernel's name; what is in none counts as a norm or an activation."""
 BF16 = torch.bfloat16
@@ -73,6 +77,16 @@ def step(module: og.LayerNormMLP, recipe: og.recipe.Recipe | None, x: Tensor, dy
     y.backward(dy)
 
 
+def by_formulas(call: Callable[[], None]) -> None:
+    """A step that dequantizes by PyTorch's formulas; it reaches into the package, too."""
+    takes = dequantize._takes
+    dequantize._takes = lambda data, scale, dtype: False
+    try:
+        call()
+    finally:
+        dequantize._takes = takes
+
+
 def steps(rows: int, hidden: int, ffn: int, repeats: int) -> Results:
     """Milliseconds of a step by recipe, and those of its passes (medians of their own)."""
     torch.manual_seed(0)
@@ -80,8 +94,9 @@ def steps(rows: int, hidden: int, ffn: int, repeats: int) -> Results:
     x, dy = (torch.randn(rows, hidden, dtype=BF16) for _ in range(2))
     x.requires_grad_()
     calls = {name: partial(step, module, recipe, x, dy) for name, recipe in RECIPES.items()}
-    medians = alternate(calls, repeats, 1)
-    found = {name: {"step": 1e3 * seconds} for name, seconds in medians.items()}
+    more = {f"{name}, formulas": partial(by_formulas, calls[name]) for name in FORMULAS}
+    medians = {name: 1e3 * seconds for name, seconds in alternate(calls | more, repeats, 1).items()}
+    found = {name: {"step": medians[name]} for name in calls}
     for name, call in calls.items():
         samples: list[Counter[str]] = []
         for _ in range(repeats):
@@ -91,7 +106,14 @@ def steps(rows: int, hidden: int, ffn: int, repeats: int) -> Results:
         for column in ("norms, act", *PASSES.values()):
             values = sorted(sample[column] for sample in samples)
             found[name][column] = 1e3 * values[len(values) // 2]
+        if name in FORMULAS:
+            found[name]["formulas"] = medians[f"{name}, formulas"]
     return found
+
+
+def after_gelu(x: Tensor, to: Format, scale: Tensor | None) -> None:
+    """An activation, and its row copy by the next kernel."""
+    quantize(activations.activation_forward(x, "gelu")[0], to, scale)
 
 
 def passes(rows: int, width: int, repeats: int) -> dict[str, float]:
@@ -114,6 +136,10 @@ def passes(rows: int, width: int, repeats: int) -> dict[str, float]:
         for want in (("row",), ("row", "col")):
             names = (*want, "amax") if delayed else want
             calls[f"{scaling} {' '.join(want)}"] = partial(quantize, x, to, given, names)
+        if not ahead(to, given):
+            pair = f"gelu, {scaling} row"
+            calls[f"{pair}, two"] = partial(after_gelu, x, to, given)
+            calls[f"{pair}, one"] = partial(activation_quantize, x, "gelu", to, scale=given)
     return {name: 1e3 * seconds for name, seconds in alternate(calls, 3 * repeats, 1).items()}
 
 
@@ -129,15 +155,15 @@ def main() -> None:
     sizes = {name: getattr(args, name) for name in ("rows", "hidden", "ffn")}
     print(machine(), sizes, sep="\n")
     found = steps(*sizes.values(), args.repeats)
-    print(f"{'ms':14}", *(f"{name:>12}" for name in found["bf16"]))
+    print(f"{'ms':20}", *(f"{name:>12}" for name in found[FORMULAS[0]]))
     for name, row in found.items():
-        print(f"{name:14}", *(f"{value:12.2f}" for value in row.values()))
+        print(f"{name:20}", *(f"{value:12.2f}" for value in row.values()))
     alone = {
         str(width): passes(args.rows, width, args.repeats) for width in (args.hidden, args.ffn)
     }
-    print(f"\n{'ms':14}", *(f"{width:>12}" for width in alone))
+    print(f"\n{'ms':20}", *(f"{width:>12}" for width in alone))
     for name in alone[str(args.ffn)]:
-        print(f"{name:14}", *(f"{row[name]:12.2f}" for row in alone.values()))
+        print(f"{name:20}", *(f"{row[name]:12.2f}" for row in alone.values()))
     known = json.loads(args.output.read_text()) if args.output.exists() else {}
     known[f"{args.threads} thread(s)"] = {
         "machine": machine(), "date": datetime.date.today().isoformat(), **sizes,

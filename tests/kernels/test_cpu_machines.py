@@ -24,6 +24,7 @@ MISSING = [tool for tool in (CROSS, EMULATOR) if shutil.which(tool) is None]
 LOOPS = (
     "normalize", "add", "mean_square", "dots", "input_gradient", "add_weight_gradient", "add_row",
     "loaded", "stored", "accumulate", "biased", "forward_columns", "backward_columns",
+    "decode_all", "encode_all",
 )  # fmt: skip
 
 pytestmark = pytest.mark.slow

@@ -30,7 +30,7 @@ static inline float decode(uint8_t code) {
 }
 
 template <bool E5M2, class T>
-LOOP void decode_columns(
+LOOP void decode_all(
     const uint8_t* __restrict from, const float* __restrict factor, T* __restrict to, int64_t n) {
     for (int64_t j = 0; j < n; j++) to[j] = narrow<T>(decode<E5M2>(from[j]) * factor[j]);
 }
@@ -61,7 +61,7 @@ static void dequantize(const Dequantize& d) {
             for (int64_t row = begin; row < end; row++) {
                 if (d.scale && (row == begin || row % d.height == 0))
                     factors(d, row / d.height, first, made, n);
-                decode_columns<E5M2>(
+                decode_all<E5M2>(
                     d.data + row * d.stride + first, d.scale ? made : ones.values,
                     static_cast<T*>(d.y) + row * d.width + first, n);
             }
