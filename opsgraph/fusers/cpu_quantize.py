@@ -6,12 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from ..fuser import register
+from ..kernels.formats import Format
 from ..ops import Quantize, QuantizeGrad
 from ..quantizers import Quantized, Quantizer, transposed
 from ..spec import Spec
 from .cpu import CPU, reject_dtype
 from .lazy import Lazy
-from .quantizing import as_quantized, copy_names, format_of, scaling_of
+from .quantizing import as_quantized, copy_names, format_of
 
 kernels = Lazy("cpu.quantize")
 
@@ -38,7 +39,7 @@ class _Quantizing(CPU):
     """What both refuse."""
 
     def reject(self, q: Any, x: Spec) -> str | None:  # type: ignore[override]
-        if scaling_of(q.quantizer) is None:
+        if not isinstance(format_of(q.quantizer), Format):
             return f"its kernels do not write {q.quantizer.storage.name}"
         return reject_dtype(x)
 

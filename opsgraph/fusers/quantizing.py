@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from ..kernels.formats import Format
+from ..kernels.formats import NVFP4, Format, Target
 from ..quantizers import (
     BlockQuantizer,
     MXQuantizer,
+    NVFP4Quantizer,
     Quantized,
     Quantizer,
     RowQuantizer,
@@ -16,8 +17,8 @@ from ..quantizers import (
 )
 
 
-def scaling_of(quantizer: Quantizer) -> str | None:
-    """The kernels' name for a quantizer's scaling; None where they have none."""
+def _scaling(quantizer: Quantizer) -> str | None:
+    """The name of a quantizer's scaling in `formats.BLOCKS`."""
     if isinstance(quantizer, RowQuantizer):
         return "rows"
     if isinstance(quantizer, TensorQuantizer):
@@ -27,10 +28,15 @@ def scaling_of(quantizer: Quantizer) -> str | None:
     return "mx" if isinstance(quantizer, MXQuantizer) else None
 
 
-def format_of(quantizer: Any) -> Format:
-    """How the kernels are to quantize, for a quantizer that has a `scaling_of`."""
+def format_of(quantizer: Any) -> Target | None:
+    """How the kernels are to quantize; None where they have no such format."""
+    if isinstance(quantizer, NVFP4Quantizer):
+        return NVFP4(quantizer.height, quantizer.stochastic, quantizer.hadamard)
+    scaling = _scaling(quantizer)
+    if scaling is None:
+        return None
     eps, power = getattr(quantizer, "eps", 0.0), getattr(quantizer, "power_of_two", False)
-    return Format(scaling_of(quantizer) or "", quantizer.dtype, eps, power)
+    return Format(scaling, quantizer.dtype, eps, power)
 
 
 def as_quantized(quantizer: Quantizer, copies: Any, dtype: torch.dtype) -> Quantized:
