@@ -13,6 +13,7 @@ from .cpu import CPU, reject_dtype
 from .lazy import Lazy
 from .quantizing import as_quantized, copy_names, format_of, scaling_of
 
+build = Lazy("cpu.build")
 kernels = Lazy("cpu.quantize")
 
 
@@ -40,7 +41,7 @@ class _Quantizing(CPU):
     def reject(self, q: Any, x: Spec) -> str | None:  # type: ignore[override]
         if scaling_of(q.quantizer) is None:
             return f"its kernels do not write {q.quantizer.storage.name}"
-        return reject_dtype(x)
+        return reject_dtype(x) or build.reason("quantize")
 
 
 @register
