@@ -14,6 +14,7 @@ from .cpu import CPU, reject_dtype
 from .lazy import Lazy
 from .quantizing import as_quantized, copy_names, format_of
 
+build = Lazy("cpu.build")
 kernels = Lazy("cpu.quantize")
 
 
@@ -41,7 +42,7 @@ class _Quantizing(CPU):
     def reject(self, q: Any, x: Spec) -> str | None:  # type: ignore[override]
         if not isinstance(format_of(q.quantizer), Format):
             return f"its kernels do not write {q.quantizer.storage.name}"
-        return reject_dtype(x)
+        return reject_dtype(x) or build.reason("quantize")
 
 
 @register

@@ -15,7 +15,8 @@ from ..reference import quantize as reference
 from .launch import DTYPES, Kernel, address, direct, rows_of
 from .memory import empty
 
-_kernel = Kernel("opsgraph_quantize", "=7q 2q q 2q 2q 2q d")  # struct Quantize in source/quantize.h
+_FIELDS = "=7q 2q q 2q 2q 2q d"  # struct Quantize in source/quantize.h
+_kernel = Kernel("opsgraph_quantize", _FIELDS, "quantize")
 SCALINGS = {"tensor": 0, "rows": 1, "blocks": 2, "square": 3, "mx": 4}
 """The scalings, with their codes in source/quantize.h."""
 FP32 = torch.float32

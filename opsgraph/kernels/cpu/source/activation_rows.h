@@ -1,7 +1,5 @@
 // The passes over rows that run a kind of activation on chunks of columns.
 #pragma once
-#include <vector>
-
 #include "activations.h"
 
 const int64_t CHUNK = 512;
@@ -47,13 +45,15 @@ static inline void over_chunks(
         for (int64_t first = 0; first < t.width; first += t.period)
             for (int64_t y = first; y < first + t.period; y += CHUNK) {
                 int64_t a = t.gated ? y + first : y;
-                run(row, row + rows, Chunk{y, a, a + t.period, std::min(CHUNK, first + t.period - y)});
+                run(row, row + rows, Chunk{y, a, a + t.period, min(CHUNK, first + t.period - y)});
             }
 }
 
 static const struct Ones {
     float values[CHUNK];
-    Ones() { std::fill(values, values + CHUNK, 1.0f); }
+    Ones() {
+        for (float& value : values) value = 1.0f;
+    }
 } ones;
 
 // x + bias, rounded as the tensor is; into pre as well, if that is wanted.
@@ -73,7 +73,7 @@ template <class T>
 LOOP void activation_forward_chunk(
     const Activation& t, const Kind& kind, const float* p, int64_t begin, int64_t end, Chunk c) {
     alignas(64) float buffers[3][CHUNK];
-    static thread_local std::vector<T> room(BLOCK * CHUNK);
+    static thread_local Room<T> room(BLOCK * CHUNK);
     const int64_t total = t.gated ? 2 * t.width : t.width, stride = t.y ? t.width : CHUNK;
     T* y = t.y ? static_cast<T*>(t.y) + begin * t.width + c.y : room.data();
     for (int64_t row = begin; row < end; row++) {
