@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from opsgraph.kernels.formats import BLOCKS, Format
+from opsgraph.kernels.formats import BLOCKS, NVFP4, Format
 from opsgraph.kernels.triton import gemm, norms, quantize
 from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
 from opsgraph.kernels.triton.dropout import dropout
@@ -188,12 +188,18 @@ def _grouped(rows: int, depth: int, width: int, dtype: torch.dtype, what: str) -
         grouped_wgrad(dy, x, offsets)
 
 
+TARGETS = {scaling: Format(scaling) for scaling in BLOCKS} | {
+    "nvfp4": NVFP4(1, True, True),
+    "nvfp4 square": NVFP4(16),
+}
+
+
 def _quantize(
     what: str, scaling: str, width: int, dtype: torch.dtype, given: bool, want: tuple[str, ...],
     rows: int = 4096,
 ) -> None:  # fmt: skip
     """given: with delayed scaling's scale and amax."""
-    to, scale = Format(scaling), (_meta() if given else None)
+    to, scale = TARGETS[scaling], (_meta() if given else None)
     want = (*want, "amax") if given else want
     x, vector = _meta(rows, width, dtype=dtype), _meta(width, dtype=dtype)
     if what == "cast":
@@ -249,7 +255,7 @@ def cases(which: str) -> Iterator[Case]:
 def _quantize_cases(which: str) -> Iterator[Case]:
     """Both copies at once, as training wants them; in "all" the row copy alone too."""
     kinds, widths, dtypes = ["cast", "rmsnorm", "swiglu", "swiglu backward"], [4096], [HALF]
-    scalings = ["mx"] if which == "few" else list(BLOCKS)
+    scalings = ["mx", "nvfp4"] if which == "few" else list(TARGETS)
     wants: list[tuple[str, ...]] = [BOTH]
     if which == "all":
         kinds += ["layernorm", "gelu", "geglu_erf backward"]
@@ -264,9 +270,10 @@ def _quantize_cases(which: str) -> Iterator[Case]:
         ("cast", "tensor", 256, torch.float32, True, BOTH, 13),
     )
     for what, width, dtype, scaling, want in product(kinds, widths, dtypes, scalings, wants):
-        if which == "usual" and what != "cast" and scaling in ("rows", "square"):
+        if which == "usual" and what != "cast" and scaling in ("rows", "square", "nvfp4 square"):
             continue
-        undefined = scaling == "rows" or ("glu" in what and width % BLOCKS[scaling])
+        undefined = scaling not in BLOCKS or scaling == "rows"
+        undefined |= "glu" in what and width % BLOCKS.get(scaling, 1) > 0
         if what.endswith("backward") and undefined:
             continue
         # A tensor's scale is given, with its amax wanted, or else found from the amax.

@@ -11,7 +11,7 @@ from torch import Tensor
 import opsgraph as og
 from opsgraph.backend import backends
 from opsgraph.fusers import quantizing
-from opsgraph.fusers.quantizing import KERNELS, Kernel, quantize
+from opsgraph.fusers.quantizing import KERNELS, quantize
 from opsgraph.quantizers import (
     E4M3,
     E5M2,
@@ -54,15 +54,15 @@ class Halved(TensorQuantizer):
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Quantizer]:
     """The quantizers for which the CPU's kernel has run."""
     found: list[Quantizer] = []
-    dtypes, real = KERNELS["cpu"]
+    real = KERNELS["cpu"]
 
     def noted(
         quantizer: Quantizer, x: Tensor, scale: Tensor | None, names: Collection[str]
     ) -> quantizing.Made:
         found.append(quantizer)
-        return real(quantizer, x, scale, names)
+        return real.quantize(quantizer, x, scale, names)
 
-    monkeypatch.setitem(KERNELS, "cpu", Kernel(dtypes, noted))
+    monkeypatch.setitem(KERNELS, "cpu", real._replace(quantize=noted))
     return found
 
 

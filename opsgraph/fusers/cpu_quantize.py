@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from ..fuser import register
-from ..kernels.formats import Copies
+from ..kernels.formats import Copies, Format
 from ..op import Op
 from ..ops import Bias, Quantize, QuantizeGrad
-from ..quantizers import Quantized, Quantizer, TensorQuantizer, transposed
+from ..quantizers import Quantized, Quantizer, RowQuantizer, TensorQuantizer, transposed
 from ..spec import Spec
 from .cpu import CPU, DTYPES, Activation, reject_dtype, shape_of
 from .lazy import Lazy
-from .quantizing import KERNELS, Kernel, as_quantized, copy_names, format_of, scaling_of
+from .quantizing import KERNELS, Kernel, as_quantized, copy_names, format_of
 
+build = Lazy("cpu.build")
 kernels = Lazy("cpu.quantize")
 
 
@@ -47,16 +48,16 @@ def quantize(
     return _found(quantizer, made, x.dtype, names), made.amax
 
 
-KERNELS["cpu"] = Kernel(DTYPES, quantize)
+KERNELS["cpu"] = Kernel((Format,), DTYPES, quantize, lambda: build.reason("quantize"))
 
 
 class _Quantizing(CPU):
     """What both refuse."""
 
     def reject(self, q: Any, x: Spec) -> str | None:  # type: ignore[override]
-        if scaling_of(q.quantizer) is None:
+        if not isinstance(format_of(q.quantizer), Format):
             return f"its kernels do not write {q.quantizer.storage.name}"
-        return reject_dtype(x)
+        return reject_dtype(x) or build.reason("quantize")
 
 
 @register
@@ -88,7 +89,7 @@ class ActivationQuantizeCPU(_Quantizing):
     pattern, saves = dict(bias=Bias | None, act=Activation, q=Quantize), ("act_x", "q_amax")
 
     def reject(self, act: Op, q: Any, x: Spec) -> str | None:  # type: ignore[override]
-        if scaling_of(q.quantizer) == "rows" or type(q.quantizer) is TensorQuantizer:
+        if type(q.quantizer) in (RowQuantizer, TensorQuantizer):
             return "its kernel quantizes tiles before the amax of a row or of the tensor is known"
         if getattr(act, "glu_interleave_size", None):
             return "its kernel does not interleave"

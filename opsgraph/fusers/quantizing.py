@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from ..backend import backends
-from ..kernels.formats import Format
+from ..kernels.formats import NVFP4, Format, Target
 from ..quantizers import (
     BlockQuantizer,
     DelayedQuantizer,
     MXQuantizer,
+    NVFP4Quantizer,
     Quantized,
     Quantizer,
     RowQuantizer,
@@ -26,20 +27,25 @@ _SCALINGS = {
 }
 
 
-def scaling_of(quantizer: Quantizer) -> str | None:
-    """The kernels' name for a quantizer's scaling; None where they have none.
-
-    A subclass has none: it may quantize in a way of its own.
-    """
+def _scaling(quantizer: Quantizer) -> str | None:
+    """The name of a quantizer's scaling in `formats.BLOCKS`."""
     if type(quantizer) is BlockQuantizer:
         return "blocks" if quantizer.height == 1 else "square"
     return _SCALINGS.get(type(quantizer))
 
 
-def format_of(quantizer: Any) -> Format:
-    """How the kernels are to quantize, for a quantizer that has a `scaling_of`."""
+def format_of(quantizer: Any) -> Target | None:
+    """How the kernels are to quantize; None where they have no such format.
+
+    A subclass of a quantizer has none: it may quantize in a way of its own.
+    """
+    if type(quantizer) is NVFP4Quantizer:
+        return NVFP4(quantizer.height, quantizer.stochastic, quantizer.hadamard)
+    scaling = _scaling(quantizer)
+    if scaling is None:
+        return None
     eps, power = getattr(quantizer, "eps", 0.0), getattr(quantizer, "power_of_two", False)
-    return Format(scaling_of(quantizer) or "", quantizer.dtype, eps, power)
+    return Format(scaling, quantizer.dtype, eps, power)
 
 
 def as_quantized(quantizer: Quantizer, copies: Any, dtype: torch.dtype) -> Quantized:
@@ -59,14 +65,21 @@ Made = tuple[Quantized, Tensor | None]
 
 
 class Kernel(NamedTuple):
-    """A backend's way to quantize a tensor: the dtypes that it reads, and the function.
+    """A backend's way to quantize a tensor: formats that it writes, dtypes that it reads, and how.
 
     `quantize(quantizer, x, scale, names)` gives the copies of x, `[rows, width]`, and the amax,
-    as far as they are named, with the quantizer's bits.
+    as far as they are named, with the quantizer's bits. why_not: a reason why it is absent here
+    though its backend is there.
     """
 
+    formats: tuple[type, ...]
     dtypes: tuple[torch.dtype, ...]
     quantize: Callable[[Quantizer, Tensor, Tensor | None, Collection[str]], Made]
+    why_not: Callable[[], str | None] = lambda: None
+
+    def takes(self, to: Target | None, x: Tensor) -> bool:
+        """Whether it quantizes such a tensor so."""
+        return isinstance(to, self.formats) and x.dtype in self.dtypes and not self.why_not()
 
 
 KERNELS: dict[str, Kernel] = {}
@@ -82,13 +95,11 @@ def quantize(
     The first backend in `order` with a kernel for x does, and where none has, the quantizer. That
     is so under torch.compile, too, which sees into the quantizer's formulas.
     """
-    if not torch.compiler.is_compiling() and scaling_of(quantizer) is not None:
-        known = backends()
+    if not torch.compiler.is_compiling():
+        to, known = format_of(quantizer), backends()
         for name in order:
-            kernel, backend = KERNELS.get(name), known.get(name)
-            if kernel is None or backend is None or x.dtype not in kernel.dtypes:
-                continue
-            if x.device.type in (backend.devices or ()) and backend.why_not() is None:
-                return kernel.quantize(quantizer, x, scale, names)
+            here = name in KERNELS and known[name].why_not_on(x.device) is None
+            if here and KERNELS[name].takes(to, x):
+                return KERNELS[name].quantize(quantizer, x, scale, names)
     amax = quantizer.amax(x) if "amax" in names else None
     return quantizer(x, names, scale), amax

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from ..backend import backends, interpreting
 from ..fuser import register
+from ..kernels.formats import NVFP4, Format
 from ..op import Op
 from ..ops import Add, BasicLinear, Bias, LayerNorm, Quantize, QuantizeGrad, RMSNorm
-from ..quantizers import Quantized, Quantizer, RowQuantizer
+from ..quantizers import NVFP4Quantizer, Quantized, Quantizer, RowQuantizer
 from ..spec import Spec, Storage
 from .cublaslt import reject_gradient_formats, reject_product, scaled_product, weight_gradient
 from .lazy import Lazy
-from .quantizing import KERNELS, Kernel, as_quantized, copy_names, format_of, scaling_of
+from .quantizing import KERNELS, Kernel, as_quantized, copy_names, format_of
 from .triton import Gated, Plain, Triton, _dtype, _params, reject_activation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,11 +33,11 @@ def quantize(
     return as_quantized(quantizer, made, x.dtype), made.amax
 
 
-KERNELS["triton"] = Kernel(DTYPES, quantize)
+KERNELS["triton"] = Kernel((Format, NVFP4), DTYPES, quantize)
 
 
 def _rejects(q: Any, x: Spec) -> str | None:
-    if scaling_of(q.quantizer) is None:
+    if format_of(q.quantizer) is None:
         return f"its kernels do not write {q.quantizer.storage.name}"
     return _dtype(x)
 
@@ -171,6 +172,8 @@ def reject_backward(q: Any, act: Any, x: Spec) -> str | None:
         return reason
     if isinstance(q.quantizer, RowQuantizer):
         return "its kernel does not scale by rows"
+    if isinstance(q.quantizer, NVFP4Quantizer):
+        return "its kernel does not write nvfp4"
     if act.out(x).width != x.width and x.width // 2 % 128:
         return f"its kernel wants halves of a multiple of 128, not {x.width // 2}"
     return None
@@ -222,8 +225,10 @@ class ActivationLinearBackwardQuantize(Triton):
         stored = x.stored(q.quantizer.storage)
         if reason := reject_backward(grad, act, x) or reject_product(fc, stored):
             return reason
-        first, second = grad.quantizer, q.quantizer
-        if format_of(first)._replace(dtype=second.dtype) != format_of(second):
+        first, second = format_of(grad.quantizer), format_of(q.quantizer)
+        if isinstance(first, Format) and isinstance(second, Format):
+            first = first._replace(dtype=second.dtype)
+        if first != second:
             return "its kernel scales the gradient and the activation in one way"
         absent = None if interpreting() else backends()["cublaslt"].why_not_on(x.device)
         return None if absent is None else f"its GEMMs are cublaslt's: {absent}"

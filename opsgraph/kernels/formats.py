@@ -24,7 +24,20 @@ class Format(NamedTuple):
     power_of_two: bool = False
 
 
-Copy = tuple[Tensor, Tensor]
+class NVFP4(NamedTuple):
+    """How to quantize to NVFP4; each copy is (data uint8 `[rows, blocks, 8]`, scale E4M3, amax).
+
+    height: the rows of a block, 1 or 16; stochastic: of the rounding; hadamard: of column copies,
+    which are transformed first. All as in `quantizers.NVFP4Quantizer`.
+    """
+
+    height: int = 1
+    stochastic: bool = False
+    hadamard: bool = False
+
+
+Target = Format | NVFP4
+Copy = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
 class Copies(NamedTuple):
@@ -39,8 +52,14 @@ class Copies(NamedTuple):
     inverse: Tensor | None = None
 
 
-def check(to: Format, scale: Tensor | None, want: Collection[str]) -> None:
+def check(to: Target, scale: Tensor | None, want: Collection[str]) -> None:
     """Raises ValueError for a format or a wish that is not defined."""
+    if isinstance(to, NVFP4):
+        if to.height not in (1, 16):
+            raise ValueError(f"NVFP4 has blocks of 1 or 16 rows, got {to.height}")
+        if scale is not None or "amax" in want:
+            raise ValueError("NVFP4 takes no scale and gives no amax but the copies' own")
+        return
     if to.scaling not in BLOCKS:
         raise ValueError(f"unknown scaling {to.scaling!r}, expected one of {', '.join(BLOCKS)}")
     if to.dtype not in (E4M3, E5M2):

@@ -26,7 +26,7 @@ from opsgraph.kernels.cpu import activations, build
 x = torch.randn(4, 8)
 y = activations.activation_forward(x, "relu")[0]
 assert torch.equal(y, x.clamp(min=0))
-print(build.library()._name)
+print(build.library("activations")._name)
 """
 
 PLAN = """
@@ -58,7 +58,7 @@ class Home:
             "XDG_CACHE_HOME": str(self.cache),
             "TMPDIR": str(self.temporary),
             "CXX": str(self.compiler),
-            "COMPILED": "" if REASON else build.library()._name,
+            "COMPILED": "" if REASON else build.library("activations")._name,
             "LOG": str(self.log),
         }
 
@@ -113,6 +113,46 @@ def test_the_library_is_compiled_once_and_kept(home: Home) -> None:
     assert stat.S_IMODE((home.cache / "opsgraph").stat().st_mode) == 0o700
 
 
+TOGETHER = """
+from opsgraph.kernels.cpu import build
+print(build.why_not(), len(build._found))
+"""
+
+
+@needs_compiler
+def test_libraries_are_compiled_side_by_side_and_that_of_recipes_is_not(home: Home) -> None:
+    """Each compiler waits for the others, and fails if they do not come."""
+    everyone = '[ $(wc -l < "$LOG") -eq 3 ] && cp "$COMPILED" "$out" && exit'
+    home.script(f"for n in $(seq 200); do {everyone}; sleep 0.1; done; exit 1")
+    assert home.run(TOGETHER) == "None 3"
+    names = {path.name.partition("-")[0] for path in home.files()}
+    assert names == set(build.EVERYDAY)
+    assert home.run(TOGETHER) == "None 3"
+    assert home.compiled == 3
+
+
+ONE_FAILS = """
+import torch
+from opsgraph.kernels.cpu import build
+from opsgraph.kernels.cpu.quantize import quantize
+from opsgraph.kernels.formats import E4M3, Format
+for _ in range(2):
+    try:
+        quantize(torch.ones(2, 2), Format("tensor", E4M3))
+    except build.BuildError as error:
+        print(error)
+print(build.why_not(), build.reason("quantize"))
+"""
+
+
+@needs_compiler
+def test_a_library_that_does_not_compile_leaves_the_others(home: Home) -> None:
+    failing = 'case "$*" in *quantize.cpp*) echo "quantize.h:1: error: boom"; exit 1;; esac >&2'
+    home.script(f'{failing}\ncp "$COMPILED" "$out"')
+    reason = f"the C++ compiler {home.compiler} failed: quantize.h:1: error: boom"
+    assert home.run(ONE_FAILS).splitlines() == [reason, reason, f"None {reason}"]
+
+
 @needs_compiler
 def test_processes_that_start_together(home: Home) -> None:
     processes = [home.start(RUN) for _ in range(4)]
@@ -125,13 +165,13 @@ def test_processes_that_start_together(home: Home) -> None:
 @needs_compiler
 @pytest.mark.parametrize("damage", [b"", b"\x7fELF", None], ids=["empty", "short", "a byte off"])
 def test_a_damaged_file_is_made_again(here: Home, damage: bytes | None) -> None:
-    path = Path(build._load()._name)
+    path = Path(build._load("activations")._name)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.unlink()  # it is mapped here
     path.write_bytes(bytes(content) if damage is None else damage)
     path.chmod(0o600)
-    assert build._load()._name == str(path)
+    assert build._load("activations")._name == str(path)
     assert here.compiled == 2
 
 
@@ -164,11 +204,11 @@ def test_nothing_is_loaded_that_others_can_write(home: Home) -> None:
 @needs_compiler
 def test_no_library_is_loaded_that_others_made_or_can_write(here: Home, monkeypatch: Any) -> None:
     """Of those in our own directory, on any way that they may have come there."""
-    path = Path(build._load()._name)
+    path = Path(build._load("activations")._name)
     assert build._intact(path)
     path.chmod(0o666)
     assert not build._intact(path), "others can write it"
-    assert Path(build._load()._name) == path, "it is made again in its place"
+    assert Path(build._load("activations")._name) == path, "it is made again in its place"
     assert here.compiled == 2
     assert build._intact(path)
     link = path.with_name(f"link{path.name}")
@@ -192,7 +232,7 @@ def test_a_link_in_the_temporary_directory_is_not_followed(here: Home) -> None:
     elsewhere.mkdir(mode=0o700)
     (here.temporary / f"opsgraph-{os.getuid()}").symlink_to(elsewhere)
     with pytest.raises(build.BuildError, match="belongs to another user"):
-        build._load()
+        build._load("activations")
     assert not list(elsewhere.iterdir())
 
 
@@ -205,9 +245,9 @@ def test_a_full_disk_is_left_for_the_temporary_directory(here: Home, monkeypatch
 
     rename = os.replace
     monkeypatch.setattr(os, "replace", full)
-    path = Path(build._load()._name)
+    path = Path(build._load("activations")._name)
     assert path.parent.parent == here.temporary
-    assert build._load()._name == str(path)
+    assert build._load("activations")._name == str(path)
     assert here.compiled == 1
     assert not here.files(), "nothing is left half written"
     assert list(path.parent.iterdir()) == [path]
@@ -224,20 +264,20 @@ def test_a_library_that_the_system_will_not_load_is_made_elsewhere(
 
     library = build.ctypes.CDLL
     monkeypatch.setattr(build.ctypes, "CDLL", load)
-    assert Path(build._load()._name).parent.parent == here.temporary
-    assert Path(build._load()._name).parent.parent == here.temporary
+    assert Path(build._load("activations")._name).parent.parent == here.temporary
+    assert Path(build._load("activations")._name).parent.parent == here.temporary
     assert here.compiled == 1
 
 
 @needs_compiler
 def test_without_a_temporary_directory_what_is_kept_is_used(here: Home, monkeypatch: Any) -> None:
-    path = build._load()._name
+    path = build._load("activations")._name
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/no/such"])
-    assert build._load()._name == path
+    assert build._load("activations")._name == path
     Path(path).unlink()
     with pytest.raises(build.BuildError, match="No usable temporary directory"):
-        build._load()
+        build._load("activations")
 
 
 def test_a_relative_cache_directory_is_ignored(monkeypatch: Any, tmp_path: Path) -> None:
@@ -284,31 +324,34 @@ def test_without_a_compiler_the_next_backend_runs_and_doctor_says_why(home: Home
 @pytest.mark.parametrize(
     "body, reason",
     [
-        ("echo 'kernels.cpp:1: error: boom' >&2; exit 1", "failed: kernels.cpp:1: error: boom"),
+        (
+            "echo 'activations.cpp:1: error: boom' >&2; exit 1",
+            "failed: activations.cpp:1: error: boom",
+        ),
         (r"printf '\344: error: boom' >&2; exit 1", "failed: .: error: boom"),
         ('[ "$LC_ALL" = C ] && echo in English >&2; exit 1', "failed: in English"),
         ("exit 3", "failed: exit status 3"),
         ('echo nonsense > "$out"', "file too short"),
-        ("exit 0", "No such file or directory: .*kernels.so"),
+        ("exit 0", "No such file or directory: .*activations.so"),
     ],
     ids=["an error", "no text", "in English", "a silent failure", "no library", "nothing"],
 )
 def test_a_compiler_that_fails_is_a_reason(here: Home, body: str, reason: str) -> None:
     here.script(body)
     with pytest.raises(build.BuildError, match=reason):
-        build._load()
+        build._load("activations")
 
 
 def test_a_compiler_that_is_not_there_is_a_reason(here: Home, monkeypatch: Any) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     with pytest.raises(build.BuildError, match="CXX=no-such-compiler is not found"):
-        build._load()
+        build._load("activations")
 
 
 @needs_compiler
 def test_a_compiler_of_another_machine_gets_other_flags(here: Home) -> None:
     here.script('case "$*" in *prefer-vector*|*mtune*) exit 1;; esac\ncp "$COMPILED" "$out"')
-    build._load()
+    build._load("activations")
     assert here.compiled == 3
 
 
@@ -316,7 +359,7 @@ def test_a_compiler_that_is_told_the_machine_gets_no_other(here: Home, monkeypat
     monkeypatch.setenv("CXX", f"{here.compiler} -march=x86-64-v3")
     here.script('echo "error: $*" >&2; exit 1')
     with pytest.raises(build.BuildError, match="failed: error: -march=x86-64-v3 -std") as raised:
-        build._load()
+        build._load("activations")
     assert "native" not in str(raised.value)
     assert here.compiled == 1
 
@@ -325,7 +368,7 @@ def test_a_compiler_that_does_not_end_is_a_reason(here: Home, monkeypatch: Any) 
     here.script("exec sleep 60")
     monkeypatch.setattr(build, "TIMEOUT", 0.5)
     with pytest.raises(build.BuildError, match=r"compiler did not end within 0.5 s"):
-        build._load()
+        build._load("activations")
     assert here.compiled == 1
 
 

@@ -12,7 +12,9 @@ from opsgraph.kernels.cpu import dequantize as kernels
 from opsgraph.kernels.formats import E4M3, E5M2
 from opsgraph.kernels.reference import quantize as reference
 
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+pytestmark = pytest.mark.skipif(
+    build.reason("dequantize") is not None, reason=str(build.reason("dequantize"))
+)
 
 GRIDS = {"tensor": (0, 0), "rows": (1, 0), "blocks": (1, 128), "square": (128, 128), "mx": (1, 32)}
 """Height and width of a scale's block; 0 for all there is."""

@@ -20,7 +20,8 @@ from opsgraph.kernels.cpu.quantize import SCALINGS, activation_quantize, quantiz
 from opsgraph.kernels.formats import E4M3, E5M2, Format
 from opsgraph.kernels.reference import quantize as reference
 
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+REASON = build.reason("quantize")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 DTYPES = (torch.float32, torch.bfloat16)
 SMALL = {E4M3: oracle.E4M3, E5M2: oracle.E5M2}

@@ -17,8 +17,8 @@ from .launch import DTYPES, Kernel, address, direct, rows_of
 from .memory import empty
 
 FIELDS = "=7q 3q 2q 4q q 3d"  # struct Activation in source/activations.h
-_forward_kernel = Kernel("opsgraph_activation_forward", FIELDS)
-_backward_kernel = Kernel("opsgraph_activation_backward", FIELDS)
+_forward_kernel = Kernel("opsgraph_activation_forward", FIELDS, "activations")
+_backward_kernel = Kernel("opsgraph_activation_backward", FIELDS, "activations")
 FUNCTIONS = ("swish", "gelu", "gelu_erf", "relu", "srelu", "sigmoid", "clamped", "situ")
 """The functions f, with their g, in the order of `kinds` in source/activations.h."""
 

@@ -1,11 +1,12 @@
-"""The library of C++ kernels: compiled at first use, kept in a cache directory of the user's.
+"""Libraries of C++ kernels: compiled at first use, kept in a cache directory of the user's.
 
-A file's name tells from what it was made (sources, compiler, flags, CPU) and the digest of its own
-bytes: `kernels-KEY-DIGEST.so`. It appears by a rename, so processes that start at the same time may
-each compile, and none sees half a file; one whose bytes are not what its name says is made again,
-and so is one that somebody else could have put there. The directory is `$XDG_CACHE_HOME/opsgraph`,
-by default `~/.cache/opsgraph`, and where that cannot be written, is full or does not let libraries
-be loaded, a private one below the system's temporary directory.
+There is one for each .cpp file of `source`, so that they are compiled at the same time, and only
+where they are needed. A file's name tells from what it was made (sources, compiler, flags, CPU) and
+the digest of its own bytes: `norms-KEY-DIGEST.so`. It appears by a rename, so processes that start
+at the same time may each compile, and none sees half a file; one whose bytes are not what its name
+says is made again, and so is one that somebody else could have put there. The directory is
+`$XDG_CACHE_HOME/opsgraph`, by default `~/.cache/opsgraph`, and where that cannot be written, is
+full or does not let libraries be loaded, a private one below the system's temporary directory.
 """
 
 import ctypes
@@ -19,16 +20,20 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "source"
+EVERYDAY = ("norms", "activations", "transpose")
+"""The libraries of the kernels that plans have without recipes."""
 CPUINFO = Path("/proc/cpuinfo")
+# -O3 takes a third longer than -O2 with vectors, for kernels that are not any faster.
 # No -ffast-math: linked, it has the whole process flush denormals to zero; inf and NaN get lost.
 # Contraction is off because sources say themselves where a multiply-add is fused (scalar.h).
 FLAGS = (
-    "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
-    "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd",
+    "-std=c++17", "-O2", "-ftree-vectorize", "-shared", "-fPIC", "-fvisibility=hidden",
+    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd",
 )  # fmt: skip
 # On ARM the vectors are those that all of them have, NEON's: for SVE's, whose length it does not
 # know, GCC leaves sums scalar.
@@ -40,35 +45,41 @@ A compiler's command that names a machine itself (-march, -mcpu) gets none of th
 TIMEOUT = 300
 """Seconds after which a compiler counts as one that does not work."""
 
-_lock = threading.Lock()
-_found: ctypes.CDLL | str | None = None
+_locks = {path.stem: threading.Lock() for path in SOURCES.glob("*.cpp")}
+_found: dict[str, ctypes.CDLL | str] = {}
 
 
 class BuildError(Exception):
     """Why there is no library."""
 
 
-def library() -> ctypes.CDLL:
-    """The loaded library, compiled if need be. Raises BuildError, with the reason, every time."""
-    global _found
-    with _lock:
-        if _found is None:
+def library(name: str) -> ctypes.CDLL:
+    """A loaded library, compiled if need be. Raises BuildError, with the reason, every time."""
+    with _locks[name]:
+        if name not in _found:
             try:
-                _found = _load()
+                _found[name] = _load(name)
             except BuildError as error:
-                _found = str(error)
-    if isinstance(_found, str):
-        raise BuildError(_found)
-    return _found
+                _found[name] = str(error)
+    found = _found[name]
+    if isinstance(found, str):
+        raise BuildError(found)
+    return found
 
 
-def why_not() -> str | None:
-    """Why there is no library, or None where there is one."""
+def reason(name: str) -> str | None:
+    """Why a library is not there, or None where it is."""
     try:
-        library()
+        library(name)
     except BuildError as error:
         return str(error)
     return None
+
+
+def why_not() -> str | None:
+    """Why one of the `EVERYDAY` libraries is not there, or None; they are compiled side by side."""
+    with ThreadPoolExecutor(len(EVERYDAY)) as pool:
+        return next(filter(None, pool.map(reason, EVERYDAY)), None)
 
 
 def compiler() -> list[str]:
@@ -86,7 +97,7 @@ def compiler() -> list[str]:
 
 
 def directories() -> Iterator[Path]:
-    """Where the library may be, in order."""
+    """Where libraries may be, in order."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     with suppress(RuntimeError):  # no home
         home = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
@@ -109,15 +120,15 @@ def replace(path: Path, content: bytes) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def _load() -> ctypes.CDLL:
+def _load(library: str) -> ctypes.CDLL:
     command = compiler()
-    name = f"kernels-{_key(command)}"
+    name = f"{library}-{_key(command)}"
     for directory in directories():
         for path in sorted(directory.glob(f"{name}-*.so")):
             with suppress(OSError):  # what cannot be read or loaded is made again
                 if _intact(path):
                     return ctypes.CDLL(str(path))
-    content = _compiled(command)
+    content = _compiled(library, command)
     failures = []
     for directory in directories():
         path = directory / f"{name}-{_digest(content)}.so"
@@ -148,13 +159,13 @@ def _private(path: Path) -> bool:
     return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022 and not exposed
 
 
-def _compiled(command: list[str]) -> bytes:
+def _compiled(library: str, command: list[str]) -> bytes:
     """A library. Compilers need room for temporary files anyway, so it is made among them."""
     try:
         with tempfile.TemporaryDirectory(prefix="opsgraph-") as folder:
-            made = Path(folder) / "kernels.so"
+            made = Path(folder) / f"{library}.so"
             for target in _targets(command):
-                source = str(SOURCES / "kernels.cpp")
+                source = str(SOURCES / f"{library}.cpp")
                 reason = _compile([*command, *FLAGS, *target, source, "-o", str(made)])
                 if reason is None:
                     return made.read_bytes()
@@ -190,7 +201,7 @@ def _digest(content: bytes) -> str:
 
 
 def _key(command: list[str]) -> str:
-    """What the library depends on, as a name. A compiler is told by its file, size and date."""
+    """What libraries depend on, as a name. A compiler is told by its file, size and date."""
     made = hashlib.sha256(repr((command, FLAGS, TARGETS, _processor())).encode())
     found = os.stat(os.path.realpath(command[0]))
     made.update(f"{found.st_size} {found.st_mtime_ns}".encode())

@@ -12,7 +12,8 @@ from . import build
 from .launch import DTYPES, Kernel, address, direct, rows_of
 from .memory import empty
 
-_kernel = Kernel("opsgraph_dequantize", "=6q q q q 2q q")  # struct Dequantize in dequantize.h
+_FIELDS = "=6q q q q 2q q"  # struct Dequantize in source/dequantize.h
+_kernel = Kernel("opsgraph_dequantize", _FIELDS, "dequantize")
 
 
 def decode(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,7 +49,12 @@ def _takes(data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether the kernel is here, and may read such a copy."""
     if torch.compiler.is_compiling() or data.device.type != "cpu" or dtype not in DTYPES:
         return False
-    return direct(data, scale) and data.dim() == 2 and bool(data.numel()) and not build.why_not()
+    return (
+        direct(data, scale)
+        and data.dim() == 2
+        and bool(data.numel())
+        and not build.reason("dequantize")
+    )
 
 
 def _made(

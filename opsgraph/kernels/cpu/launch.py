@@ -1,4 +1,4 @@
-"""What every call of a C++ kernel needs: the library, one packed record, and fit tensors.
+"""What every call of a C++ kernel needs: its library, one packed record, and fit tensors.
 
 A kernel takes one record of 8-byte fields (the structs in `source/`), packed by `struct`: that
 costs a quarter of what ctypes takes to convert as many arguments.
@@ -65,13 +65,13 @@ def address(tensor: Tensor | None) -> int:
 
 
 class Kernel:
-    """A function of the library, looked up (and the library built) at its first call.
+    """A function of a library, looked up (and the library built) at its first call.
 
-    name: of the C function. fields: the record's, as `struct` writes them.
+    name: of the C function. fields: the record's, as `struct` writes them. library: see `build`.
     """
 
-    def __init__(self, name: str, fields: str) -> None:
-        self.name, self.pack = name, struct.Struct(fields).pack
+    def __init__(self, name: str, fields: str, library: str) -> None:
+        self.name, self.pack, self.library = name, struct.Struct(fields).pack, library
 
     def __call__(self, *values: Any) -> None:
         """Run on the calling thread and as many others as `values` says."""
@@ -80,15 +80,15 @@ class Kernel:
     def __getattr__(self, name: str) -> Any:
         if name != "function":
             raise AttributeError(name)
-        self.function = getattr(_ready(), self.name)
+        self.function = getattr(_ready(self.library), self.name)
         self.function.argtypes, self.function.restype = [ctypes.c_char_p], None
         return self.function
 
 
 @cache
-def _ready() -> ctypes.CDLL:
-    """The library, told of the function by which PyTorch's OpenMP starts its threads."""
-    library = build.library()
+def _ready(name: str) -> ctypes.CDLL:
+    """A library, told of the function by which PyTorch's OpenMP starts its threads."""
+    library = build.library(name)
     library.opsgraph_threads.argtypes, library.opsgraph_threads.restype = [ctypes.c_void_p], None
     library.opsgraph_threads(_fork_join())
     # A process forked after OpenMP has started its threads has none of them, and waits for them

@@ -15,8 +15,8 @@ from .launch import DTYPES, Kernel, address, direct, rows_of, vector
 from .memory import empty
 
 _FIELDS = "=6q 3q 3q 2q 2q 3q 4q d"  # struct Norm in source/norms.h
-_forward_kernel = Kernel("opsgraph_norm_forward", _FIELDS)
-_backward_kernel = Kernel("opsgraph_norm_backward", _FIELDS)
+_forward_kernel = Kernel("opsgraph_norm_forward", _FIELDS, "norms")
+_backward_kernel = Kernel("opsgraph_norm_backward", _FIELDS, "norms")
 _FP32 = torch.float32
 
 

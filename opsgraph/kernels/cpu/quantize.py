@@ -19,8 +19,9 @@ from .launch import DTYPES, Kernel, address, direct, rows_of
 from .memory import empty
 
 _FIELDS = "7q 2q q 2q 2q 2q d"  # struct Quantize in source/quantize.h
-_kernel = Kernel("opsgraph_quantize", f"={_FIELDS}")
-_activation_kernel = Kernel("opsgraph_activation_quantize", f"{activations.FIELDS} {_FIELDS}")
+_kernel = Kernel("opsgraph_quantize", f"={_FIELDS}", "quantize")
+_BOTH = f"{activations.FIELDS} {_FIELDS}"
+_activation_kernel = Kernel("opsgraph_activation_quantize", _BOTH, "quantize")
 SCALINGS = {"tensor": 0, "rows": 1, "blocks": 2, "square": 3, "mx": 4}
 """The scalings, with their codes in source/quantize.h."""
 FP32 = torch.float32

@@ -6,7 +6,7 @@ from torch import Tensor
 from .launch import Kernel, direct, rows_of
 from .memory import empty
 
-_kernel = Kernel("opsgraph_transpose", "=7q")
+_kernel = Kernel("opsgraph_transpose", "=7q", "transpose")
 
 
 def transposed(x: Tensor) -> Tensor:

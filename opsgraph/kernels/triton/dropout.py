@@ -23,13 +23,14 @@ def _mix(h):
 
 
 @triton.jit
-def _keep(seed, index, threshold):
+def random_bits(seed, index):
+    """24 bits, as int32, that depend on the seed (int64) and the flat index alone."""
     value = tl.load(seed)
     first = _mix(value.to(tl.uint32))
     second = _mix((value >> 32).to(tl.uint32) ^ first)
     h = _mix(index.to(tl.uint32) ^ first)
     h = _mix(h ^ (index >> 32).to(tl.uint32) ^ second)
-    return (h & 0xFFFFFF).to(tl.int32) >= threshold
+    return (h & 0xFFFFFF).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["threshold", "scale", "rows", "x_stride", "residual_stride"])
@@ -46,7 +47,7 @@ def dropout_kernel(
         value += tl.load(bias + cols, cols < WIDTH, other=0.0).to(tl.float32)
         value = value.to(x.dtype.element_ty).to(tl.float32)
     at = row * WIDTH + cols
-    value = tl.where(_keep(seed, at, threshold), value * scale, 0.0).to(x.dtype.element_ty)
+    value = tl.where(random_bits(seed, at) >= threshold, value * scale, 0.0).to(x.dtype.element_ty)
     if residual is not None:
         added = tl.load(residual + row * residual_stride * UNIT + cols, mask, other=0.0)
         value = value.to(tl.float32) + added.to(tl.float32)

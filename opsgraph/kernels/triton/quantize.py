@@ -18,56 +18,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ..formats import BLOCKS, E5M2, Copies, Copy, Format, check
-from . import activations
-from .activations import Kind, _output_width
-from .launch import ceil_div, launch, on_device_of, packed, row_major, stride_unit
+from ..formats import BLOCKS, E5M2, NVFP4, Copies, Copy, Format, Target, check
+from . import activations, nvfp4
+from .activations import _output_width
+from .launch import ceil_div, launch, on_device_of, stride_unit
 from .quantize_tiles import copy_kernel, rows_kernel
+from .source import Source
 
 TILE = 128
-PLAIN = Kind(None, False)._asdict()
-
-
-class Source(NamedTuple):
-    """What is quantized, `width` wide: the operands of `quantize_tiles._source`."""
-
-    name: str
-    x: Tensor
-    width: int
-    bias: Tensor | None = None
-    weight: Tensor | None = None
-    mean: Tensor | None = None
-    rstd: Tensor | None = None
-    flags: dict[str, Any] = PLAIN
-    zero_centered: bool = False
-
-    def laid_out(self) -> "Source":
-        """The same with operands that the kernels can read."""
-        return self._replace(
-            x=row_major(self.x),
-            bias=packed(self.bias),
-            weight=packed(self.weight),
-            mean=packed(self.mean),
-            rstd=packed(self.rstd),
-        )
-
-    def operands(self) -> tuple[Tensor | None, ...]:
-        """The kernels' first arguments."""
-        return self.x, self.bias, self.weight, self.mean, self.rstd
-
-    def constants(self) -> dict[str, Any]:
-        """The kernels' compile-time arguments that say what is made, and how it rounds."""
-        return {
-            "SOURCE": self.name,
-            "WIDTH": self.width,
-            **self.flags,
-            "ZERO_CENTERED": self.zero_centered,
-            "enable_fp_fusion": self.name == "norm",  # as the kernel of each has it
-        }
-
-    def config(self, tall: bool) -> dict[str, int]:
-        """`tile_config` for it."""
-        return tile_config(self.width, tall, 2 if self.flags["GATED"] else 1)
 
 
 @cache
@@ -88,6 +46,10 @@ def tile_config(width: int, tall: bool, tensors: int = 1) -> dict[str, int]:
         return {"R": TILE, "C": TILE, "num_warps": 8 if tensors == 1 else 16}
     cols = min(1024, max(TILE, triton.next_power_of_2(width)))
     return {"R": 4096 // cols, "C": cols, "num_warps": 4 if tensors == 1 else 8}
+
+
+def _config(source: Source, tall: bool) -> dict[str, int]:
+    return tile_config(source.width, tall, 2 if source.flags["GATED"] else 1)
 
 
 def constants(to: Format, device: torch.device) -> dict[str, Any]:
@@ -166,12 +128,14 @@ def new_output(
 
 
 def copies(
-    source: Source, to: Format, scale: Tensor | None, want: Collection[str],
+    source: Source, to: Target, scale: Tensor | None, want: Collection[str],
     amax: Tensor | None = None,
 ) -> Copies:  # fmt: skip
     """The copies of a source; see `quantize`. amax: the source's, where it is known already."""
     check(to, scale, want)
     source = source.laid_out()
+    if isinstance(to, NVFP4):
+        return nvfp4.copies(source, to, want, amax)
     x, rows, width = source.x, source.x.size(0), source.width
     empty = not rows * width
     if empty:
@@ -195,7 +159,7 @@ def copies(
 def _run(source: Source, to: Format, output: Output, columns: bool = False) -> Tensor | None:
     """One launch of `copy_kernel`; returns the amax `[]`, or all columns', if that is asked."""
     x, rows = source.x, source.x.size(0)
-    options = source.config(output.col is not None or to.scaling == "square" or columns)
+    options = _config(source, output.col is not None or to.scaling == "square" or columns)
     down, across = ceil_div(rows, options["R"]), ceil_div(source.width, options["C"])
     unit, row_unit = stride_unit(x), 16 if output.col is not None and rows % 16 == 0 else 1
     new = partial(torch.empty, dtype=torch.float32, device=x.device)
@@ -215,7 +179,7 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
 
 
 def _run_rows(source: Source, to: Format, output: Output) -> None:
-    x, options = source.x, source.config(False)
+    x, options = source.x, _config(source, False)
     unit = stride_unit(x)
     with on_device_of(x):
         launch(
@@ -226,7 +190,7 @@ def _run_rows(source: Source, to: Format, output: Output) -> None:
 
 
 def quantize(
-    x: Tensor, to: Format, scale: Tensor | None = None, want: Collection[str] = ("row",)
+    x: Tensor, to: Target, scale: Tensor | None = None, want: Collection[str] = ("row",)
 ) -> Copies:
     """The copies of x (fp32, fp16 or bf16, `[rows, width]`) that are in want: "row", "col", "amax".
 
@@ -237,7 +201,7 @@ def quantize(
 
 
 def activation_quantize(
-    x: Tensor, kind: str, to: Format, params: tuple[float, ...] = (), bias: Tensor | None = None,
+    x: Tensor, kind: str, to: Target, params: tuple[float, ...] = (), bias: Tensor | None = None,
     scale: Tensor | None = None, want: Collection[str] = ("row",),
 ) -> Copies:  # fmt: skip
     """`quantize(activation_forward(x, kind, params, bias), ...)` without storing the activation.

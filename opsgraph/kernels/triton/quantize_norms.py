@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats import BLOCKS, Copies, Format, check
+from ..formats import BLOCKS, NVFP4, Copies, Format, Target, check
 from .launch import ceil_div, launch, on_device_of, packed, row_major, stride_unit
 from .norm_kernels import _STRIDES, _affine, _load, _load_total, _wide_statistics
 from .norms import FUSION, NARROW, forward_config
-from .quantize import Output, Source, constants, copies, new_output
+from .quantize import Output, constants, copies, new_output
 from .quantize_kernels import store_amax, store_copies
+from .source import Source
 
 
 @triton.jit(do_not_specialize=_STRIDES)
@@ -140,17 +141,18 @@ def _read(x: Tensor, other: Tensor | None, norm: _Norm, to: Format, output: Outp
 
 
 def _quantize(
-    x: Tensor, other: Tensor | None, norm: _Norm, to: Format, scale: Tensor | None,
+    x: Tensor, other: Tensor | None, norm: _Norm, to: Target, scale: Tensor | None,
     want: Collection[str],
 ) -> tuple[Copies, _Rows]:  # fmt: skip
     check(to, scale, want)
     rows, width = x.shape
     narrow, wanted = width <= NARROW, set(want)
-    output = Output(amax=narrow and to.scaling == "tensor" and (scale is None or "amax" in want))
-    if narrow and (scale is not None or to.scaling in ("rows", "blocks", "mx")):
-        output = new_output(rows, width, to, x, scale, wanted & {"row", "amax"}, None)
+    first = Format("tensor") if isinstance(to, NVFP4) else to  # NVFP4 too needs the amax first
+    output = Output(amax=narrow and first.scaling == "tensor" and (scale is None or "amax" in want))
+    if narrow and (scale is not None or first.scaling in ("rows", "blocks", "mx")):
+        output = new_output(rows, width, first, x, scale, wanted & {"row", "amax"}, None)
         wanted -= {"row"}
-    read = _read(x, other, norm, to, output)
+    read = _read(x, other, norm, first, output)
     source = Source(
         "norm", x if read.total is None else read.total, width, norm.bias, norm.weight, read.mean,
         read.rstd, zero_centered=norm.zero_centered,
@@ -160,7 +162,7 @@ def _quantize(
 
 
 def rmsnorm_quantize(
-    x: Tensor, weight: Tensor | None, eps: float, to: Format, zero_centered: bool = False,
+    x: Tensor, weight: Tensor | None, eps: float, to: Target, zero_centered: bool = False,
     other: Tensor | None = None, scale: Tensor | None = None,
     want: Collection[str] = ("row", "rstd"),
 ) -> tuple[Copies, Tensor | None, Tensor | None]:  # fmt: skip
@@ -174,7 +176,7 @@ def rmsnorm_quantize(
 
 
 def layernorm_quantize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, to: Format,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, to: Target,
     zero_centered: bool = False, other: Tensor | None = None, scale: Tensor | None = None,
     want: Collection[str] = ("row", "mean", "rstd"),
 ) -> tuple[Copies, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
@@ -190,7 +192,7 @@ def layernorm_quantize(
 
 def norm_again_quantize(
     x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
-    to: Format, zero_centered: bool = False, scale: Tensor | None = None,
+    to: Target, zero_centered: bool = False, scale: Tensor | None = None,
     want: Collection[str] = ("col",),
 ) -> Copies:  # fmt: skip
     """The copies of a norm's output made once more from its saved statistics, bit for bit.

@@ -1,4 +1,4 @@
-// Runs kernels of a library for a process of another architecture, which has the tensors: reads
+// Runs kernels of some libraries for a process of another architecture, which has the tensors: reads
 // calls from its standard input and writes what they leave in memory to its standard output.
 //
 // A call is a Head, the sizes of its blocks of memory and their addresses modulo LINE, the record's
@@ -46,13 +46,18 @@ static void answer(void (*kernel)(const void*), const Head& head) {
 }
 
 int main(int, char** arguments) {
-    void* library = dlopen(arguments[1], RTLD_NOW);
-    if (!library) return fprintf(stderr, "%s\n", dlerror()), 1;
-    auto threads = reinterpret_cast<void (*)(decltype(&GOMP_parallel))>(
-        dlsym(library, "opsgraph_threads"));
-    threads(GOMP_parallel);
+    std::vector<void*> libraries;
+    while (*++arguments) {
+        libraries.push_back(dlopen(*arguments, RTLD_NOW));
+        if (!libraries.back()) return fprintf(stderr, "%s\n", dlerror()), 1;
+        auto threads = reinterpret_cast<void (*)(decltype(&GOMP_parallel))>(
+            dlsym(libraries.back(), "opsgraph_threads"));
+        threads(GOMP_parallel);
+    }
     for (Head head; read_all(&head, sizeof head);) {
-        void* kernel = dlsym(library, head.name);
+        void* kernel = nullptr;
+        for (void* library : libraries)
+            if (!kernel) kernel = dlsym(library, head.name);
         if (!kernel) return fprintf(stderr, "no %s\n", head.name), 2;
         answer(reinterpret_cast<void (*)(const void*)>(kernel), head);
     }

@@ -10,6 +10,7 @@ import opsgraph as og
 from opsgraph import recipe as r
 from opsgraph.fusers import triton_quantize
 from opsgraph.ops import Add, LayerNorm, Linear, RMSNorm, SwiGLU, Tee
+from opsgraph.quantizers import Quantizer
 
 RECIPES = {
     "current": r.Float8CurrentScaling(),
@@ -79,3 +80,41 @@ def test_check_compares_quantized_steps(device: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton_quantize, "as_quantized", wrong)
     with pytest.raises(og.OpsgraphError, match=r"AddRMSNormQuantize .*: xq3, quantized, differs"):
         results(module, RECIPES["current"], x)
+
+
+def test_nvfp4_is_the_references(device: str) -> None:
+    """Quantizing kernels alone: equal inputs, equal seeds, equal bits."""
+    recipe = r.NVFP4BlockScaling()
+    with og.autocast(recipe=recipe):
+        plan = block(RMSNorm, device).plan()
+    names = {step.name for step in (*plan.forward, *plan.backward)}
+    assert {"AddRMSNormQuantize", "ActivationQuantize", "QuantizeGradKernel"} <= names
+    x, found = torch.randn(40, 64, device=device).bfloat16(), []
+    for fusers in (("QuantizeKernel", "QuantizeGradKernel"), ()):
+        module = block(RMSNorm, device, fusers=fusers)
+        torch.manual_seed(5)
+        found.append(results(module, recipe, x))
+    assert all(map(torch.equal, *found))
+
+
+def test_no_reference_quantizer_is_called(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are quantized by the kernels too, outside of the plan."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the reference was called")
+
+    monkeypatch.setattr(Quantizer, "__call__", refuse)
+    module, x = block(RMSNorm, device), torch.randn(40, 64, device=device).bfloat16()
+    for name in ("current", "rows", "blocks", "mx"):
+        results(module, RECIPES[name], x)
+    results(module, r.NVFP4BlockScaling(), x)
+
+
+def test_nvfp4_fused_gives_the_same_bits(device: str) -> None:
+    recipe, found = r.NVFP4BlockScaling(), []
+    x = torch.randn(40, 64, device=device).bfloat16()
+    for fusers in (None, ALONE):
+        module = block(RMSNorm, device, **({} if fusers is None else {"fusers": fusers}))
+        torch.manual_seed(5)
+        found.append(results(module, recipe, x))
+    assert all(map(torch.equal, *found))

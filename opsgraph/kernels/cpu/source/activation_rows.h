@@ -1,7 +1,5 @@
 // The passes over rows that run a kind of activation on chunks of columns.
 #pragma once
-#include <vector>
-
 #include "activations.h"
 
 const int64_t CHUNK = 512;
@@ -47,13 +45,15 @@ static inline void over_chunks(
         for (int64_t first = 0; first < t.width; first += t.period)
             for (int64_t y = first; y < first + t.period; y += CHUNK) {
                 int64_t a = t.gated ? y + first : y;
-                run(row, row + rows, Chunk{y, a, a + t.period, std::min(CHUNK, first + t.period - y)});
+                run(row, row + rows, Chunk{y, a, a + t.period, min(CHUNK, first + t.period - y)});
             }
 }
 
 static const struct Ones {
     float values[CHUNK];
-    Ones() { std::fill(values, values + CHUNK, 1.0f); }
+    Ones() {
+        for (float& value : values) value = 1.0f;
+    }
 } ones;
 
 // x + bias, rounded as the tensor is; into pre as well, if that is wanted.
@@ -93,7 +93,7 @@ LOOP void activation_forward_rows(
 // Of the thread's: a block of rows of a chunk.
 template <class T>
 static T* room() {
-    static thread_local std::vector<T> found(BLOCK * CHUNK);
+    static thread_local Room<T> found(BLOCK * CHUNK);
     return found.data();
 }
 

@@ -46,9 +46,8 @@ static inline float factor_of(const Dequantize& d, int64_t at) {
 static void factors(const Dequantize& d, int64_t down, int64_t first, float* to, int64_t n) {
     const int64_t across = (d.width + d.side - 1) / d.side;
     for (int64_t j = 0; j < n;) {
-        const int64_t block = (first + j) / d.side, end = std::min(n, (block + 1) * d.side - first);
-        std::fill(to + j, to + end, factor_of(d, down * across + block));
-        j = end;
+        const int64_t block = (first + j) / d.side, end = min(n, (block + 1) * d.side - first);
+        for (const float factor = factor_of(d, down * across + block); j < end; j++) to[j] = factor;
     }
 }
 
@@ -57,7 +56,7 @@ static void dequantize(const Dequantize& d) {
     over_rows(d.threads, Shares(d.rows), d.width, [&](int64_t begin, int64_t end, int64_t) {
         alignas(64) float made[CHUNK];
         for (int64_t first = 0; first < d.width; first += CHUNK) {
-            const int64_t n = std::min(CHUNK, d.width - first);
+            const int64_t n = min(CHUNK, d.width - first);
             for (int64_t row = begin; row < end; row++) {
                 if (d.scale && (row == begin || row % d.height == 0))
                     factors(d, row / d.height, first, made, n);

@@ -2,9 +2,6 @@
 //     y = h * gamma + beta,   dx = rstd * (m - mean(m) - h * mean(m * h)) + dother
 // where RMSNorm has neither mean(m) nor beta. Each row is read from memory once, then from cache.
 #pragma once
-#include <cmath>
-#include <vector>
-
 #include "parallel.h"
 #include "scalar.h"
 
@@ -21,21 +18,19 @@ struct Norm {
 
 // A parameter in fp32: itself, or widened, with 1 added, or the neutral value where there is none.
 class Parameter {
-    std::vector<float> made;
+    Room<float> made;
 
    public:
     const float* values;
 
-    Parameter(const void* given, int64_t dtype, int64_t width, float added, float neutral) {
-        if (given && dtype == 0 && added == 0.0f) {
-            values = static_cast<const float*>(given);
-            return;
-        }
-        made.assign(width, neutral);
-        for (int64_t j = 0; given && j < width; j++)
-            made[j] = added + (dtype == 0 ? static_cast<const float*>(given)[j]
-                                          : widen(static_cast<const bf16*>(given)[j]));
-        values = made.data();
+    Parameter(const void* given, int64_t dtype, int64_t width, float added, float neutral)
+        : made(given && dtype == 0 && added == 0.0f ? 0 : width) {
+        const auto* fp32 = static_cast<const float*>(given);
+        const auto* narrow = static_cast<const bf16*>(given);
+        float* to = made.data();
+        for (int64_t j = 0; to && j < width; j++)
+            to[j] = !given ? neutral : added + (dtype == 0 ? fp32[j] : widen(narrow[j]));
+        values = to ? to : fp32;
     }
 };
 
@@ -74,7 +69,8 @@ LOOP float mean_square(const T* __restrict x, int64_t width, float& mean) {
     if constexpr (!Center) return square / float(width);
     rest /= float(width);
     mean += rest;
-    return std::fmax(square / float(width) - rest * rest, 0.0f);
+    square = square / float(width) - rest * rest;
+    return square > 0.0f ? square : 0.0f;
 }
 
 template <class T, bool Center>
@@ -91,7 +87,7 @@ static void norm_forward(const Norm& n) {
                 x = total;
             }
             float mean = 0, square = mean_square<T, Center>(x, n.width, mean);
-            float rstd = float(1.0 / std::sqrt(double(square) + n.eps));
+            float rstd = float(1.0 / __builtin_sqrt(double(square) + n.eps));
             if (n.mean) n.mean[row] = mean;
             if (n.rstd) n.rstd[row] = rstd;
             T* y = static_cast<T*>(n.y) + row * n.width;

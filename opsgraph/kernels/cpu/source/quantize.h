@@ -3,6 +3,7 @@
 // Work is cut into tiles of BLOCK rows by SPAN columns, which hold whole blocks of every scaling. A
 // column copy is made as rows: with a scale for each column, then its bytes are transposed.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "activation_rows.h"

@@ -4,7 +4,6 @@
 // function is inlined into, and however wide its vectors, it gives the same bits. So an activation
 // that the backward computes again equals the forward's.
 #pragma once
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 

@@ -44,6 +44,8 @@ struct Vector<float> {
     static V high(V a, V b) { return SHUFFLE(Mask, a, b, 2, 6, 3, 7); }
 };
 
+#define UNROLL _Pragma("GCC unroll 16")  // vectors are registers only then
+
 // A square: interleaving each vector with the one half the square further on, once for every bit
 // of the index, moves each element to its transposed place.
 template <class T>
@@ -51,15 +53,15 @@ static inline void transpose_square(const T* from, int64_t from_stride, T* to, i
     using Lanes = Vector<T>;
     constexpr int N = 16 / sizeof(T);
     typename Lanes::V v[N], w[N];
-    for (int i = 0; i < N; i++) memcpy(&v[i], from + i * from_stride, 16);
-    for (int size = 1; size < N; size *= 2) {
-        for (int i = 0; i < N / 2; i++) {
+    UNROLL for (int i = 0; i < N; i++) memcpy(&v[i], from + i * from_stride, 16);
+    UNROLL for (int size = 1; size < N; size *= 2) {
+        UNROLL for (int i = 0; i < N / 2; i++) {
             w[2 * i] = Lanes::low(v[i], v[i + N / 2]);
             w[2 * i + 1] = Lanes::high(v[i], v[i + N / 2]);
         }
-        for (int i = 0; i < N; i++) v[i] = w[i];
+        UNROLL for (int i = 0; i < N; i++) v[i] = w[i];
     }
-    for (int i = 0; i < N; i++) memcpy(to + i * to_stride, &v[i], 16);
+    UNROLL for (int i = 0; i < N; i++) memcpy(to + i * to_stride, &v[i], 16);
 }
 
 // A tile of up to STEP rows and one cache line of columns: a line of each column at least.
@@ -113,8 +115,8 @@ static __attribute__((noinline)) void transpose_block(
     for (int64_t j = 0; j < width; j += LINE)
         for (int64_t i = 0; i < rows; i += STEP)
             transpose_tile(
-                from + i * from_stride + j, from_stride, std::min(STEP, rows - i),
-                std::min(LINE, width - j), to + j * to_stride + i, to_stride);
+                from + i * from_stride + j, from_stride, min(STEP, rows - i),
+                min(LINE, width - j), to + j * to_stride + i, to_stride);
 #ifdef __SSE2__
     _mm_sfence();
 #endif
