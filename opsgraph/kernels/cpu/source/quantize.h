@@ -1,6 +1,7 @@
 // FP8 copies of a tensor: the formulas, and the bits, of kernels/reference/quantize.py.
 //
-// Work is cut into tiles of BLOCK rows by SPAN columns, which hold whole blocks of every scaling. A
+// Work is cut into tiles of BLOCK rows by SPAN columns, which hold whole blocks of every scaling; or
+// of one row, if no scale and no copy needs more. A
 // column copy is made as rows: with a scale for each column, then its bytes are transposed.
 #pragma once
 #include <algorithm>
@@ -139,15 +140,28 @@ static inline const T* at(const Quantize& q, int64_t row, int64_t col) {
     return static_cast<const T*>(q.x) + row * q.stride + col;
 }
 
-static int64_t tiles(const Quantize& q) { return blocks(q.rows, BLOCK) * blocks(q.width, SPAN); }
+// Whether nothing needs more than a row at a time: rows are then read and written from end to end,
+// as the machine fetches ahead, where tiles begin in a page of their own for every row.
+static bool by_rows(const Quantize& q) { return !q.col && q.scaling != SQUARE; }
 
+const int64_t FEW = 8;  // rows for a thread to take, by rows
+
+static int64_t shares(const Quantize& q) {
+    return by_rows(q) ? blocks(q.rows, FEW) : blocks(q.rows, BLOCK) * blocks(q.width, SPAN);
+}
+
+// Calls run(tile, share) for all tiles.
 template <class T, class Run>
 static void over_tiles(const Quantize& q, const Run& run) {
-    const int64_t across = blocks(q.width, SPAN);
-    parallel(q.threads, tiles(q), q.rows * q.width, [&](int64_t k) {
-        int64_t row = k / across * BLOCK, col = k % across * SPAN;
-        int64_t rows = std::min(BLOCK, q.rows - row), cols = std::min(SPAN, q.width - col);
+    const int64_t across = blocks(q.width, SPAN), down = by_rows(q) ? 1 : BLOCK;
+    auto tile = [&](int64_t row, int64_t col, int64_t k) {
+        int64_t rows = std::min(down, q.rows - row), cols = std::min(SPAN, q.width - col);
         run(Tile{row, col, rows, cols, at<T>(q, row, col), q.stride}, k);
+    };
+    parallel(q.threads, shares(q), q.rows * q.width, [&](int64_t k) {
+        if (!by_rows(q)) return tile(k / across * BLOCK, k % across * SPAN, k);
+        for (int64_t row = k * FEW; row < std::min(q.rows, (k + 1) * FEW); row++)
+            for (int64_t col = 0; col < q.width; col += SPAN) tile(row, col, k);
     });
 }
 
@@ -278,8 +292,8 @@ static void activation_tile(const Activation& a, Tile& t) {
 // The scale of TENSOR where that is x's own, and with it the amax.
 template <class T>
 static float own_scale(const Quantize& q) {
-    std::vector<uint32_t> found(tiles(q));
-    over_tiles<T>(q, [&](const Tile& t, int64_t k) { found[k] = largest_in<T>(t); });
+    std::vector<uint32_t> found(shares(q));
+    over_tiles<T>(q, [&](const Tile& t, int64_t k) { found[k] = std::max(found[k], largest_in<T>(t)); });
     float scale = scale_of(q, *std::max_element(found.begin(), found.end()));
     if (q.row_scale) *static_cast<float*>(q.row_scale) = scale;
     if (q.amax) note(q, found);
@@ -298,11 +312,11 @@ static void quantize(Quantize q, const Activation* made = nullptr) {
     if (q.scaling == ROWS && q.row) row_scales<T>(q);
     if (q.scaling == ROWS && q.col) col_scales<T>(q);
     if (q.inverse) *q.inverse = 1.0f / scale;
-    std::vector<uint32_t> found(q.amax ? tiles(q) : 0);
+    std::vector<uint32_t> found(q.amax ? shares(q) : 0);
     if (!q.row && !q.col && !q.amax) return;
     over_tiles<T>(q, [&](Tile t, int64_t k) {
         if (made) activation_tile<T>(*made, t);
-        if (q.amax) found[k] = largest_in<T>(t);
+        if (q.amax) found[k] = std::max(found[k], largest_in<T>(t));
         if (q.scaling == TENSOR || q.scaling == SQUARE) {
             if (q.row || q.col) shared_tile<T, E5M2>(q, t, scale);
             return;
