@@ -195,7 +195,7 @@ class TensorQuantizer(Quantizer):
         return self.made(*quantize.quantize_tensor(x, self.dtype, self.eps, self.power_of_two))
 
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
-        return dequantize(copy.data, copy.scale, dtype)
+        return decode(copy.data, dtype, copy.multiplier)
 
     @property
     def factor(self) -> str:

@@ -99,6 +99,16 @@ def test_a_transposed_copy_is_read_as_it_is_stored(dtype) -> None:
 
 
 @each_dtype
+def test_factors(dtype) -> None:
+    data = codes(300, 700, E4M3)
+    for factor in (torch.tensor(0.3), torch.rand(300, 1)):
+        expected = (reference.decode(data) * factor).to(dtype)
+        same(kernels.decode(data, dtype, factor), expected)
+        if not factor.dim():
+            same(kernels.decode(data.t(), dtype, factor), expected.t())
+
+
+@each_dtype
 def test_strides_and_no_elements(dtype) -> None:
     base = codes(140, 400, E5M2)
     for data in (base[:, 3:200], base[::2], base[::2, ::3], base[:0], base[:, :0], base[:, 3:4]):

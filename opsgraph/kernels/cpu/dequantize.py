@@ -16,11 +16,24 @@ _FIELDS = "=6q q q q 2q q"  # struct Dequantize in source/dequantize.h
 _kernel = Kernel("opsgraph_dequantize", _FIELDS, "dequantize")
 
 
-def decode(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of FP8 data in fp32 or bf16, which both hold them; strided as data is."""
-    if not _takes(data, None, dtype):
-        return reference.decode(data, dtype)
-    return _made(data, None, 1, 1, dtype)
+SCALES = {"divisors": 0, "e8m0": 1, "factors": 2}
+"""What a grid of scales holds, with the codes in source/dequantize.h."""
+
+
+def decode(
+    data: Tensor, dtype: torch.dtype = torch.float32, factor: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """The values of FP8 data in fp32 or bf16, which both hold them; strided as data is.
+
+    factor: fp32 `[]` or `[rows, 1]`, multiplies them in fp32 before they are rounded to dtype.
+    """
+    if not _takes(data, factor, dtype):
+        if factor is None:
+            return reference.decode(data, dtype)
+        return (reference.decode(data) * factor).to(dtype)
+    rows, width = data.shape
+    height = 1 if factor is not None and factor.dim() else rows
+    return _made(data, factor, height, width, dtype, "factors")
 
 
 def dequantize(
@@ -42,7 +55,7 @@ def dequantize_mxfp8(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.flo
     """`data * 2^(e - 127)`, rounded once, to `dtype`; NaN for a block with e = 0xFF."""
     if not _takes(data, scale, dtype):
         return reference.dequantize_mxfp8(data, scale, dtype)
-    return _made(data, scale, 1, reference.MX_BLOCK, dtype)
+    return _made(data, scale, 1, reference.MX_BLOCK, dtype, "e8m0")
 
 
 def _takes(data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> bool:
@@ -58,20 +71,20 @@ def _takes(data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> bool:
 
 
 def _made(
-    data: Tensor, scale: Tensor | None, height: int, side: int, dtype: torch.dtype
+    data: Tensor, scale: Tensor | None, height: int, side: int, dtype: torch.dtype,
+    scales: str = "divisors",
 ) -> Tensor:  # fmt: skip
-    """data times its scales' inverses, by blocks of so many rows and columns."""
+    """The values of data under scales of blocks of so many rows and columns."""
     whole = scale is None or not scale.dim()
     if data.stride(0) == 1 < data.stride(1) and (whole or height == side):  # grids that transpose
         scale = None if scale is None else scale.t()
-        return _made(data.t(), scale, side, height, dtype).t()
+        return _made(data.t(), scale, side, height, dtype, scales).t()
     rows, width = data.shape
     y = empty((rows, width), dtype)
     data, stride = rows_of(data, data.shape, data.dtype)
     scale = None if scale is None else scale.contiguous()
-    e8m0 = scale is not None and scale.dtype == torch.uint8
     _kernel(
-        DTYPES[dtype], data.dtype is reference.E5M2, e8m0, torch.get_num_threads(), rows, width,
-        data.data_ptr(), stride, address(scale), height, side, y.data_ptr(),
+        DTYPES[dtype], data.dtype is reference.E5M2, SCALES[scales], torch.get_num_threads(), rows,
+        width, data.data_ptr(), stride, address(scale), height, side, y.data_ptr(),
     )  # fmt: skip
     return y

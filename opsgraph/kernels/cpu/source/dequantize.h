@@ -4,11 +4,13 @@
 #include "parallel.h"
 #include "scalar.h"
 
+enum Scales { DIVISORS, E8M0, FACTORS };  // in the order of SCALES in dequantize.py
+
 struct Dequantize {
-    int64_t dtype, e5m2, e8m0, threads, rows, width;
+    int64_t dtype, e5m2, scales, threads, rows, width;
     const uint8_t* data;
     int64_t stride;
-    const void* scale;  // a grid of fp32 that multiplied, or of E8M0; null: the values as they are
+    const void* scale;  // a grid of them, fp32 or E8M0; null: the values as they are
     int64_t height, side;  // rows and columns of its blocks
     void* y;
 };
@@ -37,7 +39,8 @@ LOOP void decode_all(
 
 // What a block's values are multiplied by.
 static inline float factor_of(const Dequantize& d, int64_t at) {
-    if (!d.e8m0) return 1.0f / static_cast<const float*>(d.scale)[at];
+    if (d.scales == DIVISORS) return 1.0f / static_cast<const float*>(d.scale)[at];
+    if (d.scales == FACTORS) return static_cast<const float*>(d.scale)[at];
     const uint32_t exponent = static_cast<const uint8_t*>(d.scale)[at];
     return bits<float>(exponent == 255 ? 0x7fc00000u : exponent ? exponent << 23 : 1u << 22);
 }
