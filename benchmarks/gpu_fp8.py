@@ -67,6 +67,9 @@ def casts(x: Tensor, gamma: Tensor) -> Calls:
         "quantize, both copies (current)": lambda: quantize.quantize(x, to, None, both),
         "quantize, both copies (mx)": lambda: quantize.quantize(x, Format("mx"), None, both),
         "quantize, both copies (nvfp4)": lambda: quantize.quantize(x, NVFP4(), None, both),
+        "quantize, both copies (nvfp4, as gradients)": lambda: quantize.quantize(
+            x, NVFP4(1, True, True), None, both
+        ),
     }
 
 
