@@ -210,10 +210,14 @@ def _quantize(
         want = (*want, "mean", "rstd")
         layernorm_quantize(x, vector, vector, 1e-5, to, other=x, scale=scale, want=want)
     elif what.endswith("backward"):
-        kind, to = what.split()[0], to._replace(dtype=torch.float8_e5m2)
+        kind, y_to = what.split()[0], to
+        if isinstance(to, NVFP4):
+            y_to = to._replace(stochastic=False)
+        else:
+            to = to._replace(dtype=torch.float8_e5m2)
         pre = _meta(rows, width * 2 if KINDS[kind].GATED else width, dtype=dtype)
         activation_backward_quantize(
-            x, pre, kind, to, (), scale, want, y_scale=scale, y_want=("col",), dbias=dtype
+            x, pre, kind, to, (), scale, want, y_to, scale, ("col",), dbias=dtype
         )
     else:
         pre = _meta(rows, width * 2 if KINDS[what].GATED else width, dtype=dtype)
@@ -272,8 +276,7 @@ def _quantize_cases(which: str) -> Iterator[Case]:
     for what, width, dtype, scaling, want in product(kinds, widths, dtypes, scalings, wants):
         if which == "usual" and what != "cast" and scaling in ("rows", "square", "nvfp4 square"):
             continue
-        undefined = scaling not in BLOCKS or scaling == "rows"
-        undefined |= "glu" in what and width % BLOCKS.get(scaling, 1) > 0
+        undefined = scaling == "rows" or ("glu" in what and width % BLOCKS.get(scaling, 16))
         if what.endswith("backward") and undefined:
             continue
         # A tensor's scale is given, with its amax wanted, or else found from the amax.

@@ -19,7 +19,7 @@ import opsgraph as og
 from benchmarks.timing import alternate
 from opsgraph import recipe as recipes
 from opsgraph.fusers.cublaslt import scaled_mm
-from opsgraph.kernels.formats import Format
+from opsgraph.kernels.formats import NVFP4, Format
 from opsgraph.kernels.triton import norms, quantize, quantize_norms
 from opsgraph.ops import Linear, RMSNorm, SwiGLU
 from opsgraph.quantizers import TensorQuantizer
@@ -31,6 +31,7 @@ RECIPES = {
     "delayed": recipes.DelayedScaling(amax_history_len=16),
     "blocks": recipes.Float8BlockScaling(),
     "mx": recipes.MXFP8BlockScaling(),
+    "nvfp4": recipes.NVFP4BlockScaling(),
 }
 Calls = dict[str, Callable[[], Any]]
 
@@ -65,6 +66,10 @@ def casts(x: Tensor, gamma: Tensor) -> Calls:
         "quantize, both copies (delayed)": lambda: quantize.quantize(x, to, scale, both),
         "quantize, both copies (current)": lambda: quantize.quantize(x, to, None, both),
         "quantize, both copies (mx)": lambda: quantize.quantize(x, Format("mx"), None, both),
+        "quantize, both copies (nvfp4)": lambda: quantize.quantize(x, NVFP4(), None, both),
+        "quantize, both copies (nvfp4, as gradients)": lambda: quantize.quantize(
+            x, NVFP4(1, True, True), None, both
+        ),
     }
 
 

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+import torch._dynamo  # which, imported while there is a group, keeps its threads past its end
 import torch.distributed as dist
 from byte_lm import (
     EARLY_STEPS,

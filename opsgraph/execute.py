@@ -12,7 +12,6 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -88,8 +87,6 @@ class PlanFunction(torch.autograd.Function):
         taken = [others[k - 1] for k in plan.specs.taps]
         saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each dies after its use
-        # But between ranks they stay: exchanges over Gloo crashed now and then, why is not known.
-        sent = tuple(saved) if dist.is_available() and dist.is_initialized() else ()  # noqa: F841
         with without_autocast(dy.device.type):
             grads = (dy, *taken) if ctx.lead is None else [flat(g, 2) for g in (dy, *taken)]
             later = None if plan.run_delayed is None else tuple(saved)

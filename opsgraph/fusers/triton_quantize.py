@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..backend import backends, interpreting
 from ..fuser import register
-from ..kernels.formats import NVFP4, Format
+from ..kernels.formats import NVFP4, Format, alike
 from ..op import Op
 from ..ops import Add, BasicLinear, Bias, LayerNorm, Quantize, QuantizeGrad, RMSNorm
-from ..quantizers import NVFP4Quantizer, Quantized, Quantizer, RowQuantizer
+from ..quantizers import Quantized, Quantizer, RowQuantizer
 from ..spec import Spec, Storage
 from .cublaslt import reject_gradient_formats, reject_product, scaled_product, weight_gradient
 from .lazy import Lazy
@@ -172,8 +172,6 @@ def reject_backward(q: Any, act: Any, x: Spec) -> str | None:
         return reason
     if isinstance(q.quantizer, RowQuantizer):
         return "its kernel does not scale by rows"
-    if isinstance(q.quantizer, NVFP4Quantizer):
-        return "its kernel does not write nvfp4"
     if act.out(x).width != x.width and x.width // 2 % 128:
         return f"its kernel wants halves of a multiple of 128, not {x.width // 2}"
     return None
@@ -226,10 +224,10 @@ class ActivationLinearBackwardQuantize(Triton):
         if reason := reject_backward(grad, act, x) or reject_product(fc, stored):
             return reason
         first, second = format_of(grad.quantizer), format_of(q.quantizer)
-        if isinstance(first, Format) and isinstance(second, Format):
-            first = first._replace(dtype=second.dtype)
-        if first != second:
+        if first is None or second is None or not alike(first, second):
             return "its kernel scales the gradient and the activation in one way"
+        if isinstance(second, NVFP4) and second.stochastic:
+            return "it draws the gradient's random numbers alone"
         absent = None if interpreting() else backends()["cublaslt"].why_not_on(x.device)
         return None if absent is None else f"its GEMMs are cublaslt's: {absent}"
 
@@ -245,7 +243,7 @@ class ActivationLinearBackwardQuantize(Triton):
         dact = scaled_product(dy.row, fc_weight.col, dy.dtype)
         made, y, dbias = backward.activation_backward_quantize(
             dact, act_x, act_kernel, format_of(grad.quantizer), _params(act), grad_scale, names,
-            q.quantizer.dtype, q_scale, ("col",) if weighs else (), dtype,
+            format_of(q.quantizer), q_scale, ("col",) if weighs else (), dtype,
         )  # fmt: skip
         dweight = None
         if weighs:

@@ -52,6 +52,18 @@ class Copies(NamedTuple):
     inverse: Tensor | None = None
 
 
+def alike(first: Target, second: Target) -> bool:
+    """Whether they differ in dtype or in rounding alone, as a gradient's and an activation's may.
+
+    One kernel can then write both, and a GEMM multiply a column copy of each.
+    """
+    if isinstance(first, NVFP4) and isinstance(second, NVFP4):
+        return first._replace(stochastic=second.stochastic) == second
+    if isinstance(first, Format) and isinstance(second, Format):
+        return first._replace(dtype=second.dtype) == second
+    return False
+
+
 def check(to: Target, scale: Tensor | None, want: Collection[str]) -> None:
     """Raises ValueError for a format or a wish that is not defined."""
     if isinstance(to, NVFP4):

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .reference.collectives import Pending, start_all_gather, start_reduce_scatter, wait
+from .reference.collectives import Pending, start_all_gather, start_reduce_scatter, started, wait
 
 PIECES = 4
 """Into how many pieces a collective is cut at most."""
@@ -82,4 +82,4 @@ def matmul_all_reduce(x: Tensor, b: Tensor, group: str) -> Tensor:
 
 def start_all_reduce_in_place(y: Tensor, group: str) -> Pending:
     """Put the sum over ranks into y, which nobody else may hold. To be waited for."""
-    return Pending(torch.ops._c10d_functional.all_reduce_(y, "sum", group), y)
+    return started(torch.ops._c10d_functional.all_reduce_(y, "sum", group), y)

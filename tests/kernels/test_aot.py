@@ -28,7 +28,7 @@ KERNELS = {
     "activation_backward_kernel",
     "norm_quantize_kernel",
     "norm_statistics_wide_kernel",
-    "nvfp4_amax_kernel",
+    "nvfp4_backward_kernel",
     "nvfp4_kernel",
 }
 

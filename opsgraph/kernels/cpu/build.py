@@ -28,7 +28,7 @@ SOURCES = Path(__file__).parent / "source"
 EVERYDAY = ("norms", "activations", "transpose")
 """The libraries of the kernels that plans have without recipes."""
 CPUINFO = Path("/proc/cpuinfo")
-# -O3 takes a third longer than -O2 with vectors, for kernels that are not any faster.
+# -O3 compiles for longer and makes nothing faster: loops that are to be unrolled say so.
 # No -ffast-math: linked, it has the whole process flush denormals to zero; inf and NaN get lost.
 # Contraction is off because sources say themselves where a multiply-add is fused (scalar.h).
 FLAGS = (

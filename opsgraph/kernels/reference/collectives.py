@@ -3,6 +3,9 @@
 A group is its name and its size, so that it can be written into a plan's source. Each exchange is
 started, which never writes to x, and waited for; between the two its result must not be read.
 Ranks are in the group's order. Gradients are those of the plan: these functions record none.
+
+Between CPUs an exchange is over when it has started: with several under way Gloo's threads corrupt
+the heap now and then (PyTorch 2.13; docs/parallel.md tells what was tried).
 """
 
 from typing import NamedTuple
@@ -18,24 +21,32 @@ class Pending(NamedTuple):
     sent: Tensor
 
 
+def started(result: Tensor, sent: Tensor) -> Pending:
+    """An exchange that is under way; over Gloo it is waited for here."""
+    pending = Pending(result, sent)
+    if result.is_cpu:
+        wait(pending)
+    return pending
+
+
 def start_all_gather(x: Tensor, group: str, group_size: int) -> Pending:
     """Every rank's `[rows, *]`, one below the other: `[group_size * rows, *]`. To be waited for."""
     ops = torch.ops._c10d_functional
     x = x.contiguous()
-    return Pending(ops.all_gather_into_tensor(x, group_size, group), x)
+    return started(ops.all_gather_into_tensor(x, group_size, group), x)
 
 
 def start_reduce_scatter(x: Tensor, group: str, group_size: int) -> Pending:
     """This rank's `[rows / group_size, *]` of the sum over ranks. To be waited for."""
     ops = torch.ops._c10d_functional
     x = x.contiguous()
-    return Pending(ops.reduce_scatter_tensor(x, "sum", group_size, group), x)
+    return started(ops.reduce_scatter_tensor(x, "sum", group_size, group), x)
 
 
 def start_all_reduce(x: Tensor, group: str) -> Pending:
     """The sum over ranks, of x's shape. To be waited for."""
     x = x.contiguous()
-    return Pending(torch.ops._c10d_functional.all_reduce(x, "sum", group), x)
+    return started(torch.ops._c10d_functional.all_reduce(x, "sum", group), x)
 
 
 def wait(pending: Pending) -> Tensor:

@@ -1,4 +1,4 @@
-"""Kernels that make a tensor tile by tile and write its NVFP4 copies.
+"""Kernels that make a tensor, or an activation's gradient, tile by tile and write NVFP4 copies.
 
 The bits are those of `opsgraph.kernels.reference.nvfp4`, which says the formulas. The column copy
 is the row copy of the transposed tile, with a random Hadamard transform before it if asked.
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .dropout import random_bits
 from .quantize_kernels import FP32_MAX, INFINITY_BITS, encode, magnitude, store_amax
-from .quantize_tiles import _source
+from .quantize_tiles import _gradients, _source
 
 MINUS = tl.constexpr(0x243F)
 """Signs of the Hadamard transform, as in the reference."""
@@ -67,16 +67,16 @@ def _scale(bits, amax):
 
 @triton.jit
 def _store(
-    value, amax, seed, data, scale, first_row, first_col, rows, cols,
+    value, data, scale, amax, seed, first_row, first_col, end_row, end_col, cols,
     HEIGHT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the row copy of `[rows, cols]`."""
+    """A tile of a row copy `cols` wide, up to (end_row, end_col); amax is the whole tensor's."""
     blocks = tl.cdiv(cols, 16)
     tiles = tl.reshape(value, [R // HEIGHT, HEIGHT, C // 16, 16])
     code, factor = _scale(tl.max(tl.max(magnitude(tiles), 3), 1), tl.load(amax))
     down = first_row // HEIGHT + tl.arange(0, R // HEIGHT)[:, None]
     block = first_col // 16 + tl.arange(0, C // 16)[None, :]
-    mask = (down < tl.cdiv(rows, HEIGHT)) & (block < blocks)
+    mask = (down < tl.cdiv(end_row, HEIGHT)) & (block < tl.cdiv(end_col, 16))
     tl.store(scale + down.to(tl.int64) * blocks + block, code.to(tl.uint8), mask)
     row = first_row.to(tl.int64) + tl.arange(0, R)[:, None]
     col = first_col + tl.arange(0, C)[None, :]
@@ -84,59 +84,130 @@ def _store(
     q = _e2m1(value, seed, row * (blocks * 16) + col)
     low, high = tl.split(tl.reshape(q, [R, C // 2, 2]))
     byte = first_col // 2 + tl.arange(0, C // 2)[None, :]
-    inside = (row < rows) & (byte < blocks * 8)
+    inside = (row < end_row) & (byte < tl.cdiv(end_col, 16) * 8)
     tl.store(data + row * (blocks * 8) + byte, low | (high << 4), inside)
 
 
-@triton.jit(do_not_specialize=["rows", "x_stride"])
-def nvfp4_amax_kernel(
-    x, bias, weight, mean, rstd, amax, turned_amax, rows, x_stride,
-    UNIT: tl.constexpr, WIDTH: tl.constexpr, SOURCE: tl.constexpr, FUNCTION: tl.constexpr,
-    GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    ZERO_CENTERED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+@triton.jit
+def _store_copies(
+    value, amax, turned_amax, row_data, row_scale, row_amax, row_seed,
+    col_data, col_scale, col_amax, col_seed, first_row, first_col, rows, end_col, width,
+    HADAMARD: tl.constexpr, HEIGHT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A tile's amax, and that of its columns' Hadamard transform."""
-    across: tl.constexpr = (WIDTH + C - 1) // C
-    tile = tl.program_id(0)
-    row = (tile // across) * R + tl.arange(0, R)[:, None]
-    col = (tile % across) * C + tl.arange(0, C)[None, :]
-    value = _source(
-        x, bias, weight, mean, rstd, row, col, rows, x_stride, UNIT, WIDTH, SOURCE, FUNCTION,
-        GATED, ALPHA, LIMIT, OFFSET, ZERO_CENTERED,
-    )  # fmt: skip
+    """A tile's amax, that of its columns' transform, and its copies, where there is a place."""
     if amax is not None:
-        store_amax(value, amax + tile)
-    if turned_amax is not None:
-        store_amax(_hadamard(tl.trans(value), C, R), turned_amax + tile)
+        store_amax(value, amax)
+    if row_data is not None:
+        _store(
+            value, row_data, row_scale, row_amax, row_seed, first_row, first_col, rows, end_col,
+            width, HEIGHT, R, C,
+        )  # fmt: skip
+    if turned_amax is not None or col_data is not None:
+        value = tl.trans(value)
+        if HADAMARD:
+            value = _hadamard(value, C, R)
+        if turned_amax is not None:
+            store_amax(value, turned_amax)
+        if col_data is not None:
+            _store(
+                value, col_data, col_scale, col_amax, col_seed, first_col, first_row, end_col,
+                rows, rows, HEIGHT, C, R,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "x_stride"])
 def nvfp4_kernel(
-    x, bias, weight, mean, rstd, row_data, row_scale, row_amax, row_seed,
+    x, bias, weight, mean, rstd, amax, turned_amax, row_data, row_scale, row_amax, row_seed,
     col_data, col_scale, col_amax, col_seed, rows, x_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, SOURCE: tl.constexpr, FUNCTION: tl.constexpr,
     GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     ZERO_CENTERED: tl.constexpr, HADAMARD: tl.constexpr, HEIGHT: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A tile's copies, with the amaxes of the whole tensor that each is made of."""
+    """A tile of a source: its amaxes, or its copies once the whole tensor's are known."""
     across: tl.constexpr = (WIDTH + C - 1) // C
-    first_row, first_col = (tl.program_id(0) // across) * R, (tl.program_id(0) % across) * C
+    tile = tl.program_id(0)
+    first_row, first_col = (tile // across) * R, (tile % across) * C
     value = _source(
         x, bias, weight, mean, rstd, first_row + tl.arange(0, R)[:, None],
         first_col + tl.arange(0, C)[None, :], rows, x_stride, UNIT, WIDTH, SOURCE, FUNCTION, GATED,
         ALPHA, LIMIT, OFFSET, ZERO_CENTERED,
     )  # fmt: skip
-    if row_data is not None:
-        _store(
-            value, row_amax, row_seed, row_data, row_scale, first_row, first_col, rows, WIDTH,
-            HEIGHT, R, C,
+    if amax is not None:
+        amax += tile
+    if turned_amax is not None:
+        turned_amax += tile
+    _store_copies(
+        value, amax, turned_amax, row_data, row_scale, row_amax, row_seed, col_data, col_scale,
+        col_amax, col_seed, first_row, first_col, rows, WIDTH, WIDTH, HADAMARD, HEIGHT, R, C,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_output(
+    dy, x, amax, turned_amax, row_data, row_scale, row_amax, row_seed,
+    col_data, col_scale, col_amax, col_seed, sums, first_row, first_col, rows, dy_stride, x_stride,
+    tile, OUTPUT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr,
+    GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    HADAMARD: tl.constexpr, HEIGHT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A tile of OUTPUT "y", "da" or "db": its column sums, its amaxes or its copies."""
+    y, da, db = _gradients(
+        dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
+        ALPHA, LIMIT, OFFSET, R, C,
+    )  # fmt: skip
+    value = y if OUTPUT == "y" else da if OUTPUT == "da" else db
+    width: tl.constexpr = WIDTH * 2 if GATED and OUTPUT != "y" else WIDTH
+    offset: tl.constexpr = WIDTH if OUTPUT == "db" else 0
+    if sums is not None:
+        cols = first_col + tl.arange(0, C)
+        tl.store(sums + offset + cols, tl.sum(value, 0), cols < WIDTH)
+    if amax is not None:
+        amax += tile
+    if turned_amax is not None:
+        turned_amax += tile
+    _store_copies(
+        value.to(x.dtype.element_ty).to(tl.float32), amax, turned_amax, row_data, row_scale,
+        row_amax, row_seed, col_data, col_scale, col_amax, col_seed, first_row, first_col + offset,
+        rows, WIDTH + offset, width, HADAMARD, HEIGHT, R, C,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "dy_stride", "x_stride"])
+def nvfp4_backward_kernel(
+    dy, x, dx_amax, dx_turned_amax, dx_row, dx_row_scale, dx_row_amax, dx_row_seed,
+    dx_col, dx_col_scale, dx_col_amax, dx_col_seed, y_amax, y_turned_amax, y_row, y_row_scale,
+    y_row_amax, y_row_seed, y_col, y_col_scale, y_col_amax, y_col_seed, sums,
+    rows, dy_stride, x_stride, UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr,
+    GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    HADAMARD: tl.constexpr, HEIGHT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """One tile of dx (for a gated kind one of each half) and of y, the activation once more.
+
+    As `quantize_tiles.activation_backward_kernel`: each is made anew, the cache holds dy and x.
+    """
+    across: tl.constexpr = (WIDTH + C - 1) // C
+    tile = tl.program_id(0)
+    down, first_row, first_col = tile // across, (tile // across) * R, (tile % across) * C
+    if sums is not None:
+        sums += down.to(tl.int64) * (WIDTH * 2 if GATED else WIDTH)
+    _store_output(
+        dy, x, dx_amax, dx_turned_amax, dx_row, dx_row_scale, dx_row_amax, dx_row_seed, dx_col,
+        dx_col_scale, dx_col_amax, dx_col_seed, sums, first_row, first_col, rows, dy_stride,
+        x_stride, tile, "da", UNIT, WIDTH, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, HADAMARD, HEIGHT,
+        R, C,
+    )  # fmt: skip
+    if GATED:
+        _store_output(
+            dy, x, dx_amax, dx_turned_amax, dx_row, dx_row_scale, dx_row_amax, dx_row_seed, dx_col,
+            dx_col_scale, dx_col_amax, dx_col_seed, sums, first_row, first_col, rows, dy_stride,
+            x_stride, tile + tl.num_programs(0), "db", UNIT, WIDTH, FUNCTION, GATED, ALPHA, LIMIT,
+            OFFSET, HADAMARD, HEIGHT, R, C,
         )  # fmt: skip
-    if col_data is not None:
-        value = tl.trans(value)
-        if HADAMARD:
-            value = _hadamard(value, C, R)
-        _store(
-            value, col_amax, col_seed, col_data, col_scale, first_col, first_row, WIDTH, rows,
-            HEIGHT, C, R,
+    if y_amax is not None or y_turned_amax is not None or y_row is not None or y_col is not None:
+        _store_output(
+            dy, x, y_amax, y_turned_amax, y_row, y_row_scale, y_row_amax, y_row_seed, y_col,
+            y_col_scale, y_col_amax, y_col_seed, None, first_row, first_col, rows, dy_stride,
+            x_stride, tile, "y", UNIT, WIDTH, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, HADAMARD,
+            HEIGHT, R, C,
         )  # fmt: skip

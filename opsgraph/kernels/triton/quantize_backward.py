@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import BLOCKS, E4M3, E5M2, Copies, Format, check
-from . import activations
+from ..formats import BLOCKS, E5M2, NVFP4, Copies, Format, Target, alike, check
+from . import activations, nvfp4
 from .activations import FUSION, _output_width
 from .launch import ceil_div, launch, on_device_of, row_major, stride_unit, sum_partials
 from .quantize import TILE, Output, constants, new_output
@@ -22,38 +22,46 @@ CONFIGS = {
 
 
 def activation_backward_quantize(
-    dy: Tensor, x: Tensor, kind: str, to: Format, params: tuple[float, ...] = (),
+    dy: Tensor, x: Tensor, kind: str, to: Target, params: tuple[float, ...] = (),
     scale: Tensor | None = None, want: Collection[str] = ("row",),
-    y_dtype: torch.dtype = E4M3, y_scale: Tensor | None = None, y_want: Collection[str] = (),
+    y_to: Target | None = None, y_scale: Tensor | None = None, y_want: Collection[str] = (),
     dbias: torch.dtype | None = None,
 ) -> tuple[Copies, Copies, Tensor | None]:  # fmt: skip
     """`activation_backward` with dx and y quantized instead of stored: (dx, y, dbias).
 
     dx and y, the activation computed again, are rounded to x's dtype before they are quantized: dx
-    as `to`, y as the same with y_dtype; want and y_want say which copies ("row", "col", "amax").
-    Scaling "tensor" without a scale reads dy and x twice, as in `quantize`; "rows" is not there.
+    as `to`, y as y_to (None: as `to`), which must be `alike`; want and y_want say which copies
+    ("row", "col", "amax"). Scaling "tensor" without a scale, and NVFP4, read dy and x twice, as in
+    `quantize`; "rows" is not there.
     dbias: the dtype in which to return the column sums of the unrounded dx, in fp32 and in a fixed
     order: over 64 or 128 rows, then over those sums.
     Raises ValueError, also where a block would hold columns of both halves of a gated dx.
     """
-    flags, y_to = dict(activations.constants(kind, params)), to._replace(dtype=y_dtype)
+    flags, y_to = dict(activations.constants(kind, params)), y_to or to
     flags["WIDTH"] = width = _output_width(x, kind, flags["GATED"])
     check(to, scale, want)
     check(y_to, y_scale, y_want)
+    if not alike(to, y_to):
+        raise ValueError(
+            f"got {to} and {y_to}, expected two that differ in dtype or rounding alone"
+        )
+    block = nvfp4.BLOCK if isinstance(to, NVFP4) else BLOCKS[to.scaling]
+    if flags["GATED"] and width % block:
+        raise ValueError(f"{kind} has halves of {width} columns, expected a multiple of {block}")
+    dy, x = row_major(dy), row_major(x)
+    if isinstance(to, NVFP4):
+        assert isinstance(y_to, NVFP4)
+        return nvfp4.backward_copies(dy, x, flags, to, want, y_to, y_want, dbias)
+    assert isinstance(y_to, Format)
     if to.scaling == "rows":
         raise ValueError("an activation's gradient cannot be scaled by rows in one pass")
-    if flags["GATED"] and width % BLOCKS[to.scaling]:
-        raise ValueError(
-            f"{kind} has halves of {width} columns, expected a multiple of {BLOCKS[to.scaling]}"
-        )
     rows, total = x.shape
-    dy, x = row_major(dy), row_major(x)
     current = Output(amax=to.scaling == "tensor" and scale is None and bool(want))
     y_current = Output(amax=to.scaling == "tensor" and y_scale is None and bool(y_want))
-    amax, y_amax, _ = _run(dy, x, flags, to, y_dtype, current, y_current)
+    amax, y_amax, _ = _run(dy, x, flags, to, y_to.dtype, current, y_current)
     dx = new_output(rows, total, to, x, scale, want, amax)
     y = new_output(rows, width, y_to, x, y_scale, y_want, y_amax)
-    found, y_found, bias = _run(dy, x, flags, to, y_dtype, dx, y, dbias)
+    found, y_found, bias = _run(dy, x, flags, to, y_to.dtype, dx, y, dbias)
     return (
         dx.copies(want, found if dx.amax else amax),
         y.copies(y_want, y_found if y.amax else y_amax),

@@ -9,9 +9,10 @@ from test_triton_activations import activation64
 from test_triton_norms import EPS, norm64
 from torch import Tensor
 
-from opsgraph.kernels.formats import E4M3, Format
+from opsgraph.kernels.formats import E4M3, NVFP4, Format
 from opsgraph.kernels.reference import quantize as reference
 from opsgraph.kernels.reference.dropout import keep_mask
+from opsgraph.kernels.reference.nvfp4 import quantize_nvfp4
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
 from opsgraph.kernels.triton.dropout import dropout
 from opsgraph.kernels.triton.norms import (
@@ -116,6 +117,24 @@ def test_quantize_offsets(make: Callable[[int], Tensor], scaling: str) -> None:
         assert col is not None
         expected = reference.cast(last.t(), scale, E4M3)
         assert torch.equal(bits(col[0][:, -2:]), bits(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize("make", [rows_past_2_31, stride_past_2_31])
+def test_nvfp4_offsets(make: Callable[[int], Tensor]) -> None:
+    """The last rows, of the tensor and of the gradient of relu, with the amax of all rows."""
+    x, to = make(4096), NVFP4()
+    last = x[-2:]
+    for value, found in (
+        (last, quantize(x, to).row),
+        (last * (last > 0), activation_backward_quantize(x, x, "relu", to)[0].row),
+    ):
+        assert found is not None
+        data, scale, amax = found
+        expected, expected_scale = quantize_nvfp4(value, amax)
+        assert torch.equal(data[-2:].flatten(1), expected)
+        assert torch.equal(bits(scale[-2:]), bits(expected_scale))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -11,9 +11,10 @@ from kernel_checks import DTYPES, LAYOUTS, bits, laid_out, normal
 from torch import Tensor
 
 from opsgraph.kernels.formats import NVFP4, Copies
-from opsgraph.kernels.triton.activations import activation_forward
+from opsgraph.kernels.triton.activations import activation_backward, activation_forward
 from opsgraph.kernels.triton.norms import layernorm_forward, rmsnorm_forward
 from opsgraph.kernels.triton.quantize import activation_quantize, quantize
+from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
 from opsgraph.kernels.triton.quantize_norms import (
     layernorm_quantize,
     norm_again_quantize,
@@ -22,6 +23,7 @@ from opsgraph.kernels.triton.quantize_norms import (
 from opsgraph.quantizers import NVFP4Quantizer
 
 EPS, BOTH = 1e-5, ("row", "col")
+FEW = [NVFP4(), NVFP4(1, True, True), NVFP4(16)]
 TARGETS = [NVFP4(h, s, t) for h in (1, 16) for s in (False, True) for t in (False, True)]
 
 
@@ -51,8 +53,9 @@ def special(rows: int, width: int, dtype: torch.dtype, device: str) -> Tensor:
 
 
 @pytest.mark.parametrize("to", TARGETS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(33, 70), (80, 96)])
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype"), [(80, 96, torch.bfloat16), *((33, 70, dtype) for dtype in DTYPES)]
+)
 def test_quantize(rows: int, width: int, dtype: torch.dtype, to: NVFP4, device: str) -> None:
     x = special(rows, width, dtype, device)
     check(lambda: quantize(x, to, want=BOTH), x, to, BOTH)
@@ -66,7 +69,7 @@ def test_extreme_values(to: NVFP4, power: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("to", TARGETS, ids=str)
+@pytest.mark.parametrize("to", FEW, ids=str)
 def test_what_is_not_finite(to: NVFP4, value: float, device: str) -> None:
     x = special(20, 40, torch.bfloat16, device)
     x[3, 5] = value
@@ -120,6 +123,49 @@ def test_activations(dtype: torch.dtype, kind: str, to: NVFP4, device: str) -> N
     check(lambda: activation_quantize(x, kind, to, want=BOTH), y, to, BOTH)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "width"),
+    [("gelu", torch.bfloat16, 70), ("swiglu", torch.bfloat16, 80), ("geglu", torch.float32, 16)],
+)
+@pytest.mark.parametrize("to", FEW, ids=str)
+def test_activation_backward(
+    to: NVFP4, kind: str, dtype: torch.dtype, width: int, device: str
+) -> None:
+    x = normal(90, width * 2 if "glu" in kind else width, dtype=dtype, device=device)
+    dy = normal(90, width, dtype=dtype, device=device, seed=1)
+    dx, y, dbias = activation_backward(dy, x, kind, want=("x", "y", "bias"))
+    y_to, found = to._replace(stochastic=False), []
+
+    def backward(y_want: tuple[str, ...] = ("col",), dbias: torch.dtype | None = torch.float32):
+        found[:] = activation_backward_quantize(
+            dy, x, kind, to, want=BOTH, y_to=y_to, y_want=y_want, dbias=dbias
+        )
+        return found[0]
+
+    check(backward, dx, to, BOTH)
+    check(lambda: found[1], y, y_to, ("col",))
+    torch.testing.assert_close(found[2], dbias.float(), rtol=1e-2, atol=0.5)
+    check(lambda: backward((), None), dx, to, BOTH)
+    assert tuple(found[1:]) == (Copies(None, None, None), None)
+
+
+def test_bias_gradient_alone_and_of_nothing(device: str) -> None:
+    """The sums are of unrounded values: in fp64, closer than those of bf16 could be."""
+    x, dy = (normal(300, 64, dtype=torch.bfloat16, device=device, seed=i) for i in (1, 2))
+    *copies, dbias = activation_backward_quantize(
+        dy, x, "relu", NVFP4(), want=(), dbias=torch.float32
+    )
+    assert copies == [Copies(None, None, None)] * 2
+    right = torch.where(x > 0, dy, 0.0).double().sum(0)
+    torch.testing.assert_close(dbias.double(), right, rtol=1e-5, atol=1e-5)
+    none = x[:0]
+    dx, _, dbias = activation_backward_quantize(
+        none, none, "relu", NVFP4(), want=BOTH, dbias=torch.float32
+    )
+    check(lambda: dx, none, NVFP4(), BOTH)
+    assert torch.equal(dbias, torch.zeros(64, device=device))
+
+
 def test_errors() -> None:
     x = torch.ones(2, 16)
     with pytest.raises(ValueError, match="NVFP4 has blocks of 1 or 16 rows, got 2"):
@@ -128,3 +174,7 @@ def test_errors() -> None:
         quantize(x, NVFP4(), torch.ones(()))
     with pytest.raises(ValueError, match="NVFP4 takes no scale and gives no amax but"):
         quantize(x, NVFP4(), want=("amax",))
+    with pytest.raises(ValueError, match="swiglu has halves of 8 columns, expected a multiple of"):
+        activation_backward_quantize(x[:, :8], x, "swiglu", NVFP4())
+    with pytest.raises(ValueError, match="that differ in dtype or rounding alone"):
+        activation_backward_quantize(x, x, "gelu", NVFP4(), y_to=NVFP4(hadamard=True))

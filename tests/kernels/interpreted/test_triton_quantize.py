@@ -214,7 +214,7 @@ def test_activation_backward(
         scale = None if value is None else torch.tensor(value, device=device)
         found, y_found, dbias_found = twice(
             activation_backward_quantize, dy, x, kind, to, scale=scale, want=(*BOTH, *amax),
-            y_scale=scale, y_want=("col", *amax), dbias=torch.float32,
+            y_to=y_to, y_scale=scale, y_want=("col", *amax), dbias=torch.float32,
         )  # fmt: skip
         check(found, dx, to, scale, (*BOTH, *amax))
         check(y_found, y, y_to, scale, ("col", *amax))

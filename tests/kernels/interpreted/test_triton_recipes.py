@@ -8,7 +8,7 @@ from torch import Tensor
 
 import opsgraph as og
 from opsgraph import recipe as r
-from opsgraph.fusers import triton_quantize
+from opsgraph.fusers import cublaslt, triton_quantize
 from opsgraph.ops import Add, LayerNorm, Linear, RMSNorm, SwiGLU, Tee
 from opsgraph.quantizers import Quantizer
 
@@ -88,7 +88,7 @@ def test_nvfp4_is_the_references(device: str) -> None:
     with og.autocast(recipe=recipe):
         plan = block(RMSNorm, device).plan()
     names = {step.name for step in (*plan.forward, *plan.backward)}
-    assert {"AddRMSNormQuantize", "ActivationQuantize", "QuantizeGradKernel"} <= names
+    assert {"AddRMSNormQuantize", "ActivationQuantize", "ActivationBackwardQuantize"} <= names
     x, found = torch.randn(40, 64, device=device).bfloat16(), []
     for fusers in (("QuantizeKernel", "QuantizeGradKernel"), ()):
         module = block(RMSNorm, device, fusers=fusers)
@@ -110,11 +110,23 @@ def test_no_reference_quantizer_is_called(device: str, monkeypatch: pytest.Monke
     results(module, r.NVFP4BlockScaling(), x)
 
 
-def test_nvfp4_fused_gives_the_same_bits(device: str) -> None:
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_nvfp4_fused_gives_the_same_bits(
+    multiplied: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """multiplied: as on a chip whose units multiply NVFP4, so that GEMMs are fused too."""
+    if multiplied:
+        if device == "cuda":
+            pytest.skip("products are the units' there, if there are any")
+        monkeypatch.setattr(cublaslt.Family, "why_not", lambda family: None)
     recipe, found = r.NVFP4BlockScaling(), []
     x = torch.randn(40, 64, device=device).bfloat16()
     for fusers in (None, ALONE):
         module = block(RMSNorm, device, **({} if fusers is None else {"fusers": fusers}))
+        with og.autocast(recipe=recipe):
+            names = {step.name for step in module.plan().backward}
+        linear = "Linear" if multiplied else ""
+        assert (f"Activation{linear}BackwardQuantize" in names) == (fusers is None)
         torch.manual_seed(5)
         found.append(results(module, recipe, x))
     assert all(map(torch.equal, *found))

@@ -26,10 +26,10 @@ class Parameter {
     Parameter(const void* given, int64_t dtype, int64_t width, float added, float neutral)
         : made(given && dtype == 0 && added == 0.0f ? 0 : width) {
         const auto* fp32 = static_cast<const float*>(given);
-        const auto* narrow = static_cast<const bf16*>(given);
+        const auto* halves = static_cast<const bf16*>(given);
         float* to = made.data();
         for (int64_t j = 0; to && j < width; j++)
-            to[j] = !given ? neutral : added + (dtype == 0 ? fp32[j] : widen(narrow[j]));
+            to[j] = !given ? neutral : added + (dtype == 0 ? fp32[j] : widen(halves[j]));
         values = to ? to : fp32;
     }
 };
