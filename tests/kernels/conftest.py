@@ -6,8 +6,10 @@ Triton is imported, so it needs a process of its own; `test_interpreted.py` star
 """
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
+import pytest
 import torch
 
 interpreting = os.environ.get("TRITON_INTERPRET") == "1"
@@ -17,3 +19,12 @@ elif interpreting:
     collect_ignore = ["test_aot.py"]
 elif not torch.cuda.is_available():
     collect_ignore = ["interpreted"]
+
+
+@pytest.fixture
+def seeded() -> Iterator[None]:
+    """One seed for each test, which may set the number of threads."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -1,7 +1,5 @@
 """The values of FP8 copies, from C++, bit for bit the formulas' and PyTorch's."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,23 +10,17 @@ from opsgraph.kernels.cpu import dequantize as kernels
 from opsgraph.kernels.formats import E4M3, E5M2
 from opsgraph.kernels.reference import quantize as reference
 
-pytestmark = pytest.mark.skipif(
-    build.reason("dequantize") is not None, reason=str(build.reason("dequantize"))
-)
+REASON = build.reason("dequantize")
+pytestmark = [
+    pytest.mark.usefixtures("seeded"),
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+]
 
 GRIDS = {"tensor": (0, 0), "rows": (1, 0), "blocks": (1, 128), "square": (128, 128), "mx": (1, 32)}
 """Height and width of a scale's block; 0 for all there is."""
 SHAPES = ((1, 1), (3, 5), (37, 130), (130, 37), (129, 513), (300, 1100))
 each_format = pytest.mark.parametrize("fp8", [E4M3, E5M2], ids=str)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def codes(rows: int, width: int, fp8: torch.dtype) -> Tensor:

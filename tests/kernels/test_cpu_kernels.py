@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,10 @@ from opsgraph import ops
 from opsgraph.kernels.cpu import activations, build, norms
 from opsgraph.kernels.cpu.transpose import transposed
 
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+pytestmark = [
+    pytest.mark.usefixtures("seeded"),
+    pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not())),
+]
 
 DTYPES = (torch.float32, torch.bfloat16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,14 +48,6 @@ def close(found: Tensor | None, expected: Tensor, depth: int = 1) -> None:
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape) * scale).to(dtype)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Norm:

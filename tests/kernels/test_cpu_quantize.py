@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,10 @@ from opsgraph.kernels.formats import E4M3, E5M2, Format
 from opsgraph.kernels.reference import quantize as reference
 
 REASON = build.reason("quantize")
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [
+    pytest.mark.usefixtures("seeded"),
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+]
 
 DTYPES = (torch.float32, torch.bfloat16)
 SMALL = {E4M3: oracle.E4M3, E5M2: oracle.E5M2}
@@ -31,14 +33,6 @@ SHAPES = ((1, 1), (3, 5), (37, 130), (130, 37), (128, 512), (129, 513), (300, 70
 each_format = pytest.mark.parametrize("fp8", [E4M3, E5M2], ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_scaling = pytest.mark.parametrize("scaling", SCALINGS)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def values(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
