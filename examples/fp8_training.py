@@ -108,10 +108,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--hidden", type=int, default=64, help="a multiple of 32")
+    parser.add_argument("--hidden", type=int, default=128, help="a multiple of 32")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--context", type=int, default=64, help="bytes per row")
-    parser.add_argument("--batch", type=int, default=8, help="rows per step")
+    parser.add_argument("--context", type=int, default=128, help="bytes per row")
+    parser.add_argument("--batch", type=int, default=16, help="rows per step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -22,7 +22,6 @@ from .lazy import Lazy
 gemm = Lazy("cpu.gemm")
 norms = Lazy("cpu.norms")
 activations = Lazy("cpu.activations")
-epilogue = Lazy("cpu.epilogue")
 memory = Lazy("cpu.memory")
 
 ROWS = 256
@@ -73,20 +72,6 @@ class _Passes(Fuser):
 
     def reject(self, x: Spec) -> str | None:
         return reject_dtype(x)
-
-
-@register
-class ActivationProduct(_Passes):
-    """[Bias and] activation of a linear, whose result before it nobody gets: in its epilogue where
-    the library has one that is not slower.
-
-    In training a backward wants the pre-activation, which only a pass of its own can read.
-    """
-
-    pattern = dict(fc=BasicLinear, bias=Bias | None, act=Activation)
-
-    def fwd(self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor | None, act: Op) -> Any:
-        return epilogue.linear_activation(x, fc_weight, bias_bias, *shape_of(act)), ()
 
 
 @cache

@@ -76,7 +76,7 @@ def operands(rows: int, depth: int, width: int, dtype: torch.dtype) -> tuple[Ten
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", gemm.LAYOUTS)
 def test_every_layout_equals_fp64(chooser: Chooser, name: str, dtype: torch.dtype) -> None:
-    if gemm.LAYOUTS[name].entry == "onednn" and not gemm.onednn(dtype):
+    if gemm.LAYOUTS[name].entry == "onednn" and not gemm._onednn(dtype):
         pytest.skip(f"the library's linear does not take {dtype} here")
     chooser.answer = name
     check(*operands(37, 24, 40, dtype))

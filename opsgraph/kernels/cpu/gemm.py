@@ -84,7 +84,7 @@ def linear(
     """`x @ weight.T + bias + other`, `[rows, out]`, as other is. x: `[rows, in]`; weight:
     `[out, in]`; bias: `[out]`."""
     width, depth = weight.shape
-    layout = layout_of(FORWARD, x, width, depth, bias is not None, other is not None)
+    layout = _layout(FORWARD, x, width, depth, bias is not None, other is not None)
     if layout is not None and direct(x, weight, bias, other):
         return _product(FORWARD, layout, x, weight, bias, other)
     if other is None:
@@ -100,7 +100,7 @@ def dgrad(
     out: contiguous, gets the result, which is returned.
     """
     width, depth = weight.shape
-    layout = layout_of(DGRAD, dy, width, depth, add=other is not None, into=out is not None)
+    layout = _layout(DGRAD, dy, width, depth, add=other is not None, into=out is not None)
     if layout is not None and direct(dy, weight, other):
         return _product(DGRAD, layout, dy, weight, other=other, out=out)
     made = dy @ weight if other is None else torch.addmm(other, dy, weight)
@@ -112,7 +112,7 @@ def wgrad(dy: Tensor, x: Tensor) -> Tensor:
 
     Either may be the view of a contiguous transposed copy, see `wgrad_copies`.
     """
-    layout = layout_of(WGRAD, dy, dy.shape[1], x.shape[1])
+    layout = _layout(WGRAD, dy, dy.shape[1], x.shape[1])
     if layout is None or not direct(dy, x):
         return dy.t() @ x
     return _wgrad(layout, dy, x)
@@ -124,7 +124,7 @@ def wgrad_transposes_x(like: Tensor, width: int, depth: int) -> bool:
     like: any tensor of as many rows and that dtype. Whoever makes x then best makes the transposed
     copy alone.
     """
-    layout = layout_of(WGRAD, like, width, depth)
+    layout = _layout(WGRAD, like, width, depth)
     return layout is not None and layout.second
 
 
@@ -141,25 +141,15 @@ def _wgrad(layout: Layout, dy: Tensor, x: Tensor) -> Tensor:
     return dweight
 
 
-def small(rows: int, width: int, depth: int) -> bool:
-    """Whether a product is as PyTorch has it, for its size or its few rows."""
-    return rows <= FEW or rows * width * depth <= SMALL
-
-
-def class_of(rows: int) -> int:
-    """The number of rows that stands for all of a class."""
-    return min(MOST_ROWS, 1 << (rows - 1).bit_length())
-
-
-def layout_of(
+def _layout(
     kind: str, like: Tensor, width: int, depth: int, bias: bool = False, add: bool = False,
     into: bool = False,
 ) -> Layout | None:  # fmt: skip
     """How to compute a product with a weight `[width, depth]`; None: as PyTorch does."""
     rows, dtype = like.shape[0], like.dtype
-    if small(rows, width, depth) or not direct(like):
+    if rows <= FEW or rows * width * depth <= SMALL or not direct(like):
         return None
-    rows = class_of(rows)
+    rows = min(MOST_ROWS, 1 << (rows - 1).bit_length())
     key = kind, rows, width, depth, dtype, bias, add, into, torch.get_num_threads()
     if key not in _chosen:
         sizes = f"{rows} {width} {depth} {str(dtype).removeprefix('torch.')}"
@@ -171,7 +161,7 @@ def layout_of(
 
 
 @cache
-def onednn(dtype: torch.dtype) -> bool:
+def _onednn(dtype: torch.dtype) -> bool:
     """Whether the library's linear takes that dtype here."""
     if not (
         torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -212,7 +202,7 @@ def _candidates(
     return {
         name: partial(run, layout)
         for name, layout in LAYOUTS.items()
-        if (layout.entry != "onednn" or (onednn(dtype) and not into))
+        if (layout.entry != "onednn" or (_onednn(dtype) and not into))
         and _worthwhile(kind, layout, rows, width, depth)
     }
 
