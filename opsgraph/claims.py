@@ -247,8 +247,11 @@ class Space:
                 continue
             names = arguments(function)
             own = ("self",) if isinstance(fuser, Reference) else ()
+            moved = fuser.consumes if direction == BACKWARD else ()
             found = tuple(
-                self._argument(match, n, direction) for n in (*own, *names) if n != "want"
+                self._argument(match, n, direction)._replace(moved=n in moved)
+                for n in (*own, *names)
+                if n != "want"
             )
             yield Call(name, found, "want" in names, results)
 

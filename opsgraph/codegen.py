@@ -27,6 +27,8 @@ class Line:
     reads: set[str] = field(default_factory=set)
     makes: set[str] = field(default_factory=set)
     note: str = ""
+    moves: set[str] = field(default_factory=set)
+    """Variables that stand in the text as lists of one."""
 
 
 @dataclass
@@ -52,10 +54,11 @@ class Writer:
         self.lines: list[Line] = []
 
     def add(
-        self, text: str, reads: Iterable[str] = (), makes: Iterable[str] = (), note: str = ""
-    ) -> None:
+        self, text: str, reads: Iterable[str] = (), makes: Iterable[str] = (), note: str = "",
+        moves: Iterable[str] = (),
+    ) -> None:  # fmt: skip
         """Append a statement."""
-        self.lines.append(Line(text, set(reads), set(makes) - {"_"}, note))
+        self.lines.append(Line(text, set(reads), set(makes) - {"_"}, note, set(moves)))
 
     def name_of(self, claim: Claim) -> str:
         """The fuser's name in the source; a number is added where two share one."""
@@ -76,7 +79,7 @@ class Writer:
 
     def call(self, claim: Claim, call: Call, want: Sequence[str]) -> tuple[str, set[str]]:
         """The text of a call, and the variables that it reads."""
-        given = [argument.text for argument in call.arguments]
+        given = [f"[{a.text}]" if a.moved else a.text for a in call.arguments]
         if call.wants:
             given.append(f"want={tuple(want)!r}")
         reads = {a.text for a in call.arguments if a.category in ("value", "weight", "gradient")}
@@ -106,6 +109,10 @@ class Writer:
         made = set().union(*(line.makes for line in self.lines))
         text = [f"def {name}({', '.join(parameters)}):"]
         for number, line in enumerate(self.lines):
+            dying = [v for v in line.moves if v in made and last[v] == number]
+            for v in sorted(dying):  # so that the list alone has it
+                text.append(f"    {v} = [{v}]")
+                line.text = line.text.replace(f"[{v}]", v)
             body = f"    {line.text}"
             text.append(f"{body:<70}  # {line.note}" if line.note else body)
             if line.text.startswith("return"):
@@ -280,7 +287,8 @@ class _Backward:
                 right = f"({', '.join(bound)},)" if set(bound) - {"_"} else "_"
                 if (dx, right) == ("_", "_"):
                     continue
-                writer.add(f"{dx}, {right} = {text}", reads, [dx, *bound], note)
+                moves = [a.text for a in call.arguments if a.moved]
+                writer.add(f"{dx}, {right} = {text}", reads, [dx, *bound], note, moves)
             results |= {"dx": dx} | dict(zip(names, bound, strict=True))
             for name, value in zip(names, bound, strict=True):
                 if name != value:

@@ -29,6 +29,9 @@ class Fuser:
     backend: ClassVar[str]
     pattern: ClassVar[Mapping[str, Any]]
     saves: ClassVar[tuple[str, ...]] = ()
+    consumes: ClassVar[tuple[str, ...]] = ()
+    """Arguments of `bwd` that come in a list of one. What `bwd` pops from it has no other variable
+    unless something else still needs it: it may die early, or lend its memory to a result."""
     quantized: ClassVar[bool] = False
     """Whether it takes an op whose operands a recipe has quantized."""
     reject_formats: Callable[..., str | None] | None = None

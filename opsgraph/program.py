@@ -35,6 +35,8 @@ class Argument(NamedTuple):
 
     category: str  # "op", "value", "weight", "gradient" or "literal"
     text: str
+    moved: bool = False
+    """Whether the callee is handed it in a list of one, from which it takes it."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import opsgraph as og
 from opsgraph.fusers import cpu_gemm
-from opsgraph.kernels.cpu import gemm
+from opsgraph.kernels.cpu import gemm, memory
 from opsgraph.kernels.cpu.choices import Choices
 from opsgraph.ops import GELU, Linear, MakeExtraOutput, ReLU, RMSNorm, SwiGLU
 from opsgraph.testing import assert_same
@@ -247,3 +247,44 @@ def test_saved_tensors_and_results_outlive_later_calls(chooser: Chooser, monkeyp
         assert torch.equal(dx, expected[1])
         assert torch.equal(again, dx)
         assert dx.data_ptr() != again.data_ptr()
+
+
+@pytest.fixture
+def kept_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor, however small, is in kept memory, and may be overwritten if nobody has it."""
+    monkeypatch.setattr(memory, "LEAST", 1)
+    monkeypatch.setattr(cpu_gemm, "COLUMNS", 8)
+    for module in (memory, gemm):
+        monkeypatch.setattr(module, "pool", memory.Pool())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_others_have_is_not_overwritten(
+    chooser: Chooser, kept_memory: None, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    answers, ours = [], memory.ours
+    monkeypatch.setattr(memory, "ours", lambda x: answers.append(0) or ours(x))
+    module = mlp(bias)
+    x, dy = torch.randn(2, 37, 16)
+    expected = gradients(reference(module), x, dy)
+    for k, keep in enumerate((False, True, False)):
+        leaf = x.clone().requires_grad_()
+        module.zero_grad()
+        y = module(leaf)
+        for _ in range(1 + keep):
+            leaf.grad = None
+            module.zero_grad()
+            y.backward(dy, retain_graph=keep and leaf.grad is None)
+        for one, other in zip(
+            (y.detach(), leaf.grad, *(p.grad for p in module.parameters())), expected, strict=True
+        ):
+            assert_same(one, other, f"{chooser.answer}, {k}")
+
+    held: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        y = module(x.clone().requires_grad_())
+    before = [t.clone() for t in held]
+    y.backward(dy)
+    for one, other in zip(held, before, strict=True):
+        assert torch.equal(one, other)

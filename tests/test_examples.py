@@ -39,7 +39,7 @@ def test_byte_lm(tmp_path: Path) -> None:
 
 
 def test_fp8_training(tmp_path: Path) -> None:
-    sizes = "--steps 4 --hidden 32 --layers 1 --context 32 --batch 4"
+    sizes = "--steps 4 --hidden 32 --layers 1 --context 32 --batch 4 --seeds 2"
     out = run("fp8_training", *sizes.split(), "--device", "cpu", "--out", str(tmp_path))
     for name in ("bf16", "DelayedScaling", "NVFP4BlockScaling", "QuantizeGrad"):
         assert name in out

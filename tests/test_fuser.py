@@ -1,5 +1,6 @@
 """What other people write: ops, fusers and their registration, as docs/design.md shows it."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,17 @@ from torch import Tensor, nn
 
 import opsgraph as og
 from opsgraph.fuser import Handle, registered
-from opsgraph.ops import GELU, Add, BasicLinear, Bias, Linear, ReLU, SiLU, Tee
+from opsgraph.ops import (
+    GELU,
+    Add,
+    BasicLinear,
+    Bias,
+    Linear,
+    MakeExtraOutput,
+    ReLU,
+    SiLU,
+    Tee,
+)  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("without_cpu_backend")
 
@@ -365,3 +376,40 @@ def test_a_pair_whose_forward_would_swallow_a_value_is_not_taken(planner: str) -
         plain(x).sum().backward()
         (plan,) = plain._stages[0].plans.values()
         assert names(plan) == names(plan, "backward") == ["SiLULinear"]
+
+
+class SiLUBackward(og.Fuser):
+    """Notes how many variables its consumed argument has, beside its own."""
+
+    backend, pattern, consumes = "aten", dict(fc=BasicLinear, act=SiLU), ("act_x",)
+    others: list[int]
+
+    def bwd(self, dy: Tensor, fc_x: Tensor, fc_weight: Tensor, act_x: list[Tensor]) -> Any:
+        pre = act_x.pop()
+        assert not act_x
+        self.others.append(sys.getrefcount(pre) - sys.getrefcount(torch.empty(0)) - 1)
+        slope = torch.autograd.functional.vjp(nn.functional.silu, pre, dy)[1]
+        return slope @ fc_weight, (slope.t() @ fc_x,)
+
+
+def test_a_consumed_argument_has_no_other_variable_unless_it_is_needed() -> None:
+    fuser = SiLUBackward()
+    fuser.others = []
+    x = torch.randn(4, 16, requires_grad=True)
+    expected = og.Sequential(Linear(16, 16, bias=False), SiLU())
+    with og.register(fuser):
+        module = og.Sequential(*expected)
+        module(x).sum().backward()
+        kept = module(x)
+        kept.sum().backward(retain_graph=True)
+        kept.sum().backward()
+        seen = og.Sequential(module[0], MakeExtraOutput(), module[1])
+        y, pre = seen(x)
+        before = pre.clone()
+        y.sum().backward()
+        assert torch.equal(pre, before)
+    gradient, x.grad = x.grad, None
+    expected(x).sum().backward()
+    torch.testing.assert_close(gradient, 4 * x.grad)
+    assert fuser.others[0] == fuser.others[2] == 0
+    assert fuser.others[1] >= 0

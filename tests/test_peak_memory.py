@@ -1,7 +1,8 @@
 """The most memory that a training step of an MLP takes on the CPU, beside eager PyTorch's.
 
 Sizes in the proportions of 2048 rows, 1024 wide, inner width 4096; in fp32, for in bf16 the library
-takes scratch that differs between processors. Kept memory is off.
+takes scratch that differs between processors. Kept memory that is idle is given back whenever more
+is taken.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,19 @@ from opsgraph.fusers import cpu_gemm
 from opsgraph.kernels.cpu import build, gemm, memory
 from opsgraph.kernels.cpu.choices import Choices
 from opsgraph.ops import GELU, LayerNorm, Linear, RMSNorm, SwiGLU
+
+
+class Fresh(memory.Pool):
+    """Gives every tensor memory of its own."""
+
+    def take(self, size: int) -> torch.UntypedStorage:
+        self.release()
+        return super().take(size)
+
+    def adopt(self, make: Callable[[], Tensor], size: int) -> Tensor:
+        self.release()
+        return super().adopt(make, size)
+
 
 ROWS, HIDDEN, FFN = 512, 256, 1024
 SCALE = 2048 * 1024 // (2 * ROWS * HIDDEN)
@@ -64,6 +78,7 @@ def peak(module: nn.Module) -> int:
 
     step()
     clear()
+    memory.pool.release()
     found = peak_bytes(step)
     clear()
     return found
@@ -72,9 +87,12 @@ def peak(module: nn.Module) -> int:
 @pytest.fixture
 def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Says which layout of a product counts as the fastest; sizes that are limits are scaled."""
-    monkeypatch.setattr(memory, "_use_count", None)
-    monkeypatch.setattr(gemm, "pool", memory.Pool())
+    pool = Fresh()
+    monkeypatch.setattr(memory, "LEAST", 1)
+    for module in (memory, gemm):
+        monkeypatch.setattr(module, "pool", pool)
     monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(cpu_gemm, "COLUMNS", cpu_gemm.COLUMNS // 4)
     monkeypatch.setattr(gemm, "PIECE", gemm.PIECE // SCALE)
     monkeypatch.setattr(gemm, "LEAST_COLUMNS", gemm.LEAST_COLUMNS // 4)
     monkeypatch.setattr(cpu_gemm, "ROWS", cpu_gemm.ROWS // 4)
@@ -95,13 +113,13 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 @pytest.mark.parametrize(
     "layout", ["mm", "flipped", "onednn", "mm first", "mm second", "mm first second"]
 )
-def test_a_step_takes_little_more_than_two_thirds_of_eagers_memory(
+def test_a_step_takes_at_most_two_thirds_of_eagers_memory(
     answer: Callable[[str], None], layout: str, gated: bool
 ) -> None:
-    """0.72 of it in fp32 is 0.70 in bf16, where eager's products take some memory more."""
     answer(layout)
     ours, theirs = blocks(gated)
-    assert peak(ours) <= 0.72 * peak(theirs)
+    found, eager = peak(ours), peak(theirs)
+    assert found <= (0.57 if gated else 0.66) * eager
 
 
 def test_what_the_measure_counts() -> None:

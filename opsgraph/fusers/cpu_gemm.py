@@ -23,9 +23,12 @@ gemm = Lazy("cpu.gemm")
 norms = Lazy("cpu.norms")
 activations = Lazy("cpu.activations")
 memory = Lazy("cpu.memory")
+launch = Lazy("cpu.launch")
 
 ROWS = 256
 """Rows of a gradient between a product and the pass after it that are there at the same time."""
+PARTS, COLUMNS = 4, 1024
+"""How many parts an activation is computed again in, and the least of their columns."""
 
 
 def _wgrad(fc: Any, dy: Tensor, x: Tensor, stored: Tensor) -> Tensor | None:
@@ -86,29 +89,45 @@ def _one_pass(x: Tensor) -> bool:
     return x.nbytes < memory.LEAST  # type: ignore[no-any-return]
 
 
-def _activation_forward(act: Op, pre: Tensor, weight: Tensor) -> Tensor:
-    """The activation, stored as the weight gradient of the linear after it wants it."""
-    rows, (width, depth) = pre.shape[0], weight.shape
-    transposes = gemm.wgrad_transposes_x(pre, width, depth)
-    y_t = memory.empty((depth, rows), pre.dtype) if transposes else None
-    return activations.activation_forward(pre, *shape_of(act), y_t=y_t)[0]  # type: ignore[no-any-return]
+def _activated_wgrad(fc: Any, dy: Tensor, act: Op, pre: Tensor, stored: Tensor) -> Tensor | None:
+    """The weight gradient of the linear after an activation, some columns of that at a time.
+
+    They are stored as the product wants them, and are never there as a whole.
+    """
+    rows, (width, depth) = pre.shape[0], stored.shape
+    kind, params, interleave = shape_of(act)
+    forward = partial(activations.activation_forward, pre, kind, params, interleave)
+    if fc.accumulate_into_main_grad:
+        return _wgrad(fc, dy, forward()[0], stored)
+    unit = interleave or 64
+    step = -(-max(COLUMNS, depth // PARTS) // unit) * unit
+    dweight: Tensor = memory.empty((width, depth), dy.dtype)
+    for k in range(0, depth, step):
+        part = slice(k, min(k + step, depth))
+        size = part.stop - k
+        transposes = gemm.wgrad_transposes_x(pre, width, size, into=True)
+        y_t = memory.empty((size, rows), pre.dtype) if transposes else None
+        gemm.wgrad(dy, forward(y_t=y_t, columns=part)[0], out=dweight[:, part])
+    return dweight
 
 
 def _activation_backward(
-    dy: Tensor, act: Op, pre: Tensor, weight: Tensor, names: frozenset[str], dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
+    dy: Tensor, act: Op, pre: Tensor, weight: Tensor, names: frozenset[str], dtype: torch.dtype,
+    dpre: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dpre and dbias: the linear's data gradient and the activation's pass, some rows at a time.
 
     A block's gradient is still in the cache when the pass reads it, and is never there as a whole.
+    dpre: gets the gradient; it may be pre.
     """
     backward, shape = activations.activation_backward, shape_of(act)
     rows, width = pre.shape[0], weight.shape[1]
-    dpre = memory.empty(pre.shape, pre.dtype)
+    inside = pre is not dpre and pre.shape[1] == width
     dbias = torch.zeros(pre.shape[1], device="cpu") if "bias" in names else None
     for k in range(0, rows, ROWS):
         part = slice(k, k + ROWS)
         # A plain activation's gradient takes the place of the one that it is made of.
-        gradient = gemm.dgrad(dy[part], weight, out=dpre[part] if pre.shape[1] == width else None)
+        gradient = gemm.dgrad(dy[part], weight, out=dpre[part] if inside else None)
         sums = backward(gradient, pre[part], *shape, names, out=dpre[part])[2]
         del gradient
         if dbias is not None:
@@ -120,30 +139,32 @@ def _activation_backward(
 class ActivationProductBackward(_Passes):
     """Backward of [bias,] activation and linear: one pass between the linear's two products.
 
-    It computes the linear's input again, stored as the weight gradient wants it.
+    It computes the linear's input again, stored as the weight gradient wants it. The gradient takes
+    the place of the pre-activation if that has no other use.
     """
 
     pattern = dict(bias=Bias | None, act=Activation, fc2=BasicLinear)
+    consumes = ("act_x",)
 
     def bwd(
-        self, dy: Tensor, bias: Op | None, act: Op, act_x: Tensor, bias_bias: Tensor | None,
+        self, dy: Tensor, bias: Op | None, act: Op, act_x: list[Tensor], bias_bias: Tensor | None,
         fc2: Any, fc2_weight: Tensor, fc2_weight_stored: Tensor, want: tuple[str, ...],
     ) -> Any:  # fmt: skip
-        names = _activation_wants(want)
+        names, pre = _activation_wants(want), act_x.pop()
         dtype = torch.float32 if bias_bias is None else bias_bias.dtype
         dpre = dbias = dweight = None
-        if _one_pass(act_x):
+        if _one_pass(pre):
             dpre, y, dbias = activations.activation_backward(
-                gemm.dgrad(dy, fc2_weight), act_x, *shape_of(act), names, dtype
+                gemm.dgrad(dy, fc2_weight), pre, *shape_of(act), names, dtype
             )
             dweight = None if y is None else _wgrad(fc2, dy, y, fc2_weight_stored)
         else:
             if "y" in names:
-                y = _activation_forward(act, act_x, fc2_weight)
-                dweight = _wgrad(fc2, dy, y, fc2_weight_stored)
-                del y
+                dweight = _activated_wgrad(fc2, dy, act, pre, fc2_weight_stored)
             if names := names - {"y"}:
-                dpre, dbias = _activation_backward(dy, act, act_x, fc2_weight, names, dtype)
+                free = launch.direct(pre) and memory.ours(pre) and pre.is_contiguous()
+                out = pre if free else memory.empty(pre.shape, pre.dtype)
+                dpre, dbias = _activation_backward(dy, act, pre, fc2_weight, names, dtype, out)
         return dpre, (dweight,) if bias is None else (dbias, dweight)
 
 
@@ -162,12 +183,14 @@ def _norm_backward(
     names, dweight = _norm_wants(want), None
     if "y" in names and not _one_pass(x):
         y = norm(x, want={"y"})[-1]  # whatever the gradient is
+        if not fc.accumulate_into_main_grad:
+            y = gemm.for_wgrad(y, dy.shape[1])
         dweight = _wgrad(fc, dy, y, stored)
         del y
         names -= {"y"}
     # Where no gradient goes through the norm its pass only makes y.
     gradient = gemm.dgrad(dy, weight) if names - {"y"} else x
-    *found, y = norm(gradient, want=names)
+    *found, y = norm(gradient, want=names, out=gradient if gradient is not x else None)
     del gradient
     return *found, dweight if y is None else _wgrad(fc, dy, y, stored)
 

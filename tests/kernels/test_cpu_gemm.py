@@ -65,6 +65,11 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> None:
     for dy_given in (dy, dy.t().contiguous().t()):
         for x_given in (x, x.t().contiguous().t()):
             close(gemm.wgrad(dy_given, x_given), dy64.t() @ x64, dtype)
+            room = torch.zeros((dy.shape[1], 2 * x.shape[1] + 3), dtype=dtype)
+            some = room[:, 1 : 1 + x.shape[1]]
+            assert gemm.wgrad(dy_given, x_given, out=some) is some
+            close(some.contiguous(), dy64.t() @ x64, dtype)
+            assert not room[:, 1 + x.shape[1] :].any(), "more than its columns was written"
 
 
 def operands(rows: int, depth: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -170,7 +175,7 @@ def test_small_products_are_pytorchs_and_not_measured(
 def test_candidates_run_the_product_that_they_are_for(kind: str, monkeypatch) -> None:
     shapes = []
 
-    def product(_, layout, *given):
+    def product(_, layout, *given, out=None):
         shapes.append(tuple(None if t is None else tuple(t.shape) for t in given))
 
     monkeypatch.setattr(gemm, "_product", product)

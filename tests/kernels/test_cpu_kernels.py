@@ -350,6 +350,53 @@ def test_the_gradient_in_the_place_of_the_one_it_is_made_of(dtype: torch.dtype, 
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("kind", activations.KINDS)
+@each_dtype
+def test_gradients_in_the_place_of_what_they_are_made_of(dtype: torch.dtype, kind: str) -> None:
+    gated = activations.KINDS[kind].gated
+    x, dy = random(37, 1100 * (1 + gated), dtype=dtype), random(37, 1100, dtype=dtype)
+    for interleave in (None, 44) if gated else (None,):
+        given = kind, (), interleave, ("x", "bias")
+        expected = activations.activation_backward(dy, x, *given)
+        room = x.clone()
+        found = activations.activation_backward(dy, room, *given, out=room)
+        assert found[0] is room
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[2], expected[2])
+
+
+@pytest.mark.parametrize("center", [False, True], ids=["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("residual", [False, True])
+@each_dtype
+def test_a_norms_gradient_in_the_place_of_the_one_it_is_made_of(
+    dtype: torch.dtype, residual: bool, center: bool
+) -> None:
+    given = Norm(37, 431, dtype, center)
+    _, x, statistics = given.forward(residual)
+    expected = given.backward(x, statistics, residual)
+    found = given.backward(x, statistics, residual, out=given.dy)
+    assert found[0] is given.dy
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", activations.KINDS)
+@each_dtype
+def test_some_columns_of_an_activation(dtype: torch.dtype, kind: str) -> None:
+    gated = activations.KINDS[kind].gated
+    x = random(37, 1200 * (1 + gated), dtype=dtype)
+    for interleave in (None, 40) if gated else (None,):
+        whole = activations.activation_forward(x, kind, (), interleave)[0]
+        for first, last in ((0, 1200), (40, 720), (1160, 1200)):
+            part, room = slice(first, last), torch.empty((last - first, 37), dtype=dtype)
+            for y_t in (None, room):
+                y = activations.activation_forward(x, kind, (), interleave, y_t=y_t, columns=part)[
+                    0
+                ]
+                assert torch.equal(y, whole[:, part])
+            assert torch.equal(room, whole[:, part].t())
+
+
 def test_a_transposed_copy_at_any_address() -> None:
     x = random(70, 40, dtype=torch.bfloat16)
     room = torch.empty(40 * 70 + 1, dtype=torch.bfloat16)[1:].view(40, 70)

@@ -161,3 +161,54 @@ def test_without_torchs_count_memory_is_torchs(monkeypatch, pool: Pool) -> None:
     monkeypatch.setattr(memory, "_use_count", None)
     assert fresh().shape == SHAPE
     assert pool.held() == (0, 0)
+
+
+def test_a_variable_alone_is_ours_and_anything_else_is_not() -> None:
+    tensor = fresh()
+    assert memory.ours(tensor)
+    for name, hold in (HOLDERS | {"twice": lambda t: [t]}).items():
+        held = hold(tensor)
+        assert not memory.ours(tensor), name
+        del held
+        assert memory.ours(tensor), name
+    plain = torch.empty(SHAPE)
+    assert not memory.ours(plain), "whoever made it may have kept its address"
+
+
+def test_what_autograd_saved_is_not_ours() -> None:
+    class Saves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(memory.empty(SHAPE, torch.float32))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            saved = list(ctx.saved_tensors)
+            ctx.maybe_clear_saved_tensors()
+            tensor = saved.pop()
+            found.append(memory.ours(tensor))
+            return dy
+
+    found: list[bool] = []
+    y = Saves.apply(torch.ones(1, requires_grad=True))
+    y.backward(retain_graph=True)
+    y.backward()
+    assert found == [False, True]
+
+
+def test_what_another_allocates_is_adopted(pool: Pool) -> None:
+    made = memory.adopted(lambda: torch.ones(SHAPE), SHAPE, torch.float32)
+    assert memory.ours(made)
+    assert pool.held() == (LEAST, 0)
+    del made
+    assert pool.held() == (0, LEAST)
+    again = memory.adopted(lambda: torch.ones(SHAPE), SHAPE, torch.float32)
+    assert pool.held() == (LEAST, 0), "the idle block went back to the system"
+    place = again.data_ptr()
+    del again
+    assert fresh().data_ptr() == place
+    small = memory.adopted(lambda: torch.ones(3), (3,), torch.float32)
+    larger = memory.adopted(lambda: torch.ones(2 * LEAST)[: LEAST // 4], SHAPE, torch.float32)
+    assert not memory.ours(small)
+    assert not memory.ours(larger), "it has a part of a larger storage"

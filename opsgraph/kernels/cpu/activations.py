@@ -16,7 +16,7 @@ from ..reference import activations as reference
 from .launch import DTYPES, Kernel, address, direct, rows_of
 from .memory import empty
 
-FIELDS = "=7q 3q 2q 4q q 3d"  # struct Activation in source/activations.h
+FIELDS = "=8q 3q 2q 4q q 3d"  # struct Activation in source/activations.h
 _forward_kernel = Kernel("opsgraph_activation_forward", FIELDS, "activations")
 _backward_kernel = Kernel("opsgraph_activation_backward", FIELDS, "activations")
 FUNCTIONS = ("swish", "gelu", "gelu_erf", "relu", "srelu", "sigmoid", "clamped", "situ")
@@ -74,21 +74,27 @@ def row(kind: str, params: tuple[float, ...] = ()) -> Row:
 def activation_forward(
     x: Tensor, kind: str, params: tuple[float, ...] = (), interleave: int | None = None,
     bias: Tensor | None = None, pre: bool = False, y_t: Tensor | None = None,
+    columns: slice | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`y = f(x + bias)`, or `f(a) * g(b)` with a, b the halves of `x + bias`; the sum is rounded.
 
     x: `[rows, width]`; y: `[rows, width]`, or `[rows, width / 2]` for gated kinds, of x's dtype.
     kind: a key of `KINDS`. params: for clamped_swiglu (limit, alpha, offset), for situglu (beta1,
     beta2). interleave: gate and value alternate in blocks of that many columns. bias: `[width]`.
-    y_t: `[width, rows]`, gets the transpose of y, which then is the view of it. Returns (y,
+    columns: those of y to compute alone, without a bias; from and to multiples of interleave. y_t:
+    `[width of y, rows]`, gets the transpose of y, which then is the view of it. Returns (y,
     x + bias if pre and there is a bias, else None).
     Raises ValueError for an unknown kind, or params that it does not take.
     """
     if not direct(x, bias):
-        return _forward_by_formula(x, kind, params, interleave, bias, pre, y_t)
+        return _forward_by_formula(x, kind, params, interleave, bias, pre, y_t, columns)
     function, gated, constants = row(kind, params)
     dtype, (rows, total) = x.dtype, x.shape
     width = total // 2 if gated else total
+    value, skipped = interleave or width, 0
+    if columns is not None:
+        skipped = columns.start * (2 if gated and interleave else 1) * dtype.itemsize
+        width = columns.stop - columns.start
     y = empty((rows, width), dtype) if y_t is None else y_t.t()
     sums = empty((rows, total), dtype) if pre and bias is not None else None
     if not rows or not width:
@@ -97,7 +103,7 @@ def activation_forward(
     bias = None if bias is None else bias.float().contiguous()
     _forward_kernel(
         DTYPES[dtype], function, gated, torch.get_num_threads(), rows, width, interleave or width,
-        x.data_ptr(), 0, address(bias), stride, 0,
+        value, x.data_ptr() + skipped, 0, address(bias), stride, 0,
         0 if y_t is not None else y.data_ptr(), address(y_t), address(sums), 0, 0, *constants,
     )  # fmt: skip
     return y, sums
@@ -113,7 +119,7 @@ def activation_backward(
     x: the pre-activation (bias included). Returns (dx like x, y, dbias), None for what is not in
     want ("x", "y", "bias"): y is the activation, computed again; dbias `[width of x]` is the column
     sum of the unrounded dx in fp32, in an order that depends on the number of rows alone, then cast
-    to bias_dtype. out: contiguous, gets dx; of a plain kind it may be dy itself.
+    to bias_dtype. out: contiguous, gets dx; it may be x itself or, of a plain kind, dy.
     """
     if not direct(dy, x):
         return _backward_by_formula(dy, x, kind, params, interleave, want, bias_dtype, out)
@@ -130,7 +136,8 @@ def activation_backward(
         x, stride = rows_of(x, (rows, total), dtype)
         _backward_kernel(
             DTYPES[dtype], function, gated, torch.get_num_threads(), rows, width,
-            interleave or width, x.data_ptr(), dy.data_ptr(), 0, stride, dy_stride,
+            interleave or width, interleave or width, x.data_ptr(), dy.data_ptr(), 0, stride,
+            dy_stride,
             address(y), 0, 0, address(dx), address(dbias), *constants,
         )  # fmt: skip
     elif dbias is not None:
@@ -142,13 +149,14 @@ def activation_backward(
 
 def _forward_by_formula(
     x: Tensor, kind: str, params: tuple[float, ...], interleave: int | None, bias: Tensor | None,
-    pre: bool, y_t: Tensor | None,
+    pre: bool, y_t: Tensor | None, columns: slice | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     x = x if bias is None else x + bias.to(x.dtype)
     if KINDS[kind].gated:
         y = reference.gated_forward(x, kind, params, interleave)
     else:
         y = reference.activation_forward(x, kind)
+    y = y if columns is None else y[:, columns]
     y = y if y_t is None else y_t.copy_(y.t()).t()
     return y, x if pre and bias is not None else None
 
@@ -161,7 +169,7 @@ def _backward_by_formula(
         dx = reference.gated_backward(dy, x, kind, params, interleave)
     else:
         dx = reference.activation_backward(dy, x, kind)
-    y = _forward_by_formula(x, kind, params, interleave, None, False, None)[0]
+    y = _forward_by_formula(x, kind, params, interleave, None, False, None, None)[0]
     dbias = dx.sum(0, dtype=torch.float32).to(bias_dtype) if "bias" in want else None
     dx = dx if out is None else out.copy_(dx)
     return dx if "x" in want else None, y if "y" in want else None, dbias

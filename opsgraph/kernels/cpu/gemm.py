@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .choices import Choices
 from .launch import direct
-from .memory import empty, pool
+from .memory import adopted, empty, pool
 from .transpose import transposed
 
 FORWARD, DGRAD, WGRAD = "forward", "dgrad", "wgrad"
@@ -107,35 +107,41 @@ def dgrad(
     return made if out is None else out.copy_(made)
 
 
-def wgrad(dy: Tensor, x: Tensor) -> Tensor:
+def wgrad(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     """`dy.T @ x`, `[out, in]`. dy: `[rows, out]`; x: `[rows, in]`.
 
-    Either may be the view of a contiguous transposed copy, see `wgrad_copies`.
+    Either may be the view of a contiguous transposed copy, see `wgrad_transposes_x`. out: some
+    columns of a larger gradient, get the result, which is returned.
     """
-    layout = _layout(WGRAD, dy, dy.shape[1], x.shape[1])
+    layout = _layout(WGRAD, dy, dy.shape[1], x.shape[1], into=out is not None)
     if layout is None or not direct(dy, x):
-        return dy.t() @ x
-    return _wgrad(layout, dy, x)
+        return dy.t() @ x if out is None else out.copy_(dy.t() @ x)
+    return _wgrad(layout, dy, x, out)
 
 
-def wgrad_transposes_x(like: Tensor, width: int, depth: int) -> bool:
-    """Whether `wgrad` of dy `[rows, width]` and x `[rows, depth]` wants x stored by columns.
+def wgrad_transposes_x(like: Tensor, width: int, depth: int, into: bool = False) -> bool:
+    """Whether `wgrad` of dy `[rows, width]` and x `[rows, depth]` (into out) wants x by columns.
 
     like: any tensor of as many rows and that dtype. Whoever makes x then best makes the transposed
     copy alone.
     """
-    layout = _layout(WGRAD, like, width, depth)
+    layout = _layout(WGRAD, like, width, depth, into=into)
     return layout is not None and layout.second
 
 
-def _wgrad(layout: Layout, dy: Tensor, x: Tensor) -> Tensor:
+def for_wgrad(x: Tensor, width: int) -> Tensor:
+    """x `[rows, depth]`, stored as `wgrad` of a dy `[rows, width]` wants it: perhaps a copy."""
+    return _stored(x, by_columns=True) if wgrad_transposes_x(x, width, x.shape[1]) else x
+
+
+def _wgrad(layout: Layout, dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     """The weight gradient, in pieces of dy's columns where dy is to be copied and large."""
     if not layout.first or dy.nbytes <= PIECE or dy.t().is_contiguous():
-        return _product(WGRAD, layout, dy, x)
+        return _product(WGRAD, layout, dy, x, out=out)
     rows, width = dy.shape
     step = max(LEAST_COLUMNS, PIECE // (rows * dy.element_size()) // 64 * 64)
     x = _stored(x, layout.second)
-    dweight = empty((width, x.shape[1]), dy.dtype)
+    dweight = empty((width, x.shape[1]), dy.dtype) if out is None else out
     for k in range(0, width, step):
         _product(WGRAD, layout, dy[:, k : k + step], x, out=dweight[k : k + step])
     return dweight
@@ -188,15 +194,17 @@ def _candidates(
         x, dy, weight = made(rows, depth), made(rows, width), made(width, depth)
         other = made(rows, width if kind == FORWARD else depth) if add else None
         if kind == FORWARD:
-            return x, weight, made(width) if bias else None, other
-        return dy, weight if kind == DGRAD else x, None, other
+            return x, weight, made(width) if bias else None, other, None
+        if kind == DGRAD:
+            return dy, weight, None, other, None
+        return dy, x, None, None, made(width, 2 * depth)[:, :depth] if into else None
 
     def run(layout: Layout) -> Tensor:
-        first, second, *added = operands()
+        first, second, *added, out = operands()
         assert first is not None
         assert second is not None
         if kind == WGRAD:
-            return _wgrad(layout, first, second)
+            return _wgrad(layout, first, second, out)
         return _product(kind, layout, first, second, *added)
 
     return {
@@ -250,7 +258,8 @@ def _product(
 
 
 def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None, other: Tensor | None) -> Tensor:
-    pointwise = torch.ops.mkldnn._linear_pointwise
-    if other is None:
-        return pointwise(a, b.t(), bias, "none", [], "")  # type: ignore[no-any-return]
-    return pointwise.binary(a, _stored(other, False), b.t(), bias, "add")  # type: ignore[no-any-return]
+    run = torch.ops.mkldnn._linear_pointwise
+    make = partial(run, a, b.t(), bias, "none", [], "")
+    if other is not None:
+        make = partial(run.binary, a, _stored(other, False), b.t(), bias, "add")
+    return adopted(make, (a.shape[0], b.shape[1]), a.dtype)

@@ -10,7 +10,7 @@ never tells of more than its tensor.
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ LEAST = 2**20
 # Without a global lock Python's counts are spread over threads: too little to go by.
 _locked: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 _use_count = getattr(torch._C, "_storage_Use_Count", None) if _locked else None
+_tensor_use_count = getattr(Tensor, "_use_count", None)
 
 
 class Block(NamedTuple):
@@ -65,6 +66,29 @@ class Pool:
             storage = torch.UntypedStorage(size)
             blocks.append(Block(storage, storage.data_ptr(), size))
             return storage
+
+    def adopt(self, make: Callable[[], Tensor], size: int) -> Tensor:
+        """What make returns, of that many bytes that it allocates, as a block of the pool."""
+        with self._lock:
+            blocks = self._blocks.get(size, [])
+            for block in filter(_idle, blocks[:]):
+                blocks.remove(block)  # the new one may get its pages
+                break
+            self._drop(size)
+        made = make()
+        storage = made.untyped_storage()
+        if storage.nbytes() == size:
+            with self._lock:
+                block = Block(storage, storage.data_ptr(), size)
+                self._blocks.setdefault(size, []).append(block)
+        return made
+
+    def has(self, x: Tensor) -> bool:
+        """Whether a tensor's storage is one of the pool's, as it was made."""
+        storage = x.untyped_storage()
+        with self._lock:
+            blocks = self._blocks.get(storage.nbytes(), [])
+            return any(block.storage is storage and _intact(block) for block in blocks)
 
     def _drop(self, size: int) -> None:
         """Free idle blocks so that one more of that size stays within the most ever in use."""
@@ -120,6 +144,38 @@ def _intact(block: Block) -> bool:
 
 
 pool = Pool()
+
+
+def _owners(x: Tensor) -> tuple[int, ...]:
+    """How many names a tensor and its storage have, and how many owners that Python cannot see."""
+    assert _use_count is not None
+    assert _tensor_use_count is not None
+    storage = x.untyped_storage()
+    tensors, storages = _tensor_use_count(x), _use_count(storage._cdata)
+    return sys.getrefcount(x), tensors, sys.getrefcount(storage), storages
+
+
+def _owners_of_ours() -> tuple[int, ...]:
+    """Of such a one. A call counts its arguments twice where Dynamo watches over frames."""
+    kept = torch.UntypedStorage(1)
+    x = torch.empty(0, dtype=torch.uint8, device="cpu").set_(kept, 0, (1,))  # type: ignore[call-overload]
+    return (lambda x: _owners(x))(x)  # as `ours` calls it
+
+
+def ours(x: Tensor) -> bool:
+    """Whether a variable of the caller's is all that has x and its memory: it may be overwritten.
+
+    Only of what is in kept memory this is ever known.
+    """
+    if _use_count is None or _tensor_use_count is None:
+        return False
+    return _owners(x) == _owners_of_ours() and pool.has(x)
+
+
+def adopted(make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of that shape and dtype for which make allocates; kept memory from now on."""
+    size = prod(shape) * dtype.itemsize
+    return make() if size < LEAST or _use_count is None else pool.adopt(make, size)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -53,10 +53,13 @@ def _forward(
 def _backward(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
     bias: Tensor | None, zero_centered: bool, dother: Tensor | None, want: Collection[str],
+    out: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     shape, dtype = x.shape, x.dtype
     rows, width = shape
-    dx = empty(shape, dtype) if "x" in want else None
+    dx = None
+    if "x" in want:
+        dx = empty(shape, dtype) if out is None else out
     y = empty(shape, dtype) if "y" in want else None
     dweight = dbias = None
     if "weight" in want and weight is not None:
@@ -84,6 +87,12 @@ def _backward(
     if dweight is not None and weight is not None and weight.dtype != _FP32:
         dweight = dweight.to(weight.dtype)
     return dx, dweight, dbias, y
+
+
+def _added(dx: Tensor | None, dother: Tensor | None, out: Tensor | None) -> Tensor | None:
+    """The sum of what there is, in out if that is given."""
+    dx = dx if dx is None or dother is None else dx + dother
+    return dx if dx is None or out is None else out.copy_(dx)
 
 
 def _layernorm_again(
@@ -119,21 +128,21 @@ def rmsnorm_forward(
 def rmsnorm_backward(
     dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered: bool = False,
     dother: Tensor | None = None, want: Collection[str] = ("x", "weight"),
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of `rmsnorm_forward`: with `m = dy * w`,
     `dx = rstd * (m - x * rstd^2 * mean(m * x)) + dother`.
 
     dy, x, dother: `[rows, width]`; x is what the norm read (the total, where there was one).
     Returns (dx in x's dtype, dweight in weight's dtype, y computed again), None for what is not in
-    want ("x", "weight", "y").
+    want ("x", "weight", "y"). out: contiguous, gets dx; it may be dy itself.
     """
     if not direct(dy, x, rstd, weight, dother):
         dx, dweight, y = reference.rmsnorm_backward(
             dy, x, rstd, weight, zero_centered, "x" in want, "weight" in want, "y" in want
         )
-        dx = dx if dx is None or dother is None else dx + dother
-        return dx, dweight, y
-    dx, dweight, _, y = _backward(dy, x, None, rstd, weight, None, zero_centered, dother, want)
+        return _added(dx, dother, out), dweight, y
+    dx, dweight, _, y = _backward(dy, x, None, rstd, weight, None, zero_centered, dother, want, out)
     return dx, dweight, y
 
 
@@ -161,23 +170,25 @@ def layernorm_forward(
 def layernorm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
     zero_centered: bool = False, dother: Tensor | None = None,
-    want: Collection[str] = ("x", "weight", "bias"),
+    want: Collection[str] = ("x", "weight", "bias"), out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of `layernorm_forward`: with `m = dy * w` and `h = (x - mean) * rstd`,
     `dx = rstd * (m - mean(m) - h * mean(m * h)) + dother`.
 
     Returns (dx in x's dtype, dweight in weight's, dbias in bias's, y computed again), None for what
-    is not in want ("x", "weight", "bias", "y") or has no parameter.
+    is not in want ("x", "weight", "bias", "y") or has no parameter. out: as in `rmsnorm_backward`.
     """
     if not direct(dy, x, mean, rstd, weight, bias, dother):
         mask = "x" in want, "weight" in want, "bias" in want
         dx, dweight, dbias = reference.layernorm_backward(
             dy, x, mean, rstd, weight, bias, zero_centered, mask
         )
-        dx = dx if dx is None or dother is None else dx + dother
+        dx = _added(dx, dother, out)
         y = _layernorm_again(x, mean, rstd, weight, bias, zero_centered) if "y" in want else None
         return dx, dweight, dbias, y
-    dx, dweight, dbias, y = _backward(dy, x, mean, rstd, weight, bias, zero_centered, dother, want)
+    dx, dweight, dbias, y = _backward(
+        dy, x, mean, rstd, weight, bias, zero_centered, dother, want, out
+    )
     if dbias is not None and bias is not None and bias.dtype != _FP32:
         dbias = dbias.to(bias.dtype)
     return dx, dweight, dbias, y

@@ -67,7 +67,7 @@ def activation_quantize(
     bias = None if bias is None else bias.float().contiguous()
     _activation_kernel(
         DTYPES[dtype], function, gated, torch.get_num_threads(), *shape, shape[1],
-        x.data_ptr(), 0, address(bias), stride, 0, 0, 0, address(sums), 0, 0, *constants,
+        shape[1], x.data_ptr(), 0, address(bias), stride, 0, 0, 0, address(sums), 0, 0, *constants,
         *_record(0, 0, dtype, shape, to, scale, made),
     )  # fmt: skip
     return made, sums

@@ -310,8 +310,8 @@ def linear_activation_backward(
 
     dy: `[rows, depth]`; weight: `[depth, width]`, of dy's dtype; pre: `[rows, width]`, for gated
     kinds `[rows, 2 * width]`. want, bias_dtype and the result (dpre, y, dbias) are those of
-    `activation_backward`: y is f(pre), dbias the column sums of the unrounded dpre, in a fixed
-    order. Raises ValueError for what does not fit.
+    `activation_backward`: y is f(pre), dbias the column sums of the unrounded dpre, in an order
+    that shapes, dtypes and want fix. Raises ValueError for what does not fit.
     """
     flags = constants(kind, params)
     depth, width = weight.shape

@@ -136,8 +136,11 @@ def test_backward_computes_what_is_wanted(want: tuple[str, ...], kind: str, devi
     got = linear_activation_backward(dy, w, pre, kind, want=want, bias_dtype=torch.float32)
     for key, one, other in zip(("x", "y", "bias"), got, whole, strict=True):
         assert (one is None) == (key not in want)
-        assert one is None or torch.equal(one, other)
         assert one is None or one.dtype == (torch.float32 if key == "bias" else pre.dtype)
+        if one is not None and key == "bias":  # a compiler adds up a tile as it lays it out
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-5)
+        else:
+            assert one is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])

@@ -14,6 +14,11 @@ LOOP const float* loaded(const bf16* __restrict from, float* __restrict to, int6
     return to;
 }
 
+// The same n columns in the buffer, where they are not yet: what they are read from is written to.
+static inline const float* apart(const float* from, float* buffer, int64_t n) {
+    return from == buffer ? from : static_cast<float*>(memcpy(buffer, from, n * sizeof(float)));
+}
+
 // Where to write n columns: the tensor itself, or a buffer that `stored` then narrows into it.
 static inline float* target(float* tensor, float* buffer) { return tensor ? tensor : buffer; }
 static inline float* target(bf16*, float* buffer) { return buffer; }
@@ -35,8 +40,8 @@ struct Chunk {
 };
 
 // Calls run(rows from, to, chunk) for a block of rows: row by row, or, where a transposed copy is
-// wanted, chunk by chunk, so that what is to be copied is still in the cache. Gate and value
-// alternate in blocks of `period` columns, which for halves is the width.
+// wanted, chunk by chunk, so that what is to be copied is still in the cache. Gates come in blocks of
+// `period` columns, which for halves is the width.
 template <class Run>
 static inline void over_chunks(
     const Activation& t, int64_t begin, int64_t end, bool copies, const Run& run) {
@@ -45,7 +50,7 @@ static inline void over_chunks(
         for (int64_t first = 0; first < t.width; first += t.period)
             for (int64_t y = first; y < first + t.period; y += CHUNK) {
                 int64_t a = t.gated ? y + first : y;
-                run(row, row + rows, Chunk{y, a, a + t.period, min(CHUNK, first + t.period - y)});
+                run(row, row + rows, Chunk{y, a, a + t.value, min(CHUNK, first + t.period - y)});
             }
 }
 
@@ -131,10 +136,13 @@ LOOP void activation_backward_chunk(
     T* dxa = offset(static_cast<T*>(t.dx), row * total + c.a);
     T* dxb = t.gated ? offset(static_cast<T*>(t.dx), row * total + c.b) : nullptr;
     const float* gradient = loaded(dy, buffers[0], c.n);
-    if (dxa == dy && gradient != buffers[0])  // in place
-        gradient = static_cast<float*>(memcpy(buffers[0], gradient, c.n * sizeof(float)));
     const float* gate = loaded(x + c.a, buffers[1], c.n);
     const float* value = t.gated ? loaded(x + c.b, buffers[2], c.n) : ones.values;
+    if (dxa == dy) gradient = apart(gradient, buffers[0], c.n);
+    if (dxa == x + c.a) {
+        gate = apart(gate, buffers[1], c.n);
+        if (t.gated) value = apart(value, buffers[2], c.n);
+    }
     float* da = target(dxa, buffers[3]);
     float* db = target(dxb, buffers[4]);
     float* out = target(y, buffers[5]);

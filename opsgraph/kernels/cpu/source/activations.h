@@ -6,7 +6,8 @@
 #include "transpose.h"
 
 struct Activation {
-    int64_t dtype, kind, gated, threads, rows, width, period;  // width: of y; period: of the gate
+    int64_t dtype, kind, gated, threads, rows, width;  // width: of y
+    int64_t period, value;  // columns of a gate's block, and from a gate to its value
     const void *x, *dy;
     const float* bias;
     int64_t x_stride, dy_stride;

@@ -112,11 +112,12 @@ LOOP void dots(
     second = dot / float(width);
 }
 
+// dx may be dy.
 template <class T, bool Add>
 LOOP void input_gradient(
-    const T* __restrict dy, const T* __restrict x, const float* __restrict gamma,
-    const T* __restrict other, float mean, float rstd, float first, float second,
-    T* __restrict dx, int64_t width) {
+    const T* dy, const T* __restrict x, const float* __restrict gamma, const T* __restrict other,
+    float mean, float rstd, float first, float second, T* dx, int64_t width) {
+#pragma omp simd
     for (int64_t j = 0; j < width; j++) {
         float h = (widen(x[j]) - mean) * rstd;
         float d = rstd * (widen(dy[j]) * gamma[j] - first - h * second);
@@ -145,6 +146,8 @@ LOOP void norm_backward_row(
     const T* dy = static_cast<const T*>(n.dy) + row * n.dy_stride;
     const T* x = static_cast<const T*>(n.x) + row * n.x_stride;
     const float mean = Center ? n.mean[row] : 0, rstd = n.rstd[row];
+    if (dweight) add_weight_gradient(dy, x, mean, rstd, dweight, width);
+    if (dbias) add_row(dy, dbias, width);
     if (n.dx) {
         float first, second;
         dots<T, Center>(dy, x, gamma, mean, rstd, width, first, second);
@@ -153,8 +156,6 @@ LOOP void norm_backward_row(
         auto* function = n.other ? input_gradient<T, true> : input_gradient<T, false>;
         function(dy, x, gamma, other, mean, rstd, first, second, dx, width);
     }
-    if (dweight) add_weight_gradient(dy, x, mean, rstd, dweight, width);
-    if (dbias) add_row(dy, dbias, width);
     if (n.y)
         normalize<T, Center>(
             x, gamma, beta, mean, rstd, static_cast<T*>(n.y) + row * width, width);
