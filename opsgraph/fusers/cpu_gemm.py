@@ -25,9 +25,10 @@ activations = Lazy("cpu.activations")
 memory = Lazy("cpu.memory")
 launch = Lazy("cpu.launch")
 
-ROWS = 256
-"""Rows of a gradient between a product and the pass after it that are there at the same time."""
-PARTS, COLUMNS = 4, 1024
+ROWS = 1024
+"""Rows of a gradient between a product and the pass after it that are there at the same time: the
+library packs the weight once for each such block."""
+PARTS, COLUMNS = 2, 1024
 """How many parts an activation is computed again in, and the least of their columns."""
 
 
@@ -108,6 +109,7 @@ def _activated_wgrad(fc: Any, dy: Tensor, act: Op, pre: Tensor, stored: Tensor) 
         transposes = gemm.wgrad_transposes_x(pre, width, size, into=True)
         y_t = memory.empty((size, rows), pre.dtype) if transposes else None
         gemm.wgrad(dy, forward(y_t=y_t, columns=part)[0], out=dweight[:, part])
+        del y_t
     return dweight
 
 

@@ -134,7 +134,7 @@ def test_choices_lie_where_the_compiled_kernels_do(monkeypatch, tmp_path: Path) 
 
 def test_fastest_takes_turns_and_drops_the_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, order = [0.0], []
-    times = {"usual": [9, 4, 4, 4], "slow": [1, 6, 6, 6], "quick": [9, 5, 3, 3]}
+    times = {"usual": [9, 4, 4] + [5] * 5, "slow": [1, 6], "quick": [9, 5, 3, 3] + [4] * 5}
 
     def run(name: str) -> None:
         clock[0] += times[name].pop(0)
@@ -143,7 +143,21 @@ def test_fastest_takes_turns_and_drops_the_slow(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(choices.time, "perf_counter", lambda: clock[0])
     candidates = {name: lambda name=name: run(name) for name in times}
     assert fastest(candidates, rounds=3) == "quick"
-    assert "".join(name[0] for name in order) == "uussqq" + "uq" + "q"
+    assert "".join(name[0] for name in order) == "uussqq" + "uq" + "q" + "qu" * 5
+    assert not any(times.values())
+
+
+def test_what_was_quick_while_the_machine_was_is_not_taken(monkeypatch) -> None:
+    clock, calls = [0.0], [0]
+
+    def run(seconds: float) -> None:
+        calls[0] += 1
+        clock[0] += seconds / 2 if calls[0] == 4 else seconds
+
+    monkeypatch.setattr(choices.time, "perf_counter", lambda: clock[0])
+    candidates = {"usual": lambda: run(1.0), "other": lambda: run(1.1)}
+    assert fastest(candidates, rounds=3) == "usual"
+    assert calls == [2 + 2 + 2 + 2 * choices.PAIRS], "then it ran alone, then both did in turns"
 
 
 def test_the_usual_one_stays_unless_another_is_clearly_faster(monkeypatch) -> None:

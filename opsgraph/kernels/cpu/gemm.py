@@ -216,7 +216,7 @@ def _candidates(
 
 
 def _worthwhile(kind: str, layout: Layout, rows: int, width: int, depth: int) -> bool:
-    """Whether a layout's copies are worth their memory: they are no larger than the result.
+    """Whether a layout's copies are worth their memory: at most half of the result's.
 
     A weight gradient's are made in pieces or in the place of the operand; the library's linear
     would copy more, and make every piece of the result in memory of its own.
@@ -225,7 +225,7 @@ def _worthwhile(kind: str, layout: Layout, rows: int, width: int, depth: int) ->
         return layout.entry != "onednn"
     inputs, outputs = (depth, width) if kind == FORWARD else (width, depth)
     first, second = rows * inputs, width * depth
-    return max(layout.first * first, layout.second * second) <= rows * outputs
+    return 2 * max(layout.first * first, layout.second * second) <= rows * outputs
 
 
 def _stored(x: Tensor, by_columns: bool) -> Tensor:
