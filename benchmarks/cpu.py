@@ -3,7 +3,8 @@
 Every case runs in alternation and is judged by medians. "GEMMs" are the products of the step alone,
 each at the fastest of the layouts tried and, where the library allows it, into a buffer that is
 kept: what no implementation over the same library can beat. Peak memory is that of a step in a
-process of its own, weights and inputs left out. Prints a table; writes JSON and a bar chart.
+process of its own, weights and inputs left out: of its tensors, and what the process takes more, in
+which malloc and the library have a part. Prints a table; writes JSON and a bar chart.
 
     taskset -c 0,1 python -m benchmarks.cpu [--threads 2] [--seconds 40] [--cases NAME,...]
 """
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import opsgraph as og
+from benchmarks import memory
 from benchmarks.overhead import TorchSwiGLU
 from benchmarks.timing import alternate, machine
 from opsgraph.ops import GELU, LayerNorm, Linear, RMSNorm, SwiGLU
@@ -196,37 +198,34 @@ def measure(case: Case, seconds: float, threads: int) -> dict[str, Any]:
 # -- memory --
 
 
-def _resident(field: str) -> int:
-    """`VmRSS` or `VmHWM`, the highest since the last reset, of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise LookupError(f"/proc/self/status has no {field}")
-
-
-def peak_of(name: str, candidate: str) -> int:
+def peaks_of(name: str, candidate: str) -> dict[str, int]:
     """Peak bytes of a step over what weights and inputs take; in a process made for it."""
     case = CASES[name]
-    call = call_of(case, make_ours(case) if candidate == OURS else make_theirs(case))
+    module = make_ours(case) if candidate == OURS else make_theirs(case)
+    call = call_of(case, module)
     small = case._replace(rows=16)
     call_of(small, make_ours(small) if candidate == OURS else make_theirs(small))()
-    before = _resident("VmRSS")
-    call()
-    call()
-    Path("/proc/self/clear_refs").write_text("5")  # makes VmHWM start again
-    call()
-    return _resident("VmHWM") - before
+    found = {}
+    if memory.can_tell_resident():
+        before = memory.resident()
+        call()
+        call()
+        found["resident"] = memory.resident_peak(call) - before
+    with memory.fresh_memory():
+        call()
+        call.args[-2].grad = None
+        module.zero_grad()
+        found["tensors"] = memory.tensor_peak(call)
+    return found
 
 
-def peak_in_a_process(name: str, candidate: str, threads: int) -> int | None:
-    """`peak_of` elsewhere; None where the system does not tell."""
-    if not Path("/proc/self/clear_refs").exists():
-        return None
+def peaks_in_a_process(name: str, candidate: str, threads: int) -> dict[str, int]:
+    """`peaks_of` elsewhere."""
     command = [sys.executable, "-m", "benchmarks.cpu", "--threads", str(threads)]
     done = subprocess.run(
         [*command, "--peak", name, candidate], stdout=subprocess.PIPE, text=True, check=True
     )
-    return int(done.stdout)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
 # -- telling --
@@ -247,7 +246,7 @@ def ratios(case: Case, found: dict[str, Any]) -> Iterator[tuple[str, float, floa
         yield other, seconds[OURS] / seconds[other], limit
     peaks = found.get("peak_bytes")
     if case.peak is not None and peaks:
-        yield "eager's peak memory", peaks[OURS] / peaks[EAGER], case.peak
+        yield "eager's peak memory", peaks[OURS]["tensors"] / peaks[EAGER]["tensors"], case.peak
 
 
 def table(results: dict[str, Any]) -> str:
@@ -261,8 +260,9 @@ def table(results: dict[str, Any]) -> str:
     lines.append("")
     for name, found in results["cases"].items():
         if peaks := found.get("peak_bytes"):
-            told = ", ".join(f"{n} {size / 2**20:.0f} MiB" for n, size in peaks.items())
-            lines.append(f"{name:<20}peak of a step: {told}")
+            for kind in peaks[OURS]:
+                told = ", ".join(f"{n} {peaks[n][kind] / 2**20:.0f} MiB" for n in peaks)
+                lines.append(f"{name:<20}peak of a step, {kind}: {told}")
         for other, ratio, limit in ratios(CASES[name], found):
             word = "" if ratio <= limit else "  above"
             lines.append(f"{name:<20}{ratio:.2f} times {other}, limit {limit:.2f}{word}")
@@ -308,7 +308,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.peak:
-        print(peak_of(*args.peak))
+        print(json.dumps(peaks_of(*args.peak)))
         return 0
     names = args.cases.split(",")
     if unknown := set(names) - set(CASES):
@@ -326,8 +326,8 @@ def main() -> int:
         case = CASES[name]
         found = measure(case, args.seconds / len(names), args.threads)
         if case.peak is not None:
-            peaks = {n: peak_in_a_process(name, n, args.threads) for n in (OURS, EAGER)}
-            found |= {"peak_bytes": peaks} if None not in peaks.values() else {}
+            both = OURS, EAGER
+            found["peak_bytes"] = {n: peaks_in_a_process(name, n, args.threads) for n in both}
         results["cases"][name] = found
         args.out.write_text(json.dumps(results, indent=2) + "\n")
         print(f"{name} measured", file=sys.stderr)

@@ -254,8 +254,7 @@ def kept_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor, however small, is in kept memory, and may be overwritten if nobody has it."""
     monkeypatch.setattr(memory, "LEAST", 1)
     monkeypatch.setattr(cpu_gemm, "COLUMNS", 8)
-    for module in (memory, gemm):
-        monkeypatch.setattr(module, "pool", memory.Pool())
+    monkeypatch.setattr(memory, "pool", memory.Pool())
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -5,32 +5,19 @@ takes scratch that differs between processors. Kept memory that is idle is given
 is taken.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peak_bytes import peak_bytes
 from torch import Tensor, nn
 
 import opsgraph as og
+from benchmarks.memory import fresh_memory, tensor_peak
 from opsgraph.fusers import cpu_gemm
 from opsgraph.kernels.cpu import build, gemm, memory
 from opsgraph.kernels.cpu.choices import Choices
 from opsgraph.ops import GELU, LayerNorm, Linear, RMSNorm, SwiGLU
-
-
-class Fresh(memory.Pool):
-    """Gives every tensor memory of its own."""
-
-    def take(self, size: int) -> torch.UntypedStorage:
-        self.release()
-        return super().take(size)
-
-    def adopt(self, make: Callable[[], Tensor], size: int) -> Tensor:
-        self.release()
-        return super().adopt(make, size)
-
 
 ROWS, HIDDEN, FFN = 512, 256, 1024
 SCALE = 2048 * 1024 // (2 * ROWS * HIDDEN)
@@ -78,19 +65,15 @@ def peak(module: nn.Module) -> int:
 
     step()
     clear()
-    memory.pool.release()
-    found = peak_bytes(step)
+    found = tensor_peak(step)
     clear()
     return found
 
 
 @pytest.fixture
-def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Says which layout of a product counts as the fastest; sizes that are limits are scaled."""
-    pool = Fresh()
     monkeypatch.setattr(memory, "LEAST", 1)
-    for module in (memory, gemm):
-        monkeypatch.setattr(module, "pool", pool)
     monkeypatch.setattr(gemm, "SMALL", 0)
     monkeypatch.setattr(cpu_gemm, "COLUMNS", cpu_gemm.COLUMNS // 4)
     monkeypatch.setattr(gemm, "PIECE", gemm.PIECE // SCALE)
@@ -105,7 +88,8 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
         monkeypatch.setattr(gemm, "choices", Choices(list, measure))
 
-    return choose
+    with fresh_memory():
+        yield choose
 
 
 @needs_kernels
@@ -130,4 +114,4 @@ def test_what_the_measure_counts() -> None:
         c = torch.empty(600, dtype=torch.uint8)
         del b, c
 
-    assert peak_bytes(call) == 1500
+    assert tensor_peak(call) == 1500

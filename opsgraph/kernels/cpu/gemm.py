@@ -13,15 +13,16 @@ Results are stored by rows, in kept memory where the entry point allows it.
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from math import prod
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import memory
 from .choices import Choices
 from .launch import direct
-from .memory import adopted, empty, pool
 from .transpose import transposed
 
 FORWARD, DGRAD, WGRAD = "forward", "dgrad", "wgrad"
@@ -114,9 +115,14 @@ def wgrad(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     columns of a larger gradient, get the result, which is returned.
     """
     layout = _layout(WGRAD, dy, dy.shape[1], x.shape[1], into=out is not None)
-    if layout is None or not direct(dy, x):
+    if not direct(dy, x):
         return dy.t() @ x if out is None else out.copy_(dy.t() @ x)
-    return _wgrad(layout, dy, x, out)
+    if layout is not None:
+        return _wgrad(layout, dy, x, out)
+    shape = dy.shape[1], x.shape[1]
+    if out is None and prod(shape) * dy.element_size() >= memory.LEAST:  # of few rows
+        out = memory.empty(shape, dy.dtype)
+    return torch.mm(dy.t(), x) if out is None else torch.mm(dy.t(), x, out=out)
 
 
 def wgrad_transposes_x(like: Tensor, width: int, depth: int, into: bool = False) -> bool:
@@ -141,7 +147,7 @@ def _wgrad(layout: Layout, dy: Tensor, x: Tensor, out: Tensor | None = None) -> 
     rows, width = dy.shape
     step = max(LEAST_COLUMNS, PIECE // (rows * dy.element_size()) // 64 * 64)
     x = _stored(x, layout.second)
-    dweight = empty((width, x.shape[1]), dy.dtype) if out is None else out
+    dweight = memory.empty((width, x.shape[1]), dy.dtype) if out is None else out
     for k in range(0, width, step):
         _product(WGRAD, layout, dy[:, k : k + step], x, out=dweight[k : k + step])
     return dweight
@@ -162,7 +168,7 @@ def _layout(
         text = f"{kind}{' bias' * bias}{' add' * add}{' into' * into} {sizes} threads {key[-1]}"
         made = partial(_candidates, kind, rows, width, depth, dtype, bias, add, into)
         _chosen[key] = LAYOUTS[choices.choose(text, made)]
-        pool.release()  # of what was measured with
+        memory.pool.release()  # of what was measured with
     return _chosen[key]
 
 
@@ -245,7 +251,7 @@ def _product(
     if layout.entry == "onednn":
         made = _onednn_product(a, b, bias, other)
         return made if out is None else out.copy_(made)
-    y = empty((a.shape[0], b.shape[1]), a.dtype) if out is None else out
+    y = memory.empty((a.shape[0], b.shape[1]), a.dtype) if out is None else out
     into = y
     if layout.entry == "flipped":
         a, b, into = b.t(), a.t(), y.t()
@@ -262,4 +268,4 @@ def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None, other: Tensor | N
     make = partial(run, a, b.t(), bias, "none", [], "")
     if other is not None:
         make = partial(run.binary, a, _stored(other, False), b.t(), bias, "add")
-    return adopted(make, (a.shape[0], b.shape[1]), a.dtype)
+    return memory.adopted(make, (a.shape[0], b.shape[1]), a.dtype)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 LEAST = 2**20
 """Bytes below which a tensor gets memory of its own: the allocator keeps such blocks itself."""
 
@@ -182,7 +183,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialized, contiguous tensor on the CPU, in kept memory if it is large."""
     size = prod(shape) * dtype.itemsize
     if size < LEAST or _use_count is None:
-        return torch.empty(shape, dtype=dtype, device="cpu")
+        return torch.empty(*shape, dtype=dtype, device=CPU)  # sizes one by one cost half as long
     bare = torch.empty(0, dtype=dtype, device="cpu")  # whatever the default device is
     made: Tensor = bare.set_(pool.take(size), 0, shape)  # type: ignore[call-overload]
     if (
