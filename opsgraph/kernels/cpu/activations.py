@@ -91,19 +91,20 @@ def activation_forward(
     function, gated, constants = row(kind, params)
     dtype, (rows, total) = x.dtype, x.shape
     width = total // 2 if gated else total
-    value, skipped = interleave or width, 0
+    value = interleave or width
     if columns is not None:
-        skipped = columns.start * (2 if gated and interleave else 1) * dtype.itemsize
         width = columns.stop - columns.start
     y = empty((rows, width), dtype) if y_t is None else y_t.t()
     sums = empty((rows, total), dtype) if pre and bias is not None else None
     if not rows or not width:
         return y, sums
     x, stride = rows_of(x, (rows, total), dtype)
+    if columns is not None:
+        x = x[:, columns.start * (2 if gated and interleave else 1) :]
     bias = None if bias is None else bias.float().contiguous()
     _forward_kernel(
         DTYPES[dtype], function, gated, torch.get_num_threads(), rows, width, interleave or width,
-        value, x.data_ptr() + skipped, 0, address(bias), stride, 0,
+        value, x.data_ptr(), 0, address(bias), stride, 0,
         0 if y_t is not None else y.data_ptr(), address(y_t), address(sums), 0, 0, *constants,
     )  # fmt: skip
     return y, sums
