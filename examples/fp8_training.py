@@ -9,8 +9,8 @@ the same bits of data and scale are multiplied by an exact emulation.
     python examples/fp8_training.py --steps 10 --layers 1 --seeds 1  # a quick look
 
 Each recipe has to end within 3% of the loss in bf16 (the mean of the last 20 steps and of all
-seeds: one seed's runs end up to 4% apart, fp32's and bf16's among them); the exit code is 1 if one
-does not. The loss curves go into `demo/fp8_loss.png`.
+seeds: one seed's runs end up to 4% apart); the exit code is 1 if one does not. The loss curves go
+into `demo/fp8_loss.png`.
 """
 
 from __future__ import annotations
