@@ -213,8 +213,8 @@ def peaks_of(name: str, candidate: str) -> dict[str, int]:
         found["resident"] = memory.resident_peak(call) - before
     with memory.fresh_memory():
         call()
-        call.args[-2].grad = None
-        module.zero_grad()
+        for tensor in (call.args[-2], *module.parameters()):  # x; old gradients count for nothing
+            tensor.grad = None
         found["tensors"] = memory.tensor_peak(call)
     return found
 

@@ -10,6 +10,7 @@ from saved_bytes import saved_bytes
 from torch import Tensor
 
 import opsgraph as og
+from opsgraph import config
 from opsgraph import recipe as r
 from opsgraph.ops import GroupedLinear, Linear, Quantize, RMSNorm, SiLU
 
@@ -300,6 +301,36 @@ def test_a_groups_result_is_that_of_a_linear(name: str) -> None:
         torch.testing.assert_close(layer.weight.grad[g], single.weight.grad)
         torch.testing.assert_close(layer.bias.grad[g], single.bias.grad)
         start += size
+
+
+def grouped(**options: Any) -> og.Sequential:
+    torch.manual_seed(0)
+    return og.Sequential(GroupedLinear(3, HIDDEN, 32), dtype=torch.bfloat16, **options)
+
+
+def grouped_results(module: og.Sequential, recipe: r.Recipe, sizes: Tensor) -> list[Tensor]:
+    return results(module, recipe, example(int(sizes.sum())), lambda x: module(x, sizes))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_whoever_quantizes_groups_the_bits_are_the_same(name: str) -> None:
+    module, sizes = grouped(), torch.tensor([7, 0, 33])
+    reference = og.Sequential(*module, backends=("reference",))
+    found, expected = (grouped_results(m, RECIPES[name], sizes) for m in (module, reference))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_second_call_plans_nothing(name: str) -> None:
+    module, dense, sizes = grouped(), mlp(), torch.tensor([7, 0, 33])
+    for call in (
+        lambda: grouped_results(module, RECIPES[name], sizes),
+        lambda: results(dense, RECIPES[name], example()),
+    ):
+        call()
+        before = config.epoch
+        call()
+        assert config.epoch == before, "every module was made to look for its plans again"
 
 
 def test_a_users_quantize_rounds_values_and_gradients() -> None:

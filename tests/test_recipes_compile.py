@@ -7,6 +7,7 @@ from recipe_cases import HIDDEN, RECIPES, example, mlp, results
 
 import opsgraph as og
 from opsgraph import recipe as r
+from opsgraph.ops import GroupedLinear
 
 __all__ = ["cold"]
 
@@ -20,6 +21,17 @@ def test_compiled_and_eager_give_the_same_bits(name: str) -> None:
         found = results(module, RECIPES[name], x, compiled)
         assert all(map(torch.equal, found, results(module, RECIPES[name], x)))
     assert compiled.count <= 2
+
+
+@pytest.mark.parametrize("name", ["current", "mx"])
+def test_groups(name: str) -> None:
+    torch.manual_seed(0)
+    module, sizes = og.Sequential(GroupedLinear(2, HIDDEN, 32)), torch.tensor([32, 64])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(96, HIDDEN)
+    found = results(module, RECIPES[name], x, lambda x: compiled(x, sizes))
+    expected = results(module, RECIPES[name], x, lambda x: module(x, sizes))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_another_recipe_compiles_again() -> None:

@@ -10,11 +10,13 @@ from ..fuser import register
 from ..kernels.formats import Copies, Format
 from ..op import Op
 from ..ops import Bias, Quantize, QuantizeGrad
+from ..ops.quantized_grouped import QuantizedGroupedLinear
 from ..quantizers import Quantized, Quantizer, RowQuantizer, TensorQuantizer, transposed
 from ..spec import Spec
 from .cpu import CPU, DTYPES, Activation, reject_dtype, shape_of
 from .lazy import Lazy
 from .quantizing import KERNELS, Kernel, as_quantized, copy_names, format_of
+from .quantizing import quantize as by_rule
 
 build = Lazy("cpu.build")
 kernels = Lazy("cpu.quantize")
@@ -106,3 +108,32 @@ class ActivationQuantizeCPU(_Quantizing):
         )  # fmt: skip
         found = _found(q.quantizer, made, x.dtype, names)
         return found, (x if bias_bias is None else pre, made.amax)
+
+
+@register
+class GroupedQuantizeCPU(CPU):
+    """A grouped linear whose groups' operands the kernels quantize."""
+
+    pattern = dict(fc=QuantizedGroupedLinear)
+
+    def reject(self, fc: Any, x: Spec) -> str | None:  # type: ignore[override]
+        if not any(isinstance(format_of(q), Format) for q in fc.quantizers):
+            return f"its kernels do not write {fc.quantizers[0].storage.name}"
+        return reject_dtype(x) or build.reason("quantize")
+
+    def fwd(
+        self, x: Tensor, fc: Any, fc_split_sizes: Tensor, fc_weight: Tensor, fc_bias: Tensor | None
+    ) -> Any:
+        return fc.forward_by(_by_kernel, x, fc_split_sizes, fc_weight, fc_bias)
+
+    def bwd(
+        self, dy: Tensor, fc: Any, fc_x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor,
+        fc_bias: Tensor | None, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        names = {name.removeprefix("fc_") for name in want}
+        return fc.backward_by(_by_kernel, dy, fc_x, fc_split_sizes, fc_weight, fc_bias, names)
+
+
+def _by_kernel(quantizer: Quantizer, x: Tensor, copies: Collection[str]) -> Quantized:
+    """By the kernel, or by the quantizer's formulas where that writes no such format."""
+    return by_rule(("cpu",), quantizer, x, None, copies)[0]

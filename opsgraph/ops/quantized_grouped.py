@@ -1,6 +1,6 @@
 """GroupedLinear under a recipe: each group's operands are quantized on their own."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,13 @@ from ..recipe import Recipe
 from ..spec import Spec
 from . import scaled_gemm as scaled
 from .grouped import GroupedLinear, _pieces
+
+Quantize = Callable[[Quantizer, Tensor, Collection[str]], Quantized]
+"""Who makes the copies of a tensor that are named."""
+
+
+def _by_formula(quantizer: Quantizer, x: Tensor, copies: Collection[str]) -> Quantized:
+    return quantizer(x, copies)
 
 
 class QuantizedGroupedLinear(GroupedLinear):
@@ -27,7 +34,8 @@ class QuantizedGroupedLinear(GroupedLinear):
         self.num_groups = layer.num_groups
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.quantizers, self.override = tuple(quantizers), override
-        self.channels, self.strict = layer.channels, layer.strict
+        # Set again as attributes they would make every module look for its plans again.
+        self.__dict__.update(channels=layer.channels, strict=layer.strict)
         for name in ("weight", "bias"):
             self.register_parameter(name, None)
             self._homes[name] = layer.home(name)
@@ -40,29 +48,39 @@ class QuantizedGroupedLinear(GroupedLinear):
                 return f"got {name} {width}, expected a multiple of {multiple} for {what}"
         return super().reject(x)
 
-    def _operands(
-        self, x: Tensor, weight: Tensor, copies: Collection[str]
-    ) -> tuple[Quantized, Quantized]:
-        activation, weights, _ = self.quantizers
-        return activation(x, copies), weights(weight, copies)
-
     def fwd(
         self, x: Tensor, split_sizes: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, tuple[()]]:
-        parts = []
-        for g, piece in enumerate(_pieces(x, split_sizes)):
-            y = scaled.forward(*self._operands(piece, weight[g], ("row",)))
-            parts.append(y if bias is None else y + bias[g])
-        return torch.cat(parts), ()
+        return self.forward_by(_by_formula, x, split_sizes, weight, bias)
 
     def bwd(
         self, dy: Tensor, x: Tensor, split_sizes: Tensor, weight: Tensor, bias: Tensor | None,
         want: Collection[str],
     ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:  # fmt: skip
+        return self.backward_by(_by_formula, dy, x, split_sizes, weight, bias, want)
+
+    def forward_by(
+        self, quantize: Quantize, x: Tensor, split_sizes: Tensor, weight: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, tuple[()]]:  # fmt: skip
+        """`fwd`, its operands quantized so."""
+        activation, weights, _ = self.quantizers
+        parts = []
+        for g, piece in enumerate(_pieces(x, split_sizes)):
+            operands = quantize(activation, piece, ("row",)), quantize(weights, weight[g], ("row",))
+            y = scaled.forward(*operands)
+            parts.append(y if bias is None else y + bias[g])
+        return torch.cat(parts), ()
+
+    def backward_by(
+        self, quantize: Quantize, dy: Tensor, x: Tensor, split_sizes: Tensor, weight: Tensor,
+        bias: Tensor | None, want: Collection[str],
+    ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:  # fmt: skip
+        """`bwd`, its operands quantized so."""
         if self.override == "high_precision":
             return super().bwd(dy, x, split_sizes, weight, bias, want)
         pieces = zip(_pieces(dy, split_sizes), _pieces(x, split_sizes), weight, strict=True)
-        found = [self._group(d, p, w, want) for d, p, w in pieces]
+        found = [self._group(quantize, d, p, w, want) for d, p, w in pieces]
         dx = torch.cat([data for data, _ in found]) if "x" in want else None  # type: ignore[misc]
         dweight = torch.stack([w for _, w in found]) if "weight" in want else None  # type: ignore[misc]
         dbias = None
@@ -72,14 +90,16 @@ class QuantizedGroupedLinear(GroupedLinear):
         return dx, (None, dweight, dbias)
 
     def _group(
-        self, dy: Tensor, x: Tensor, weight: Tensor, want: Collection[str]
+        self, quantize: Quantize, dy: Tensor, x: Tensor, weight: Tensor, want: Collection[str]
     ) -> tuple[Tensor | None, Tensor | None]:
         """dx and dweight of one group."""
         copies = ("row",) if self.override else ("col",)
-        qx, qweight = self._operands(x, weight, copies)
-        grad = dy if self.override else self.quantizers[2](dy, ("row", "col"))
-        dx = scaled.dgrad(grad, qweight) if "x" in want else None
-        return dx, scaled.wgrad(grad, qx) if "weight" in want else None
+        activation, weights, gradient = self.quantizers
+        grad = dy if self.override else quantize(gradient, dy, ("row", "col"))
+        dx = scaled.dgrad(grad, quantize(weights, weight, copies)) if "x" in want else None
+        if "weight" not in want:
+            return dx, None
+        return dx, scaled.wgrad(grad, quantize(activation, x, copies))
 
     @classmethod
     def sample(cls) -> Sequence[Op]:
