@@ -9,13 +9,21 @@ from torch import Tensor
 from ..fuser import register
 from ..kernels.formats import Copies, Format
 from ..op import Op
-from ..ops import Bias, Quantize, QuantizeGrad
+from ..ops import Bias, Quantize
 from ..ops.quantized_grouped import QuantizedGroupedLinear
 from ..quantizers import Quantized, Quantizer, RowQuantizer, TensorQuantizer, transposed
 from ..spec import Spec
 from .cpu import CPU, DTYPES, Activation, reject_dtype, shape_of
 from .lazy import Lazy
-from .quantizing import KERNELS, Kernel, as_quantized, copy_names, format_of
+from .quantizing import (
+    KERNELS,
+    Kernel,
+    QuantizesGradient,
+    QuantizesValue,
+    as_quantized,
+    copy_names,
+    format_of,
+)
 from .quantizing import quantize as by_rule
 
 build = Lazy("cpu.build")
@@ -63,25 +71,13 @@ class _Quantizing(CPU):
 
 
 @register
-class QuantizeCPU(_Quantizing):
-    """Quantize: one reading of x for both copies, the column copy transposed."""
-
-    pattern, saves = dict(q=Quantize), ("q_amax",)
-
-    def fwd(self, x: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
-        made, amax = quantize(q.quantizer, x, q_scale, copy_names(want))
-        return made, (amax,)
+class QuantizeCPU(_Quantizing, QuantizesValue):
+    """Quantize alone."""
 
 
 @register
-class QuantizeGradCPU(_Quantizing):
+class QuantizeGradCPU(_Quantizing, QuantizesGradient):
     """QuantizeGrad alone."""
-
-    pattern = dict(q=QuantizeGrad)
-
-    def bwd(self, dy: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
-        made, amax = quantize(q.quantizer, dy, q_scale, copy_names(want))
-        return made, (amax,)
 
 
 @register

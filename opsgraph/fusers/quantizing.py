@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from ..backend import backends
+from ..fuser import Fuser
 from ..kernels.formats import NVFP4, Format, Target
+from ..ops import Quantize, QuantizeGrad
 from ..quantizers import (
     BlockQuantizer,
     DelayedQuantizer,
@@ -103,3 +105,25 @@ def quantize(
                 return KERNELS[name].quantize(quantizer, x, scale, names)
     amax = quantizer.amax(x) if "amax" in names else None
     return quantizer(x, names, scale), amax
+
+
+class QuantizesValue(Fuser):
+    """Quantize by a backend's kernel: one reading of x for both copies."""
+
+    pattern, saves = dict(q=Quantize), ("q_amax",)
+
+    def fwd(self, x: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
+        kernel = KERNELS[self.backend]
+        made, amax = kernel.quantize(q.quantizer, x, q_scale, copy_names(want))
+        return made, (amax,)
+
+
+class QuantizesGradient(Fuser):
+    """QuantizeGrad by a backend's kernel."""
+
+    pattern = dict(q=QuantizeGrad)
+
+    def bwd(self, dy: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
+        kernel = KERNELS[self.backend]
+        made, amax = kernel.quantize(q.quantizer, dy, q_scale, copy_names(want))
+        return made, (amax,)

@@ -15,7 +15,15 @@ from ..quantizers import Quantized, Quantizer, RowQuantizer
 from ..spec import Spec, Storage
 from .cublaslt import reject_gradient_formats, reject_product, scaled_product, weight_gradient
 from .lazy import Lazy
-from .quantizing import KERNELS, Kernel, as_quantized, copy_names, format_of
+from .quantizing import (
+    KERNELS,
+    Kernel,
+    QuantizesGradient,
+    QuantizesValue,
+    as_quantized,
+    copy_names,
+    format_of,
+)
 from .triton import Gated, Plain, Triton, _dtype, _params, reject_activation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,25 +58,13 @@ class _Quantizing(Triton):
 
 
 @register
-class QuantizeKernel(_Quantizing):
-    """Quantize alone: one reading of x for both copies, the column copy transposed."""
-
-    pattern, saves = dict(q=Quantize), ("q_amax",)
-
-    def fwd(self, x: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
-        made, amax = quantize(q.quantizer, x, q_scale, copy_names(want))
-        return made, (amax,)
+class QuantizeKernel(_Quantizing, QuantizesValue):
+    """Quantize alone."""
 
 
 @register
-class QuantizeGradKernel(_Quantizing):
+class QuantizeGradKernel(_Quantizing, QuantizesGradient):
     """QuantizeGrad alone."""
-
-    pattern = dict(q=QuantizeGrad)
-
-    def bwd(self, dy: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
-        made, amax = quantize(q.quantizer, dy, q_scale, copy_names(want))
-        return made, (amax,)
 
 
 @register
