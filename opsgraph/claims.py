@@ -248,11 +248,8 @@ class Space:
             names = arguments(function)
             own = ("self",) if isinstance(fuser, Reference) else ()
             moved = fuser.consumes if direction == BACKWARD else ()
-            found = tuple(
-                self._argument(match, n, direction)._replace(moved=n in moved)
-                for n in (*own, *names)
-                if n != "want"
-            )
+            given = {n: self._argument(match, n, direction) for n in (*own, *names) if n != "want"}
+            found = tuple(a._replace(moved=n in moved) for n, a in given.items())
             yield Call(name, found, "want" in names, results)
 
     def _result(self, match: Match, name: str) -> str | None:

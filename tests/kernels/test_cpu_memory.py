@@ -1,6 +1,7 @@
 """Kept memory: a block is handed out again only when no tensor has it."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -203,7 +204,13 @@ def test_what_another_allocates_is_adopted(pool: Pool) -> None:
     assert pool.held() == (LEAST, 0)
     del made
     assert pool.held() == (0, LEAST)
-    again = memory.adopted(lambda: torch.ones(SHAPE), SHAPE, torch.float32)
+    idle = weakref.ref(pool._blocks[LEAST][0].storage)
+
+    def make() -> Tensor:
+        assert idle() is None, "the idle block is there until the new one is"
+        return torch.ones(SHAPE)
+
+    again = memory.adopted(make, SHAPE, torch.float32)
     assert pool.held() == (LEAST, 0), "the idle block went back to the system"
     place = again.data_ptr()
     del again

@@ -72,9 +72,9 @@ class Pool:
         """What make returns, of that many bytes that it allocates, as a block of the pool."""
         with self._lock:
             blocks = self._blocks.get(size, [])
-            for block in filter(_idle, blocks[:]):
-                blocks.remove(block)  # the new one may get its pages
-                break
+            idle = next((k for k, block in enumerate(blocks) if _idle(block)), None)
+            if idle is not None:
+                del blocks[idle]  # no variable holds it: the new one may get its pages
             self._drop(size)
         made = make()
         storage = made.untyped_storage()
