@@ -74,7 +74,7 @@ def train(
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    """One MLP block under current scaling: which steps quantize, and what multiplies."""
+    """One MLP block under delayed scaling: which steps quantize, and what multiplies."""
     block = make_model(args, 0).blocks[0].mlp
     with torch.autocast(args.device, torch.bfloat16), og.autocast(recipe=RECIPES["DelayedScaling"]):
         print(block.plan())

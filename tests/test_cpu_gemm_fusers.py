@@ -257,28 +257,38 @@ def kept_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "pool", memory.Pool())
 
 
+@pytest.fixture
+def overwritten(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the gradient of a pre-activation took its place, backward by backward."""
+    found: list[bool] = []
+    real = cpu_gemm._activation_backward
+
+    def noted(dy, act, pre, weight, names, dtype, dpre):
+        found.append(dpre is pre)
+        return real(dy, act, pre, weight, names, dtype, dpre)
+
+    monkeypatch.setattr(cpu_gemm, "_activation_backward", noted)
+    return found
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_what_others_have_is_not_overwritten(
-    chooser: Chooser, kept_memory: None, bias: bool, monkeypatch: pytest.MonkeyPatch
+    chooser: Chooser, kept_memory: None, one_pass: bool, overwritten: list[bool], bias: bool
 ) -> None:
     torch.manual_seed(0)
-    answers, ours = [], memory.ours
-    monkeypatch.setattr(memory, "ours", lambda x: answers.append(0) or ours(x))
     module = mlp(bias)
     x, dy = torch.randn(2, 37, 16)
     expected = gradients(reference(module), x, dy)
-    for k, keep in enumerate((False, True, False)):
+    for retain in ((False,), (True, False)):
         leaf = x.clone().requires_grad_()
-        module.zero_grad()
         y = module(leaf)
-        for _ in range(1 + keep):
+        for again in retain:
             leaf.grad = None
             module.zero_grad()
-            y.backward(dy, retain_graph=keep and leaf.grad is None)
-        for one, other in zip(
-            (y.detach(), leaf.grad, *(p.grad for p in module.parameters())), expected, strict=True
-        ):
-            assert_same(one, other, f"{chooser.answer}, {k}")
+            y.backward(dy, retain_graph=again)
+            found = [y.detach(), leaf.grad, *(p.grad for p in module.parameters())]
+            for one, other in zip(found, expected, strict=True):
+                assert_same(one, other, f"{chooser.answer}, {retain}")
 
     held: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
@@ -287,3 +297,18 @@ def test_what_others_have_is_not_overwritten(
     y.backward(dy)
     for one, other in zip(held, before, strict=True):
         assert torch.equal(one, other)
+    assert overwritten == ([] if one_pass else [True, False, True, False])
+
+
+@pytest.mark.parametrize("act", [GELU(), SwiGLU(), SwiGLU(32)], ids=["GELU", "SwiGLU", "by 32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_activation_made_again_in_parts(
+    chooser: Chooser, kept_memory: None, act: og.Op, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    width = 160 * (1 + isinstance(act, SwiGLU))
+    module = og.Sequential(Linear(16, width), act, Linear(160, 16), dtype=dtype)
+    x, dy = torch.randn(2, 37, 16).to(dtype)
+    expected = gradients(reference(module), x, dy)
+    for one, other in zip(gradients(module, x, dy), expected, strict=True):
+        assert_same(one, other, chooser.answer)

@@ -20,7 +20,7 @@ from opsgraph.ops import (
     ReLU,
     SiLU,
     Tee,
-)  # fmt: skip
+)
 
 pytestmark = pytest.mark.usefixtures("without_cpu_backend")
 
@@ -411,5 +411,6 @@ def test_a_consumed_argument_has_no_other_variable_unless_it_is_needed() -> None
     gradient, x.grad = x.grad, None
     expected(x).sum().backward()
     torch.testing.assert_close(gradient, 4 * x.grad)
-    assert fuser.others[0] == fuser.others[2] == 0
-    assert fuser.others[1] >= 0
+    alone, retained, alone_at_last = fuser.others
+    assert alone == alone_at_last == 0
+    assert retained >= 0

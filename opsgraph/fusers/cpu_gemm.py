@@ -29,7 +29,7 @@ ROWS = 1024
 """Rows of a gradient between a product and the pass after it that are there at the same time: the
 library packs the weight once for each such block."""
 PARTS, COLUMNS = 2, 1024
-"""How many parts an activation is computed again in, and the least of their columns."""
+"""How many parts an activation is computed again in, if each has so many columns."""
 
 
 def _wgrad(fc: Any, dy: Tensor, x: Tensor, stored: Tensor) -> Tensor | None:
@@ -100,8 +100,8 @@ def _activated_wgrad(fc: Any, dy: Tensor, act: Op, pre: Tensor, stored: Tensor) 
     forward = partial(activations.activation_forward, pre, kind, params, interleave)
     if fc.accumulate_into_main_grad:
         return _wgrad(fc, dy, forward()[0], stored)
-    unit = interleave or 64
-    step = -(-max(COLUMNS, depth // PARTS) // unit) * unit
+    unit, parts = interleave or 64, min(PARTS, max(1, depth // COLUMNS))
+    step = -(-depth // (parts * unit)) * unit
     dweight: Tensor = memory.empty((width, depth), dy.dtype)
     for k in range(0, depth, step):
         part = slice(k, min(k + step, depth))
