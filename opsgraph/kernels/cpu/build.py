@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "source"
-EVERYDAY = ("norms", "activations", "transpose")
+EVERYDAY = ("norms", "activations", "transpose", "product")
 """The libraries of the kernels that plans have without recipes."""
 CPUINFO = Path("/proc/cpuinfo")
 # -O3 compiles for longer and makes nothing faster: loops that are to be unrolled say so.

@@ -1,12 +1,13 @@
-"""Matrix products in the way that the library runs fastest on this machine.
+"""Matrix products in the way that runs fastest on this machine.
 
 The library's speed depends on how each operand is stored, on whether it is asked for a product or
-for its transpose, and on which of its entry points is called; which combination wins differs
-between machines, dtypes and shapes, by a factor of two and more. So each class of product is
-measured at its first use (`choices`): the kind of product, the sizes (rows rounded up to a power of
-two), the dtype and the number of threads. Where a combination wants an operand stored by columns,
-the time of its transposed copy counts; one of a large gradient is made and multiplied in pieces.
-Small products, and those of few rows, are as PyTorch has them and are not measured.
+for its transpose, and on which of its entry points is called; for bf16 there are our own kernels
+beside it (`product`). Which combination wins differs between machines, dtypes and shapes, by a
+factor of two and more. So each class of product is measured at its first use (`choices`): the kind
+of product, the sizes (rows rounded up to a power of two), the dtype and the number of threads.
+Where a combination wants an operand stored by columns, the time of its transposed copy counts; one
+of a large gradient is made and multiplied in pieces. Small products, and those of few rows, are as
+PyTorch has them and are not measured.
 
 Results are stored by rows, in kept memory where the entry point allows it.
 """
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import memory
+from . import memory, product
 from .choices import Choices
 from .launch import direct
 from .transpose import transposed
@@ -43,9 +44,9 @@ LEAST_COLUMNS = 512
 class Layout(NamedTuple):
     """How to compute a product of two operands.
 
-    entry: "mm", "flipped" (mm of the transposes, into the transpose of the result) or "onednn"
-    (linear, with the bias in its accumulator). first, second: whether that operand is to be stored
-    by columns; operands come stored by rows.
+    entry: "mm", "flipped" (mm of the transposes, into the transpose of the result), "onednn"
+    (linear, with the bias in its accumulator) or a unit of `product`. first, second: whether that
+    operand is to be stored by columns; operands come stored by rows.
     """
 
     entry: str = "mm"
@@ -60,10 +61,10 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     layout.name: layout
+    for first, second in ((False, False), (True, False), (False, True), (True, True))
     for layout in (
-        Layout(entry, first, second)
-        for first, second in ((False, False), (True, False), (False, True), (True, True))
-        for entry in ("mm", "flipped", "onednn")
+        *(Layout(entry, first, second) for entry in ("mm", "flipped", "onednn")),
+        *(Layout(unit, first, second) for unit in product.UNITS if not (first and second)),
     )
 }
 
@@ -216,17 +217,28 @@ def _candidates(
     return {
         name: partial(run, layout)
         for name, layout in LAYOUTS.items()
-        if (layout.entry != "onednn" or (_onednn(dtype) and not into))
+        if _available(layout, dtype)
+        and not (layout.entry == "onednn" and into)
         and _worthwhile(kind, layout, rows, width, depth)
     }
+
+
+def _available(layout: Layout, dtype: torch.dtype) -> bool:
+    """Whether this machine has what a layout calls, for that dtype."""
+    if layout.entry in product.UNITS:
+        return dtype == torch.bfloat16 and layout.entry in product.units()
+    return layout.entry != "onednn" or _onednn(dtype)
 
 
 def _worthwhile(kind: str, layout: Layout, rows: int, width: int, depth: int) -> bool:
     """Whether a layout's copies are worth their memory: at most half of the result's.
 
     A weight gradient's are made in pieces or in the place of the operand; the library's linear
-    would copy more, and make every piece of the result in memory of its own.
+    would copy more, and make every piece of the result in memory of its own. Our units take the
+    factor on the right as it is, but the sums must be over adjacent elements of the other one.
     """
+    if layout.entry in product.UNITS:
+        return layout.first != layout.second if kind == WGRAD else layout[1:] == (False, False)
     if kind == WGRAD:
         return layout.entry != "onednn"
     inputs, outputs = (depth, width) if kind == FORWARD else (width, depth)
@@ -253,6 +265,12 @@ def _product(
         return made if out is None else out.copy_(made)
     y = memory.empty((a.shape[0], b.shape[1]), a.dtype) if out is None else out
     into = y
+    if layout.entry in product.UNITS:
+        if product.by_columns(a):  # a weight gradient from an input that is stored by columns
+            a, b, into = b.t(), a.t(), y.t()
+        other = None if other is None else _stored(other, by_columns=False)
+        product.multiply(layout.entry, a, b, into, bias, other)
+        return y
     if layout.entry == "flipped":
         a, b, into = b.t(), a.t(), y.t()
         bias = None if bias is None else bias[:, None]

@@ -80,21 +80,21 @@ class Kernel:
     def __getattr__(self, name: str) -> Any:
         if name != "function":
             raise AttributeError(name)
-        self.function = getattr(_ready(self.library), self.name)
+        self.function = getattr(library(self.library), self.name)
         self.function.argtypes, self.function.restype = [ctypes.c_char_p], None
         return self.function
 
 
 @cache
-def _ready(name: str) -> ctypes.CDLL:
+def library(name: str) -> ctypes.CDLL:
     """A library, told of the function by which PyTorch's OpenMP starts its threads."""
-    library = build.library(name)
-    library.opsgraph_threads.argtypes, library.opsgraph_threads.restype = [ctypes.c_void_p], None
-    library.opsgraph_threads(_fork_join())
+    found = build.library(name)
+    found.opsgraph_threads.argtypes, found.opsgraph_threads.restype = [ctypes.c_void_p], None
+    found.opsgraph_threads(_fork_join())
     # A process forked after OpenMP has started its threads has none of them, and waits for them
     # forever: kernels run on one thread there.
-    os.register_at_fork(after_in_child=lambda: library.opsgraph_threads(None))
-    return library
+    os.register_at_fork(after_in_child=lambda: found.opsgraph_threads(None))
+    return found
 
 
 def _fork_join() -> int | None:

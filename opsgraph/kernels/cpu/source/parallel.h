@@ -17,10 +17,10 @@ const int64_t BLOCK = 128;    // rows at a time: some lines of each column of a 
 
 // Here and not from <algorithm> and <memory>: to parse these takes longer than to compile a kernel.
 template <class T>
-static inline T min(T a, T b) { return b < a ? b : a; }
+static constexpr inline T min(T a, T b) { return b < a ? b : a; }
 
 template <class T>
-static inline T max(T a, T b) { return a < b ? b : a; }
+static constexpr inline T max(T a, T b) { return a < b ? b : a; }
 
 // An array with memory of its own, which is not there for a count of 0.
 template <class T>
@@ -34,24 +34,32 @@ class Room {
     T* data() const { return first; }
 };
 
-// Calls run(k) for every k below count. Which thread takes which k varies; results must not.
+// Calls run(k, member) for every k below count. Which member, of as many as threads, takes which k
+// varies; results must not.
 template <class Run>
-static void parallel(int64_t threads, int64_t count, int64_t work, const Run& run) {
+static void members(int64_t threads, int64_t count, int64_t work, const Run& run) {
     threads = min(threads, count);
     if (threads <= 1 || fork_join == nullptr || work < WORTH) {
-        for (int64_t k = 0; k < count; k++) run(k);
+        for (int64_t k = 0; k < count; k++) run(k, 0);
         return;
     }
     struct Team {
         const Run& run;
-        int64_t count, next;
-    } team{run, count, 0};
+        int64_t count, next, members;
+    } team{run, count, 0, 0};
     auto member = [](void* given) {
         Team& team = *static_cast<Team*>(given);
+        const int64_t own = __atomic_fetch_add(&team.members, 1, __ATOMIC_RELAXED);
         for (int64_t k; (k = __atomic_fetch_add(&team.next, 1, __ATOMIC_RELAXED)) < team.count;)
-            team.run(k);
+            team.run(k, own);
     };
     fork_join(member, &team, unsigned(threads), 0);
+}
+
+// Calls run(k) for every k below count.
+template <class Run>
+static void parallel(int64_t threads, int64_t count, int64_t work, const Run& run) {
+    members(threads, count, work, [&](int64_t k, int64_t) { run(k); });
 }
 
 // Shares of rows: as many whatever the number of threads, so that sums over rows are the same bits.

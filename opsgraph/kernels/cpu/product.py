@@ -1,0 +1,76 @@
+"""Matrix products of bf16 in C++, by the units that a CPU has for them.
+
+The library that PyTorch calls leaves speed behind. With AMX it is at most half as fast as the tiles
+can be loaded; and it multiplies pairs of bf16 where the CPU does that slower than it multiplies
+floats. Here the operands are packed into the caches as the unit wants them, a bias and a residual
+are added to the sums before they are rounded, and the result may be stored by rows or by columns.
+Which of these and of the library's layouts wins is measured, see `gemm`.
+"""
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import memory
+from .launch import Kernel, address, library
+
+UNITS = ("floats", "pairs", "tiles")
+"""fp32 multiply-adds of widened elements, dot products of pairs (AVX-512), AMX; as in
+`source/product.cpp`."""
+
+_kernel = Kernel("opsgraph_product", "=17q", "product")
+
+
+@cache
+def units() -> tuple[str, ...]:
+    """The units that are worth a measurement on this machine."""
+    found = tuple(unit for unit in UNITS if room(unit, 1))
+    return ("tiles",) if "tiles" in found else found  # nothing comes near them
+
+
+@cache
+def _rooms() -> Any:
+    function = library("product").opsgraph_product_room
+    function.argtypes, function.restype = [ctypes.c_int64] * 2, ctypes.c_int64
+    return function
+
+
+def room(unit: str, depth: int) -> int:
+    """Bytes that a thread needs to sum up so many products; 0 where there is no such unit."""
+    return _rooms()(UNITS.index(unit), depth)  # type: ignore[no-any-return]
+
+
+def multiply(
+    unit: str, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None,
+    other: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`out = a @ b + bias + other`, summed up in fp32 in the order of k and rounded once.
+
+    a: `[m, k]`, stored by rows; b: `[k, n]`, out: `[m, n]`, each stored by rows or by columns; all
+    bf16 with a stride of 1 in one dimension. bias: `[n]`; other: `[m, n]`, stored by rows; neither
+    with an out stored by columns; nothing is empty. Results do not depend on the number of threads;
+    pairs and tiles take denormal numbers for zero.
+    """
+    (m, k), n, threads = a.shape, b.shape[1], torch.get_num_threads()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    needed = memory.empty((room(unit, k) * threads,), torch.uint8)
+    _kernel(
+        threads, UNITS.index(unit), m, n, k, a.data_ptr(), _line(a), b.data_ptr(),
+        _line(b), by_columns(b), address(bias), address(other),
+        0 if other is None else _line(other), out.data_ptr(), _line(out),
+        by_columns(out), needed.data_ptr(),
+    )  # fmt: skip
+
+
+def by_columns(x: Tensor) -> bool:
+    """Whether the elements of a row are not adjacent: then those of a column are."""
+    return x.shape[1] > 1 and x.stride(1) != 1
+
+
+def _line(x: Tensor) -> int:
+    """Elements from one row to the next, or from one column."""
+    return x.stride(1 if by_columns(x) else 0)
