@@ -15,6 +15,7 @@ import opsgraph.ops
 from opsgraph.backend import backends
 from opsgraph.fuser import registered
 from opsgraph.fusers.cublaslt import FAMILIES, Family
+from opsgraph.kernels.cpu import build, product
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,8 @@ def doctor() -> Iterable[str]:
         (backend.name, backend.about, _availability(backend.why_not()))
         for backend in backends().values()
     )
+    yield "products of bf16 on the CPU, beside PyTorch's"
+    yield from _table((unit, about, _unit(unit)) for unit, about in product.UNITS.items())
     yield "products of quantized operands"
     yield from _table((family.about, _products(family)) for family in FAMILIES)
 
@@ -84,6 +87,11 @@ def _devices() -> Iterable[tuple[str, str]]:
 
 def _availability(why_not: str | None) -> str:
     return "there" if why_not is None else f"absent: {why_not}"
+
+
+def _unit(unit: str) -> str:
+    why_not = build.reason("product")
+    return _availability(why_not or (None if product.room(unit, 1) else "this CPU has none"))
 
 
 def _products(family: Family) -> str:

@@ -6,7 +6,7 @@ the recomputation that a plan is for. So under torch.compile a plan is two calls
 results that alias.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from typing import Any
@@ -100,6 +100,22 @@ class PlanFunction(torch.autograd.Function):
             if plan.specs.reported:
                 found = note_gradients(plan, found, ctx.stage.seen_gradients(plan))
         return None, None, None, *found
+
+
+_apply = super(torch.autograd.Function, PlanFunction).apply
+_unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
+
+
+def run_training(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
+    """Forward with gradients wanted. tensors: the input, extra inputs, weights.
+
+    Past `Function.apply`, which looks for what a finished functorch transform has left at every
+    argument, in Python: only inputs can be such, parameters cannot.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return PlanFunction.apply(plan, stage, extras, *tensors)  # type: ignore[no-untyped-call]
+    inputs = map(_unwrapped, tensors[: extras + 1])
+    return _apply(plan, stage, extras, *inputs, *tensors[extras + 1 :])  # type: ignore[no-untyped-call]
 
 
 def note_gradients(plan: Plan, found: Sequence[Any], seen: Sequence[Tensor]) -> list[Any]:

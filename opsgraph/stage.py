@@ -17,7 +17,7 @@ from torch import Tensor
 from . import config
 from .dtensor import PLAIN, own_part
 from .errors import OpError, PlanError
-from .execute import PlanFunction, expose, run_compiled, run_inference
+from .execute import expose, run_compiled, run_inference, run_training
 from .fusers.quantizing import quantize
 from .op import Op, constant_under_compile
 from .ops.quantize import lowered
@@ -310,7 +310,7 @@ class Stage:
         if plan.specs.packed:
             weights = [*weights, *self.quantize(plan, weights)]
         if plan.specs.training:
-            return PlanFunction.apply(plan, self, len(extras), x, *extras, *weights)  # type: ignore[no-untyped-call]
+            return run_training(plan, self, len(extras), (x, *extras, *weights))
         return run_inference(plan, self, len(extras), (x, *extras, *weights))
 
     @constant_under_compile

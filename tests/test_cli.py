@@ -13,6 +13,7 @@ from opsgraph.backend import backends
 from opsgraph.cli import main
 from opsgraph.fuser import Fuser, register, registered
 from opsgraph.fusers import cublaslt
+from opsgraph.kernels.cpu import build, product
 from opsgraph.ops import GELU, BasicLinear, Bias
 
 
@@ -53,6 +54,18 @@ def test_doctor_says_which_formats_are_emulated(
     lines = printed(capsys, "doctor")
     assert "FP8, a scale per row scaled GEMMs" in lines
     assert "NVFP4 emulated: units for it are those of sm_100" in lines
+
+
+def test_doctor_says_what_multiplies_on_the_cpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "reason", lambda library: None)
+    monkeypatch.setattr(product, "room", lambda unit, depth: 0 if unit == "tiles" else 64)
+    lines = printed(capsys, "doctor")
+    assert "pairs AVX-512's dot products of pairs there" in lines
+    assert "tiles AMX absent: this CPU has none" in lines
+    monkeypatch.setattr(build, "reason", lambda library: "no C++ compiler")
+    assert "floats fp32 multiply-adds absent: no C++ compiler" in printed(capsys, "doctor")
 
 
 def test_ops_lists_every_op_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference import activations as reference
 from .launch import DTYPES, Kernel, address, direct, rows_of
-from .memory import CPU, empty
+from .memory import empty
 
 FIELDS = "=8q 3q 2q 4q q 3d"  # struct Activation in source/activations.h
 _forward_kernel = Kernel("opsgraph_activation_forward", FIELDS, "activations")
@@ -131,7 +131,7 @@ def activation_backward(
     if "x" in want:
         dx = empty((rows, total), dtype) if out is None else out
     y = empty((rows, width), dtype) if "y" in want else None
-    dbias = torch.empty(total, dtype=torch.float32, device=CPU) if "bias" in want else None
+    dbias = empty((total,), torch.float32) if "bias" in want else None
     if rows and width:
         dy, dy_stride = rows_of(dy, (rows, width), dtype)
         x, stride = rows_of(x, (rows, total), dtype)

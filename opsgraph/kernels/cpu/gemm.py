@@ -14,7 +14,6 @@ Results are stored by rows, in kept memory where the entry point allows it.
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -105,7 +104,7 @@ def dgrad(
     layout = _layout(DGRAD, dy, width, depth, add=other is not None, into=out is not None)
     if layout is not None and direct(dy, weight, other):
         return _product(DGRAD, layout, dy, weight, other=other, out=out)
-    made = dy @ weight if other is None else torch.addmm(other, dy, weight)
+    made = torch.mm(dy, weight) if other is None else torch.addmm(other, dy, weight)
     return made if out is None else out.copy_(made)
 
 
@@ -115,15 +114,17 @@ def wgrad(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     Either may be the view of a contiguous transposed copy, see `wgrad_transposes_x`. out: some
     columns of a larger gradient, get the result, which is returned.
     """
-    layout = _layout(WGRAD, dy, dy.shape[1], x.shape[1], into=out is not None)
-    if not direct(dy, x):
-        return dy.t() @ x if out is None else out.copy_(dy.t() @ x)
-    if layout is not None:
-        return _wgrad(layout, dy, x, out)
-    shape = dy.shape[1], x.shape[1]
-    if out is None and prod(shape) * dy.element_size() >= memory.LEAST:  # of few rows
-        out = memory.empty(shape, dy.dtype)
-    return torch.mm(dy.t(), x) if out is None else torch.mm(dy.t(), x, out=out)
+    width, depth = dy.shape[1], x.shape[1]
+    layout = _layout(WGRAD, dy, width, depth, into=out is not None)
+    large = out is not None or width * depth * dy.element_size() >= memory.LEAST
+    if (large or layout is not None) and direct(dy, x):
+        if layout is not None:
+            return _wgrad(layout, dy, x, out)
+        return torch.mm(
+            dy.mT, x, out=memory.empty((width, depth), dy.dtype) if out is None else out
+        )
+    made = torch.mm(dy.mT, x)
+    return made if out is None else out.copy_(made)
 
 
 def wgrad_transposes_x(like: Tensor, width: int, depth: int, into: bool = False) -> bool:

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -179,12 +180,17 @@ def adopted(make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype
     return make() if size < LEAST or _use_count is None else pool.adopt(make, size)
 
 
+@cache
+def _bare(dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=CPU)
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialized, contiguous tensor on the CPU, in kept memory if it is large."""
     size = prod(shape) * dtype.itemsize
     if size < LEAST or _use_count is None:
-        return torch.empty(*shape, dtype=dtype, device=CPU)  # sizes one by one cost half as long
-    bare = torch.empty(0, dtype=dtype, device="cpu")  # whatever the default device is
+        return _bare(dtype).new_empty(*shape)  # torch.empty takes half as long again
+    bare = torch.empty(0, dtype=dtype, device=CPU)
     made: Tensor = bare.set_(pool.take(size), 0, shape)  # type: ignore[call-overload]
     if (
         torch.are_deterministic_algorithms_enabled()

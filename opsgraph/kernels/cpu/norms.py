@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference import norms as reference
 from .launch import DTYPES, Kernel, address, direct, rows_of, vector
-from .memory import CPU, empty
+from .memory import empty
 
 _FIELDS = "=6q 3q 3q 2q 2q 3q 4q d"  # struct Norm in source/norms.h
 _forward_kernel = Kernel("opsgraph_norm_forward", _FIELDS, "norms")
@@ -21,7 +21,7 @@ _FP32 = torch.float32
 
 
 def _column(x: Tensor) -> Tensor:
-    return torch.empty(x.size(0), 1, dtype=_FP32, device=CPU)
+    return empty((x.size(0), 1), _FP32)
 
 
 def _forward(
@@ -63,9 +63,9 @@ def _backward(
     y = empty(shape, dtype) if "y" in want else None
     dweight = dbias = None
     if "weight" in want and weight is not None:
-        dweight = torch.empty(width, dtype=_FP32, device=CPU)
+        dweight = empty((width,), _FP32)
     if "bias" in want and bias is not None:
-        dbias = torch.empty(width, dtype=_FP32, device=CPU)
+        dbias = empty((width,), _FP32)
     if rows and width:
         dy, dy_stride = rows_of(dy, shape, dtype)
         x, stride = rows_of(x, shape, dtype)

@@ -17,9 +17,13 @@ from torch import Tensor
 from . import memory
 from .launch import Kernel, address, library
 
-UNITS = ("floats", "pairs", "tiles")
-"""fp32 multiply-adds of widened elements, dot products of pairs (AVX-512), AMX; as in
-`source/product.cpp`."""
+UNITS = {
+    "floats": "fp32 multiply-adds",
+    "pairs": "AVX-512's dot products of pairs",
+    "tiles": "AMX",
+}
+"""What multiplies, in the order of `source/product.cpp`, with what it is."""
+_CODES = {unit: code for code, unit in enumerate(UNITS)}
 
 _kernel = Kernel("opsgraph_product", "=17q", "product")
 
@@ -40,7 +44,7 @@ def _rooms() -> Any:
 
 def room(unit: str, depth: int) -> int:
     """Bytes that a thread needs to sum up so many products; 0 where there is no such unit."""
-    return _rooms()(UNITS.index(unit), depth)  # type: ignore[no-any-return]
+    return _rooms()(_CODES[unit], depth)  # type: ignore[no-any-return]
 
 
 def multiply(
@@ -59,7 +63,7 @@ def multiply(
         bias = bias.float().contiguous()
     needed = memory.empty((room(unit, k) * threads,), torch.uint8)
     _kernel(
-        threads, UNITS.index(unit), m, n, k, a.data_ptr(), _line(a), b.data_ptr(),
+        threads, _CODES[unit], m, n, k, a.data_ptr(), _line(a), b.data_ptr(),
         _line(b), by_columns(b), address(bias), address(other),
         0 if other is None else _line(other), out.data_ptr(), _line(out),
         by_columns(out), needed.data_ptr(),
