@@ -103,19 +103,18 @@ class PlanFunction(torch.autograd.Function):
 
 
 _apply = super(torch.autograd.Function, PlanFunction).apply
-_unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
+finished: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
+"""The tensor itself, or what it stands for if it was left over by a functorch transform."""
 
 
 def run_training(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
-    """Forward with gradients wanted. tensors: the input, extra inputs, weights.
+    """Forward with gradients wanted; tensors: the input, extra inputs, weights, none left over.
 
-    Past `Function.apply`, which looks for what a finished functorch transform has left at every
-    argument, in Python: only inputs can be such, parameters cannot.
+    Past `Function.apply`, which looks in Python whether any argument is.
     """
     if torch._C._are_functorch_transforms_active():
         return PlanFunction.apply(plan, stage, extras, *tensors)  # type: ignore[no-untyped-call]
-    inputs = map(_unwrapped, tensors[: extras + 1])
-    return _apply(plan, stage, extras, *inputs, *tensors[extras + 1 :])  # type: ignore[no-untyped-call]
+    return _apply(plan, stage, extras, *tensors)  # type: ignore[no-untyped-call]
 
 
 def note_gradients(plan: Plan, found: Sequence[Any], seen: Sequence[Tensor]) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import config
 from .dtensor import PLAIN, own_part
 from .errors import OpError, PlanError
-from .execute import expose, run_compiled, run_inference, run_training
+from .execute import expose, finished, run_compiled, run_inference, run_training
 from .fusers.quantizing import quantize
 from .op import Op, constant_under_compile
 from .ops.quantize import lowered
@@ -303,6 +303,7 @@ class Stage:
         key = self.key(x, extras, weights)
         if torch.compiler.is_compiling():
             return self._compiled(key, x, extras, weights)
+        x, extras = finished(x), [finished(extra) for extra in extras]
         plan = self.plans.get(key)
         if plan is None:
             self.ensure(key, len(extras))

@@ -112,6 +112,17 @@ def test_gradcheck_of_the_planned_backward() -> None:
     assert torch.autograd.gradcheck(module, (x,))
 
 
+def test_functorch_transforms() -> None:
+    module, x, left = mlp(), torch.randn(5, 6), list[Tensor]()
+    for run in (torch.func.grad(lambda x: module(x).sum()), torch.func.vmap(module)):
+        with pytest.raises(RuntimeError, match="setup_context"):
+            run(x[None])
+    torch.func.grad(lambda t: left.append(t) or t.sum())(x)
+    for grad in (True, False):  # what a finished one has left stands for a tensor
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(module(left[0]), module(x))
+
+
 def test_anomaly_mode_and_hooks_on_the_module() -> None:
     module, x, seen = mlp(), torch.randn(5, 6), []
     module.register_forward_hook(lambda m, inputs, y: seen.append(tuple(y.shape)))

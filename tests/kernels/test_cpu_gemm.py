@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from opsgraph.kernels.cpu import gemm
+from opsgraph.kernels.cpu import gemm, product
 from opsgraph.kernels.cpu.choices import Choices
 from opsgraph.kernels.cpu.product import UNITS
 
@@ -182,6 +182,17 @@ def test_small_products_are_pytorchs_and_not_measured(
 
 
 @pytest.mark.parametrize("kind", [gemm.FORWARD, gemm.DGRAD, gemm.WGRAD])
+def test_tiles_are_the_usual_way_where_there_are_such(kind: str, monkeypatch) -> None:
+    def first(dtype: torch.dtype, *found: str) -> gemm.Layout:
+        monkeypatch.setattr(product, "units", lambda: found)
+        return gemm.LAYOUTS[next(iter(gemm._candidates(kind, 64, 24, 16, dtype, False, False)))]
+
+    assert first(torch.bfloat16, "tiles").entry == "tiles"
+    assert first(torch.bfloat16, "floats", "pairs").entry == "mm"
+    assert first(torch.float32, "tiles").entry == "mm"
+
+
+@pytest.mark.parametrize("kind", [gemm.FORWARD, gemm.DGRAD, gemm.WGRAD])
 def test_candidates_run_the_product_that_they_are_for(kind: str, monkeypatch) -> None:
     shapes = []
 
@@ -207,13 +218,13 @@ def test_candidates_run_the_product_that_they_are_for(kind: str, monkeypatch) ->
 def test_repeatable(chooser: Chooser, name: str) -> None:
     chooser.answer = name
     x, weight, bias, dy = operands(200, 64, 96, dtype_of(name))
-    for product in (
+    for run in (
         lambda: gemm.linear(x, weight, bias),
         lambda: gemm.dgrad(dy, weight),
         lambda: gemm.wgrad(dy, x),
     ):
-        first = product()
-        assert all(torch.equal(first, product()) for _ in range(3))
+        first = run()
+        assert all(torch.equal(first, run()) for _ in range(3))
 
 
 def test_fake_tensors_and_transforms_see_pytorchs_product(chooser: Chooser) -> None:

@@ -192,7 +192,10 @@ def _candidates(
     kind: str, rows: int, width: int, depth: int, dtype: torch.dtype, bias: bool, add: bool,
     into: bool = False,
 ) -> Mapping[str, Callable[[], object]]:  # fmt: skip
-    """Every layout of a class of products, over operands made when the first of them runs."""
+    """Every layout of a class of products, over operands made when the first of them runs.
+
+    The usual one comes first: AMX's tiles where there are such.
+    """
 
     @cache
     def operands() -> tuple[Tensor | None, ...]:
@@ -217,7 +220,7 @@ def _candidates(
 
     return {
         name: partial(run, layout)
-        for name, layout in LAYOUTS.items()
+        for name, layout in sorted(LAYOUTS.items(), key=lambda item: item[1].entry != "tiles")
         if _available(layout, dtype)
         and not (layout.entry == "onednn" and into)
         and _worthwhile(kind, layout, rows, width, depth)

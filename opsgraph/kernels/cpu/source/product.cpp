@@ -294,21 +294,22 @@ static void task(const Product& g, int64_t i0, int64_t i1, int64_t j0, int64_t j
     }
 }
 
+static int64_t blocks(int64_t size, int64_t of) { return (size + of - 1) / of; }
+
 template <class Unit>
 static void product(const Product& g) {
-    const int64_t blocks = (g.n + Unit::COLUMNS - 1) / Unit::COLUMNS;
-    const int64_t wanted = (4 * g.threads + blocks - 1) / blocks;  // slabs: four tasks for a thread
-    int64_t slab = max(FEW_ROWS, (g.m + wanted - 1) / wanted);
+    int64_t columns = Unit::COLUMNS;  // fewer, where there are many threads
+    while (columns > 2 * LANES && blocks(g.n, columns) * blocks(g.m, FEW_ROWS) < g.threads) columns /= 2;
+    const int64_t across = blocks(g.n, columns);
+    int64_t slab = max(FEW_ROWS, blocks(g.m, blocks(4 * g.threads, across)));  // some for each thread
     if (Size<Unit>::parts(g.k)) slab = min(slab, SLAB);
-    const int64_t slabs = (g.m + slab - 1) / slab;
-    slab = round_up((g.m + slabs - 1) / slabs, Unit::ROWS);
-    const int64_t bytes = Size<Unit>::bytes(g.k);
-    members(g.threads, blocks * slabs, g.m * g.n, [&](int64_t k, int64_t member) {
-        const int64_t i = k % slabs * slab, j = k / slabs * Unit::COLUMNS;
+    const int64_t down = blocks(g.m, slab), bytes = Size<Unit>::bytes(g.k);
+    slab = round_up(blocks(g.m, down), Unit::ROWS);
+    members(g.threads, across * down, g.m * g.n, [&](int64_t k, int64_t member) {
+        const int64_t i = k % down * slab, j = k / down * columns;
         if (i < g.m)
             task<Unit>(
-                g, i, min(g.m, i + slab), j, min(g.n, j + Unit::COLUMNS),
-                g.room + member * bytes);
+                g, i, min(g.m, i + slab), j, min(g.n, j + columns), g.room + member * bytes);
     });
 }
 
