@@ -27,7 +27,7 @@ class Chooser:
 
     def __call__(self, candidates: Mapping[str, object]) -> str:
         self.asked.append(list(candidates))
-        ours = gemm.LAYOUTS[self.answer].entry in UNITS
+        ours = gemm.LAYOUTS[self.answer].unit in UNITS
         return "mm" if ours and self.answer not in candidates else self.answer
 
 
@@ -36,6 +36,7 @@ def chooser(monkeypatch: pytest.MonkeyPatch) -> Chooser:
     made = Chooser()
     monkeypatch.setattr(gemm, "SMALL", 0)
     monkeypatch.setattr(gemm, "FEW", -1)
+    monkeypatch.setattr(gemm, "LARGE", 0)
     monkeypatch.setattr(gemm, "choices", Choices(list, made))
     monkeypatch.setattr(gemm, "_chosen", {})
     return made
@@ -82,14 +83,28 @@ def operands(rows: int, depth: int, width: int, dtype: torch.dtype) -> tuple[Ten
 
 def dtype_of(name: str) -> torch.dtype:
     """One that a layout takes; skips where this machine has none."""
-    dtype = torch.bfloat16 if gemm.LAYOUTS[name].entry in UNITS else torch.float32
+    dtype = torch.bfloat16 if gemm.LAYOUTS[name].unit in UNITS else torch.float32
     if not gemm._available(gemm.LAYOUTS[name], dtype):
         pytest.skip("this machine does not have it")
     return dtype
 
 
+FEW_ROWS = [f"{unit} flipped" for unit in UNITS]
+"""Layouts for products of few rows alone."""
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 31])
+@pytest.mark.parametrize("name", FEW_ROWS)
+def test_few_rows(chooser: Chooser, name: str, rows: int, monkeypatch) -> None:
+    monkeypatch.setattr(gemm, "FEW", 32)
+    chooser.answer = name
+    check(*operands(rows, 12, 40, dtype_of(name)))
+    assert chooser.asked
+    assert all("mm" in asked and name in asked and len(asked) < 4 for asked in chooser.asked)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", gemm.LAYOUTS)
+@pytest.mark.parametrize("name", sorted({*gemm.LAYOUTS} - {*FEW_ROWS}))
 def test_every_layout_equals_fp64(chooser: Chooser, name: str, dtype: torch.dtype) -> None:
     if not gemm._available(gemm.LAYOUTS[name], dtype):
         pytest.skip(f"this machine does not have it for {dtype}")
@@ -169,6 +184,7 @@ def test_small_products_are_pytorchs_and_not_measured(
     chooser: Chooser, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
     monkeypatch.setattr(gemm, limit, value)
+    monkeypatch.setattr(gemm, "LARGE", 40 * 24 + 1)
     x, weight, bias, dy = operands(12, 24, 40, torch.bfloat16)
     linear = torch.nn.functional.linear
     assert torch.equal(gemm.linear(x, weight, bias), linear(x, weight, bias))

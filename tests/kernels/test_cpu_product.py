@@ -18,7 +18,7 @@ UNITS = () if REASON else tuple(unit for unit in product.UNITS if product.room(u
 SIZES = (
     (32, 32, 32), (33, 40, 70), (5, 3, 1), (1, 1, 1), (12, 1, 513), (300, 290, 100),
     (37, 129, 2049), (700, 64, 1027), (1030, 33, 1100), (64, 530, 96), (1, 64, 4100),
-    (2065, 16, 16),
+    (2065, 16, 16), (500, 16, 1100),
 )  # fmt: skip
 
 pytestmark = [
@@ -46,7 +46,7 @@ def whole_numbers(*shape: int) -> Tensor:
 def test_sums_are_exact_and_rounded_once(unit: str, sizes: tuple[int, int, int]) -> None:
     m, n, k = sizes
     a, b = whole_numbers(m, k), whole_numbers(k, n)
-    bias, other = whole_numbers(n) / 4, whole_numbers(m, n) / 4
+    bias, above, other = (whole_numbers(*s) / 4 for s in ((n,), (m, 1), (m, n)))
     expected = a.double() @ b.double()
     added = expected + bias.double() + other.double()
     for b_by_columns in (False, True):
@@ -64,6 +64,9 @@ def test_sums_are_exact_and_rounded_once(unit: str, sizes: tuple[int, int, int])
             out = torch.full((m, n), torch.nan).bfloat16()
             product.multiply(unit, left, right, out, bias, stored(other, False, apart))
             assert torch.equal(out, added.bfloat16())
+            out = torch.full((n, m), torch.nan).bfloat16().t()
+            product.multiply(unit, left, right, out, above, stored(other, True, apart))
+            assert torch.equal(out, (expected + above.double() + other.double()).bfloat16())
 
 
 @each_unit

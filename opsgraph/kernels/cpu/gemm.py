@@ -6,8 +6,8 @@ beside it (`product`). Which combination wins differs between machines, dtypes a
 factor of two and more. So each class of product is measured at its first use (`choices`): the kind
 of product, the sizes (rows rounded up to a power of two), the dtype and the number of threads.
 Where a combination wants an operand stored by columns, the time of its transposed copy counts; one
-of a large gradient is made and multiplied in pieces. Small products, and those of few rows, are as
-PyTorch has them and are not measured.
+of a large gradient is made and multiplied in pieces. Small products, and most of those of few rows,
+are as PyTorch has them and are not measured.
 
 Results are stored by rows, in kept memory where the entry point allows it.
 """
@@ -30,8 +30,11 @@ FORWARD, DGRAD, WGRAD = "forward", "dgrad", "wgrad"
 SMALL = 2**26
 """Multiplications up to which a product is as PyTorch has it."""
 FEW = 32
-"""Rows up to which it is so too: its time is that of reading the weight from memory, which no
-layout changes, and a weight that is still in the cache while one measures would mislead."""
+"""Rows up to which a product's time is that of reading the weight from memory. No layout changes
+that, and a weight that is still in the cache while one measures would mislead. Only our units, which
+read it once as it lies, are measured against PyTorch's product, in the forward."""
+LARGE = 2**20
+"""Elements that such a weight has at the least."""
 MOST_ROWS = 4096
 """Products of more rows are of the class of this many."""
 PIECE = 2**21
@@ -44,13 +47,18 @@ class Layout(NamedTuple):
     """How to compute a product of two operands.
 
     entry: "mm", "flipped" (mm of the transposes, into the transpose of the result), "onednn"
-    (linear, with the bias in its accumulator) or a unit of `product`. first, second: whether that
-    operand is to be stored by columns; operands come stored by rows.
+    (linear, with the bias in its accumulator), or a unit of `product`, flipped or not. first,
+    second: whether that operand is to be stored by columns; operands come stored by rows.
     """
 
     entry: str = "mm"
     first: bool = False
     second: bool = False
+
+    @property
+    def unit(self) -> str:
+        """The unit of `product`, or what is none."""
+        return self.entry.partition(" ")[0]
 
     @property
     def name(self) -> str:
@@ -63,7 +71,8 @@ LAYOUTS = {
     for first, second in ((False, False), (True, False), (False, True), (True, True))
     for layout in (
         *(Layout(entry, first, second) for entry in ("mm", "flipped", "onednn")),
-        *(Layout(unit, first, second) for unit in product.UNITS if not (first and second)),
+        *(Layout(unit, first) for unit in product.UNITS if not second),
+        *(Layout(f"{unit} flipped", False, second) for unit in product.UNITS if not first),
     )
 }
 
@@ -161,7 +170,12 @@ def _layout(
 ) -> Layout | None:  # fmt: skip
     """How to compute a product with a weight `[width, depth]`; None: as PyTorch does."""
     rows, dtype = like.shape[0], like.dtype
-    if rows <= FEW or rows * width * depth <= SMALL or not direct(like):
+    if rows <= FEW:
+        if kind is not FORWARD or dtype is not torch.bfloat16 or width * depth < LARGE:
+            return None
+    elif rows * width * depth <= SMALL:
+        return None
+    if not direct(like):
         return None
     rows = min(MOST_ROWS, 1 << (rows - 1).bit_length())
     key = kind, rows, width, depth, dtype, bias, add, into, torch.get_num_threads()
@@ -220,7 +234,7 @@ def _candidates(
 
     return {
         name: partial(run, layout)
-        for name, layout in sorted(LAYOUTS.items(), key=lambda item: item[1].entry != "tiles")
+        for name, layout in sorted(LAYOUTS.items(), key=lambda item: item[1].unit != "tiles")
         if _available(layout, dtype)
         and not (layout.entry == "onednn" and into)
         and _worthwhile(kind, layout, rows, width, depth)
@@ -229,8 +243,8 @@ def _candidates(
 
 def _available(layout: Layout, dtype: torch.dtype) -> bool:
     """Whether this machine has what a layout calls, for that dtype."""
-    if layout.entry in product.UNITS:
-        return dtype == torch.bfloat16 and layout.entry in product.units()
+    if layout.unit in product.UNITS:
+        return dtype == torch.bfloat16 and layout.unit in product.units()
     return layout.entry != "onednn" or _onednn(dtype)
 
 
@@ -239,10 +253,16 @@ def _worthwhile(kind: str, layout: Layout, rows: int, width: int, depth: int) ->
 
     A weight gradient's are made in pieces or in the place of the operand; the library's linear
     would copy more, and make every piece of the result in memory of its own. Our units take the
-    factor on the right as it is, but the sums must be over adjacent elements of the other one.
+    factor on the right as it is, but the sums must be over adjacent elements of the other one. With
+    few rows the weight should be the other one, which is read once as it is.
     """
-    if layout.entry in product.UNITS:
-        return layout.first != layout.second if kind == WGRAD else layout[1:] == (False, False)
+    if layout.unit in product.UNITS:
+        flipped = layout.unit != layout.entry
+        if kind == WGRAD:
+            return layout.second if flipped else layout.first
+        return layout[1:] == (False, False) and flipped == (kind == FORWARD and rows <= FEW)
+    if rows <= FEW:
+        return layout == Layout()
     if kind == WGRAD:
         return layout.entry != "onednn"
     inputs, outputs = (depth, width) if kind == FORWARD else (width, depth)
@@ -269,15 +289,14 @@ def _product(
         return made if out is None else out.copy_(made)
     y = memory.empty((a.shape[0], b.shape[1]), a.dtype) if out is None else out
     into = y
-    if layout.entry in product.UNITS:
-        if product.by_columns(a):  # a weight gradient from an input that is stored by columns
-            a, b, into = b.t(), a.t(), y.t()
-        other = None if other is None else _stored(other, by_columns=False)
-        product.multiply(layout.entry, a, b, into, bias, other)
-        return y
-    if layout.entry == "flipped":
+    if layout.entry.endswith("flipped"):
         a, b, into = b.t(), a.t(), y.t()
         bias = None if bias is None else bias[:, None]
+    if layout.unit in product.UNITS:
+        if other is not None and into is not y:
+            other = other.t()
+        product.multiply(layout.unit, a, b, into, bias, other)
+        return y
     if bias is None:
         torch.mm(a, b, out=into)
     else:

@@ -25,7 +25,7 @@ UNITS = {
 """What multiplies, in the order of `source/product.cpp`, with what it is."""
 _CODES = {unit: code for code, unit in enumerate(UNITS)}
 
-_kernel = Kernel("opsgraph_product", "=17q", "product")
+_kernel = Kernel("opsgraph_product", "=19q", "product")
 
 
 @cache
@@ -54,27 +54,28 @@ def multiply(
     """`out = a @ b + bias + other`, summed up in fp32 in the order of k and rounded once.
 
     a: `[m, k]`, stored by rows; b: `[k, n]`, out: `[m, n]`, each stored by rows or by columns; all
-    bf16 with a stride of 1 in one dimension. bias: `[n]`; other: `[m, n]`, stored by rows; neither
-    with an out stored by columns; nothing is empty. Results do not depend on the number of threads;
-    pairs and tiles take denormal numbers for zero.
+    bf16 with a stride of 1 in one dimension; nothing is empty. bias: `[n]` or `[m, 1]`; other:
+    `[m, n]`, bf16. Results do not depend on the number of threads; pairs and tiles take denormal
+    numbers for zero.
     """
     (m, k), n, threads = a.shape, b.shape[1], torch.get_num_threads()
+    of_rows = bias is not None and bias.dim() == 2
     if bias is not None:
         bias = bias.float().contiguous()
     needed = memory.empty((room(unit, k) * threads,), torch.uint8)
     _kernel(
-        threads, _CODES[unit], m, n, k, a.data_ptr(), _line(a), b.data_ptr(),
-        _line(b), by_columns(b), address(bias), address(other),
-        0 if other is None else _line(other), out.data_ptr(), _line(out),
-        by_columns(out), needed.data_ptr(),
+        threads, _CODES[unit], m, n, k, a.data_ptr(), _line(a), b.data_ptr(), _line(b),
+        _by_columns(b), address(bias), of_rows, address(other),
+        *((0, 0) if other is None else other.stride()), out.data_ptr(), _line(out),
+        _by_columns(out), needed.data_ptr(),
     )  # fmt: skip
 
 
-def by_columns(x: Tensor) -> bool:
+def _by_columns(x: Tensor) -> bool:
     """Whether the elements of a row are not adjacent: then those of a column are."""
     return x.shape[1] > 1 and x.stride(1) != 1
 
 
 def _line(x: Tensor) -> int:
     """Elements from one row to the next, or from one column."""
-    return x.stride(1 if by_columns(x) else 0)
+    return x.stride(1 if _by_columns(x) else 0)

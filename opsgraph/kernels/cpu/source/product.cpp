@@ -16,11 +16,12 @@ struct Product {
     int64_t a_stride;
     const bf16* b;
     int64_t b_stride, b_by_columns;
-    const float* bias;  // n of them, or null
-    const bf16* other;  // of c's shape, or null
-    int64_t other_stride;
+    const float* bias;  // may be null, as other may
+    int64_t bias_of_rows;
+    const bf16* other;
+    int64_t other_down, other_across;
     bf16* c;
-    int64_t c_stride, c_by_columns;  // by columns: nothing is added
+    int64_t c_stride, c_by_columns;
     char* room;
 };
 
@@ -66,27 +67,27 @@ struct Registers {
         return {reinterpret_cast<bf16*>(to), 0};
     }
 
-    // c = (c +) a * b, for ROWS rows, `count` elements of k and two panels of b.
+    // c = (c +) a * b, for ROWS rows, `count` elements of k and one or two panels of b.
+    template <int PANELS>
     static void multiply(Rows rows, const float* b, int64_t count, float* c, bool more) {
         const float* a = reinterpret_cast<const float*>(rows.first);
-        Lanes sums[ROWS][2];
+        Lanes sums[ROWS][PANELS];
         UNROLL for (int i = 0; i < ROWS; i++)
-            UNROLL for (int j = 0; j < 2; j++) {
+            UNROLL for (int j = 0; j < PANELS; j++) {
                 sums[i][j] = Lanes{};
                 if (more) memcpy(&sums[i][j], c + i * COLUMNS + j * LANES, sizeof(Lanes));
             }
         for (int64_t p = 0; p < count; p++, b += LANES) {
-            Lanes left, right;
-            memcpy(&left, b, sizeof left);
-            memcpy(&right, b + count * LANES, sizeof right);
+            Lanes line[PANELS];
+            UNROLL for (int j = 0; j < PANELS; j++)
+                memcpy(&line[j], b + j * count * LANES, sizeof(Lanes));
             UNROLL for (int i = 0; i < ROWS; i++) {
                 Lanes each = (Lanes)(Bits{} + bits<int32_t>(a[i * DEPTH + p]));
-                Unit::add(sums[i][0], each, left);
-                Unit::add(sums[i][1], each, right);
+                UNROLL for (int j = 0; j < PANELS; j++) Unit::add(sums[i][j], each, line[j]);
             }
         }
         UNROLL for (int i = 0; i < ROWS; i++)
-            UNROLL for (int j = 0; j < 2; j++)
+            UNROLL for (int j = 0; j < PANELS; j++)
                 memcpy(c + i * COLUMNS + j * LANES, &sums[i][j], sizeof(Lanes));
     }
 };
@@ -144,32 +145,36 @@ struct Tiled {
         return {to, 2 * DEPTH};
     }
 
+    template <int PANELS>
     static void multiply(Rows a, const float* b, int64_t count, float* c, bool more) {
+        constexpr bool TWO = PANELS == 2;
         const int64_t row = COLUMNS * sizeof *c, stride = a.stride * sizeof *a.first, line = 64;
         float* low = c + 16 * COLUMNS;
         if (more) {
-            tile_load<0>(c, row), tile_load<1>(c + 16, row);
-            tile_load<2>(low, row), tile_load<3>(low + 16, row);
+            tile_load<0>(c, row), tile_load<2>(low, row);
+            if (TWO) tile_load<1>(c + 16, row), tile_load<3>(low + 16, row);
         } else {
             tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
         }
         const bf16 *high_rows = a.first, *low_rows = a.first + 16 * a.stride;
         const float *left = b, *right = b + count * LANES;
         tile_load<4>(high_rows, stride), tile_load<6, ONCE>(left, line);
-        tile_load<5>(low_rows, stride), tile_load<7, ONCE>(right, line);
+        tile_load<5>(low_rows, stride);
+        if (TWO) tile_load<7, ONCE>(right, line);
         for (int64_t p = STEP; p < count; p += STEP) {  // a tile's next load follows its last use
             high_rows += 2 * STEP, low_rows += 2 * STEP, left += STEP * LANES, right += STEP * LANES;
             tile_multiply<0, 4, 6>(), tile_multiply<2, 5, 6>();
             tile_load<6, ONCE>(left, line);
-            tile_multiply<3, 5, 7>();
+            if (TWO) tile_multiply<3, 5, 7>();
             tile_load<5>(low_rows, stride);
-            tile_multiply<1, 4, 7>();
-            tile_load<4>(high_rows, stride), tile_load<7, ONCE>(right, line);
+            if (TWO) tile_multiply<1, 4, 7>();
+            tile_load<4>(high_rows, stride);
+            if (TWO) tile_load<7, ONCE>(right, line);
         }
         tile_multiply<0, 4, 6>(), tile_multiply<2, 5, 6>();
-        tile_multiply<3, 5, 7>(), tile_multiply<1, 4, 7>();
-        tile_store<0>(c, row), tile_store<1>(c + 16, row);
-        tile_store<2>(low, row), tile_store<3>(low + 16, row);
+        if (TWO) tile_multiply<3, 5, 7>(), tile_multiply<1, 4, 7>();
+        tile_store<0>(c, row), tile_store<2>(low, row);
+        if (TWO) tile_store<1>(c + 16, row), tile_store<3>(low + 16, row);
     }
 };
 #endif
@@ -246,10 +251,10 @@ static void finish(const Product& g, float* sums, int64_t i, int64_t rows, int64
     for (int64_t r = 0; r < rows; r++) {
         float* __restrict row = sums + r * COLUMNS;
         if (g.bias)
-            for (int64_t c = 0; c < width; c++) row[c] += g.bias[j0 + c];
+            for (int64_t c = 0; c < width; c++) row[c] += g.bias[g.bias_of_rows ? i + r : j0 + c];
         if (g.other) {
-            const bf16* other = g.other + (i + r) * g.other_stride + j0;
-            for (int64_t c = 0; c < width; c++) row[c] += widen(other[c]);
+            const bf16* other = g.other + (i + r) * g.other_down + j0 * g.other_across;
+            for (int64_t c = 0; c < width; c++) row[c] += widen(other[c * g.other_across]);
         }
         bf16* __restrict to = g.c_by_columns ? block + r * COLUMNS : g.c + (i + r) * g.c_stride + j0;
         for (int64_t c = 0; c < width; c++) to[c] = narrow<bf16>(row[c]);
@@ -287,8 +292,11 @@ static void task(const Product& g, int64_t i0, int64_t i1, int64_t j0, int64_t j
             const int64_t rows = min(ROWS, i1 - i);
             const Rows a = Unit::rows({g.a + i * g.a_stride + k, g.a_stride}, rows, depth, some);
             float* sums = waiting + (parts ? (i - i0) * Unit::COLUMNS : 0);
-            for (int64_t j = 0; j < j1 - j0; j += 2 * LANES)
-                Unit::multiply(a, b + j * count, count, sums + j, k > 0);
+            for (int64_t j = 0; j < j1 - j0; j += 2 * LANES) {
+                const bool two = j1 - j0 - j > LANES;
+                auto multiply = two ? Unit::template multiply<2> : Unit::template multiply<1>;
+                multiply(a, b + j * count, count, sums + j, k > 0);
+            }
             if (k + DEPTH >= g.k) finish<Unit>(g, sums, i, rows, j0, j1);
         }
     }
