@@ -31,8 +31,8 @@ SMALL = 2**26
 """Multiplications up to which a product is as PyTorch has it."""
 FEW = 32
 """Rows up to which a product's time is that of reading the weight from memory. No layout changes
-that, and a weight that is still in the cache while one measures would mislead. Only our units, which
-read it once as it lies, are measured against PyTorch's product, in the forward."""
+that, and a weight that is still in the cache while one measures would mislead. Only our units,
+which read it once as it lies, are measured against PyTorch's product, in the forward."""
 LARGE = 2**20
 """Elements that such a weight has at the least."""
 MOST_ROWS = 4096
