@@ -2,7 +2,7 @@
 //
 // A task is a block of the result: some rows by a few columns. It packs the block of b, as many rows
 // of it at a time as fit the cache, into panels of LANES columns, and multiplies some rows of a with
-// two panels after another. Packed elements have 4 bytes: floats, or pairs of bf16 from two rows for
+// two panels, or the last one, after another. Packed elements have 4 bytes: floats, or pairs of bf16 from two rows for
 // the instructions that multiply pairs. Sums are fp32 and go over k in its order, whatever the task
 // and the thread: the same bits for every number of threads.
 #include "parallel.h"
@@ -41,7 +41,9 @@ constexpr int64_t FEW_ROWS = 512;  // with fewer, a task's time is that of packi
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t Bits __attribute__((vector_size(4 * LANES)));
 
-static constexpr int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+static constexpr int64_t blocks(int64_t count, int64_t of) { return (count + of - 1) / of; }
+
+static constexpr int64_t round_up(int64_t count, int64_t of) { return blocks(count, of) * of; }
 
 // Some rows of a, or of a copy.
 struct Rows {
@@ -212,7 +214,7 @@ static inline void pack_rows(const bf16* low, const bf16* high, int64_t width, i
 template <class Unit>
 static void pack(
     const Product& g, int64_t k, int64_t depth, int64_t j0, int64_t j1, int64_t count, float* to, char* room) {
-    const int64_t panels = (j1 - j0 + LANES - 1) / LANES;
+    const int64_t panels = blocks(j1 - j0, LANES);
     if (!g.b_by_columns) {
         const bf16 none[Unit::COLUMNS] = {};
         if (depth % (Unit::STEP * Unit::PER) || (j1 - j0) % LANES)
@@ -286,7 +288,7 @@ static void task(const Product& g, int64_t i0, int64_t i1, int64_t j0, int64_t j
     (void)scope;
     for (int64_t k = 0; k < g.k; k += DEPTH) {
         const int64_t depth = min(DEPTH, g.k - k);
-        const int64_t count = round_up((depth + Unit::PER - 1) / Unit::PER, Unit::STEP);
+        const int64_t count = round_up(blocks(depth, Unit::PER), Unit::STEP);
         pack<Unit>(g, k, depth, j0, j1, count, b, some);
         for (int64_t i = i0; i < i1; i += ROWS) {
             const int64_t rows = min(ROWS, i1 - i);
@@ -302,8 +304,6 @@ static void task(const Product& g, int64_t i0, int64_t i1, int64_t j0, int64_t j
     }
 }
 
-static int64_t blocks(int64_t size, int64_t of) { return (size + of - 1) / of; }
-
 template <class Unit>
 static void product(const Product& g) {
     int64_t columns = Unit::COLUMNS;  // fewer, where there are many threads
@@ -313,7 +313,7 @@ static void product(const Product& g) {
     if (Size<Unit>::parts(g.k)) slab = min(slab, SLAB);
     const int64_t down = blocks(g.m, slab), bytes = Size<Unit>::bytes(g.k);
     slab = round_up(blocks(g.m, down), Unit::ROWS);
-    members(g.threads, across * down, g.m * g.n, [&](int64_t k, int64_t member) {
+    members(g.threads, across * down, g.m * g.n * g.k / 16, [&](int64_t k, int64_t member) {
         const int64_t i = k % down * slab, j = k / down * columns;
         if (i < g.m)
             task<Unit>(
