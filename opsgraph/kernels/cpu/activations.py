@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference import activations as reference
-from .launch import DTYPES, Kernel, address, direct, rows_of
+from .launch import DTYPES, Kernel, address, direct, lines, rows_of
 from .memory import empty
 
 FIELDS = "=8q 3q 2q 4q q 3d"  # struct Activation in source/activations.h
@@ -98,7 +98,7 @@ def activation_forward(
     sums = empty((rows, total), dtype) if pre and bias is not None else None
     if not rows or not width:
         return y, sums
-    x, stride = rows_of(x, (rows, total), dtype)
+    x, stride = lines(x)
     if columns is not None:
         x = x[:, columns.start * (2 if gated and interleave else 1) :]
     bias = None if bias is None else bias.float().contiguous()
@@ -134,7 +134,7 @@ def activation_backward(
     dbias = empty((total,), torch.float32) if "bias" in want else None
     if rows and width:
         dy, dy_stride = rows_of(dy, (rows, width), dtype)
-        x, stride = rows_of(x, (rows, total), dtype)
+        x, stride = lines(x)
         _backward_kernel(
             DTYPES[dtype], function, gated, torch.get_num_threads(), rows, width,
             interleave or width, interleave or width, x.data_ptr(), dy.data_ptr(), 0, stride,

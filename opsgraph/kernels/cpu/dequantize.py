@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference import quantize as reference
 from . import build
-from .launch import DTYPES, Kernel, address, direct, rows_of
+from .launch import DTYPES, Kernel, address, direct, lines
 from .memory import empty
 
 _FIELDS = "=6q q q q 2q q"  # struct Dequantize in source/dequantize.h
@@ -81,7 +81,7 @@ def _made(
         return _made(data.t(), scale, side, height, dtype, scales).t()
     rows, width = data.shape
     y = empty((rows, width), dtype)
-    data, stride = rows_of(data, data.shape, data.dtype)
+    data, stride = lines(data)
     scale = None if scale is None else scale.contiguous()
     _kernel(
         DTYPES[dtype], data.dtype is reference.E5M2, SCALES[scales], torch.get_num_threads(), rows,

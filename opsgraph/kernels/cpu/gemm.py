@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """The unit of `product`, or what is none."""
+        """The entry, flipped or not: perhaps a unit of `product`."""
         return self.entry.partition(" ")[0]
 
     @property

@@ -38,12 +38,15 @@ def direct(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def rows_of(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, int]:
-    """x, or a copy where the elements of a row are not adjacent, and the stride of its rows.
+    """x as `lines` gives it, in the shape and the dtype given.
 
-    It gets the shape and the dtype given. Raises RuntimeError where it cannot be expanded so.
+    Raises RuntimeError where it cannot be expanded so.
     """
-    if x.dtype is not dtype or x.shape != shape:
-        x = x.to(dtype).expand(shape)
+    return lines(x if x.dtype is dtype and x.shape == shape else x.to(dtype).expand(shape))
+
+
+def lines(x: Tensor) -> tuple[Tensor, int]:
+    """x, or a copy where the elements of a row are not adjacent, and the stride of its rows."""
     if x.is_contiguous():
         return x, x.size(1)
     if x.stride(1) == 1 and x.stride(0) >= 0:

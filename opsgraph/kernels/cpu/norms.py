@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference import norms as reference
-from .launch import DTYPES, Kernel, address, direct, rows_of, vector
+from .launch import DTYPES, Kernel, address, direct, lines, rows_of, vector
 from .memory import empty
 
 _FIELDS = "=6q 3q 3q 2q 2q 3q 4q d"  # struct Norm in source/norms.h
@@ -37,7 +37,7 @@ def _forward(
     if not rows or not width:
         zeros = [None if t is None else t.zero_() for t in (mean, rstd)]
         return y, zeros[0], zeros[1], total
-    x, stride = rows_of(x, shape, dtype)
+    x, stride = lines(x)
     other, other_stride = (None, 0) if other is None else rows_of(other, shape, dtype)
     weight, weight_at, weight_dtype = vector(weight)
     bias, bias_at, bias_dtype = vector(bias)
@@ -68,7 +68,7 @@ def _backward(
         dbias = empty((width,), _FP32)
     if rows and width:
         dy, dy_stride = rows_of(dy, shape, dtype)
-        x, stride = rows_of(x, shape, dtype)
+        x, stride = lines(x)
         dother, other_stride = (None, 0) if dother is None else rows_of(dother, shape, dtype)
         factor, weight_at, weight_dtype = vector(weight)
         shift, bias_at, bias_dtype = vector(bias)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..formats import E5M2, Copies, Copy, Format, check
 from ..reference import quantize as reference
 from . import activations
-from .launch import DTYPES, Kernel, address, direct, rows_of
+from .launch import DTYPES, Kernel, address, direct, lines, rows_of
 from .memory import empty
 
 _FIELDS = "7q 2q q 2q 2q 2q d"  # struct Quantize in source/quantize.h
@@ -41,7 +41,7 @@ def quantize(
     if not direct(x, scale) or not x.numel():
         return _by_formula(x, to, scale, want)
     made = _new_copies(x.shape, to, scale, want)
-    read, stride = rows_of(x, x.shape, x.dtype)
+    read, stride = lines(x)
     _kernel(*_record(read.data_ptr(), stride, x.dtype, x.shape, to, scale, made))
     return made
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .launch import Kernel, direct, rows_of
+from .launch import Kernel, direct, lines
 from .memory import empty
 
 _kernel = Kernel("opsgraph_transpose", "=7q", "transpose")
@@ -17,7 +17,7 @@ def transposed(x: Tensor) -> Tensor:
     rows, width = x.shape
     y = empty((width, rows), x.dtype)
     if rows and width:
-        x, stride = rows_of(x, x.shape, x.dtype)
+        x, stride = lines(x)
         threads = torch.get_num_threads()
         _kernel(threads, size, rows, width, x.data_ptr(), stride, y.data_ptr())
     return y
