@@ -1,11 +1,10 @@
 """Matrix products of bf16 in C++, by the units that a CPU has for them.
 
-The library that PyTorch calls left speed behind where it was measured (docs/design.md): with AMX it
-was at most half as fast as the tiles can be loaded, and it multiplies pairs of bf16 where the CPU
-does that slower than it multiplies floats. Here the operands are packed into the caches as the unit
-wants them, a bias and a residual are added to the sums before they are rounded, and the result may
-be stored by rows or by columns. Which of these and of the library's layouts wins is measured, see
-`gemm`.
+The library that PyTorch calls leaves speed behind (docs/design.md): with AMX, and where a CPU
+multiplies pairs of bf16 slower than floats. Here the operands are packed into the caches as the
+unit wants them, a bias and a residual are added to the sums before they are rounded, and the result
+may be stored by rows or by columns. Which of these and of the library's layouts wins is measured,
+see `gemm`.
 """
 
 import ctypes
