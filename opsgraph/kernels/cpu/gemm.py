@@ -129,9 +129,9 @@ def wgrad(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     if (large or layout is not None) and direct(dy, x):
         if layout is not None:
             return _wgrad(layout, dy, x, out)
-        return torch.mm(
-            dy.mT, x, out=memory.empty((width, depth), dy.dtype) if out is None else out
-        )
+        if out is None:
+            out = memory.empty((width, depth), dy.dtype)
+        return torch.mm(dy.mT, x, out=out)
     made = torch.mm(dy.mT, x)
     return made if out is None else out.copy_(made)
 
