@@ -150,6 +150,14 @@ class Op(nn.Module):
         """The spec of y. By default `fwd` is run on a meta tensor to find out."""
         return self._trace(x)[0]
 
+    def trailing(self) -> tuple[int, ...]:
+        """Sizes that the dimensions before the last must have, where it works on more than one."""
+        return ()
+
+    def constant(self, name: str, x: Spec) -> Any:
+        """A constant as `fwd` and `bwd` take it, for such an input."""
+        return getattr(self, name)
+
     def row_factor(self) -> Fraction:
         """How many rows y has for each row of x: other than 1 where ranks exchange rows."""
         return Fraction(1)
@@ -206,7 +214,7 @@ class Op(nn.Module):
             def value(name: str) -> Any:
                 if name == "x" or name in self.extra_inputs:
                     return x.empty(rows, "meta")
-                given = getattr(self, name)
+                given = self.constant(name, x) if name in self.constants else getattr(self, name)
                 return given.to("meta") if isinstance(given, Tensor) else given
 
             names = [name for name in arguments(type(self).fwd) if name != "want"]

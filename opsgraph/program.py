@@ -211,7 +211,7 @@ class Program:
         if name in kind.saves:
             return Argument("value", self.name(name, i))
         if name in kind.constants:
-            return Argument("literal", repr(getattr(op, name)))
+            return Argument("literal", repr(op.constant(name, self.specs[i])))
         if name in kind.extra_inputs:
             return Argument("value", self.extra(i, name))
         if name.endswith(STORED) and (i, name.removesuffix(STORED)) in self.weight_names:
@@ -292,7 +292,8 @@ class Program:
 
 def _rows_times(spec: Spec, factor: Fraction) -> Spec:
     """The spec of so many rows; ops need not think of it."""
-    return spec if spec.factor == factor or ROWS not in spec.shape else replace(spec, factor=factor)
+    fixed = all(size >= 0 for size in spec.shape)
+    return spec if fixed or spec.factor == factor else replace(spec, factor=factor)
 
 
 def op_identity(run: Run, i: int, direction: str, training: bool) -> bool:

@@ -76,6 +76,9 @@ class Stage:
             op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
         ]
         self.real = run.ops
+        spanning = zip(run.labels, run.ops, strict=True)
+        self.trailing = [(label, op) for label, op in spanning if op.trailing()]
+        """Ops that work on more than the last dimension."""
         self.packers = {run.slots.index(slot): q for slot, q in run.quantizers.items()}
         self.states: dict[int, Scaling] = {}
         """The delayed scaling of each quantized weight, and of the layer that it belongs to."""
@@ -287,7 +290,12 @@ class Stage:
         return torch.empty(2, width, dtype=like.dtype, device=like.device)
 
     def _check_rows(self, x: Tensor, extras: Sequence[Tensor]) -> None:
-        """Raises OpError for an extra input whose rows are not those of x."""
+        """Raises OpError for an extra input whose rows are not those of x, or an op's trailing."""
+        for label, op in self.trailing:
+            sizes = op.trailing()
+            if tuple(x.shape[-1 - len(sizes) : -1]) != sizes:
+                wanted = ", ".join(map(str, (*sizes, op.in_width)))
+                raise OpError(label, f"input of shape {tuple(x.shape)}", f"[*, {wanted}]")
         for (i, name, _), extra, dims in zip(self.inputs, extras, self.row_dims, strict=True):
             lead = _lead(x.shape[:-1], self.ratios[i])
             if dims is None or extra.shape[: len(lead)] == lead:
@@ -297,7 +305,7 @@ class Stage:
             raise OpError(self.table.run.labels[i], got, f"{expected}")
 
     def __call__(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
-        if extras:
+        if extras or self.trailing:
             self._check_rows(x, extras)
         weights = self.weights()
         key = self.key(x, extras, weights)

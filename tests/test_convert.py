@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import opsgraph as og
-from opsgraph.ops import GELU, Add, Linear, RMSNorm, SwiGLU, Tee
+from opsgraph.ops import GELU, Add, LayerNorm, Linear, RMSNorm, SwiGLU, Tee
 from opsgraph.ops.convert import PlainOp
 
 
@@ -80,6 +80,12 @@ def test_what_cannot_be_converted_is_named() -> None:
         og.Sequential(Tee("r"), GELU(), Add("r")).to_torch()
 
 
-def test_norm_over_several_dimensions_stays() -> None:
-    module = og.Sequential.from_torch(nn.Sequential(nn.LayerNorm((3, 4))))
-    assert isinstance(module[0], nn.LayerNorm)
+def test_norm_over_several_dimensions_there_and_back() -> None:
+    plain = nn.Sequential(nn.LayerNorm((3, 4)), nn.RMSNorm((3, 4)))
+    module = og.Sequential.from_torch(plain)
+    assert [type(m) for m in module] == [LayerNorm, RMSNorm]
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(module(x), plain(x))
+    back = module.to_torch()
+    assert [m.normalized_shape for m in back] == [(3, 4), (3, 4)]
+    torch.testing.assert_close(back(x), plain(x))

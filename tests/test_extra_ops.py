@@ -29,6 +29,11 @@ def _scaled(plain: nn.Module) -> Callable[..., Tensor]:
     return formula
 
 
+def _tanh_srelu(parameters: dict[str, Tensor], x: Tensor, scales: Tensor) -> Tensor:
+    clamped = 1.5 * torch.tanh(x.clamp(min=0) / 1.5)
+    return clamped * clamped * scales[..., None]
+
+
 def _grouped(parameters: dict[str, Tensor], x: Tensor, sizes: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     group = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
@@ -82,6 +87,21 @@ TABLE = {
     "ScaledClampedSwiGLU": Case(
         lambda: ops.ScaledClampedSwiGLU(**CLAMPED), _scaled(ops.ClampedSwiGLU(**CLAMPED)), _scales
     ),
+    "ScaledClampedQGeGLU": Case(
+        lambda: ops.ScaledClampedQGeGLU(**CLAMPED), _scaled(ops.ClampedSwiGLU(**CLAMPED)), _scales
+    ),
+    "ScaledClampedQGeGLU interleaved": Case(
+        lambda: ops.ScaledClampedQGeGLU(2, **CLAMPED),
+        _scaled(ops.ClampedSwiGLU(**CLAMPED, glu_interleave_size=2)),
+        _scales,
+    ),
+    "ScaledSiTUGLU": Case(
+        lambda: ops.ScaledSiTUGLU(beta1=0.5, beta2=0.75), _scaled(ops.SiTUGLU(0.5, 0.75)), _scales
+    ),
+    "ScaledSiTUGLU interleaved": Case(
+        lambda: ops.ScaledSiTUGLU(1), _scaled(ops.SiTUGLU(glu_interleave_size=1)), _scales
+    ),
+    "ScaledTanhSReLU": Case(lambda: ops.ScaledTanhSReLU(1.5), _tanh_srelu, _scales),
     "GroupedLinear": Case(lambda: ops.GroupedLinear(3, 8, 5), _grouped, _sizes),
     "GroupedLinear without bias": Case(
         lambda: ops.GroupedLinear(3, 8, 5, bias=False), _grouped, _sizes

@@ -16,20 +16,24 @@ from .activations import (
     SwiGLU,
 )
 from .adaptive import AdaptiveLayerNorm, AdaptiveRMSNorm, Modulate
+from .bias import Bias
 from .collectives import AllGather, AllReduce, AllReduceGrad, ReduceScatter
 from .elementwise import ConstantScale, Dropout, Identity, Reshape
 from .grouped import GroupedLinear
-from .linear import BasicLinear, Bias, Linear
+from .linear import BasicLinear, Linear
 from .norms import L2Normalization, LayerNorm, RMSNorm
 from .quantize import Quantize, QuantizeGrad
 from .residual import Add, AddExtraInput, MakeExtraOutput, Residual, Tee
 from .scaled import (
+    ScaledClampedQGeGLU,
     ScaledClampedSwiGLU,
     ScaledGEGLU,
     ScaledQGEGLU,
     ScaledReGLU,
+    ScaledSiTUGLU,
     ScaledSReLU,
     ScaledSwiGLU,
+    ScaledTanhSReLU,
 )
 
 __all__ = [
@@ -67,12 +71,15 @@ __all__ = [
     "Residual",
     "SReGLU",
     "SReLU",
+    "ScaledClampedQGeGLU",
     "ScaledClampedSwiGLU",
     "ScaledGEGLU",
     "ScaledQGEGLU",
     "ScaledReGLU",
     "ScaledSReLU",
+    "ScaledSiTUGLU",
     "ScaledSwiGLU",
+    "ScaledTanhSReLU",
     "SiLU",
     "SiTUGLU",
     "SwiGLU",

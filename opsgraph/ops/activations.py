@@ -1,10 +1,12 @@
 """Activations, computed in fp32. Gated ones halve the width: `y = f(a) * b`, a the first half.
 
 That order is the opposite of `torch.nn.functional.glu`'s. With `glu_interleave_size=n` gate and
-value alternate in blocks of n columns instead.
+value alternate in blocks of n columns instead. cache_quantized_input is TransformerEngine's hint to
+keep the input in FP8: plans keep what they need in the dtype it has, and it changes nothing.
 """
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +14,13 @@ from torch import Tensor
 from ..kernels.reference import activations as reference
 from ..op import Op
 from ..spec import Spec
+from ..validation import choice, flag, number, positive, size
+
+APPROXIMATIONS = ("tanh", "none")
+
+
+def _not_negative(value: float) -> bool:
+    return value >= 0
 
 
 class Activation(Op):
@@ -19,6 +28,11 @@ class Activation(Op):
 
     constants = ("kernel",)
     kernel: str
+
+    def __init__(self, *, cache_quantized_input: bool = False) -> None:
+        super().__init__()
+        who = type(self).__name__
+        self.cache_quantized_input = flag(who, "cache_quantized_input", cache_quantized_input)
 
     def out(self, x: Spec) -> Spec:
         return x
@@ -37,9 +51,13 @@ class GatedActivation(Op):
     kernel: str
     params: tuple[float, ...] = ()
 
-    def __init__(self, glu_interleave_size: int | None = None) -> None:
+    def __init__(
+        self, glu_interleave_size: int | None = None, *, cache_quantized_input: bool = False
+    ) -> None:
         super().__init__()
-        self.glu_interleave_size = glu_interleave_size
+        who = type(self).__name__
+        self.glu_interleave_size = size(who, "glu_interleave_size", glu_interleave_size)
+        self.cache_quantized_input = flag(who, "cache_quantized_input", cache_quantized_input)
 
     @property
     def pieces(self) -> int:
@@ -81,11 +99,9 @@ class GatedActivation(Op):
 class GELU(Activation):
     """`0.5 * x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x^3)))`; exact (erf) with "none"."""
 
-    def __init__(self, approximate: str = "tanh") -> None:
-        super().__init__()
-        if approximate not in ("tanh", "none"):
-            raise ValueError(f"GELU: got approximate={approximate!r}, expected 'tanh' or 'none'")
-        self.approximate = approximate
+    def __init__(self, approximate: str = "tanh", **options: Any) -> None:
+        super().__init__(**options)
+        self.approximate = choice(type(self).__name__, "approximate", approximate, APPROXIMATIONS)
         self.kernel = "gelu" if approximate == "tanh" else "gelu_erf"
 
     @classmethod
@@ -120,11 +136,11 @@ class SiLU(Activation):
 class GEGLU(GatedActivation):
     """`gelu(a) * b`, gelu by its tanh approximation, or exact (erf) with approximate="none"."""
 
-    def __init__(self, approximate: str = "tanh", glu_interleave_size: int | None = None) -> None:
-        super().__init__(glu_interleave_size)
-        if approximate not in ("tanh", "none"):
-            raise ValueError(f"GEGLU: got approximate={approximate!r}, expected 'tanh' or 'none'")
-        self.approximate = approximate
+    def __init__(
+        self, approximate: str = "tanh", glu_interleave_size: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(glu_interleave_size, **options)
+        self.approximate = choice(type(self).__name__, "approximate", approximate, APPROXIMATIONS)
         self.kernel = "geglu" if approximate == "tanh" else "geglu_erf"
 
     @classmethod
@@ -181,21 +197,32 @@ class ClampedSwiGLU(GatedActivation):
         alpha: float = 1.702,
         glu_linear_offset: float = 1.0,
         glu_interleave_size: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(glu_interleave_size)
-        self.params = (float(limit), float(alpha), float(glu_linear_offset))
+        super().__init__(glu_interleave_size, **options)
+        who = type(self).__name__
+        self.params = (
+            number(who, "limit", limit, "a number, 0 or above", _not_negative),
+            number(who, "alpha", alpha, "a finite number", isfinite),
+            number(who, "glu_linear_offset", glu_linear_offset, "a finite number", isfinite),
+        )
 
 
 class SiTUGLU(GatedActivation):
-    """`beta1 * tanh(a / beta1) * sigmoid(a) * beta2 * tanh(b / beta2)`"""
+    """`beta1 * tanh(a / beta1) * sigmoid(a) * beta2 * tanh(b / beta2)`, betas finite, above 0."""
 
     kernel = "situglu"
 
     def __init__(
-        self, beta1: float = 4.0, beta2: float = 25.0, glu_interleave_size: int | None = None
+        self,
+        beta1: float = 4.0,
+        beta2: float = 25.0,
+        glu_interleave_size: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(glu_interleave_size)
-        self.params = (float(beta1), float(beta2))
+        super().__init__(glu_interleave_size, **options)
+        who = type(self).__name__
+        self.params = positive(who, "beta1", beta1), positive(who, "beta2", beta2)
 
 
 ACTIVATIONS: dict[str, type[Activation] | type[GatedActivation]] = {

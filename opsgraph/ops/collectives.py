@@ -18,6 +18,7 @@ from ..errors import OpError, OpsgraphError
 from ..kernels.reference import collectives
 from ..op import BACKWARD, FORWARD, Op
 from ..spec import Spec
+from ..validation import flag
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -143,7 +144,16 @@ class ReduceScatter(Collective):
 
 
 class AllReduce(Collective):
-    """y is the sum of x over ranks; dx is dy, which every rank has in full."""
+    """y is the sum of x over ranks; dx is dy, which every rank has in full.
+
+    reduce_in_backward is there for TransformerEngine's signature, and no more read than there.
+    """
+
+    def __init__(
+        self, process_group: "GroupLike | None" = None, reduce_in_backward: bool = True
+    ) -> None:
+        super().__init__(process_group)
+        flag("AllReduce", "reduce_in_backward", reduce_in_backward)
 
     def identity(self, direction: str, training: bool) -> bool:
         return self.group_size == 1 or direction == BACKWARD

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..op import Op, arguments
+from ..spec import row
 from .activations import GELU, ReLU, SiLU
 from .elementwise import Dropout, Identity
 from .linear import Linear
@@ -31,9 +31,7 @@ def _layer_norm(module: nn.LayerNorm) -> Op:
 
 
 def _rms_norm(module: nn.RMSNorm) -> Op:
-    dtype = torch.float32 if module.weight is None else module.weight.dtype
-    eps = torch.finfo(dtype).eps if module.eps is None else module.eps
-    return RMSNorm(module.normalized_shape, eps, module.weight is not None, device="meta")
+    return RMSNorm(module.normalized_shape, module.eps, module.weight is not None, device="meta")
 
 
 _FROM: dict[type[nn.Module], Callable[[Any], Op]] = {
@@ -55,8 +53,7 @@ def op_from(module: nn.Module) -> nn.Module:
     Hooks of the module are not carried over.
     """
     make = _FROM.get(type(module))
-    wide = len(getattr(module, "normalized_shape", (0,))) > 1  # norms over several dimensions
-    if make is None or wide:
+    if make is None:
         return module
     op = make(module)
     _share(module, op)
@@ -82,9 +79,10 @@ class PlainOp(nn.Module):
         for kind, op in self.op.lower():
             if kind.identity(op, "forward", self.training):
                 continue
+            spec = row(x.shape[-1], x.dtype, x.device)
             names = [n for n in arguments(kind.fwd) if n not in ("x", "want")]
             values = [
-                getattr(op, n) if n in kind.constants else getattr(*op.home(n)) for n in names
+                op.constant(n, spec) if n in kind.constants else getattr(*op.home(n)) for n in names
             ]
             x = kind.fwd(op, x, *values)[0]
         return x.view(*shape[:-1], x.shape[-1])
@@ -93,7 +91,7 @@ class PlainOp(nn.Module):
 def _to_norm(op: Any, module: type[nn.Module], bias: dict[str, bool]) -> nn.Module:
     if op.zero_centered_gamma:
         return PlainOp(op)
-    return module(op.width, op.eps, op.elementwise_affine, **bias, device="meta")
+    return module(op.normalized_shape, op.eps, op.elementwise_affine, **bias, device="meta")
 
 
 _TO: dict[type[Op], Callable[[Any], nn.Module]] = {

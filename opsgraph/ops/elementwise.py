@@ -1,6 +1,7 @@
 """Ops without parameters: Identity, ConstantScale, Dropout, and Reshape."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from ..kernels.reference.dropout import keep_mask
 from ..op import Op
 from ..spec import Spec
+from ..validation import number, whole
 
 
 class Identity(Op):
@@ -30,13 +32,13 @@ class Identity(Op):
 
 
 class ConstantScale(Op):
-    """`y = scale * x`"""
+    """`y = scale * x`, scale a number or a tensor of one element, read at construction."""
 
     constants = ("scale",)
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float | Tensor) -> None:
         super().__init__()
-        self.scale = float(scale)
+        self.scale = number("ConstantScale", "scale", scale)
 
     def identity(self, direction: str, training: bool) -> bool:
         return self.scale == 1.0
@@ -71,9 +73,7 @@ class Dropout(Op):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"Dropout: got p={p}, expected a probability from 0 to 1")
-        self.p = float(p)
+        self.p = number("Dropout", "p", p, "a probability from 0 to 1", lambda v: 0 <= v <= 1)
 
     def identity(self, direction: str, training: bool) -> bool:
         return not training or self.p == 0.0
@@ -112,11 +112,12 @@ class Reshape(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        given: Any = shape[0] if len(shape) == 1 and isinstance(shape[0], Iterable) else shape
+        self.shape = tuple(whole("Reshape", "shape", size, -1) for size in given)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: any shape with as many elements as the target."""
         return x.reshape(self.shape)
 
     def extra_repr(self) -> str:
-        return str(tuple(self.shape))
+        return str(self.shape)

@@ -1,7 +1,7 @@
-"""Linear layers: BasicLinear (the GEMM), Bias, and Linear, which lowers to the two."""
+"""Linear layers: BasicLinear (the GEMM), and Linear, which lowers to it and a Bias."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ from ..quantized_parameter import hold
 from ..quantizers import Quantized
 from ..scaling import make_for
 from ..spec import Spec
+from ..validation import flag, size
 from . import scaled_gemm as scaled
+from .bias import Bias
 from .collectives import AllGather, AllReduce, AllReduceGrad, Group, ReduceScatter, group_of
 from .main_grad import accumulate, add_to_main_grad
 from .parameters import MarksParameters, Partition, empty_parameter
@@ -38,13 +40,26 @@ Operand = Any
 """A tensor, or `Quantized` under a recipe."""
 
 
-class BasicLinear(Op):
+class BasicLinear(MarksParameters, Op):
     """`y = x @ weight.T`. x: `[*, in_features]`; weight: `[out_features, in_features]`.
 
     Either size may be left out where a neighbour or the first input tells it. The weight is
     initialized as nn.Linear's (uniform within `1/sqrt(in_features)`), or by `init_method(weight)`.
     accumulate_into_main_grad: the weight's gradient goes into `weight.main_grad`, see `main_grad`.
-    shards: among how many ranks the weight's rows and columns are split; this one holds a share.
+    userbuffers_options is a hint and changes nothing.
+
+    Tensor parallelism, over the ranks of tensor_parallel_group (a ProcessGroup, a DeviceMesh of one
+    dimension or a group's name; by default all ranks): with tensor_parallel_mode="column" a rank
+    holds a share of the weight's rows, takes all of x and makes a share of y's columns; with "row"
+    it holds a share of the weight's columns and takes a share of x's, and y is the sum over ranks.
+    With sequence_parallel a column-parallel layer gathers the ranks' rows of x and a row-parallel
+    one leaves each rank its rows of y. in_features and out_features are those of the whole layer;
+    the weight is this rank's share, initialized inside `rng_state_tracker_function().fork()` where
+    that is given, and carries tensor_model_parallel, partition_dim and partition_stride.
+    partition_stride: in how many pieces the rows are before each is split, by default 2 where a
+    gated activation follows in a sequence, else 1. overlap, symmetric_ar_type: what fusers that
+    hide an exchange behind a matrix product read, see `opsgraph.fusers.overlap`. Raises OpError for
+    sizes that the ranks do not divide.
     """
 
     gemm = quantizable = True
@@ -59,23 +74,61 @@ class BasicLinear(Op):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         init_method: Callable[[Tensor], Any] | None = None,
-        shards: tuple[int, int] = (1, 1),
+        tensor_parallel_mode: str | None = None,
+        tensor_parallel_group: "GroupLike | None" = None,
+        sequence_parallel: bool = False,
+        rng_state_tracker_function: Callable[[], Any] | None = None,
+        partition_stride: int | None = None,
+        overlap: Iterable[str] = (),
+        symmetric_ar_type: str | None = None,
         accumulate_into_main_grad: bool = False,
         overwrite_main_grad: bool = False,
+        userbuffers_options: Mapping[str, Any] | None = None,
     ) -> None:
+        who = type(self).__name__
+        if tensor_parallel_mode not in (None, "column", "row"):
+            got = f"tensor_parallel_mode {tensor_parallel_mode!r}"
+            raise OpError(who, got, "None, 'column' or 'row'")
+        if symmetric_ar_type not in (None, *SYMMETRIC):
+            got = f"symmetric_ar_type {symmetric_ar_type!r}"
+            raise OpError(who, got, f"None or one of {', '.join(SYMMETRIC)}")
+        group = Group("", 1)
+        if tensor_parallel_mode is not None:
+            group = group_of(tensor_parallel_group, who)
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.shards = shards
-        self.accumulate_into_main_grad = accumulate_into_main_grad
-        self.overwrite_main_grad = overwrite_main_grad
+        self.in_features = size(who, "in_features", in_features, 0)
+        self.out_features = size(who, "out_features", out_features, 0)
+        self.shards = shards(tensor_parallel_mode, group.size)
+        """Among how many ranks the weight's rows and columns are split."""
+        main_grad = flag(who, "accumulate_into_main_grad", accumulate_into_main_grad)
+        self.accumulate_into_main_grad = main_grad
+        self.overwrite_main_grad = flag(who, "overwrite_main_grad", overwrite_main_grad)
         self.init_method = init_method
+        self.group, self.group_size = group
+        self.tensor_parallel_mode = tensor_parallel_mode
+        split = flag(who, "sequence_parallel", sequence_parallel)
+        self.sequence_parallel = split and group.size > 1
+        self.partition_stride = size(who, "partition_stride", partition_stride) or 1
+        self._stride_given = partition_stride is not None
+        self.overlap, self.symmetric_ar_type = tuple(sorted(overlap)), symmetric_ar_type
+        self.rng_state_tracker_function = rng_state_tracker_function
         shape = (self.local_out_features, self.local_in_features)
         self.weight = empty_parameter(shape, device, dtype)
-        if type(self) is BasicLinear:
+        if not isinstance(self, Linear):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize the weight, where its sizes are known."""
+        """Initialize the parameters, where their sizes are known."""
+        self._mark_parameters()
+        tracker = self.rng_state_tracker_function
+        with tracker().fork() if tracker else nullcontext():
+            self._reset_weight()
+            if self.tensor_parallel_mode != "row":
+                self._reset_bias()
+        if self.tensor_parallel_mode == "row":  # the same on every rank
+            self._reset_bias()
+
+    def _reset_weight(self) -> None:
         if isinstance(self.weight, UninitializedParameter):
             return
         if self.init_method is None and self.shards[1] == 1:
@@ -88,6 +141,16 @@ class BasicLinear(Op):
                 self.init_method(self.weight)
         hold(self, "weight")
 
+    def _reset_bias(self) -> None:
+        bias = self._parameters.get("bias")
+        if bias is None or isinstance(bias, UninitializedParameter):
+            return
+        if self.init_method is not None or not self.in_features:
+            nn.init.zeros_(bias)
+        else:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(bias, -bound, bound)
+
     @property
     def local_in_features(self) -> int | None:
         """The input width on this rank: a share where the weight is split by columns."""
@@ -98,11 +161,11 @@ class BasicLinear(Op):
         """The output width on this rank: a share where the weight is split by rows."""
         return self._share(self.out_features, "out_features", self.shards[0])
 
-    def _share(self, size: int | None, name: str, ranks: int) -> int | None:
-        if size is not None and size % ranks:
+    def _share(self, whole: int | None, name: str, ranks: int) -> int | None:
+        if whole is not None and whole % ranks:
             expected = f"a multiple of {ranks}, for the ranks of the group"
-            raise OpError(type(self).__name__, f"{name} {size}", expected)
-        return None if size is None else size // ranks
+            raise OpError(type(self).__name__, f"{name} {whole}", expected)
+        return None if whole is None else whole // ranks
 
     @property
     def in_width(self) -> int | None:
@@ -153,164 +216,6 @@ class BasicLinear(Op):
             return add_to_main_grad(found, weight_stored, self.overwrite_main_grad)
         return accumulate(dy.t(), x, weight_stored, self.overwrite_main_grad)
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}"
-
-    @classmethod
-    def sample(cls) -> Iterable[Op]:
-        return (cls(out_features=24),)
-
-
-class Bias(Op):
-    """`y = x + bias`, bias `[width]`, initialized to 0. The gradient is summed in fp32."""
-
-    def __init__(
-        self,
-        width: int | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.width = width
-        self.bias = empty_parameter((width,), device, dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the bias to 0."""
-        if not isinstance(self.bias, UninitializedParameter):
-            nn.init.zeros_(self.bias)
-
-    @property
-    def in_width(self) -> int | None:
-        return self.width
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
-
-    def complete(self, in_width: int | None, out_width: int | None) -> None:
-        width = in_width or out_width
-        if self.width is None and width is not None:
-            self.width = width
-            if isinstance(self.bias, UninitializedParameter):
-                self.bias.materialize((width,))
-            self.reset_parameters()
-
-    def sizes_from(self, name: str, shape: torch.Size) -> None:
-        self.width = shape[0]
-
-    def reject(self, x: Spec) -> str | None:
-        width = getattr(self, "width", None) or getattr(self, "local_out_features", None)
-        return None if x.width == width else f"got input width {x.width}, expected {width}"
-
-    def out(self, x: Spec) -> Spec:
-        return x
-
-    def fwd(self, x: Tensor, bias: Tensor) -> tuple[Tensor, tuple[()]]:
-        return x + bias, ()
-
-    def dgrad(self, dy: Tensor) -> Tensor:
-        return dy
-
-    def wgrad(self, dy: Tensor, bias: Tensor) -> Tensor:
-        return dy.sum(0, dtype=bias.dtype)
-
-    @classmethod
-    def sample(cls) -> Iterable[Op]:
-        return (cls(),)
-
-
-class Linear(MarksParameters, BasicLinear):
-    """`y = x @ weight.T + bias`: a drop-in for nn.Linear, with its keys and its initialization.
-
-    x: `[*, in_features]`; weight: `[out_features, in_features]`; bias: `[out_features]` or None.
-    init_method initializes the weight alone; the bias is 0 then.
-
-    Tensor parallelism, over the ranks of tensor_parallel_group (a ProcessGroup, a DeviceMesh of one
-    dimension or a group's name; by default all ranks): with tensor_parallel_mode="column" a rank
-    holds a share of the weight's rows and of the bias, takes all of x and makes a share of y's
-    columns; with "row" it holds a share of the weight's columns and takes a share of x's, and y is
-    the sum over ranks, to which the bias is added once. With sequence_parallel a column-parallel
-    layer gathers the ranks' rows of x and a row-parallel one leaves each rank its rows of y;
-    gradients of a row-parallel bias are then of this rank's rows and not reduced over the group.
-    in_features and out_features are those of the whole layer; parameters are this rank's share,
-    initialized inside `rng_state_tracker_function().fork()` where that is given, and carry
-    tensor_model_parallel, partition_dim and partition_stride, a row-parallel bias
-    sequence_parallel. partition_stride: in how many pieces the rows are before each is split, by
-    default 2 where a gated activation follows in a sequence, else 1. overlap, symmetric_ar_type:
-    what fusers that hide an exchange behind a matrix product read, see `opsgraph.fusers.overlap`.
-    Raises OpError for sizes that the ranks do not divide.
-    """
-
-    def __init__(
-        self,
-        in_features: int | None = None,
-        out_features: int | None = None,
-        bias: bool = True,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        init_method: Callable[[Tensor], Any] | None = None,
-        tensor_parallel_mode: str | None = None,
-        tensor_parallel_group: "GroupLike | None" = None,
-        sequence_parallel: bool = False,
-        rng_state_tracker_function: Callable[[], Any] | None = None,
-        partition_stride: int | None = None,
-        overlap: Iterable[str] = (),
-        symmetric_ar_type: str | None = None,
-        accumulate_into_main_grad: bool = False,
-        overwrite_main_grad: bool = False,
-    ) -> None:
-        if tensor_parallel_mode not in (None, "column", "row"):
-            got = f"tensor_parallel_mode {tensor_parallel_mode!r}"
-            raise OpError("Linear", got, "None, 'column' or 'row'")
-        if symmetric_ar_type not in (None, *SYMMETRIC):
-            got = f"symmetric_ar_type {symmetric_ar_type!r}"
-            raise OpError("Linear", got, f"None or one of {', '.join(SYMMETRIC)}")
-        group = Group("", 1)
-        if tensor_parallel_mode is not None:
-            group = group_of(tensor_parallel_group, "Linear")
-        super().__init__(
-            in_features,
-            out_features,
-            device=device,
-            dtype=dtype,
-            init_method=init_method,
-            shards=shards(tensor_parallel_mode, group.size),
-            accumulate_into_main_grad=accumulate_into_main_grad,
-            overwrite_main_grad=overwrite_main_grad,
-        )
-        self.group, self.group_size = group
-        self.tensor_parallel_mode = tensor_parallel_mode
-        self.sequence_parallel = sequence_parallel and group.size > 1
-        self.partition_stride = partition_stride or 1
-        self._stride_given = partition_stride is not None
-        self.overlap, self.symmetric_ar_type = tuple(sorted(overlap)), symmetric_ar_type
-        self.rng_state_tracker_function = rng_state_tracker_function
-        self.register_parameter("bias", None)
-        if bias:
-            self.bias = empty_parameter((self.local_out_features,), device, dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        self._mark_parameters()
-        tracker = self.rng_state_tracker_function
-        with tracker().fork() if tracker else nullcontext():
-            super().reset_parameters()
-            if self.tensor_parallel_mode != "row":
-                self._reset_bias()
-        if self.tensor_parallel_mode == "row":  # the same on every rank
-            self._reset_bias()
-
-    def _reset_bias(self) -> None:
-        if self.bias is None or isinstance(self.bias, UninitializedParameter):
-            return
-        if self.init_method is not None or not self.in_features:
-            nn.init.zeros_(self.bias)
-        else:
-            bound = 1 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.bias, -bound, bound)
-
     def precede(self, op: nn.Module | None) -> None:
         """Take note of the op after this one: it may have pieces that are split separately."""
         stride = getattr(op, "pieces", 1)
@@ -346,15 +251,17 @@ class Linear(MarksParameters, BasicLinear):
             return
         for name, partition in self.partitions().items():
             partition.mark(self._parameters[name])
-        bias = self._parameters["bias"]
+        bias = self._parameters.get("bias")
         if bias is not None and self.tensor_parallel_mode == "row":
             bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
+    def _product_kind(self) -> type[Op]:
+        """The op that multiplies."""
+        return type(self)
+
     def lower(self) -> Sequence[Lowered]:
-        kind = type(self)
-        functions = ("fwd", "bwd", "dgrad", "wgrad")
-        own = any(getattr(kind, name) is not getattr(BasicLinear, name) for name in functions)
-        parts: list[type[Op]] = [kind if own else BasicLinear]
+        kind = self._product_kind()
+        parts: list[type[Op]] = [kind]
         added = self.has("bias") and "bias" not in arguments(kind.fwd)
         if self.group_size > 1 and self.tensor_parallel_mode == "column":
             parts.insert(0, AllGather if self.sequence_parallel else AllReduceGrad)
@@ -362,10 +269,51 @@ class Linear(MarksParameters, BasicLinear):
             parts.append(ReduceScatter if self.sequence_parallel else AllReduce)
             if self.has("bias") and not added:
                 got = "a row-parallel layer whose fwd adds the bias, on every rank"
-                raise OpError(kind.__name__, got, "a fwd without it")
+                raise OpError(type(self).__name__, got, "a fwd without it")
         if added:
             parts.append(Bias)
         return [Lowered(part, self) for part in parts]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        return (cls(out_features=24),)
+
+
+class Linear(BasicLinear):
+    """`y = x @ weight.T + bias`: a drop-in for nn.Linear, with its keys and its initialization.
+
+    x: `[*, in_features]`; weight: `[out_features, in_features]`; bias: `[out_features]` or None.
+    init_method initializes the weight alone; the bias is 0 then.
+
+    Tensor parallelism, and all other arguments: as BasicLinear's. A column-parallel layer holds a
+    share of the bias; a row-parallel one adds it once, after the sum. The gradient of a
+    row-parallel bias is with sequence_parallel of this rank's rows and not reduced over the group;
+    that bias carries sequence_parallel.
+    """
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, device=device, dtype=dtype, **options)
+        self.register_parameter("bias", None)
+        if flag(type(self).__name__, "bias", bias):
+            self.bias = empty_parameter((self.local_out_features,), device, dtype)
+        self.reset_parameters()
+
+    def _product_kind(self) -> type[Op]:
+        kind, functions = type(self), ("fwd", "bwd", "dgrad", "wgrad")
+        own = any(getattr(kind, name) is not getattr(BasicLinear, name) for name in functions)
+        return kind if own else BasicLinear
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.has('bias')}"
@@ -376,7 +324,7 @@ class Linear(MarksParameters, BasicLinear):
 
 
 def tell_next(modules: Sequence[nn.Module]) -> None:
-    """Tell every Linear of a sequence which op follows it."""
+    """Tell every linear layer of a sequence which op follows it."""
     for module, following in pairwise(modules):
-        if isinstance(module, Linear):
+        if isinstance(module, BasicLinear):
             module.precede(following)

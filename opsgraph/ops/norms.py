@@ -1,47 +1,93 @@
-"""Normalizations over the last dimension."""
+"""Normalizations over the last dimension, or the last few."""
 
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import prod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
+from ..errors import OpError
 from ..kernels.reference import norms
-from ..op import Op
+from ..op import Lowered, Op
 from ..spec import ROWS, Spec
+from ..validation import epsilon, flag, size, whole
 from .parameters import empty_parameter
 
 
+def _sizes(who: str, shape: Any) -> tuple[int, ...] | None:
+    """normalized_shape as a tuple, None where the width is left out."""
+    if shape is None:
+        return None
+    one = (
+        isinstance(shape, str) or not isinstance(shape, Iterable) or getattr(shape, "ndim", 1) == 0
+    )
+    given = (shape,) if one else tuple(shape)
+    if not given:
+        raise OpError(who, f"normalized_shape={shape!r}", "a width, or several sizes")
+    return tuple(whole(who, "normalized_shape", n, 0, ", or several") for n in given)
+
+
 class _Norm(Op):
-    """What RMSNorm and LayerNorm share: one width, and weights around 1."""
+    """What RMSNorm and LayerNorm share: the last dimensions, and weights around 1.
+
+    sm_margin is TransformerEngine's hint to leave multiprocessors to others; it changes nothing.
+    """
 
     as_stored = ("weight", "bias")
-    constants = ("eps", "zero_centered_gamma")
+    constants: ClassVar[tuple[str, ...]] = ("eps", "zero_centered_gamma")
     names: tuple[str, ...] = ()
+    eps_by_dtype: ClassVar[bool] = False
+    """Whether eps may be None, for the epsilon of the dtype that statistics are in."""
 
     def __init__(
         self,
         normalized_shape: int | Iterable[int] | None = None,
-        eps: float = 1e-5,
+        eps: float | None = 1e-5,
         elementwise_affine: bool = True,
         *,
         zero_centered_gamma: bool = False,
+        sm_margin: int | Mapping[str, int] = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if normalized_shape is not None and not isinstance(normalized_shape, int):
-            (normalized_shape,) = normalized_shape
-        self.width = normalized_shape
-        self.eps = eps
-        self.zero_centered_gamma = zero_centered_gamma
-        self.elementwise_affine = elementwise_affine
+        who = type(self).__name__
+        shape = _sizes(who, normalized_shape)
+        self._take(shape)
+        self.eps = eps if eps is None and self.eps_by_dtype else epsilon(who, "eps", eps)
+        self.zero_centered_gamma = flag(who, "zero_centered_gamma", zero_centered_gamma)
+        self.elementwise_affine = flag(who, "elementwise_affine", elementwise_affine)
+        margins = sm_margin if isinstance(sm_margin, Mapping) else {"sm_margin": sm_margin}
+        for name, margin in margins.items():
+            whole(who, name, margin, 0)
         for name in self.names:
             self.register_parameter(name, None)
             if elementwise_affine:
-                setattr(self, name, empty_parameter((normalized_shape,), device, dtype))
+                setattr(self, name, empty_parameter(shape or (None,), device, dtype))
         self.reset_parameters()
+
+    def _take(self, shape: tuple[int, ...] | None) -> None:
+        """Note the sizes. The last one, the width, is what a row has between ops."""
+        if shape is not None and len(shape) > 1 and type(self) not in (LayerNorm, RMSNorm):
+            expected = "one size, as the classes derived from a norm take"
+            raise OpError(type(self).__name__, f"normalized_shape={shape}", expected)
+        self.normalized_shape, self.width = shape, None if shape is None else shape[-1]
+
+    def lower(self) -> Sequence[Lowered]:
+        if not self.trailing():
+            return super().lower()
+        several = _LayerNormOfSeveral if type(self) is LayerNorm else _RMSNormOfSeveral
+        return (Lowered(several, self),)
+
+    def trailing(self) -> tuple[int, ...]:
+        return (self.normalized_shape or ())[:-1]
+
+    def constant(self, name: str, x: Spec) -> Any:
+        if name == "eps" and self.eps is None:
+            return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+        return super().constant(name, x)
 
     def reset_parameters(self) -> None:
         """Weight 1, or 0 when zero_centered_gamma; bias 0."""
@@ -60,35 +106,40 @@ class _Norm(Op):
     def complete(self, in_width: int | None, out_width: int | None) -> None:
         width = in_width or out_width
         if self.width is None and width is not None:
-            self.width = width
+            self._take((width,))
             for parameter in self._parameters.values():
                 if isinstance(parameter, UninitializedParameter):
                     parameter.materialize((width,))
             self.reset_parameters()
 
     def sizes_from(self, name: str, shape: torch.Size) -> None:
-        self.width = shape[0]
+        self._take(tuple(shape))
 
     def out(self, x: Spec) -> Spec:
         return x
 
     def saved(self, x: Spec) -> dict[str, Spec]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return dict.fromkeys(self.saves, Spec((ROWS, 1), dtype, x.device))
+        rows = -prod(self.trailing())  # so many of a plan's rows have one mean and one rstd
+        return dict.fromkeys(self.saves, Spec((rows, 1), dtype, x.device))
 
     def extra_repr(self) -> str:
-        return f"{self.width}, eps={self.eps}, zero_centered_gamma={self.zero_centered_gamma}"
+        shape = self.width if not self.trailing() else self.normalized_shape
+        return f"{shape}, eps={self.eps}, zero_centered_gamma={self.zero_centered_gamma}"
 
 
 class RMSNorm(_Norm):
     """`y = x * rsqrt(mean(x^2) + eps) * weight` (`1 + weight` if zero_centered_gamma).
 
     x: `[*, width]`; weight: `[width]`, of any float dtype, or None without elementwise_affine.
-    Statistics in fp32. The width may be left out. (Zhang and Sennrich, 2019)
+    Statistics in fp32 (fp64 for fp64). The width may be left out. With several sizes, `(4, 16)`,
+    mean and weight are over as many dimensions, as in nn.RMSNorm. eps=None is the epsilon of the
+    statistics' dtype, as in nn.RMSNorm. (Zhang and Sennrich, 2019)
     """
 
     saves = ("rstd",)
     names = ("weight",)
+    eps_by_dtype = True
 
     def fwd(self, x: Tensor, weight: Tensor | None, eps: float, zero_centered_gamma: bool) -> Any:
         y, rstd = norms.rmsnorm_forward(x, weight, eps, zero_centered_gamma)
@@ -118,7 +169,9 @@ class LayerNorm(_Norm):
     """`y = (x - mean) * rsqrt(var + eps) * weight + bias` (`1 + weight` if zero_centered_gamma).
 
     x: `[*, width]`; weight, bias: `[width]`, of any float dtype, or None without elementwise_affine
-    (bias also with `bias=False`). Statistics in fp32. The width may be left out. (Ba et al., 2016)
+    (bias also with `bias=False`). Statistics in fp32 (fp64 for fp64). The width may be left out.
+    With several sizes, `(4, 16)`, statistics, weight and bias are over as many dimensions, as in
+    nn.LayerNorm. (Ba et al., 2016)
     """
 
     saves = ("mean", "rstd")
@@ -132,6 +185,7 @@ class LayerNorm(_Norm):
         bias: bool = True,
         *,
         zero_centered_gamma: bool = False,
+        sm_margin: int | Mapping[str, int] = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -140,10 +194,11 @@ class LayerNorm(_Norm):
             eps,
             elementwise_affine,
             zero_centered_gamma=zero_centered_gamma,
+            sm_margin=sm_margin,
             device=device,
             dtype=dtype,
         )
-        if not bias:
+        if not flag(type(self).__name__, "bias", bias):
             self.bias = None
 
     def fwd(
@@ -173,15 +228,98 @@ class LayerNorm(_Norm):
         return cls(), cls(zero_centered_gamma=True), cls(bias=False), plain
 
 
+def _wide(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Rows of a plan as rows of as many values as a norm's sizes have together."""
+    return x.reshape(-1, prod(sizes))
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.reshape(-1)
+
+
+def _like(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if gradient is None or like is None else gradient.reshape(like.shape)
+
+
+class _RMSNormOfSeveral(RMSNorm):
+    """RMSNorm over several dimensions. A class of its own, which no fused kernel takes."""
+
+    constants = (*RMSNorm.constants, "normalized_shape")
+
+    def fwd(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor | None, eps: float, zero_centered_gamma: bool,
+        normalized_shape: tuple[int, ...],
+    ) -> Any:  # fmt: skip
+        rows, flat = _wide(x, normalized_shape), _flat(weight)
+        y, rstd = norms.rmsnorm_forward(rows, flat, eps, zero_centered_gamma)
+        return y.reshape(x.shape), (rstd,)
+
+    def again(  # type: ignore[override]
+        self, x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered_gamma: bool,
+        normalized_shape: tuple[int, ...],
+    ) -> Any:  # fmt: skip
+        rows, flat = _wide(x, normalized_shape), _flat(weight)
+        return norms.rmsnorm_again(rows, rstd, flat, zero_centered_gamma).reshape(x.shape)
+
+    def bwd(  # type: ignore[override]
+        self, dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None,
+        zero_centered_gamma: bool, normalized_shape: tuple[int, ...], want: Collection[str],
+    ) -> tuple[Tensor | None, tuple[Tensor | None]]:  # fmt: skip
+        wanted = "x" in want, "weight" in want
+        dx, dweight, _ = norms.rmsnorm_backward(
+            _wide(dy, normalized_shape), _wide(x, normalized_shape), rstd, _flat(weight),
+            zero_centered_gamma, *wanted,
+        )  # fmt: skip
+        return _like(dx, x), (_like(dweight, weight),)
+
+
+class _LayerNormOfSeveral(LayerNorm):
+    """LayerNorm over several dimensions. A class of its own, which no fused kernel takes."""
+
+    constants = (*LayerNorm.constants, "normalized_shape")
+
+    def fwd(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+        zero_centered_gamma: bool, normalized_shape: tuple[int, ...],
+    ) -> Any:  # fmt: skip
+        rows, flat = _wide(x, normalized_shape), (_flat(weight), _flat(bias))
+        y, mean, rstd = norms.layernorm_forward(rows, *flat, eps, zero_centered_gamma)
+        return y.reshape(x.shape), (mean, rstd)
+
+    def bwd(  # type: ignore[override]
+        self, dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
+        bias: Tensor | None, zero_centered_gamma: bool, normalized_shape: tuple[int, ...],
+        want: Collection[str],
+    ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:  # fmt: skip
+        wanted = "x" in want, "weight" in want, "bias" in want
+        dx, dweight, dbias = norms.layernorm_backward(
+            _wide(dy, normalized_shape), _wide(x, normalized_shape), mean, rstd, _flat(weight),
+            _flat(bias), zero_centered_gamma, wanted,
+        )  # fmt: skip
+        return _like(dx, x), (_like(dweight, weight), _like(dbias, bias))
+
+
 class L2Normalization(Op):
-    """`y = x * rsqrt(sum(x^2) + eps)` over the last dimension, x of any width."""
+    """`y = x * rsqrt(sum(x^2) + eps)` over the last dimension, x of any width.
+
+    seq_length and micro_batch_size are hints and change nothing.
+    """
 
     saves = ("scale",)
     constants = ("eps",)
 
-    def __init__(self, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        eps: float = 1e-6,
+        *,
+        seq_length: int | None = None,
+        micro_batch_size: int | None = None,
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        who = type(self).__name__
+        self.eps = epsilon(who, "eps", eps)
+        size(who, "seq_length", seq_length)
+        size(who, "micro_batch_size", micro_batch_size)
 
     def out(self, x: Spec) -> Spec:
         return x

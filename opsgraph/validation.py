@@ -1,0 +1,76 @@
+"""Checks of constructors' arguments: each returns the value as plain Python has it.
+
+NumPy's numbers and tensors of one element are taken as the numbers that they are. Anything else
+raises OpError, which names the op, what came and what was expected.
+"""
+
+from collections.abc import Callable, Collection
+from math import isfinite
+from numbers import Integral, Real
+from typing import Any
+
+from torch import SymInt, Tensor
+
+from .errors import OpError
+
+
+def _plain(who: str, name: str, value: Any) -> Any:
+    """The one element of a tensor, or of a NumPy scalar or array; other values as they are."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:  # the gradient would be lost
+            expected = "a constant, for it gets no gradient: detach() it"
+            raise OpError(who, f"{name} as a tensor that requires a gradient", expected)
+        return value if value.is_meta or value.numel() != 1 else value.item()
+    return value.item() if getattr(value, "size", 0) == 1 and hasattr(value, "item") else value
+
+
+def number(
+    who: str,
+    name: str,
+    value: Any,
+    expected: str = "a number",
+    allowed: Callable[[float], bool] = lambda value: True,
+) -> float:
+    """A float for which `allowed` is true; `expected` says so in words."""
+    found = _plain(who, name, value)
+    if isinstance(found, bool) or not isinstance(found, Real) or not allowed(float(found)):
+        raise OpError(who, f"{name}={value!r}", expected)
+    return float(found)
+
+
+def positive(who: str, name: str, value: Any) -> float:
+    """A finite number above 0."""
+    return number(who, name, value, "a finite number above 0", lambda v: v > 0 and isfinite(v))
+
+
+def epsilon(who: str, name: str, value: Any) -> float:
+    """What is added below a square root: finite, and not negative."""
+    return number(who, name, value, "a finite number, 0 or above", lambda v: v >= 0 and isfinite(v))
+
+
+def whole(who: str, name: str, value: Any, least: int = 1, other: str = "") -> int:
+    """A whole number, at least `least`. other: what else would do, for the message."""
+    found = _plain(who, name, value)
+    if isinstance(found, bool) or not isinstance(found, Integral | SymInt) or found < least:
+        raise OpError(who, f"{name}={value!r}", f"a whole number, {least} or above{other}")
+    return int(found)
+
+
+def size(who: str, name: str, value: Any, least: int = 1) -> int | None:
+    """A size, or None where it is left out."""
+    return None if value is None else whole(who, name, value, least, ", or None")
+
+
+def flag(who: str, name: str, value: Any) -> bool:
+    """True or False; 1 and 0 will do."""
+    found = _plain(who, name, value)
+    if not isinstance(found, Integral) or found not in (0, 1):
+        raise OpError(who, f"{name}={value!r}", "True or False")
+    return bool(found)
+
+
+def choice(who: str, name: str, value: Any, known: Collection[str | None]) -> Any:
+    """One of some names."""
+    if not isinstance(value, str | None) or value not in known:
+        raise OpError(who, f"{name}={value!r}", " or ".join(map(repr, known)))
+    return value

@@ -1,0 +1,104 @@
+"""Arguments of ops are checked at construction: what came and what was expected, with the op."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import opsgraph as og
+from opsgraph import ops
+
+NAN, INF = float("nan"), float("inf")
+NUMBERS: dict[str, tuple[Callable[..., Any], str, tuple[Any, ...]]] = {
+    "RMSNorm eps": (lambda v: ops.RMSNorm(8, v), "RMSNorm: got eps=", ("1e-5", -1.0, INF, True)),
+    "LayerNorm eps": (lambda v: ops.LayerNorm(8, v), "LayerNorm: got eps=", (None, "1e-5", NAN)),
+    "L2Normalization eps": (ops.L2Normalization, "L2Normalization: got eps=", (None, "1", -1e-6)),
+    "ConstantScale": (
+        ops.ConstantScale, "ConstantScale: got scale", ("2", None, [2.0], torch.ones(2), 1j,
+        torch.ones((), requires_grad=True)),
+    ),
+    "Dropout": (ops.Dropout, "Dropout: got p=", ("0.5", None, -0.1, 1.5, NAN, True)),
+    "SiTUGLU beta1": (ops.SiTUGLU, "SiTUGLU: got beta1=", (0, -4.0, INF, NAN, "4", None)),
+    "SiTUGLU beta2": (
+        lambda v: ops.SiTUGLU(beta2=v), "SiTUGLU: got beta2=", (0.0, -1, -INF, NAN, [25.0])
+    ),
+    "ScaledSiTUGLU": (lambda v: ops.ScaledSiTUGLU(beta1=v), "ScaledSiTUGLU: got beta1=", (0, INF)),
+    "ScaledTanhSReLU": (ops.ScaledTanhSReLU, "ScaledTanhSReLU: got tanh_clamp_scale=", (0, INF)),
+    "ClampedSwiGLU limit": (ops.ClampedSwiGLU, "ClampedSwiGLU: got limit=", (-1.0, "7", NAN, None)),
+    "ClampedSwiGLU alpha": (
+        lambda v: ops.ClampedSwiGLU(alpha=v), "ClampedSwiGLU: got alpha=", (INF, None)
+    ),
+}  # fmt: skip
+SIZES = {
+    "SwiGLU": (lambda v: ops.SwiGLU(v), "SwiGLU: got glu_interleave_size=", (-1, 0, 2.0, "2")),
+    "ScaledSwiGLU": (ops.ScaledSwiGLU, "ScaledSwiGLU: got glu_interleave_size=", (-1, 2.5)),
+    "GEGLU": (
+        lambda v: ops.GEGLU(glu_interleave_size=v), "GEGLU: got glu_interleave_size=", (-3, 1.0)
+    ),
+    "LayerNorm": (ops.LayerNorm, "LayerNorm: got normalized_shape=", ("8", 8.0, -1, (), (4, 2.0))),
+    "AdaptiveRMSNorm": (
+        ops.AdaptiveRMSNorm, "AdaptiveRMSNorm: got normalized_shape=", ("8", -8, (4, 2))
+    ),
+    "Linear": (lambda v: ops.Linear(v, 4), "Linear: got in_features=", (-1, 8.0, "8", True)),
+    "BasicLinear": (
+        lambda v: ops.BasicLinear(4, v), "BasicLinear: got out_features=", (-1, 8.0, [8])
+    ),
+    "Bias": (ops.Bias, "Bias: got width=", (-1, 8.0, "8")),
+    "Reshape": (ops.Reshape, "Reshape: got shape=", ("8", 2.0, -2, None)),
+}  # fmt: skip
+FLAGS = {
+    "Linear bias": (lambda v: ops.Linear(4, 4, v), "Linear: got bias=", ("yes", None, 2)),
+    "LayerNorm bias": (lambda v: ops.LayerNorm(4, bias=v), "LayerNorm: got bias=", ("no", [])),
+    "affine": (
+        lambda v: ops.RMSNorm(4, elementwise_affine=v), "RMSNorm: got elementwise_affine=", ("", 3)
+    ),
+    "gamma": (
+        lambda v: ops.RMSNorm(4, zero_centered_gamma=v), "RMSNorm: got zero_centered_gamma=", ("",)
+    ),
+    "GELU": (ops.GELU, "GELU: got approximate=", ("erf", None, 3, [])),
+    "GEGLU": (ops.GEGLU, "GEGLU: got approximate=", ("erf", True)),
+    "cache": (
+        lambda v: ops.SiLU(cache_quantized_input=v), "SiLU: got cache_quantized_input=", ("x",)
+    ),
+}  # fmt: skip
+WRONG = [
+    pytest.param(build, start, value, id=f"{name} {value!r}"[:60])
+    for table in (NUMBERS, SIZES, FLAGS)
+    for name, (build, start, values) in table.items()  # type: ignore[attr-defined]
+    for value in values
+]
+
+
+@pytest.mark.parametrize("build, start, value", WRONG)
+def test_a_wrong_argument_is_named_at_construction(
+    build: Callable[..., Any], start: str, value: Any
+) -> None:
+    with pytest.raises(og.OpError, match=re.escape(start)):
+        build(value)
+
+
+def test_numbers_of_numpy_and_tensors_of_one_element_are_numbers() -> None:
+    x = torch.randn(3, 8)
+    for two in (2, 2.0, np.float32(2), np.int64(2), np.array([2.0]), torch.tensor(2.0),
+                torch.tensor([2], dtype=torch.int32)):  # fmt: skip
+        op = ops.ConstantScale(two)
+        assert type(op.scale) is float
+        torch.testing.assert_close(op(x), 2 * x)
+    for eight in (np.int64(8), torch.tensor(8), (np.int32(8),), torch.Size([8])):
+        assert ops.RMSNorm(eight)(x).shape == x.shape
+        assert type(ops.RMSNorm(eight).width) is int
+    assert type(ops.Linear(np.int64(8), torch.tensor(4)).in_features) is int
+    assert ops.Dropout(torch.tensor([0.25])).p == 0.25
+    assert ops.SwiGLU(np.int64(2)).glu_interleave_size == 2
+    assert ops.LayerNorm(8, np.float64(1e-3), bias=np.bool_(False)).bias is None
+    torch.testing.assert_close(ops.SiTUGLU(np.float32(4))(x), ops.SiTUGLU(4)(x))
+
+
+def test_what_is_allowed_is_taken() -> None:
+    assert ops.RMSNorm(8, None).eps is None
+    assert ops.Dropout(1).p == 1.0
+    assert ops.ClampedSwiGLU(INF, glu_interleave_size=None)(torch.ones(1, 4)).shape == (1, 2)
+    assert ops.SwiGLU(1).glu_interleave_size == 1
