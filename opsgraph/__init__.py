@@ -1,6 +1,6 @@
 """opsgraph: declare a run of basic ops, have it planned, fused and run, forward and backward."""
 
-from . import fusers, ops, quantizers, recipe
+from . import checkpoints, fusers, ops, quantizers, recipe
 from .errors import OpError, OpsgraphError, PlanError, RegisterError
 from .fuser import Fuser, register
 from .modules import LayerNormMLP
@@ -26,6 +26,7 @@ __all__ = [
     "Spec",
     "autocast",
     "checkpoint_contexts",
+    "checkpoints",
     "fusers",
     "ops",
     "quantized_model_init",

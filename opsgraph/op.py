@@ -285,7 +285,12 @@ class Op(nn.Module):
         bare.__dict__.pop("_runner", None)
         return bare
 
+    def _own_keys(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """A state dict without the pickled `_extra_state` that TransformerEngine's ops save."""
+        return without_extra_state(state_dict, prefix)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict = self._own_keys(state_dict, prefix)
         for name, parameter in self._parameters.items():
             given = state_dict.get(prefix + name)
             if isinstance(parameter, UninitializedParameter) and given is not None:
@@ -306,6 +311,14 @@ class Op(nn.Module):
                 and not isinstance(value, UninitializedParameter)
             ):
                 destination[prefix + name] = value.detach()
+
+
+def without_extra_state(state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """The state dict for a module at that prefix, which keeps nothing that is pickled."""
+    extra = f"{prefix}_extra_state"
+    if extra not in state_dict:
+        return state_dict
+    return {key: value for key, value in state_dict.items() if key != extra}
 
 
 @cached

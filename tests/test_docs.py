@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/recipes.md"])
+PAGES = ["README.md", "docs/index.md", "docs/recipes.md", "docs/checkpoints.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_a_pages_python_runs(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.reference.dropout import keep_mask
-from ..op import Op
+from ..op import Op, without_extra_state
 from ..spec import Spec
 from ..validation import number, whole
 
@@ -118,6 +118,9 @@ class Reshape(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: any shape with as many elements as the target."""
         return x.reshape(self.shape)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(without_extra_state(state_dict, prefix), prefix, *args)
 
     def extra_repr(self) -> str:
         return str(self.shape)

@@ -189,7 +189,21 @@ class BasicLinear(MarksParameters, Op):
         if lazy:
             self.reset_parameters()
 
+    def _own_keys(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """TransformerEngine's Linear saves the parameters of the ops inside it, not its own."""
+        inside, found = f"{prefix}basic_ops.", {}
+        if not any(key.startswith(inside) for key in state_dict):
+            return super()._own_keys(state_dict, prefix)
+        for key, value in state_dict.items():
+            name = key.rpartition(".")[2]
+            if not key.startswith(inside):
+                found[key] = value
+            elif name != "_extra_state":
+                found.setdefault(prefix + name, value)
+        return super()._own_keys(found, prefix)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict = self._own_keys(state_dict, prefix)
         make_for(self, state_dict, prefix, ("weight",))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

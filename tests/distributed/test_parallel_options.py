@@ -30,7 +30,8 @@ from test_parallel_mlp import (
 from torch import Tensor, nn
 
 import opsgraph as og
-from opsgraph.ops import GELU, Dropout, LayerNorm, Linear, RMSNorm, SwiGLU
+import opsgraph.parallel
+from opsgraph.ops import GELU, BasicLinear, Bias, Dropout, LayerNorm, Linear, RMSNorm, SwiGLU
 from opsgraph.testing.distributed import Ranks
 
 SOME = [
@@ -247,6 +248,34 @@ def linears(rank: int, size: int) -> None:
             torch.testing.assert_close(row(h.chunk(size, -1)[rank]), mine(y))
 
 
+def basic_linears(rank: int, size: int) -> None:
+    """BasicLinear and Bias by themselves, with the arguments that te.ops gives them."""
+    options = dict(dtype=torch.float64, tensor_parallel_group=dist.group.WORLD)
+    for sequence_parallel in (False, True):
+        split = options | dict(sequence_parallel=sequence_parallel)
+        module = og.Sequential(
+            BasicLinear(HIDDEN, FFN, tensor_parallel_mode="column", **split),
+            Bias(size=FFN, tensor_parallel=True, **options),
+            BasicLinear(FFN, HIDDEN, tensor_parallel_mode="row", **split),
+        )
+        whole = {
+            "0.weight": noise("w", (FFN, HIDDEN)), "1.bias": noise("b", (FFN,)),
+            "2.weight": noise("v", (HIDDEN, FFN)),
+        }  # fmt: skip
+        module.load_state_dict(og.parallel.shard_state_dict(whole, module))
+        assert module[1].bias.shape == (FFN // size,)
+        gathered = og.parallel.gather_state_dict(module)
+        assert all(torch.equal(gathered[name], value) for name, value in whole.items())
+        x = noise("x", (2 * size, 3, HIDDEN)).requires_grad_()
+        mine = (lambda t: t.chunk(size)[rank]) if sequence_parallel else (lambda t: t)
+        expected = (x @ whole["0.weight"].t() + whole["1.bias"]) @ whole["2.weight"].t()
+        y, dy = module(mine(x)), noise("dy", expected.shape)
+        torch.testing.assert_close(y, mine(expected))
+        (found,) = torch.autograd.grad(y, x, mine(dy))
+        (dx,) = torch.autograd.grad(expected, x, dy)
+        torch.testing.assert_close(mine(found), mine(dx))
+
+
 def without_the_exchange(rank: int, size: int) -> None:
     """set_parallel_mode=False: sizes are shares, and sums over ranks are the caller's."""
     case = Case(bias=True, return_bias=True)
@@ -293,8 +322,8 @@ def errors(rank: int, size: int) -> None:
         interleaved(torch.randn(2, 8))
 
 
-BODIES = (gradients, compiled, dtypes, attributes, initial_weights, linears, without_the_exchange,
-          errors)  # fmt: skip
+BODIES = (gradients, compiled, dtypes, attributes, initial_weights, linears, basic_linears,
+          without_the_exchange, errors)  # fmt: skip
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
