@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from . import config
 from .errors import OpError, PlanError
 from .op import Op, constant_under_compile
-from .ops.convert import module_from, op_from
+from .ops.convert import is_untouched, module_from, op_from
 from .ops.linear import tell_next
 from .ops.sizes import infer_sizes
 from .plan import Plan
@@ -235,24 +235,45 @@ class Sequential(nn.Sequential):
     def from_torch(cls, module: nn.Sequential, **options: Any) -> Sequential:
         """A Sequential with ops in the place of known torch modules, sharing the parameters.
 
-        Nested nn.Sequentials are converted too; modules that are not known stay as they are.
-        options: as the constructor's.
+        Nested nn.Sequentials are converted too. Modules that are not known stay as they are, and so
+        do those with hooks or a forward of their own. One module at two places becomes one op at
+        two places. options: as the constructor's. Raises PlanError for what is no nn.Sequential,
+        or one with a forward of its own.
         """
         if not isinstance(module, nn.Sequential):
             raise PlanError(f"from_torch: got {type(module).__name__}, expected nn.Sequential")
-        made = OrderedDict(
-            (name, cls.from_torch(m, **options) if type(m) is nn.Sequential else op_from(m))
-            for name, m in module.named_children()
-        )
-        return cls(made, **options).train(module.training)
+        own = type(module).forward not in (nn.Sequential.forward, Sequential.forward)
+        if own or "forward" in module.__dict__:
+            got = f"a {type(module).__name__} with a forward of its own"
+            raise PlanError(f"from_torch: got {got}, expected one that runs its modules in order")
+        return cls._converted(module, options, {})
+
+    @classmethod
+    def _converted(
+        cls, module: nn.Sequential, options: dict[str, Any], made: dict[nn.Module, nn.Module]
+    ) -> Sequential:
+        """made: what each module has become, for one that occurs again."""
+        for child in module._modules.values():
+            if child is None or child in made:
+                continue
+            nested = type(child) is nn.Sequential and is_untouched(child)
+            made[child] = cls._converted(child, options, made) if nested else op_from(child)  # type: ignore[arg-type]
+        places = {n: None if m is None else made[m] for n, m in module._modules.items()}
+        found = cls(OrderedDict(places), **options)
+        found.training = module.training  # its own alone: the modules inside have theirs
+        return found
 
     def to_torch(self) -> nn.Sequential:
         """A plain nn.Sequential that computes the same, sharing the parameters."""
-        made: OrderedDict[str, nn.Module] = OrderedDict()
+        made: dict[nn.Module | None, Any] = {None: None}
         for label, module in self._labelled():
-            nested = module.to_torch() if isinstance(module, Sequential) else None
-            made[label.split(":")[0]] = nested or module_from(module, label)
-        return nn.Sequential(made).train(self.training)
+            if module not in made:
+                nested = isinstance(module, Sequential)
+                made[module] = module.to_torch() if nested else module_from(module, label)  # type: ignore[operator]
+        places = {name: made[module] for name, module in self._modules.items()}
+        found = nn.Sequential(OrderedDict(places))
+        found.training = self.training
+        return found
 
     # -- the list protocol, where nn.Sequential would return or forget something else --
 

@@ -46,16 +46,45 @@ _FROM: dict[type[nn.Module], Callable[[Any], Op]] = {
 }
 
 
+_PARAMETERS = {
+    nn.Linear: {"weight", "bias"},
+    nn.LayerNorm: {"weight", "bias"},
+    nn.RMSNorm: {"weight"},
+}
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nothing was put on this very module: a forward of its own, or a hook."""
+    return "forward" not in module.__dict__ and not any(
+        getattr(module, name, None) for name in _HOOKS
+    )
+
+
 def op_from(module: nn.Module) -> nn.Module:
     """The op that computes what a torch module does, with its parameters; else the module itself.
 
-    Only classes that are known are converted, not their subclasses: those may compute anything.
-    Hooks of the module are not carried over.
+    Only classes that are known are converted, not their subclasses (as parametrizations make):
+    those may compute anything. A module stays itself, too, if it has hooks, a forward of its own,
+    or parameters, buffers or submodules that its class does not give it.
     """
-    make = _FROM.get(type(module))
-    if make is None:
+    kind = type(module)
+    own = {*module._parameters, *module._buffers, *module._modules}
+    if kind not in _FROM or not is_untouched(module) or own != _PARAMETERS.get(kind, set()):
         return module
-    op = make(module)
+    op = _FROM[kind](module)
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    if any(op._parameters.get(name) is None for name in names):  # a bias without a weight
+        return module
     _share(module, op)
     return op.train(module.training)
 
