@@ -15,7 +15,7 @@ from .dtensor import own_part
 from .errors import OpsgraphError
 from .op import Op
 from .ops import AllGather, LayerNorm, Linear, RMSNorm, Tee
-from .ops.activations import ACTIVATIONS, GATED
+from .ops.activations import ACTIVATIONS, GATED, keywords
 from .ops.collectives import Group, group_of, process_group
 from .ops.linear import SYMMETRIC
 from .ops.parameters import MarksParameters, Partition
@@ -24,6 +24,7 @@ from .precision import active, microbatch
 from .quantized_parameter import hold
 from .scaling import make_for
 from .sequential import Sequential
+from .validation import epsilon, flag, whole
 
 NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
 
@@ -36,8 +37,16 @@ def _normal(weight: Tensor) -> None:
 
 
 def _known(what: str, got: str, known: Mapping[str, Any]) -> None:
-    if got not in known:
+    if not isinstance(got, str) or got not in known:
         raise OpsgraphError(f"LayerNormMLP: got {what} {got!r}, expected one of {', '.join(known)}")
+
+
+def _activation(name: str, params: Mapping[str, Any]) -> Op:
+    known = keywords(ACTIVATIONS[name])
+    if unknown := [key for key in params if key not in known]:
+        got = f"activation_params {', '.join(map(repr, unknown))} for {name!r}"
+        raise OpsgraphError(f"LayerNormMLP: got {got}, expected some of {', '.join(known)}")
+    return ACTIVATIONS[name](**params)
 
 
 class LayerNormMLP(MarksParameters):
@@ -115,6 +124,23 @@ class LayerNormMLP(MarksParameters):
         super().__init__()
         _known("normalization", normalization, NORMS)
         _known("activation", activation, ACTIVATIONS)
+        hidden_size = whole("LayerNormMLP", "hidden_size", hidden_size)
+        ffn_hidden_size = whole("LayerNormMLP", "ffn_hidden_size", ffn_hidden_size)
+        tp_size = whole("LayerNormMLP", "tp_size", tp_size)
+        if eps is not None or normalization == "LayerNorm":
+            eps = epsilon("LayerNormMLP", "eps", eps)
+        flags = {
+            "sequence_parallel": sequence_parallel,
+            "return_bias": return_bias,
+            "bias": bias,
+            "fuse_wgrad_accumulation": fuse_wgrad_accumulation,
+            "return_layernorm_output": return_layernorm_output,
+            "return_layernorm_output_gathered": return_layernorm_output_gathered,
+            "set_parallel_mode": set_parallel_mode,
+            "zero_centered_gamma": zero_centered_gamma,
+            "delay_wgrad_compute": delay_wgrad_compute,
+            "checkpoint": checkpoint,
+        }
         overlap = {
             "ub_overlap_ag": ub_overlap_ag,
             "ub_overlap_rs": ub_overlap_rs,
@@ -122,6 +148,8 @@ class LayerNormMLP(MarksParameters):
             "ub_bulk_dgrad": ub_bulk_dgrad,
             "ub_bulk_wgrad": ub_bulk_wgrad,
         }
+        for key, value in (flags | overlap).items():
+            flag("LayerNormMLP", key, value)
         tp = _tensor_parallel(tp_size, tp_group)
         _check_parallel(ffn_hidden_size, tp, sequence_parallel, overlap)
         if symmetric_ar_type is not None:
@@ -137,13 +165,13 @@ class LayerNormMLP(MarksParameters):
         self.sequence_parallel = sequence_parallel and tp.size > 1
         self.size_per_partition = ffn_hidden_size // tp.size
         off = {"ub_bulk_dgrad", "ub_bulk_wgrad"} if ub_overlap_rs_dgrad else set()
-        self.overlap = tuple(flag for flag, on in overlap.items() if on and flag not in off)
+        self.overlap = tuple(key for key, on in overlap.items() if on and key not in off)
         self.symmetric_ar_type = symmetric_ar_type
         self.name = name
         self._init_methods = (init_method or _normal, output_layer_init_method or _normal)
         self._rng = get_rng_state_tracker
         params = dict(activation_params or {})
-        act = ACTIVATIONS[activation](**params)
+        act = _activation(activation, params)
         self.halves = 2 if activation in GATED else 1
         self._fc1_stride = getattr(act, "pieces", 1)
         self._declare({"device": device, "dtype": params_dtype})

@@ -239,3 +239,40 @@ def test_errors_at_construction(options: dict[str, Any], message: str) -> None:
 def test_errors_of_a_call(x: Tensor, message: str) -> None:
     with pytest.raises(og.OpsgraphError, match=message):
         make()(x)
+
+
+WRONG = {
+    "eps None": dict(eps=None),
+    "eps text": dict(eps="1e-5"),
+    "eps negative": dict(eps=-1e-5, normalization="RMSNorm"),
+    "hidden_size": dict(hidden_size=8.0),
+    "ffn_hidden_size": dict(ffn_hidden_size="16"),
+    "tp_size": dict(tp_size=0),
+    "bias": dict(bias="no"),
+    "checkpoint": dict(checkpoint=None),
+    "ub_overlap_ag": dict(ub_overlap_ag="x"),
+    "normalization": dict(normalization=None),
+    "activation": dict(activation=["gelu"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_named_at_construction(name: str) -> None:
+    arguments = dict(hidden_size=8, ffn_hidden_size=16, device="cpu") | WRONG[name]
+    with pytest.raises(og.OpsgraphError, match=f"LayerNormMLP: got {name.split()[0]}"):
+        og.LayerNormMLP(**arguments)
+
+
+def test_unknown_and_wrong_activation_params_are_named() -> None:
+    def make(activation: str, **params: Any) -> None:
+        og.LayerNormMLP(8, 16, activation=activation, activation_params=params, device="cpu")
+
+    message = r"got activation_params 'limits' for 'clamped_swiglu', expected some of limit, alpha"
+    with pytest.raises(og.OpsgraphError, match=message):
+        make("clamped_swiglu", limits=2.0)
+    with pytest.raises(og.OpsgraphError, match=r"'beta1' for 'swiglu', expected some of glu_inter"):
+        make("swiglu", beta1=2.0)
+    with pytest.raises(og.OpsgraphError, match=r"SwiGLU: got glu_interleave_size=2\.0"):
+        make("swiglu", glu_interleave_size=2.0)
+    make("gelu", approximate="none", cache_quantized_input=True)
+    make("situglu", beta1=2, glu_interleave_size=4)

@@ -6,6 +6,7 @@ keep the input in FP8: plans keep what they need in the dtype it has, and it cha
 """
 
 from collections.abc import Iterable
+from inspect import signature
 from math import isfinite
 from typing import Any
 
@@ -243,3 +244,13 @@ ACTIVATIONS: dict[str, type[Activation] | type[GatedActivation]] = {
 """Activations by the names that `LayerNormMLP(activation=...)` takes."""
 
 GATED = frozenset(n for n, k in ACTIVATIONS.items() if issubclass(k, GatedActivation))
+
+
+def keywords(kind: type[Op]) -> tuple[str, ...]:
+    """The arguments that an activation's constructor takes, those of its bases among them."""
+    found: dict[str, None] = {}
+    for base in kind.__mro__[: kind.__mro__.index(Op)]:
+        for name, parameter in signature(base).parameters.items():
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                found[name] = None
+    return tuple(found)
