@@ -32,9 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def doctor() -> Iterable[str]:
     """Print versions, devices and each backend: there, or why not."""
     yield "versions"
-    packages = ("opsgraph", "torch", "triton", "networkx")
     yield from _table(
-        [("python", platform.python_version()), *((name, _version(name)) for name in packages)]
+        [
+            ("python", platform.python_version()),
+            ("opsgraph", _version("opsgraph")),
+            ("torch", torch.__version__),  # the metadata of some builds lacks its +cu132
+            *((name, _version(name)) for name in ("triton", "networkx")),
+        ]
     )
     yield "devices"
     yield from _table(_devices())

@@ -1,5 +1,7 @@
 """The one error family: every message says where, what came and what was expected."""
 
+from typing import TYPE_CHECKING
+
 
 class OpsgraphError(ValueError):
     """Base of all errors that opsgraph raises for a user's mistake."""
@@ -8,16 +10,19 @@ class OpsgraphError(ValueError):
 class OpError(OpsgraphError):
     """An op cannot take what it was given, e.g. `1:Linear: got width 64, expected 128`.
 
-    Made of where, what came and what was expected. It can be pickled, and raised under
-    torch.compile, where Dynamo cannot trace a call of `super().__init__`.
+    Made of where, what came and what was expected, which are its `args`. It can be pickled, and
+    raised under torch.compile: of a traced error Dynamo reports the args, which it loses in some
+    versions where the class has an `__init__`; to the first of another's it adds its own lines.
     """
 
-    def __init__(self, where: str, got: str, expected: str) -> None:
-        self.parts = where, got, expected
-        self.args = (f"{where}: got {got}, expected {expected}",)
+    if TYPE_CHECKING:
 
-    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
-        return type(self), self.parts
+        def __init__(self, where: str, got: str, expected: str) -> None: ...
+
+    def __str__(self) -> str:
+        where, got, expected = self.args
+        where, newline, more = where.partition("\n")
+        return f"{where}: got {got}, expected {expected}{newline}{more}"
 
 
 class RegisterError(OpsgraphError):

@@ -301,7 +301,8 @@ class LayerNormMLP(MarksParameters):
         None accumulate. Under a recipe, True keeps the quantized weights, and False uses those of
         the last call with True; None quantizes them anew and keeps nothing.
         """
-        first = self.fuse_wgrad_accumulation and bool(is_first_microbatch)
+        # An int and a new list: Dynamo up to 2.11 takes no bool as an index, and no `insert` below.
+        first = 1 if self.fuse_wgrad_accumulation and is_first_microbatch else 0
         if is_first_microbatch is None or active.key is None:
             result = self._sequences[first](inp)
         else:
@@ -310,7 +311,7 @@ class LayerNormMLP(MarksParameters):
         out, *more = result if isinstance(result, tuple) else (result,)
         if self.return_bias:
             bias = None if self.fc2_bias is None else own_part(self, "fc2_bias", self.fc2_bias)
-            more.insert(0, None if bias is None else bias.to(out.dtype))
+            more = [None if bias is None else bias.to(out.dtype), *more]
         return (out, *more) if more else out
 
     def backward_dw(self) -> None:

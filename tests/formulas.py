@@ -41,10 +41,15 @@ def gated(function: Callable[[Any, Tensor], Tensor]) -> Formula:
     return formula
 
 
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """The gradient passes at a bound; torch.clamp's does up to PyTorch 2.13, and is 0 since."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def clamped_swiglu(op: Any, x: Tensor, get: Any) -> Tensor:
     limit, alpha, offset = op.params
     a, b = halves(op, x)
-    a, b = a.clamp(max=limit), b.clamp(-limit, limit) + offset
+    a, b = clamp(a, -math.inf, limit), clamp(b, -limit, limit) + offset
     return a * torch.sigmoid(alpha * a) * b
 
 
@@ -93,6 +98,11 @@ def dropout(op: Any, x: Tensor, get: Any) -> Tensor:
     return torch.where(keep, x / (1 - op.p), 0) if op.p < 1 else torch.zeros_like(x) * x
 
 
+def relu(x: Tensor) -> Tensor:
+    """The gradient at 0 is 0; a NaN is kept."""
+    return torch.where(x <= 0, 0, x)
+
+
 def silu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
@@ -104,13 +114,13 @@ def qgelu(x: Tensor) -> Tensor:
 FORMULAS: dict[type[nn.Module], Formula] = {
     ops.GELU: lambda op, x, get: gelu(x, op.approximate),
     ops.QGELU: lambda op, x, get: qgelu(x),
-    ops.ReLU: lambda op, x, get: x.clamp(min=0) * (x > 0),
-    ops.SReLU: lambda op, x, get: x.clamp(min=0) ** 2,
+    ops.ReLU: lambda op, x, get: relu(x),
+    ops.SReLU: lambda op, x, get: relu(x) ** 2,
     ops.SiLU: lambda op, x, get: silu(x),
     ops.GEGLU: gated(lambda op, a: gelu(a, op.approximate)),
     ops.QGEGLU: gated(lambda op, a: qgelu(a)),
-    ops.ReGLU: gated(lambda op, a: a.clamp(min=0) * (a > 0)),
-    ops.SReGLU: gated(lambda op, a: a.clamp(min=0) ** 2),
+    ops.ReGLU: gated(lambda op, a: relu(a)),
+    ops.SReGLU: gated(lambda op, a: relu(a) ** 2),
     ops.SwiGLU: gated(lambda op, a: silu(a)),
     ops.GLU: gated(lambda op, a: torch.sigmoid(a)),
     ops.ClampedSwiGLU: clamped_swiglu,

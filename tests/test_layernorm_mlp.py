@@ -23,8 +23,8 @@ def tanh_gelu(x: Tensor) -> Tensor:
 PLAIN = {
     "gelu": tanh_gelu,
     "qgelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": lambda x: x.clamp(min=0),
-    "srelu": lambda x: x.clamp(min=0) ** 2,
+    "relu": torch.relu,
+    "srelu": lambda x: torch.relu(x) ** 2,
     "silu": lambda x: x * torch.sigmoid(x),
 }
 GATES = {
@@ -47,8 +47,9 @@ def activated(x: Tensor, name: str, params: dict[str, Any]) -> Tensor:
     if name in GATES:
         return GATES[name](a) * b
     limit, alpha = params.get("limit", 7.0), params.get("alpha", 1.702)
-    a = a.clamp(max=limit)
-    b = b.clamp(-limit, limit) + params.get("glu_linear_offset", 1.0)
+    # Not torch.clamp: its gradient at the limit, which bf16 values hit, differs between versions.
+    a = torch.where(a > limit, limit, a)
+    b = torch.where(b.abs() > limit, limit * b.sign(), b) + params.get("glu_linear_offset", 1.0)
     return a * torch.sigmoid(alpha * a) * b
 
 

@@ -3,7 +3,8 @@
 An operand is `[rows, depth]`, stored by rows, with scales along rows as the quantizers of
 `kernels.reference` return them; the library's multiply, so that it gets `1 / scale` of those that
 do not divide. What the calls ask of layouts: NVIDIA's cuBLAS manual, "Narrow precision data types
-usage", and PyTorch's `torch.nn.functional.scaled_mm`.
+usage", and PyTorch's `torch.nn.functional.scaled_mm`. That and its two enums are new in PyTorch
+2.10, and are looked up where they are used: `filled` serves older ones too.
 
     format   scale covers   on      the library reads                  depth is filled up to
     blocks   1 x 128        sm_90   fp32, stored by columns            128
@@ -12,18 +13,19 @@ usage", and PyTorch's `torch.nn.functional.scaled_mm`.
     nvfp4    1 x 16, all    sm_100  E4M3, in tiles, and an fp32        32
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import ScalingType, SwizzleType
+
+if TYPE_CHECKING:
+    from torch.nn.functional import ScalingType, SwizzleType
 
 TILE_ROWS, TILE_COLS = 128, 4
 """Scales of a tile."""
 ROWS = 16
 """What the result's rows are a multiple of; 4 would do for scales stored by columns."""
-PLAIN, TILED = SwizzleType.NO_SWIZZLE, SwizzleType.SWIZZLE_32_4_4
 
 
 class Scaled(NamedTuple):
@@ -31,8 +33,8 @@ class Scaled(NamedTuple):
 
     data: Tensor
     scales: list[Tensor]
-    scalings: list[ScalingType]
-    swizzles: list[SwizzleType]
+    scalings: "list[ScalingType]"
+    swizzles: "list[SwizzleType]"
 
 
 def multiply(a: Scaled, b: Scaled, rows: int, dtype: torch.dtype) -> Tensor:
@@ -48,20 +50,21 @@ def blocks(data: Tensor, scale: Tensor) -> Scaled:
     """FP8 `[rows, depth]` with an fp32 scale for 128 columns of a row."""
     data = filled(data, ROWS, 128)
     inverse = _inverse(scale.t(), data.size(0)).t()
-    return Scaled(data, [inverse], [ScalingType.BlockWise1x128], [PLAIN])
+    return Scaled(data, [inverse], [F.ScalingType.BlockWise1x128], [F.SwizzleType.NO_SWIZZLE])
 
 
 def squares(data: Tensor, scale: Tensor) -> Scaled:
     """FP8 `[rows, depth]` with an fp32 scale for 128 x 128."""
     inverse = _inverse(scale, -(-scale.size(1) // 4) * 4).t()
-    return Scaled(filled(data, 128, 128), [inverse], [ScalingType.BlockWise128x128], [PLAIN])
+    data, scaling = filled(data, 128, 128), F.ScalingType.BlockWise128x128
+    return Scaled(data, [inverse], [scaling], [F.SwizzleType.NO_SWIZZLE])
 
 
 def mx(data: Tensor, scale: Tensor) -> Scaled:
     """FP8 `[rows, depth]` with an E8M0 byte, which divides already, for 32 columns of a row."""
     data = filled(data, ROWS, 32)
     scales = tiles(scale).view(torch.float8_e8m0fnu)
-    return Scaled(data, [scales], [ScalingType.BlockWise1x32], [TILED])
+    return Scaled(data, [scales], [F.ScalingType.BlockWise1x32], [F.SwizzleType.SWIZZLE_32_4_4])
 
 
 def nvfp4(data: Tensor, scale: Tensor, factor: Tensor) -> Scaled:
@@ -71,8 +74,9 @@ def nvfp4(data: Tensor, scale: Tensor, factor: Tensor) -> Scaled:
         scale = scale.view(torch.uint8).repeat_interleave(16, 0)[: data.size(0)]
     data = filled(data, ROWS, 16).view(torch.float4_e2m1fn_x2)
     scales = tiles(scale.view(torch.uint8)).view(torch.float8_e4m3fn)
-    scalings = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
-    return Scaled(data, [scales, factor], scalings, [TILED, PLAIN])
+    scalings = [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise]
+    swizzles = [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
+    return Scaled(data, [scales, factor], scalings, swizzles)
 
 
 def _inverse(scale: Tensor, cols: int) -> Tensor:

@@ -4,19 +4,21 @@
 multiplies in fp64; it shares nothing with the code that lays them out.
 """
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import ScalingType, SwizzleType
-from torch.nn.functional import scaled_mm as call
 
 from opsgraph.fusers.cublaslt import scaled_mm
 from opsgraph.kernels.scaled_mm import tiles
 from opsgraph.quantizers import BlockQuantizer, MXQuantizer, NVFP4Quantizer, Quantizer
 
+call = getattr(F, "scaled_mm", None)  # new in PyTorch 2.10, as its enums are
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 PAIRS: dict[str, tuple[Quantizer, Quantizer]] = {
@@ -52,22 +54,22 @@ def _values(data: Tensor, scales: list[Tensor], scalings: Any, swizzles: Any) ->
     """An operand `[rows, depth]`, in fp64."""
     assert data.is_contiguous()
     rows, scale = data.shape[0], scales[0]
-    kind = ScalingType(scalings[0])
-    if kind == ScalingType.BlockWise1x16:
+    kind = F.ScalingType(scalings[0])
+    if kind == F.ScalingType.BlockWise1x16:
         assert data.dtype == torch.float4_e2m1fn_x2
         code = data.view(torch.uint8).numpy()
         value = E2M1[np.stack((code & 15, code >> 4), 2).reshape(rows, -1)]
-        assert ScalingType(scalings[1]) == ScalingType.TensorWise
+        assert F.ScalingType(scalings[1]) == F.ScalingType.TensorWise
         assert scales[1].dtype == torch.float32
         assert scales[1].numel() == 1
         value = value * scales[1].item()
     else:
         value = data.double().numpy()
     depth = value.shape[1]
-    if kind in (ScalingType.BlockWise1x16, ScalingType.BlockWise1x32):
-        assert SwizzleType(swizzles[0]) == SwizzleType.SWIZZLE_32_4_4
+    if kind in (F.ScalingType.BlockWise1x16, F.ScalingType.BlockWise1x32):
+        assert F.SwizzleType(swizzles[0]) == F.SwizzleType.SWIZZLE_32_4_4
         assert scale.is_contiguous()
-        block = 16 if kind == ScalingType.BlockWise1x16 else 32
+        block = 16 if kind == F.ScalingType.BlockWise1x16 else 32
         grid = tiled(scale.view(torch.uint8).numpy(), rows, depth // block)
         assert depth % 32 == 0
         assert scale.dtype == (E4M3 if block == 16 else torch.float8_e8m0fnu)
@@ -76,12 +78,12 @@ def _values(data: Tensor, scales: list[Tensor], scalings: Any, swizzles: Any) ->
     assert depth % 128 == 0
     assert scale.dtype == torch.float32
     across = depth // 128
-    if kind == ScalingType.BlockWise1x128:
+    if kind == F.ScalingType.BlockWise1x128:
         assert scale.shape == (rows, across)
         assert scale.stride() == (1, rows) or across == 1
         assert rows % 4 == 0  # of what lies between two columns, 16 bytes
         return value * scale.double().numpy().repeat(128, 1)
-    assert kind == ScalingType.BlockWise128x128
+    assert kind == F.ScalingType.BlockWise128x128
     filled = -(-across // 4) * 4
     assert scale.shape == (filled, -(-rows // 128))
     assert scale.stride() == (1, filled)
@@ -98,6 +100,7 @@ def manual(
     swizzle_a: Any, swizzle_b: Any, output_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     assert b.size(1) % 16 == 0
+    assert call is not None
     seen = call(
         meta(a), meta(b), [meta(s) for s in scale_a], scaling_a, [meta(s) for s in scale_b],
         scaling_b, swizzle_a, swizzle_b, output_dtype=output_dtype,
@@ -110,7 +113,9 @@ def manual(
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.nn.functional, "scaled_mm", manual)
+    if call is None:
+        pytest.skip("this PyTorch has no torch.nn.functional.scaled_mm")
+    monkeypatch.setattr(F, "scaled_mm", manual)
 
 
 @pytest.mark.parametrize("rows", [1, 130, 256])
@@ -132,3 +137,32 @@ def test_operands(name: str, rows: int) -> None:
         found = scaled_mm(a, b, torch.float32)
         expected = a.dequantize(torch.float64) @ b.dequantize(torch.float64).t()
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+WITHOUT = """
+import torch
+import torch.nn.functional as F
+
+for name in ("scaled_mm", "ScalingType", "SwizzleType"):
+    if hasattr(F, name):
+        delattr(F, name)
+from opsgraph.fusers import cublaslt
+from opsgraph.quantizers import RowQuantizer, TensorQuantizer
+
+calls = []
+torch._scaled_mm = lambda a, b, *scales, **options: calls.append(a.shape) or a.new_zeros(())
+for quantizer in (TensorQuantizer(torch.float8_e4m3fn), RowQuantizer(torch.float8_e4m3fn)):
+    copy = quantizer(torch.randn(16, 24)).row
+    cublaslt.scaled_mm(copy, copy, torch.bfloat16)
+assert calls == [(16, 32), (16, 32)], calls
+cublaslt.chip = lambda: 10
+torch.version.cuda = "13.0"
+reasons = {family.about: family.why_not() for family in cublaslt.FAMILIES}
+assert reasons["FP8, a scale per row"] is None, reasons
+assert "torch 2.10" in reasons["NVFP4"], reasons
+"""
+
+
+def test_products_with_scales_of_tensors_and_rows_take_no_scaled_mm() -> None:
+    """PyTorch 2.9 has neither that function nor its enums, and blocks of scales are emulated."""
+    subprocess.run([sys.executable, "-c", WITHOUT], check=True)

@@ -206,7 +206,9 @@ def block_amax(value: Tensor, height: int, width: int) -> Tensor:
     rows, cols = value.shape
     down, across = -(-rows // height), -(-cols // width)
     padding = (0, across * width - cols, 0, down * height - rows)
-    value = torch.nn.functional.pad(value.abs(), padding) if any(padding) else value.abs()
+    value = value.abs()
+    if any(padding) and value.numel():  # PyTorch 2.9 pads no rows to no rows with an error
+        value = torch.nn.functional.pad(value, padding)
     if height > 1:
         value = value.view(down, height, across * width).amax(1)
     return value.view(down, across, width).amax(2)

@@ -117,7 +117,8 @@ def store_copy(
     if SCALING == "rows":
         bits = magnitude(tl.load(given + row, row < end_row, other=0.0))
         multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
-        tl.store(scale + row, multiplier, (row < end_row) & (first_col == 0))
+        # Chosen, not `&`: the interpreter of Triton 3.9 refuses a block's mask and a scalar's.
+        tl.store(scale + row, multiplier, row < tl.where(first_col == 0, end_row, 0))
         codes = encode(value * multiplier[:, None], E5M2, NATIVE)
     else:
         blocks = tl.reshape(value, [R, C // BLOCK, BLOCK])

@@ -40,7 +40,9 @@ def activation64(x: Tensor, kind: str, params: tuple[float, ...]) -> Tensor:
         return torch.sigmoid(a) * b
     assert kind == "clamped_swiglu"
     limit, alpha, offset = params or (7.0, 1.702, 1.0)
-    a, b = a.clamp(max=limit), b.clamp(-limit, limit) + offset
+    # Not torch.clamp, whose gradient at the limit differs between versions of PyTorch.
+    a = torch.where(a > limit, limit, a)
+    b = torch.where(b.abs() > limit, limit * b.sign(), b) + offset
     return a * torch.sigmoid(alpha * a) * b
 
 
