@@ -43,9 +43,7 @@ class Copy(NamedTuple):
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors that it is made of."""
-        inverse = self.multiplier if self.quantizer.inverts else None
-        more = (part for part in (self.amax, inverse) if part is not None)
-        return (self.data, self.scale, *more)
+        return _parts(self)
 
     @property
     def multiplier(self) -> Tensor:
@@ -55,6 +53,16 @@ class Copy(NamedTuple):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values that a GEMM multiplies, `[rows, cols]`; NVFP4 fills cols up to blocks."""
         return self.quantizer.dequantize(self, dtype)
+
+
+def _parts(copy: Copy) -> tuple[Tensor, ...]:
+    """`copy.parts` for code that is compiled: Dynamo 2.9 sees no property of a NamedTuple."""
+    found = [copy.data, copy.scale]
+    if copy.amax is not None:
+        found.append(copy.amax)
+    if copy.quantizer.inverts:
+        found.append(copy.scale.reciprocal() if copy.inverse is None else copy.inverse)
+    return tuple(found)
 
 
 class Operand(NamedTuple):
@@ -157,7 +165,7 @@ class Quantizer:
         """What is stored for one copy."""
         copy = value.row if name == "row" else value.col
         assert copy is not None
-        return transposed(copy).parts if name == "col" and self.shared else copy.parts
+        return _parts(transposed(copy) if name == "col" and self.shared else copy)
 
     def load(self, dtype: torch.dtype, **parts: Sequence[Tensor]) -> Quantized:
         """The value again from the parts of its copies: `load(dtype, row=(data, scale))`."""

@@ -41,6 +41,9 @@ def test_autocast() -> None:
     assert torch.compile(inside, fullgraph=True, backend="aot_eager")(x).dtype == torch.bfloat16
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="this Dynamo fails for a plain nn.Sequential as well"
+)
 def test_freezing_and_thawing() -> None:
     module = og.Sequential(*llama())
     compiled, x = Compiled(module), torch.randn(5, 16)

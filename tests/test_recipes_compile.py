@@ -11,6 +11,9 @@ from opsgraph.ops import GroupedLinear
 
 __all__ = ["cold"]
 
+SAYS_WHY = torch.__version__ >= "2.10"
+"""Whether Dynamo gives the text of an error that leaves a context manager: 2.9's does not."""
+
 
 @pytest.mark.parametrize("name", ["current", "rows", "blocks", "mx", "nvfp4 plain", "dequantized"])
 def test_compiled_and_eager_give_the_same_bits(name: str) -> None:
@@ -46,7 +49,8 @@ def test_another_recipe_compiles_again() -> None:
 def test_first_microbatch_is_refused() -> None:
     module = og.LayerNormMLP(HIDDEN, 128, device="cpu")
     compiled = torch.compile(module, fullgraph=True, backend="eager")
-    raises = pytest.raises(Exception, match="is_first_microbatch keeps weights")
+    text = "is_first_microbatch keeps weights" if SAYS_WHY else "raised exception"
+    raises = pytest.raises(Exception, match=text)
     with raises, og.autocast(recipe=r.Float8CurrentScaling()):
         compiled(torch.randn(4, HIDDEN), is_first_microbatch=True)
 
@@ -61,7 +65,8 @@ def test_a_context_inside_the_compiled_function() -> None:
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     recipe = r.Float8CurrentScaling()
     assert torch.equal(compiled(x, recipe), run(x, recipe))
-    with pytest.raises(Exception, match="DelayedScaling inside a compiled function"):
+    text = "DelayedScaling inside a compiled function" if SAYS_WHY else "Observed exception"
+    with pytest.raises(Exception, match=text):
         compiled(x, r.DelayedScaling())
 
 
