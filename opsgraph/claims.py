@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .backend import backends
-from .errors import OpError, PlanError
+from .errors import PlanError
+from .functions import function, passes, verify_backward
 from .fuser import (
     Fuser,
     Match,
@@ -17,6 +18,7 @@ from .fuser import (
     registered,
     vocabulary,
 )
+from .names import root, variable
 from .op import BACKWARD, FORWARD, arguments
 from .program import Argument, Program
 from .spec import Spec
@@ -83,7 +85,9 @@ class Space:
         self.rejected: list[Rejection] = []
         self.privates: dict[str, Spec] = {}
         self._private_places: dict[str, int] = {}
-        self._owners: dict[str, tuple[Fuser, tuple[tuple[str, int | None], ...]]] = {}
+        self._private_names: dict[tuple[str, int, tuple[Any, ...]], str] = {}
+        self.roots = set(program.run.name.roots)
+        """Roots of all variables, see `names`."""
         self._sizes: dict[str, int] = {}
         self._fuel = fuel
         self.starting: dict[str, list[list[Claim]]] = {}
@@ -130,7 +134,7 @@ class Space:
         program = self.program
         still = program.still(direction)
         crossed = [
-            flag and not (direction == BACKWARD and kind.passes)
+            flag and not (direction == BACKWARD and passes(kind))
             for flag, kind in zip(still, program.kinds, strict=True)
         ]
         matcher = Matcher.of(tuple(fusers), direction)
@@ -154,11 +158,8 @@ class Space:
         still = program.still(direction)
         for i, kind in enumerate(program.kinds):
             if not still[i] and (direction == FORWARD or program.flows[i + 1]):
-                if direction == BACKWARD and self._delays(i) and not kind.wgrad:
-                    raise OpError(
-                        program.run.labels[i], "delay_wgrad_compute and an op with bwd",
-                        "dgrad and wgrad, so that its weight gradient can wait",
-                    )  # fmt: skip
+                if direction == BACKWARD:
+                    verify_backward(kind, program.run.labels[i], self._delays(i))
                 yield self._claim(Match(reference(kind), {"op": i}, i, i + 1), direction)
 
     def _delays(self, i: int) -> bool:
@@ -187,7 +188,7 @@ class Space:
                 return reason
         if direction == BACKWARD:
             for i in match.positions.values():
-                if i is not None and program.kinds[i].passes and i != match.stop - 1:
+                if i is not None and passes(program.kinds[i]) and i != match.stop - 1:
                     return f"the gradient that leaves at {program.numbers[i]} is inside it"
             if any(i is not None and self._delays(i) for i in match.positions.values()):
                 return "weight gradients are delayed"
@@ -237,15 +238,15 @@ class Space:
             results = tuple(
                 name
                 for i in match.positions.values()
-                if i is not None and not program.kinds[i].passes
+                if i is not None and not passes(program.kinds[i])
                 for name in program.gradient_names(i)
             )
-        for name, function in fuser.functions(direction).items():
+        for name, made in fuser.functions(direction).items():
             if name == "wgrad" and not any(results):
                 continue
             if name == "dgrad" and not program.flows[match.start]:
                 continue
-            names = arguments(function)
+            names = arguments(made)
             own = ("self",) if isinstance(fuser, Reference) else ()
             moved = fuser.consumes if direction == BACKWARD else ()
             given = {n: self._argument(match, n, direction) for n in (*own, *names) if n != "want"}
@@ -260,15 +261,13 @@ class Space:
         return None if i is None else self.program.resolve(i, value).text
 
     def _private(self, place: Match | Claim, name: str) -> str:
-        """The variable of a private saved name; underscores tell it from another fuser's."""
-        owner = place.fuser, tuple(place.positions.items())
-        taken = self.program.places.keys() | self.program.weight_names.values()
-        number = self.program.numbers[place.start]
-        while (text := f"{name}{number}") in taken or (
-            self._owners.setdefault(text, owner) != owner
-        ):
-            name += "_"
-        return text
+        """The variable of a private saved name; no other fuser's, whatever that calls its own."""
+        key = name, id(place.fuser), tuple(place.positions.items())
+        if key not in self._private_names:
+            text = variable(name, self.program.numbers[place.start], self.roots)
+            self._private_names[key] = text
+            self.roots.add(root(text))
+        return self._private_names[key]
 
     def _argument(self, match: Match, name: str, direction: str = FORWARD) -> Argument:
         fuser, program = match.fuser, self.program
@@ -353,9 +352,9 @@ class Space:
     def remakes(self, claim: Claim) -> Iterator[tuple[Call, tuple[str, ...]]]:
         """The calls that repeat a forward claim, each with the values that it needs."""
         kinds = [self.program.kinds[i] for i in claim.ops]
-        function = kinds[0].again if claim.is_reference else None
-        if function is not None:
-            names = ("self", *arguments(function))
+        again = function(kinds[0], "again") if claim.is_reference else None
+        if again is not None:
+            names = ("self", *arguments(again))
             match = Match(claim.fuser, claim.positions, claim.start, claim.stop)
             found = tuple(self._argument(match, name) for name in names)
             yield (

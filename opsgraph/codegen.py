@@ -11,7 +11,9 @@ import torch
 
 from .check import Checker, compare, compare_ranks
 from .claims import Call, Claim, Space
-from .op import BACKWARD, FORWARD, derived_backward, differentiable
+from .functions import backward_functions, passes
+from .names import free
+from .op import BACKWARD, FORWARD, differentiable
 from .packing import Packing
 from .planner import Cover
 from .preamble import write_parts, write_preamble
@@ -51,6 +53,7 @@ class Writer:
         self.space, self.cover, self.program = space, cover, space.program
         self.check = check
         self.namespace = base_namespace()
+        self._bound: dict[str, Any] = {}
         self.lines: list[Line] = []
 
     def add(
@@ -60,22 +63,24 @@ class Writer:
         """Append a statement."""
         self.lines.append(Line(text, set(reads), set(makes) - {"_"}, note, set(moves)))
 
-    def name_of(self, claim: Claim) -> str:
-        """The fuser's name in the source; a number is added where two share one."""
-        target = claim.fuser.kind if claim.is_reference else claim.fuser  # type: ignore[attr-defined]
-        name = claim.fuser.name
-        for suffix in itertools.chain([""], map(str, itertools.count(2))):
-            if self.namespace.setdefault(name + suffix, target) is target:
-                return name + suffix
+    def bind(self, name: str, target: Any) -> str:
+        """What an object is called in the source; a number is added where two share a name."""
+        for text in free(name, self.space.roots):
+            if self._bound.setdefault(text, target) is target:
+                self.namespace[text] = target
+                return text
         raise AssertionError
+
+    def name_of(self, claim: Claim) -> str:
+        """The fuser's name in the source."""
+        target = claim.fuser.kind if claim.is_reference else claim.fuser  # type: ignore[attr-defined]
+        return self.bind(claim.fuser.name, target)
 
     def quantizer(self, made: Any) -> str:
         """A quantizer's name in the source."""
-        name = made.storage.name.upper()
-        for suffix in itertools.chain([""], map("_{}".format, itertools.count(2))):
-            if self.namespace.setdefault(name + suffix, made) == made:
-                return str(name + suffix)
-        raise AssertionError
+        same = (known for known in self._bound.values() if type(known) is type(made))
+        same = (known for known in same if known == made)
+        return self.bind(made.storage.name.upper(), next(same, made))
 
     def call(self, claim: Claim, call: Call, want: Sequence[str]) -> tuple[str, set[str]]:
         """The text of a call, and the variables that it reads."""
@@ -84,10 +89,12 @@ class Writer:
             given.append(f"want={tuple(want)!r}")
         reads = {a.text for a in call.arguments if a.category in ("value", "weight", "gradient")}
         function = f"{self.name_of(claim)}.{call.function}"
-        kind = getattr(claim.fuser, "kind", None)
-        if kind is not None and getattr(kind, call.function) is None:
-            function = f"{self.name_of(claim)}_vjp"
-            self.namespace[function] = derived_backward(kind)
+        if claim.is_reference and claim.direction == BACKWARD:
+            kind = claim.fuser.kind  # type: ignore[attr-defined]
+            found = backward_functions(kind)[call.function]
+            if found is not getattr(kind, call.function):  # derived from fwd
+                suffix = "" if call.function == "bwd" else f"_{call.function}"
+                function = self.bind(f"{kind.__name__}_vjp{suffix}", found)
         return f"{function}({', '.join(given)})", reads
 
     def compare_ranks(self, claim: Claim, x: str) -> None:
@@ -229,11 +236,11 @@ class _Backward:
     def cross(self, i: int) -> None:
         """Pass an op that is no step in the backward: extra inputs get the gradient as it is."""
         program = self.program
-        if not program.kinds[i].passes or not program.flows[i + 1]:
+        if not passes(program.kinds[i]) or not program.flows[i + 1]:
             return
         names = zip(differentiable(program.kinds[i]), program.gradient_names(i), strict=True)
         for name, gradient in names:
-            if name in program.kinds[i].passes and gradient is not None:
+            if name in passes(program.kinds[i]) and gradient is not None:
                 self.arrive(gradient, "dx")
 
     def remake(self, name: str) -> None:
@@ -368,7 +375,7 @@ def gradient_labels(claim: Claim, program: Any) -> list[str]:
     """What `want` calls each gradient after dx."""
     labels = []
     for key, i in claim.positions.items():
-        if i is None or program.kinds[i].passes:
+        if i is None or passes(program.kinds[i]):
             continue
         names = differentiable(program.kinds[i])
         labels += list(names) if claim.is_reference else [f"{key}_{name}" for name in names]

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 from . import config
 from .backend import backends
 from .errors import RegisterError
-from .op import BACKWARD, FORWARD, STORED, Op, arguments, cached, derived_backward, weights
+from .functions import backward_functions
+from .op import BACKWARD, FORWARD, STORED, Op, arguments, per_class, weights
 from .spec import Spec
 
 Variant = tuple[tuple[str, type[Op] | None], ...]
@@ -88,18 +89,15 @@ class Reference(Fuser):
         kind = self.kind
         if direction == FORWARD:
             return {"fwd": kind.fwd}
-        if kind.dgrad and kind.wgrad:
-            return {"wgrad": kind.wgrad, "dgrad": kind.dgrad}
-        return {"bwd": kind.bwd or derived_backward(kind)}
+        return backward_functions(kind)
 
 
-@cached
+@per_class
 def reference(kind: type[Op]) -> Reference:
     """The reference of a class, made once."""
     return Reference(kind)
 
 
-@cached
 def alternatives(entry: Any) -> tuple[type[Op] | None, ...]:
     """The classes that an entry of a pattern may stand for, None for an optional one."""
     kinds = get_args(entry) if get_origin(entry) in (Union, UnionType) else (entry,)
@@ -112,7 +110,7 @@ def variants(pattern: Mapping[str, Any]) -> Iterator[Variant]:
         yield tuple(zip(pattern, kinds, strict=True))
 
 
-@cached
+@per_class
 def vocabulary(kind: type[Op]) -> set[str]:
     """The names that a fuser may use of an op."""
     names = {"x", "y", *kind.saves, *kind.constants, *kind.extra_inputs, *weights(kind)}

@@ -13,17 +13,20 @@ values or gradients ("x" and parameter names) the plan uses; the others may be N
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from functools import cache
+from functools import wraps
 from typing import Any, ClassVar, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from . import config
+from .errors import OpError
 from .spec import ROWS, Spec
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 FORWARD, BACKWARD = "forward", "backward"
 STORED = "_stored"
@@ -32,9 +35,17 @@ STORED = "_stored"
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
-def cached(function: F) -> F:
-    """`functools.cache` that keeps the function's type."""
-    return cache(function)  # type: ignore[return-value]
+def per_class(function: Callable[[type], T]) -> Callable[[type], T]:
+    """Caches a function of a class on the class itself, with which the result dies."""
+    key = f"_opsgraph_{function.__name__}"
+
+    @wraps(function)
+    def found(kind: type) -> T:
+        if key not in kind.__dict__:
+            setattr(kind, key, function(kind))
+        return kind.__dict__[key]  # type: ignore[no-any-return]
+
+    return found
 
 
 def constant_under_compile(function: F) -> F:
@@ -43,14 +54,18 @@ def constant_under_compile(function: F) -> F:
     return function
 
 
-@cached
+_arguments: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
+
+
 def arguments(function: Callable[..., Any]) -> tuple[str, ...]:
     """Argument names of a method, bound or not, without `self`."""
-    declared = getattr(function, "declared_arguments", None)
-    if declared is not None:
-        return tuple(declared)
-    names = tuple(inspect.signature(function).parameters)
-    return names[1:] if inspect.isfunction(function) else names
+    plain = getattr(function, "__func__", function)  # a bound method would keep its object
+    found = _arguments.get(plain)
+    if found is None:
+        declared = getattr(function, "declared_arguments", None)
+        names = tuple(inspect.signature(plain).parameters)[1:] if declared is None else declared
+        found = _arguments[plain] = tuple(names)
+    return found
 
 
 class Lowered(NamedTuple):
@@ -93,7 +108,8 @@ class Op(nn.Module):
     gemm: ClassVar[bool] = False
     """Whether `fwd` is a matrix product: too dear to be run again in the backward."""
     quantizable: ClassVar[bool] = False
-    """Whether recipes quantize its operands; its functions then take `Quantized` values."""
+    """Whether recipes quantize its operands; its functions then take `Quantized` values.
+    A subclass with a `fwd` of its own has to say so itself."""
     packs_gradient: ClassVar[bool] = False
     """Whether `bwd` returns a `Quantized` dx, for the `quantizable` op before."""
     taps: ClassVar[bool] = False
@@ -112,8 +128,17 @@ class Op(nn.Module):
     again: Callable[..., Tensor] | None = None
     """Makes y once more from saved values: `again(x, seed)`, `again(x, rstd, weight)`."""
 
+    lowers_subclasses: ClassVar[bool] = False
+    """Whether `lower` looks at the class's functions: else one that overrides some is basic."""
+
     alone: ClassVar[Callable[["Op"], Callable[..., Any]]]
     """Wraps one op in a sequence; set by `opsgraph.sequential`, which stands above this file."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = {"fwd", "bwd", "dgrad", "wgrad", "again"}.intersection(cls.__dict__)
+        if own and "lower" not in cls.__dict__ and not cls.lowers_subclasses:
+            cls.lower = Op.lower  # type: ignore[method-assign]
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,8 +239,14 @@ class Op(nn.Module):
             def value(name: str) -> Any:
                 if name == "x" or name in self.extra_inputs:
                     return x.empty(rows, "meta")
-                given = self.constant(name, x) if name in self.constants else getattr(self, name)
-                return given.to("meta") if isinstance(given, Tensor) else given
+                if name in self.constants:
+                    return self.constant(name, x)
+                given = getattr(self, name)
+                if not isinstance(given, Tensor):
+                    return given
+                # As the plan takes them: the op may stand for others, of another dtype.
+                cast = given.is_floating_point() and name not in self.as_stored
+                return given.to("meta", x.dtype if cast else given.dtype)
 
             names = [name for name in arguments(type(self).fwd) if name != "want"]
             y, saved = self.fwd(*(value(name) for name in names))
@@ -239,6 +270,15 @@ class Op(nn.Module):
 
     def borrow(self, module: nn.Module, **names: str) -> "Op":
         """Read parameters from another module, under the names given; its own are dropped."""
+        for own, theirs in names.items():
+            there = "a parameter or buffer of {}: {}"
+            if own not in self._parameters:
+                expected = there.format("the op", sorted(self._parameters))
+                raise OpError(type(self).__name__, f"{own!r} to borrow under", expected)
+            if not hasattr(module, theirs):
+                held = sorted(dict(module.named_parameters(recurse=False)))
+                expected = there.format(type(module).__name__, held)
+                raise OpError(type(self).__name__, f"{theirs!r} to borrow", expected)
         for own, theirs in names.items():
             self._parameters[own] = None
             self._homes[own] = (module, theirs)
@@ -321,21 +361,21 @@ def without_extra_state(state_dict: Mapping[str, Any], prefix: str) -> Mapping[s
     return {key: value for key, value in state_dict.items() if key != extra}
 
 
-@cached
+@per_class
 def weights(kind: type[Op]) -> tuple[str, ...]:
     """The arguments of `fwd` that are parameters or buffers."""
     other = {"x", "want", *kind.constants, *kind.extra_inputs}
     return tuple(name for name in arguments(kind.fwd) if name not in other)
 
 
-@cached
+@per_class
 def differentiable(kind: type[Op]) -> tuple[str, ...]:
     """The arguments of `fwd` after x that can have a gradient, in order."""
     skipped = {"x", "want", *kind.constants}
     return tuple(name for name in arguments(kind.fwd) if name not in skipped)
 
 
-@cached
+@per_class
 def derived_backward(kind: type[Op]) -> Callable[..., Any]:
     """A `bwd` for an op that has none: `torch.func.vjp` of its `fwd`, which runs once more."""
     names = tuple(name for name in arguments(kind.fwd) if name != "want")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .errors import OpError, PlanError
+from .functions import checked_out, function, identity, passes, saved
 from .op import (
     BACKWARD,
     FORWARD,
@@ -66,7 +67,7 @@ class Program:
             for i in range(count)
         ]
         self.still_forward = [entry[FORWARD] for entry in identity]
-        self.numbers = run.numbers
+        self.numbers, self.name = run.numbers, run.name
         self.inputs = [self.name(name, i) for i, name, _ in run.inputs]
         self.uncast = {self.name(n, i) for i, n, _ in run.inputs if n in self.kinds[i].as_stored}
         self.extra_specs = dict(zip(self.inputs, request.extras, strict=True))
@@ -84,7 +85,7 @@ class Program:
             self.places |= {self.name(name, i): i for name in kind.saves}
         self.tapped = self._taps()
         self.still_backward = [
-            entry[BACKWARD] or bool(kind.passes) or (kind.taps and i not in self.tapped)
+            entry[BACKWARD] or bool(passes(kind)) or (kind.taps and i not in self.tapped)
             for i, (entry, kind) in enumerate(zip(identity, self.kinds, strict=True))
         ]
 
@@ -96,10 +97,6 @@ class Program:
     def still(self, direction: str) -> list[bool]:
         """Which ops do nothing in a pass."""
         return self.still_forward if direction == FORWARD else self.still_backward
-
-    def name(self, name: str, i: int) -> str:
-        """What something of op i is called: `rstd1`, `weight3`, `scaleq3`."""
-        return f"{name}{self.numbers[i]}"
 
     def _propagate(self) -> list[Spec]:
         x = self.request.x
@@ -116,7 +113,8 @@ class Program:
             for name in kind.extra_inputs:
                 self._check_extra(i, kind, name, x, specs)
             if not self.still_forward[i]:
-                x = _rows_times(kind.out(op, x), self.run.factors[i + 1])
+                y = checked_out(kind, op, x, self.labels[i])
+                x = _rows_times(y, self.run.factors[i + 1])
             specs.append(x)
         return specs
 
@@ -274,7 +272,7 @@ class Program:
             i
             for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True))
             if getattr(getattr(op, "quantizer", None), "delayed", False)
-            and (name in kind.saves or (kind.bwd is not None and name in arguments(kind.bwd)))
+            and (name in kind.saves or any(name in arguments(f) for f in _by_hand(kind)))
         ]
 
     def value_spec(self, name: str) -> Spec:
@@ -285,9 +283,10 @@ class Program:
         if name in self.gaps:
             return self.specs[i]
         if i not in self._saved:
-            x, saved = self.specs[i], self.kinds[i].saved(self.ops[i], self.specs[i])
-            self._saved[i] = {n: _rows_times(spec, x.factor) for n, spec in saved.items()}
-        return self._saved[i][name.removesuffix(self.numbers[i])]
+            x = self.specs[i]
+            specs = saved(self.kinds[i], self.ops[i], x)
+            self._saved[i] = {n: _rows_times(spec, x.factor) for n, spec in specs.items()}
+        return self._saved[i][self.run.name.origins[name][1]]
 
 
 def _rows_times(spec: Spec, factor: Fraction) -> Spec:
@@ -296,6 +295,12 @@ def _rows_times(spec: Spec, factor: Fraction) -> Spec:
     return spec if fixed or spec.factor == factor else replace(spec, factor=factor)
 
 
+def _by_hand(kind: type[Op]) -> list[Any]:
+    """The `bwd` that a class gives itself, if it does."""
+    bwd = function(kind, "bwd")
+    return [] if bwd is None else [bwd]
+
+
 def op_identity(run: Run, i: int, direction: str, training: bool) -> bool:
     """Whether op i does nothing in a pass."""
-    return run.kinds[i].identity(run.ops[i], direction, training)
+    return identity(run.kinds[i], run.ops[i], direction, training)

@@ -5,6 +5,8 @@ from copy import copy
 from fractions import Fraction
 
 from .errors import PlanError
+from .functions import verify_kind
+from .names import Names, verify_names
 from .op import (
     Lower,
     Op,
@@ -45,18 +47,15 @@ class Run:
         """For each gap, how many rows there are for each row of the input."""
         for kind, op in zip(self.kinds, self.ops, strict=True):
             self.factors.append(self.factors[-1] * kind.row_factor(op))
+        for kind, label in zip(self.kinds, self.labels, strict=True):
+            verify_kind(kind, label)
+            verify_names(kind, label)
         self.slots = [(i, name) for i, kind in enumerate(self.kinds) for name in weights(kind)]
         self.sources: dict[tuple[int, str], int] = {}
         self.inputs: list[tuple[int, str, str | None]] = []
         self.outputs: list[int] = []
-        self._verify_names()
+        self.name = Names(self.kinds, self.numbers, self.edges)
         self._connect(set(known), set(later))
-
-    def _verify_names(self) -> None:
-        for kind, label in zip(self.kinds, self.labels, strict=True):
-            reserved = {"x", "y", "dy", "d", *weights(kind), *kind.extra_inputs, *kind.constants}
-            if taken := reserved.intersection(kind.saves):
-                raise PlanError(f"{label}: it cannot save under the names {sorted(taken)}")
 
     def _connect(self, known: set[str], later: set[str | None]) -> None:
         """Join extra inputs to Tees. Earlier runs provide `known`, later ones read `later`."""

@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from . import config
 from .errors import OpError, PlanError
+from .functions import verify_added
 from .op import Op, constant_under_compile
 from .ops.convert import is_untouched, module_from, op_from
 from .ops.linear import tell_next
@@ -310,10 +311,12 @@ class Sequential(nn.Sequential):
         self._forget()
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
+        verify_added(module, name)
         super().add_module(name, module)
         self._forget()
 
     def insert(self, index: int, module: nn.Module) -> Sequential:
+        verify_added(module, str(index))
         super().insert(index, module)
         self._forget()
         return self

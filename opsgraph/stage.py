@@ -161,7 +161,7 @@ class Stage:
         """Compute delayed weight gradients and add them to the parameters' `.grad`."""
         assert plan.run_delayed is not None
         homes = {
-            f"{n}{self.table.run.numbers[i]}": home
+            self.table.run.name(n, i): home
             for (i, n), home in zip(self.table.run.slots, self.slots, strict=True)
         }
         with torch.no_grad():
@@ -245,7 +245,7 @@ class Stage:
             there = device if same else weight.device
             found[i, name] = Spec(tuple(weight.shape), dtype, there)
             if wanted:
-                gradients.add(f"{name}{run.numbers[i]}")
+                gradients.add(run.name(name, i))
         specs = []
         for (i, name, _), dims in zip(run.inputs[:extras], self.row_dims, strict=False):
             dtype, more, last, wanted, same = (next(rest) for _ in range(5))
@@ -254,7 +254,7 @@ class Stage:
                 shape = (last,)
             specs.append(Spec(shape, dtype, device if same else torch.device("meta")))
             if wanted:
-                gradients.add(f"{name}{run.numbers[i]}")
+                gradients.add(run.name(name, i))
         modes = {id(op): next(rest) for op in self.modes}
         request = Request(
             row(key[1], key[0], device),

@@ -40,6 +40,12 @@ Operand = Any
 """A tensor, or `Quantized` under a recipe."""
 
 
+FUNCTIONS = ("fwd", "bwd", "dgrad", "wgrad", "again", "reject", "out", "saved", "identity") + (
+    "saves", "constants", "extra_inputs", "random",
+)  # fmt: skip
+"""What a subclass of Linear overrides if its product is not BasicLinear's."""
+
+
 class BasicLinear(MarksParameters, Op):
     """`y = x @ weight.T`. x: `[*, in_features]`; weight: `[out_features, in_features]`.
 
@@ -269,6 +275,8 @@ class BasicLinear(MarksParameters, Op):
         if bias is not None and self.tensor_parallel_mode == "row":
             bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
+    lowers_subclasses = True
+
     def _product_kind(self) -> type[Op]:
         """The op that multiplies."""
         return type(self)
@@ -325,8 +333,8 @@ class Linear(BasicLinear):
         self.reset_parameters()
 
     def _product_kind(self) -> type[Op]:
-        kind, functions = type(self), ("fwd", "bwd", "dgrad", "wgrad")
-        own = any(getattr(kind, name) is not getattr(BasicLinear, name) for name in functions)
+        kind = type(self)
+        own = any(getattr(kind, name) is not getattr(BasicLinear, name) for name in FUNCTIONS)
         return kind if own else BasicLinear
 
     def extra_repr(self) -> str:

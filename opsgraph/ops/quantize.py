@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..functions import quantizable
 from ..op import Lowered, Op, Placed, lower_plainly
 from ..quantizers import Quantizer
 from ..recipe import DelayedScaling, Recipe, recipe_of
@@ -143,12 +144,12 @@ def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     kinds: list[type[Op]] = [Op, *(entry.kind for entry in plain), Op]
     made: list[Placed] = []
     for entry, before, after in zip(plain, kinds, kinds[2:], strict=False):
-        if entry.kind.quantizable:
+        if quantizable(entry.kind):
             made += _around(entry, recipe_of(key), key)
         elif entry.kind is GroupedLinear:
             made += grouped(entry, recipe_of(key))
         elif isinstance(entry.op, Quantize):
-            made += _rounding(entry, recipe_of(key), before.quantizable, after.quantizable)
+            made += _rounding(entry, recipe_of(key), quantizable(before), quantizable(after))
         else:
             made.append(entry)
     return made

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..functions import verify_added
 from ..op import Lowered, Op
 from ..spec import Spec
 from .linear import tell_next
@@ -109,6 +110,8 @@ class Residual(Op):
         super().__init__()
         if wrong := [type(op).__name__ for op in ops if not isinstance(op, Op)]:
             raise PlanError(f"Residual: got {', '.join(wrong)}, expected ops of opsgraph")
+        for op in ops:
+            verify_added(op)
         self.ops = nn.ModuleList(ops)
         tell_next(ops)
 
