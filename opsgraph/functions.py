@@ -8,8 +8,11 @@ without a `fwd`, speaks for all subclasses.
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .errors import OpError, OpsgraphError, PlanError
-from .op import Op, arguments, derived_backward, differentiable, per_class
+from .op import Op, arguments, differentiable, per_class
 from .spec import ROWS, Spec
 
 
@@ -59,6 +62,31 @@ def backward_functions(kind: type[Op]) -> dict[str, Callable[..., Any]]:
             "dgrad": dgrad or _part(kind, lambda found: found[0]),
         }
     return {"bwd": derived_backward(kind)}
+
+
+@per_class
+def derived_backward(kind: type[Op]) -> Callable[..., Any]:
+    """A `bwd` for an op that has none: `torch.func.vjp` of its `fwd`, which runs once more."""
+    names = tuple(name for name in arguments(kind.fwd) if name != "want")
+    active = [i for i, name in enumerate(names) if name not in kind.constants]
+
+    def bwd(op: Op, dy: Tensor, *values: Any) -> Any:
+        moving = [
+            i for i in active if isinstance(values[i], Tensor) and values[i].is_floating_point()
+        ]
+
+        def fwd(*tensors: Tensor) -> Tensor:
+            full = list(values)
+            for i, tensor in zip(moving, tensors, strict=True):
+                full[i] = tensor
+            return kind.fwd(op, *full)[0]
+
+        found = torch.func.vjp(fwd, *(values[i] for i in moving))[1](dy)
+        gradients = dict(zip(moving, found, strict=True))
+        return gradients.get(0), tuple(gradients.get(i) for i in active[1:])
+
+    bwd.declared_arguments = ("dy", *names)  # type: ignore[attr-defined]
+    return bwd
 
 
 def _part(kind: type[Op], part: Callable[[Any], Any]) -> Callable[..., Any]:

@@ -375,31 +375,6 @@ def differentiable(kind: type[Op]) -> tuple[str, ...]:
     return tuple(name for name in arguments(kind.fwd) if name not in skipped)
 
 
-@per_class
-def derived_backward(kind: type[Op]) -> Callable[..., Any]:
-    """A `bwd` for an op that has none: `torch.func.vjp` of its `fwd`, which runs once more."""
-    names = tuple(name for name in arguments(kind.fwd) if name != "want")
-    active = [i for i, name in enumerate(names) if name not in kind.constants]
-
-    def bwd(op: Op, dy: Tensor, *values: Any) -> Any:
-        moving = [
-            i for i in active if isinstance(values[i], Tensor) and values[i].is_floating_point()
-        ]
-
-        def fwd(*tensors: Tensor) -> Tensor:
-            full = list(values)
-            for i, tensor in zip(moving, tensors, strict=True):
-                full[i] = tensor
-            return kind.fwd(op, *full)[0]
-
-        found = torch.func.vjp(fwd, *(values[i] for i in moving))[1](dy)
-        gradients = dict(zip(moving, found, strict=True))
-        return gradients.get(0), tuple(gradients.get(i) for i in active[1:])
-
-    bwd.declared_arguments = ("dy", *names)  # type: ignore[attr-defined]
-    return bwd
-
-
 Lower = Callable[[Sequence[Op], Sequence[str]], Sequence[Placed]]
 
 
