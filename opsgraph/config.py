@@ -24,7 +24,7 @@ class Config(NamedTuple):
 
 
 def touch() -> None:
-    """Make every module look again at its ops, the registered fusers and the environment."""
+    """Make every module look again at the registered fusers and the environment."""
     global epoch
     with lock:
         epoch += 1

@@ -11,6 +11,7 @@ values or gradients ("x" and parameter names) the plan uses; the others may be N
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import wraps
@@ -24,6 +25,7 @@ from torch.nn.parameter import UninitializedParameter
 from . import config
 from .errors import OpError
 from .spec import ROWS, Spec
+from .watched import HOOKS, MODULE_ATTRIBUTES, Watched
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -31,8 +33,6 @@ T = TypeVar("T")
 FORWARD, BACKWARD = "forward", "backward"
 STORED = "_stored"
 """`weight_stored` in `bwd` or `wgrad` is the parameter itself, where autocast has `weight` cast."""
-
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
 def per_class(function: Callable[[type], T]) -> Callable[[type], T]:
@@ -93,7 +93,17 @@ class Placed(NamedTuple):
     """What the backward multiplies in the place of quantized gradients."""
 
 
-class Op(nn.Module):
+class _Serving(threading.local):
+    """What an op's own `forward` runs in this thread, where a sequence calls the op as a module."""
+
+    def __init__(self) -> None:
+        self.stages: dict[int, Callable[..., Any]] = {}
+
+
+serving = _Serving()
+
+
+class Op(Watched):
     """A basic op. Subclasses write `fwd` and, unless autograd's derivative will do, `bwd`."""
 
     saves: ClassVar[tuple[str, ...]] = ()
@@ -217,7 +227,7 @@ class Op(nn.Module):
             raise IndexError(f"{type(self).__name__}: got extra input {index} of {len(inputs)}")
         self.channels[inputs[index]] = name
         self.strict.add(inputs[index])
-        config.touch()
+        self.touch()
 
     def set_extra_output_channel(
         self, index: int, name: str, output_to_caller: bool = True
@@ -228,7 +238,7 @@ class Op(nn.Module):
             raise IndexError(f"{type(self).__name__}: got extra output {index} of {count}")
         self.channels["d"] = name
         self.to_caller = output_to_caller
-        config.touch()
+        self.touch()
 
     # -- machinery --
 
@@ -264,6 +274,25 @@ class Op(nn.Module):
         """The module and attribute where a parameter is found, normally the op itself."""
         return self._homes.get(name, (self, name))
 
+    def shape_of(self, name: str) -> tuple[int | None, ...] | None:
+        """The shape that a parameter must have (None in it: any size); None leaves it to `fwd`."""
+        return None
+
+    def parts(self) -> "Sequence[Op] | None":
+        """The ops that it stands for, where each could also be called alone; else None."""
+        return None
+
+    def stands_alone(self) -> str | None:
+        """Why it is called as a module and not fused with its neighbours, or None."""
+        kind = type(self)
+        if "forward" in self.__dict__ or kind.forward is not Op.forward:
+            return "it has its own forward"
+        if kind.__call__ is not nn.Module.__call__:
+            return "it has its own __call__"
+        if any(self.__dict__[hooks] for hooks in HOOKS):
+            return "it has hooks"
+        return None
+
     def has(self, name: str) -> bool:
         """Whether there is such a parameter."""
         return getattr(*self.home(name), None) is not None
@@ -286,27 +315,31 @@ class Op(nn.Module):
 
     def forward(self, x: Tensor, *extra_inputs: Tensor) -> Any:
         """Run the op alone, planned as a sequence of one."""
+        stage = serving.stages.get(id(self))
+        if stage is not None:
+            return stage(x, extra_inputs)
         if torch.compiler.is_compiling() or "_runner" not in self.__dict__:
             self._make_runner()
         return self.__dict__["_runner"](x, *extra_inputs)
 
     @constant_under_compile
     def _make_runner(self) -> None:
-        if "_runner" not in self.__dict__:
-            # Not an attribute of the module: it would be its own grandchild.
-            self.__dict__["_runner"] = Op.alone(self)
+        with config.lock:
+            if "_runner" not in self.__dict__:
+                # Not an attribute of the module: it would be its own grandchild.
+                self.__dict__["_runner"] = Op.alone(self)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__ and name not in _MODULE_ATTRIBUTES:
-            config.touch()
-        super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_runner"}
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's; sizes that were left out are taken from it."""
+        before = self._parameters.get(name)
+        super().register_parameter(name, param)
+        lazy = UninitializedParameter
+        if isinstance(before, lazy) and param is not None and not isinstance(param, lazy):
+            self.sizes_from(name, param.shape)
 
     def settings(self) -> dict[str, Any]:
         """All plain attributes: two ops with equal settings share their plans."""
-        skipped = _MODULE_ATTRIBUTES | {"_runner", "_homes", "training", "channels", "strict"}
+        skipped = MODULE_ATTRIBUTES | {"_runner", "_owners", "_homes", "channels", "strict"}
         return {key: value for key, value in self.__dict__.items() if key not in skipped}
 
     def skeleton(self) -> "Op":
@@ -322,7 +355,8 @@ class Op(nn.Module):
         }
         bare.__dict__["_homes"] = {}
         bare.__dict__["_modules"] = {}
-        bare.__dict__.pop("_runner", None)
+        for name in ("_runner", "_owners"):
+            bare.__dict__.pop(name, None)
         return bare
 
     def _own_keys(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:

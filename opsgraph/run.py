@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from fractions import Fraction
 
+from torch import nn
+
 from .errors import PlanError
 from .functions import verify_kind
 from .names import Names, verify_names
@@ -98,6 +100,12 @@ class Run:
         other.ops = list(ops)
         return other
 
+    def absent(self) -> list[tuple[nn.Module, str]]:
+        """Where parameters may appear that no op of the run reads, for they were not there."""
+        read = {(self.ops[i], name) for i, name in self.slots}
+        places = ((op, name) for op in self.ops for name in (*op._parameters, *op._homes))
+        return list(dict.fromkeys(op.home(n) for op, n in places if (op, n) not in read))
+
     def verify_weights(self) -> None:
         """Raises PlanError unless `fwd` names just what the op has: all parameters, no other."""
         for i, name in self.slots:
@@ -108,7 +116,7 @@ class Run:
                 )
         for i, op in enumerate(self.ops):
             named = {name for j, name in self.slots if self.ops[j] is op}
-            held = {name for name, value in op._parameters.items() if value is not None}
+            held = {name for name in (*op._parameters, *op._homes) if op.has(name)}
             if missing := held - named:
                 raise PlanError(
                     f"{self.labels[i]}: parameters {sorted(missing)} are not arguments of fwd"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .plan import Plan
 from .precision import active
 from .stage import Stage
 from .table import Options
+from .watched import Watched, contents, mutable, own_state, whole
 
 
 class Plans(tuple[Plan, ...]):
@@ -61,9 +63,13 @@ class Sequential(nn.Sequential):
         self._stages: list[Stage | nn.Module] = []
         self._recipes: dict[int, list[Stage | nn.Module]] = {}
         """Stages for each recipe in which the module has run, by the recipe's number."""
-        self._epoch = -1
-        infer_sizes(self._present())
-        tell_next(self._present())
+        self._epoch = self._prepared = -1
+        """The epochs for which calls, and what was prepared, need no second look."""
+        self._containers: list[tuple[Op, str, Any]] = []
+        """Lists and their like that ops hold, with what was in them: they change without a word."""
+        with config.lock:
+            infer_sizes(self._present())
+            tell_next(self._present())
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
         if not self._lazy():
@@ -78,7 +84,8 @@ class Sequential(nn.Sequential):
         return [module for module in self._modules.values() if module is not None]
 
     def _forget(self) -> None:
-        self.__dict__["_epoch"] = -1
+        with config.lock:
+            self.__dict__["_epoch"] = self.__dict__["_prepared"] = -1
 
     def _labelled(self) -> Iterator[tuple[str, nn.Module]]:
         for name, module in self._modules.items():
@@ -94,13 +101,35 @@ class Sequential(nn.Sequential):
                 groups.append([entry])
         return groups
 
-    def _prepare(self) -> None:
-        """Find the stages again: at first use, and whenever something has changed."""
-        epoch = config.epoch
-        tell_next(self._present())
-        self.__dict__["_recipes"] = {}
-        self.__dict__["_stages"] = self._make_stages(None)
-        self.__dict__["_epoch"] = epoch
+    def _prepare(self, width: int | None = None) -> None:
+        """Find the stages again, unless nothing has changed; width: the input's, if it is known."""
+        with config.lock:
+            if self._prepared == config.epoch and not self._container_changed():
+                return
+            if width is not None:
+                self._complete(width)
+            epoch = config.epoch
+            tell_next(self._present())
+            self.__dict__["_recipes"] = {}
+            self.__dict__["_stages"] = self._make_stages(None)
+            self.__dict__["_containers"] = self._watch()
+            self.__dict__["_prepared"] = epoch
+            # The last, for threads that ask without the lock; -1 asks at every call.
+            self.__dict__["_epoch"] = -1 if self._containers else epoch
+
+    def _watch(self) -> list[tuple[Op, str, Any]]:
+        """Be told of changes; returns what nobody tells of."""
+        ops = [op for op in self._modules.values() if isinstance(op, Op)]
+        inner = [m for op in ops for m in op.modules()]
+        homes = [m for op in inner if isinstance(op, Op) for m, _ in op._homes.values()]
+        for module in {*inner, *homes}:
+            if isinstance(module, Watched):
+                module.watch(self)
+        named = ((m, *item) for m in inner if isinstance(m, Op) for item in m.settings().items())
+        return [(op, name, contents(value)) for op, name, value in named if mutable(value)]
+
+    def _container_changed(self) -> bool:
+        return any(contents(getattr(op, name, None)) != was for op, name, was in self._containers)
 
     def _make_stages(self, recipe: int | None) -> list[Stage | nn.Module]:
         groups, stages = self._groups(), list[Stage | nn.Module]()
@@ -121,19 +150,21 @@ class Sequential(nn.Sequential):
         key = active.key
         if key is None:
             return self._stages
-        if key not in self._recipes:
-            self._recipes[key] = self._make_stages(key)
-        return self._recipes[key]
+        found = self._recipes.get(key)
+        if found is None:
+            with config.lock:
+                found = self._recipes[key] = self._make_stages(key)
+        return found
 
     # -- running --
 
     def forward(self, x: Tensor, *extra_inputs: Tensor) -> Any:
         """x: `[*, width]`; see the class."""
         if torch.compiler.is_compiling():
-            self._refresh(active.key)
-        if self._epoch != config.epoch:
-            self._complete(x)
-            self._prepare()
+            self._refresh(active.key, index(x.shape[-1]) if x.dim() else 0)
+            assert self._prepared == config.epoch  # for Dynamo to guard both
+        elif self._epoch != config.epoch:
+            self._prepare(x.shape[-1] if x.dim() else None)
         stages = self._stages if active.key is None else self._current()
         if len(stages) == 1 and isinstance(stages[0], Stage):
             stage = stages[0]
@@ -145,16 +176,17 @@ class Sequential(nn.Sequential):
         return self._run_stages(stages, x, extra_inputs)
 
     @constant_under_compile
-    def _refresh(self, recipe: int | None) -> None:
+    def _refresh(self, recipe: int | None, width: int) -> None:
         """Prepare while Dynamo traces. A method, so that equal layers share what is compiled."""
-        if self._epoch != config.epoch:
-            self._prepare()
+        self._prepare(width)
         if recipe is not None and recipe not in self._recipes:
             self._recipes[recipe] = self._make_stages(recipe)
 
-    def _complete(self, x: Tensor) -> None:
+    def _complete(self, x: Tensor | int) -> None:
+        """Make parameters whose sizes were left out, from an input or its width."""
         if self._lazy():
-            infer_sizes(self._present(), x.shape[-1])
+            with torch.inference_mode(False):  # for they may be trained later
+                infer_sizes(self._present(), x if isinstance(x, int) else x.shape[-1])
             for label, module in self._labelled():
                 if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
                     raise OpError(label, "no size for it", "one given, or told by a neighbour")
@@ -216,9 +248,7 @@ class Sequential(nn.Sequential):
         `Plans`, a tuple of them, where plain modules stand between ops.
         """
         if self._epoch != config.epoch:
-            if x is not None:
-                self._complete(x)
-            self._prepare()
+            self._prepare(None if x is None else x.shape[-1])
         found = [s.plan(training, x) for s in self._current() if isinstance(s, Stage)]
         if not found:
             raise PlanError("there are no ops to plan")
@@ -317,12 +347,28 @@ class Sequential(nn.Sequential):
 
     def insert(self, index: int, module: nn.Module) -> Sequential:
         verify_added(module, str(index))
-        super().insert(index, module)
-        self._forget()
+        self._insert(index, module)
         return self
 
+    _insert = whole(nn.Sequential.insert)
+    append = whole(nn.Sequential.append)
+    extend = whole(nn.Sequential.extend)
+    pop = whole(nn.Sequential.pop)
+    __setitem__ = whole(nn.Sequential.__setitem__)
+    __delitem__ = whole(nn.Sequential.__delitem__)
+    __iadd__ = whole(nn.Sequential.__iadd__)
+    __imul__ = whole(nn.Sequential.__imul__)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stages": [], "_recipes": {}, "_epoch": -1}
+        return own_state(self, frozenset()) | _UNPREPARED
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__ |= _UNPREPARED
+        return replica
+
+
+_UNPREPARED = {"_stages": [], "_recipes": {}, "_epoch": -1, "_prepared": -1, "_containers": []}
 
 
 def _unmatched(stages: list[Stage | nn.Module], stage: Stage) -> list[str]:

@@ -12,7 +12,7 @@ from operator import index
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import config
 from .dtensor import PLAIN, own_part
@@ -30,7 +30,7 @@ from .quantizers import Quantized
 from .run import Run
 from .scaling import Scaling
 from .spec import ROWS, Spec, row
-from .table import Key, Options, table_for
+from .table import Key, Options, shape_of, table_for
 
 
 def _first_collective(run: Run) -> int | None:
@@ -43,6 +43,11 @@ def _lead(lead: torch.Size, ratio: tuple[int, int]) -> torch.Size:
     if up == down or not lead:
         return lead
     return torch.Size((lead[0] * up // down, *lead[1:]))
+
+
+def _text(shape: Sequence[int | None]) -> str:
+    sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
 
 
 class Stage:
@@ -60,6 +65,8 @@ class Stage:
         if recipe is not None and options.double_backward:
             raise PlanError("double_backward: a recipe's rounding has no derivative; got both")
         lower = None if recipe is None else partial(lowered, recipe)
+        self.again = partial(Stage, ops, labels, options, known, later, recipe)
+        self.written = tuple(ops)
         run = Run(ops, labels, known, later, lower)
         run.verify_weights()
         if options.double_backward and (i := _first_collective(run)) is not None:
@@ -72,6 +79,8 @@ class Stage:
         self.ratios = [factor.as_integer_ratio() for factor in run.factors]
         self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
         self.slots = [run.ops[i].home(name) for i, name in run.slots]
+        self.absent = run.absent()
+        self.shapes = self._shapes()
         self.modes = [
             op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
         ]
@@ -177,13 +186,33 @@ class Stage:
 
     def weights(self) -> list[Tensor | None]:
         """The parameters as they are now; a parametrized one is an attribute only."""
-        found: list[Tensor | None] = [module._parameters.get(name) for module, name in self.slots]
-        for k, weight in enumerate(found):
-            if weight is None:
-                found[k] = weight = getattr(*self.slots[k])
-            if type(weight) not in PLAIN and weight is not None:
-                found[k] = own_part(*self.slots[k], weight)
+        found: list[Tensor | None] = []
+        for module, name in self.slots:
+            weight: Tensor | None = module._parameters.get(name)
+            if type(weight) is not nn.Parameter:
+                if weight is None:
+                    weight = getattr(module, name)
+                if type(weight) not in PLAIN and weight is not None:
+                    weight = own_part(module, name, weight)
+            found.append(weight)
         return found
+
+    def _shapes(self) -> list[Any]:
+        """The parameters' shapes as they are now, None for those that are not there."""
+        places = (slot for slot in self.slots if not isinstance(slot[0], Scaling))
+        return [shape_of(getattr(*place)) for place in places]
+
+    def outdated(self) -> bool:
+        """Whether parameters are there, gone or of other shapes than when the stage was made."""
+        return self._shapes() != self.shapes or any(
+            getattr(*place, None) is not None for place in self.absent
+        )
+
+    def renewed(self) -> Stage:
+        """The same ops as they are now; whoever holds them looks again at the next call."""
+        for op in self.written:
+            op.touch()
+        return self.again()
 
     def key(self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Key:
         """All that changes what is right for a call."""
@@ -199,7 +228,8 @@ class Stage:
             if w is None:
                 parts.append(None)
             else:
-                parts += (w.dtype, grad and w.requires_grad, w.device == device)
+                same = w.is_cpu if kind == "cpu" else w.device == device
+                parts += (w.dtype, w.shape, grad and w.requires_grad, same)
         for e in extras:
             last = index(e.shape[-1]) if e.dim() else 0
             same = e.device == device
@@ -229,21 +259,34 @@ class Stage:
             if key not in self.plans:
                 self.plans[key] = self._make(key, extras)
 
+    def _check_shapes(self) -> None:
+        """Raises OpError for a parameter of another shape than its op says."""
+        run = self.table.run
+        for (i, name), slot, weight in zip(run.slots, self.slots, self.weights(), strict=True):
+            expected = run.kinds[i].shape_of(self.real[i], name)
+            if weight is None or expected is None:
+                continue
+            got = tuple(weight.shape)
+            fits = (e in (None, g) for e, g in zip(expected, got, strict=False))
+            if len(got) != len(expected) or not all(fits):
+                raise OpError(run.labels[i], f"{slot[1]} of shape {got}", _text(expected))
+
     def _make(self, key: Key, extras: int) -> Plan:
         run, options = self.table.run, self.table.options
         device = torch.device(key[2], key[3])
         gradients = {"x0"} if key[4] else set()
         rest = iter(key[6:])
         found: dict[tuple[int, str], Spec | None] = {}
+        self._check_shapes()
         for (i, name), weight in zip(run.slots, self.weights(), strict=True):
             dtype = next(rest)
             found[i, name] = None
             if dtype is None:
                 continue
             assert weight is not None
-            wanted, same = next(rest), next(rest)
+            shape, wanted, same = (next(rest) for _ in range(3))
             there = device if same else weight.device
-            found[i, name] = Spec(tuple(weight.shape), dtype, there)
+            found[i, name] = Spec(tuple(shape), dtype, there)
             if wanted:
                 gradients.add(run.name(name, i))
         specs = []
@@ -269,6 +312,8 @@ class Stage:
 
     def plan(self, training: bool, x: Tensor | None) -> Plan:
         """The plan for an example input, by default one in the parameters' dtype and device."""
+        if self.outdated():
+            return self.renewed().plan(training, x)
         weights = self.weights()
         if x is None:
             x = self._example(weights)
@@ -307,6 +352,9 @@ class Stage:
     def __call__(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
         if extras or self.trailing:
             self._check_rows(x, extras)
+        for module, name in self.absent:
+            if module._parameters.get(name) is not None:
+                return self.renewed()(x, extras)
         weights = self.weights()
         key = self.key(x, extras, weights)
         if torch.compiler.is_compiling():
@@ -314,6 +362,8 @@ class Stage:
         x, extras = finished(x), [finished(extra) for extra in extras]
         plan = self.plans.get(key)
         if plan is None:
+            if self.outdated():
+                return self.renewed()(x, extras)
             self.ensure(key, len(extras))
             plan = self.plans[key]
         if plan.specs.packed:

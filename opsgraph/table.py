@@ -20,6 +20,7 @@ from .op import weights
 from .plan import Plan
 from .run import Run
 from .scaling import Scaling
+from .watched import mutable
 
 Key = tuple[Any, ...]
 
@@ -87,7 +88,9 @@ def table_for(run: Run, options: Options) -> PlanTable:
             if op._buffers or any(not isinstance(m, Scaling) for m in op._modules.values()):
                 raise TypeError
             settings = op.settings()
-            shapes = tuple(_shape(getattr(*op.home(name))) for name in weights(kind))
+            if any(map(mutable, settings.values())):
+                raise TypeError  # a skeleton would share what others change
+            shapes = tuple(shape_of(getattr(*op.home(name))) for name in weights(kind))
             parts.append((kind, type(op), _hashable(settings), shapes))
         wiring = (tuple(run.sources.items()), tuple(i[:2] for i in run.inputs), tuple(run.outputs))
         fusers = tuple(map(id, registered()))
@@ -104,7 +107,8 @@ def table_for(run: Run, options: Options) -> PlanTable:
     return table
 
 
-def _shape(weight: Tensor | None) -> Any:
+def shape_of(weight: Tensor | None) -> Any:
+    """A parameter's shape; None where it, or its size, is not there."""
     if weight is None or isinstance(weight, UninitializedParameter):
         return None
     return tuple(weight.shape)

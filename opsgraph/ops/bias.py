@@ -90,6 +90,9 @@ class Bias(MarksParameters, Op):
         width = getattr(self, "width", None) or getattr(self, "local_out_features", None)
         return None if x.width == width else f"got input width {x.width}, expected {width}"
 
+    def shape_of(self, name: str) -> tuple[int | None, ...] | None:
+        return (getattr(self, "width", None) or getattr(self, "local_out_features", None),)
+
     def out(self, x: Spec) -> Spec:
         return x
 

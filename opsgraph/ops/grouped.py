@@ -90,6 +90,10 @@ class GroupedLinear(Op):
         if name == "weight":
             self.in_features = shape[2]
 
+    def shape_of(self, name: str) -> tuple[int | None, ...] | None:
+        shape = self.num_groups, self.out_features, self.in_features
+        return {"weight": shape, "bias": shape[:2]}.get(name)
+
     @property
     def in_width(self) -> int | None:
         return self.in_features

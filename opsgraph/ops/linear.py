@@ -218,6 +218,10 @@ class BasicLinear(MarksParameters, Op):
         if name == "weight":
             self.in_features = shape[1] * self.shards[1]
 
+    def shape_of(self, name: str) -> tuple[int | None, ...] | None:
+        rows, columns = self.local_out_features, self.local_in_features
+        return {"weight": (rows, columns), "bias": (rows,)}.get(name)
+
     def out(self, x: Spec) -> Spec:
         return x.like(self.local_out_features)
 
@@ -240,7 +244,7 @@ class BasicLinear(MarksParameters, Op):
         """Take note of the op after this one: it may have pieces that are split separately."""
         stride = getattr(op, "pieces", 1)
         if not self._stride_given and stride != self.partition_stride:
-            self.partition_stride = stride
+            self.__dict__["partition_stride"] = stride  # no plan depends on it
             self._mark_parameters()
 
     def split(self, mode: str | None, group: Group, sequence_parallel: bool) -> None:
@@ -331,6 +335,11 @@ class Linear(BasicLinear):
         if flag(type(self).__name__, "bias", bias):
             self.bias = empty_parameter((self.local_out_features,), device, dtype)
         self.reset_parameters()
+
+    def lower(self) -> Sequence[Lowered]:
+        if not hasattr(*self.home("bias")):
+            raise OpError(type(self).__name__, "no attribute 'bias'", "a parameter or None")
+        return super().lower()
 
     def _product_kind(self) -> type[Op]:
         kind = type(self)

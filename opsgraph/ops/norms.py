@@ -115,6 +115,9 @@ class _Norm(Op):
     def sizes_from(self, name: str, shape: torch.Size) -> None:
         self._take(tuple(shape))
 
+    def shape_of(self, name: str) -> tuple[int | None, ...] | None:
+        return (*self.trailing(), self.width)
+
     def out(self, x: Spec) -> Spec:
         return x
 

@@ -34,8 +34,7 @@ class QuantizedGroupedLinear(GroupedLinear):
         self.num_groups = layer.num_groups
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.quantizers, self.override = tuple(quantizers), override
-        # Set again as attributes they would make every module look for its plans again.
-        self.__dict__.update(channels=layer.channels, strict=layer.strict)
+        self.channels, self.strict = layer.channels, layer.strict
         for name in ("weight", "bias"):
             self.register_parameter(name, None)
             self._homes[name] = layer.home(name)

@@ -6,6 +6,7 @@ an extra output. Without a name they are always that: MakeExtraOutput and AddExt
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from ..errors import PlanError
 from ..functions import verify_added
 from ..op import Lowered, Op
 from ..spec import Spec
+from ..watched import Watched, whole
 from .linear import tell_next
 from .sizes import infer_sizes, width_between
 
@@ -103,6 +105,44 @@ class AddExtraInput(Add):
         return (Lowered(Add, self),)
 
 
+class OpList(Watched, nn.ModuleList):
+    """The ops of a Residual. Every edit is seen; one that raises changes nothing."""
+
+    def __init__(self, ops: Iterable[nn.Module] = ()) -> None:
+        super().__init__()
+        self.extend(ops)
+
+    def _forget(self) -> None:
+        self.touch()
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As nn.ModuleList's, for ops."""
+        super().add_module(name, _checked(module))
+        self.touch()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _checked(value) if isinstance(value, nn.Module) else value)
+
+    def insert(self, index: int, module: nn.Module) -> None:
+        """As nn.ModuleList's, for ops."""
+        self._insert(index, _checked(module))
+
+    _insert = whole(nn.ModuleList.insert)
+    extend = whole(nn.ModuleList.extend)
+    pop = whole(nn.ModuleList.pop)
+    __iadd__ = whole(nn.ModuleList.__iadd__)
+    __setitem__ = whole(nn.ModuleList.__setitem__)
+    __delitem__ = whole(nn.ModuleList.__delitem__)
+
+
+def _checked(module: Any) -> Any:
+    if isinstance(module, nn.Module) and not isinstance(module, Op):
+        raise PlanError(f"Residual: got {type(module).__name__}, expected ops of opsgraph")
+    if module is not None:
+        verify_added(module)
+    return module
+
+
 class Residual(Op):
     """`y = x + f(x)`, f a run of ops: what `Tee("r"), *ops, Add("r")` is, without the name."""
 
@@ -110,10 +150,12 @@ class Residual(Op):
         super().__init__()
         if wrong := [type(op).__name__ for op in ops if not isinstance(op, Op)]:
             raise PlanError(f"Residual: got {', '.join(wrong)}, expected ops of opsgraph")
-        for op in ops:
-            verify_added(op)
-        self.ops = nn.ModuleList(ops)
-        tell_next(ops)
+        self.ops = OpList(ops)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "ops" and isinstance(value, nn.ModuleList) and not isinstance(value, OpList):
+            value = OpList(value)
+        super().__setattr__(name, value)
 
     @property
     def in_width(self) -> int | None:
@@ -129,10 +171,13 @@ class Residual(Op):
     def _inner(self) -> Iterable[Op]:
         return (op for op in self.ops if isinstance(op, Op))
 
-    def lower(self) -> Sequence[Lowered]:
+    def parts(self) -> Sequence[Op]:
         name = f"residual {next(_serial)}"  # each time another: a Residual may stand in two places
-        inner = [entry for op in self._inner() for entry in op.lower()]
-        return [Lowered(Tee, Tee(name)), *inner, Lowered(Add, Add(name))]
+        return [Tee(name), *self._inner(), Add(name)]
+
+    def lower(self) -> Sequence[Lowered]:
+        tell_next(list(self.ops))
+        return [entry for op in self.parts() for entry in op.lower()]
 
     @classmethod
     def sample(cls) -> Iterable[Op]:
