@@ -11,7 +11,6 @@ values or gradients ("x" and parameter names) the plan uses; the others may be N
 """
 
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import wraps
@@ -25,7 +24,7 @@ from torch.nn.parameter import UninitializedParameter
 from . import config
 from .errors import OpError
 from .spec import ROWS, Spec
-from .watched import HOOKS, MODULE_ATTRIBUTES, Watched
+from .watched import MODULE_ATTRIBUTES, Watched
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -91,16 +90,6 @@ class Placed(NamedTuple):
     """Of parameters that the recipe quantizes."""
     override: str | None = None
     """What the backward multiplies in the place of quantized gradients."""
-
-
-class _Serving(threading.local):
-    """What an op's own `forward` runs in this thread, where a sequence calls the op as a module."""
-
-    def __init__(self) -> None:
-        self.stages: dict[int, Callable[..., Any]] = {}
-
-
-serving = _Serving()
 
 
 class Op(Watched):
@@ -278,21 +267,6 @@ class Op(Watched):
         """The shape that a parameter must have (None in it: any size); None leaves it to `fwd`."""
         return None
 
-    def parts(self) -> "Sequence[Op] | None":
-        """The ops that it stands for, where each could also be called alone; else None."""
-        return None
-
-    def stands_alone(self) -> str | None:
-        """Why it is called as a module and not fused with its neighbours, or None."""
-        kind = type(self)
-        if "forward" in self.__dict__ or kind.forward is not Op.forward:
-            return "it has its own forward"
-        if kind.__call__ is not nn.Module.__call__:
-            return "it has its own __call__"
-        if any(self.__dict__[hooks] for hooks in HOOKS):
-            return "it has hooks"
-        return None
-
     def has(self, name: str) -> bool:
         """Whether there is such a parameter."""
         return getattr(*self.home(name), None) is not None
@@ -315,9 +289,6 @@ class Op(Watched):
 
     def forward(self, x: Tensor, *extra_inputs: Tensor) -> Any:
         """Run the op alone, planned as a sequence of one."""
-        stage = serving.stages.get(id(self))
-        if stage is not None:
-            return stage(x, extra_inputs)
         if torch.compiler.is_compiling() or "_runner" not in self.__dict__:
             self._make_runner()
         return self.__dict__["_runner"](x, *extra_inputs)
