@@ -177,6 +177,11 @@ def test_wrong_extra_inputs_are_named() -> None:
         og.Sequential(ops.Modulate())(x, torch.randn(3, 4), torch.randn(3, 8))
 
 
+def test_grouped_linear_of_no_groups_is_refused() -> None:
+    with pytest.raises(og.OpError, match="GroupedLinear: got num_groups 0, expected at least 1"):
+        ops.GroupedLinear(0, 8, 4)
+
+
 def test_grouped_linear_loads_transformer_engine_keys() -> None:
     op = ops.GroupedLinear(2, 3, 4)
     state = {f"weight{g}": torch.full((4, 3), float(g)) for g in range(2)}

@@ -46,6 +46,8 @@ class GroupedLinear(Op):
         init_method: Callable[[Tensor], Any] | None = None,
     ) -> None:
         super().__init__()
+        if num_groups < 1:
+            raise OpError("GroupedLinear", f"num_groups {num_groups}", "at least 1")
         self.num_groups, self.in_features, self.out_features = num_groups, in_features, out_features
         self.init_method = init_method
         shape = (num_groups, out_features, in_features)

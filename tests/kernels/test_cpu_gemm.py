@@ -103,6 +103,14 @@ def test_few_rows(chooser: Chooser, name: str, rows: int, monkeypatch) -> None:
     assert all("mm" in asked and name in asked and len(asked) < 4 for asked in chooser.asked)
 
 
+@pytest.mark.parametrize("name", FEW_ROWS)
+def test_no_rows_after_a_choice_for_few(chooser: Chooser, name: str, monkeypatch) -> None:
+    monkeypatch.setattr(gemm, "FEW", 32)
+    chooser.answer, dtype = name, dtype_of(name)
+    for rows in (2, 1, 0):
+        check(*operands(rows, 12, 40, dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted({*gemm.LAYOUTS} - {*FEW_ROWS}))
 def test_every_layout_equals_fp64(chooser: Chooser, name: str, dtype: torch.dtype) -> None:

@@ -81,6 +81,19 @@ def test_nan_and_inf_stay_where_they_are(unit: str) -> None:
 
 
 @each_unit
+def test_products_of_nothing(unit: str) -> None:
+    for m, n, k in ((0, 32, 64), (5, 0, 64), (5, 32, 0), (0, 0, 0)):
+        a, bias, other = whole_numbers(m, k), whole_numbers(n), whole_numbers(m, n)
+        for by_columns in (False, True):
+            b = stored(whole_numbers(k, n), by_columns)
+            out = stored(torch.full((m, n), torch.nan).bfloat16(), by_columns)
+            product.multiply(unit, a, b, out)
+            assert torch.equal(out, torch.zeros(m, n).bfloat16())
+            product.multiply(unit, a, b, out, bias, other)
+            assert torch.equal(out, bias + other)
+
+
+@each_unit
 def test_bits_depend_neither_on_threads_nor_on_what_else_is_multiplied(unit: str) -> None:
     a, b = torch.randn(1200, 2100).bfloat16(), torch.randn(2100, 300).bfloat16()
     out = torch.empty(1200, 300).bfloat16()
@@ -132,4 +145,4 @@ def test_tiles_in_plain_cpp(tmp_path: Path) -> None:
         timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert f"{len(SIZES) + 3} passed" in done.stdout
+    assert f"{len(SIZES) + 4} passed" in done.stdout

@@ -19,7 +19,9 @@ from .memory import empty
 FIELDS = "=8q 3q 2q 4q q 3d"  # struct Activation in source/activations.h
 _forward_kernel = Kernel("opsgraph_activation_forward", FIELDS, "activations")
 _backward_kernel = Kernel("opsgraph_activation_backward", FIELDS, "activations")
-FUNCTIONS = ("swish", "gelu", "gelu_erf", "relu", "srelu", "sigmoid", "clamped", "situ")
+FUNCTIONS = (
+    "swish", "gelu", "gelu_erf", "relu", "srelu", "sigmoid", "clamped", "situ", "clamped_any",
+)  # fmt: skip
 """The functions f, with their g, in the order of `kinds` in source/activations.h."""
 
 
@@ -68,6 +70,8 @@ def row(kind: str, params: tuple[float, ...] = ()) -> Row:
     if params and len(params) != count:
         raise ValueError(f"activation {kind!r} got params {params}, expected {count} or none")
     a, b, c = (*params, *own[len(params) :])
+    if function == "clamped" and not b > 0:
+        function = "clamped_any"
     return Row(FUNCTIONS.index(function), gated, (float(a), float(b), float(c)))
 
 

@@ -170,6 +170,8 @@ def _layout(
 ) -> Layout | None:  # fmt: skip
     """How to compute a product with a weight `[width, depth]`; None: as PyTorch does."""
     rows, dtype = like.shape[0], like.dtype
+    if not rows:
+        return None
     if rows <= FEW:
         if kind is not FORWARD or dtype is not torch.bfloat16 or width * depth < LARGE:
             return None

@@ -54,7 +54,7 @@ def multiply(
     """`out = a @ b + bias + other`, summed up in fp32 in the order of k and rounded once.
 
     a: `[m, k]`, stored by rows; b: `[k, n]`, out: `[m, n]`, each stored by rows or by columns; all
-    bf16 with a stride of 1 in one dimension; nothing is empty. bias: `[n]` or `[m, 1]`; other:
+    bf16 with a stride of 1 in one dimension; any size may be 0. bias: `[n]` or `[m, 1]`; other:
     `[m, n]`, bf16. Results do not depend on the number of threads; pairs and tiles take denormal
     numbers for zero.
     """
@@ -62,6 +62,12 @@ def multiply(
     of_rows = bias is not None and bias.dim() == 2
     if bias is not None:
         bias = bias.float().contiguous()
+    if not k:  # the kernel begins with the first part of k
+        added = 0.0 if bias is None else bias
+        out.copy_(
+            out.new_zeros((), dtype=torch.float32) + added + (0.0 if other is None else other)
+        )
+        return
     needed = memory.empty((room(unit, k) * threads,), torch.uint8)
     _kernel(
         threads, _CODES[unit], m, n, k, a.data_ptr(), _line(a), b.data_ptr(), _line(b),

@@ -25,12 +25,17 @@ class Function(NamedTuple):
     gradient: Callable[[Tensor, Tensor], Tensor]
 
 
+def _vanishing(factor: Tensor, x: Tensor) -> Tensor:
+    """The product, but 0 where the factor is: the limit at infinity, where PyTorch gives NaN."""
+    return torch.where(factor == 0, factor, factor * x)
+
+
 def _swish(alpha: float) -> Function:
     def gradient(dy: Tensor, x: Tensor) -> Tensor:
         s = torch.sigmoid(alpha * x)
-        return dy * (s + alpha * x * s * (1 - s))
+        return dy * (s + _vanishing(s * (1 - s), alpha * x))
 
-    return Function(lambda x: x * torch.sigmoid(alpha * x), gradient)
+    return Function(lambda x: _vanishing(torch.sigmoid(alpha * x), x), gradient)
 
 
 def _sigmoid_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -38,8 +43,26 @@ def _sigmoid_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return dy * s * (1 - s)
 
 
-def _gelu(approximate: str) -> Function:
+def _srelu_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    return aten.threshold_backward(dy * (2 * torch.relu(x)), x, 0)  # type: ignore[no-any-return]
+
+
+FLAT = 1e4
+"""Beyond it SiLU and GELU are 0 or x and their slopes 0 or 1, and no power of x overflows."""
+
+
+def _flat(
+    value: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor]
+) -> Function:
+    """A function of PyTorch's with the limits at infinity, where its own are NaN."""
     return Function(
+        lambda x: torch.where(x > FLAT, x, value(x.clamp(-FLAT, FLAT))),
+        lambda dy, x: gradient(dy, x.clamp(-FLAT, FLAT)),
+    )
+
+
+def _gelu(approximate: str) -> Function:
+    return _flat(
         partial(F.gelu, approximate=approximate),
         partial(aten.gelu_backward.default, approximate=approximate),
     )
@@ -50,8 +73,8 @@ FUNCTIONS = {
     "gelu_erf": _gelu("none"),
     "qgelu": _swish(1.702),
     "relu": Function(torch.relu, lambda dy, x: aten.threshold_backward(dy, x, 0)),
-    "srelu": Function(lambda x: torch.relu(x).square(), lambda dy, x: 2 * dy * torch.relu(x)),
-    "silu": Function(F.silu, aten.silu_backward.default),
+    "srelu": Function(lambda x: torch.relu(x).square(), _srelu_gradient),
+    "silu": _flat(F.silu, aten.silu_backward.default),
     "sigmoid": Function(torch.sigmoid, _sigmoid_gradient),
 }
 
@@ -87,12 +110,12 @@ def _clamped(limit: float, alpha: float, offset: float) -> tuple[Function, Funct
     swish = _swish(alpha)
 
     def gate_gradient(dy: Tensor, a: Tensor) -> Tensor:
-        return torch.where(a <= limit, swish.gradient(dy, a.clamp(max=limit)), 0)
+        return torch.where(a > limit, 0, swish.gradient(dy, a.clamp(max=limit)))
 
     gate = Function(lambda a: swish.value(a.clamp(max=limit)), gate_gradient)
     line = Function(
         lambda b: b.clamp(-limit, limit) + offset,
-        lambda dy, b: torch.where(b.abs() <= limit, dy, 0),
+        lambda dy, b: torch.where(b.abs() > limit, 0, dy),
     )
     return gate, line
 

@@ -1,6 +1,7 @@
 """Activations, plain and gated, forward and backward, with the bias on either side.
 
-A kind is a scalar function (it returns value and slope), whether it is gated, and its constants.
+A kind is a scalar function, whether it is gated, and its constants. The function returns value,
+slope, and whether the gradient is 0 whatever it is multiplied with (`x < x`: nowhere).
 Formulas: plain `y = f(x)`; gated `y = f(a) * b` with `a` the first half of the columns. One kernel
 per direction serves every kind; in the forward the compiler drops the slope, which nobody reads.
 """
@@ -27,17 +28,22 @@ from .launch import (
 
 
 @triton.jit
+def _vanishing(factor, x):
+    """The product, but 0 where the factor is: the limit at infinity."""
+    return tl.where(factor == 0.0, 0.0, factor * x)
+
+
+@triton.jit
 def _swish(x, ALPHA: tl.constexpr):
     """x * sigmoid(alpha * x)"""
     s = tl.sigmoid(x * ALPHA)
-    value = x * s
-    return value, s + ALPHA * value * (1.0 - s)
+    return _vanishing(s, x), s + _vanishing(s * (1.0 - s), ALPHA * x), x < x
 
 
 @triton.jit
 def _sigmoid(x, ALPHA: tl.constexpr):
     s = tl.sigmoid(x)
-    return s, s * (1.0 - s)
+    return s, s * (1.0 - s), x < x
 
 
 @triton.jit
@@ -45,26 +51,27 @@ def _gelu(x, ALPHA: tl.constexpr):
     """0.5 * x * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 * x^3)"""
     square = x * x
     s = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
-    value = x * s
-    return value, s + value * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * square))
+    outer = x * (1.5957691216057308 * (1.0 + 0.134145 * square))
+    return _vanishing(s, x), s + _vanishing(s * (1.0 - s), outer), x < x
 
 
 @triton.jit
 def _gelu_erf(x, ALPHA: tl.constexpr):
     """x * Phi(x), Phi the normal distribution function"""
     phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-    return x * phi, phi + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return _vanishing(phi, x), phi + _vanishing(density, x), x < x
 
 
 @triton.jit
 def _relu(x, ALPHA: tl.constexpr):
-    return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)  # a NaN stays one
+    return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0), x <= 0.0  # a NaN stays one
 
 
 @triton.jit
 def _srelu(x, ALPHA: tl.constexpr):
     positive = tl.where(x <= 0.0, 0.0, x)
-    return positive * positive, 2.0 * positive
+    return positive * positive, 2.0 * positive, x <= 0.0
 
 
 # The compiler fuses multiply-adds differently in the two kernels; without, the activation that the
@@ -136,15 +143,36 @@ def _load(x, offset, mask):
 def _gate(
     a, b, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr
 ):
-    """y, dy/da, dy/db"""
+    """y"""
     if LIMIT is None:
-        value, slope = FUNCTION(a, ALPHA)
-        return value * b, slope * b, value
+        value, _, _ = FUNCTION(a, ALPHA)
+        return value * b
     else:
-        value, slope = FUNCTION(tl.where(a > LIMIT, LIMIT, a), ALPHA)
+        value, _, _ = FUNCTION(tl.where(a > LIMIT, LIMIT, a), ALPHA)
+        return value * (tl.where(b > LIMIT, LIMIT, tl.where(b < -LIMIT, -LIMIT, b)) + OFFSET)
+
+
+@triton.jit
+def _gate_backward(
+    grad, a, b, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+):  # fmt: skip
+    """y, da, db"""
+    if LIMIT is None:
+        value, slope, off = FUNCTION(a, ALPHA)
+        return value * b, tl.where(off, 0.0, grad * b * slope), value * grad
+    else:
+        value, slope, _ = FUNCTION(tl.where(a > LIMIT, LIMIT, a), ALPHA)
         linear = tl.where(b > LIMIT, LIMIT, tl.where(b < -LIMIT, -LIMIT, b)) + OFFSET
-        da = tl.where(a > LIMIT, 0.0, slope * linear)
-        return value * linear, da, tl.where(tl.abs(b) > LIMIT, 0.0, value)
+        da = tl.where(a > LIMIT, 0.0, grad * linear * slope)
+        return value * linear, da, tl.where(tl.abs(b) > LIMIT, 0.0, value * grad)
+
+
+@triton.jit
+def _backward(grad, x, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
+    """y, dx"""
+    value, slope, off = FUNCTION(x, ALPHA)
+    return value, tl.where(off, 0.0, slope * grad)
 
 
 @triton.jit
@@ -171,9 +199,9 @@ def forward_kernel(
     a = _load_biased(x, bias, at, cols, mask, cols < WIDTH)
     if GATED:
         b = _load_biased(x, bias, at + WIDTH, cols + WIDTH, mask, cols < WIDTH)
-        out, _, _ = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+        out = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
     else:
-        out, _ = FUNCTION(a, ALPHA)
+        out, _, _ = FUNCTION(a, ALPHA)
     tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
 
 
@@ -201,15 +229,13 @@ def backward_kernel(
         a = _load(x, at, mask)
         if GATED:
             b = _load(x, at + WIDTH, mask)
-            value, da, db = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
-            db *= grad
+            value, da, db = _gate_backward(grad, a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
             if dx is not None:
                 tl.store(dx + row * total + WIDTH + cols, db.to(dx.dtype.element_ty), mask)
             if dbias is not None:
                 b_sum += db
         else:
-            value, da = FUNCTION(a, ALPHA)
-        da *= grad
+            value, da = _backward(grad, a, FUNCTION, ALPHA)
         if dx is not None:
             tl.store(dx + row * total + cols, da.to(dx.dtype.element_ty), mask)
         if y is not None:

@@ -19,7 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...backend import interpreting
-from .activations import _gate, activation_backward, activation_forward, constants
+from .activations import (
+    _backward,
+    _gate,
+    _gate_backward,
+    activation_backward,
+    activation_forward,
+    constants,
+)
 from .launch import (
     ceil_div,
     launch,
@@ -118,9 +125,9 @@ def linear_activation_kernel(
         a, b = tl.split(tl.reshape(total, [BLOCK_M, columns, 2]))
         a = _pre_activation(a, bias, pre, y, at, cols, mask, WIDTH)
         b = _pre_activation(b, bias, pre, y, at + WIDTH, cols + WIDTH, mask, WIDTH * 2)
-        out, _, _ = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+        out = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
     else:
-        out, _ = FUNCTION(_pre_activation(total, bias, pre, y, at, cols, mask, WIDTH), ALPHA)
+        out, _, _ = FUNCTION(_pre_activation(total, bias, pre, y, at, cols, mask, WIDTH), ALPHA)
     tl.store(y + row[:, None] * WIDTH + cols, out.to(y.dtype.element_ty), mask)
 
 
@@ -176,11 +183,11 @@ def _gradient(
         a = tl.load(pre + at, mask, other=0.0).to(tl.float32)
         if GATED:
             b = tl.load(pre + at + WIDTH, mask, other=0.0).to(tl.float32)
-            value, da, db = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
-            _store_gradient(db * grad, dpre, dbias, row, tile_m, cols, mask, WIDTH, WIDTH, WHOLE)
+            value, da, db = _gate_backward(grad, a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+            _store_gradient(db, dpre, dbias, row, tile_m, cols, mask, WIDTH, WIDTH, WHOLE)
         else:
-            value, da = FUNCTION(a, ALPHA)
-        _store_gradient(da * grad, dpre, dbias, row, tile_m, cols, mask, WIDTH, 0, WHOLE)
+            value, da = _backward(grad, a, FUNCTION, ALPHA)
+        _store_gradient(da, dpre, dbias, row, tile_m, cols, mask, WIDTH, 0, WHOLE)
         if y is not None:
             tl.store(y + row[:, None] * WIDTH + cols, value.to(y.dtype.element_ty), mask)
 

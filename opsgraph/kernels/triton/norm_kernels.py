@@ -35,6 +35,22 @@ def _affine(xc, rstd, weight, bias, cols, mask, ZERO_CENTERED: tl.constexpr):
     return y
 
 
+@triton.jit
+def load_first(x, other, row, x_stride, other_stride, inside):
+    """The first value of rows, or of the sums of two."""
+    first = _load(x, row * x_stride, inside)
+    if other is not None:
+        first += _load(other, row * other_stride, inside)
+        first = first.to(x.dtype.element_ty).to(tl.float32)
+    return first
+
+
+@triton.jit
+def mean_of(value, first, mask, count, AXIS: tl.constexpr):
+    """The mean, by the differences from a value: it is exact where all are equal, or nearly."""
+    return first + tl.sum(tl.where(mask, value - first, 0.0), AXIS, keep_dims=AXIS == 1) / count
+
+
 @triton.jit(do_not_specialize=_STRIDES)
 def forward_kernel(
     x, other, weight, bias, y, total, mean, rstd, rows, x_stride, other_stride,
@@ -52,7 +68,8 @@ def forward_kernel(
         tl.store(total + row * WIDTH + cols, rounded, mask)
         value = rounded.to(tl.float32)
     if CENTER:
-        center = tl.sum(value, 1, keep_dims=True) / WIDTH
+        first = load_first(x, other, row, x_stride * UNIT, other_stride * UNIT, inside)
+        center = mean_of(value, first, cols < WIDTH, WIDTH, 1)
         value = tl.where(cols < WIDTH, value - center, 0.0)
         if mean is not None:
             tl.store(mean + row, center, inside)
@@ -78,17 +95,20 @@ def _wide_statistics(
     """Mean and variance of a row, block by block, merged as Chan et al. do (no E[x^2] - mean^2)."""
     center = 0.0
     squares = 0.0
+    if CENTER:
+        center = load_first(x, other, 0, 0, 0, True)
+    first = center
     for start in tl.range(0, WIDTH, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         value = _load_total(x, other, cols, cols < WIDTH, DTYPE)
         if CENTER:
             count = tl.minimum(BLOCK, WIDTH - start).to(tl.float32)
-            block_mean = tl.sum(value, 0) / count
+            block_mean = mean_of(value, first, cols < WIDTH, count, 0)
             value = tl.where(cols < WIDTH, value - block_mean, 0.0)
             delta = block_mean - center
             share = count / (start + count)
-            center += delta * share
-            squares += delta * delta * start * share
+            center = tl.where(start == 0, block_mean, center + delta * share)
+            squares += tl.where(start == 0, 0.0, delta * delta * start * share)
         squares += tl.sum(value * value, 0)
     return center, squares / WIDTH
 

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from ..formats import BLOCKS, NVFP4, Copies, Format, Target, check
 from .launch import ceil_div, launch, on_device_of, packed, row_major, stride_unit
-from .norm_kernels import _STRIDES, _affine, _load, _load_total, _wide_statistics
+from .norm_kernels import (
+    _STRIDES,
+    _affine,
+    _load,
+    _load_total,
+    _wide_statistics,
+    load_first,
+    mean_of,
+)
 from .norms import FUSION, NARROW, forward_config
 from .quantize import Output, constants, copies, new_output
 from .quantize_kernels import store_amax, store_copies
@@ -46,7 +54,8 @@ def norm_quantize_kernel(
         tl.store(total + row * WIDTH + cols, rounded, mask)
         value = rounded.to(tl.float32)
     if CENTER:
-        center = tl.sum(value, 1, keep_dims=True) / WIDTH
+        first = load_first(x, other, row, x_stride * UNIT, other_stride * UNIT, inside)
+        center = mean_of(value, first, cols < WIDTH, WIDTH, 1)
         value = tl.where(cols < WIDTH, value - center, 0.0)
         if mean is not None:
             tl.store(mean + row, center, inside)

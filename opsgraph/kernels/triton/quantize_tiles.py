@@ -7,7 +7,7 @@ or of an activation: in fp32, rounded to x's dtype, as the unfused kernels store
 import triton
 import triton.language as tl
 
-from .activations import _gate, _load, _load_biased
+from .activations import _backward, _gate, _gate_backward, _load, _load_biased
 from .norm_kernels import _affine
 from .quantize_kernels import encode, magnitude, scale_of, store_amax, store_copies
 
@@ -27,9 +27,9 @@ def _source(
         value = _load_biased(x, bias, at, cols, mask, col_mask)
         if GATED:
             b = _load_biased(x, bias, at + WIDTH, cols + WIDTH, mask, col_mask)
-            value, _, _ = _gate(value, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+            value = _gate(value, b, FUNCTION, ALPHA, LIMIT, OFFSET)
         else:
-            value, _ = FUNCTION(value, ALPHA)
+            value, _, _ = FUNCTION(value, ALPHA)
     else:
         value = _load(x, at, mask)
     if SOURCE == "norm":
@@ -116,11 +116,11 @@ def _gradients(
     a = _load(x, at, mask)
     if GATED:
         b = _load(x, at + WIDTH, mask)
-        value, da, db = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+        value, da, db = _gate_backward(grad, a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
     else:
-        value, da = FUNCTION(a, ALPHA)
+        value, da = _backward(grad, a, FUNCTION, ALPHA)
         db = da
-    da, db = tl.where(mask, da * grad, 0.0), tl.where(mask, db * grad, 0.0)
+    da, db = tl.where(mask, da, 0.0), tl.where(mask, db, 0.0)
     return tl.where(mask, value, 0.0), da, db
 
 

@@ -1,6 +1,8 @@
 """The Triton activations against fp64 formulas and their autograd gradients, on the CPU."""
 
+import sys
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -8,6 +10,10 @@ import torch
 from kernel_checks import DTYPES, INTERPRETING, close, laid_out, normal, twice
 from torch import Tensor
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import edges
 
 from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
 
@@ -160,3 +166,37 @@ def test_errors(device: str) -> None:
         activation_forward(x, "clamped_swiglu", (1.0,))
     with pytest.raises(ValueError, match=r"'gelu' got params \(1.0,\), expected none"):
         activation_forward(x, "gelu", (1.0,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", edges.SMOOTH)
+def test_smooth_activations_have_their_limits(kind: str, dtype: torch.dtype, device: str) -> None:
+    x, value, slope = edges.smooth_limits(kind, dtype)
+    expected, dx = value, slope
+    if kind in GATED:
+        x = torch.cat((x, torch.full_like(x, 1.5)), 1)
+        expected, dx = 1.5 * value, torch.cat((1.5 * slope, value), 1)
+    x, dy = x.to(device), torch.ones_like(value, dtype=dtype, device=device)
+    found, again, _ = activation_backward(dy, x, kind, want=("x", "y"))
+    for got, right in ((activation_forward(x, kind), expected), (again, expected), (found, dx)):
+        assert got is not None
+        rtol = 2e-5 if dtype == torch.float32 else 8e-3
+        torch.testing.assert_close(got.cpu(), right.to(dtype), rtol=rtol, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", edges.MASKED)
+def test_masked_gradients_are_zero_whatever_they_are_multiplied_with(
+    kind: str, device: str
+) -> None:
+    dy, a, b = edges.masked_cases(kind)
+    y, da, db = edges.masked_gradients(kind, dy, a, b)
+    x = torch.cat((a, b), 1) if kind in GATED else a
+    assert edges.no_worse(activation_forward(x.to(device), kind).cpu(), y)
+    found = activation_backward(dy.to(device), x.to(device), kind)[0]
+    assert found is not None
+    dx = found.cpu()
+    known = ~a.isnan() & ~(b.isnan() & torch.tensor(kind == "clamped_swiglu"))
+    assert edges.no_worse(dx[:, :1][known], da[known])
+    assert kind not in GATED or edges.no_worse(dx[:, 1:][known], db[known])
+    masked = (a > 7) if kind == "clamped_swiglu" else a <= 0
+    assert not dx[:, :1][masked].any()

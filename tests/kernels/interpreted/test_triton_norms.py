@@ -240,3 +240,24 @@ def test_weights_with_a_stride(width: int, device: str) -> None:
     dx, _, _ = layernorm_backward(x, x, mean, rstd, weight, want=("x",))
     expected = layernorm_backward(x, x, mean, rstd, plain[0], want=("x",))[0]
     assert torch.equal(dx, expected)
+
+
+@pytest.mark.parametrize("width", [1, 100, 33000])
+def test_layernorm_of_equal_values_is_the_bias(width: int, device: str) -> None:
+    for dtype, size in ((torch.float32, 1.2345e9), (torch.float32, 3e38), (torch.bfloat16, 3e38)):
+        x = torch.full((2, width), size, dtype=dtype, device=device)
+        weight, bias = torch.randn(width, device=device), torch.randn(width, device=device)
+        y, mean, rstd, _ = layernorm_forward(x, weight, bias, EPS)
+        assert torch.equal(y, bias.to(dtype).expand(2, width))
+        assert mean is not None
+        assert rstd is not None
+        assert torch.equal(mean, x[:, :1].float())
+        dy = torch.rand(2, width, device=device).to(dtype)
+        dx, dweight, _ = layernorm_backward(dy, x, mean, rstd, weight)
+        assert dweight is not None
+        assert not dweight.any()
+        m = dy.double() * weight.double()
+        assert dx is not None
+        expected = (m - m.mean(1, keepdim=True)) * EPS**-0.5
+        rtol = 1e-4 if dtype == torch.float32 else 8e-3
+        torch.testing.assert_close(dx.double(), expected, rtol=rtol, atol=1e-2)

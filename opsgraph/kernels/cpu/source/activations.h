@@ -16,14 +16,20 @@ struct Activation {
     double params[3];
 };
 
+// f(x), f'(x), and whether x is where a gradient is 0 whatever it is multiplied with.
 struct Slope {
     float value, slope;
+    bool off = false;
 };
 
-struct Swish {  // x * sigmoid(alpha * x)
+// Where f is 0 or x within an ulp, and f' 0 or 1, x is clamped: a 0 is multiplied with no infinity.
+
+struct Swish {  // x * sigmoid(alpha * x), alpha > 0
     static inline Slope at(float x, const float* p) {
-        float s = sigmoid(p[0] * x), value = x * s;
-        return {value, s + p[0] * value * (1.0f - s)};
+        const float low = -88.7f / p[0], high = 88.0f / p[0];
+        float above = x < low ? low : x, inner = above > high ? high : above;
+        float u = p[0] * inner, s = sigmoid_within(u);
+        return {above * s, s + u * s * (1.0f - s)};
     }
 };
 
@@ -36,52 +42,65 @@ struct Sigmoid {
 
 struct Gelu {  // 0.5 * x * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 * x^3)
     static inline Slope at(float x, const float*) {
-        float square = x * x, s = sigmoid(1.59576912f * x * (1.0f + 0.044715f * square));
-        float value = x * s;
-        return {value, s + value * (1.0f - s) * (1.59576912f * (1.0f + 0.134145f * square))};
+        float above = x < LOW ? LOW : x, inner = above > HIGH ? HIGH : above;
+        float square = inner * inner;
+        float s = sigmoid_within(1.59576912f * inner * (1.0f + 0.044715f * square));
+        float outer = 1.59576912f * (1.0f + 0.134145f * square);
+        return {above * s, s + inner * s * (1.0f - s) * outer};
     }
+    static constexpr float LOW = -10.0667f, HIGH = 10.0379f;  // where 2u is -88.7 and 88
 };
 
 // x * Phi(x), Phi the normal distribution function by Abramowitz and Stegun, 7.1.26: within 1.5e-7.
 struct GeluErf {
     static inline Slope at(float x, const float*) {
-        float size = (x < 0.0f ? -x : x) * 0.707106781f;
+        float above = x < -LARGE ? -LARGE : x, inner = above > LARGE ? LARGE : above;
+        float size = (inner < 0.0f ? -inner : inner) * 0.707106781f;
         float t = 1.0f / fmadd(0.3275911f, size, 1.0f);
         float p = fmadd(t, 1.061405429f, -1.453152027f);
         p = fmadd(p, t, 1.421413741f);
         p = fmadd(p, t, -0.284496736f);
         p = fmadd(p, t, 0.254829592f);
-        float e = exponential(-size * size);
+        float e = exponential_within(-size * size);
         float tail = 0.5f * p * t * e;
         float phi = x < 0.0f ? tail : 1.0f - tail;
-        return {x * phi, phi + x * 0.398942280f * e};
+        return {above * phi, phi + inner * 0.398942280f * e};
     }
+    static constexpr float LARGE = 13.2665f;  // where e^(-x^2 / 2) counts as 0
 };
 
 struct Relu {
     static inline Slope at(float x, const float*) {
-        return {x <= 0.0f ? 0.0f : x, x <= 0.0f ? 0.0f : 1.0f};  // a NaN stays one
+        return {x <= 0.0f ? 0.0f : x, 1.0f, x <= 0.0f};  // a NaN stays one
     }
 };
 
 struct SquaredRelu {
     static inline Slope at(float x, const float*) {
         float positive = x <= 0.0f ? 0.0f : x;
-        return {positive * positive, 2.0f * positive};
+        return {positive * positive, 2.0f * positive, x <= 0.0f};
     }
 };
 
+template <class F>
 struct Clamped {  // swish of min(a, limit); p: limit, alpha, offset
     static inline Slope at(float a, const float* p) {
-        Slope swish = Swish::at(a > p[0] ? p[0] : a, p + 1);
-        return {swish.value, a > p[0] ? 0.0f : swish.slope};
+        Slope swish = F::at(a > p[0] ? p[0] : a, p + 1);
+        return {swish.value, swish.slope, a > p[0]};
+    }
+};
+
+struct AnySwish {  // of an alpha that is not positive
+    static inline Slope at(float x, const float* p) {
+        float u = clamp(p[0] * x, -88.7f, 88.0f), s = sigmoid_within(u);
+        return {x * s, s + u * s * (1.0f - s)};
     }
 };
 
 struct Clip {
     static inline Slope at(float b, const float* p) {
         float inside = b > p[0] ? p[0] : b < -p[0] ? -p[0] : b;
-        return {inside + p[2], inside == b || b != b ? 1.0f : 0.0f};
+        return {inside + p[2], 1.0f, (b < 0.0f ? -b : b) > p[0]};
     }
 };
 
@@ -118,8 +137,8 @@ static void backward_columns(
     for (int64_t j = 0; j < n; j++) {
         Slope f = F::at(a[j], p), g = G::at(b[j], p);
         y[j] = f.value * g.value;
-        da[j] = dy[j] * g.value * f.slope;
-        db[j] = dy[j] * f.value * g.slope;
+        da[j] = f.off ? 0.0f : dy[j] * g.value * f.slope;
+        db[j] = g.off ? 0.0f : dy[j] * f.value * g.slope;
     }
 }
 
@@ -137,5 +156,6 @@ constexpr Kind kind() {
 // In the order of FUNCTIONS in activations.py.
 static const Kind kinds[] = {
     kind<Swish>(), kind<Gelu>(), kind<GeluErf>(), kind<Relu>(), kind<SquaredRelu>(),
-    kind<Sigmoid>(), kind<Clamped, Clip>(), kind<Situ, SoftClip>(),
+    kind<Sigmoid>(), kind<Clamped<Swish>, Clip>(), kind<Situ, SoftClip>(),
+    kind<Clamped<AnySwish>, Clip>(),
 };

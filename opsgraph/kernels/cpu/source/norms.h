@@ -3,6 +3,7 @@
 // where RMSNorm has neither mean(m) nor beta. Each row is read from memory once, then from cache.
 #pragma once
 #include "parallel.h"
+#include "row_sums.h"
 #include "scalar.h"
 
 struct Norm {
@@ -50,27 +51,82 @@ LOOP void add(const T* __restrict a, const T* __restrict b, T* __restrict sum, i
     for (int64_t j = 0; j < width; j++) sum[j] = narrow<T>(widen(a[j]) + widen(b[j]));
 }
 
-// The mean (0 without Center), and the mean square of what is left: a first estimate of the mean
-// is corrected by the mean of the centred values, which is exact where |mean| >> std.
-template <class T, bool Center>
-LOOP float mean_square(const T* __restrict x, int64_t width, float& mean) {
-    float sum = 0, square = 0, rest = 0;
-    if constexpr (Center) {
+constexpr double LARGEST = 3.4028234663852886e38;
+// Columns from which on a single sum in fp32 would round too often, and `row_sums` costs no more:
+// of one sum, and of two. bf16 has no use for more digits.
+constexpr int64_t WIDE = 1024, WIDE_PAIR = 4096;
+
+template <class T>
+LOOP float mean_of(const T* __restrict x, int64_t width) {
+    if constexpr (sizeof(T) == sizeof(float))
+        if (width >= WIDE_PAIR) {
+            double sum;
+            row_sums<1>(width, &sum, [=](auto at, auto* to) { to[0] += at(x); });
+            return float(sum / double(width));
+        }
+    float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < width; j++) sum += widen(x[j]);
-        mean = sum / float(width);
-    }
+    for (int64_t j = 0; j < width; j++) sum += widen(x[j]);
+    return sum / float(width);
+}
+
+struct Moments {  // the mean of centred values (0 without Center), and of their squares
+    double first, second;
+};
+
+template <class T, bool Center>
+LOOP Moments moments(const T* __restrict x, int64_t width, float center) {
+    const double count = double(width);
+    if constexpr (sizeof(T) == sizeof(float))
+        if (width >= (Center ? WIDE_PAIR : WIDE)) {
+            double sums[2] = {};
+            row_sums<Center ? 2 : 1>(width, sums, [=](auto at, auto* to) {
+                auto centred = at(x);
+                if (Center) centred -= center, to[1] += centred;
+                to[0] += centred * centred;
+            });
+            return {sums[1] / count, sums[0] / count};
+        }
+    float square = 0, rest = 0;
 #pragma omp simd reduction(+ : square, rest)
     for (int64_t j = 0; j < width; j++) {
-        float centred = Center ? widen(x[j]) - mean : widen(x[j]);
+        float centred = Center ? widen(x[j]) - center : widen(x[j]);
         square += centred * centred;
-        rest += centred;
+        if (Center) rest += centred;
     }
-    if constexpr (!Center) return square / float(width);
-    rest /= float(width);
-    mean += rest;
-    square = square / float(width) - rest * rest;
-    return square > 0.0f ? square : 0.0f;
+    return {rest / count, square / count};
+}
+
+// In fp64 no square overflows, and the mean of equal values is that value.
+template <class T, bool Center>
+LOOP double mean_square_in_fp64(const T* __restrict x, int64_t width, float& mean) {
+    double center = 0, square = 0;
+    if constexpr (Center) {
+#pragma omp simd reduction(+ : center)
+        for (int64_t j = 0; j < width; j++) center += double(widen(x[j]));
+        center /= double(width);
+        mean = float(center);
+    }
+#pragma omp simd reduction(+ : square)
+    for (int64_t j = 0; j < width; j++) {
+        double centred = double(widen(x[j])) - center;
+        square += centred * centred;
+    }
+    return square / double(width);
+}
+
+// The mean (0 without Center), and the mean square of what is left: a first estimate of the mean
+// is corrected by the mean of the centred values, which is exact where |mean| >> std. A row whose
+// squares overflow, or consist of that correction, is read again in fp64.
+template <class T, bool Center>
+static inline double mean_square(const T* x, int64_t width, float& mean) {
+    if (Center) mean = mean_of(x, width);
+    const Moments found = moments<T, Center>(x, width, mean);
+    const double shift = found.first * found.first;
+    if (!(found.second <= LARGEST && found.second >= 16 * shift))
+        return mean_square_in_fp64<T, Center>(x, width, mean);
+    mean = float(mean + found.first);
+    return found.second - shift;
 }
 
 template <class T, bool Center>
@@ -86,8 +142,9 @@ static void norm_forward(const Norm& n) {
                 add(x, static_cast<const T*>(n.other) + row * n.other_stride, total, n.width);
                 x = total;
             }
-            float mean = 0, square = mean_square<T, Center>(x, n.width, mean);
-            float rstd = float(1.0 / __builtin_sqrt(double(square) + n.eps));
+            float mean = 0;
+            double square = mean_square<T, Center>(x, n.width, mean);
+            float rstd = float(1.0 / __builtin_sqrt(square + n.eps));
             if (n.mean) n.mean[row] = mean;
             if (n.rstd) n.rstd[row] = rstd;
             T* y = static_cast<T*>(n.y) + row * n.width;
@@ -101,6 +158,18 @@ template <class T, bool Center>
 LOOP void dots(
     const T* __restrict dy, const T* __restrict x, const float* __restrict gamma, float mean,
     float rstd, int64_t width, float& first, float& second) {
+    if constexpr (sizeof(T) == sizeof(float))
+        if (width >= WIDE_PAIR) {
+            double sums[2];
+            row_sums<2>(width, sums, [=](auto at, auto* to) {
+                auto m = at(dy) * at(gamma);
+                if (Center) to[0] += m;
+                to[1] += m * ((at(x) - mean) * rstd);
+            });
+            first = float(sums[0] / double(width));
+            second = float(sums[1] / double(width));
+            return;
+        }
     float sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
     for (int64_t j = 0; j < width; j++) {

@@ -306,6 +306,7 @@ static void task(const Product& g, int64_t i0, int64_t i1, int64_t j0, int64_t j
 
 template <class Unit>
 static void product(const Product& g) {
+    if (!g.m || !g.n) return;
     int64_t columns = Unit::COLUMNS;  // fewer, where there are many threads
     while (columns > 2 * LANES && blocks(g.n, columns) * blocks(g.m, FEW_ROWS) < g.threads) columns /= 2;
     const int64_t across = blocks(g.n, columns);

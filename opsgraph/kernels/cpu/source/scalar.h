@@ -50,12 +50,11 @@ static inline float fmadd(float a, float b, float c) {
 template <class T>
 void fma(T, T, T) = delete;  // the global one of libstdc++ would take floats as doubles, silently
 
-// e^x by 2^n * e^r, |r| <= log(2) / 2, and the Taylor polynomial of e^r to its seventh power, within
-// 2e-7 relative. 0 below 2^-126.5 and inf above 2^127.5, where the exponent's field is 0 or full.
-static inline float exponential(float x) {
+// e^x for x from -88 to 88.7, by 2^n * e^r, |r| <= log(2) / 2, and the Taylor polynomial of e^r to its
+// seventh power, within 2e-7 relative. 0 below 2^-126.5 and inf above 2^127.5, where the exponent's
+// field is 0 or full.
+static inline float exponential_within(float x) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the lowest bits
-    x = x > 88.7f ? 88.7f : x;
-    x = x < -88.0f ? -88.0f : x;
     float shifted = fmadd(x, 1.44269504f, magic);
     float n = shifted - magic;
     float r = fmadd(n, -0.693145752f, x);  // log(2) in two parts, the first exact in n * part
@@ -71,7 +70,18 @@ static inline float exponential(float x) {
     return p * bits<float>((bits<uint32_t>(shifted) << 23) + 0x3f800000u);
 }
 
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+// x between two bounds; a NaN stays one.
+static inline float clamp(float x, float low, float high) {
+    x = x < low ? low : x;
+    return x > high ? high : x;
+}
+
+static inline float exponential(float x) { return exponential_within(clamp(x, -88.0f, 88.7f)); }
+
+// For x from -88.7, where it is 0, to 88, where it is 1.
+static inline float sigmoid_within(float x) { return 1.0f / (1.0f + exponential_within(-x)); }
+
+static inline float sigmoid(float x) { return sigmoid_within(clamp(x, -88.7f, 88.0f)); }
 
 // tanh: its power series to x^15 near 0, where 1 - 2 / (e^2x + 1) would cancel.
 static inline float hyperbolic_tangent(float x) {
