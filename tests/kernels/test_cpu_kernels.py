@@ -272,6 +272,7 @@ def test_activations_of_extreme_values(dtype: torch.dtype, op: Any) -> None:
     x = x.to(dtype)
     y = activations.activation_forward(x, *shape_of(op))[0]
     expected = formula(op, x.double()).to(torch.float32).to(dtype)
+    expected[expected.isnan() & (x[:, :1] == -inf)] = 0  # the formula multiplies 0 by inf
     torch.testing.assert_close(y, expected, rtol=8e-3, atol=1e-6, equal_nan=True)
     finite = x.isfinite().all(1) & (x[:, 0].abs() < 1e10)
     dx = activations.activation_backward(torch.ones_like(y), x, *shape_of(op))[0]
