@@ -1,24 +1,19 @@
 """Source text for a cover: two straight-line Python functions that tracebacks and pdb can show."""
 
-import itertools
-import linecache
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import inf, nan
 from typing import Any
 
-import torch
-
-from .check import Checker, compare, compare_ranks
+from .check import Checker
 from .claims import Call, Claim, Space
+from .compiled import Function, base_namespace, compiled
 from .functions import backward_functions, passes
 from .names import free
 from .op import BACKWARD, FORWARD, differentiable
 from .packing import Packing
 from .planner import Cover
 from .preamble import write_parts, write_preamble
-
-_serial = itertools.count()
+from .program import Argument
 
 
 @dataclass
@@ -31,19 +26,6 @@ class Line:
     note: str = ""
     moves: set[str] = field(default_factory=set)
     """Variables that stand in the text as lists of one."""
-
-
-@dataclass
-class Function:
-    """A generated function."""
-
-    source: str
-    call: Callable[..., Any]
-
-
-def base_namespace() -> dict[str, Any]:
-    """What generated code may name besides its fusers."""
-    return {"torch": torch, "inf": inf, "nan": nan, "check": compare, "check_ranks": compare_ranks}
 
 
 class Writer:
@@ -76,6 +58,12 @@ class Writer:
         target = claim.fuser.kind if claim.is_reference else claim.fuser  # type: ignore[attr-defined]
         return self.bind(claim.fuser.name, target)
 
+    def text(self, argument: Argument) -> str:
+        """An argument as it stands in the source."""
+        if argument.category != "object":
+            return argument.text
+        return self.bind(argument.text.strip("<>"), argument.value)
+
     def quantizer(self, made: Any) -> str:
         """A quantizer's name in the source."""
         same = (known for known in self._bound.values() if type(known) is type(made))
@@ -84,7 +72,7 @@ class Writer:
 
     def call(self, claim: Claim, call: Call, want: Sequence[str]) -> tuple[str, set[str]]:
         """The text of a call, and the variables that it reads."""
-        given = [f"[{a.text}]" if a.moved else a.text for a in call.arguments]
+        given = [f"[{a.text}]" if a.moved else self.text(a) for a in call.arguments]
         if call.wants:
             given.append(f"want={tuple(want)!r}")
         reads = {a.text for a in call.arguments if a.category in ("value", "weight", "gradient")}
@@ -128,15 +116,7 @@ class Writer:
             if dead:
                 text.append(f"    del {', '.join(dead)}")
         source = "\n".join(text) + "\n"
-        return Function(source, _compiled(name, source, self.namespace))
-
-
-def _compiled(name: str, source: str, namespace: dict[str, Any]) -> Callable[..., Any]:
-    file = f"<opsgraph plan {next(_serial)} {name}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    exec(compile(source, file, "exec"), namespace)
-    made: Callable[..., Any] = namespace[name]
-    return made
+        return compiled(name, source, self.namespace)
 
 
 def _note(claim: Claim) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from . import config
+from .constants import plain
 from .errors import OpError
 from .spec import ROWS, Spec
 from .watched import MODULE_ATTRIBUTES, Watched
@@ -307,6 +308,9 @@ class Op(Watched):
         lazy = UninitializedParameter
         if isinstance(before, lazy) and param is not None and not isinstance(param, lazy):
             self.sizes_from(name, param.shape)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, plain(value) if name in self.constants else value)
 
     def settings(self) -> dict[str, Any]:
         """All plain attributes: two ops with equal settings share their plans."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .constants import called, literal, plain
 from .errors import OpError, PlanError
 from .functions import checked_out, function, identity, passes, saved
 from .op import (
@@ -34,10 +35,12 @@ HIGH_PRECISION = "high_precision"
 class Argument(NamedTuple):
     """One argument of a call: its category and the text that stands in the source."""
 
-    category: str  # "op", "value", "weight", "gradient" or "literal"
+    category: str  # "op", "value", "weight", "gradient", "literal" or "object"
     text: str
     moved: bool = False
     """Whether the callee is handed it in a list of one, from which it takes it."""
+    value: Any = None
+    """A constant without a literal, which gets a name in the source's globals."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,11 @@ class Program:
         if name in kind.saves:
             return Argument("value", self.name(name, i))
         if name in kind.constants:
-            return Argument("literal", repr(op.constant(name, self.specs[i])))
+            value = plain(op.constant(name, self.specs[i]))
+            text = literal(value)
+            if text is None:
+                return Argument("object", f"<{called(value)}>", value=value)
+            return Argument("literal", text)
         if name in kind.extra_inputs:
             return Argument("value", self.extra(i, name))
         if name.endswith(STORED) and (i, name.removesuffix(STORED)) in self.weight_names:

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from torch import nn
 
+from .constants import plain, verify
 from .errors import PlanError
 from .functions import verify_kind
 from .names import Names, verify_names
@@ -56,8 +57,16 @@ class Run:
         self.sources: dict[tuple[int, str], int] = {}
         self.inputs: list[tuple[int, str, str | None]] = []
         self.outputs: list[int] = []
+        self._verify_constants()
         self.name = Names(self.kinds, self.numbers, self.edges)
         self._connect(set(known), set(later))
+
+    def _verify_constants(self) -> None:
+        for kind, op, label in zip(self.kinds, self.ops, self.labels, strict=True):
+            for name in kind.constants:
+                if not hasattr(op, name):
+                    raise PlanError(f"{label}: got no {name!r}, which its constants name")
+                verify(plain(getattr(op, name)), label, name)
 
     def _connect(self, known: set[str], later: set[str | None]) -> None:
         """Join extra inputs to Tees. Earlier runs provide `known`, later ones read `later`."""

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from . import config
 from .backend import backends as known_backends
+from .constants import key as plan_key
 from .fuser import registered
 from .op import weights
 from .plan import Plan
@@ -67,18 +68,6 @@ class Options:
 _tables: weakref.WeakValueDictionary[Any, PlanTable] = weakref.WeakValueDictionary()
 
 
-def _hashable(value: Any) -> Any:
-    """A setting as part of a key. Raises TypeError for what cannot be one."""
-    if isinstance(value, list | tuple):
-        return tuple(map(_hashable, value))
-    if isinstance(value, dict):
-        return tuple((key, _hashable(item)) for key, item in value.items())
-    if isinstance(value, Tensor | nn.Module):
-        raise TypeError
-    hash(value)
-    return value
-
-
 def table_for(run: Run, options: Options) -> PlanTable:
     """The shared table of this structure; one of its own where a setting cannot be compared."""
     options.config = config.read()
@@ -91,7 +80,7 @@ def table_for(run: Run, options: Options) -> PlanTable:
             if any(map(mutable, settings.values())):
                 raise TypeError  # a skeleton would share what others change
             shapes = tuple(shape_of(getattr(*op.home(name))) for name in weights(kind))
-            parts.append((kind, type(op), _hashable(settings), shapes))
+            parts.append((kind, type(op), plan_key(settings), shapes))
         wiring = (tuple(run.sources.items()), tuple(i[:2] for i in run.inputs), tuple(run.outputs))
         fusers = tuple(map(id, registered()))
         recipe = (tuple(run.quantizers.items()), tuple(run.overrides.items()))

@@ -1,0 +1,36 @@
+"""Generated source made callable; tracebacks and pdb show its lines for as long as it lives."""
+
+import itertools
+import linecache
+from collections.abc import Callable
+from math import inf, nan
+from typing import Any, NamedTuple
+from weakref import finalize
+
+import torch
+
+from .check import compare, compare_ranks
+
+_serial = itertools.count()
+
+
+class Function(NamedTuple):
+    """A generated function."""
+
+    source: str
+    call: Callable[..., Any]
+
+
+def base_namespace() -> dict[str, Any]:
+    """What generated code may name besides its fusers."""
+    return {"torch": torch, "inf": inf, "nan": nan, "check": compare, "check_ranks": compare_ranks}
+
+
+def compiled(name: str, source: str, namespace: dict[str, Any]) -> Function:
+    """The function of that name which the source defines."""
+    file = f"<opsgraph plan {next(_serial)} {name}>"
+    exec(compile(source, file, "exec"), namespace)
+    made = namespace.pop(name)  # else it would hold itself, and live until the next collection
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    finalize(made, linecache.cache.pop, file, None).atexit = False
+    return Function(source, made)
