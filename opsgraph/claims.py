@@ -159,14 +159,8 @@ class Space:
         for i, kind in enumerate(program.kinds):
             if not still[i] and (direction == FORWARD or program.flows[i + 1]):
                 if direction == BACKWARD:
-                    verify_backward(kind, program.run.labels[i], self._delays(i))
+                    verify_backward(kind, program.run.labels[i])
                 yield self._claim(Match(reference(kind), {"op": i}, i, i + 1), direction)
-
-    def _delays(self, i: int) -> bool:
-        """Whether an op has a weight gradient that `backward_dw` is to compute."""
-        program = self.program
-        delayed = program.request.options.get("delay_wgrad_compute")
-        return bool(delayed and program.kinds[i].gemm and any(program.gradient_names(i)))
 
     def reject(self, ops: tuple[int, ...], name: str, direction: str, reason: str) -> None:
         """Record a refusal once."""
@@ -190,8 +184,6 @@ class Space:
             for i in match.positions.values():
                 if i is not None and passes(program.kinds[i]) and i != match.stop - 1:
                     return f"the gradient that leaves at {program.numbers[i]} is inside it"
-            if any(i is not None and self._delays(i) for i in match.positions.values()):
-                return "weight gradients are delayed"
         for argument in arguments(fuser.bwd) if direction == BACKWARD and fuser.bwd else ():
             key, name = fuser.split(argument)
             i = match.positions.get(key) if key else None

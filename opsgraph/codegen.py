@@ -83,6 +83,9 @@ class Writer:
             if found is not getattr(kind, call.function):  # derived from fwd
                 suffix = "" if call.function == "bwd" else f"_{call.function}"
                 function = self.bind(f"{kind.__name__}_vjp{suffix}", found)
+            if call.function == "wgrad" and call.results[0] in self.program.waits:
+                given.insert(0, function)
+                function = f"{given[1]}.weigh"
         return f"{function}({', '.join(given)})", reads
 
     def compare_ranks(self, claim: Claim, x: str) -> None:
@@ -194,8 +197,6 @@ class _Backward:
             self.program.tee(i) for i in self.program.run.outputs if i in self.program.tapped
         }
         self.made: set[str] = set()
-        self.delays = bool(self.program.request.options.get("delay_wgrad_compute"))
-        self.queued: list[tuple[int, Claim, Call]] = []
 
     def unpack(self) -> None:
         """Take what was saved out of its list: each value the forward made dies after its use."""
@@ -245,12 +246,6 @@ class _Backward:
             writer.add("ref_dx = dx", ["dx"], ["ref_dx"], "check")
         results: dict[str, str] = {}
         for call in claim.calls:
-            i = claim.start
-            if call.function == "wgrad" and self.delays and program.kinds[i].gemm:
-                late = program.name("dy", i)
-                writer.add(f"{late} = dx", ["dx"], [late], "for delayed")
-                self.queued.append((i, claim, call))
-                continue
             for argument in call.arguments:
                 if argument.category == "value":
                     self.remake(argument.text)
@@ -283,7 +278,8 @@ class _Backward:
                 elif name in channels:
                     self.have.add(name)
         if checked:
-            found = {name: value for name, value in results.items() if "_" not in (name, value)}
+            unknown = {"_", *program.waits}
+            found = {n: value for n, value in results.items() if unknown.isdisjoint((n, value))}
             Checker(writer, claim, _label(claim)).backward(found)
 
     def finish(self) -> Function:
@@ -303,33 +299,8 @@ class _Backward:
         for i in range(gap - 1, -1, -1):
             self.cross(i)
         results = self._results()
-        later = [program.name("dy", i) for i, _, _ in self.queued]
-        text = f"return ({_commas(results)})" + (f", ({_commas(later)})" if self.delays else "")
-        self.writer.add(text, [r for r in (*results, *later) if r != "None"])
+        self.writer.add(f"return ({_commas(results)})", [r for r in results if r != "None"])
         return self.writer.finish("backward", parameters)
-
-    def delayed(self) -> tuple[Function | None, tuple[str, ...]]:
-        """The weight gradients that `backward` left out, and the names of their weights."""
-        if not self.delays:
-            return None, ()
-        later = _Backward(self.space, self.cover, self.saved, self.check)
-        write_preamble(later.writer, later.copies, BACKWARD, self.saved)
-        weights: list[str] = []
-        for i, claim, call in self.queued:
-            for argument in call.arguments:
-                if argument.category == "value":
-                    later.remake(argument.text)
-            dy = self.program.name("dy", i)
-            named = [a._replace(text=dy) if a.text == "dx" else a for a in call.arguments]
-            text, reads = later.writer.call(claim, call._replace(arguments=tuple(named)), ())
-            (gradient,) = [name for name in call.results if name is not None]
-            later.writer.add(f"{gradient} = {text}", reads, [gradient], _note(claim))
-            weights.append(gradient.removeprefix("d"))
-        results = [f"d{name}" for name in weights]
-        later.writer.add(f"return ({_commas(results)})", results)
-        delayed = (self.program.name("dy", i) for i, _, _ in self.queued)
-        parameters = ["ops", *delayed, *self.saved]
-        return later.writer.finish("delayed", parameters), tuple(weights)
 
     def _results(self) -> list[str]:
         """Gradients in the order of forward's inputs, in the dtype of each."""
@@ -339,12 +310,11 @@ class _Backward:
         inputs |= {v: request.weights[slot] for slot, v in program.weight_names.items()}  # type: ignore[misc]
         found = []
         wanted = wanted | program.reported
-        queued = {program.name("weight", i) for i, _, _ in self.queued}
         for name, spec in inputs.items():
             gradient = "dx" if name == "x0" else f"d{name}"
-            if name not in wanted or name in queued:
+            if name not in wanted:
                 gradient = "None"
-            elif compute is not None and spec.dtype != compute:
+            elif compute is not None and spec.dtype != compute and gradient not in program.waits:
                 text = f"None if {gradient} is None else {gradient}.to({spec.dtype})"
                 self.writer.add(f"{gradient} = {text}", [gradient], [gradient], "autocast")
             found.append(gradient)
@@ -362,15 +332,10 @@ def gradient_labels(claim: Claim, program: Any) -> list[str]:
     return labels
 
 
-def write_backward(
-    space: Space, cover: Cover, saved: Sequence[str], check: bool
-) -> tuple[Function, Function | None, tuple[str, ...]]:
+def write_backward(space: Space, cover: Cover, saved: Sequence[str], check: bool) -> Function:
     """`backward(ops, dx, d of extra outputs, saved)` returns a gradient for each input, or None.
 
-    saved: a list, which is emptied, so that no caller keeps a value that is used no more.
-
-    Where weight gradients are delayed it also returns the gradients that `delayed`, the second
-    function, takes before the saved values; the third result names the weights of that function.
+    saved: a list, which is emptied, so that no caller keeps a value that is used no more. A weight
+    gradient that waits for `backward_dw` is the call that gives it.
     """
-    made = _Backward(space, cover, saved, check)
-    return made.finish(), *made.delayed()
+    return _Backward(space, cover, saved, check).finish()

@@ -71,6 +71,8 @@ class PlanFunction(torch.autograd.Function):
                 outputs, saved = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])
         if plan.specs.reports:
             outputs = stage.record(plan, outputs)
+        if stage.eager_only is not None:
+            ctx.watched = stage.unseen.watch(plan, tensors[extras + 1 :])
         if ctx.lead is not None:
             outputs = unflattened(plan, outputs, x.shape)
         ctx.save_for_backward(*saved)
@@ -89,10 +91,10 @@ class PlanFunction(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each dies after its use
         with without_autocast(dy.device.type):
             grads = (dy, *taken) if ctx.lead is None else [flat(g, 2) for g in (dy, *taken)]
-            later = None if plan.run_delayed is None else tuple(saved)
-            found = plan.run_backward(ctx.stage.ops, *grads, saved)
-            if later is not None:
-                found = ctx.stage.delay(plan, found, later)
+            if ctx.stage.eager_only is not None:
+                found = ctx.stage.unseen.run_backward(plan, ctx, grads, saved)
+            else:
+                found = plan.run_backward(ctx.stage.ops, *grads, saved)
             if ctx.lead is not None:
                 found = list(found)
                 for k, shape in enumerate(ctx.lead):

@@ -185,14 +185,8 @@ def verify_added(module: Any, name: str = "") -> None:
         verify_kind(entry.kind, label)
 
 
-def verify_backward(kind: type[Op], label: str, delayed: bool) -> None:
-    """Raises PlanError or OpError for an op whose gradients cannot be computed.
-
-    delayed: whether its weight gradient is to wait.
-    """
-    if delayed and "wgrad" not in backward_functions(kind):
-        got = "delay_wgrad_compute and an op with bwd"
-        raise OpError(label, got, "dgrad and wgrad, so that its weight gradient can wait")
+def verify_backward(kind: type[Op], label: str) -> None:
+    """Raises PlanError for an op whose gradients cannot be computed."""
     functions = backward_functions(kind)
     if kind.random and functions == {"bwd": derived_backward(kind)}:
         raise PlanError(

@@ -17,7 +17,9 @@ from .op import Op
 from .ops import AllGather, LayerNorm, Linear, RMSNorm, Tee
 from .ops.activations import ACTIVATIONS, GATED, keywords
 from .ops.collectives import Group, group_of, process_group
+from .ops.delayed import Queue, TellsOfWeightGradients, mark_delayed
 from .ops.linear import SYMMETRIC
+from .ops.main_grad import expect_overwrite
 from .ops.parameters import MarksParameters, Partition
 from .plan import Plan
 from .precision import active, microbatch
@@ -49,7 +51,7 @@ def _activation(name: str, params: Mapping[str, Any]) -> Op:
     return ACTIVATIONS[name](**params)
 
 
-class LayerNormMLP(MarksParameters):
+class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
     """Norm -> FC1 -> activation -> FC2. Input and output `[*, hidden_size]`.
 
     Parameters: layer_norm_weight, layer_norm_bias `[hidden]` (no bias with RMSNorm); fc1_weight
@@ -187,28 +189,21 @@ class LayerNormMLP(MarksParameters):
         self._sequences = self._build()
         self.reset_parameters()
 
-    def _build(self) -> tuple[Sequential, Sequential]:
-        """The sequences that run: the second is for a first microbatch, whose weight gradients
-        overwrite main_grad. In a tuple: they are no submodules, for their ops hold nothing."""
+    def _build(self) -> tuple[Sequential]:
+        """The sequence that runs. In a tuple: it is no submodule, for its ops hold nothing."""
         norm = NORMS[self.normalization](self.hidden_size, device="meta", **self._norm_options)
         fc1, fc2, between = self._exchange(self._gathered)
         fc2_bias = self.use_bias and not self.return_bias
-
-        def sequence(overwrite: bool) -> Sequential:
-            options: dict[str, Any] = {
-                "accumulate_into_main_grad": self.fuse_wgrad_accumulation,
-                "overwrite_main_grad": overwrite,
-            }
-            return Sequential(
-                norm.borrow(self, **{own: f"layer_norm_{own}" for own in norm.names}),
-                *between,
-                _linear(self, "fc1", self.use_bias, options | fc1),
-                ACTIVATIONS[self.activation](**self._activation_params),
-                _linear(self, "fc2", fc2_bias, options | fc2),
-                **self._plan_options,
-            )
-
-        return sequence(False), sequence(True)
+        options: dict[str, Any] = {"accumulate_into_main_grad": self.fuse_wgrad_accumulation}
+        sequence = Sequential(
+            norm.borrow(self, **{own: f"layer_norm_{own}" for own in norm.names}),
+            *between,
+            _linear(self, "fc1", self.use_bias, options | fc1),
+            ACTIVATIONS[self.activation](**self._activation_params),
+            _linear(self, "fc2", fc2_bias, options | fc2),
+            **self._plan_options,
+        )
+        return (sequence,)
 
     def _declare(self, place: dict[str, Any]) -> None:
         """Register the parameters, in TransformerEngine's order."""
@@ -222,6 +217,7 @@ class LayerNormMLP(MarksParameters):
             "fc2_weight": (hidden, self.size_per_partition),
             "fc2_bias": (hidden,) if bias else None,
         }
+        self._marks = tuple(sizes)
         for name, shape in sizes.items():
             made = None if shape is None else nn.Parameter(torch.empty(shape, **place))
             self.register_parameter(name, made)
@@ -272,16 +268,22 @@ class LayerNormMLP(MarksParameters):
 
     def _mark_parameters(self) -> None:
         split = self.partitions()
-        # What DTensors are, they tell themselves.
-        for name, parameter in () if self.distributed else self.named_parameters():
+        for name in self._marks:
+            parameter = self.own_parameter(name)
+            if parameter is None:
+                continue
+            if name in ("fc1_weight", "fc2_weight"):
+                mark_delayed(parameter, self._plan_options["delay_wgrad_compute"])
+            if self.distributed:  # what DTensors are, they tell themselves
+                continue
             if name in split:
                 split[name].mark(parameter)
             else:
-                parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+                parameter.sequence_parallel = self.sequence_parallel
 
     def reset_parameters(self) -> None:
         """Initialize all parameters again, e.g. after `to_empty`."""
-        self._mark_parameters()
+        self.mark()
         for name, parameter in self._parameters.items():
             if parameter is not None and not name.startswith("fc"):
                 one = name.endswith("weight") and not self.zero_centered_gamma
@@ -297,31 +299,28 @@ class LayerNormMLP(MarksParameters):
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Any:
         """inp: `[*, hidden_size]` in the parameters' dtype, or any under autocast.
 
-        is_first_microbatch: with fuse_wgrad_accumulation, True overwrites main_grad; False and
-        None accumulate. Under a recipe, True keeps the quantized weights, and False uses those of
-        the last call with True; None quantizes them anew and keeps nothing.
+        is_first_microbatch: with fuse_wgrad_accumulation, after True the next gradient that arrives
+        at a weight overwrites its main_grad, whichever call it comes from: there is nothing of this
+        step yet. All others are added. Under a recipe, True keeps the quantized weights, and False
+        uses those of the last call with True; None quantizes them anew and keeps nothing.
         """
-        # An int and a new list: Dynamo up to 2.11 takes no bool as an index, and no `insert` below.
-        first = 1 if self.fuse_wgrad_accumulation and is_first_microbatch else 0
+        if is_first_microbatch and self.fuse_wgrad_accumulation:
+            for name in ("fc1_weight", "fc2_weight"):
+                expect_overwrite(getattr(self, name))
         if is_first_microbatch is None or active.key is None:
-            result = self._sequences[first](inp)
+            result = self._sequences[0](inp)
         else:
             with microbatch(is_first_microbatch):
-                result = self._sequences[first](inp)
+                result = self._sequences[0](inp)
         out, *more = result if isinstance(result, tuple) else (result,)
         if self.return_bias:
             bias = None if self.fc2_bias is None else own_part(self, "fc2_bias", self.fc2_bias)
             more = [None if bias is None else bias.to(out.dtype), *more]
         return (out, *more) if more else out
 
-    def backward_dw(self) -> None:
-        """Compute the weight gradients of FC2 and FC1 that the oldest backward delayed."""
-        queued = [s for s in self._sequences if s.queued_backward_dw()]
-        (queued or self._sequences)[0].backward_dw()
-
-    def need_backward_dw(self) -> bool:
-        """Whether weight gradients are delayed until `backward_dw`."""
-        return self._sequences[0].need_backward_dw()
+    @property
+    def wgrad_queue(self) -> Queue | None:
+        return self._sequences[0].wgrad_queue
 
     def plan(self, training: bool = True, x: Tensor | None = None) -> Plan:
         """The plan, as `Sequential.plan` gives it."""

@@ -120,6 +120,8 @@ class Op(Watched):
     """Whether it exchanges tensors with the other ranks of the process group named `group`."""
     training_matters: ClassVar[bool] = False
     """Whether the op differs between training and evaluation."""
+    deferred = False
+    """Whether a backward leaves weight gradients for later: seen on what it calls and is given."""
 
     fwd: Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]
     bwd: Callable[..., tuple[Tensor | None, tuple[Tensor | None, ...]]] | None = None
@@ -271,6 +273,10 @@ class Op(Watched):
     def has(self, name: str) -> bool:
         """Whether there is such a parameter."""
         return getattr(*self.home(name), None) is not None
+
+    def weigh(self, function: Callable[..., Any], *operands: Any) -> Any:
+        """A weight gradient that a function computes; the call itself where it is deferred."""
+        return function(*operands)
 
     def borrow(self, module: nn.Module, **names: str) -> "Op":
         """Read parameters from another module, under the names given; its own are dropped."""

@@ -54,11 +54,8 @@ class Plan:
     """Cost in weighted bytes per row of what each planner would have chosen."""
     forward_source: str
     backward_source: str
-    delayed_source: str | None
-    """The third function, of weight gradients that `backward_dw` computes."""
     run_forward: Callable[..., Any]
     run_backward: Callable[..., Any]
-    run_delayed: Callable[..., Any] | None
     specs: "Signature"
     labels: tuple[str, ...]
     """What errors call the op at each position: the one the user wrote."""
@@ -123,8 +120,10 @@ class Signature(NamedTuple):
     """Which outputs' gradients, the first apart, the backward takes."""
     training: bool
     autocast: bool
-    delayed: tuple[str, ...]
-    """The weights whose gradients the delayed function returns."""
+    late: tuple[int, ...]
+    """Which weights' gradients wait for `backward_dw`: places among the weights."""
+    stored: tuple[tuple[int, int], ...]
+    """Saved weights whose gradients go into main_grad: places among what is saved, and weights."""
     packed: tuple[tuple[int, tuple[str, ...]], ...] = ()
     """Weights that are handed in quantized: their places among the weights, and the copies."""
     parts: tuple[str, ...] = ()
@@ -175,9 +174,7 @@ def _saved_specs(space: Space, cover: Cover) -> dict[str, Spec]:
     return found
 
 
-def _signature(
-    space: Space, cover: Cover, saved: Mapping[str, Spec], delayed: tuple[str, ...]
-) -> Signature:
+def _signature(space: Space, cover: Cover, saved: Mapping[str, Spec]) -> Signature:
     program, copies = space.program, Packing(space, cover)
     run, request = program.run, program.request
     last = (program.count, *run.outputs)
@@ -185,6 +182,7 @@ def _signature(
     weights |= dict(copies.parameters)
     given: dict[str, Any] = {"x0": request.x, **program.extra_specs, **weights}
     wanted = request.gradients | program.reported
+    places = list(saved)
     ratios = tuple(program.specs[gap].factor.as_integer_ratio() for gap in last)
     cast = {
         name
@@ -206,7 +204,8 @@ def _signature(
         tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
         bool(request.gradients) and program.flows[-1],
         request.compute is not None,
-        delayed,
+        program.late,
+        tuple((places.index(v), k) for k, v in program.accumulated.items() if v in saved),
         tuple((run.slots.index((i, name)), which) for i, name, which in copies.weights()),
         tuple(name for name, _ in copies.parameters),
         len(program.reports),
@@ -225,7 +224,7 @@ def make_plan(
     cover = PLANNERS[planner](space)
     saved = _saved_specs(space, cover)
     forward = write_forward(space, cover, list(saved), config.check)
-    backward, delayed, late = write_backward(space, cover, list(saved), config.check)
+    backward = write_backward(space, cover, list(saved), config.check)
     kept = sorted(cover.keeper.kept, key=lambda n: (space.place(n), n))
     plan = Plan(
         tuple(_step(claim, cover, space) for claim in cover.forward),
@@ -235,11 +234,9 @@ def make_plan(
         cover.costs,
         forward.source,
         backward.source,
-        None if delayed is None else delayed.source,
         forward.call,
         backward.call,
-        None if delayed is None else delayed.call,
-        _signature(space, cover, saved, late),
+        _signature(space, cover, saved),
         tuple(run.labels),
         tuple(kind.__name__ for kind in run.kinds),
         tuple(run.numbers),
@@ -261,7 +258,7 @@ def _log(plan: Plan, config: Config) -> None:
         for ops, name, direction, reason in plan.rejected:
             print(f"opsgraph: {ops} {name} ({direction}): {reason}", file=sys.stderr)
     if "code" in config.logs:
-        print(plan.forward_source, plan.backward_source, plan.delayed_source or "", file=sys.stderr)
+        print(plan.forward_source, plan.backward_source, file=sys.stderr)
 
 
 __all__ = ["Plan", "Step", "make_plan"]

@@ -282,6 +282,43 @@ class Program:
             and (name in kind.saves or any(name in arguments(f) for f in _by_hand(kind)))
         ]
 
+    @cached_property
+    def late(self) -> tuple[int, ...]:
+        """Slots of the weights whose gradients `backward_dw` is to compute: matrices of products.
+
+        Their gradients in the backward are calls that wait, or tensors where a step has no other
+        way.
+        """
+        if self.request.options.get("delay_wgrad_compute"):
+            return tuple(self._factors())
+        return tuple(
+            k for k, i in self._factors().items() if _asks(self.ops[i], "delay_wgrad_compute")
+        )
+
+    @cached_property
+    def accumulated(self) -> dict[int, str]:
+        """Variables of weights whose gradients go into main_grad, by slot."""
+        names, asked = list(self.weight_names.values()), "accumulate_into_main_grad"
+        return {k: names[k] for k, i in self._factors().items() if _asks(self.ops[i], asked)}
+
+    def _factors(self) -> dict[int, int]:
+        """The op of each weight that is a factor of a product and wants a gradient, by slot."""
+        weights = self.request.weights
+        return {
+            k: i
+            for k, ((i, name), variable) in enumerate(self.weight_names.items())
+            if self.kinds[i].gemm
+            and variable in self.request.gradients
+            and (spec := weights[i, name]) is not None
+            and (self.kinds[i].wgrad or len(spec.shape) > 1)
+        }
+
+    @cached_property
+    def waits(self) -> set[str]:
+        """The gradients of those weights."""
+        names = list(self.weight_names.values())
+        return {f"d{names[k]}" for k in self.late}
+
     def value_spec(self, name: str) -> Spec:
         """The spec of a value by its name; private names of fusers are not known here."""
         if name in self.extra_specs:
@@ -294,6 +331,10 @@ class Program:
             specs = saved(self.kinds[i], self.ops[i], x)
             self._saved[i] = {n: _rows_times(spec, x.factor) for n, spec in specs.items()}
         return self._saved[i][self.run.name.origins[name][1]]
+
+
+def _asks(op: Op, flag: str) -> bool:
+    return bool(getattr(op, flag, False))
 
 
 def _rows_times(spec: Spec, factor: Fraction) -> Spec:

@@ -16,6 +16,7 @@ from .errors import OpError, PlanError
 from .functions import verify_added
 from .op import Op, constant_under_compile
 from .ops.convert import is_untouched, module_from, op_from
+from .ops.delayed import DelaysWeightGradients, Queue
 from .ops.linear import tell_next
 from .ops.sizes import infer_sizes
 from .plan import Plan
@@ -32,7 +33,7 @@ class Plans(tuple[Plan, ...]):
         return "\n\n".join(map(str, self))
 
 
-class Sequential(nn.Sequential):
+class Sequential(DelaysWeightGradients, nn.Sequential):
     """Ops in sequence, planned as one; plain nn.Modules may stand between them.
 
     `forward(x, *extra_inputs)` returns y, or `(y, *extra_outputs)` where there are any. x is
@@ -43,6 +44,8 @@ class Sequential(nn.Sequential):
     all that are there. planner: "greedy" or "optimal". recompute: False keeps whatever the backward
     needs, where by default cheap values are made again. double_backward: run the reference ops
     without a Function of our own, so that gradients can be differentiated again.
+    delay_wgrad_compute: the backward leaves the gradients of linear layers' weights to
+    `backward_dw()`.
 
     Hooks of the ops inside do not fire; those of the Sequential do. Raises OpError for an input
     that an op cannot take, PlanError for a sequence that cannot be planned.
@@ -221,23 +224,9 @@ class Sequential(nn.Sequential):
                     outputs.append(value)
         return (x, *outputs) if outputs else x
 
-    def backward_dw(self) -> None:
-        """Compute the weight gradients of the oldest backward that delayed them, and add them.
-
-        Of a module made with `delay_wgrad_compute=True`. Raises RuntimeError if nothing is queued.
-        """
-        if not self._options.queue:
-            raise RuntimeError("backward_dw: no weight gradient is queued; run a backward first")
-        stage, *rest = self._options.queue.pop(0)
-        stage.run_delayed(*rest)
-
-    def queued_backward_dw(self) -> int:
-        """How many backwards wait for their `backward_dw`."""
-        return len(self._options.queue)
-
-    def need_backward_dw(self) -> bool:
-        """Whether weight gradients are delayed until `backward_dw`."""
-        return bool(self._options.more.get("delay_wgrad_compute"))
+    @property
+    def wgrad_queue(self) -> Queue | None:
+        return self._options.queue if self._options.more.get("delay_wgrad_compute") else None
 
     # -- looking --
 

@@ -31,6 +31,7 @@ from .run import Run
 from .scaling import Scaling
 from .spec import ROWS, Spec, row
 from .table import Key, Options, shape_of, table_for
+from .unseen import Unseen
 
 
 def _first_collective(run: Run) -> int | None:
@@ -98,8 +99,9 @@ class Stage:
         self.table = table_for(run, options)
         self.plans = self.table.plans
         self.ops = self.table.ops
-        self.double_backward, self.queue = options.double_backward, options.queue
-        self.eager_only = self._eager_only(options)
+        self.double_backward = options.double_backward
+        self.unseen = Unseen(run, self.ops, self.slots, options)
+        self.eager_only = self.unseen.reason
 
     @staticmethod
     def _row_dims(run: Run, i: int, name: str) -> int | None:
@@ -107,14 +109,6 @@ class Stage:
         edge = row(1, torch.float32, torch.device("cpu"))
         spec = run.kinds[i].extra_spec(run.ops[i], name, edge)
         return None if spec is None else len(spec.shape)
-
-    def _eager_only(self, options: Options) -> str | None:
-        """Why the stage cannot run under torch.compile, or None."""
-        if options.more.get("delay_wgrad_compute"):
-            return "delay_wgrad_compute queues gradients, which torch.compile cannot see"
-        if any(getattr(op, "accumulate_into_main_grad", False) for op in self.real):
-            return "accumulating into main_grad writes a tensor that torch.compile cannot see"
-        return None
 
     def quantize(self, plan: Plan, weights: Sequence[Tensor | None]) -> list[Tensor]:
         """The parts of the quantized weights that a plan takes, made of the weights as they are."""
@@ -159,30 +153,6 @@ class Stage:
         first = len(plan.specs.names) - len(self.slots) - len(plan.specs.parts)
         states = (self.slots[k - first][0] for k in plan.specs.reported)
         return [state.amax_backward for state in states]  # type: ignore[misc]
-
-    def delay(self, plan: Plan, found: Any, saved: Sequence[Tensor]) -> Any:
-        """Queue what the delayed function needs; returns the gradients there are already."""
-        gradients, later = found
-        self.queue.append((self, plan, later, saved))
-        return gradients
-
-    def run_delayed(self, plan: Plan, later: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
-        """Compute delayed weight gradients and add them to the parameters' `.grad`."""
-        assert plan.run_delayed is not None
-        homes = {
-            self.table.run.name(n, i): home
-            for (i, n), home in zip(self.table.run.slots, self.slots, strict=True)
-        }
-        with torch.no_grad():
-            found = plan.run_delayed(self.ops, *later, *saved)
-            for name, gradient in zip(plan.specs.delayed, found, strict=True):
-                weight = getattr(*homes[name])
-                if type(weight) not in PLAIN:
-                    got = f"{homes[name][1]} as a {type(weight).__name__}"
-                    raise OpError("backward_dw", got, "a plain parameter")
-                if gradient is not None:
-                    gradient = gradient.to(weight.dtype)
-                    weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
     def weights(self) -> list[Tensor | None]:
         """The parameters as they are now; a parametrized one is an attribute only."""

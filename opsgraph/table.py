@@ -18,6 +18,7 @@ from .backend import backends as known_backends
 from .constants import key as plan_key
 from .fuser import registered
 from .op import weights
+from .ops.delayed import Queue
 from .plan import Plan
 from .run import Run
 from .scaling import Scaling
@@ -45,8 +46,8 @@ class Options:
         self.backends = None if backends is None else tuple(backends)
         self.planner, self.double_backward, self.more = planner, double_backward, more
         self.config = config.read()
-        self.queue: list[Any] = []
-        """Weight gradients that `backward_dw` has yet to compute, one entry for each backward."""
+        self.queue = Queue()
+        """Weight gradients that `backward_dw` has yet to compute."""
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -60,9 +61,6 @@ class Options:
         """All of it, hashable."""
         more = tuple(sorted(self.more.items()))
         return (self.order, self.planner, self.double_backward, more, self.config)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "queue": []}
 
 
 _tables: weakref.WeakValueDictionary[Any, PlanTable] = weakref.WeakValueDictionary()

@@ -11,7 +11,7 @@ from test_layernorm_mlp import HIDDEN, Setting
 from torch import Tensor, nn
 
 import opsgraph as og
-from opsgraph.ops import Dropout, GroupedLinear, Linear, RMSNorm, SwiGLU
+from opsgraph.ops import Dropout, Linear, RMSNorm, SwiGLU
 
 SETTINGS = [
     Setting(*values)
@@ -197,14 +197,6 @@ def test_delayed_gradients_into_main_grad() -> None:
     for name in WEIGHTS:
         assert torch.equal(mlp.get_parameter(name).main_grad, plain[name])
         assert mlp.get_parameter(name).grad is None
-
-
-def test_an_op_that_cannot_delay_says_so() -> None:
-    grouped = og.Sequential(GroupedLinear(3, 4, 6, device="cpu"), delay_wgrad_compute=True)
-    with pytest.raises(og.OpError, match="0:GroupedLinear: got delay_wgrad_compute and an op with"):
-        grouped(torch.randn(5, 4), torch.tensor([2, 0, 3]))
-    with torch.no_grad():
-        assert grouped(torch.randn(5, 4), torch.tensor([2, 0, 3])).shape == (5, 6)
 
 
 # -- checkpoint --

@@ -100,16 +100,19 @@ class LinearScaleBackward(Fuser):
         return None
 
     def bwd(
-        self, dy: Tensor, fc_x: Tensor, fc_weight: Tensor, scale_scale: float,
+        self, dy: Tensor, fc: Any, fc_x: Tensor, fc_weight: Tensor, scale_scale: float,
         want: Collection[str],
     ) -> Any:  # fmt: skip
         dx = dweight = None
-        nothing = dy.new_empty(())
         if "x" in want:
-            dx = torch.addmm(nothing, dy, fc_weight, beta=0, alpha=scale_scale)
+            dx = _scaled_product(dy, fc_weight, scale_scale)
         if "fc_weight" in want:
-            dweight = torch.addmm(nothing, dy.t(), fc_x, beta=0, alpha=scale_scale)
+            dweight = fc.weigh(_scaled_product, dy.t(), fc_x, scale_scale)
         return dx, (dweight,)
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 @register

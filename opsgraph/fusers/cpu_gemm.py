@@ -36,7 +36,7 @@ def _wgrad(fc: Any, dy: Tensor, x: Tensor, stored: Tensor) -> Tensor | None:
     """The op's own where it goes into main_grad: that multiplies operands as they are stored."""
     if fc.accumulate_into_main_grad:
         return fc.wgrad(dy, x, stored)  # type: ignore[no-any-return]
-    return gemm.wgrad(dy, x)  # type: ignore[no-any-return]
+    return fc.weigh(gemm.wgrad, dy, x)  # type: ignore[no-any-return]
 
 
 @register
@@ -91,15 +91,21 @@ def _one_pass(x: Tensor) -> bool:
 
 
 def _activated_wgrad(fc: Any, dy: Tensor, act: Op, pre: Tensor, stored: Tensor) -> Tensor | None:
-    """The weight gradient of the linear after an activation, some columns of that at a time.
+    """The weight gradient of the linear after an activation, which is computed again."""
+    if fc.accumulate_into_main_grad:
+        y = activations.activation_forward(pre, *shape_of(act))[0]
+        return fc.wgrad(dy, y, stored)  # type: ignore[no-any-return]
+    return fc.weigh(_wgrad_in_parts, dy, act, pre, stored.shape)  # type: ignore[no-any-return]
+
+
+def _wgrad_in_parts(dy: Tensor, act: Op, pre: Tensor, shape: torch.Size) -> Tensor:
+    """`dy.T @ act(pre)`, some columns of that at a time.
 
     They are stored as the product wants them, and are never there as a whole.
     """
-    rows, (width, depth) = pre.shape[0], stored.shape
+    rows, (width, depth) = pre.shape[0], shape
     kind, params, interleave = shape_of(act)
     forward = partial(activations.activation_forward, pre, kind, params, interleave)
-    if fc.accumulate_into_main_grad:
-        return _wgrad(fc, dy, forward()[0], stored)
     unit, parts = interleave or 64, min(PARTS, max(1, depth // COLUMNS))
     step = -(-depth // (parts * unit)) * unit
     dweight: Tensor = memory.empty((width, depth), dy.dtype)
@@ -161,10 +167,14 @@ class ActivationProductBackward(_Passes):
             )
             dweight = None if y is None else _wgrad(fc2, dy, y, fc2_weight_stored)
         else:
+            free = launch.direct(pre) and memory.ours(pre) and pre.is_contiguous()
+            copied = free and fc2.deferred and names != {"y"}
             if "y" in names:
-                dweight = _activated_wgrad(fc2, dy, act, pre, fc2_weight_stored)
+                # The pass below is the same, to the bit, if a deferred product has a copy to read.
+                read = memory.empty(pre.shape, pre.dtype).copy_(pre) if copied else pre
+                dweight = _activated_wgrad(fc2, dy, act, read, fc2_weight_stored)
+                del read
             if names := names - {"y"}:
-                free = launch.direct(pre) and memory.ours(pre) and pre.is_contiguous()
                 out = pre if free else memory.empty(pre.shape, pre.dtype)
                 dpre, dbias = _activation_backward(dy, act, pre, fc2_weight, names, dtype, out)
         return dpre, (dweight,) if bias is None else (dbias, dweight)

@@ -154,12 +154,18 @@ def scaled_product(a: Copy | None, b: Copy | None, dtype: torch.dtype) -> Tensor
 def weight_gradient(dy: Quantized, x: Quantized, fc: Any, weight: Tensor) -> Tensor | None:
     """`dy.T @ x`, or into the weight's main_grad: not rounded before it is added, if it can be."""
     if not fc.accumulate_into_main_grad:
-        return scaled_product(dy.col, x.col, dy.dtype)
+        return fc.weigh(scaled_product, dy.col, x.col, dy.dtype)  # type: ignore[no-any-return]
     assert x.col is not None
     family = _family(x.col.quantizer.storage)
     wide = family is not None and torch.float32 in family.dtypes
-    found = scaled_product(dy.col, x.col, torch.float32 if wide else dy.dtype)
-    return add_to_main_grad(found, weight, fc.overwrite_main_grad)
+    dtype, overwrite = torch.float32 if wide else dy.dtype, fc.overwrite_main_grad
+    return fc.weigh(_accumulate, dy.col, x.col, dtype, weight, overwrite)  # type: ignore[no-any-return]
+
+
+def _accumulate(
+    dy: Copy, x: Copy, dtype: torch.dtype, weight: Tensor, overwrite: bool
+) -> Tensor | None:
+    return add_to_main_grad(scaled_product(dy, x, dtype), weight, overwrite)
 
 
 class _Scaled(Fuser):

@@ -60,11 +60,11 @@ class Bias(MarksParameters, Op):
 
     def _mark_parameters(self) -> None:
         for name, partition in self.partitions().items():
-            partition.mark(self._parameters[name])
+            partition.mark(self.own_parameter(name))
 
     def reset_parameters(self) -> None:
         """Set the bias to 0."""
-        self._mark_parameters()
+        self.mark()
         if not isinstance(self.bias, UninitializedParameter):
             nn.init.zeros_(self.bias)
 

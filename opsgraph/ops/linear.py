@@ -21,6 +21,7 @@ from ..validation import flag, size
 from . import scaled_gemm as scaled
 from .bias import Bias
 from .collectives import AllGather, AllReduce, AllReduceGrad, Group, ReduceScatter, group_of
+from .delayed import Queue, TellsOfWeightGradients, mark_delayed, queue_of
 from .main_grad import accumulate, add_to_main_grad
 from .parameters import MarksParameters, Partition, empty_parameter
 
@@ -46,12 +47,13 @@ FUNCTIONS = ("fwd", "bwd", "dgrad", "wgrad", "again", "reject", "out", "saved", 
 """What a subclass of Linear overrides if its product is not BasicLinear's."""
 
 
-class BasicLinear(MarksParameters, Op):
+class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
     """`y = x @ weight.T`. x: `[*, in_features]`; weight: `[out_features, in_features]`.
 
     Either size may be left out where a neighbour or the first input tells it. The weight is
     initialized as nn.Linear's (uniform within `1/sqrt(in_features)`), or by `init_method(weight)`.
     accumulate_into_main_grad: the weight's gradient goes into `weight.main_grad`, see `main_grad`.
+    delay_wgrad_compute: the backward leaves the weight's gradient to `backward_dw()`.
     userbuffers_options is a hint and changes nothing.
 
     Tensor parallelism, over the ranks of tensor_parallel_group (a ProcessGroup, a DeviceMesh of one
@@ -89,6 +91,7 @@ class BasicLinear(MarksParameters, Op):
         symmetric_ar_type: str | None = None,
         accumulate_into_main_grad: bool = False,
         overwrite_main_grad: bool = False,
+        delay_wgrad_compute: bool = False,
         userbuffers_options: Mapping[str, Any] | None = None,
     ) -> None:
         who = type(self).__name__
@@ -109,6 +112,7 @@ class BasicLinear(MarksParameters, Op):
         main_grad = flag(who, "accumulate_into_main_grad", accumulate_into_main_grad)
         self.accumulate_into_main_grad = main_grad
         self.overwrite_main_grad = flag(who, "overwrite_main_grad", overwrite_main_grad)
+        self.delay_wgrad_compute = flag(who, "delay_wgrad_compute", delay_wgrad_compute)
         self.init_method = init_method
         self.group, self.group_size = group
         self.tensor_parallel_mode = tensor_parallel_mode
@@ -123,9 +127,13 @@ class BasicLinear(MarksParameters, Op):
         if not isinstance(self, Linear):
             self.reset_parameters()
 
+    @property
+    def wgrad_queue(self) -> Queue | None:
+        return queue_of(self) if self.delay_wgrad_compute else None
+
     def reset_parameters(self) -> None:
         """Initialize the parameters, where their sizes are known."""
-        self._mark_parameters()
+        self.mark()
         tracker = self.rng_state_tracker_function
         with tracker().fork() if tracker else nullcontext():
             self._reset_weight()
@@ -148,7 +156,7 @@ class BasicLinear(MarksParameters, Op):
         hold(self, "weight")
 
     def _reset_bias(self) -> None:
-        bias = self._parameters.get("bias")
+        bias = self.own_parameter("bias")
         if bias is None or isinstance(bias, UninitializedParameter):
             return
         if self.init_method is not None or not self.in_features:
@@ -245,7 +253,7 @@ class BasicLinear(MarksParameters, Op):
         stride = getattr(op, "pieces", 1)
         if not self._stride_given and stride != self.partition_stride:
             self.__dict__["partition_stride"] = stride  # no plan depends on it
-            self._mark_parameters()
+            self.mark()
 
     def split(self, mode: str | None, group: Group, sequence_parallel: bool) -> None:
         """Become one rank's part of a layer; the parameters are the caller's to replace.
@@ -271,13 +279,14 @@ class BasicLinear(MarksParameters, Op):
         return {"weight": split} | ({"bias": split} if self.has("bias") else {})
 
     def _mark_parameters(self) -> None:
+        mark_delayed(self.own_parameter("weight"), self.delay_wgrad_compute)
         if self.tensor_parallel_mode is None or self.distributed:
             return
         for name, partition in self.partitions().items():
-            partition.mark(self._parameters[name])
-        bias = self._parameters.get("bias")
+            partition.mark(self.own_parameter(name))
+        bias = self.own_parameter("bias")
         if bias is not None and self.tensor_parallel_mode == "row":
-            bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+            bias.sequence_parallel = self.sequence_parallel
 
     lowers_subclasses = True
 

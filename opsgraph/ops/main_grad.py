@@ -1,15 +1,77 @@
 """The main_grad protocol: weight gradients accumulated into a buffer that an optimizer owns.
 
-The buffer is the parameter's attribute `main_grad`, of any dtype; the attribute
-`overwrite_main_grad=True` has it overwritten. A parameter with the attribute
-`grad_added_to_main_grad` has it set to True and gets a dummy gradient from autograd, zeros if it
-has `zero_out_wgrad`; any other gets none.
+The buffer is the parameter's attribute `main_grad`, or what its `get_main_grad()` returns where it
+has one, of any dtype. A parameter with the attribute `grad_added_to_main_grad` has it set to True
+and gets a dummy gradient from autograd, zeros if it has `zero_out_wgrad`; any other gets none.
+
+Gradients are added. One that arrives overwrites instead where the buffer holds nothing of this
+step, and never what has arrived since:
+
+- after `expect_overwrite` (`is_first_microbatch=True`) the next one that arrives, whichever call of
+  the module it comes from: backwards run in reverse;
+- of a parameter with `overwrite_main_grad=True` the first one of every backward.
 """
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ..errors import OpsgraphError
+
+EXPECTED = "main_grad_to_overwrite"
+"""Attribute of a weight whose next gradient overwrites."""
+LATEST = "main_grad_backward"
+"""Attribute of a weight: the last backward whose gradient has overwritten."""
+
+
+class _Arriving(threading.local):
+    backward: int | None = None
+    """The backward that gradients belong to, where it is not the one that runs."""
+    unwanted: frozenset[int] = frozenset()
+    """Weights, by id, of which `backward(inputs=...)` asks no gradient."""
+
+
+_arriving = _Arriving()
+
+
+@contextmanager
+def arriving(backward: int | None, unwanted: frozenset[int] = frozenset()) -> Iterator[None]:
+    """Gradients that arrive belong to a backward, None for the one that runs."""
+    before = _arriving.backward, _arriving.unwanted
+    _arriving.backward, _arriving.unwanted = backward, unwanted
+    try:
+        yield
+    finally:
+        _arriving.backward, _arriving.unwanted = before
+
+
+def expect_overwrite(weight: Tensor) -> None:
+    """Have the next gradient that arrives overwrite main_grad: that holds nothing of this step.
+
+    Without gradients it does nothing, unless inside the forward of an autograd.Function, as the
+    reentrant kind of torch.utils.checkpoint is: a backward will come. What runs inside a backward
+    is a checkpoint's recomputation, and was said before.
+    """
+    inside = not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+    if torch._C._current_graph_task_id() >= 0:
+        return
+    if weight.requires_grad and (torch.is_grad_enabled() or inside):
+        setattr(weight, EXPECTED, True)
+
+
+def _overwrites(weight: Tensor, always: bool) -> bool:
+    """Whether the gradient that arrives takes the place of what main_grad holds."""
+    expected = weight.__dict__.pop(EXPECTED, False)
+    if not (always or getattr(weight, "overwrite_main_grad", False)):
+        return expected  # type: ignore[no-any-return]
+    now = _arriving.backward
+    now = torch._C._current_graph_task_id() if now is None else now
+    before = weight.__dict__.get(LATEST)
+    setattr(weight, LATEST, now)
+    return expected or now < 0 or before != now
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -24,30 +86,36 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def accumulate(a: Tensor, b: Tensor, weight: Tensor, overwrite: bool) -> Tensor | None:
     """Add `a @ b` to `weight.main_grad`; returns what autograd is given.
 
-    Raises OpsgraphError if the weight has no main_grad of its shape.
+    overwrite: as if the weight had `overwrite_main_grad`. Raises OpsgraphError if the weight has no
+    main_grad of its shape.
     """
+    if id(weight) in _arriving.unwanted:
+        return None
     main = _main_grad(weight)
-    if overwrite or getattr(weight, "overwrite_main_grad", False):
+    if _overwrites(weight, overwrite):
         main.copy_(_product(a, b, main.dtype))
     elif main.dtype == a.dtype:
         torch.addmm(main, a, b, out=main)
     else:
         main.add_(_product(a, b, main.dtype))
-    return _dummy(weight)
+    return dummy(weight)
 
 
 def add_to_main_grad(gradient: Tensor, weight: Tensor, overwrite: bool) -> Tensor | None:
     """`accumulate` for a gradient that was computed already."""
+    if id(weight) in _arriving.unwanted:
+        return None
     main = _main_grad(weight)
-    if overwrite or getattr(weight, "overwrite_main_grad", False):
+    if _overwrites(weight, overwrite):
         main.copy_(gradient)
     else:
         main.add_(gradient)
-    return _dummy(weight)
+    return dummy(weight)
 
 
 def _main_grad(weight: Tensor) -> Tensor:
-    main = getattr(weight, "main_grad", None)
+    get = getattr(weight, "get_main_grad", None)
+    main = getattr(weight, "main_grad", None) if get is None else get()
     if not isinstance(main, Tensor) or main.shape != weight.shape:
         got = tuple(main.shape) if isinstance(main, Tensor) else main
         raise OpsgraphError(
@@ -56,7 +124,7 @@ def _main_grad(weight: Tensor) -> Tensor:
     return main
 
 
-def _dummy(weight: Tensor) -> Tensor | None:
+def dummy(weight: Tensor) -> Tensor | None:
     """What autograd is given for a weight whose gradient went elsewhere."""
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None

@@ -50,11 +50,39 @@ class Partition(NamedTuple):
 
 
 class MarksParameters(nn.Module):
-    """A module whose parameters carry attributes, which new or copied parameters lack."""
+    """A module whose parameters carry attributes, which new or copied parameters lack.
+
+    They get them whatever makes a parameter: assignment, loading, moving, copying, FSDP2's shards.
+    """
 
     def _mark_parameters(self) -> None:
         """Give the parameters the attributes by which others know how they are split."""
         raise NotImplementedError
+
+    def mark(self) -> None:
+        """Mark the parameters, and from now on those that are set."""
+        self.__dict__["marked"] = True
+        self._mark_parameters()
+
+    def own_parameter(self, name: str) -> Any:
+        """A parameter of the module, or the one that a parametrization computes it of; or None."""
+        parametrized: Any = self._modules.get("parametrizations", ())
+        if name in parametrized:
+            return getattr(parametrized[name], "original", None)
+        return self._parameters.get(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 puts its parameters past register_parameter if a module leaves this to torch.
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if param is not None and "marked" in self.__dict__:
+            self._mark_parameters()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._mark_parameters()  # torch.__future__'s swapping of tensors swaps attributes too
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

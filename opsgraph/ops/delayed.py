@@ -1,0 +1,277 @@
+"""Weight gradients that a backward leaves for later: who holds them, and how they arrive.
+
+A backward runs the steps that it would run anyway. Where a step computes a weight gradient, what it
+computes it of is kept instead, with the call to make: so nothing else is held, and the result is
+the same bits. `backward_dw` makes the calls and does for each weight what autograd would have done.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OpError, OpsgraphError
+from ..op import Op
+from ..quantizers import Quantized
+from .main_grad import arriving, dummy
+
+_serial = itertools.count()
+
+
+def wait(function: Callable[..., Any], *operands: Any) -> Any:
+    """A call to make later, of what computes a weight gradient, with what that reads."""
+    read = (
+        value._replace(row=None) if isinstance(value, Quantized) and value.col else value
+        for value in operands
+    )
+    return partial(function, *read)
+
+
+def deferring(op: Any) -> Any:
+    """The op for a backward: its `wgrad`, and what `weigh` is given, are calls to make later."""
+    twin = object.__new__(op.__class__)  # op may be a weak proxy
+    later = {"wgrad": partial(wait, op.wgrad)} if op.wgrad is not None else {}
+    twin.__dict__ = {**op.__dict__, "deferred": True, "weigh": wait, **later}
+    return twin
+
+
+def mark_delayed(weight: Tensor | None, delayed: bool) -> None:
+    """Have those know who would otherwise wait for a weight's gradient in the backward."""
+    for parameter in parameters(weight) if delayed and weight is not None else ():
+        parameter.skip_backward_post_hook = True  # type: ignore[attr-defined]
+
+
+def parts_of(weight: Tensor) -> dict[str, Tensor]:
+    """The parameters that a tensor was joined of, by name; empty for a parameter itself."""
+    found: dict[str, Tensor] = getattr(weight, "parts", {})
+    return found
+
+
+def parameters(weight: Tensor) -> list[Tensor]:
+    """The parameters that a tensor was joined of, or the one that it is."""
+    return list(parts_of(weight).values()) or [weight]
+
+
+def unasked(node: Any, weight: Tensor) -> set[int]:
+    """Of a weight's parameters those, by id, to which the running backward gives no gradient.
+
+    node: that to which the weight's gradient goes.
+    """
+    nodes = [edge for edge, _ in node.next_functions] if parts_of(weight) and node else [node]
+    pairs = zip(parameters(weight), nodes, strict=True)
+    return {id(part) for part, edge in pairs if not (_runs(node) and _runs(edge))}
+
+
+def _runs(node: Any) -> bool:
+    try:
+        return node is not None and bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a parameter's, under torch.autograd.grad, which adds nothing to .grad
+        return False
+
+
+class Late(NamedTuple):
+    """A weight gradient to come: of which parameter, and the call that gives it.
+
+    gradient: may be a tensor, of a step that knows no other way. unwanted: weights, by id, that are
+    to get none. versions: what the call reads, with the version of each.
+    """
+
+    module: nn.Module
+    name: str
+    weight: Tensor
+    gradient: Any
+    into_main_grad: bool
+    unwanted: frozenset[int]
+    versions: tuple[tuple[Tensor, int], ...]
+
+    @classmethod
+    def of(
+        cls, home: tuple[nn.Module, str], weight: Tensor, gradient: Any, into_main_grad: bool,
+        unwanted: frozenset[int],
+    ) -> "Late":  # fmt: skip
+        """A gradient as a step has given it."""
+        read = tensors([gradient]) if isinstance(gradient, partial) else ()
+        kept = [t for t in read if t is not weight and not t.is_inference()]
+        versions = tuple((t, t._version) for t in kept)
+        return cls(*home, weight, gradient, into_main_grad, unwanted, versions)
+
+    def verify(self) -> None:
+        """Raises an error if the gradient cannot be computed, or could not arrive."""
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise OpsgraphError(
+                f"backward_dw: got a tensor that was modified in place after the backward, which "
+                f"the gradient of {self.name} needs; expected it as it was"
+            )
+        for name in parts_of(self.weight) or (self.name,):
+            now = self.module._parameters.get(name)
+            if hasattr(now, "placements"):
+                got = f"{name} as a {type(now).__name__}, whose gradient was due in the backward"
+                raise OpError("backward_dw", got, "a plain parameter: FSDP2 does not wait")
+
+    def arrive(self) -> None:
+        """Compute the gradient and do what autograd would: add it, and call the hooks."""
+        gradient = self.gradient() if callable(self.gradient) else self.gradient
+        if gradient is None or self.into_main_grad:
+            return
+        pieces = gradient.unbind() if parts_of(self.weight) else [gradient]
+        for part, own in zip(parameters(self.weight), pieces, strict=True):
+            if part.requires_grad and id(part) not in self.unwanted:
+                _add(part, own)
+
+
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """All tensors among values, in tuples and lists of such, and bound to partial calls."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from tensors(value)
+        elif isinstance(value, partial):
+            yield from tensors((*value.args, *value.keywords.values()))
+
+
+def _add(weight: Tensor, gradient: Tensor) -> None:
+    gradient = gradient.to(weight.dtype)
+    for hook in list((weight._backward_hooks or {}).values()):
+        changed = hook(gradient)
+        gradient = gradient if changed is None else changed
+    if weight.grad is None:
+        weight.grad = gradient
+    else:
+        weight.grad.add_(gradient)
+    for hook in list((getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values()):
+        hook(weight)
+
+
+class Entry(NamedTuple):
+    """What a backward has left. backward: by which `backward()` it came."""
+
+    serial: int
+    backward: int
+    gradient: Late
+
+
+class Queue(list[Entry]):
+    """Entries of a module, the oldest first. A copy of the module has nothing to wait for."""
+
+    def leave(self, backward: int, gradient: Late) -> None:
+        """Append an entry."""
+        self.append(Entry(next(_serial), backward, gradient))
+
+    def __deepcopy__(self, _: Any) -> "Queue":
+        return Queue()
+
+    def __reduce__(self) -> Any:
+        return Queue, ()
+
+
+_queues: WeakKeyDictionary[nn.Module, Queue] = WeakKeyDictionary()
+_hooks: WeakKeyDictionary[nn.Module, list[Callable[[], Any]]] = WeakKeyDictionary()
+
+
+def queue_of(op: nn.Module) -> Queue:
+    """The queue of an op with `delay_wgrad_compute` of its own."""
+    return _queues.setdefault(op, Queue())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody hears of the module's delayed gradients."""
+    return bool(_hooks.get(module))
+
+
+def _all_queues(module: nn.Module) -> list[Queue]:
+    found = [getattr(m, "wgrad_queue", None) for m in module.modules()]
+    return [queue for queue in found if queue is not None]
+
+
+class DelaysWeightGradients(nn.Module):
+    """A module whose weight gradients, or those of modules inside, may wait for `backward_dw`."""
+
+    @property
+    def wgrad_queue(self) -> Queue | None:
+        """Where the module's own delayed gradients wait; None if it delays none."""
+        return None
+
+    def backward_dw(self) -> None:
+        """Compute the weight gradients that the oldest backward delayed, and add them to `.grad`.
+
+        All of one `backward()`: of every call of the module and of the modules inside it. Hooks of
+        the parameters run, then those of `register_wgrad_accumulation_and_reduce_hooks`. Raises
+        RuntimeError if nothing is queued, an error of opsgraph if a gradient could not arrive; the
+        queue is then as it was.
+        """
+        queues = [queue for queue in _all_queues(self) if queue]
+        if not queues:
+            raise RuntimeError("backward_dw: no weight gradient is queued; run a backward first")
+        oldest = min(queue[0] for queue in queues).backward
+        due = sorted(entry for queue in queues for entry in queue if entry.backward == oldest)
+        gradients = [entry.gradient for entry in due]
+        for late in gradients:
+            late.verify()
+        for queue in queues:
+            queue[:] = [entry for entry in queue if entry.backward != oldest]
+        with torch.no_grad():
+            for late in gradients:
+                with arriving(oldest, late.unwanted):
+                    late.arrive()
+        _tell(gradients)
+
+    def queued_backward_dw(self) -> int:
+        """How many backwards wait for their `backward_dw`."""
+        return len({entry.backward for queue in _all_queues(self) for entry in queue})
+
+    def need_backward_dw(self) -> bool:
+        """Whether weight gradients are delayed until `backward_dw`."""
+        return bool(_all_queues(self))
+
+
+class TellsOfWeightGradients(DelaysWeightGradients):
+    """A module with weights of its own, whose wrappers may ask to hear of delayed gradients."""
+
+    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], Any]) -> None:
+        """Have `hook()` called whenever `backward_dw` has put gradients of the module's weights.
+
+        The weights carry `skip_backward_post_hook=True` for wrappers that would otherwise wait for
+        their gradients in the backward.
+        """
+        _hooks.setdefault(self, []).append(hook)
+
+
+def _tell(gradients: Iterable[Late]) -> None:
+    """Call the hooks of modules whose gradients have arrived."""
+    heard = {id(late.module): late.module for late in gradients}
+    for late in gradients:
+        if has_hooks(late.module):
+            for weight in parameters(late.weight):
+                if weight.grad is None:  # Megatron-LM's hook asks for one, if it is but a dummy
+                    weight.grad = dummy(weight)
+    for module in heard.values():
+        for hook in _hooks.get(module, ()):
+            hook()
+
+
+def verify_arrival(module: nn.Module, name: str, weight: Tensor, label: str, delayed: bool) -> None:
+    """Raises OpError where a weight's gradient, that autograd does not see, would go astray."""
+    parts = parts_of(weight) or {name: weight}
+    what = "delay_wgrad_compute" if delayed else "accumulate_into_main_grad"
+    for own, part in parts.items():
+        if delayed and not part.is_leaf:
+            got = f"{what} and a {own} that is computed (a parametrization, FSDP1 or a DTensor)"
+            raise OpError(label, got, "a parameter that is a leaf")
+    wrapper: Any = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is None or (delayed and has_hooks(module)):
+        return
+    known = {id(parameter) for parameter in getattr(wrapper, "_module_parameters", ())}
+    if missed := [own for own, part in parts.items() if id(part) in known]:
+        got = f"{what} inside DistributedDataParallel, which would not average {missed[0]}"
+        hooks = "register_wgrad_accumulation_and_reduce_hooks, with a hook that does, or " * delayed
+        raise OpError(label, got, f"{hooks}a weight that it was told to ignore")
+
+
+def delays(op: Op, options: Any) -> bool:
+    """Whether an op's weight gradients are left for later."""
+    return bool(options.get("delay_wgrad_compute") or getattr(op, "delay_wgrad_compute", False))
