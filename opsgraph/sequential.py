@@ -19,10 +19,10 @@ from .ops.convert import is_untouched, module_from, op_from
 from .ops.delayed import DelaysWeightGradients, Queue
 from .ops.linear import tell_next
 from .ops.sizes import infer_sizes
+from .options import NAMES, Options
 from .plan import Plan
 from .precision import active
 from .stage import Stage
-from .table import Options
 from .watched import Watched, contents, mutable, own_state, whole
 
 
@@ -40,15 +40,16 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
     `[*, width]`; extra inputs and outputs are those of Adds and Tees that no other op matches, in
     order. Has nn.Sequential's whole list protocol.
 
-    device, dtype: where to put the ops' parameters. backends: their order of preference, by default
-    all that are there. planner: "greedy" or "optimal". recompute: False keeps whatever the backward
-    needs, where by default cheap values are made again. double_backward: run the reference ops
-    without a Function of our own, so that gradients can be differentiated again.
+    device, dtype: where to put the ops' parameters. Options, attributes that may be set later too:
+    backends: their order of preference, by default all that are there. planner: "greedy" or
+    "optimal". recompute: False keeps whatever the backward needs, where by default cheap values are
+    made again. checkpoint: keep the input alone and make all else again. double_backward: run the
+    reference ops without a Function of our own, so that gradients can be differentiated again.
     delay_wgrad_compute: the backward leaves the gradients of linear layers' weights to
-    `backward_dw()`.
+    `backward_dw()`. fusers: names of the only ones that may be taken.
 
     Hooks of the ops inside do not fire; those of the Sequential do. Raises OpError for an input
-    that an op cannot take, PlanError for a sequence that cannot be planned.
+    that an op cannot take and for unknown options, PlanError for a sequence that cannot be planned.
     """
 
     def __init__(
@@ -56,13 +57,10 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
         *args: Any,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        backends: Sequence[str] | None = None,
-        planner: str = "greedy",
-        double_backward: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(*args)
-        self._options = Options(backends, planner, double_backward, **options)
+        self._options = Options.of(options)
         self._stages: list[Stage | nn.Module] = []
         self._recipes: dict[int, list[Stage | nn.Module]] = {}
         """Stages for each recipe in which the module has run, by the recipe's number."""
@@ -226,7 +224,7 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
 
     @property
     def wgrad_queue(self) -> Queue | None:
-        return self._options.queue if self._options.more.get("delay_wgrad_compute") else None
+        return self._options.queue if self._options.delay_wgrad_compute else None
 
     # -- looking --
 
@@ -298,14 +296,7 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
     # -- the list protocol, where nn.Sequential would return or forget something else --
 
     def _like(self, *modules: Any) -> Sequential:
-        options = self._options
-        return Sequential(
-            *modules,
-            backends=options.backends,
-            planner=options.planner,
-            double_backward=options.double_backward,
-            **options.more,
-        )
+        return Sequential(*modules, **self._options.given())
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -320,7 +311,15 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
 
     __rmul__ = __mul__
 
+    def __getattr__(self, name: str) -> Any:
+        """Options are attributes, and may be set later."""
+        return getattr(self._options, name) if name in NAMES else super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in NAMES:
+            self._options = self._options.with_(**{name: value})
+            self._forget()
+            return
         super().__setattr__(name, value)
         if isinstance(value, nn.Module) or name in self.__dict__.get("_modules", {}):
             self._forget()

@@ -22,6 +22,7 @@ from .fusers.quantizing import quantize
 from .op import Op, constant_under_compile
 from .ops.quantize import lowered
 from .ops.sizes import width_between
+from .options import Options
 from .plan import Plan, make_plan
 from .precision import active
 from .program import Request
@@ -30,7 +31,7 @@ from .quantizers import Quantized
 from .run import Run
 from .scaling import Scaling
 from .spec import ROWS, Spec, row
-from .table import Key, Options, shape_of, table_for
+from .table import Key, shape_of, table_for
 from .unseen import Unseen
 
 
@@ -248,6 +249,7 @@ class Stage:
         rest = iter(key[6:])
         found: dict[tuple[int, str], Spec | None] = {}
         self._check_shapes()
+        options.verify_fusers()
         for (i, name), weight in zip(run.slots, self.weights(), strict=True):
             dtype = next(rest)
             found[i, name] = None
@@ -276,7 +278,7 @@ class Stage:
             frozenset(gradients),
             tuple(modes.get(id(op), False) for op in self.real),
             key[5],
-            options.more,
+            options.given(),
         )
         return make_plan(run, request, options.order, options.planner, options.config)
 

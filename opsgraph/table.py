@@ -6,7 +6,6 @@ A table holds skeletons of the ops, without parameters.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +13,10 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from . import config
-from .backend import backends as known_backends
 from .constants import key as plan_key
 from .fuser import registered
 from .op import weights
-from .ops.delayed import Queue
+from .options import Options
 from .plan import Plan
 from .run import Run
 from .scaling import Scaling
@@ -37,38 +35,12 @@ class PlanTable:
         """Plans by handle, as attributes: a dict that a trace has read once is not read again."""
 
 
-class Options:
-    """How a Sequential plans."""
-
-    def __init__(
-        self, backends: Sequence[str] | None, planner: str, double_backward: bool, **more: Any
-    ) -> None:
-        self.backends = None if backends is None else tuple(backends)
-        self.planner, self.double_backward, self.more = planner, double_backward, more
-        self.config = config.read()
-        self.queue = Queue()
-        """Weight gradients that `backward_dw` has yet to compute."""
-
-    @property
-    def order(self) -> tuple[str, ...]:
-        """Backends in order of preference."""
-        if self.double_backward:
-            return ("reference",)
-        return self.backends or self.config.backends or tuple(known_backends())
-
-    @property
-    def key(self) -> Key:
-        """All of it, hashable."""
-        more = tuple(sorted(self.more.items()))
-        return (self.order, self.planner, self.double_backward, more, self.config)
-
-
 _tables: weakref.WeakValueDictionary[Any, PlanTable] = weakref.WeakValueDictionary()
 
 
 def table_for(run: Run, options: Options) -> PlanTable:
     """The shared table of this structure; one of its own where a setting cannot be compared."""
-    options.config = config.read()
+    options = options.with_(config=config.read())
     try:
         parts = []
         for kind, op in zip(run.kinds, run.ops, strict=True):

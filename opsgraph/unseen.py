@@ -25,9 +25,9 @@ from .ops.delayed import (
     verify_arrival,
 )
 from .ops.main_grad import arriving
+from .options import Options
 from .plan import Plan
 from .run import Run
-from .table import Options
 
 
 class Unseen:
@@ -41,7 +41,7 @@ class Unseen:
     ) -> None:
         self.run, self.slots, self.options = run, slots, options
         waits = [
-            kind.gemm and delays(op, options.more)
+            kind.gemm and delays(op, options.given())
             for kind, op in zip(run.kinds, run.ops, strict=True)
         ]
         self.reason = None
@@ -83,7 +83,7 @@ class Unseen:
             unwanted |= unasked(ctx.next_functions[there[first + k]][0], weights[k])
         with arriving(backward, frozenset(unwanted)):
             found = list(plan.run_backward(self.ops, *grads, saved))
-        everywhere = self.options.more.get("delay_wgrad_compute")
+        everywhere = self.options.delay_wgrad_compute
         for k in reversed(plan.specs.late):
             gradient, found[first + k] = found[first + k], None
             if gradient is not None and not unwanted.issuperset(map(id, parameters(weights[k]))):

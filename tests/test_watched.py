@@ -60,7 +60,7 @@ def test_a_bias_appears_and_goes(hold: Hold, put: Any, backends: Any) -> None:
     op = Linear(4, 4, bias=False)
     module, around = hold(op)
     if isinstance(module, og.Sequential):
-        module._options.backends = backends
+        module.backends = backends
     for bias in (None, weight(4), None, weight(4)):
         put(op, "bias", bias)
         expected = around(X, lambda x, b=bias: nn.functional.linear(x, op.weight, b))  # type: ignore[misc]
