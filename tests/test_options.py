@@ -54,7 +54,7 @@ def test_a_fuser_may_be_registered_until_it_is_planned_with() -> None:
     with pytest.raises(og.OpError, match="got 'Doubled' among fusers, expected "):
         module(X)
     with og.register(Doubled):
-        assert [s.name for s in module.plan(training=False).forward] == ["Doubled"]
+        assert [s.name for s in module.plan(False, X).forward] == ["Doubled"]
 
 
 @pytest.mark.parametrize("kind", [list, tuple, set])
