@@ -9,20 +9,21 @@ from typing import Any
 
 from . import config
 from .backend import backends as known_backends
-from .errors import OpError
+from .errors import PlanError
 from .fuser import registered
 from .ops.delayed import Queue
 from .planner import PLANNERS
-from .validation import choice, flag
+from .validation import flag
 
 WHO = "Sequential"
 
 
-def _expected(wrong: object, known: Collection[str]) -> str:
-    """The nearest of some names, and all of them."""
+def _unknown(what: str, wrong: object, known: Collection[str], expected: str) -> PlanError:
     near = get_close_matches(str(wrong), known, 1)
-    names = ", ".join(known)
-    return f"{near[0]!r}, or another of {names}" if near else f"one of {names}"
+    nearest = f" (the nearest is {near[0]!r})" if near else ""
+    return PlanError(
+        f"{WHO}: got {what} {wrong!r}, expected {expected} {', '.join(known)}{nearest}"
+    )
 
 
 def _names(option: str, given: Any) -> tuple[str, ...] | None:
@@ -31,21 +32,22 @@ def _names(option: str, given: Any) -> tuple[str, ...] | None:
         return None
     if isinstance(given, str) or not isinstance(given, Collection):
         one = given if isinstance(given, str) else "name"
-        raise OpError(WHO, f"{option}={given!r}", f'a tuple of names: {option}=("{one}",)')
+        expected = f'a tuple of names: {option}=("{one}",)'
+        raise PlanError(f"{WHO}: got {option}={given!r}, expected {expected}")
     return tuple(given)
 
 
-def _verify_known(option: str, names: Collection[str] | None, known: Collection[str]) -> None:
+def _verify_known(what: str, names: Collection[str] | None, known: Collection[str]) -> None:
     for name in names or ():
         if name not in known:
-            raise OpError(WHO, f"{name!r} among {option}", _expected(name, known))
+            raise _unknown(what, name, known, "some of")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Raises OpError for an unknown option or value, with the nearest that is known.
+    """Raises an OpsgraphError for what is unknown, with the nearest that is known.
 
-    Made by `of`; `with_` replaces one.
+    Made by `of`; `with_` replaces some.
     """
 
     backends: tuple[str, ...] | None = None
@@ -61,12 +63,13 @@ class Options:
     """Weight gradients that `backward_dw` has yet to compute."""
 
     def __post_init__(self) -> None:
-        choice(WHO, "planner", self.planner, PLANNERS)
+        if not isinstance(self.planner, str) or self.planner not in PLANNERS:
+            raise _unknown("planner", self.planner, PLANNERS, "one of")
         checked = {
             "backends": _names("backends", self.backends),
             "fusers": _names("fusers", self.fusers),
         }
-        _verify_known("backends", checked["backends"], known_backends())
+        _verify_known("backend", checked["backends"], known_backends())
         for name in ("double_backward", "recompute", "checkpoint", "delay_wgrad_compute"):
             checked[name] = flag(WHO, name, getattr(self, name))  # type: ignore[assignment]
         for name, value in checked.items():
@@ -77,12 +80,12 @@ class Options:
         """Options by name."""
         for name in given:
             if name not in NAMES:
-                raise OpError(WHO, f"an option {name!r}", _expected(name, (*NAMES, *_PLACES)))
+                raise _unknown("an option", name, (*NAMES, *_PLACES), "some of")
         return cls(**given)
 
     def verify_fusers(self) -> None:
-        """Raises OpError for a fuser that is not there: one may be registered before planning."""
-        _verify_known("fusers", self.fusers, {fuser.name: None for fuser in registered()})
+        """Raises PlanError for a fuser that is not there: one may be registered before planning."""
+        _verify_known("fuser", self.fusers, {fuser.name: None for fuser in registered()})
 
     def with_(self, **changed: Any) -> Options:
         """The same, but for some; what is queued stays queued."""
