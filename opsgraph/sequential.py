@@ -348,7 +348,8 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
     __imul__ = whole(nn.Sequential.__imul__)
 
     def __getstate__(self) -> dict[str, Any]:
-        return own_state(self, frozenset()) | _UNPREPARED
+        own = {"_options": self._options.with_(queue=Queue())}
+        return own_state(self, frozenset()) | _UNPREPARED | own
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
