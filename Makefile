@@ -8,10 +8,14 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint req
 APART := examples/__init__.py examples/byte_lm.py examples/tensor_parallel.py \
 	examples/fp8_training.py
 EXAMPLES := $(filter-out $(APART),$(wildcard examples/*.py))
+VERSIONS ?= 2.9 2.11 2.14 2.15
+SMOKE := $(patsubst %,tests/test_%.py,versions sequential planner autograd compile recipes \
+	recipes_compile layernorm_mlp layernorm_mlp_interface errors cli cublaslt scaling quantize \
+	quantized_parameter ops extra_ops) tests/kernels/test_scaled_mm.py tests/kernels/test_cpu_kernels.py
 TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types floors unit gpu demo examples bench docs clean
+.PHONY: help venv test lint types floors unit gpu versions demo examples bench docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
@@ -41,6 +45,14 @@ floors: $(VENV)/installed  ## import-linter: who may import whom
 unit: $(VENV)/installed  ## pytest, two processes
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+versions:  ## the smoke set with each PyTorch of VERSIONS, in .venvs (gigabytes)
+	for torch in $(VERSIONS); do \
+		$(PYTHON) -m venv .venvs/$$torch || exit 1; \
+		.venvs/$$torch/bin/python -m pip install --quiet $(TORCH_ARGS) "torch==$$torch.*" || exit 1; \
+		.venvs/$$torch/bin/python -m pip install --quiet --editable '.[test]' || exit 1; \
+		.venvs/$$torch/bin/python -m pytest -q $(SMOKE) || exit 1; \
+	done
+
 gpu: $(VENV)/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
@@ -61,7 +73,7 @@ $(VENV)/docs: $(VENV)/installed
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-clean:  ## remove .venv, caches and everything built
-	rm -rf $(VENV) build dist site demo *.egg-info .mypy_cache .pytest_cache .ruff_cache \
+clean:  ## remove .venv, .venvs, caches and everything built
+	rm -rf $(VENV) .venvs build dist site demo *.egg-info .mypy_cache .pytest_cache .ruff_cache \
 		.import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -189,9 +189,10 @@ def test_norm_of_wide_rows(device: str) -> None:
         check(build, (2, 70_001), device=device)
 
 
-def test_a_clamped_gradient_passes_at_the_limit_only(device: str) -> None:
+@pytest.mark.parametrize("double_backward", [False, True])
+def test_a_clamped_gradient_passes_at_the_limit_only(device: str, double_backward: bool) -> None:
     x = torch.tensor([[1.0, 1.5, -1.0, 1.0, -1.0, 1.5]], device=device, requires_grad=True)
-    y = ClampedSwiGLU(limit=1.0).to(device)(x)
+    y = og.Sequential(ClampedSwiGLU(limit=1.0), double_backward=double_backward).to(device)(x)
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert (dx[0] != 0).tolist() == [True, False, True, True, True, False]
 

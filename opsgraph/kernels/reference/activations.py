@@ -56,7 +56,7 @@ def _flat(
 ) -> Function:
     """A function of PyTorch's with the limits at infinity, where its own are NaN."""
     return Function(
-        lambda x: torch.where(x > FLAT, x, value(x.clamp(-FLAT, FLAT))),
+        lambda x: torch.where(x >= FLAT, x, value(x.clamp(-FLAT, FLAT))),
         lambda dy, x: gradient(dy, x.clamp(-FLAT, FLAT)),
     )
 
@@ -106,15 +106,22 @@ def _soft_clip(beta: float) -> Function:
 
 
 def _clamped(limit: float, alpha: float, offset: float) -> tuple[Function, Function]:
-    """Gradients are masked beyond the limit, not at it."""
+    """Gradients are masked beyond the limit, not at it.
+
+    So are those that autograd makes of the values, for double_backward: torch.clamp's own gradient
+    at the limit is 1 up to PyTorch 2.13 and 0 since.
+    """
     swish = _swish(alpha)
 
-    def gate_gradient(dy: Tensor, a: Tensor) -> Tensor:
-        return torch.where(a > limit, 0, swish.gradient(dy, a.clamp(max=limit)))
+    def below(x: Tensor) -> Tensor:
+        return torch.where(x > limit, limit, x)
 
-    gate = Function(lambda a: swish.value(a.clamp(max=limit)), gate_gradient)
+    def gate_gradient(dy: Tensor, a: Tensor) -> Tensor:
+        return torch.where(a > limit, 0, swish.gradient(dy, below(a)))
+
+    gate = Function(lambda a: swish.value(below(a)), gate_gradient)
     line = Function(
-        lambda b: b.clamp(-limit, limit) + offset,
+        lambda b: torch.where(b < -limit, -limit, below(b)) + offset,
         lambda dy, b: torch.where(b.abs() > limit, 0, dy),
     )
     return gate, line
