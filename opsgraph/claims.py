@@ -174,6 +174,8 @@ class Space:
         for i in match.positions.values():
             if i is not None and still[i] and program.kinds[i].training_matters:
                 return f"{program.kinds[i].__name__} does nothing in this mode"
+            if i is not None and (other := set(program.promoted(i)) - {program.specs[i].dtype}):
+                return f"{program.numbers[i]} adds {other.pop()} to {program.specs[i].dtype}"
             if i is None or not program.packed(i, "weight", direction):
                 continue
             if not fuser.quantized:
@@ -349,10 +351,8 @@ class Space:
             names = ("self", *arguments(again))
             match = Match(claim.fuser, claim.positions, claim.start, claim.stop)
             found = tuple(self._argument(match, name) for name in names)
-            yield (
-                Call("again", found, False, ()),
-                tuple(a.text for a in found if a.category == "value"),
-            )
+            needs = tuple(a.text for a in found if a.category == "value")
+            yield Call("again", found, False, ()), needs
         if not any(kind.random for kind in kinds):
             yield claim.calls[0], claim.needs
 

@@ -208,21 +208,23 @@ class _Backward:
 
     def arrive(self, name: str, value: str) -> None:
         """A gradient `value` for `name`: the first of a channel binds it, later ones are added."""
-        if name in self.have:
-            self.writer.add(f"{name} = {name} + {value}", [name, value], [name])
-        else:
-            self.writer.add(f"{name} = {value}", [value], [name])
-            self.have.add(name)
+        total = f"{name} + {value}" if name in self.have else value
+        self.writer.add(f"{name} = {total}", [name, value.partition(".")[0]], [name])
+        self.have.add(name)
 
     def cross(self, i: int) -> None:
-        """Pass an op that is no step in the backward: extra inputs get the gradient as it is."""
+        """Pass an op that is no step in the backward: each input gets the gradient, in its dtype."""
         program = self.program
         if not passes(program.kinds[i]) or not program.flows[i + 1]:
             return
         names = zip(differentiable(program.kinds[i]), program.gradient_names(i), strict=True)
+        dtype = program.specs[i + 1].dtype
         for name, gradient in names:
             if name in passes(program.kinds[i]) and gradient is not None:
-                self.arrive(gradient, "dx")
+                other = program.value_spec(program.extra(i, name)).dtype
+                self.arrive(gradient, "dx" if other == dtype else f"dx.to({other})")
+        if program.flows[i] and program.specs[i].dtype != dtype:
+            self.writer.add(f"dx = dx.to({program.specs[i].dtype})", ["dx"], ["dx"])
 
     def remake(self, name: str) -> None:
         """Make a value again, and first what that needs."""

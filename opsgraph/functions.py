@@ -47,6 +47,12 @@ def passes(kind: type[Op]) -> tuple[str, ...]:
 
 
 @per_class
+def promotes(kind: type[Op]) -> tuple[str, ...]:
+    """The extra inputs with whose dtype that of y is promoted."""
+    return kind.promotes if holds(kind, "promotes") else ()
+
+
+@per_class
 def backward_functions(kind: type[Op]) -> dict[str, Callable[..., Any]]:
     """What computes the gradients, in order: `wgrad` and `dgrad`, or `bwd`; derived where absent.
 
@@ -148,7 +154,7 @@ def verify(kind: type[Op]) -> str | None:
     """What is wrong with a class, or None."""
     if getattr(kind, "fwd", None) is None:
         return "got no fwd, expected one that returns (y, saved)"
-    for name in ("saves", "constants", "extra_inputs", "passes", "as_stored"):
+    for name in ("saves", "constants", "extra_inputs", "passes", "as_stored", "promotes"):
         value = getattr(kind, name)
         if isinstance(value, str) or not all(isinstance(n, str) for n in value):
             return f"got {name} = {value!r}, expected a tuple of names"

@@ -105,6 +105,8 @@ class Op(Watched):
     """Extra inputs whose gradient is `dy` itself, while dx is `dy` too: the backward is no step."""
     as_stored: ClassVar[tuple[str, ...]] = ()
     """Parameters that keep their dtype when the computation has another."""
+    promotes: ClassVar[tuple[str, ...]] = ()
+    """Extra inputs of any float dtype, with whose dtype that of y is promoted, as PyTorch does."""
     gemm: ClassVar[bool] = False
     """Whether `fwd` is a matrix product: too dear to be run again in the backward."""
     quantizable: ClassVar[bool] = False

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .casting import with_casts
 from .claims import Claim, Rejection, Space
 from .codegen import write_backward, write_forward
 from .config import Config
@@ -219,6 +220,7 @@ def make_plan(
     """Plan a run for one kind of call. Raises OpError or PlanError for what cannot be planned."""
     if planner not in PLANNERS:
         raise PlanError(f"got planner {planner!r}, expected one of {', '.join(PLANNERS)}")
+    run, request = with_casts(run, request)
     program = Program(run, request)
     space = Space(program, order, config.fuel)
     cover = PLANNERS[planner](space)

@@ -15,7 +15,7 @@ import torch
 
 from .constants import called, literal, plain
 from .errors import OpError, PlanError
-from .functions import checked_out, function, identity, passes, saved
+from .functions import checked_out, function, identity, passes, promotes, saved
 from .op import (
     BACKWARD,
     FORWARD,
@@ -73,6 +73,8 @@ class Program:
         self.numbers, self.name = run.numbers, run.name
         self.inputs = [self.name(name, i) for i, name, _ in run.inputs]
         self.uncast = {self.name(n, i) for i, n, _ in run.inputs if n in self.kinds[i].as_stored}
+        self.uncast |= {self.name(n, i) for i, n, _ in run.inputs if n in promotes(self.kinds[i])}
+        self.uncast |= {"x0"} if run.streams else set()
         self.extra_specs = dict(zip(self.inputs, request.extras, strict=True))
         self.weight_names = {(i, name): self.name(name, i) for i, name in run.slots}
         self.canonical = [0] * (count + 1)
@@ -105,7 +107,7 @@ class Program:
         x = self.request.x
         if not x.dtype.is_floating_point:
             raise OpError(self.labels[0] if self.labels else "input", f"dtype {x.dtype}", "a float")
-        if self.request.compute is not None:
+        if self.request.compute is not None and not self.run.streams:
             x = x.like(dtype=self.request.compute)
         specs = [x]
         for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True)):
@@ -116,8 +118,10 @@ class Program:
             for name in kind.extra_inputs:
                 self._check_extra(i, kind, name, x, specs)
             if not self.still_forward[i]:
-                y = checked_out(kind, op, x, self.labels[i])
-                x = _rows_times(y, self.run.factors[i + 1])
+                made = checked_out(kind, op, x, self.labels[i])
+                for dtype in self.promoted(i, specs):
+                    made = made.like(dtype=torch.promote_types(made.dtype, dtype))
+                x = _rows_times(made, self.run.factors[i + 1])
             specs.append(x)
         return specs
 
@@ -153,10 +157,21 @@ class Program:
         expected = _rows_times(expected, x.factor)
         if (spec.shape, spec.factor) != (expected.shape, expected.factor):
             raise OpError(self.labels[i], f"{name} {spec}", str(expected))
-        if name in kind.as_stored:
+        if name in promotes(kind) and not spec.dtype.is_floating_point:
+            raise OpError(self.labels[i], f"{name} dtype {spec.dtype}", "a float")
+        if name in (*kind.as_stored, *promotes(kind)):
             return
         if spec.dtype != expected.dtype and self.request.compute is None:
             raise OpError(self.labels[i], f"{name} dtype {spec.dtype}", str(expected.dtype))
+
+    def promoted(self, i: int, specs: Sequence[Spec] | None = None) -> list[torch.dtype]:
+        """The dtypes with which that of op i's output is promoted."""
+        found = []
+        for name in promotes(self.kinds[i]):
+            source = self.run.sources.get((i, name))
+            spec = self.extra_specs[self.name(name, i)] if source is None else None
+            found.append((spec or (specs or self.specs)[source]).dtype)  # type: ignore[index]
+        return found
 
     def extra_dims(self, i: int, name: str, _: str | None) -> int | None:
         """The dimensions that an extra input has inside the plan; None: it is not flattened."""
@@ -200,7 +215,7 @@ class Program:
         if name == "x" and direction == BACKWARD and self.run.overrides.get(i) == HIGH_PRECISION:
             return Argument("value", self.x(i - 1))  # what its Quantize read
         if name == "":
-            return Argument("op", f"ops[{i}]")
+            return Argument("op", f"ops[{self.run.places[i]}]")
         if name == "x":
             return Argument("value", self.x(i))
         if name == "y":

@@ -42,6 +42,10 @@ class Run:
         self.ops = [entry.op for entry in entries]
         self.labels = [entry.label for entry in entries]
         self.numbers, self.edges = _numbers(entries)
+        self.places = list(range(len(self.ops)))
+        """Where generated code finds each op: other than its position if casts were inserted."""
+        self.streams = False
+        """Whether the input is left uncast under autocast, for casts that stand in the run."""
         self.quantizers = {
             (i, name): q for i, entry in enumerate(entries) for name, q in entry.quantizers.items()
         }

@@ -58,10 +58,13 @@ class Tee(_Still):
 
 
 class Add(_Still):
-    """`y = x + other`; other is the value of the Tee of that name, or an extra input."""
+    """`y = x + other`; other is the value of the Tee of that name, or an extra input.
 
-    extra_inputs = ("other",)
-    passes = ("other",)
+    other may be of another float dtype: y has the dtype to which PyTorch promotes, and each
+    gradient its own input's.
+    """
+
+    extra_inputs = passes = promotes = ("other",)
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
