@@ -213,7 +213,7 @@ class _Backward:
         self.have.add(name)
 
     def cross(self, i: int) -> None:
-        """Pass an op that is no step in the backward: each input gets the gradient, in its dtype."""
+        """Pass an op that is no step in the backward: each input gets the gradient in its dtype."""
         program = self.program
         if not passes(program.kinds[i]) or not program.flows[i + 1]:
             return

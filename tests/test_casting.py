@@ -229,3 +229,44 @@ def test_autocast_of_a_stream_under_a_recipe() -> None:
         for one, other in zip(found, expected, strict=True):
             assert one.dtype == other.dtype
             assert (one - other).norm() < 0.12 * other.norm()
+
+
+class _Named(og.Op):
+    """Its values are called as a cast's would be."""
+
+    saves = ("xc",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.full((8,), 1.5))
+
+    def fwd(self, x: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        return x * c, (x + 0,)
+
+    def bwd(self, dy: Tensor, xc: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        return dy * c, ((dy * xc).sum(0),)
+
+
+class _Twice(Add):
+    def fwd(self, x: Tensor, other: Tensor) -> tuple[Tensor, tuple[()]]:
+        return x + 2 * other, ()
+
+
+def test_a_cast_takes_nobodys_name() -> None:
+    named = _Named()
+    module = og.Sequential(Identity(), Residual(named))
+    x = torch.randn(3, 8)
+
+    def plain(x: Tensor) -> Tensor:
+        return x + x.bfloat16() * named.c.bfloat16()
+
+    with torch.autocast("cpu", dtype=BF16):
+        assert "cc2" in str(module.plan(x=x))
+        _compare(_results(module, [x], [named.c]), _results(plain, [x], [named.c]))
+
+
+def test_what_add_says_of_its_sum_counts_for_no_other_fwd() -> None:
+    x, r = torch.ones(2, 8, dtype=BF16), torch.ones(2, 8)
+    with pytest.raises(og.OpError, match=r"1:_Twice: got other dtype torch.float32, expected"):
+        og.Sequential(SiLU(), _Twice())(x, r)
+    assert og.Sequential(SiLU(), _Twice())(x, x).dtype == BF16
