@@ -67,6 +67,7 @@ class AdaptiveRMSNorm(RMSNorm):
     """RMSNorm without weight, then Modulate: `rmsnorm(x) * (1 + scale) + shift`."""
 
     extra_inputs = ("scale", "shift")
+    lowers_subclasses = False
 
     def __init__(self, normalized_shape: int | None = None, eps: float = 1e-5) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine=False)
@@ -83,6 +84,7 @@ class AdaptiveLayerNorm(LayerNorm):
     """LayerNorm without weight and bias, then Modulate: `layernorm(x) * (1 + scale) + shift`."""
 
     extra_inputs = ("scale", "shift")
+    lowers_subclasses = False
 
     def __init__(self, normalized_shape: int | None = None, eps: float = 1e-5) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine=False)

@@ -70,7 +70,7 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
     sizes that the ranks do not divide.
     """
 
-    gemm = quantizable = True
+    gemm = quantizable = lowers_subclasses = True
     distributed = False
     """Whether the parameters are DTensors of the whole layer."""
 
@@ -288,7 +288,6 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
         if bias is not None and self.tensor_parallel_mode == "row":
             bias.sequence_parallel = self.sequence_parallel
 
-    lowers_subclasses = True
 
     def _product_kind(self) -> type[Op]:
         """The op that multiplies."""

@@ -36,6 +36,7 @@ class _Norm(Op):
     """
 
     as_stored = ("weight", "bias")
+    lowers_subclasses: ClassVar[bool] = True
     constants: ClassVar[tuple[str, ...]] = ("eps", "zero_centered_gamma")
     names: tuple[str, ...] = ()
     eps_by_dtype: ClassVar[bool] = False
