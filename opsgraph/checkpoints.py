@@ -152,3 +152,11 @@ def _some(state: Mapping[str, Any]) -> str:
     """A few of the keys, for messages."""
     keys = list(state)
     return ", ".join(keys[:5]) + (f" and {len(keys) - 5} others" if len(keys) > 5 else "")
+
+
+def without_extra_state(state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """The state dict for a module at that prefix, which keeps nothing that is pickled."""
+    extra = f"{prefix}_extra_state"
+    if extra not in state_dict:
+        return state_dict
+    return {key: value for key, value in state_dict.items() if key != extra}

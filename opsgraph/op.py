@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from . import config
+from .checkpoints import without_extra_state
 from .constants import plain
 from .errors import OpError
 from .spec import ROWS, Spec
@@ -368,14 +369,6 @@ class Op(Watched):
                 and not isinstance(value, UninitializedParameter)
             ):
                 destination[prefix + name] = value.detach()
-
-
-def without_extra_state(state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-    """The state dict for a module at that prefix, which keeps nothing that is pickled."""
-    extra = f"{prefix}_extra_state"
-    if extra not in state_dict:
-        return state_dict
-    return {key: value for key, value in state_dict.items() if key != extra}
 
 
 @per_class

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints import without_extra_state
 from ..kernels.reference.dropout import keep_mask
-from ..op import Op, without_extra_state
+from ..op import Op
 from ..spec import Spec
 from ..validation import number, whole
 

@@ -288,7 +288,6 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
         if bias is not None and self.tensor_parallel_mode == "row":
             bias.sequence_parallel = self.sequence_parallel
 
-
     def _product_kind(self) -> type[Op]:
         """The op that multiplies."""
         return type(self)
