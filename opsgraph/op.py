@@ -117,6 +117,8 @@ class Op(Watched):
     """Whether `bwd` returns a `Quantized` dx, for the `quantizable` op before."""
     taps: ClassVar[bool] = False
     """Whether the op hands its input out on a channel; `bwd` takes that gradient as `d`."""
+    takes_buffers: ClassVar[tuple[str, ...]] = ()
+    """Keywords that `Sequential.forward(op_kwargs=)` takes for it, see `op_kwargs`."""
     random: ClassVar[bool] = False
     """Whether `fwd` draws random numbers, so that only `again` can repeat it."""
     collective: ClassVar[bool] = False

@@ -15,6 +15,7 @@ from . import config
 from .errors import OpError, PlanError
 from .functions import verify_added
 from .op import Op, constant_under_compile
+from .op_kwargs import run_with
 from .ops.convert import is_untouched, module_from, op_from
 from .ops.delayed import DelaysWeightGradients, Queue
 from .ops.linear import tell_next
@@ -159,8 +160,14 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
 
     # -- running --
 
-    def forward(self, x: Tensor, *extra_inputs: Tensor) -> Any:
-        """x: `[*, width]`; see the class."""
+    def forward(self, x: Tensor, *extra_inputs: Tensor, op_kwargs: Any = None) -> Any:
+        """x: `[*, width]`; see the class. op_kwargs: `{op or index: {keyword: buffer}}`.
+
+        The keyword `output` has the last op's result written to a buffer of the caller's, of which
+        y is then a view; `grad_input` that of x's gradient. Both are for GroupedLinear.
+        """
+        if op_kwargs:
+            return run_with(self, x, extra_inputs, op_kwargs)
         if torch.compiler.is_compiling():
             self._refresh(active.key, index(x.shape[-1]) if x.dim() else 0)
             assert self._prepared == config.epoch  # for Dynamo to guard both

@@ -33,6 +33,7 @@ class GroupedLinear(Op):
 
     gemm = True
     extra_inputs = ("split_sizes",)
+    takes_buffers = ("output", "grad_input")
 
     def __init__(
         self,
