@@ -170,10 +170,11 @@ def write_forward(space: Space, cover: Cover, saved: Sequence[str], check: bool)
         emit_forward(writer, claim, claim.calls[0], used, copies)
         if check and not claim.is_reference:
             Checker(writer, claim, _label(claim)).forward(used & claim.gives)
-    outputs: list[str] = []
-    for name in (program.x(program.count), *(program.x(i) for i in program.run.outputs)):
-        alias = name in outputs or name == "x0" or name in program.inputs
-        outputs.append(f"{name}.view_as({name})" if alias else name)
+    values = [program.x(program.count), *(program.x(i) for i in program.run.outputs)]
+    # A value that the caller has already, or gets twice, is a view: autograd then refuses to have
+    # it changed in place.
+    shared = {n for n in values if values.count(n) > 1 or n == "x0" or n in program.inputs}
+    outputs = [f"{name}.view_as({name})" if name in shared else name for name in values]
     outputs += program.reports
     write_parts(writer, copies)
     kept = [stored.get(name, name) for name in saved]

@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .errors import OpError
+from .dimensions import as_given, copy_gradients, flat, flattened, released, unflattened
+from .errors import PlanError
 from .plan import Plan
 from .scaling import record_gradient
 from .spec import ROWS, Spec
+from .torch_private import PassThrough, apply_of, forward_ad, has_memory
 
 _HERE = nullcontext()
+_SEEN_THROUGH = ("cpu", "aten", "reference")
+"""Backends that leave the work to PyTorch's ops while a dispatch mode is active."""
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -30,29 +34,29 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return _HERE
 
 
-def flat(x: Tensor, dims: int | None) -> Tensor:
-    """x inside a plan: `[rows, width]`, `[rows]`, or with None as it is."""
-    if dims is None or x.dim() == dims:
-        return x
-    return x.reshape(-1, x.shape[-1]) if dims == 2 else x.reshape(-1)
+def see_through(
+    plan: Plan, gradients: Sequence[Tensor], saved: Sequence[Tensor]
+) -> AbstractContextManager[Any]:
+    """A context for a backward whose gradients may be no memory that a kernel can read.
 
-
-def flattened(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The input and the extra inputs as the plan takes them."""
-    return [flat(t, dims) for t, dims in zip(tensors, plan.specs.dims, strict=False)]
-
-
-def unflattened(plan: Plan, outputs: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
-    """Outputs with the leading dimensions of the input; the first one counts the ranks' rows."""
-    if plan.specs.ratios is None:
-        return [y.view(*shape[:-1], y.shape[-1]) for y in outputs]
-    found = []
-    for y, (up, down) in zip(outputs, plan.specs.ratios, strict=True):
-        if len(shape) < 2 or shape[0] * up % down:
-            sizes = f"[rows, *, {shape[-1]}], rows a multiple of {down}"
-            raise OpError(plan.labels[0], f"input of shape {tuple(shape)}", sizes)
-        found.append(y.view(shape[0] * up // down, *shape[1:-1], y.shape[-1]))
-    return found
+    Batched ones, of `is_grads_batched`, are left to PyTorch's ops. Raises PlanError for tangents of
+    forward-mode AD, which only a forward inside of it can follow, and where kernels do not yield.
+    """
+    if forward_ad._current_level >= 0:
+        for tensor in (*gradients, *saved):
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise PlanError(
+                    "got a tangent of forward-mode AD in a backward, expected the forward inside "
+                    "of it too, or a module with double_backward=True"
+                )
+    if all(map(has_memory, gradients)):
+        return without_autocast(gradients[0].device.type)
+    if plan.specs.packed or any(step.backend not in _SEEN_THROUGH for step in plan.backward):
+        raise PlanError(
+            "got a batched gradient for a backward of fused kernels, expected a module with "
+            "double_backward=True, and no recipe"
+        )
+    return PassThrough()  # type: ignore[no-untyped-call]
 
 
 class PlanFunction(torch.autograd.Function):
@@ -74,7 +78,9 @@ class PlanFunction(torch.autograd.Function):
         if stage.eager_only is not None:
             ctx.watched = stage.unseen.watch(plan, tensors[extras + 1 :])
         if ctx.lead is not None:
-            outputs = unflattened(plan, outputs, x.shape)
+            outputs = released(unflattened(plan, outputs, x.shape), outputs, tensors)
+        elif len(outputs) > 1 or outputs[0]._is_view():
+            outputs = released(outputs, outputs, tensors)
         ctx.save_for_backward(*saved)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -86,37 +92,27 @@ class PlanFunction(torch.autograd.Function):
                 "Sequential(..., double_backward=True) to differentiate twice"
             )
         plan = ctx.plan
-        taken = [others[k - 1] for k in plan.specs.taps]
+        given = (dy, *[others[k - 1] for k in plan.specs.taps]) if others else (dy,)
         saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each dies after its use
-        with without_autocast(dy.device.type):
-            grads = (dy, *taken) if ctx.lead is None else [flat(g, 2) for g in (dy, *taken)]
+        plain = has_memory(dy) if len(given) == 1 else all(map(has_memory, given))
+        plain = plain and forward_ad._current_level < 0
+        with without_autocast(dy.device.type) if plain else see_through(plan, given, saved):
+            grads = given if ctx.lead is None else [flat(g, 2) for g in given]
             if ctx.stage.eager_only is not None:
                 found = ctx.stage.unseen.run_backward(plan, ctx, grads, saved)
             else:
                 found = plan.run_backward(ctx.stage.ops, *grads, saved)
             if ctx.lead is not None:
-                found = list(found)
-                for k, shape in enumerate(ctx.lead):
-                    found[k] = None if found[k] is None else found[k].view(shape)
+                found = as_given(found, ctx.lead, grads, given)
             if plan.specs.reported:
                 found = note_gradients(plan, found, ctx.stage.seen_gradients(plan))
         return None, None, None, *found
 
 
-_apply = super(torch.autograd.Function, PlanFunction).apply
-finished: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
-"""The tensor itself, or what it stands for if it was left over by a functorch transform."""
-
-
-def run_training(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
-    """Forward with gradients wanted; tensors: the input, extra inputs, weights, none left over.
-
-    Past `Function.apply`, which looks in Python whether any argument is.
-    """
-    if torch._C._are_functorch_transforms_active():
-        return PlanFunction.apply(plan, stage, extras, *tensors)  # type: ignore[no-untyped-call]
-    return _apply(plan, stage, extras, *tensors)  # type: ignore[no-untyped-call]
+run_training: Callable[..., Any] = apply_of(PlanFunction)
+"""Forward with gradients wanted, `(plan, stage, extra count, x, *extras, *weights)`: tensors of
+which none is left over by a transform."""
 
 
 def note_gradients(plan: Plan, found: Sequence[Any], seen: Sequence[Tensor]) -> list[Any]:
@@ -132,15 +128,22 @@ def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -
     """The forward alone, no gradient being wanted."""
     x, ops = tensors[0], stage.ops
     with without_autocast(x.device.type):
-        if x.dim() == 2:
+        if plan.specs.identity:
+            return x
+        within = x.dim() == 2
+        if within:
             outputs = plan.run_forward(ops, *tensors)[0]
         else:
             inputs = flattened(plan, tensors)
+            if stage.double_backward:
+                copy_gradients(inputs)
             outputs = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])[0]
         if plan.specs.reports:
             outputs = stage.record(plan, outputs)
-        if x.dim() != 2:
-            outputs = unflattened(plan, outputs, x.shape)
+        if not within:
+            views = unflattened(plan, outputs, x.shape)
+            own = not (stage.double_backward or torch.is_grad_enabled())
+            outputs = released(views, outputs, tensors) if own else views
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
@@ -272,6 +275,8 @@ def run_compiled(plan: Plan, stage: Any, extras: int, tensors: Sequence[Tensor |
     """The plan under torch.compile."""
     x = tensors[0]
     assert x is not None
+    if plan.specs.identity:
+        return x
     shape = x.shape
     inputs = flattened(plan, tensors[: extras + 1])  # type: ignore[arg-type]
     there = [*inputs, *(t for t in tensors[extras + 1 :] if t is not None)]

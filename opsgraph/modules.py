@@ -68,7 +68,8 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
     fuse_wgrad_accumulation: weight gradients go into the weights' `main_grad`, see
     `opsgraph.ops.main_grad`. delay_wgrad_compute: backward leaves the weight gradients to
     `backward_dw()`. checkpoint: only the input is saved; the backward makes the norm, FC1 and the
-    activation again. seq_length, micro_batch_size and name are hints and change nothing.
+    activation again. double_backward: as of Sequential. seq_length, micro_batch_size and name are
+    hints and change nothing.
 
     Tensor parallelism: each of the tp_size ranks of tp_group holds a share of FC1's rows (of the
     gate and of the value, where there are two) and of FC2's columns, `ffn / tp_size` wide; these
@@ -122,6 +123,8 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
         delay_wgrad_compute: bool = False,
         symmetric_ar_type: str | None = None,
         checkpoint: bool = False,
+        *,
+        double_backward: bool = False,
     ) -> None:
         super().__init__()
         _known("normalization", normalization, NORMS)
@@ -183,6 +186,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
         self._plan_options: dict[str, Any] = {
             "delay_wgrad_compute": delay_wgrad_compute,
             "checkpoint": checkpoint,
+            "double_backward": double_backward,
         }
         self.zero_centered_gamma = zero_centered_gamma
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
@@ -308,10 +312,10 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
             for name in ("fc1_weight", "fc2_weight"):
                 expect_overwrite(getattr(self, name))
         if is_first_microbatch is None or active.key is None:
-            result = self._sequences[0](inp)
+            result = self._sequences[0].forward(inp)
         else:
             with microbatch(is_first_microbatch):
-                result = self._sequences[0](inp)
+                result = self._sequences[0].forward(inp)
         out, *more = result if isinstance(result, tuple) else (result,)
         if self.return_bias:
             bias = None if self.fc2_bias is None else own_part(self, "fc2_bias", self.fc2_bias)

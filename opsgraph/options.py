@@ -59,6 +59,8 @@ class Options:
     fusers: tuple[str, ...] | None = None
     """The only fusers that may be taken, by name; None: all that are registered."""
     config: config.Config = field(default_factory=config.read)
+    stands_in: bool = False
+    """Whether the reference ops run because somebody follows them, and not because it was asked."""
     queue: Queue = field(default_factory=Queue, compare=False, repr=False)
     """Weight gradients that `backward_dw` has yet to compute."""
 
@@ -108,5 +110,5 @@ class Options:
         return (self.order, *self.given().values(), self.config)
 
 
-NAMES = tuple(f.name for f in fields(Options) if f.name not in ("config", "queue"))
+NAMES = tuple(f.name for f in fields(Options) if f.name not in ("config", "stands_in", "queue"))
 _PLACES = ("device", "dtype")

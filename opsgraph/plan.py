@@ -133,6 +133,8 @@ class Signature(NamedTuple):
     """How many amaxes follow the outputs."""
     reported: tuple[int, ...] = ()
     """Which of the arguments get an amax in the place of their gradient."""
+    identity: bool = False
+    """Whether the only output is the input, and so are their gradients: nothing is to be run."""
 
 
 def _step(claim: Claim, cover: Cover, space: Space) -> Step:
@@ -193,6 +195,8 @@ def _signature(space: Space, cover: Cover, saved: Mapping[str, Spec]) -> Signatu
         and name not in program.uncast
         and spec.dtype != request.compute
     }
+    steps = (*cover.forward, *cover.backward, *run.outputs)
+    identity = not steps and request.x == program.specs[-1] and program.x(program.count) == "x0"
     return Signature(
         (*(program.specs[gap] for gap in last), *map(space.spec, program.reports)),
         tuple(saved.items()),
@@ -203,7 +207,7 @@ def _signature(space: Space, cover: Cover, saved: Mapping[str, Spec]) -> Signatu
         tuple(name for name in given if name not in cast),
         tuple(spec if name in wanted else None for name, spec in given.items()),
         tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
-        bool(request.gradients) and program.flows[-1],
+        bool(request.gradients) and program.flows[-1] and not identity,
         request.compute is not None,
         program.late,
         tuple((places.index(v), k) for k, v in program.accumulated.items() if v in saved),
@@ -211,6 +215,7 @@ def _signature(space: Space, cover: Cover, saved: Mapping[str, Spec]) -> Signatu
         tuple(name for name, _ in copies.parameters),
         len(program.reports),
         tuple(k for k, name in enumerate(given) if name in program.reported),
+        identity,
     )
 
 

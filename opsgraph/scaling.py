@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from .errors import OpsgraphError
 from .kernels.reference.quantize import FP8_MAX, delayed_update
 from .recipe import ROLES, DelayedScaling
+from .torch_private import graph_task, preserve_version
 
 _library = torch.library.Library("opsgraph", "FRAGMENT")
 _library.define("snapshot(Tensor scale, int column) -> Tensor")
@@ -50,7 +50,7 @@ tape = _Tape()
 
 def recomputing() -> bool:
     """Whether a forward runs inside a backward, as torch.utils.checkpoint has it."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return graph_task() != -1
 
 
 def snapshot(scale: Tensor, column: int) -> Tensor:
@@ -147,7 +147,7 @@ class Scaling(nn.Module):
 
 def record_gradient(seen: Tensor, amax: Tensor) -> None:
     """Note a gradient's amax, fp32 `[]`, in a layer's `amax_backward`."""
-    with torch.no_grad(), _unsafe_preserve_version_counter(seen):
+    with torch.no_grad(), preserve_version(seen):
         seen.copy_(torch.maximum(seen, amax))
 
 
@@ -223,5 +223,5 @@ def _update(states: Sequence[Scaling], recipe: DelayedScaling, group: Any, name:
         state.amax_history[:, columns] = history[:, own]
         state.scale[columns] = scale[own]
         buffer = getattr(state, name)
-        with _unsafe_preserve_version_counter(buffer):
+        with preserve_version(buffer):
             buffer.fill_(-1.0)

@@ -168,7 +168,8 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
         """
         if op_kwargs:
             return run_with(self, x, extra_inputs, op_kwargs)
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling:
             self._refresh(active.key, index(x.shape[-1]) if x.dim() else 0)
             assert self._prepared == config.epoch  # for Dynamo to guard both
         elif self._epoch != config.epoch:
@@ -180,7 +181,7 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
                 self._wrong_count(len(extra_inputs), [name for _, name, _ in stage.inputs])
             if x.dim() == 0:
                 raise OpError("input", "a scalar", "[*, width]")
-            return stage(x, extra_inputs)
+            return stage(x, extra_inputs, compiling)
         return self._run_stages(stages, x, extra_inputs)
 
     @constant_under_compile
@@ -219,7 +220,7 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
             extras = [
                 made[channel] if channel in made else given.pop(0) for _, _, channel in stage.inputs
             ]
-            result = stage(x, extras)
+            result = stage(x, extras, torch.compiler.is_compiling())
             x, *more = result if isinstance(result, tuple) else (result,)
             later = _read_later(stages, stage)
             for i, name, value in zip(stage.outputs, stage.output_names, more, strict=True):

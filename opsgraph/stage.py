@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from . import config
 from .dtensor import PLAIN, own_part
 from .errors import OpError, PlanError
-from .execute import expose, finished, run_compiled, run_inference, run_training
+from .execute import expose, run_compiled, run_inference, run_training
+from .followed import Followed, check_differentiable
 from .fusers.quantizing import quantize
 from .op import Op, constant_under_compile
 from .ops.quantize import lowered
@@ -32,11 +33,8 @@ from .run import Run
 from .scaling import Scaling
 from .spec import ROWS, Spec, row
 from .table import Key, shape_of, table_for
+from .torch_private import finished, forward_ad, tracing, transforms
 from .unseen import Unseen
-
-
-def _first_collective(run: Run) -> int | None:
-    return next((i for i, kind in enumerate(run.kinds) if kind.collective), None)
 
 
 def _lead(lead: torch.Size, ratio: tuple[int, int]) -> torch.Size:
@@ -52,7 +50,7 @@ def _text(shape: Sequence[int | None]) -> str:
     return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
 
 
-class Stage:
+class Stage(Followed):
     """A run of consecutive ops of a Sequential, with the parameters it reads."""
 
     def __init__(
@@ -64,18 +62,12 @@ class Stage:
         later: Iterable[str | None] = (),
         recipe: int | None = None,
     ) -> None:
-        if recipe is not None and options.double_backward:
-            raise PlanError("double_backward: a recipe's rounding has no derivative; got both")
         lower = None if recipe is None else partial(lowered, recipe)
         self.again = partial(Stage, ops, labels, options, known, later, recipe)
         self.written = tuple(ops)
         run = Run(ops, labels, known, later, lower)
         run.verify_weights()
-        if options.double_backward and (i := _first_collective(run)) is not None:
-            raise PlanError(
-                f"{run.labels[i]}: it exchanges tensors with other ranks, and has no "
-                "second derivative; expected double_backward=False"
-            )
+        check_differentiable(run, options, recipe)
         self.inputs, self.outputs = run.inputs, run.outputs
         self.row_dims = [self._row_dims(run, i, name) for i, name, _ in run.inputs]
         self.ratios = [factor.as_integer_ratio() for factor in run.factors]
@@ -183,7 +175,8 @@ class Stage:
         """The same ops as they are now; whoever holds them looks again at the next call."""
         for op in self.written:
             op.touch()
-        return self.again()
+        made: Stage = self.again()
+        return made
 
     def key(self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Key:
         """All that changes what is right for a call."""
@@ -321,17 +314,21 @@ class Stage:
             got = f"{name} of shape {tuple(extra.shape)}"
             raise OpError(self.table.run.labels[i], got, f"{expected}")
 
-    def __call__(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
+    def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
         if extras or self.trailing:
             self._check_rows(x, extras)
         for module, name in self.absent:
             if module._parameters.get(name) is not None:
-                return self.renewed()(x, extras)
+                return self.renewed()(x, extras, compiling)
         weights = self.weights()
         key = self.key(x, extras, weights)
-        if torch.compiler.is_compiling():
+        if compiling:
             return self._compiled(key, x, extras, weights)
-        x, extras = finished(x), [finished(extra) for extra in extras]
+        if transforms() or forward_ad._current_level >= 0 or tracing():
+            return self.run_followed(x, extras, weights)
+        x = finished(x)
+        if extras:
+            extras = [finished(extra) for extra in extras]
         plan = self.plans.get(key)
         if plan is None:
             if self.outdated():
@@ -341,7 +338,13 @@ class Stage:
         if plan.specs.packed:
             weights = [*weights, *self.quantize(plan, weights)]
         if plan.specs.training:
-            return run_training(plan, self, len(extras), (x, *extras, *weights))
+            try:
+                return run_training(plan, self, len(extras), x, *extras, *weights)
+            except RuntimeError:  # an inference tensor cannot be saved, its copy can
+                if not any(t.is_inference() for t in (x, *extras)):
+                    raise
+            x, *extras = (t.clone() if t.is_inference() else t for t in (x, *extras))
+            return run_training(plan, self, len(extras), x, *extras, *weights)
         return run_inference(plan, self, len(extras), (x, *extras, *weights))
 
     @constant_under_compile
@@ -356,6 +359,8 @@ class Stage:
     def _compiled(
         self, key: Key, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
     ) -> Any:
+        if not self.double_backward and self.is_followed():
+            return self.run_followed(x, extras, weights)
         if self.eager_only is not None:
             raise PlanError(self.eager_only)
         plan = getattr(self.table.exposed, self._expose(key, len(extras)))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .errors import PlanError
@@ -28,6 +27,7 @@ from .ops.main_grad import arriving
 from .options import Options
 from .plan import Plan
 from .run import Run
+from .torch_private import graph_task
 
 
 class Unseen:
@@ -51,7 +51,7 @@ class Unseen:
             self.reason = (
                 "accumulating into main_grad writes a tensor that torch.compile cannot see"
             )
-        if self.reason is not None and options.double_backward:
+        if self.reason is not None and options.double_backward and not options.stands_in:
             raise PlanError(f"double_backward: got it, and {self.reason}")
         self.ops = tuple(deferring(op) if late else op for op, late in zip(ops, waits, strict=True))
         for (i, _), home in zip(run.slots, slots, strict=True):
@@ -66,13 +66,13 @@ class Unseen:
         for k in (*late, *(k for k in accumulated if k not in late)):
             label = self.run.labels[self.run.slots[k][0]]
             verify_arrival(*self.slots[k], weights[k], label, k in late)
-        return weights, torch._C._current_graph_task_id()
+        return weights, graph_task()
 
     def run_backward(self, plan: Plan, ctx: Any, grads: Sequence[Tensor], saved: list[Any]) -> Any:
         """The backward; what waits is queued."""
         weights, backward = ctx.watched
         if backward < 0:
-            backward = torch._C._current_graph_task_id()
+            backward = graph_task()
         for place, k in plan.specs.stored:  # itself, whatever hooks of saved tensors have made
             saved[place] = weights[k]
         first = len(plan.specs.names) - len(self.slots) - len(plan.specs.parts)

@@ -7,20 +7,19 @@ costs a quarter of what ctypes takes to convert as many arguments.
 import ctypes
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...torch_private import dispatch_modes, top_transform
 from . import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes that the kernels compute on, with their codes."""
 _PLAIN = (Tensor, nn.Parameter)
-_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
 
 def direct(x: Tensor, *others: Tensor | None) -> bool:
@@ -29,7 +28,7 @@ def direct(x: Tensor, *others: Tensor | None) -> bool:
     Under a dispatch mode or a functorch transform, and with subclasses (fake tensors among them),
     kernels leave the work to the reference formulas, which any of these can see through.
     """
-    if _modes() or _transform() is not None or type(x) not in _PLAIN:
+    if dispatch_modes() or top_transform() is not None or type(x) not in _PLAIN:
         return False
     for other in others:  # noqa: SIM110 - all() takes twice as long
         if other is not None and type(other) not in _PLAIN:

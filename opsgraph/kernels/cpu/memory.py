@@ -18,13 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...torch_private import storage_uses
+
 CPU = torch.device("cpu")
 LEAST = 2**20
 """Bytes below which a tensor gets memory of its own: the allocator keeps such blocks itself."""
 
 # Without a global lock Python's counts are spread over threads: too little to go by.
 _locked: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
-_use_count = getattr(torch._C, "_storage_Use_Count", None) if _locked else None
+_use_count = storage_uses if _locked else None
 _tensor_use_count = getattr(Tensor, "_use_count", None)
 
 

@@ -151,7 +151,7 @@ def activation_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
 def halves(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
     """Gate and value of `[rows, 2 * width]`: halves, or alternating blocks of that many columns."""
     if block is None:
-        a, b = x.unsafe_chunk(2, -1)
+        a, b = x.chunk(2, -1)
         return a, b
     split = x.unflatten(1, (x.shape[1] // (2 * block), 2, block))
     return split[:, :, 0].flatten(1), split[:, :, 1].flatten(1)

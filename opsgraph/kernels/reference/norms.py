@@ -34,7 +34,10 @@ def shrunk(x: Tensor) -> tuple[Tensor, Tensor | None]:
     differences within such a row are so large that eps is nothing beside their squares, or zero.
     """
     h = wide(x)
-    if x.dtype in (torch.float16, torch.float64) or not x.numel():
+    if x.dtype in (torch.float16, torch.float64):
+        return h, None
+    # torch.jit.trace records no view of another dtype.
+    if torch.jit.is_tracing() or not x.numel():  # type: ignore[attr-defined,no-untyped-call]
         return h, None
     largest = h.abs().amax(-1, keepdim=True)
     exponent = largest.view(torch.int32) >> 23  # of a number that is not negative

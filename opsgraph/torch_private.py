@@ -1,0 +1,99 @@
+"""What opsgraph uses of PyTorch that is not public: each name once, with what stands in for it.
+
+A name that a version lacks is replaced by a public way where there is one, slower or less exact;
+the test of this file names the versions that were seen to have them all.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad as forward_ad
+from torch.autograd import grad_mode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def _find(path: str, otherwise: Any) -> Any:
+    """What `torch.<path>` is, or the other thing where there is no such name."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+        if found is None:
+            return otherwise
+    return found
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` past the look, in Python, for arguments left over by a transform."""
+    made: Callable[..., Any] = getattr(super(torch.autograd.Function, function), "apply", None) or (
+        function.apply
+    )
+    return made
+
+
+finished: Callable[[Tensor], Tensor] = _find("_C._functorch.unwrap_if_dead", lambda tensor: tensor)
+"""The tensor itself, or what it stands for if it was left over by a functorch transform."""
+
+transforms: Callable[[], bool] = _find("_C._are_functorch_transforms_active", lambda: False)
+"""Whether a transform of torch.func runs: grad, vjp, jvp, vmap, functionalize."""
+
+top_transform: Callable[[], Any] = _find("_C._functorch.peek_interpreter_stack", lambda: None)
+"""The innermost of them, or None. Unlike `transforms` it also sees those that Dynamo plays."""
+
+dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
+"""How many dispatch modes are active, those of fake and of proxy tensors among them."""
+
+tracing: Callable[[], bool] = _find("_C._is_tracing", getattr(torch.jit, "is_tracing", None))
+"""Whether torch.jit.trace, or the ONNX exporter that is built on it, records."""
+
+_tracer: Callable[[], Any] = _find("_C._get_tracing_state", lambda: None)
+_set_tracer: Callable[[Any], None] = _find("_C._set_tracing_state", lambda state: None)
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """A context in which torch.jit.trace records nothing."""
+    state = _tracer()
+    if state is None:
+        yield
+        return
+    _set_tracer(None)
+    try:
+        yield
+    finally:
+        _set_tracer(state)
+
+
+has_memory: Callable[[Tensor], bool] = _find("_C._has_storage", lambda tensor: True)
+"""Whether a tensor has a storage: wrappers, as the batched ones of vmap are, have none."""
+
+preserve_version: Callable[[Tensor], AbstractContextManager[Any]] = getattr(
+    grad_mode, "_unsafe_preserve_version_counter", lambda tensor: nullcontext()
+)
+"""A context in which writing to a tensor does not count as a change of it."""
+
+storage_uses: Callable[[int], int] | None = _find("_C._storage_Use_Count", None)
+"""How many tensors share a storage, of which it takes the address."""
+
+graph_task: Callable[[], int] = _find("_C._current_graph_task_id", lambda: -1)
+"""The number of the backward that PyTorch's engine runs on this thread; -1 for none."""
+
+
+if not hasattr(forward_ad, "_current_level"):
+    forward_ad._current_level = -1  # as where forward-mode AD is off
+
+
+class PassThrough(TorchDispatchMode):
+    """A dispatch mode that changes nothing; that it is there tells kernels to stand back."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+def followed() -> bool:
+    """Whether somebody follows the calls who sees PyTorch's ops alone, and no Function of ours."""
+    return transforms() or forward_ad._current_level >= 0 or tracing()
