@@ -6,19 +6,20 @@ inside, which is no submodule, reads them there.
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import config
 from .dtensor import own_part
 from .errors import OpsgraphError
-from .op import Op
-from .ops import AllGather, LayerNorm, Linear, RMSNorm, Tee
-from .ops.activations import ACTIVATIONS, GATED, keywords
+from .op import Op, constant_under_compile
+from .ops import AllGather, Linear, Tee
+from .ops.activations import GATED
 from .ops.collectives import Group, group_of, process_group
 from .ops.delayed import Queue, TellsOfWeightGradients, mark_delayed
-from .ops.linear import SYMMETRIC
 from .ops.main_grad import expect_overwrite
 from .ops.parameters import MarksParameters, Partition
 from .plan import Plan
@@ -26,9 +27,18 @@ from .precision import active, microbatch
 from .quantized_parameter import hold
 from .scaling import make_for
 from .sequential import Sequential
-from .validation import epsilon, flag, whole
-
-NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
+from .settings import (
+    FIXED,
+    NORMS,
+    OVERLAP,
+    WHO,
+    activation_of,
+    checked,
+    default_device,
+    same_size,
+    tensor_parallel,
+)
+from .watched import Watched
 
 Init = Callable[[Tensor], Any]
 
@@ -38,20 +48,7 @@ def _normal(weight: Tensor) -> None:
     nn.init.normal_(weight, 0.0, 0.023)
 
 
-def _known(what: str, got: str, known: Mapping[str, Any]) -> None:
-    if not isinstance(got, str) or got not in known:
-        raise OpsgraphError(f"LayerNormMLP: got {what} {got!r}, expected one of {', '.join(known)}")
-
-
-def _activation(name: str, params: Mapping[str, Any]) -> Op:
-    known = keywords(ACTIVATIONS[name])
-    if unknown := [key for key in params if key not in known]:
-        got = f"activation_params {', '.join(map(repr, unknown))} for {name!r}"
-        raise OpsgraphError(f"LayerNormMLP: got {got}, expected some of {', '.join(known)}")
-    return ACTIVATIONS[name](**params)
-
-
-class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
+class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
     """Norm -> FC1 -> activation -> FC2. Input and output `[*, hidden_size]`.
 
     Parameters: layer_norm_weight, layer_norm_bias `[hidden]` (no bias with RMSNorm); fc1_weight
@@ -64,7 +61,8 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
     activation_params: its keyword arguments. zero_centered_gamma: the norm's factor is `1 +
     weight`. init_method, output_layer_init_method: initialize fc1_weight and fc2_weight in place,
     by default normal(0, 0.023), inside `get_rng_state_tracker().fork()` where that is given.
-    params_dtype: by default torch's default dtype. device: by default CUDA where there is one.
+    params_dtype: by default torch's default dtype. device: by default PyTorch's, where one was set
+    (`torch.set_default_device`, `with torch.device(...)`), else CUDA where there is one.
     fuse_wgrad_accumulation: weight gradients go into the weights' `main_grad`, see
     `opsgraph.ops.main_grad`. delay_wgrad_compute: backward leaves the weight gradients to
     `backward_dw()`. checkpoint: only the input is saved; the backward makes the norm, FC1 and the
@@ -83,11 +81,43 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
     arguments and symmetric_ar_type admit fusers that overlap an exchange with a matrix product;
     they change no result.
 
+    All of these are attributes that may be set later, but for sizes, bias, params_dtype and device;
+    to set those is an error that says what to do instead. A bias may be set to a parameter, or to
+    None, at any time.
+
     Raises OpsgraphError for unknown names and sizes that do not fit.
     """
 
     distributed = False
     """Whether the parameters are DTensors of the whole layer."""
+    hidden_size: int
+    ffn_hidden_size: int
+    eps: float | None
+    sequence_parallel: bool
+    return_bias: bool
+    get_rng_state_tracker: Callable[[], Any] | None
+    tp_size: int
+    init_method: Init | None
+    use_bias: bool
+    normalization: str
+    activation: str
+    activation_params: Mapping[str, Any]
+    output_layer_init_method: Init | None
+    fuse_wgrad_accumulation: bool
+    return_layernorm_output: bool
+    return_layernorm_output_gathered: bool
+    set_parallel_mode: bool
+    zero_centered_gamma: bool
+    size_per_partition: int
+    overlap: tuple[str, ...]
+    halves: int
+    delay_wgrad_compute: bool
+    symmetric_ar_type: str | None
+    checkpoint: bool
+    double_backward: bool
+    _group: str
+    _fc1_stride: int
+    _given: dict[str, Any]
 
     def __init__(
         self,
@@ -126,88 +156,97 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
         *,
         double_backward: bool = False,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         super().__init__()
-        _known("normalization", normalization, NORMS)
-        _known("activation", activation, ACTIVATIONS)
-        hidden_size = whole("LayerNormMLP", "hidden_size", hidden_size)
-        ffn_hidden_size = whole("LayerNormMLP", "ffn_hidden_size", ffn_hidden_size)
-        tp_size = whole("LayerNormMLP", "tp_size", tp_size)
-        if eps is not None or normalization == "LayerNorm":
-            eps = epsilon("LayerNormMLP", "eps", eps)
-        flags = {
-            "sequence_parallel": sequence_parallel,
-            "return_bias": return_bias,
-            "bias": bias,
-            "fuse_wgrad_accumulation": fuse_wgrad_accumulation,
-            "return_layernorm_output": return_layernorm_output,
-            "return_layernorm_output_gathered": return_layernorm_output_gathered,
-            "set_parallel_mode": set_parallel_mode,
-            "zero_centered_gamma": zero_centered_gamma,
-            "delay_wgrad_compute": delay_wgrad_compute,
-            "checkpoint": checkpoint,
-        }
-        overlap = {
-            "ub_overlap_ag": ub_overlap_ag,
-            "ub_overlap_rs": ub_overlap_rs,
-            "ub_overlap_rs_dgrad": ub_overlap_rs_dgrad,
-            "ub_bulk_dgrad": ub_bulk_dgrad,
-            "ub_bulk_wgrad": ub_bulk_wgrad,
-        }
-        for key, value in (flags | overlap).items():
-            flag("LayerNormMLP", key, value)
-        tp = _tensor_parallel(tp_size, tp_group)
-        _check_parallel(ffn_hidden_size, tp, sequence_parallel, overlap)
-        if symmetric_ar_type is not None:
-            _known("symmetric_ar_type", symmetric_ar_type, dict.fromkeys(SYMMETRIC))
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
-        self.normalization, self.activation, self.use_bias = normalization, activation, bias
-        self.return_bias = return_bias
-        self.return_layernorm_output = return_layernorm_output
-        self._group, self.tp_size = tp
-        self.set_parallel_mode = set_parallel_mode
-        self.sequence_parallel = sequence_parallel and tp.size > 1
-        self.size_per_partition = ffn_hidden_size // tp.size
-        off = {"ub_bulk_dgrad", "ub_bulk_wgrad"} if ub_overlap_rs_dgrad else set()
-        self.overlap = tuple(key for key, on in overlap.items() if on and key not in off)
-        self.symmetric_ar_type = symmetric_ar_type
-        self.name = name
-        self._init_methods = (init_method or _normal, output_layer_init_method or _normal)
-        self._rng = get_rng_state_tracker
-        params = dict(activation_params or {})
-        act = _activation(activation, params)
-        self.halves = 2 if activation in GATED else 1
-        self._fc1_stride = getattr(act, "pieces", 1)
-        self._declare({"device": device, "dtype": params_dtype})
-        self._gathered = return_layernorm_output_gathered
-        self._norm_options = {"eps": eps, "zero_centered_gamma": zero_centered_gamma}
-        self._activation_params = params
-        self._plan_options: dict[str, Any] = {
-            "delay_wgrad_compute": delay_wgrad_compute,
-            "checkpoint": checkpoint,
-            "double_backward": double_backward,
-        }
-        self.zero_centered_gamma = zero_centered_gamma
-        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
+        self._queue = Queue()
+        """Delayed weight gradients, whichever sequence they come from."""
+        self._sequences: tuple[()] | tuple[Sequential] = ()
+        self._take(given, tensor_parallel(tp_size, tp_group))
+        place = default_device() if device is None else device
+        self._declare({"device": place, "dtype": params_dtype})
         self._sequences = self._build()
         self.reset_parameters()
 
+    def _take(self, given: Mapping[str, Any], tp: Group) -> None:
+        """Check the constructor's arguments, and note them and what follows of them."""
+        made = checked(given, tp)
+        act = activation_of(made["activation"], made["activation_params"])
+        off = {"ub_bulk_dgrad", "ub_bulk_wgrad"} if made["ub_overlap_rs_dgrad"] else set()
+        kept = {name: value for name, value in made.items() if name not in _NOT_KEPT}
+        self.__dict__.update(
+            kept,
+            use_bias=made["bias"],
+            tp_size=tp.size,
+            size_per_partition=made["ffn_hidden_size"] // tp.size,
+            overlap=tuple(name for name in OVERLAP if made[name] and name not in off),
+            halves=2 if made["activation"] in GATED else 1,
+            _group=tp.name,
+            _fc1_stride=getattr(act, "pieces", 1),
+            _given=made,
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        made = self.__dict__.get("_given")
+        if made is None or not (name in made or name in FIXED):
+            super().__setattr__(name, value)
+            return
+        if name in FIXED:
+            if name in self.__dict__ and self.__dict__[name] == value:
+                return
+            raise OpsgraphError(f"{WHO}: got {name} after construction, expected {FIXED[name]}")
+        self._change(name, value)
+
+    def _change(self, name: str, value: Any) -> None:
+        """Take another value for an argument of the constructor, or raise and be as before."""
+        before = self.__dict__.copy()
+        tp = Group(self._group, self.tp_size)
+        try:
+            if name == "tp_group":
+                tp = group_of(value, WHO)
+                same_size(self.tp_size, tp)
+            self._take({**self._given, name: value}, tp)
+            self._sequences = self._build()
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+        self._mark_parameters()
+
     def _build(self) -> tuple[Sequential]:
         """The sequence that runs. In a tuple: it is no submodule, for its ops hold nothing."""
-        norm = NORMS[self.normalization](self.hidden_size, device="meta", **self._norm_options)
-        fc1, fc2, between = self._exchange(self._gathered)
-        fc2_bias = self.use_bias and not self.return_bias
+        if self.normalization == "RMSNorm" and self.layer_norm_bias is not None:
+            expected = "layer_norm_bias = None, for it has none"
+            raise OpsgraphError(f"{WHO}: got normalization 'RMSNorm', expected {expected}")
+        norm = NORMS[self.normalization](
+            self.hidden_size,
+            self.eps,
+            device="meta",
+            zero_centered_gamma=self.zero_centered_gamma,
+        )
+        fc1, fc2, between = self._exchange(self.return_layernorm_output_gathered)
         options: dict[str, Any] = {"accumulate_into_main_grad": self.fuse_wgrad_accumulation}
+        norm.borrow(self, **{own: f"layer_norm_{own}" for own in norm.names})
+        norm._homes["bias"] = self, "layer_norm_bias"  # to be noticed, should there be one
         sequence = Sequential(
-            norm.borrow(self, **{own: f"layer_norm_{own}" for own in norm.names}),
+            norm,
             *between,
-            _linear(self, "fc1", self.use_bias, options | fc1),
-            ACTIVATIONS[self.activation](**self._activation_params),
-            _linear(self, "fc2", fc2_bias, options | fc2),
-            **self._plan_options,
+            _linear(self, "fc1", True, options | fc1),
+            activation_of(self.activation, self.activation_params),
+            _linear(self, "fc2", not self.return_bias, options | fc2),
+            delay_wgrad_compute=self.delay_wgrad_compute,
+            checkpoint=self.checkpoint,
+            double_backward=self.double_backward,
+            queue=self._queue,
         )
         return (sequence,)
+
+    @constant_under_compile
+    def _built(self) -> tuple[Sequential]:
+        """The sequence, of a copy that has none yet."""
+        with config.lock:
+            if not self._sequences:
+                self.__dict__["_sequences"] = self._build()
+        return self._sequences  # type: ignore[return-value]
 
     def _declare(self, place: dict[str, Any]) -> None:
         """Register the parameters, in TransformerEngine's order."""
@@ -249,25 +288,19 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
 
     def set_tensor_parallel_group(self, tp_group: Any) -> None:
         """Exchange tensors over another group of as many ranks."""
-        group = group_of(tp_group, "LayerNormMLP")
-        _same_size(self.tp_size, group)
-        self._group = group.name
-        self._sequences = self._build()
+        self._change("tp_group", tp_group)
 
     def split(self, group: Group, sequence_parallel: bool) -> None:
         """Become one rank's part of a layer; the parameters are the caller's to replace."""
-        _check_parallel(self.ffn_hidden_size, group, sequence_parallel, {})
-        self._group, self.tp_size = group
-        self.set_parallel_mode = True
-        self.sequence_parallel = sequence_parallel and group.size > 1
-        self.size_per_partition = self.ffn_hidden_size // group.size
+        changed = {"set_parallel_mode": True, "sequence_parallel": sequence_parallel}
+        self._take({**self._given, **changed}, group)
         self._sequences = self._build()
 
     def partitions(self) -> dict[str, Partition]:
         """How ranks split the parameters that they do split."""
         rows = Partition(self._group, self.tp_size, 0, self._fc1_stride)
         columns = Partition(self._group, self.tp_size, 1)
-        bias = {"fc1_bias": rows} if self.use_bias else {}
+        bias = {"fc1_bias": rows} if self.own_parameter("fc1_bias") is not None else {}
         return {"fc1_weight": rows, "fc2_weight": columns} | bias
 
     def _mark_parameters(self) -> None:
@@ -277,7 +310,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
             if parameter is None:
                 continue
             if name in ("fc1_weight", "fc2_weight"):
-                mark_delayed(parameter, self._plan_options["delay_wgrad_compute"])
+                mark_delayed(parameter, self.delay_wgrad_compute)
             if self.distributed:  # what DTensors are, they tell themselves
                 continue
             if name in split:
@@ -294,10 +327,10 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
                 nn.init.constant_(parameter, 1.0 if one else 0.0)
             elif parameter is not None and name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        fork = self._rng().fork() if self._rng else nullcontext()
-        with fork, torch.no_grad():
-            self._init_methods[0](self.get_parameter("fc1_weight"))
-            self._init_methods[1](self.get_parameter("fc2_weight"))
+        tracker = self.get_rng_state_tracker
+        with tracker().fork() if tracker else nullcontext(), torch.no_grad():
+            (self.init_method or _normal)(self.get_parameter("fc1_weight"))
+            (self.output_layer_init_method or _normal)(self.get_parameter("fc2_weight"))
         hold(self, "fc1_weight", "fc2_weight")
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Any:
@@ -312,10 +345,10 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
             for name in ("fc1_weight", "fc2_weight"):
                 expect_overwrite(getattr(self, name))
         if is_first_microbatch is None or active.key is None:
-            result = self._sequences[0].forward(inp)
+            result = (self._sequences or self._built())[0].forward(inp)
         else:
             with microbatch(is_first_microbatch):
-                result = self._sequences[0].forward(inp)
+                result = (self._sequences or self._built())[0].forward(inp)
         out, *more = result if isinstance(result, tuple) else (result,)
         if self.return_bias:
             bias = None if self.fc2_bias is None else own_part(self, "fc2_bias", self.fc2_bias)
@@ -324,12 +357,22 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
 
     @property
     def wgrad_queue(self) -> Queue | None:
-        return self._sequences[0].wgrad_queue
+        return self._queue if self.delay_wgrad_compute else None
 
     def plan(self, training: bool = True, x: Tensor | None = None) -> Plan:
         """The plan, as `Sequential.plan` gives it."""
-        found: Plan = self._sequences[0].plan(training, x)
+        found: Plan = self._built()[0].plan(training, x)
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's sequence reads the copy's parameters: it makes its own.
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"_sequences": (), "_queue": Queue()}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__ |= {"_sequences": ()}
+        return replica
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """A TransformerEngine checkpoint's pickled `_extra_state` is dropped, never unpickled."""
@@ -347,44 +390,14 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients):
         )
 
 
+_ARGUMENTS = tuple(signature(LayerNormMLP.__init__).parameters)[1:]
+_NOT_KEPT = ("bias", "tp_group", "device", "params_dtype", "tp_size")
+
+
 def _linear(module: LayerNormMLP, prefix: str, bias: bool, options: Mapping[str, Any]) -> Op:
     names = {"weight": f"{prefix}_weight"} | ({"bias": f"{prefix}_bias"} if bias else {})
     ranks = 1 if "tensor_parallel_mode" in options else module.tp_size
     ffn = module.ffn_hidden_size // ranks
     rows = ffn * module.halves if prefix == "fc1" else module.hidden_size
     width = module.hidden_size if prefix == "fc1" else ffn
-    return Linear(width, rows, bias, device="meta", **options).borrow(module, **names)
-
-
-def _tensor_parallel(tp_size: int, tp_group: Any) -> Group:
-    if tp_group is None:
-        return Group("", tp_size)
-    group = group_of(tp_group, "LayerNormMLP")
-    if tp_size != 1:
-        _same_size(tp_size, group)
-    return group
-
-
-def _same_size(tp_size: int, group: Group) -> None:
-    if tp_size != group.size:
-        raise OpsgraphError(
-            f"LayerNormMLP: got tp_size {tp_size} and a tp_group of {group.size} ranks, expected "
-            f"tp_size {group.size}"
-        )
-
-
-def _check_parallel(
-    ffn: int, tp: Group, sequence_parallel: bool, overlap: Mapping[str, bool]
-) -> None:
-    if tp.size < 1 or ffn % tp.size:
-        raise OpsgraphError(
-            f"LayerNormMLP: got ffn_hidden_size {ffn}, expected a multiple of tp_size {tp.size}"
-        )
-    if tp.size > 1 and not tp.name:
-        raise OpsgraphError(f"LayerNormMLP: got tp_size {tp.size} and no tp_group, expected one")
-    given = [name for name, on in overlap.items() if on]
-    if given and not (sequence_parallel and tp.size > 1):
-        raise OpsgraphError(
-            f"LayerNormMLP: got {', '.join(given)} without sequence parallelism, expected "
-            "sequence_parallel=True and tp_size > 1"
-        )
+    return Linear(width, rows, False, device="meta", **options).borrow(module, **names)

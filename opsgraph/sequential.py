@@ -61,7 +61,10 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
         **options: Any,
     ) -> None:
         super().__init__(*args)
+        queue = options.pop("queue", None)  # whose the delayed gradients are, where not its own
         self._options = Options.of(options)
+        if queue is not None:
+            self._options = self._options.with_(queue=queue)
         self._stages: list[Stage | nn.Module] = []
         self._recipes: dict[int, list[Stage | nn.Module]] = {}
         """Stages for each recipe in which the module has run, by the recipe's number."""
