@@ -17,7 +17,6 @@ from .dtensor import own_part
 from .errors import OpsgraphError
 from .op import Op, constant_under_compile
 from .ops import AllGather, Linear, Tee
-from .ops.activations import GATED
 from .ops.collectives import Group, group_of, process_group
 from .ops.delayed import Queue, TellsOfWeightGradients, mark_delayed
 from .ops.main_grad import expect_overwrite
@@ -30,9 +29,9 @@ from .sequential import Sequential
 from .settings import (
     FIXED,
     NORMS,
-    OVERLAP,
     WHO,
     activation_of,
+    attributes,
     checked,
     default_device,
     same_size,
@@ -170,20 +169,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
     def _take(self, given: Mapping[str, Any], tp: Group) -> None:
         """Check the constructor's arguments, and note them and what follows of them."""
         made = checked(given, tp)
-        act = activation_of(made["activation"], made["activation_params"])
-        off = {"ub_bulk_dgrad", "ub_bulk_wgrad"} if made["ub_overlap_rs_dgrad"] else set()
-        kept = {name: value for name, value in made.items() if name not in _NOT_KEPT}
-        self.__dict__.update(
-            kept,
-            use_bias=made["bias"],
-            tp_size=tp.size,
-            size_per_partition=made["ffn_hidden_size"] // tp.size,
-            overlap=tuple(name for name in OVERLAP if made[name] and name not in off),
-            halves=2 if made["activation"] in GATED else 1,
-            _group=tp.name,
-            _fc1_stride=getattr(act, "pieces", 1),
-            _given=made,
-        )
+        self.__dict__.update(attributes(made, tp), _given=made)
 
     def __setattr__(self, name: str, value: Any) -> None:
         made = self.__dict__.get("_given")
@@ -391,7 +377,6 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
 
 
 _ARGUMENTS = tuple(signature(LayerNormMLP.__init__).parameters)[1:]
-_NOT_KEPT = ("bias", "tp_group", "device", "params_dtype", "tp_size")
 
 
 def _linear(module: LayerNormMLP, prefix: str, bias: bool, options: Mapping[str, Any]) -> Op:

@@ -9,7 +9,7 @@ from torch.utils._device import DeviceContext
 from .errors import OpsgraphError
 from .op import Op
 from .ops import LayerNorm, RMSNorm
-from .ops.activations import ACTIVATIONS, keywords
+from .ops.activations import ACTIVATIONS, GATED, keywords
 from .ops.collectives import Group, group_of
 from .ops.linear import SYMMETRIC
 from .validation import epsilon, flag, whole
@@ -50,6 +50,7 @@ FIXED = {
     "halves": "another activation",
 }
 """What only the constructor takes, and what follows of other settings: what to use instead."""
+_NOT_KEPT = ("bias", "tp_group", "device", "params_dtype", "tp_size")
 
 
 def known(what: str, got: Any, names: Mapping[str, Any]) -> None:
@@ -85,6 +86,21 @@ def checked(given: Mapping[str, Any], tp: Group) -> dict[str, Any]:
     made["activation_params"] = dict(made["activation_params"] or {})
     made["sequence_parallel"] = made["sequence_parallel"] and tp.size > 1
     return made
+
+
+def attributes(made: Mapping[str, Any], tp: Group) -> dict[str, Any]:
+    """What a module knows by name: checked arguments, and what follows of them."""
+    act = activation_of(made["activation"], made["activation_params"])
+    off = {"ub_bulk_dgrad", "ub_bulk_wgrad"} if made["ub_overlap_rs_dgrad"] else set()
+    return {name: value for name, value in made.items() if name not in _NOT_KEPT} | {
+        "use_bias": made["bias"],
+        "tp_size": tp.size,
+        "size_per_partition": made["ffn_hidden_size"] // tp.size,
+        "overlap": tuple(name for name in OVERLAP if made[name] and name not in off),
+        "halves": 2 if made["activation"] in GATED else 1,
+        "_group": tp.name,
+        "_fc1_stride": getattr(act, "pieces", 1),
+    }
 
 
 def default_device() -> torch.device | str | None:
