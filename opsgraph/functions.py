@@ -198,3 +198,11 @@ def verify_backward(kind: type[Op], label: str) -> None:
         raise PlanError(
             f"{label}: got a random fwd and no bwd for it, expected one that takes the saved seed"
         )
+
+
+def verify_trailing(op: Op, label: str, shape: torch.Size) -> None:
+    """Raises OpError for an input whose last dimensions are not those that the op works on."""
+    sizes = op.trailing()
+    if sizes and tuple(shape[-1 - len(sizes) : -1]) != sizes:
+        expected = ", ".join(map(str, (*sizes, op.in_width)))
+        raise OpError(label, f"input of shape {tuple(shape)}", f"[*, {expected}]")

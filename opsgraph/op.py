@@ -26,6 +26,7 @@ from .checkpoints import without_extra_state
 from .constants import plain
 from .errors import OpError
 from .spec import ROWS, Spec
+from .validation import text
 from .watched import MODULE_ATTRIBUTES, Watched
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -222,7 +223,7 @@ class Op(Watched):
         inputs = tuple(self.channels) if not self.taps else ()
         if not 0 <= index < len(inputs):
             raise IndexError(f"{type(self).__name__}: got extra input {index} of {len(inputs)}")
-        self.channels[inputs[index]] = name
+        self.channels[inputs[index]] = text(type(self).__name__, "name", name)
         self.strict.add(inputs[index])
         self.touch()
 
@@ -233,7 +234,7 @@ class Op(Watched):
         if not self.taps or index != 0:
             count = int(self.taps)
             raise IndexError(f"{type(self).__name__}: got extra output {index} of {count}")
-        self.channels["d"] = name
+        self.channels["d"] = text(type(self).__name__, "name", name)
         self.to_caller = output_to_caller
         self.touch()
 

@@ -19,6 +19,7 @@ from .dtensor import PLAIN, own_part
 from .errors import OpError, PlanError
 from .execute import expose, run_compiled, run_inference, run_training
 from .followed import Followed, check_differentiable
+from .functions import verify_trailing
 from .fusers.quantizing import quantize
 from .op import Op, constant_under_compile
 from .ops.quantize import lowered
@@ -302,10 +303,7 @@ class Stage(Followed):
     def _check_rows(self, x: Tensor, extras: Sequence[Tensor]) -> None:
         """Raises OpError for an extra input whose rows are not those of x, or an op's trailing."""
         for label, op in self.trailing:
-            sizes = op.trailing()
-            if tuple(x.shape[-1 - len(sizes) : -1]) != sizes:
-                wanted = ", ".join(map(str, (*sizes, op.in_width)))
-                raise OpError(label, f"input of shape {tuple(x.shape)}", f"[*, {wanted}]")
+            verify_trailing(op, label, x.shape)
         for (i, name, _), extra, dims in zip(self.inputs, extras, self.row_dims, strict=True):
             lead = _lead(x.shape[:-1], self.ratios[i])
             if dims is None or extra.shape[: len(lead)] == lead:

@@ -9,6 +9,7 @@ from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import SymInt, Tensor
 
 from .errors import OpError
@@ -74,3 +75,27 @@ def choice(who: str, name: str, value: Any, known: Collection[str | None]) -> An
     if not isinstance(value, str | None) or value not in known:
         raise OpError(who, f"{name}={value!r}", " or ".join(map(repr, known)))
     return value
+
+
+def text(who: str, name: str, value: Any) -> str | None:
+    """A name, or None."""
+    if value is not None and not isinstance(value, str):
+        raise OpError(who, f"{name}={value!r}", "a str or None")
+    return value
+
+
+def function(who: str, name: str, value: Any) -> Any:
+    """Something to call, or None."""
+    if value is not None and not callable(value):
+        raise OpError(who, f"{name}={value!r}", "a function or None")
+    return value
+
+
+def place(who: str, device: Any, dtype: Any) -> None:
+    """Where parameters go: a device and a float dtype, or None for the default."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OpError(who, f"dtype={dtype!r}", "a float dtype of torch or None")
+    try:
+        torch.device(device) if device is not None else None
+    except (RuntimeError, TypeError) as error:
+        raise OpError(who, f"device={device!r}", "a device of torch or None") from error

@@ -126,3 +126,11 @@ def test_eps_of_none_follows_the_input_of_each_call() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = torch.full((1, 8), 1e-4, dtype=dtype)
         torch.testing.assert_close(module(x), nn.functional.rms_norm(x, (8,)))
+
+
+def test_a_norm_without_a_torch_class_checks_its_dimensions_too() -> None:
+    module = og.Sequential(LayerNorm((4, 6), zero_centered_gamma=True))
+    plain, x = module.to_torch(), torch.randn(2, 4, 6)
+    torch.testing.assert_close(plain(x), module(x))
+    with pytest.raises(og.OpError, match=r"LayerNorm: got input of shape \(8, 6\), expected"):
+        plain(torch.randn(8, 6))

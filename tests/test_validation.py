@@ -49,7 +49,36 @@ SIZES = {
     "Bias": (ops.Bias, "Bias: got width=", (-1, 8.0, "8")),
     "Reshape": (ops.Reshape, "Reshape: got shape=", ("8", 2.0, -2, None)),
 }  # fmt: skip
+PLACES = {
+    "dtype": (lambda v: ops.Linear(4, 4, dtype=v), "Linear: got dtype=", ("float32", torch.int32)),
+    "norm dtype": (lambda v: ops.RMSNorm(4, dtype=v), "RMSNorm: got dtype=", ("bf16", 3)),
+    "bias dtype": (lambda v: ops.Bias(4, dtype=v), "Bias: got dtype=", (torch.bool,)),
+    "device": (lambda v: ops.Linear(4, 4, device=v), "Linear: got device=", ("gpu7", [])),
+    "init": (lambda v: ops.Linear(4, 4, init_method=v), "Linear: got init_method=", ("ones",)),
+    "tracker": (
+        lambda v: ops.BasicLinear(4, 4, rng_state_tracker_function=v),
+        "BasicLinear: got rng_state_tracker_function=", (3,),
+    ),
+    "overlap": (lambda v: ops.Linear(4, 4, overlap=v), "Linear: got overlap=", ("ub", 3)),
+    "userbuffers": (
+        lambda v: ops.BasicLinear(4, 4, userbuffers_options=v),
+        "BasicLinear: got userbuffers_options=", (3,),
+    ),
+    "Tee": (ops.Tee, "Tee: got name=", (3, [])),
+    "Add": (ops.Add, "Add: got name=", (3, ["r"])),
+    "channel": (
+        lambda v: ops.AddExtraInput().set_extra_input_channel(0, v),
+        "AddExtraInput: got name=", (3,),
+    ),
+    "two -1": (lambda v: ops.Reshape(-1, v), "Reshape: got shape=", (-1,)),
+}  # fmt: skip
 FLAGS = {
+    "Tee": (lambda v: ops.Tee("r", v), "Tee: got to_caller=", ("x", None)),
+    "in_place": (
+        lambda v: ops.AddExtraInput(in_place=v), "AddExtraInput: got in_place=", ("x", 3)
+    ),
+    "Quantize": (ops.Quantize, "Quantize: got forward=", ("x", None)),
+    "Quantize backward": (lambda v: ops.Quantize(True, v), "Quantize: got backward=", (2,)),
     "Linear bias": (lambda v: ops.Linear(4, 4, v), "Linear: got bias=", ("yes", None, 2)),
     "LayerNorm bias": (lambda v: ops.LayerNorm(4, bias=v), "LayerNorm: got bias=", ("no", [])),
     "affine": (
@@ -66,7 +95,7 @@ FLAGS = {
 }  # fmt: skip
 WRONG = [
     pytest.param(build, start, value, id=f"{name} {value!r}"[:60])
-    for table in (NUMBERS, SIZES, FLAGS)
+    for table in (NUMBERS, SIZES, PLACES, FLAGS)
     for name, (build, start, values) in table.items()  # type: ignore[attr-defined]
     for value in values
 ]

@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..errors import OpError
 from ..op import Op
 from ..spec import Spec
-from ..validation import flag
+from ..validation import flag, place
 from ..validation import size as valid_size
 from .collectives import Group, group_of
 from .parameters import MarksParameters, Partition, empty_parameter
@@ -40,6 +40,7 @@ class Bias(MarksParameters, Op):
         who = type(self).__name__
         if width is not None and size is not None:
             raise OpError(who, f"width={width!r} and size={size!r}", "one of them")
+        place(who, device, dtype)
         group = Group("", 1)
         if flag(who, "tensor_parallel", tensor_parallel):
             group = group_of(tensor_parallel_group, who)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..functions import verify_trailing
 from ..op import Op, arguments
 from ..spec import row
 from .activations import GELU, ReLU, SiLU
@@ -105,6 +106,7 @@ class PlainOp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: `[*, width]`."""
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        verify_trailing(self.op, type(self.op).__name__, shape)
         for kind, op in self.op.lower():
             if kind.identity(op, "forward", self.training):
                 continue

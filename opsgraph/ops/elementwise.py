@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import without_extra_state
+from ..errors import OpError
 from ..kernels.reference.dropout import keep_mask
 from ..op import Op
 from ..spec import Spec
@@ -115,6 +116,8 @@ class Reshape(nn.Module):
         super().__init__()
         given: Any = shape[0] if len(shape) == 1 and isinstance(shape[0], Iterable) else shape
         self.shape = tuple(whole("Reshape", "shape", size, -1) for size in given)
+        if self.shape.count(-1) > 1:
+            raise OpError("Reshape", f"shape={self.shape}", "at most one -1")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: any shape with as many elements as the target."""

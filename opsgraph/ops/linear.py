@@ -17,7 +17,7 @@ from ..quantized_parameter import hold
 from ..quantizers import Quantized
 from ..scaling import make_for
 from ..spec import Spec
-from ..validation import flag, size
+from ..validation import flag, function, place, size
 from . import scaled_gemm as scaled
 from .bias import Bias
 from .collectives import AllGather, AllReduce, AllReduceGrad, Group, ReduceScatter, group_of
@@ -104,6 +104,11 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
         group = Group("", 1)
         if tensor_parallel_mode is not None:
             group = group_of(tensor_parallel_group, who)
+        place(who, device, dtype)
+        if isinstance(overlap, str) or not isinstance(overlap, Iterable):
+            raise OpError(who, f"overlap={overlap!r}", "a list of names")
+        if not isinstance(userbuffers_options, Mapping | None):
+            raise OpError(who, f"userbuffers_options={userbuffers_options!r}", "a dict or None")
         super().__init__()
         self.in_features = size(who, "in_features", in_features, 0)
         self.out_features = size(who, "out_features", out_features, 0)
@@ -113,7 +118,7 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
         self.accumulate_into_main_grad = main_grad
         self.overwrite_main_grad = flag(who, "overwrite_main_grad", overwrite_main_grad)
         self.delay_wgrad_compute = flag(who, "delay_wgrad_compute", delay_wgrad_compute)
-        self.init_method = init_method
+        self.init_method = function(who, "init_method", init_method)
         self.group, self.group_size = group
         self.tensor_parallel_mode = tensor_parallel_mode
         split = flag(who, "sequence_parallel", sequence_parallel)
@@ -121,7 +126,8 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
         self.partition_stride = size(who, "partition_stride", partition_stride) or 1
         self._stride_given = partition_stride is not None
         self.overlap, self.symmetric_ar_type = tuple(sorted(overlap)), symmetric_ar_type
-        self.rng_state_tracker_function = rng_state_tracker_function
+        tracker = function(who, "rng_state_tracker_function", rng_state_tracker_function)
+        self.rng_state_tracker_function = tracker
         shape = (self.local_out_features, self.local_in_features)
         self.weight = empty_parameter(shape, device, dtype)
         if not isinstance(self, Linear):

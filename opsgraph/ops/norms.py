@@ -12,7 +12,7 @@ from ..errors import OpError
 from ..kernels.reference import norms
 from ..op import Lowered, Op
 from ..spec import ROWS, Spec
-from ..validation import epsilon, flag, size, whole
+from ..validation import epsilon, flag, place, size, whole
 from .parameters import empty_parameter
 
 
@@ -55,6 +55,7 @@ class _Norm(Op):
     ) -> None:
         super().__init__()
         who = type(self).__name__
+        place(who, device, dtype)
         shape = _sizes(who, normalized_shape)
         self._take(shape)
         self.eps = eps if eps is None and self.eps_by_dtype else epsilon(who, "eps", eps)

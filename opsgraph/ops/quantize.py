@@ -17,6 +17,7 @@ from ..quantizers import Quantizer
 from ..recipe import DelayedScaling, Recipe, recipe_of
 from ..scaling import scaling_of
 from ..spec import Spec
+from ..validation import flag
 from .elementwise import Identity
 from .grouped import GroupedLinear
 from .quantized_grouped import grouped
@@ -65,7 +66,8 @@ class Quantize(_Quantizing):
         role: str = "",
     ) -> None:
         super().__init__(quantizer, role)
-        self.rounds = forward, backward
+        who = type(self).__name__
+        self.rounds = flag(who, "forward", forward), flag(who, "backward", backward)
 
     def identity(self, direction: str, training: bool) -> bool:
         return direction == "backward"

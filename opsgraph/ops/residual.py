@@ -14,6 +14,7 @@ from ..errors import PlanError
 from ..functions import verify_added
 from ..op import Lowered, Op
 from ..spec import Spec
+from ..validation import flag, text
 from ..watched import Watched, whole
 from .linear import tell_next
 from .sizes import infer_sizes, width_between
@@ -41,8 +42,8 @@ class Tee(_Still):
 
     def __init__(self, name: str | None = None, to_caller: bool = False) -> None:
         super().__init__()
-        self.channels["d"] = name
-        self.to_caller = to_caller
+        self.channels["d"] = text(type(self).__name__, "name", name)
+        self.to_caller = flag(type(self).__name__, "to_caller", to_caller)
 
     def identity(self, direction: str, training: bool) -> bool:
         return direction == "forward"
@@ -68,7 +69,7 @@ class Add(_Still):
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
-        self.channels["other"] = name
+        self.channels["other"] = text(type(self).__name__, "name", name)
 
     def fwd(self, x: Tensor, other: Tensor) -> tuple[Tensor, tuple[()]]:
         return x + other, ()
@@ -88,7 +89,7 @@ class MakeExtraOutput(Tee):
 
     def __init__(self, *, in_place: bool = False) -> None:
         super().__init__()
-        self.in_place = in_place
+        self.in_place = flag(type(self).__name__, "in_place", in_place)
 
     def lower(self) -> Sequence[Lowered]:
         return (Lowered(Tee, self),)
@@ -102,7 +103,7 @@ class AddExtraInput(Add):
 
     def __init__(self, *, in_place: bool = False) -> None:
         super().__init__()
-        self.in_place = in_place
+        self.in_place = flag(type(self).__name__, "in_place", in_place)
 
     def lower(self) -> Sequence[Lowered]:
         return (Lowered(Add, self),)
