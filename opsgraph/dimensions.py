@@ -105,4 +105,9 @@ def copy_gradients(flats: Sequence[Tensor]) -> None:
     if not (torch.compiler.is_compiling() or followed()):
         for flat in flats:
             if flat.requires_grad and not flat.is_leaf:
-                flat.register_hook(torch.clone)
+                flat.register_hook(_copy)
+
+
+def _copy(gradient: Tensor | None) -> Tensor | None:
+    """A hook, which also sees gradients that are undefined."""
+    return None if gradient is None else gradient.clone()
