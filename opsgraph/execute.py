@@ -74,7 +74,7 @@ class PlanFunction(torch.autograd.Function):
             with without_autocast(x.device.type):
                 outputs, saved = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])
         if plan.specs.reports:
-            outputs = stage.record(plan, outputs)
+            outputs = stage.record(plan, outputs, True)
         if stage.eager_only is not None:
             ctx.watched = stage.unseen.watch(plan, tensors[extras + 1 :])
         if ctx.lead is not None:
@@ -139,7 +139,7 @@ def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -
                 copy_gradients(inputs)
             outputs = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])[0]
         if plan.specs.reports:
-            outputs = stage.record(plan, outputs)
+            outputs = stage.record(plan, outputs, torch.is_grad_enabled())
         if not within:
             views = unflattened(plan, outputs, x.shape)
             own = not (stage.double_backward or torch.is_grad_enabled())
@@ -288,7 +288,7 @@ def run_compiled(plan: Plan, stage: Any, extras: int, tensors: Sequence[Tensor |
     else:
         outputs = torch.ops.opsgraph.forward(plan.handle, there)[: len(plan.specs.outputs)]
     if plan.specs.reports:
-        outputs = stage.record(plan, outputs)
+        outputs = stage.record(plan, outputs, torch.is_grad_enabled())
     if len(shape) != 2:
         outputs = unflattened(plan, outputs, shape)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)

@@ -22,9 +22,9 @@ from .ops.delayed import Queue, TellsOfWeightGradients, mark_delayed
 from .ops.main_grad import expect_overwrite
 from .ops.parameters import MarksParameters, Partition
 from .plan import Plan
-from .precision import active, microbatch
+from .precision import active, meet, microbatch
 from .quantized_parameter import hold
-from .scaling import make_for
+from .scaling import before_loading
 from .sequential import Sequential
 from .settings import (
     FIXED,
@@ -89,6 +89,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
 
     distributed = False
     """Whether the parameters are DTensors of the whole layer."""
+    scaled_weights = ("fc1_weight", "fc2_weight")
     hidden_size: int
     ffn_hidden_size: int
     eps: float | None
@@ -363,11 +364,15 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """A TransformerEngine checkpoint's pickled `_extra_state` is dropped, never unpickled."""
         given = {k: v for k, v in state_dict.items() if k != f"{prefix}_extra_state"}
-        make_for(self, given, prefix, ("fc1_weight", "fc2_weight"))
+        before_loading(self, given, prefix)
         super()._load_from_state_dict(given, prefix, *args)
         unexpected = args[3]
         if f"{prefix}_extra_state" in unexpected:
             unexpected.remove(f"{prefix}_extra_state")
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        meet(self, *self.scaled_weights)
+        super()._save_to_state_dict(*args)
 
     def extra_repr(self) -> str:
         return (

@@ -326,7 +326,8 @@ class Op(Watched):
 
     def settings(self) -> dict[str, Any]:
         """All plain attributes: two ops with equal settings share their plans."""
-        skipped = MODULE_ATTRIBUTES | {"_runner", "_owners", "_homes", "channels", "strict"}
+        skipped = {"_runner", "_owners", "_homes", "channels", "strict", "serial"}
+        skipped |= MODULE_ATTRIBUTES
         return {key: value for key, value in self.__dict__.items() if key not in skipped}
 
     def skeleton(self) -> "Op":

@@ -23,6 +23,7 @@ from .ops import Add, ConstantScale, Dropout, Identity, Linear, Residual, Tee
 from .ops.activations import Activation, GatedActivation
 from .ops.collectives import Group, group_of, process_group
 from .ops.parameters import Partition
+from .scaling import before_loading
 from .sequential import Sequential
 
 ELEMENTWISE = (Activation, GatedActivation, ConstantScale, Dropout, Identity, Tee, Add)
@@ -114,6 +115,8 @@ def distributed_state_dict(module: nn.Module) -> dict[str, Any]:
 
 def load_distributed_state_dict(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Put into the module what was loaded into its `distributed_state_dict`."""
+    for prefix, child in list(module.named_modules()):
+        before_loading(child, state, f"{prefix}." if prefix else "")
     splits, own = _splits(module), module.state_dict()
     with torch.no_grad():
         for name, value in state.items():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
+from functools import wraps
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from . import scaling
+from . import amaxes, scaling
 from .errors import OpsgraphError
-from .recipe import DelayedScaling, Recipe
+from .recipe import DelayedScaling, Recipe, recipe_of
+from .validation import flag
 
 
 class Active(threading.local):
@@ -20,13 +24,35 @@ class Active(threading.local):
     def __init__(self) -> None:
         self.key: int | None = None
         """What modules run in; None outside `autocast`."""
-        self.depth = 0
-        self.entered: dict[int, tuple[DelayedScaling, Any]] = {}
-        """Delayed recipes, and their groups, since the outermost context opened."""
+        self.stack: tuple[Any, ...] = ()
+        """The contexts that are open, the innermost last; each has a `key`."""
+        self.delayed: dict[int, _Open] = {}
+        """The delayed recipes whose contexts are open."""
         self.init: tuple[int, bool] | None = None
         """Of `quantized_model_init`: the recipe, and whether to keep the first values."""
         self.first_microbatch: bool | None = None
         """True: keep quantized weights for the microbatches that follow; False: use those."""
+
+    def push(self, context: Any) -> None:
+        """Open a context: the innermost counts."""
+        self.stack = (*self.stack, context)
+        self.key = context.key
+
+    def pop(self, context: Any) -> None:
+        """Close a context, also one that is not the innermost, as generators do."""
+        if self.stack[-1] is context:
+            self.stack = self.stack[:-1]
+        else:
+            last = max(k for k, other in enumerate(self.stack) if other is context)
+            self.stack = (*self.stack[:last], *self.stack[last + 1 :])
+        self.key = self.stack[-1].key if self.stack else None
+
+
+class _Open:
+    """How often a delayed recipe is entered, and over which group its amaxes are reduced."""
+
+    def __init__(self, group: Any) -> None:
+        self.depth, self.group = 0, group
 
 
 active = Active()
@@ -41,23 +67,29 @@ class microbatch:
 
     def __init__(self, first: bool | None) -> None:
         self.first = first
+        self.before: bool | None = None
 
     def __enter__(self) -> None:
-        active.first_microbatch = self.first
+        self.before, active.first_microbatch = active.first_microbatch, self.first
 
     def __exit__(self, *error: object) -> None:
-        active.first_microbatch = None
+        active.first_microbatch = self.before
 
 
 class autocast:
     """Run linear layers in low precision: `with autocast(recipe=...):`, or a decorator.
 
     recipe: by default `DelayedScaling()`. enabled: False runs in high precision. Contexts nest; the
-    innermost counts. amax_reduction_group: a process group, over which DelayedScaling reduces its
-    amaxes; every rank has to hold the same modules then.
+    innermost counts. One context can be entered again inside itself, and by several threads: each
+    thread has contexts of its own. amax_reduction_group: a process group, over which DelayedScaling
+    reduces its amaxes; every rank has to hold the same modules and open the contexts alike.
 
-    DelayedScaling updates the scales of activations and weights when the outermost context ends
-    with grad enabled, and those of gradients when the next outermost context opens.
+    DelayedScaling updates the scales of gradients when its outermost context opens, and those of
+    activations and weights when that ends with grad enabled. Contexts of other recipes, around it
+    or inside, change nothing. Calls without grad are not recorded.
+
+    Raises OpsgraphError for wrong arguments, for functions that a decorator cannot run inside
+    (generators, coroutines), and for ranks whose modules differ.
     """
 
     def __init__(
@@ -65,24 +97,19 @@ class autocast:
     ) -> None:
         if recipe is not None and not isinstance(recipe, Recipe):
             raise OpsgraphError(f"autocast: got recipe {recipe!r}, expected one of opsgraph.recipe")
-        self.recipe = (recipe or _DEFAULT) if enabled else None
+        self.recipe = (recipe or _DEFAULT) if flag("autocast", "enabled", enabled) else None
         self.key = None if self.recipe is None else self.recipe.key
         self.group = amax_reduction_group
-        self.before: list[int | None] = []
 
     def __enter__(self) -> autocast:
-        if self.key is not None and isinstance(self.recipe, DelayedScaling):
+        if isinstance(self.recipe, DelayedScaling):
             if torch.compiler.is_compiling():
                 raise OpsgraphError(
                     "autocast: got DelayedScaling inside a compiled function, expected the context "
                     "around its call, where it can update all scales at once"
                 )
-            if active.depth == 0 and not scaling.recomputing():
-                scaling.update(self.key, self.recipe, self.group, scaling.BACKWARD)
-            active.entered[self.key] = self.recipe, self.group
-        self.before.append(active.key)
-        active.key = self.key
-        active.depth += 1
+            _open(self.recipe, self.group)
+        active.push(self)
         return self
 
     def __exit__(
@@ -91,62 +118,117 @@ class autocast:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        active.depth -= 1
-        active.key = self.before.pop()
-        if active.depth == 0 and active.entered:
-            entered, active.entered = active.entered, {}
-            if torch.is_grad_enabled() and not scaling.recomputing():
-                for key, (recipe, group) in entered.items():
-                    scaling.update(key, recipe, group, scaling.FORWARD)
+        active.pop(self)
+        if isinstance(self.recipe, DelayedScaling):
+            _close(self.recipe)
 
     def __call__(self, function: Any) -> Any:
-        from functools import wraps
+        for found in (inspect.isgeneratorfunction, inspect.iscoroutinefunction,
+                      inspect.isasyncgenfunction):  # fmt: skip
+            if found(function):
+                name = getattr(function, "__name__", repr(function))
+                raise OpsgraphError(
+                    f"autocast: got {name}, which runs after it was called, expected a plain "
+                    "function, or the context inside it"
+                )
+        enabled, recipe, group = self.recipe is not None, self.recipe, self.group
 
         @wraps(function)
         def inside(*args: Any, **kwargs: Any) -> Any:
-            with self:
+            # A context of the call's own: Dynamo cannot enter one that was made outside.
+            with autocast(enabled, recipe, group):
                 return function(*args, **kwargs)
 
         return inside
 
 
+def _open(recipe: DelayedScaling, group: Any) -> None:
+    """Count a context of a delayed recipe; the outermost takes up what backwards saw."""
+    now = active.delayed.get(recipe.key)
+    if now is None:
+        if not scaling.recomputing():
+            amaxes.take_up_backwards(recipe, group)
+        now = active.delayed[recipe.key] = _Open(group)
+    elif now.group is None:
+        now.group = group
+    now.depth += 1
+
+
+def _close(recipe: DelayedScaling) -> None:
+    """Forget a context of a delayed recipe; the outermost takes up what forwards saw."""
+    now = active.delayed[recipe.key]
+    now.depth -= 1
+    if now.depth == 0:
+        del active.delayed[recipe.key]
+        if torch.is_grad_enabled() and not scaling.recomputing():
+            amaxes.take_up_forwards(recipe, now.group)
+
+
+def meet(module: nn.Module, *names: str) -> None:
+    """Make the state of the active recipe for weights that are there, if it has any.
+
+    For state dicts: what is asked for inside a delayed recipe's context has its scales.
+    """
+    recipe = None if active.key is None else recipe_of(active.key)
+    if isinstance(recipe, DelayedScaling):
+        for name in names:
+            if module._parameters.get(name) is not None:
+                scaling.scaling_of(module, name, recipe)
+
+
+def verify_recipe() -> None:
+    """Raises OpsgraphError where a checkpoint runs a forward again without the recipe it had.
+
+    For a module that ran under a recipe last, and now runs without one.
+    """
+    if scaling.recomputing() and scaling.tapes.replaying is None:
+        raise OpsgraphError(
+            "autocast: got a checkpoint's recomputation without its forward's recipe, expected "
+            "context_fn=og.checkpoint_contexts, use_reentrant=False, or autocast in its function"
+        )
+
+
 class _Recompute:
     """Runs what a checkpoint forgot: with the recipe and the delayed scales of its forward."""
 
-    def __init__(self, key: int | None, scales: list[Tensor]) -> None:
-        self.key, self.scales = key, scales
-        self.before: int | None = None
+    def __init__(self, key: int | None, tape: scaling.Tape) -> None:
+        self.key, self.tape = key, tape
+        self.before: list[Any] = []
 
     def __enter__(self) -> None:
-        self.before, active.key = active.key, self.key
-        active.depth += 1  # a context inside is not the outermost, and updates nothing
-        scaling.tape.replay = iter(self.scales)
+        self.before.append((scaling.tapes.recording, scaling.tapes.replaying))
+        scaling.tapes.recording, scaling.tapes.replaying = (), iter(self.tape.used)
+        active.push(self)
 
     def __exit__(self, *error: object) -> None:
-        scaling.tape.replay = None
-        active.depth -= 1
-        active.key = self.before
-        active.entered = {}
+        active.pop(self)
+        scaling.tapes.recording, scaling.tapes.replaying = self.before.pop()
 
 
 class _Record:
     """Notes the delayed scales that a forward uses."""
 
-    def __init__(self, scales: list[Tensor]) -> None:
-        self.scales = scales
+    def __init__(self, tape: scaling.Tape) -> None:
+        self.tape = tape
 
     def __enter__(self) -> None:
-        scaling.tape.scales = self.scales
+        scaling.tapes.recording = (*scaling.tapes.recording, self.tape)
 
     def __exit__(self, *error: object) -> None:
-        scaling.tape.scales = None
+        scaling.tapes.recording = scaling.tapes.recording[:-1]
 
 
 def checkpoint_contexts() -> tuple[Any, Any]:
     """`torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False, context_fn=this)`.
 
     The recomputation then has the recipe and the delayed scales of the forward, whether autocast is
-    outside of f or in it, and changes no state. (A module's own `checkpoint=True` needs none.)
+    outside of f or in it, and notes no amax and moves no scale. (A module's own `checkpoint=True`
+    needs none.) Checkpoints may stand inside checkpoints.
     """
-    scales: list[Tensor] = []
-    return _Record(scales), _Recompute(active.key, scales)
+    if torch.compiler.is_compiling():
+        # A checkpoint inside a compiled function takes dispatch modes alone. It needs no more: its
+        # graph has the recipe, and reads scales that no update writes to.
+        policy = CheckpointPolicy.PREFER_RECOMPUTE
+        return create_selective_checkpoint_contexts(lambda *_, **__: policy)  # type: ignore[no-any-return]
+    tape = scaling.Tape()
+    return _Record(tape), _Recompute(active.key, tape)

@@ -8,7 +8,7 @@ it is the plain tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .errors import OpsgraphError
 from .precision import active
 from .quantizers import Copy, Quantized, Quantizer, transposed
 from .recipe import DelayedScaling, Recipe, recipe_of
@@ -85,12 +86,10 @@ class QuantizedTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (_aten.detach.default, _aten.alias.default):
-            return cls(args[0].value, args[0].shape)
-        if func is _aten.clone.default:
-            return args[0]._mapped(lambda part: part.clone())
-        if func is _aten._to_copy.default:
-            return args[0]._moved(**kwargs)
+        if func in _REMADE:
+            # Outside of inference mode, whose tensors have no version, as detach() asks for.
+            with torch.inference_mode(False), torch.no_grad():
+                return _REMADE[func](*args, **kwargs)
         plain: dict[int, Tensor] = {}
 
         def read(value: Any) -> Any:
@@ -119,6 +118,15 @@ class QuantizedTensor(torch.Tensor):
     ) -> Tensor:  # fmt: skip
         """`.to()`: another device, or another dtype to stand for."""
         return self._mapped(lambda p: p.to(device or p.device, non_blocking=non_blocking), dtype)
+
+
+_REMADE: dict[Any, Callable[..., Tensor]] = {
+    _aten.detach.default: lambda held: type(held)(held.value, held.shape),
+    _aten.alias.default: lambda held: type(held)(held.value, held.shape),
+    _aten.clone.default: lambda held, **_: held._mapped(lambda part: part.clone()),
+    _aten._to_copy.default: lambda held, **options: held._moved(**options),
+}
+"""What gives another QuantizedTensor, and not plain values."""
 
 
 def _quantize(x: Tensor, quantizer: Quantizer) -> Quantized:
@@ -153,8 +161,12 @@ def quantized_model_init(
     `weight.get_high_precision_init_val()`, and `weight.clear_high_precision_init_val()` drops them.
     Their sizes must be given, and be multiples of what the format asks for.
     """
+    if recipe is not None and not isinstance(recipe, Recipe):
+        got = f"quantized_model_init: got recipe {recipe!r}"
+        raise OpsgraphError(f"{got}, expected one of opsgraph.recipe")
     before = active.init
-    key = (recipe or DelayedScaling()).key
+    recipe = recipe or DelayedScaling()  # alive as long as its number is used
+    key = recipe.key
     active.init = (key, preserve_high_precision_init_val) if enabled else None
     try:
         yield

@@ -83,6 +83,16 @@ class Quantized(NamedTuple):
     col: Copy | None
     dtype: torch.dtype
 
+    def at(self, device: torch.device, dtype: torch.dtype) -> Quantized:
+        """The same on another device, standing for another dtype."""
+
+        def moved(copy: Copy | None) -> Copy | None:
+            if copy is None or copy.data.device == device:
+                return copy
+            return copy.quantizer.made(*(part.to(device) for part in copy.parts))
+
+        return Quantized(moved(self.row), moved(self.col), dtype)
+
 
 @dataclass(frozen=True)
 class Quantizer:

@@ -11,15 +11,17 @@ had before it quantized them, or "dequantized", those that its GEMMs read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar, NamedTuple
+from numbers import Integral, Real
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import config
+from . import interned
 from .errors import OpsgraphError
 from .quantizers import (
     BlockQuantizer,
@@ -30,9 +32,11 @@ from .quantizers import (
     RowQuantizer,
     TensorQuantizer,
 )
+from .validation import flag
 
 ROLES = ("activation", "weight", "gradient")
 OVERRIDES = (None, "high_precision", "dequantized")
+MARGINS = 126
 
 
 class Format(Enum):
@@ -46,6 +50,15 @@ class Format(Enum):
         """The dtype of a role's data."""
         dtype: torch.dtype = getattr(torch, self.value[role == "gradient"])
         return dtype
+
+
+_FIELDS: dict[Any, tuple[type, Callable[[Any], Any], str]] = {
+    "int": (Integral, int, "a whole number"),
+    "float": (Real, float, "a number"),
+    "Format": (Format, Format, f"one of {', '.join(map(str, Format))}"),
+}
+"""By annotation, the values that a field takes, what they become and how errors call them."""
+_FIELDS |= {kind: _FIELDS[kind.__name__] for kind in (int, float, Format)}
 
 
 class Copied(NamedTuple):
@@ -66,11 +79,50 @@ class Recipe:
     """Its number, the same for equal recipes: what keys of plans hold."""
 
     def __post_init__(self) -> None:
-        if self.backward_override not in OVERRIDES:
+        names = interned.names_of(type(self))
+        if torch.compiler.is_dynamo_compiling():
+            # Dynamo can trace neither the checks nor the lock: an equal recipe is made outside.
+            values = tuple([getattr(self, name) for name in names])
+            object.__setattr__(self, "key", interned.key_under_compile(type(self), names, values))
+            return
+        for name in names:
+            object.__setattr__(self, name, self._checked(name, getattr(self, name)))
+        self.check()
+        # Now, so that Dynamo just reads it; and after the checks, or what is wrong would stay.
+        object.__setattr__(self, "key", interned.key_of(self))
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """A field's value as its annotation says, numbers as Python's own."""
+        kind = self.__dataclass_fields__[name].type
+        if kind in ("bool", bool):
+            return flag(type(self).__name__, name, value)
+        if kind not in _FIELDS:
+            return value
+        taken, made, expected = _FIELDS[kind]
+        value = value.item() if getattr(value, "ndim", None) == 0 else value  # NumPy's and tensors
+        if not isinstance(value, taken) or isinstance(value, bool):
+            self._fail(f"{name} {value!r}", expected)
+        return made(value)
+
+    def check(self) -> None:
+        """Raises OpsgraphError for values that a recipe cannot have, their types being right."""
+        override = self.backward_override
+        if not (override is None or (isinstance(override, str) and override in OVERRIDES)):
             known = ", ".join(map(repr, OVERRIDES))
-            self._fail(f"backward_override {self.backward_override!r}", f"one of {known}")
-        # Now, so that Dynamo, which cannot trace the lock, just reads it.
-        object.__setattr__(self, "key", _intern(self))
+            self._fail(f"backward_override {override!r}", f"one of {known}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in interned.names_of(type(self))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # the number is another one in another process
+
+    def prepare(self, module: nn.Module) -> None:
+        """Make the state that the recipe has for the linear layers in a module, if it has any.
+
+        DelayedScaling does; otherwise their first call under it would.
+        """
 
     def _fail(self, got: str, expected: str) -> None:
         raise OpsgraphError(f"{type(self).__name__}: got {got}, expected {expected}")
@@ -120,13 +172,25 @@ class DelayedScaling(Recipe):
     amax_compute_algo: str | Callable[[Tensor], Tensor] = "max"
     reduce_amax: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         algo = self.amax_compute_algo
-        if not callable(algo) and algo not in ("max", "most_recent"):
+        if not (callable(algo) or (isinstance(algo, str) and algo in ("max", "most_recent"))):
             self._fail(f"amax_compute_algo {algo!r}", "'max', 'most_recent' or a function")
         if self.amax_history_len < 1:
             self._fail(f"amax_history_len {self.amax_history_len}", "at least 1")
+        if abs(self.margin) > MARGINS:  # 2^-margin would be no normal fp32 number
+            self._fail(f"margin {self.margin}", f"one from -{MARGINS} to {MARGINS}")
+
+    def prepare(self, module: nn.Module) -> None:
+        """Make the scales of all linear layers in a module, as their first call would.
+
+        A state dict then has them: call it before torch.distributed.checkpoint asks a module what
+        to load, and on every rank of an amax_reduction_group. What is there already stays.
+        """
+        from .scaling import prepare
+
+        prepare(module, self)
 
     def quantizer(self, role: str) -> Quantizer:
         return DelayedQuantizer(self.fp8_format.of(role))
@@ -151,6 +215,10 @@ class Float8CurrentScaling(Recipe):
     use_power_2_scales: bool = False
     amax_epsilon: float = 0.0
 
+    def check(self) -> None:
+        super().check()
+        _check_epsilon(self, self.amax_epsilon)
+
     def quantizer(self, role: str) -> Quantizer:
         kind = RowQuantizer if self.row_wise else TensorQuantizer
         return kind(self.fp8_format.of(role), self.amax_epsilon, self.use_power_2_scales)
@@ -166,6 +234,10 @@ class Float8BlockScaling(Recipe):
     fp8_format: Format = Format.E4M3
     use_f32_scales: bool = False
     amax_epsilon: float = 0.0
+
+    def check(self) -> None:
+        super().check()
+        _check_epsilon(self, self.amax_epsilon)
 
     def quantizer(self, role: str) -> Quantizer:
         height = 128 if role == "weight" else 1
@@ -215,6 +287,11 @@ class CustomRecipe(Recipe):
 
     qfactory: Callable[[str], Quantizer]
 
+    def check(self) -> None:
+        super().check()
+        if not callable(self.qfactory):
+            self._fail(f"qfactory {self.qfactory!r}", "a function of a role")
+
     def quantizer(self, role: str) -> Quantizer:
         made = self.qfactory(role)
         if not isinstance(made, Quantizer) or made.delayed:
@@ -225,16 +302,12 @@ class CustomRecipe(Recipe):
         return made
 
 
-_recipes: list[Recipe] = []
-
-
-def _intern(recipe: Recipe) -> int:
-    with config.lock:
-        if recipe not in _recipes:
-            _recipes.append(recipe)
-        return _recipes.index(recipe)
+def _check_epsilon(recipe: Recipe, epsilon: float) -> None:
+    if not 0 <= epsilon < math.inf:
+        recipe._fail(f"amax_epsilon {epsilon}", "a finite number, at least 0")
 
 
 def recipe_of(key: int) -> Recipe:
     """The recipe with that number."""
-    return _recipes[key]
+    found: Recipe = interned.recipe_of(key)
+    return found

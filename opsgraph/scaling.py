@@ -2,8 +2,12 @@
 
 A layer's `Scaling` is a child module, so that it is in the state dict and moves with the layer. Its
 columns are the activation, the weight and the gradient. What a pass sees goes into `amax_forward`
-and `amax_backward`, which are -1 where nothing was seen; `update` moves it into the histories.
+and `amax_backward`, which are -1 where nothing was seen; `amaxes` moves it into the histories.
 There is no branch on a value.
+
+A state is made by `recipe.prepare(module)`, by loading a state dict that has its keys, when a state
+dict is asked for inside the recipe's context, or else at the first call; always outside of
+inference mode, or it could not be trained with.
 
 A backward that torch.compile made is handed `amax_backward` by a graph that may not know of its
 being written, or two forwards before two backwards would be an error. So that buffer is written
@@ -14,38 +18,16 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import interned
 from .errors import OpsgraphError
-from .kernels.reference.quantize import FP8_MAX, delayed_update
 from .recipe import ROLES, DelayedScaling
 from .torch_private import graph_task, preserve_version
-
-_library = torch.library.Library("opsgraph", "FRAGMENT")
-_library.define("snapshot(Tensor scale, int column) -> Tensor")
-
-
-def _snapshot(scale: Tensor, column: int) -> Tensor:
-    return scale[column].clone()
-
-
-_library.impl("snapshot", _snapshot, "CompositeExplicitAutograd")
-torch.library.register_fake("opsgraph::snapshot", lambda s, _: s.new_empty(()), lib=_library)
-
-
-class _Tape(threading.local):
-    """Scales that a checkpointed forward used, for its recomputation."""
-
-    def __init__(self) -> None:
-        self.scales: list[Tensor] | None = None
-        self.replay: Iterator[Tensor] | None = None
-
-
-tape = _Tape()
 
 
 def recomputing() -> bool:
@@ -53,25 +35,78 @@ def recomputing() -> bool:
     return graph_task() != -1
 
 
+class Tape:
+    """Scales that a checkpointed forward used, for its recomputation."""
+
+    def __init__(self) -> None:
+        self.used: list[Tensor] = []
+
+
+class _Tapes(threading.local):
+    """The tapes that are running: all that record, and the innermost that replays."""
+
+    def __init__(self) -> None:
+        self.recording: tuple[Tape, ...] = ()
+        self.replaying: Iterator[Tensor] | None = None
+
+
+tapes = _Tapes()
+
+_library = torch.library.Library("opsgraph", "FRAGMENT")
+_library.define("snapshot(Tensor scale, int column) -> Tensor")
+_library.define("seen(Tensor seen, Tensor amax, int column) -> Tensor")
+
+
+def _snapshot(scale: Tensor, column: int) -> Tensor:
+    if tapes.replaying is None:
+        made = scale[column].clone()
+    elif (found := next(tapes.replaying, None)) is not None:
+        made = found
+    else:
+        raise OpsgraphError(
+            "checkpoint_contexts: got a recomputation that takes a scale which its forward did not "
+            "take, expected the same calls in both"
+        )
+    for tape in tapes.recording:
+        tape.used.append(made)
+    return made
+
+
+def _snapshot_compiled(scale: Tensor, column: int) -> Tensor:
+    """A copy: compilers may write where an op's result was once they have read it."""
+    return _snapshot(scale, column).clone()
+
+
+def _seen(seen: Tensor, amax: Tensor, column: int) -> Tensor:
+    """`seen`, with an amax in one column unless the forward noted that already."""
+    made = seen.clone()
+    if tapes.replaying is None:
+        made[column] = torch.maximum(made[column], amax)
+    return made
+
+
+_library.impl("snapshot", _snapshot_compiled, "CompositeExplicitAutograd")
+_library.impl("seen", _seen, "CompositeExplicitAutograd")
+torch.library.register_fake("opsgraph::snapshot", lambda s, _: s.new_empty(()), lib=_library)
+torch.library.register_fake("opsgraph::seen", lambda s, *_: torch.empty_like(s), lib=_library)
+
+
 def snapshot(scale: Tensor, column: int) -> Tensor:
     """A scale for a plan to keep: an update may come before its backward.
 
-    Opaque to compilers, which would rather read the buffer once more in the backward.
+    Opaque to compilers, for a checkpoint around what they made to record and replay it.
     """
     if torch.compiler.is_compiling():
         made: Tensor = torch.ops.opsgraph.snapshot(scale, column)
         return made
-    if tape.replay is not None:
-        return next(tape.replay)
-    made = _snapshot(scale, column)
-    if tape.scales is not None:
-        tape.scales.append(made)
-    return made
+    return _snapshot(scale, column)
 
 
 FORWARD, BACKWARD = "amax_forward", "amax_backward"
 """What is updated when a forward, or a backward, is over: the buffers with what it saw."""
-_COLUMNS = {FORWARD: slice(0, 2), BACKWARD: slice(2, 3)}
+
+
+_ANEW = {"scale": 1.0, "amax_forward": -1.0, "amax_backward": -1.0, "amax_history": 0.0}
 
 
 class Scaling(nn.Module):
@@ -90,42 +125,115 @@ class Scaling(nn.Module):
     def __init__(self, length: int, device: torch.device | None = None) -> None:
         super().__init__()
         place: Any = {"dtype": torch.float32, "device": device}
-        self.register_buffer("scale", torch.ones(len(ROLES), **place))
-        self.register_buffer("amax_forward", torch.full((2,), -1.0, **place))
-        self.register_buffer("amax_backward", torch.full((1,), -1.0, **place))
-        self.register_buffer("amax_history", torch.zeros(length, len(ROLES), **place))
+        with torch.inference_mode(False):
+            self.register_buffer("scale", torch.empty(len(ROLES), **place))
+            self.register_buffer("amax_forward", torch.empty(2, **place))
+            self.register_buffer("amax_backward", torch.empty(1, **place))
+            self.register_buffer("amax_history", torch.empty(length, len(ROLES), **place))
+        self.reset_parameters()
+        self.label = ""
+        """What ranks of a group call it."""
+        self.noted = True
+        """Whether the last call outside of a backward was recorded: one without grad is not."""
+        self.late = False
+        """Whether a reentrant checkpoint noted its forward, which it runs in the backward."""
+        self.updates = self.used = 0
+        """How often forward scales were updated, by now and when a forward last used them."""
+        self.before: Tensor | None = None
+        """The scales of activation and weight before the last update."""
+        self.fix()
+
+    def fix(self) -> None:
+        """Copy the scales to where no update writes.
+
+        Graphs that torch.compile made read those: with a checkpoint inside they do so once more in
+        the backward, after an update has written to the buffer.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            self.fixed_forward, self.fixed_backward = self.scale[:2].clone(), self.scale[2:].clone()
+        self.version = self.scale._version
+
+    def reset_parameters(self, but: Collection[str] = ()) -> None:
+        """Start anew, as after `to_empty`: nothing was seen, scales are 1.
+
+        but: buffers that stay as they are.
+        """
+        with torch.no_grad(), preserve_version(self.amax_backward):
+            for name, value in _ANEW.items():
+                if name not in but:
+                    self._buffers[name].fill_(value)  # type: ignore[union-attr]
 
     @property
     def activation(self) -> Tensor:
         """A copy of the activation's scale, fp32 `[]`."""
-        return snapshot(self.scale, 0)
+        return self._now(0)
 
     @property
     def weight(self) -> Tensor:
         """A copy of the weight's scale."""
-        return snapshot(self.scale, 1)
+        return self._now(1)
 
     @property
     def gradient(self) -> Tensor:
         """A copy of the gradient's scale."""
-        return snapshot(self.scale, 2)
+        return self._now(2)
 
-    def record(self, role: str, amax: Tensor) -> None:
-        """Note an amax, fp32 `[]`, of an activation or a weight that was quantized."""
-        if not torch.compiler.is_compiling() and recomputing():
-            return  # it was noted when the forward ran first
+    def _now(self, column: int) -> Tensor:
+        """A scale, and in a checkpoint's recomputation that which its forward used.
+
+        Without `checkpoint_contexts` that is the one before the last update, if the forward was
+        before it; of an earlier one nothing is left.
+        """
+        if torch.compiler.is_compiling():
+            fixed = self.fixed_forward if column < 2 else self.fixed_backward
+            return snapshot(fixed, column % 2)
+        if not recomputing():
+            if torch.is_grad_enabled():
+                self.used = self.updates
+        elif tapes.replaying is None and self.noted and self.used != self.updates:
+            if self.before is None or self.updates - self.used > 1:
+                raise OpsgraphError(
+                    "DelayedScaling: got a recomputation after its forward's scales were updated "
+                    "more than once, expected torch.utils.checkpoint with "
+                    "context_fn=og.checkpoint_contexts, use_reentrant=False"
+                )
+            if column < 2:
+                return snapshot(self.before, column)
+        return snapshot(self.scale, column)
+
+    def record(self, role: str, amax: Tensor, grad: bool) -> None:
+        """Note an amax, fp32 `[]`, of an activation or a weight that was quantized.
+
+        grad: whether the call was made with grad enabled; without, nothing is noted.
+        """
+        column = ROLES.index(role)
+        if not grad:
+            if not torch.compiler.is_compiling():
+                self.noted = False
+            return
         with torch.no_grad():
-            seen = self.amax_forward[ROLES.index(role)]
+            if torch.compiler.is_compiling():
+                made = torch.ops.opsgraph.seen(self.amax_forward, amax, column)
+                self.amax_forward.copy_(made)
+                return
+            if recomputing():
+                if self.noted or tapes.replaying is not None:
+                    return  # it was noted when the forward ran first
+                self.late = True
+            elif column == 0:
+                self.noted = True
+            seen = self.amax_forward[column]
             seen.copy_(torch.maximum(seen, amax))
 
     def resize(self, length: int) -> None:
         """Have a history of another length: the latest amaxes stay."""
         old = self.amax_history
         if old.size(0) != length:
-            new = old.new_zeros(length, old.size(1))
-            # Slot 0 is for the next amax, then come the oldest ones and at the end the latest.
-            keep = min(length, old.size(0)) - 1
-            new[length - keep :] = old[old.size(0) - keep :]
+            with torch.inference_mode(False), torch.no_grad():
+                new = old.new_zeros(length, old.size(1))
+                # Slot 0 is for the next amax, then come the oldest and at the end the latest.
+                keep = min(length, old.size(0)) - 1
+                new[length - keep :] = old[old.size(0) - keep :]
             self.amax_history = new
 
     def _apply(self, fn: Any, recurse: bool = True) -> Scaling:
@@ -135,14 +243,25 @@ class Scaling(nn.Module):
             moved: Tensor = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
+        meta = self.scale.is_meta
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        if meta and not self.scale.is_meta:
+            self.reset_parameters()
+        self.fix()
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *args: Any
+    ) -> None:
+        """Keys that are not given are not missing: checkpoints of plain training have none."""
+        there = [name for name in _ANEW if f"{prefix}{name}" in state_dict]
+        if there:  # what is there may be these very buffers
+            self.reset_parameters(but=there)
         given = state_dict.get(f"{prefix}amax_history")
         if given is not None:
             self.resize(given.size(0))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, [], *args)
+        self.fix()
 
 
 def record_gradient(seen: Tensor, amax: Tensor) -> None:
@@ -156,72 +275,60 @@ def child_name(weight: str) -> str:
     return weight.removesuffix("weight") + "scaling"
 
 
-def scaling_of(owner: nn.Module, weight: str, recipe: DelayedScaling, key: int) -> Scaling:
-    """The state for a weight, a child of the module that owns it; made if it is not there yet."""
+def scaling_of(owner: nn.Module, weight: str, recipe: DelayedScaling, label: str = "") -> Scaling:
+    """The state for a weight, a child of the module that owns it; made if it is not there yet.
+
+    label: what ranks of a group call it, if nobody gave it a name.
+    """
     name = child_name(weight)
     state = owner._modules.get(name)
     if not isinstance(state, Scaling):
         state = Scaling(recipe.amax_history_len, getattr(owner, weight).device)
         owner.add_module(name, state)
+    state.label = state.label or label
     state.resize(recipe.amax_history_len)
-    known = _registered.setdefault(key, [])
+    known = _registered.setdefault(recipe.key, [])
     if not any(ref() is state for ref in known):
         known.append(weakref.ref(state))
     return state
 
 
-def make_for(module: nn.Module, state_dict: Any, prefix: str, weights: Sequence[str]) -> None:
-    """Make the states that a state dict holds, before it is loaded."""
-    for weight in weights:
-        name = child_name(weight)
-        history = state_dict.get(f"{prefix}{name}.amax_history")
-        if history is not None and name not in module._modules:
-            module.add_module(name, Scaling(history.size(0), getattr(module, weight).device))
-
-
 _registered: dict[int, list[weakref.ref[Scaling]]] = {}
 
 
-def update(key: int, recipe: DelayedScaling, group: Any, seen: str) -> None:
-    """Move what was seen into the histories, and make new scales from these.
-
-    All states of the recipe are updated at once, after one reduction over the group; those that saw
-    nothing stay as they are.
-    """
-    alive = [state for ref in _registered.get(key, ()) if (state := ref()) is not None]
-    _registered[key] = [weakref.ref(state) for state in alive]
-    by_device: dict[torch.device, list[Scaling]] = {}
-    for state in alive:
-        by_device.setdefault(state.scale.device, []).append(state)
-    with torch.no_grad():
-        for states in by_device.values():
-            _update(states, recipe, group, seen)
+def states_of(recipe: DelayedScaling) -> list[Scaling]:
+    """All states of a recipe, in the order in which they were made."""
+    interned.drop_forgotten(_registered)
+    alive = [state for ref in _registered.get(recipe.key, ()) if (state := ref()) is not None]
+    _registered[recipe.key] = [weakref.ref(state) for state in alive]
+    return alive
 
 
-def _update(states: Sequence[Scaling], recipe: DelayedScaling, group: Any, name: str) -> None:
-    columns = _COLUMNS[name]
-    amax = torch.cat([getattr(state, name) for state in states])
-    if group is not None and recipe.reduce_amax:
-        torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=group)
-    history = torch.cat([state.amax_history[:, columns] for state in states], 1)
-    scale = torch.cat([state.scale[columns] for state in states])
-    seen = ~(amax < 0)
-    limit = FP8_MAX[recipe.fp8_format.of("gradient" if name == BACKWARD else "activation")]
-    new_history, new_scale = delayed_update(
-        torch.cat((amax[None], history[1:])), scale, limit, recipe.margin, recipe.amax_compute_algo
-    )
-    if new_scale.shape != scale.shape:
-        raise OpsgraphError(
-            f"DelayedScaling: amax_compute_algo returned {tuple(new_scale.shape)}, "
-            f"expected {tuple(scale.shape)}"
-        )
-    history = torch.where(seen, new_history, history)
-    scale = torch.where(seen, new_scale, scale)
-    width = columns.stop - columns.start
-    for k, state in enumerate(states):
-        own = slice(k * width, (k + 1) * width)
-        state.amax_history[:, columns] = history[:, own]
-        state.scale[columns] = scale[own]
-        buffer = getattr(state, name)
-        with preserve_version(buffer):
-            buffer.fill_(-1.0)
+def _scaled(module: nn.Module) -> Sequence[str]:
+    """Names of a module's weights that delayed scaling serves."""
+    names: Sequence[str] = getattr(module, "scaled_weights", ())
+    return names
+
+
+def prepare(module: nn.Module, recipe: DelayedScaling) -> None:
+    """Make the states of all weights in a module that the recipe serves."""
+    for path, child in list(module.named_modules()):
+        for name in _scaled(child):
+            owner, weight = getattr(child, "home", lambda name, child=child: (child, name))(name)
+            state = scaling_of(owner, weight, recipe)
+            state.label = f"{path}.{child_name(name)}"
+
+
+def before_loading(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Make the states that a state dict holds; without them, given weights start theirs anew."""
+    for weight in _scaled(module):
+        name = child_name(weight)
+        state, stem = module._modules.get(name), f"{prefix}{name}."
+        if any(key.startswith(stem) for key in state_dict):
+            if not isinstance(state, Scaling):
+                history = state_dict.get(f"{stem}amax_history")
+                length = 1 if history is None else history.size(0)
+                module.add_module(name, Scaling(length, getattr(module, weight).device))
+        elif isinstance(state, Scaling) and f"{prefix}{weight}" in state_dict:
+            state.reset_parameters()
+            state.fix()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import index
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from . import config
 from .errors import OpError, PlanError
 from .functions import verify_added
+from .interned import drop_forgotten
 from .op import Op, constant_under_compile
 from .op_kwargs import run_with
 from .ops.convert import is_untouched, module_from, op_from
@@ -22,7 +23,8 @@ from .ops.linear import tell_next
 from .ops.sizes import infer_sizes
 from .options import NAMES, Options
 from .plan import Plan
-from .precision import active
+from .precision import active, verify_recipe
+from .scaling import recomputing
 from .stage import Stage
 from .watched import Watched, contents, mutable, own_state, whole
 
@@ -66,6 +68,8 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
         if queue is not None:
             self._options = self._options.with_(queue=queue)
         self._stages: list[Stage | nn.Module] = []
+        self._plain: list[Stage | nn.Module] = []
+        """The stages for no recipe; `_stages` is empty while the last call was under one."""
         self._recipes: dict[int, list[Stage | nn.Module]] = {}
         """Stages for each recipe in which the module has run, by the recipe's number."""
         self._epoch = self._prepared = -1
@@ -116,7 +120,7 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
             epoch = config.epoch
             tell_next(self._present())
             self.__dict__["_recipes"] = {}
-            self.__dict__["_stages"] = self._make_stages(None)
+            self.__dict__["_stages"] = self.__dict__["_plain"] = self._make_stages(None)
             self.__dict__["_containers"] = self._watch()
             self.__dict__["_prepared"] = epoch
             # The last, for threads that ask without the lock; -1 asks at every call.
@@ -154,11 +158,20 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
         """The stages for the active recipe."""
         key = active.key
         if key is None:
-            return self._stages
+            return self._stages or self._return()
         found = self._recipes.get(key)
         if found is None:
             with config.lock:
                 found = self._recipes[key] = self._make_stages(key)
+                drop_forgotten(self._recipes)
+        if self._stages and not recomputing():
+            self.__dict__["_stages"] = []
+        return found
+
+    def _return(self) -> list[Stage | nn.Module]:
+        """The stages for no recipe, put aside by calls under one: only then is there a question."""
+        verify_recipe()
+        found = self.__dict__["_stages"] = self._plain
         return found
 
     # -- running --
@@ -175,9 +188,11 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
         if compiling:
             self._refresh(active.key, index(x.shape[-1]) if x.dim() else 0)
             assert self._prepared == config.epoch  # for Dynamo to guard both
-        elif self._epoch != config.epoch:
-            self._prepare(x.shape[-1] if x.dim() else None)
-        stages = self._stages if active.key is None else self._current()
+            stages = self._plain if active.key is None else self._recipes[active.key]
+        else:
+            if self._epoch != config.epoch:
+                self._prepare(x.shape[-1] if x.dim() else None)
+            stages = self._stages if active.key is None else self._current()
         if len(stages) == 1 and isinstance(stages[0], Stage):
             stage = stages[0]
             if len(extra_inputs) != len(stage.inputs):
@@ -211,6 +226,7 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
     def _run_stages(
         self, stages: list[Stage | nn.Module], x: Tensor, extra_inputs: Sequence[Tensor]
     ) -> Any:
+        stages = stages or (self._return() if self._plain else [])
         made: dict[str, Tensor] = {}
         given, outputs = list(extra_inputs), []
         needed = [n for s in stages if isinstance(s, Stage) for n in _unmatched(stages, s)]
@@ -368,7 +384,7 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
         return replica
 
 
-_UNPREPARED = {"_stages": [], "_recipes": {}, "_epoch": -1, "_prepared": -1, "_containers": []}
+_UNPREPARED = dict(_stages=[], _plain=[], _recipes={}, _epoch=-1, _prepared=-1, _containers=[])
 
 
 def _unmatched(stages: list[Stage | nn.Module], stage: Stage) -> list[str]:
@@ -390,8 +406,4 @@ def _reads(module: nn.Module) -> Iterator[str | None]:
         yield from (op.channels.get(name) for name in kind.extra_inputs)
 
 
-def _alone(op: Op) -> Callable[..., Any]:
-    return Sequential(op).forward
-
-
-Op.alone = staticmethod(_alone)
+Op.alone = staticmethod(lambda op: Sequential(op).forward)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from operator import index
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,17 @@ from .plan import Plan, make_plan
 from .precision import active
 from .program import Request
 from .quantized_parameter import QuantizedTensor
-from .quantizers import Quantized
+from .quantizers import COPIES, Quantized
 from .run import Run
 from .scaling import Scaling
 from .spec import ROWS, Spec, row
 from .table import Key, shape_of, table_for
 from .torch_private import finished, forward_ad, tracing, transforms
 from .unseen import Unseen
+
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], Quantized]] = WeakKeyDictionary()
+"""Quantized weights that a first microbatch made, by the module that has the weight. The plans of
+a LayerNormMLP with and without overwriting main_grad share them; no copy or pickle holds them."""
 
 
 def _lead(lead: torch.Size, ratio: tuple[int, int]) -> torch.Size:
@@ -117,29 +122,46 @@ class Stage(Followed):
 
     def _quantized(self, k: int, weight: Tensor, copies: tuple[str, ...]) -> Quantized:
         """One weight quantized, or what the first microbatch made of it."""
-        first, quantizer, (owner, name) = active.first_microbatch, self.packers[k], self.slots[k]
+        first, quantizer = active.first_microbatch, self.packers[k]
         if isinstance(weight, QuantizedTensor):
             if (held := weight.copies(quantizer, copies)) is not None:
                 return held
             weight = weight.dequantize()
-        kept = {} if first is None else owner.__dict__.setdefault("_quantized_weights", {})
-        if first is False and (name, quantizer, copies) in kept:
-            return kept[name, quantizer, copies]  # type: ignore[no-any-return]
+        grad = torch.is_grad_enabled()
+        if first is None:
+            return self._quantized_anew(k, weight, copies, grad)
+        owner, name = self.slots[k]
+        kept = _kept.setdefault(owner, {})
+        if first is False and (found := kept.get((name, quantizer))) is not None:
+            if set(copies) <= {copy for copy in COPIES if getattr(found, copy) is not None}:
+                return found.at(weight.device, weight.dtype)
+        # Training may use them, whatever mode this call is in.
+        with torch.inference_mode(False):
+            made = kept[name, quantizer] = self._quantized_anew(k, weight, copies, grad)
+        return made
+
+    def _quantized_anew(
+        self, k: int, weight: Tensor, copies: tuple[str, ...], grad: bool
+    ) -> Quantized:
+        """One weight quantized as it is now; with grad, delayed scaling notes its amax."""
+        quantizer = self.packers[k]
         order, state = self.table.options.order, self.states.get(k)
         if state is None:
             made, _ = quantize(order, quantizer, weight, None, copies)
         else:
             made, amax = quantize(order, quantizer, weight, state.weight, (*copies, "amax"))
             assert amax is not None
-            state.record("weight", amax)
-        kept[name, quantizer, copies] = made
+            state.record("weight", amax, grad)
         return made
 
-    def record(self, plan: Plan, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Note the amaxes of activations, which follow the outputs; returns these."""
+    def record(self, plan: Plan, outputs: Sequence[Tensor], grad: bool) -> Sequence[Tensor]:
+        """Note the amaxes of activations, which follow the outputs; returns these.
+
+        Without grad nothing is noted: what inference sees moves no scale.
+        """
         count = len(outputs) - plan.specs.reports
         for state, amax in zip(self.states.values(), outputs[count:], strict=True):
-            state.record("activation", amax)
+            state.record("activation", amax, grad)
         return outputs[:count]
 
     def seen_gradients(self, plan: Plan) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Linear layers: BasicLinear (the GEMM), and Linear, which lowers to it and a Bias."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,9 +14,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..errors import OpError
 from ..op import Lowered, Op, arguments
+from ..precision import meet
 from ..quantized_parameter import hold
 from ..quantizers import Quantized
-from ..scaling import make_for
+from ..scaling import before_loading
 from ..spec import Spec
 from ..validation import flag, function, place, size
 from . import scaled_gemm as scaled
@@ -36,6 +38,9 @@ def shards(mode: str | None, size: int) -> tuple[int, int]:
 
 SYMMETRIC = ("multimem_all_reduce", "two_shot", "one_shot")
 """All-reduces over symmetric memory that a row-parallel layer may ask for."""
+
+_serials = itertools.count()
+"""Linear layers, as they are made: the same on all ranks that make the same modules."""
 
 Operand = Any
 """A tensor, or `Quantized` under a recipe."""
@@ -73,6 +78,7 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
     gemm = quantizable = lowers_subclasses = True
     distributed = False
     """Whether the parameters are DTensors of the whole layer."""
+    scaled_weights = ("weight",)
 
     def __init__(
         self,
@@ -128,6 +134,7 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
         self.overlap, self.symmetric_ar_type = tuple(sorted(overlap)), symmetric_ar_type
         tracker = function(who, "rng_state_tracker_function", rng_state_tracker_function)
         self.rng_state_tracker_function = tracker
+        self.serial = next(_serials)
         shape = (self.local_out_features, self.local_in_features)
         self.weight = empty_parameter(shape, device, dtype)
         if not isinstance(self, Linear):
@@ -224,8 +231,12 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         state_dict = self._own_keys(state_dict, prefix)
-        make_for(self, state_dict, prefix, ("weight",))
+        before_loading(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        meet(self, *self.scaled_weights)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def sizes_from(self, name: str, shape: torch.Size) -> None:
         self.out_features = shape[0] * self.shards[0]

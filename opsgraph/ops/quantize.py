@@ -147,7 +147,7 @@ def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     made: list[Placed] = []
     for entry, before, after in zip(plain, kinds, kinds[2:], strict=False):
         if quantizable(entry.kind):
-            made += _around(entry, recipe_of(key), key)
+            made += _around(entry, recipe_of(key))
         elif entry.kind is GroupedLinear:
             made += grouped(entry, recipe_of(key))
         elif isinstance(entry.op, Quantize):
@@ -157,13 +157,14 @@ def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     return made
 
 
-def _around(entry: Placed, recipe: Recipe, key: int) -> Iterator[Placed]:
+def _around(entry: Placed, recipe: Recipe) -> Iterator[Placed]:
     """A linear layer between its Quantize and its QuantizeGrad."""
     override, label = recipe.backward_override, entry.label
     before = Quantize(quantizer=recipe.quantizer("activation"), role="activation")
     after = QuantizeGrad(recipe.quantizer("gradient"), "gradient")
     if isinstance(recipe, DelayedScaling):
-        state = scaling_of(*entry.op.home("weight"), recipe, key)
+        serial = getattr(entry.op, "serial", "")
+        state = scaling_of(*entry.op.home("weight"), recipe, f"#{serial}")
         for op in (before, after):
             op._homes["scale"] = state, op.role
     yield Placed(Quantize, before, label, "q")

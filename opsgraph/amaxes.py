@@ -1,0 +1,103 @@
+"""How delayed scaling moves on: what passes saw becomes history, and history makes scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import OpsgraphError
+from .exchange import reduce_max
+from .kernels.reference.quantize import FP8_MAX, delayed_update
+from .recipe import DelayedScaling
+from .scaling import BACKWARD, FORWARD, Scaling, states_of
+from .torch_private import preserve_version
+
+_COLUMNS = {FORWARD: slice(0, 2), BACKWARD: slice(2, 3)}
+
+
+def take_up_backwards(recipe: DelayedScaling, group: Any) -> None:
+    """When a recipe's outermost context opens: new scales of gradients.
+
+    What a reentrant checkpoint noted of its forward waits for this too: it ran in a backward.
+    """
+    states, reduced = states_of(recipe), group is not None and recipe.reduce_amax
+    late = reduced or any(state.late for state in states)
+    for state in states:
+        state.late = False
+        if state.version != state.scale._version:
+            state.fix()  # others wrote to it, as torch.distributed.checkpoint does
+    # With a group always both: ranks need not have run the same layers.
+    _take_up(states, recipe, group if reduced else None, (BACKWARD, *([FORWARD] if late else [])))
+
+
+def take_up_forwards(recipe: DelayedScaling, group: Any) -> None:
+    """When a recipe's outermost context ends: new scales of activations and weights."""
+    _take_up(states_of(recipe), recipe, group if recipe.reduce_amax else None, (FORWARD,))
+
+
+def _take_up(
+    states: Sequence[Scaling], recipe: DelayedScaling, group: Any, names: Sequence[str]
+) -> None:
+    """Move what was seen into the histories, and make new scales from these.
+
+    All states of the recipe are updated at once, after one reduction over the group; those that saw
+    nothing stay as they are. Raises OpsgraphError if ranks of the group have other states.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        amaxes = {name: [getattr(state, name) for state in states] for name in names}
+        if group is not None:
+            amaxes = _reduced(states, amaxes, group)
+        for device in dict.fromkeys(state.scale.device for state in states):
+            here = [k for k, state in enumerate(states) if state.scale.device == device]
+            for name in names:
+                seen = torch.cat([amaxes[name][k] for k in here])
+                _update([states[k] for k in here], seen, recipe, name)
+
+
+def _reduced(
+    states: Sequence[Scaling], amaxes: Mapping[str, Sequence[Tensor]], group: Any
+) -> dict[str, list[Tensor]]:
+    """The amaxes of all ranks, whose states may have been made in another order."""
+    order = sorted(range(len(states)), key=lambda k: states[k].label)
+    what = tuple(amaxes), tuple(states[k].label for k in order)
+    flat = iter(reduce_max([seen[k] for seen in amaxes.values() for k in order], what, group))
+    made = {}
+    for name in amaxes:
+        by_state = dict(zip(order, flat, strict=False))
+        made[name] = [by_state[k] for k in range(len(states))]
+    return made
+
+
+def _update(states: Sequence[Scaling], amax: Tensor, recipe: DelayedScaling, name: str) -> None:
+    columns = _COLUMNS[name]
+    history = torch.cat([state.amax_history[:, columns] for state in states], 1)
+    old = torch.cat([state.scale[columns] for state in states])
+    seen = ~(amax < 0)
+    limit = FP8_MAX[recipe.fp8_format.of("gradient" if name == BACKWARD else "activation")]
+    new_history, new_scale = delayed_update(
+        torch.cat((amax[None], history[1:])), old, limit, recipe.margin, recipe.amax_compute_algo
+    )
+    if new_scale.shape != old.shape:
+        raise OpsgraphError(
+            f"DelayedScaling: amax_compute_algo returned {tuple(new_scale.shape)}, "
+            f"expected {tuple(old.shape)}"
+        )
+    history = torch.where(seen, new_history, history)
+    scale = torch.where(seen, new_scale, old)
+    width = columns.stop - columns.start
+    for k, state in enumerate(states):
+        own = slice(k * width, (k + 1) * width)
+        state.amax_history[:, columns] = history[:, own]
+        state.scale[columns] = scale[own]
+        if name == FORWARD:
+            state.before, state.updates = old[own], state.updates + 1
+            state.fixed_forward = scale[own]
+        else:
+            state.fixed_backward = scale[own]
+        state.version = state.scale._version
+        buffer = getattr(state, name)
+        with preserve_version(buffer):
+            buffer.fill_(-1.0)

@@ -1,0 +1,306 @@
+"""When the state of delayed scaling is made, kept and started anew."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from recipe_cases import HIDDEN, RECIPES, example, mlp
+from torch import Tensor, nn
+
+import opsgraph as og
+from opsgraph.ops import Linear, Residual, SiLU
+from opsgraph.parallel import distributed_state_dict, load_distributed_state_dict
+from opsgraph.recipe import DelayedScaling
+from opsgraph.scaling import Scaling
+
+D = DelayedScaling(amax_history_len=3)
+
+
+def layernorm_mlp() -> og.LayerNormMLP:
+    torch.manual_seed(0)
+    return og.LayerNormMLP(HIDDEN, 128, device="cpu")
+
+
+def linear() -> Linear:
+    torch.manual_seed(0)
+    return Linear(HIDDEN, 32)
+
+
+def nested() -> nn.Module:
+    torch.manual_seed(0)
+    inner = og.Sequential(Linear(HIDDEN, HIDDEN), SiLU())
+    return og.Sequential(Residual(Linear(HIDDEN, HIDDEN)), inner, layernorm_mlp())
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "Linear": linear,
+    "LayerNormMLP": layernorm_mlp,
+    "nested": nested,
+    "in another": lambda: nn.ModuleDict({"mlp": mlp(torch.float32)}),
+}
+
+
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = (module["mlp"] if isinstance(module, nn.ModuleDict) else module)(x)
+    return y
+
+
+def step(module: nn.Module, recipe: og.recipe.Recipe, size: float = 1.0) -> list[Tensor]:
+    module.zero_grad()
+    x = (size * example(dtype=torch.float32)).requires_grad_()
+    with og.autocast(recipe=recipe):
+        y = call(module, x)
+    y.square().sum().backward()
+    return [y.detach(), *(t.grad for t in (x, *module.parameters()) if t.grad is not None)]
+
+
+def states(module: nn.Module) -> dict[str, Scaling]:
+    return {name: m for name, m in module.named_modules() if isinstance(m, Scaling)}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_prepare_makes_what_the_first_call_would(name: str) -> None:
+    prepared, called = MODULES[name](), MODULES[name]()
+    assert not states(prepared)
+    for _ in range(2):
+        D.prepare(prepared)
+    with torch.no_grad(), og.autocast(recipe=D):
+        call(called, example(dtype=torch.float32))
+    assert list(prepared.state_dict()) == list(called.state_dict())
+    assert all(map(torch.equal, prepared.buffers(), called.buffers()))
+    assert states(prepared)
+    for recipe in RECIPES.values():
+        plain = MODULES[name]()
+        recipe.prepare(plain)
+        assert bool(states(plain)) == isinstance(recipe, DelayedScaling)
+
+
+@pytest.mark.parametrize("how", ["prepared", "inside the context", "distributed"])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_checkpoint_of_torch_distributed_has_the_scales(
+    name: str, how: str, tmp_path: Path
+) -> None:
+    """The fresh module goes on with the bits of the one that was saved."""
+    ours = DelayedScaling(amax_history_len=4)
+    theirs = replace(ours, reduce_amax=False)
+    trained, fresh = MODULES[name](), MODULES[name]()
+    for k in range(3):
+        step(trained, ours, 1 + 3 * k)
+    distributed = how == "distributed"
+    saved = distributed_state_dict(trained) if distributed else trained.state_dict()
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    if how == "inside the context":
+        with og.autocast(recipe=theirs):
+            wanted = fresh.state_dict()
+    else:
+        theirs.prepare(fresh)
+        wanted = distributed_state_dict(fresh) if distributed else fresh.state_dict()
+    assert set(wanted) == set(saved)
+    dcp.load(wanted, checkpoint_id=tmp_path, no_dist=True)
+    if distributed:
+        load_distributed_state_dict(fresh, wanted)
+    else:
+        fresh.load_state_dict(wanted)
+    for _ in range(2):
+        found, expected = step(fresh, theirs, 2.0), step(trained, ours, 2.0)
+        assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, fresh.buffers(), trained.buffers()))
+
+
+def test_a_distributed_state_dict_makes_the_state() -> None:
+    trained, fresh = layernorm_mlp(), layernorm_mlp()
+    step(trained, D)
+    load_distributed_state_dict(fresh, distributed_state_dict(trained))
+    assert all(map(torch.equal, fresh.buffers(), trained.buffers()))
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_a_module_first_used_in_inference_mode_trains(name: str, first: Any) -> None:
+    ours = DelayedScaling(amax_history_len=6)
+    theirs = replace(ours, reduce_amax=False)
+    module, plain = MODULES[name](), MODULES[name]()
+    with first(), og.autocast(recipe=ours):
+        call(module, example(dtype=torch.float32))
+    for _ in range(2):
+        found, expected = step(module, ours), step(plain, theirs)
+        assert all(map(torch.equal, found, expected))
+        with torch.inference_mode(), og.autocast(recipe=ours):
+            call(module, example(dtype=torch.float32))
+    assert not any(b.is_inference() for b in module.buffers())
+
+
+@pytest.mark.parametrize("name", ["current", "delayed", "mx", "nvfp4", "blocks"])
+def test_held_weights_run_in_inference_mode(name: str) -> None:
+    recipe, x = RECIPES[name], example(dtype=torch.float32)
+    with og.quantized_model_init(recipe=recipe):
+        module = layernorm_mlp()
+    for inside in (recipe, RECIPES["rows"], None):
+        with og.autocast(enabled=inside is not None, recipe=inside):
+            with torch.no_grad():
+                expected = module(x)
+            with torch.inference_mode():
+                assert torch.equal(module(x), expected)
+                assert torch.equal(module.fc1_weight.detach() + 0, module.fc1_weight + 0)
+                copy.deepcopy(module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    step(module, recipe)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_plain_checkpoint_loads_and_scaling_starts_anew(name: str) -> None:
+    module, fresh = MODULES[name](), MODULES[name]()
+    ours = DelayedScaling(amax_history_len=8)
+    theirs = replace(ours, reduce_amax=False)
+    plain = copy.deepcopy(fresh.state_dict())
+    for _ in range(2):
+        step(module, ours)
+    partial = {k: v for k, v in module.state_dict().items() if not k.endswith("amax_history")}
+    module.load_state_dict(plain)
+    found, expected = step(module, ours), step(fresh, theirs)
+    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, module.buffers(), fresh.buffers()))
+    other = MODULES[name]()
+    other.load_state_dict(partial)
+    for state in states(other).values():
+        assert not state.amax_history.any()
+        assert state.scale[0] != 1
+    other.load_state_dict(module.state_dict())
+    assert all(map(torch.equal, module.buffers(), other.buffers()))
+
+
+def test_a_part_of_a_checkpoint_leaves_other_layers_alone() -> None:
+    module = mlp(torch.float32)
+    step(module, D)
+    before = {name: b.clone() for name, b in module.named_buffers()}
+    given = {k: v for k, v in module.state_dict().items() if k.startswith("3.")}
+    given = {k: v for k, v in given.items() if "scaling" not in k}
+    module.load_state_dict(given, strict=False)
+    after = dict(module.named_buffers())
+    assert torch.equal(after["1.scaling.scale"], before["1.scaling.scale"])
+    assert after["3.scaling.scale"].tolist() == [1.0] * 3
+    with pytest.raises(RuntimeError, match=r"Missing key.*1\.weight"):
+        module.load_state_dict({k: v for k, v in before.items() if "scaling" in k})
+
+
+def test_a_meta_modules_state_is_filled_by_to_empty() -> None:
+    module = og.LayerNormMLP(HIDDEN, 128, device="meta")
+    D.prepare(module)
+    module.to_empty(device="cpu")
+    expected = layernorm_mlp()
+    D.prepare(expected)
+    assert all(map(torch.equal, module.buffers(), expected.buffers()))
+
+
+# -- what is recorded --
+
+SIZES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+@pytest.mark.parametrize("mode", SIZES)
+@pytest.mark.parametrize("name", MODULES)
+def test_inference_moves_no_scale(name: str, mode: str) -> None:
+    ours = DelayedScaling(amax_history_len=9)
+    theirs = replace(ours, reduce_amax=False)
+    module, plain = MODULES[name](), MODULES[name]()
+    for k in range(3):
+        found, expected = step(module, ours), step(plain, theirs)
+        assert all(map(torch.equal, found, expected))
+        with SIZES[mode](), og.autocast(recipe=ours):
+            call(module, 1000.0 * (k + 1) * example(dtype=torch.float32))
+        with og.autocast(recipe=ours), SIZES[mode]():
+            call(module, 1000.0 * (k + 1) * example(dtype=torch.float32))
+    for recipe in (ours, theirs):
+        with og.autocast(recipe=recipe):
+            pass  # takes up what the last backward saw
+    assert all(map(torch.equal, module.buffers(), plain.buffers()))
+
+
+@pytest.mark.parametrize("kind", ["eval", "frozen", "frozen weights"])
+def test_calls_with_grad_are_recorded(kind: str) -> None:
+    recipe = DelayedScaling(amax_history_len=10 + len(kind))
+    module, x = Linear(HIDDEN, 32), torch.ones(4, HIDDEN)
+    module.requires_grad_(kind == "eval").train(kind != "eval")
+    x.requires_grad_(kind == "frozen weights")
+    with og.autocast(recipe=recipe):
+        module(x)
+    expected = [448.0, 448 / float(module.weight.detach().abs().max())]
+    assert module.get_submodule("scaling").scale[:2].tolist() == pytest.approx(expected)
+
+
+def test_compiled_inference_moves_no_scale() -> None:
+    torch.compiler.reset()
+    recipe, module = DelayedScaling(amax_history_len=15), Linear(HIDDEN, 32)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    scale = []
+    for size, mode in ((1.0, torch.enable_grad), (1000.0, torch.no_grad), (1.0, torch.enable_grad)):
+        with og.autocast(recipe=recipe), mode():
+            compiled(torch.full((4, HIDDEN), size))
+        scale.append(float(module.get_submodule("scaling").scale[0]))
+    assert scale == [448.0] * 3
+    torch.compiler.reset()
+
+
+def test_compiled_modules_read_scales_that_others_wrote() -> None:
+    """As torch.distributed.checkpoint does, which writes to a state dict's tensors."""
+    torch.compiler.reset()
+    recipe = DelayedScaling(amax_history_len=16)
+    module, x = Linear(HIDDEN, 32), example(dtype=torch.float32)
+    recipe.prepare(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for scale in (1.0, 0.001, 3.0):
+        module.state_dict()["scaling.scale"].fill_(scale)
+        with torch.no_grad(), og.autocast(recipe=recipe):
+            assert torch.equal(compiled(x), module(x))
+    torch.compiler.reset()
+
+
+# -- weights that a first microbatch keeps --
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_kept_weights_are_the_modules_alone(fuse: bool) -> None:
+    recipe, x = RECIPES["current"], example(dtype=torch.float32)
+    module = og.LayerNormMLP(HIDDEN, 128, device="cpu", fuse_wgrad_accumulation=fuse)
+    for weight in (module.fc1_weight, module.fc2_weight):
+        weight.main_grad = torch.zeros(weight.shape)
+    with torch.inference_mode(), og.autocast(recipe=recipe):
+        first = module(x, is_first_microbatch=True)
+    before = dict(module.__dict__)
+    with torch.no_grad():
+        module.fc1_weight.mul_(2)
+    with og.autocast(recipe=recipe):
+        y = module(x.requires_grad_(), is_first_microbatch=False)
+    assert torch.equal(y, first)
+    y.sum().backward()
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        file = io.BytesIO()
+        torch.save(twin, file)
+        assert twin.__dict__.keys() == before.keys()
+        with og.autocast(recipe=recipe), torch.no_grad():
+            assert torch.equal(twin(x, is_first_microbatch=False), twin(x))
+    module.to(torch.bfloat16)
+    with og.autocast(recipe=recipe), torch.no_grad():
+        moved = module(x.bfloat16(), is_first_microbatch=False)
+        assert moved.dtype == torch.bfloat16
+        assert float((moved - first).abs().max()) < 0.1 * float(first.abs().max())
+        assert not torch.equal(moved, module(x.bfloat16()))
+
+
+def test_kept_weights_serve_calls_that_need_less() -> None:
+    """A training call keeps both copies, of which one without grad reads one."""
+    recipe, x = RECIPES["mx"], example(dtype=torch.float32)
+    module = layernorm_mlp()
+    with og.autocast(recipe=recipe):
+        first = module(x, is_first_microbatch=True)
+        with torch.no_grad():
+            module.fc1_weight.mul_(2)
+            assert torch.equal(module(x, is_first_microbatch=False), first)
