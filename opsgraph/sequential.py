@@ -27,6 +27,7 @@ from .precision import active, verify_recipe
 from .scaling import recomputing
 from .stage import Stage
 from .watched import Watched, contents, mutable, own_state, whole
+from .wiring import read_later, reads, unmatched
 
 
 class Plans(tuple[Plan, ...]):
@@ -142,13 +143,13 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
 
     def _make_stages(self, recipe: int | None) -> list[Stage | nn.Module]:
         groups, stages = self._groups(), list[Stage | nn.Module]()
-        reads = [{channel for _, module in group for channel in _reads(module)} for group in groups]
+        read = [{c for _, module in group for c in reads(module)} for group in groups]
         for k, group in enumerate(groups):
             labels = [label for label, _ in group]
             ops = [module for _, module in group if isinstance(module, Op)]
             if ops:
                 known = [n for s in stages if isinstance(s, Stage) for n in s.output_names if n]
-                later = set().union(*reads[k + 1 :])
+                later = set().union(*read[k + 1 :])
                 stages.append(Stage(ops, labels, self._options, known, later, recipe))
             else:
                 stages.append(group[0][1])
@@ -229,7 +230,7 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
         stages = stages or (self._return() if self._plain else [])
         made: dict[str, Tensor] = {}
         given, outputs = list(extra_inputs), []
-        needed = [n for s in stages if isinstance(s, Stage) for n in _unmatched(stages, s)]
+        needed = [n for s in stages if isinstance(s, Stage) for n in unmatched(stages, s)]
         if len(given) != len(needed):
             self._wrong_count(len(given), needed)
         for stage in stages:
@@ -241,7 +242,7 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
             ]
             result = stage(x, extras, torch.compiler.is_compiling())
             x, *more = result if isinstance(result, tuple) else (result,)
-            later = _read_later(stages, stage)
+            later = read_later(stages, stage)
             for i, name, value in zip(stage.outputs, stage.output_names, more, strict=True):
                 if name is not None and name in later:
                     made[name] = value
@@ -385,25 +386,6 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
 
 
 _UNPREPARED = dict(_stages=[], _plain=[], _recipes={}, _epoch=-1, _prepared=-1, _containers=[])
-
-
-def _unmatched(stages: list[Stage | nn.Module], stage: Stage) -> list[str]:
-    """The extra inputs of a stage that no stage before it makes."""
-    before = stages[: stages.index(stage)]
-    made = {n for s in before if isinstance(s, Stage) for n in s.output_names if n}
-    return [name for _, name, channel in stage.inputs if channel not in made]
-
-
-def _read_later(stages: list[Stage | nn.Module], stage: Stage) -> set[str | None]:
-    """Channels that later stages read."""
-    after = stages[stages.index(stage) + 1 :]
-    return {channel for s in after if isinstance(s, Stage) for _, _, channel in s.inputs}
-
-
-def _reads(module: nn.Module) -> Iterator[str | None]:
-    """Channels of a module's extra inputs."""
-    for kind, op in module.lower() if isinstance(module, Op) else ():
-        yield from (op.channels.get(name) for name in kind.extra_inputs)
 
 
 Op.alone = staticmethod(lambda op: Sequential(op).forward)

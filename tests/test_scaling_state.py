@@ -284,7 +284,7 @@ def test_kept_weights_are_the_modules_alone(fuse: bool) -> None:
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         file = io.BytesIO()
         torch.save(twin, file)
-        assert twin.__dict__.keys() == before.keys()
+        assert twin.__dict__.keys() <= before.keys()
         with og.autocast(recipe=recipe), torch.no_grad():
             assert torch.equal(twin(x, is_first_microbatch=False), twin(x))
     module.to(torch.bfloat16)
