@@ -324,8 +324,8 @@ class Program:
             for k, ((i, name), variable) in enumerate(self.weight_names.items())
             if self.kinds[i].gemm
             and variable in self.request.gradients
-            and (spec := weights[i, name]) is not None
-            and (self.kinds[i].wgrad or len(spec.shape) > 1)
+            and weights[i, name] is not None
+            and (self.kinds[i].wgrad or name == "weight")
         }
 
     @cached_property

@@ -1,8 +1,9 @@
 """Lowered ops in a row, with their channels joined: what a plan is made for, whatever the call."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from copy import copy
 from fractions import Fraction
+from typing import Any
 
 from torch import nn
 
@@ -116,7 +117,12 @@ class Run:
     def absent(self) -> list[tuple[nn.Module, str]]:
         """Where parameters may appear that no op of the run reads, for they were not there."""
         read = {(self.ops[i], name) for i, name in self.slots}
-        places = ((op, name) for op in self.ops for name in (*op._parameters, *op._homes))
+        places = (
+            (op, name)
+            for op in self.ops
+            for name in (*op._parameters, *op._homes)
+            if name not in joined_by(op)
+        )
         return list(dict.fromkeys(op.home(n) for op, n in places if (op, n) not in read))
 
     def verify_weights(self) -> None:
@@ -130,10 +136,17 @@ class Run:
         for i, op in enumerate(self.ops):
             named = {name for j, name in self.slots if self.ops[j] is op}
             held = {name for name in (*op._parameters, *op._homes) if op.has(name)}
-            if missing := held - named:
+            if missing := held - named - set(joined_by(op)):
                 raise PlanError(
                     f"{self.labels[i]}: parameters {sorted(missing)} are not arguments of fwd"
                 )
+
+
+def joined_by(op: Op) -> Collection[str]:
+    """Parameters that are no arguments of `fwd`, for the op joins them to one that is."""
+    joined: Any = getattr(op, "joined", tuple)
+    found: Collection[str] = joined()
+    return found
 
 
 def _numbers(entries: Sequence[Placed]) -> tuple[list[str], list[str]]:

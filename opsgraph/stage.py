@@ -85,6 +85,8 @@ class Stage(Followed):
             op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
         ]
         self.real = run.ops
+        inputs = enumerate(run.inputs)
+        self.takers = [(k, i, n) for k, (i, n, _) in inputs if hasattr(run.kinds[i], "taken")]
         spanning = zip(run.labels, run.ops, strict=True)
         self.trailing = [(label, op) for label, op in spanning if op.trailing()]
         """Ops that work on more than the last dimension."""
@@ -322,6 +324,18 @@ class Stage(Followed):
         like = next((w for w in there if w.dim() > 1), there[0] if there else torch.empty(0))
         return torch.empty(2, width, dtype=like.dtype, device=like.device)
 
+    def _taken(self, x: Tensor, extras: Sequence[Any]) -> Sequence[Tensor]:
+        """Extra inputs as tensors, where an op takes others too; raises OpError for the rest."""
+        if not self.takers:
+            return extras
+        found = list(extras)
+        for k, i, name in self.takers:
+            up, down = self.ratios[i]
+            rows = x.shape[:-1].numel() * up // down
+            op: Any = self.real[i]
+            found[k] = op.taken(name, found[k], rows, self.table.run.labels[i])
+        return found
+
     def _check_rows(self, x: Tensor, extras: Sequence[Tensor]) -> None:
         """Raises OpError for an extra input whose rows are not those of x, or an op's trailing."""
         for label, op in self.trailing:
@@ -336,6 +350,7 @@ class Stage(Followed):
 
     def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
         if extras or self.trailing:
+            extras = self._taken(x, extras)
             self._check_rows(x, extras)
         for module, name in self.absent:
             if module._parameters.get(name) is not None:

@@ -87,9 +87,8 @@ class Unseen:
         for k in reversed(plan.specs.late):
             gradient, found[first + k] = found[first + k], None
             if gradient is not None and not unwanted.issuperset(map(id, parameters(weights[k]))):
-                op = self.run.ops[self.run.slots[k][0]]
-                queue = self.options.queue if everywhere else queue_of(op)
                 home, stored = self.slots[k], k in into_main_grad
+                queue = self.options.queue if everywhere else queue_of(home[0])
                 made = Late.of(home, weights[k], gradient, stored, frozenset(unwanted))
                 queue.leave(backward, made)
         return found

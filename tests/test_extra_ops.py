@@ -37,8 +37,12 @@ def _tanh_srelu(parameters: dict[str, Tensor], x: Tensor, scales: Tensor) -> Ten
 def _grouped(parameters: dict[str, Tensor], x: Tensor, sizes: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     group = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    y = torch.einsum("ri,roi->ro", rows, parameters["0.weight"][group])
-    y = y + parameters["0.bias"][group] if "0.bias" in parameters else y
+    weights, biases = (
+        [parameters[f"0.{n}{g}"] for g in range(len(sizes)) if f"0.{n}{g}" in parameters]
+        for n in ("weight", "bias")
+    )
+    y = torch.einsum("ri,roi->ro", rows, torch.stack(weights)[group])
+    y = y + torch.stack(biases)[group] if biases else y
     return y.reshape(*x.shape[:-1], -1)
 
 

@@ -131,6 +131,6 @@ def test_dtype_and_nesting() -> None:
     with og.quantized_model_init(recipe=RECIPES["mx"]), og.quantized_model_init(enabled=False):
         assert type(Linear(HIDDEN, 32).weight) is torch.nn.Parameter
     with og.quantized_model_init(recipe=RECIPES["mx"]):
-        assert type(GroupedLinear(2, HIDDEN, 32).weight) is torch.nn.Parameter
+        assert type(GroupedLinear(2, HIDDEN, 32).weight0) is torch.nn.Parameter
     assert type(Linear(HIDDEN, 32).weight) is torch.nn.Parameter
     assert "mxe4m3" in repr(layer.weight)

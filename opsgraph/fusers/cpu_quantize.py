@@ -124,10 +124,11 @@ class GroupedQuantizeCPU(CPU):
 
     def bwd(
         self, dy: Tensor, fc: Any, fc_x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor,
-        fc_bias: Tensor | None, want: Collection[str],
+        fc_bias: Tensor | None, fc_weight_stored: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
         names = {name.removeprefix("fc_") for name in want}
-        return fc.backward_by(_by_kernel, dy, fc_x, fc_split_sizes, fc_weight, fc_bias, names)
+        given = dy, fc_x, fc_split_sizes, fc_weight, fc_bias, fc_weight_stored, names
+        return fc.backward_by(_by_kernel, *given)
 
 
 def _by_kernel(quantizer: Quantizer, x: Tensor, copies: Collection[str]) -> Quantized:

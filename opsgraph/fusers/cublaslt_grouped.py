@@ -5,14 +5,14 @@ that are contracted over to be of 16 rows each, which they rarely are: weight gr
 GEMMs of one group each.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..fuser import Fuser, register
-from ..ops.grouped import _pieces
+from ..ops.grouped import _pieces, into_main_grads
 from ..ops.quantized_grouped import QuantizedGroupedLinear
 from ..quantizers import Copy, Quantizer
 from ..spec import Spec
@@ -50,7 +50,7 @@ class ScaledGroupedLinear(Fuser):
 
     def bwd(
         self, dy: Tensor, fc: Any, fc_x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor,
-        fc_bias: Tensor | None, want: Collection[str],
+        fc_bias: Tensor | None, fc_weight_stored: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
         activation, weights, gradient = fc.quantizers
         dx = dweight = dbias = None
@@ -58,16 +58,23 @@ class ScaledGroupedLinear(Fuser):
             dx = _product(gradient, dy, weights, fc_weight.transpose(1, 2), fc_split_sizes)
         grads = () if set(want) <= {"x"} else _pieces(dy, fc_split_sizes)
         if "fc_weight" in want:
-            pairs = zip(grads, _pieces(fc_x, fc_split_sizes), strict=True)
-            dweight = torch.stack(
-                [
-                    scaled_product(_rows(gradient, d.t()), _rows(activation, x.t()), dy.dtype)
-                    for d, x in pairs
-                ]
-            )
+            pairs = [
+                (_rows(gradient, d.t()), _rows(activation, x.t()))
+                for d, x in zip(grads, _pieces(fc_x, fc_split_sizes), strict=True)
+            ]
+            dweight = fc.weigh(_weight_gradients, fc, pairs, dy.dtype, fc_weight_stored)
         if "fc_bias" in want and fc_bias is not None:
             dbias = torch.stack([grad.sum(0, dtype=fc_bias.dtype) for grad in grads])
         return dx, (None, dweight, dbias)
+
+
+def _weight_gradients(
+    fc: Any, pairs: Sequence[tuple[Copy, Copy]], dtype: torch.dtype, stored: Tensor
+) -> Tensor | None:
+    """`dy.T @ x` of each group, or into main_grad: the library writes bfloat16 alone."""
+    if not fc.accumulate_into_main_grad:
+        return torch.stack([scaled_product(d, x, dtype) for d, x in pairs])
+    return into_main_grads(fc, lambda k: scaled_product(*pairs[k], dtype), stored)
 
 
 def _rows(quantizer: Quantizer, x: Tensor) -> Copy:

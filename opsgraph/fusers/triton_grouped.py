@@ -17,6 +17,7 @@ from ..ops import (
     ScaledReGLU,
     ScaledSwiGLU,
 )
+from ..ops.grouped import into_main_grads
 from ..spec import Spec
 from .lazy import Lazy
 from .triton import Triton, activations, reject_activation
@@ -40,6 +41,16 @@ def _bias_gradient(dy: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor |
     return grouped.grouped_wgrad(dy, ones, offsets).squeeze(-1).to(bias.dtype)  # type: ignore[no-any-return]
 
 
+def _weight_gradients(
+    fc: Any, dy: Tensor, x: Tensor, offsets: Tensor, stored: Tensor
+) -> Tensor | None:
+    """Those of all groups, or, before they are rounded, into main_grad."""
+    if not fc.accumulate_into_main_grad:
+        return grouped.grouped_wgrad(dy, x, offsets)  # type: ignore[no-any-return]
+    sums = grouped.grouped_wgrad(dy, x, offsets, torch.float32)
+    return into_main_grads(fc, sums.__getitem__, stored)
+
+
 @register
 class GroupedLinearKernel(Triton):
     """All groups in one launch, forward and backward."""
@@ -52,12 +63,14 @@ class GroupedLinearKernel(Triton):
         return grouped.grouped_linear(x, fc_weight, fc_bias, _offsets(fc_split_sizes, x)), ()
 
     def bwd(
-        self, dy: Tensor, fc_x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor,
-        fc_bias: Tensor | None, want: Collection[str],
+        self, dy: Tensor, fc: Any, fc_x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor,
+        fc_bias: Tensor | None, fc_weight_stored: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
         offsets = _offsets(fc_split_sizes, dy)
         dx = grouped.grouped_dgrad(dy, fc_weight, offsets) if "x" in want else None
-        dweight = grouped.grouped_wgrad(dy, fc_x, offsets) if "fc_weight" in want else None
+        dweight = None
+        if "fc_weight" in want:
+            dweight = fc.weigh(_weight_gradients, fc, dy, fc_x, offsets, fc_weight_stored)
         dbias = _bias_gradient(dy, fc_bias, offsets) if "fc_bias" in want else None
         return dx, (None, dweight, dbias)
 
@@ -84,9 +97,10 @@ class GroupedMLP(Triton):
         return grouped.grouped_linear(scaled, fc2_weight, fc2_bias, offsets), (pre,)
 
     def bwd(
-        self, dy: Tensor, fc1_x: Tensor, fc1_split_sizes: Tensor, fc1_weight: Tensor,
-        fc1_bias: Tensor | None, act_x: Tensor, act_kernel: str, act_params: tuple[float, ...],
-        act_scales: Tensor, fc2_split_sizes: Tensor, fc2_weight: Tensor, fc2_bias: Tensor | None,
+        self, dy: Tensor, fc1: Any, fc1_x: Tensor, fc1_split_sizes: Tensor, fc1_weight: Tensor,
+        fc1_weight_stored: Tensor, fc1_bias: Tensor | None, act_x: Tensor, act_kernel: str,
+        act_params: tuple[float, ...], act_scales: Tensor, fc2: Any, fc2_split_sizes: Tensor,
+        fc2_weight: Tensor, fc2_weight_stored: Tensor, fc2_bias: Tensor | None,
         want: Collection[str],
     ) -> Any:  # fmt: skip
         offsets = _offsets(fc2_split_sizes, dy)
@@ -98,12 +112,14 @@ class GroupedMLP(Triton):
         dweight2 = dscales = None
         if "fc2_weight" in want:
             scaled = (wide(y) * scales).to(dy.dtype)
-            dweight2 = grouped.grouped_wgrad(dy, scaled, offsets)
+            dweight2 = fc2.weigh(_weight_gradients, fc2, dy, scaled, offsets, fc2_weight_stored)
         if "act_scales" in want:
             dscales = (wide(dact) * wide(y)).sum(-1).to(act_scales.dtype)
         dbias2 = _bias_gradient(dy, fc2_bias, offsets) if "fc2_bias" in want else None
         offsets = _offsets(fc1_split_sizes, dy)
         dx = grouped.grouped_dgrad(dpre, fc1_weight, offsets) if "x" in want else None
-        dweight1 = grouped.grouped_wgrad(dpre, fc1_x, offsets) if "fc1_weight" in want else None
+        dweight1 = None
+        if "fc1_weight" in want:
+            dweight1 = fc1.weigh(_weight_gradients, fc1, dpre, fc1_x, offsets, fc1_weight_stored)
         dbias1 = _bias_gradient(dpre, fc1_bias, offsets) if "fc1_bias" in want else None
         return dx, (None, dweight1, dbias1, dscales, None, dweight2, dbias2)

@@ -1,7 +1,8 @@
 """GroupedLinear: one linear layer for each group of rows, as mixtures of experts use them."""
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -12,23 +13,40 @@ from torch.nn.parameter import UninitializedParameter
 from ..errors import OpError
 from ..op import Op
 from ..spec import Spec
-from .parameters import empty_parameter
+from .delayed import Queue, TellsOfWeightGradients, mark_delayed, parameters, queue_of
+from .joined import join, pack
+from .main_grad import accumulate, add_to_main_grad
+from .parameters import MarksParameters, empty_parameter
 
 
 def _pieces(x: Tensor, split_sizes: Tensor) -> tuple[Tensor, ...]:
     sizes = split_sizes.tolist()
-    if sum(sizes) != x.shape[0] or min(sizes, default=0) < 0:
-        raise OpError("GroupedLinear", f"split_sizes {sizes}", f"sizes that add to {x.shape[0]}")
+    verify_sizes("GroupedLinear", sizes, x.shape[0])
     return tuple(torch.split(x, sizes))
 
 
-class GroupedLinear(Op):
+def verify_sizes(where: str, sizes: Sequence[int], rows: int) -> None:
+    """Raises OpError for sizes of groups that are not those of so many rows."""
+    if sum(sizes) != rows or min(sizes, default=0) < 0:
+        expected = f"sizes that add to {rows}, the rows of x, none below 0"
+        raise OpError(where, f"split_sizes {list(sizes)}", expected)
+
+
+class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
     """`y[rows of g] = x[rows of g] @ weight[g].T + bias[g]`.
 
-    Rows are split by an extra input, `split_sizes`: int64 `[num_groups]`, adding to the row count;
-    groups may be empty. x: `[*, in_features]`; weight: `[num_groups, out_features, in_features]`;
-    bias: `[num_groups, out_features]` or None. A state dict with a TransformerEngine
-    GroupedLinear's keys (weight0, weight1, ..., bias0, ...) is accepted.
+    Rows are split by an extra input, `split_sizes`: integers `[num_groups]`, a tensor on any device
+    or a list, adding to the row count; groups may be empty. x: `[*, in_features]`. Parameters, as
+    TransformerEngine's: `weight0`, `weight1`, ... `[out_features, in_features]` and `bias0`, ...
+    `[out_features]` or None. The attributes weight and bias are all groups' as one tensor
+    `[num_groups, ...]`, and may be set to one; a state dict with keys `weight` and `bias` of that
+    shape is accepted.
+
+    Parameters lie one after the other in memory, where kernels read them as one tensor; what puts
+    others in their place (FSDP, `load_state_dict(assign=True)`) costs a copy at each call.
+
+    accumulate_into_main_grad: weights' gradients go into their `main_grad`, see `main_grad`.
+    delay_wgrad_compute: the backward leaves the weights' gradients to `backward_dw()`.
     """
 
     gemm = True
@@ -45,34 +63,116 @@ class GroupedLinear(Op):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         init_method: Callable[[Tensor], Any] | None = None,
+        accumulate_into_main_grad: bool = False,
+        overwrite_main_grad: bool = False,
+        delay_wgrad_compute: bool = False,
     ) -> None:
         super().__init__()
         if num_groups < 1:
             raise OpError("GroupedLinear", f"num_groups {num_groups}", "at least 1")
         self.num_groups, self.in_features, self.out_features = num_groups, in_features, out_features
         self.init_method = init_method
-        shape = (num_groups, out_features, in_features)
-        self.weight = empty_parameter(shape, device, dtype)
-        self.register_parameter("bias", None)
-        if bias:
-            self.bias = empty_parameter(shape[:2], device, dtype)
+        self.accumulate_into_main_grad = accumulate_into_main_grad
+        self.overwrite_main_grad = overwrite_main_grad
+        self.delay_wgrad_compute = delay_wgrad_compute
+        shape = (out_features, in_features)
+        for name in self.part_names("weight"):
+            self.register_parameter(name, empty_parameter(shape, device, dtype))
+        for name in self.part_names("bias"):
+            made = empty_parameter(shape[:1], device, dtype) if bias else None
+            self.register_parameter(name, made)
+        self._pack()
         self.reset_parameters()
+
+    def part_names(self, name: str) -> list[str]:
+        """The names of a kind of parameter, "weight" or "bias", of each group."""
+        return [f"{name}{g}" for g in range(self.num_groups)]
+
+    def joined(self) -> Collection[str]:
+        """Parameters that `fwd` does not name: it takes them as one."""
+        return [*self.part_names("weight"), *self.part_names("bias")]
+
+    def _parts(self, name: str) -> list[Any]:
+        """The parameters of each group; none if one is not there."""
+        found = [self.own_parameter(part) for part in self.part_names(name)]
+        return [] if any(part is None for part in found) else found
+
+    def _join(self, name: str) -> Tensor | None:
+        parts = {part: getattr(self, part, None) for part in self.part_names(name)}
+        there = {part: value for part, value in parts.items() if value is not None}
+        if not there:
+            return None
+        if len(there) < len(parts):
+            got = f"{name}s of groups {[g for g, v in enumerate(parts.values()) if v is not None]}"
+            raise OpError("GroupedLinear", got, "one of each group, or none")
+        return join("GroupedLinear", there)
+
+    @property
+    def weight(self) -> Any:
+        """All groups' weights, `[num_groups, out_features, in_features]`."""
+        return self._join("weight")
+
+    @property
+    def bias(self) -> Any:
+        """All groups' biases, `[num_groups, out_features]`, or None."""
+        return self._join("bias")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's; "weight" and "bias" are those of all groups, one after the other."""
+        if name not in ("weight", "bias"):
+            super().register_parameter(name, param)
+            return
+        if param is not None and param.shape[:1] != (self.num_groups,):
+            got, expected = f"{name} of shape {tuple(param.shape)}", f"{self.num_groups} groups"
+            raise OpError("GroupedLinear", got, expected)
+        for g, part in enumerate(self.part_names(name)):
+            own = None if param is None else nn.Parameter(param.detach()[g], param.requires_grad)
+            super().register_parameter(part, own)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias") and (value is None or isinstance(value, nn.Parameter)):
+            self.register_parameter(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _pack(self) -> None:
+        for name in ("weight", "bias"):
+            pack(self._parts(name))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self._pack()
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
+
+    def _mark_parameters(self) -> None:
+        for weight in self._parts("weight"):
+            mark_delayed(weight, self.delay_wgrad_compute)
+
+    @property
+    def wgrad_queue(self) -> Queue | None:
+        return queue_of(self) if self.delay_wgrad_compute else None
 
     def reset_parameters(self) -> None:
         """Initialize each group as nn.Linear does, or by init_method and zeros."""
+        self.mark()
         if self.in_features is None or self.out_features is None:
             return
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
-        if self.init_method is None:
-            nn.init.uniform_(self.weight, -bound, bound)
-        else:
-            with torch.no_grad():
-                for weight in self.weight:
+        for weight in self._parts("weight"):
+            if self.init_method is None:
+                nn.init.uniform_(weight, -bound, bound)
+            else:
+                with torch.no_grad():
                     self.init_method(weight)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
-            if self.init_method is not None:
-                nn.init.zeros_(self.bias)
+        for bias in self._parts("bias"):
+            if self.init_method is None:
+                nn.init.uniform_(bias, -bound, bound)
+            else:
+                nn.init.zeros_(bias)
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
         if self.in_features is None and in_width is not None:
@@ -81,21 +181,37 @@ class GroupedLinear(Op):
             self.out_features = out_width
         if self.in_features is None or self.out_features is None:
             return
-        shape = (self.num_groups, self.out_features, self.in_features)
-        lazy = [p for p in self.parameters() if isinstance(p, UninitializedParameter)]
-        for parameter in lazy:
-            parameter.materialize(shape if parameter is self.weight else shape[:2])
+        shape = (self.out_features, self.in_features)
+        lazy = [n for n, p in self._parameters.items() if isinstance(p, UninitializedParameter)]
+        for name in lazy:
+            sizes = shape if name.startswith("weight") else shape[:1]
+            self._parameters[name].materialize(sizes)  # type: ignore[union-attr]
         if lazy:
+            self._pack()
             self.reset_parameters()
 
     def sizes_from(self, name: str, shape: torch.Size) -> None:
-        self.out_features = shape[1]
-        if name == "weight":
-            self.in_features = shape[2]
+        self.out_features = shape[0]
+        if name.startswith("weight"):
+            self.in_features = shape[1]
 
     def shape_of(self, name: str) -> tuple[int | None, ...] | None:
         shape = self.num_groups, self.out_features, self.in_features
         return {"weight": shape, "bias": shape[:2]}.get(name)
+
+    def taken(self, name: str, value: Any, rows: int, where: str) -> Tensor:
+        """split_sizes as a tensor int64; those on the CPU are checked here. Raises OpError."""
+        count = self.num_groups
+        if not isinstance(value, Tensor):
+            value = _integers(value, count, where)
+        if value.dim() != 1 or value.shape[0] != count or value.dtype not in INTEGERS:
+            kind = str(value.dtype).removeprefix("torch.")
+            got = f"split_sizes {kind} of shape {tuple(value.shape)}"
+            raise OpError(where, got, f"integers of shape ({count},), one for each group")
+        if value.is_cpu and not torch.compiler.is_compiling():
+            verify_sizes(where, value.tolist(), rows)
+        sizes: Tensor = value.to(torch.int64)
+        return sizes
 
     @property
     def in_width(self) -> int | None:
@@ -126,25 +242,28 @@ class GroupedLinear(Op):
 
     def bwd(
         self, dy: Tensor, x: Tensor, split_sizes: Tensor, weight: Tensor, bias: Tensor | None,
-        want: Collection[str],
+        weight_stored: Tensor, want: Collection[str],
     ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:  # fmt: skip
         dx = dweight = dbias = None
         grads = _pieces(dy, split_sizes)
         if "x" in want:
             dx = torch.cat([g @ w for g, w in zip(grads, weight, strict=True)])
         if "weight" in want:
-            pieces = zip(grads, _pieces(x, split_sizes), strict=True)
-            dweight = torch.stack([g.t() @ p for g, p in pieces])
+            pairs = [*zip(grads, _pieces(x, split_sizes), strict=True)]
+            dweight = self.weigh(_weight_gradients, self, pairs, weight_stored)
         if "bias" in want and bias is not None:
             dbias = torch.stack([g.sum(0, dtype=bias.dtype) for g in grads])
         return dx, (None, dweight, dbias)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _own_keys(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        found = dict(super()._own_keys(state_dict, prefix))
         for name in ("weight", "bias"):
-            keys = [f"{prefix}{name}{g}" for g in range(self.num_groups)]
-            if all(key in state_dict for key in keys):
-                state_dict[prefix + name] = torch.stack([state_dict.pop(key) for key in keys])
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            whole = found.get(prefix + name)
+            if isinstance(whole, Tensor) and whole.shape[:1] == (self.num_groups,):
+                del found[prefix + name]
+                parts = zip(self.part_names(name), whole.unbind(), strict=True)
+                found |= {prefix + part: own for part, own in parts}
+        return found
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.in_features}, {self.out_features}"
@@ -152,3 +271,54 @@ class GroupedLinear(Op):
     @classmethod
     def sample(cls) -> Iterable[Op]:
         return cls(2, out_features=16), cls(3, out_features=16, bias=False)
+
+
+def _weight_gradients(
+    fc: Any, pairs: Sequence[tuple[Tensor, Tensor]], stored: Tensor
+) -> Tensor | None:
+    """`dy.T @ x` of each group, or into main_grad."""
+    if not fc.accumulate_into_main_grad:
+        return torch.stack([g.t() @ x for g, x in pairs])
+
+    def add(k: int, weight: Tensor) -> Tensor | None:
+        g, x = pairs[k]
+        return accumulate(g.t(), x, weight, fc.overwrite_main_grad)
+
+    return _each(add, stored)
+
+
+def into_main_grads(fc: Any, gradient: Callable[[int], Tensor], stored: Tensor) -> Tensor | None:
+    """Each group's weight gradient into its main_grad; returns what autograd is given.
+
+    stored: the weights as parameters. gradient: gives that of a group.
+    """
+    overwrite = fc.overwrite_main_grad
+    return _each(lambda k, weight: add_to_main_grad(gradient(k), weight, overwrite), stored)
+
+
+def _each(add: Callable[[int, Tensor], Tensor | None], stored: Tensor) -> Tensor | None:
+    """The dummy gradients of all groups, if there are any."""
+    weights = enumerate(parameters(stored))
+    found = [add(k, weight) if weight.requires_grad else None for k, weight in weights]
+    if all(gradient is None for gradient in found):
+        return None
+    return torch.stack([torch.zeros_like(stored[0]) if g is None else g for g in found])
+
+
+INTEGERS = {
+    torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+}  # fmt: skip
+
+
+def _integers(value: Any, count: int, where: str) -> Tensor:
+    """Sizes that are no tensor: anything that has so many integers in a row."""
+    expected = f"{count} integers, one for each group: a tensor or a list"
+    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+        raise OpError(where, f"split_sizes {value!r}", expected)
+    given = list(value)
+    if any(isinstance(size, bool) or not hasattr(size, "__index__") for size in given):
+        raise OpError(where, f"split_sizes {given}", expected)
+    if len(given) != count:
+        raise OpError(where, f"{len(given)} split_sizes {given}", expected)
+    return torch.tensor([index(size) for size in given], dtype=torch.int64)

@@ -1,6 +1,7 @@
 """GroupedLinear under a recipe: each group's operands are quantized on their own."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from ..quantizers import Quantized, Quantizer
 from ..recipe import Recipe
 from ..spec import Spec
 from . import scaled_gemm as scaled
-from .grouped import GroupedLinear, _pieces
+from .grouped import GroupedLinear, _pieces, into_main_grads
 
 Quantize = Callable[[Quantizer, Tensor, Collection[str]], Quantized]
 """Who makes the copies of a tensor that are named."""
@@ -35,8 +36,9 @@ class QuantizedGroupedLinear(GroupedLinear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.quantizers, self.override = tuple(quantizers), override
         self.channels, self.strict = layer.channels, layer.strict
+        for name in ("accumulate_into_main_grad", "overwrite_main_grad", "delay_wgrad_compute"):
+            setattr(self, name, getattr(layer, name))
         for name in ("weight", "bias"):
-            self.register_parameter(name, None)
             self._homes[name] = layer.home(name)
 
     def reject(self, x: Spec) -> str | None:
@@ -54,9 +56,10 @@ class QuantizedGroupedLinear(GroupedLinear):
 
     def bwd(
         self, dy: Tensor, x: Tensor, split_sizes: Tensor, weight: Tensor, bias: Tensor | None,
-        want: Collection[str],
+        weight_stored: Tensor, want: Collection[str],
     ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:  # fmt: skip
-        return self.backward_by(_by_formula, dy, x, split_sizes, weight, bias, want)
+        given = dy, x, split_sizes, weight, bias, weight_stored, want
+        return self.backward_by(_by_formula, *given)
 
     def forward_by(
         self, quantize: Quantize, x: Tensor, split_sizes: Tensor, weight: Tensor,
@@ -73,16 +76,18 @@ class QuantizedGroupedLinear(GroupedLinear):
 
     def backward_by(
         self, quantize: Quantize, dy: Tensor, x: Tensor, split_sizes: Tensor, weight: Tensor,
-        bias: Tensor | None, want: Collection[str],
+        bias: Tensor | None, weight_stored: Tensor, want: Collection[str],
     ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:  # fmt: skip
         """`bwd`, its operands quantized so."""
         if self.override == "high_precision":
-            return super().bwd(dy, x, split_sizes, weight, bias, want)
+            return super().bwd(dy, x, split_sizes, weight, bias, weight_stored, want)
         pieces = zip(_pieces(dy, split_sizes), _pieces(x, split_sizes), weight, strict=True)
         found = [self._group(quantize, d, p, w, want) for d, p, w in pieces]
         dx = torch.cat([data for data, _ in found]) if "x" in want else None  # type: ignore[misc]
-        dweight = torch.stack([w for _, w in found]) if "weight" in want else None  # type: ignore[misc]
-        dbias = None
+        dweight = dbias = None
+        if "weight" in want:
+            pairs = [operands for _, operands in found]
+            dweight = self.weigh(_weight_gradients, self, pairs, weight_stored)
         if "bias" in want and bias is not None:
             grads = _pieces(dy, split_sizes)
             dbias = torch.stack([g.sum(0, dtype=bias.dtype) for g in grads])
@@ -90,19 +95,30 @@ class QuantizedGroupedLinear(GroupedLinear):
 
     def _group(
         self, quantize: Quantize, dy: Tensor, x: Tensor, weight: Tensor, want: Collection[str]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """dx and dweight of one group."""
+    ) -> tuple[Tensor | None, tuple[Any, Quantized] | None]:
+        """dx of one group, and of what its weight gradient is the product."""
         copies = ("row",) if self.override else ("col",)
         activation, weights, gradient = self.quantizers
         grad = dy if self.override else quantize(gradient, dy, ("row", "col"))
         dx = scaled.dgrad(grad, quantize(weights, weight, copies)) if "x" in want else None
         if "weight" not in want:
             return dx, None
-        return dx, scaled.wgrad(grad, quantize(activation, x, copies))
+        if isinstance(grad, Quantized) and grad.col is not None:
+            grad = grad._replace(row=None)
+        return dx, (grad, quantize(activation, x, copies))
 
     @classmethod
     def sample(cls) -> Sequence[Op]:
         return ()
+
+
+def _weight_gradients(
+    fc: Any, pairs: Sequence[tuple[Any, Quantized]], stored: Tensor
+) -> Tensor | None:
+    """`dy.T @ x` of each group, or, before it is rounded, into main_grad."""
+    if not fc.accumulate_into_main_grad:
+        return torch.stack([scaled.wgrad(*pair) for pair in pairs])
+    return into_main_grads(fc, lambda k: scaled.wgrad_sums(*pairs[k]), stored)
 
 
 def grouped(entry: Placed, recipe: Recipe) -> Iterator[Placed]:

@@ -162,17 +162,19 @@ def grouped_dgrad(dy: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return _rows(dy, weights, None, offsets, False)
 
 
-def grouped_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+def grouped_wgrad(
+    dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """`dweights[g] = dy[g].T @ x[g]` of the rows of each group g; 0 for an empty one.
 
-    dy: `[rows, width]`; x: `[rows, depth]`; the result is `[groups, width, depth]`, of x's dtype,
-    each sum in fp32 and in a fixed order. Raises ValueError for what does not fit.
+    dy: `[rows, width]`; x: `[rows, depth]`; the result is `[groups, width, depth]`, of a dtype, by
+    default x's, each sum in fp32 and in a fixed order. Raises ValueError for what does not fit.
     """
     _check("grouped_wgrad", (dy, x), None, offsets)
     if dy.size(0) != x.size(0):
         raise ValueError(f"grouped_wgrad got {dy.size(0)} rows of dy and {x.size(0)} of x")
     groups, width, depth = offsets.numel() - 1, dy.size(1), x.size(1)
-    dweights = torch.empty(groups, width, depth, dtype=x.dtype, device=x.device)
+    dweights = torch.empty(groups, width, depth, dtype=dtype or x.dtype, device=x.device)
     if not dweights.numel():
         return dweights
     if not x.size(0):
