@@ -80,6 +80,13 @@ storage_uses: Callable[[int], int] | None = _find("_C._storage_Use_Count", None)
 graph_task: Callable[[], int] = _find("_C._current_graph_task_id", lambda: -1)
 """The number of the backward that PyTorch's engine runs on this thread; -1 for none."""
 
+executes: Callable[[Any], bool] = _find("_C._will_engine_execute_node", lambda node: True)
+"""Whether that backward runs a node: `backward(inputs=...)` runs some alone. RuntimeError for a
+parameter's under torch.autograd.grad, which adds to no `.grad`."""
+
+forward_gradients: Callable[[], bool] = _find("_C._is_fwd_grad_enabled", lambda: True)
+"""Whether forward-mode AD is allowed; it is not in an autograd.Function's forward."""
+
 
 if not hasattr(forward_ad, "_current_level"):
     forward_ad._current_level = -1  # as where forward-mode AD is off

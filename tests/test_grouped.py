@@ -115,6 +115,21 @@ def test_a_parameter_that_is_modified_in_between_is_an_error() -> None:
         y.sum().backward()
 
 
+def test_gradients_can_be_differentiated_again() -> None:
+    op, x = og.Sequential(layer(), double_backward=True), torch.randn(5, 4, dtype=torch.double)
+    op.double()
+    weights = list(op.parameters())[:3]
+
+    def loss(*given: Tensor) -> Tensor:
+        return torch.func.functional_call(op, dict(zip(names, given, strict=True)), (x, SIZES))
+
+    names = [n for n, _ in op.named_parameters()][:3]
+    assert torch.autograd.gradgradcheck(loss, tuple(w.detach().requires_grad_() for w in weights))
+    y = op(x, SIZES).square().sum()
+    first = torch.autograd.grad(y, weights, create_graph=True)
+    assert all(g is not None for g in torch.autograd.grad(sum(g.sum() for g in first), weights))
+
+
 def test_compiled() -> None:
     op, x = og.Sequential(layer()), torch.randn(5, 4)
     op(x, SIZES).square().sum().backward()

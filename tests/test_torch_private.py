@@ -25,6 +25,8 @@ NAMES = [
     "_C._has_storage",
     "_C._storage_Use_Count",
     "_C._current_graph_task_id",
+    "_C._is_fwd_grad_enabled",
+    "_C._will_engine_execute_node",
     "autograd.forward_ad._current_level",
     "autograd.grad_mode._unsafe_preserve_version_counter",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import OpError, OpsgraphError
 from ..op import Op
 from ..quantizers import Quantized
+from ..torch_private import executes
 from .main_grad import arriving, dummy
 
 _serial = itertools.count()
@@ -68,7 +69,7 @@ def unasked(node: Any, weight: Tensor) -> set[int]:
 
 def _runs(node: Any) -> bool:
     try:
-        return node is not None and bool(torch._C._will_engine_execute_node(node))
+        return node is not None and executes(node)
     except RuntimeError:  # a parameter's, under torch.autograd.grad, which adds nothing to .grad
         return False
 

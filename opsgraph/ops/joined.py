@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import OpError
+from ..torch_private import followed
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -32,7 +32,7 @@ def join(where: str, parts: Mapping[str, Tensor]) -> Tensor:
         if tensor.shape != first.shape:
             got, expected = (tuple(shape) for shape in (tensor.shape, first.shape))
             raise OpError(where, f"{name} of shape {got}", f"{expected}, as the others have")
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or followed():
         return torch.stack(tensors)
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     joined: Any = _Join.apply(*tensors) if wanted else _joined(tensors)  # type: ignore[no-untyped-call]
@@ -99,7 +99,6 @@ class _Join(torch.autograd.Function):
         return _joined(tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         if any(tensor._version != version for tensor, version in ctx.versions):
             raise RuntimeError(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OpsgraphError
+from ..torch_private import forward_gradients, graph_task
 
 EXPECTED = "main_grad_to_overwrite"
 """Attribute of a weight whose next gradient overwrites."""
@@ -55,8 +56,8 @@ def expect_overwrite(weight: Tensor) -> None:
     reentrant kind of torch.utils.checkpoint is: a backward will come. What runs inside a backward
     is a checkpoint's recomputation, and was said before.
     """
-    inside = not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
-    if torch._C._current_graph_task_id() >= 0:
+    inside = not forward_gradients() and not torch.is_inference_mode_enabled()
+    if graph_task() >= 0:
         return
     if weight.requires_grad and (torch.is_grad_enabled() or inside):
         setattr(weight, EXPECTED, True)
@@ -68,7 +69,7 @@ def _overwrites(weight: Tensor, always: bool) -> bool:
     if not (always or getattr(weight, "overwrite_main_grad", False)):
         return expected  # type: ignore[no-any-return]
     now = _arriving.backward
-    now = torch._C._current_graph_task_id() if now is None else now
+    now = graph_task() if now is None else now
     before = weight.__dict__.get(LATEST)
     setattr(weight, LATEST, now)
     return expected or now < 0 or before != now
