@@ -56,6 +56,7 @@ def shard_state_dict(whole: Mapping[str, Any], module: nn.Module) -> dict[str, A
     """
     made = dict(whole)
     for name, (partition, _) in _splits(module).items():
+        name = name if name in made else _inside(name)
         if name not in made or partition.size == 1:
             continue
         size = made[name].shape[partition.dim]
@@ -67,6 +68,12 @@ def shard_state_dict(whole: Mapping[str, Any], module: nn.Module) -> dict[str, A
         group = process_group(partition.group)
         made[name] = partition.share(made[name], group.rank() if group else 0)
     return made
+
+
+def _inside(name: str) -> str:
+    """By what key a te.ops Linear writes a parameter, which is that of an op inside it."""
+    prefix, dot, kind = name.rpartition(".")
+    return f"{prefix}{dot}basic_ops.{int(kind == 'bias')}.{kind}"
 
 
 def gather_state_dict(module: nn.Module) -> dict[str, Any]:

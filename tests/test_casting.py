@@ -270,3 +270,21 @@ def test_what_add_says_of_its_sum_counts_for_no_other_fwd() -> None:
     with pytest.raises(og.OpError, match=r"1:_Twice: got other dtype torch.float32, expected"):
         og.Sequential(SiLU(), _Twice())(x, r)
     assert og.Sequential(SiLU(), _Twice())(x, x).dtype == BF16
+
+
+class _ToBF16(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16()
+
+
+def test_an_fp32_stream_without_autocast_has_its_cast_in_a_plain_module() -> None:
+    torch.manual_seed(0)
+    norm, fc = RMSNorm(8), Linear(8, 8, dtype=BF16)
+    module = og.Sequential(Tee("r"), norm, _ToBF16(), fc, Add("r"))
+    x, parameters = torch.randn(3, 8) + 100, list(module.parameters())
+
+    def plain(x: Tensor) -> Tensor:
+        h = nn.functional.rms_norm(x, (8,), norm.weight, norm.eps).bfloat16()
+        return x + nn.functional.linear(h, fc.weight, fc.bias)
+
+    _compare(_results(module, [x], parameters), _results(plain, [x], parameters))

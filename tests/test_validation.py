@@ -131,3 +131,27 @@ def test_what_is_allowed_is_taken() -> None:
     assert ops.Dropout(1).p == 1.0
     assert ops.ClampedSwiGLU(INF, glu_interleave_size=None)(torch.ones(1, 4)).shape == (1, 2)
     assert ops.SwiGLU(1).glu_interleave_size == 1
+
+
+LATER = {
+    "SwiGLU": (lambda: ops.SwiGLU(), "glu_interleave_size", (-1, 0, 2.5, "2")),
+    "ScaledSwiGLU": (lambda: ops.ScaledSwiGLU(), "glu_interleave_size", (-1,)),
+    "RMSNorm": (lambda: ops.RMSNorm(8), "eps", ("1e-5", -1.0)),
+    "LayerNorm": (lambda: ops.LayerNorm((1, 8)), "eps", (None, NAN)),
+    "L2Normalization": (lambda: ops.L2Normalization(), "eps", (None,)),
+    "Dropout": (lambda: ops.Dropout(), "p", (2.0, None, "x")),
+    "ConstantScale": (lambda: ops.ConstantScale(2), "scale", (None, "2", [1.0])),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_is_set_later_is_checked_before_anything_runs(name: str) -> None:
+    build, attribute, values = LATER[name]
+    extras = [torch.ones(3, 1)] if name == "ScaledSwiGLU" else []
+    x = torch.ones(3, 1, 8)
+    for value in values:
+        op = build()
+        op(x, *extras)
+        setattr(op, attribute, value)
+        with pytest.raises(og.OpsgraphError, match=rf"{name}.* got .*{attribute}"):
+            op(x, *extras)

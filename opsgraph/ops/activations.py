@@ -66,7 +66,8 @@ class GatedActivation(Op):
         return 1 if self.glu_interleave_size else 2
 
     def reject(self, x: Spec) -> str | None:
-        period = 2 * (self.glu_interleave_size or 1)
+        name = "glu_interleave_size"  # which may have been set since construction
+        period = 2 * (size(type(self).__name__, name, self.glu_interleave_size) or 1)
         if x.width % period:
             return f"got input width {x.width}, expected a multiple of {period}"
         return None

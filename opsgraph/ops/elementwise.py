@@ -42,6 +42,10 @@ class ConstantScale(Op):
         super().__init__()
         self.scale = number("ConstantScale", "scale", scale)
 
+    def reject(self, x: Spec) -> str | None:
+        number("ConstantScale", "scale", self.scale)  # it may have been set since construction
+        return None
+
     def identity(self, direction: str, training: bool) -> bool:
         return self.scale == 1.0
 
@@ -62,6 +66,10 @@ class ConstantScale(Op):
         return (cls(0.7),)
 
 
+def _probability(p: Any) -> float:
+    return number("Dropout", "p", p, "a probability from 0 to 1", lambda v: 0 <= v <= 1)
+
+
 class Dropout(Op):
     """In training, each element is 0 with probability p, the others are `x / (1 - p)`.
 
@@ -75,7 +83,11 @@ class Dropout(Op):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        self.p = number("Dropout", "p", p, "a probability from 0 to 1", lambda v: 0 <= v <= 1)
+        self.p = _probability(p)
+
+    def reject(self, x: Spec) -> str | None:
+        _probability(self.p)  # it may have been set since construction
+        return None
 
     def identity(self, direction: str, training: bool) -> bool:
         return not training or self.p == 0.0

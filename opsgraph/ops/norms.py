@@ -83,6 +83,11 @@ class _Norm(Op):
         several = _LayerNormOfSeveral if type(self) is LayerNorm else _RMSNormOfSeveral
         return (Lowered(several, self),)
 
+    def reject(self, x: Spec) -> str | None:
+        if self.eps is not None or not self.eps_by_dtype:
+            epsilon(type(self).__name__, "eps", self.eps)  # it may have been set since construction
+        return super().reject(x)
+
     def trailing(self) -> tuple[int, ...]:
         return (self.normalized_shape or ())[:-1]
 
@@ -325,6 +330,10 @@ class L2Normalization(Op):
         self.eps = epsilon(who, "eps", eps)
         size(who, "seq_length", seq_length)
         size(who, "micro_batch_size", micro_batch_size)
+
+    def reject(self, x: Spec) -> str | None:
+        epsilon(type(self).__name__, "eps", self.eps)
+        return None
 
     def out(self, x: Spec) -> Spec:
         return x

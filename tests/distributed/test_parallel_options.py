@@ -264,6 +264,12 @@ def basic_linears(rank: int, size: int) -> None:
         }  # fmt: skip
         module.load_state_dict(og.parallel.shard_state_dict(whole, module))
         assert module[1].bias.shape == (FFN // size,)
+        written = {"0.basic_ops.0.weight": whole["0.weight"], "0._extra_state": None} | {
+            k: v for k, v in whole.items() if k != "0.weight"
+        }  # as te.ops writes a Linear's
+        again = og.parallel.shard_state_dict(written, module)
+        assert torch.equal(again["0.basic_ops.0.weight"], module[0].weight)
+        module.load_state_dict(again)
         gathered = og.parallel.gather_state_dict(module)
         assert all(torch.equal(gathered[name], value) for name, value in whole.items())
         x = noise("x", (2 * size, 3, HIDDEN)).requires_grad_()
