@@ -75,9 +75,9 @@ def fp32(value: Array | float) -> Array:
 
 
 def times(x: Array, scale: float) -> Array:
-    """The fp32 product."""
+    """The fp32 product, to be rounded and saturated; NaN where x is not finite."""
     with np.errstate(invalid="ignore", over="ignore"):
-        return fp32(x.astype(np.float64) * scale)
+        return np.where(np.isinf(x), np.nan, fp32(x.astype(np.float64) * scale))
 
 
 def largest(x: Array) -> float:

@@ -3,15 +3,15 @@
 With A the tensor's amax (`quantize.amax_of`, perhaps reduced over ranks) and a a block's, in fp32:
 
     S = 448 * 6 / A, or 1 where A is 0, infinite or NaN     the tensor's multiplier
-    d = e4m3(min(a * S / 6, 448))                           the block's scale; NaN if a is
+    d = e4m3(min(a * S / 6, 448))              the block's scale; NaN if a is infinite or NaN
     q = e2m1(clamp(x * min(S / d, FP32_MAX), -6, 6))        the data
     x ~ q * (d * (1 / S))                                   dequantized
 
 Blocks are 1 x 16 (16 columns of a row) or, for weights, 16 x 16. A block at the end may be short,
 as if it were filled up with zeros. E2M1 has the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6 (codes 0 to
-7; bit 3 is the sign); rounding is to nearest even, or stochastic. It has no NaN: a NaN becomes 6 in
-a block whose scale is NaN. Two codes make a byte, the even column's in its low half; the last byte
-of an odd width has a zero in its high half.
+7; bit 3 is the sign); rounding is to nearest even, or stochastic. It has no NaN: in a block whose
+scale is NaN all is 6. Two codes make a byte, the even column's in its low half; the last byte of an
+odd width has a zero in its high half.
 
 Scales run along rows. The copy that contracts over x's rows is the quantizer of `x.t()`. With
 16 x 16 blocks it holds the same codes (packed along the other dimension) and the transposed scales.

@@ -10,8 +10,9 @@ data is `[rows, cols]` of `dtype`, E4M3 (`float8_e4m3fn`, largest value 448) or 
     quantize_mxfp8    uint8 [rows, ceil(cols / 32)]                  32 columns of a row
 
 Scales multiply: `data = cast(x * scale)`; only MXFP8's divides. The product is in fp32, is clamped
-to the dtype's finite range, then rounded once, to nearest even: infinities saturate, and a NaN is
-always the byte 0x7F. amax is the largest magnitude that a scale covers, NaN if one of them is, and
+to the dtype's finite range, then rounded once, to nearest even. So finite x saturate; an infinite
+one, like a NaN, is a NaN, the byte 0x7F, for an overflow has to show in what is made of it. amax is
+the largest magnitude that a scale covers, NaN if one of them is, and
 
     scale = fp8_max / max(amax, eps), or 1 where that amax is 0, infinite or NaN
 
@@ -72,10 +73,12 @@ def quotient(numerator: float, x: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x * scale` saturated and rounded to `dtype`; scale is fp32 and broadcasts."""
+    """`x * scale` saturated and rounded to `dtype`, NaN where x is not finite; scale is fp32 and
+    broadcasts."""
     limit = FP8_MAX[dtype]
-    value = (x.float() * scale).clamp(-limit, limit)
-    return value.nan_to_num(torch.nan).to(dtype).contiguous()  # a NaN loses its sign
+    value = x.float()
+    product = (value * scale).clamp(-limit, limit).masked_fill(value.isinf(), torch.nan)
+    return product.nan_to_num(torch.nan).to(dtype).contiguous()  # a NaN loses its sign
 
 
 def decode(data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

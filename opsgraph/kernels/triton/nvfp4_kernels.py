@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .dropout import random_bits
-from .quantize_kernels import FP32_MAX, INFINITY_BITS, encode, magnitude, store_amax
+from .quantize_kernels import FP32_MAX, INFINITY_BITS, encode, magnitude, scaled, store_amax
 from .quantize_tiles import _gradients, _source
 
 MINUS = tl.constexpr(0x243F)
@@ -56,7 +56,7 @@ def _scale(bits, amax):
     """Of blocks: the E4M3 scale's bits, int32, and what the data is multiplied by."""
     multiplier = tl.minimum(tl.div_rn(tl.full([], 2688.0, tl.float32), amax), FP32_MAX)
     multiplier = tl.where((amax > 0) & (magnitude(amax) < INFINITY_BITS), multiplier, 1.0)
-    product = bits.to(tl.float32, bitcast=True) * multiplier
+    product = scaled(bits.to(tl.float32, bitcast=True), multiplier)
     code = encode(tl.div_rn(product, tl.full(product.shape, 6.0, tl.float32)), False, False)
     code = code.to(tl.int32) & 0x7F
     normal = (((code >> 3) + 120) << 23 | (code & 7) << 20).to(tl.float32, bitcast=True)

@@ -67,6 +67,12 @@ def encode(value, E5M2: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def scaled(value, multiplier):
+    """The product; NaN, where an infinite one would be saturated, for a value that is infinite."""
+    return tl.where(magnitude(value) == INFINITY_BITS, float("nan"), value * multiplier)
+
+
+@triton.jit
 def scale_of(bits, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """The multiplier of amaxes, given by their bits."""
     amax = bits.to(tl.float32, bitcast=True)
@@ -119,7 +125,7 @@ def store_copy(
         multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
         # Chosen, not `&`: the interpreter of Triton 3.9 refuses a block's mask and a scalar's.
         tl.store(scale + row, multiplier, row < tl.where(first_col == 0, end_row, 0))
-        codes = encode(value * multiplier[:, None], E5M2, NATIVE)
+        codes = encode(scaled(value, multiplier[:, None]), E5M2, NATIVE)
     else:
         blocks = tl.reshape(value, [R, C // BLOCK, BLOCK])
         bits = tl.max(magnitude(blocks), 2)
@@ -133,7 +139,7 @@ def store_copy(
         block = first_col // BLOCK + tl.arange(0, C // BLOCK)[None, :]
         at = row.to(tl.int64)[:, None] * tl.cdiv(width, BLOCK) + block
         tl.store(scale + at, grid, (row[:, None] < end_row) & (block * BLOCK < end_col))
-        codes = tl.reshape(encode(blocks * multiplier[:, :, None], E5M2, NATIVE), [R, C])
+        codes = tl.reshape(encode(scaled(blocks, multiplier[:, :, None]), E5M2, NATIVE), [R, C])
     store_data(codes, first_row, first_col, end_row, end_col, width, data, R, C)
 
 
@@ -163,7 +169,7 @@ def shared_codes(
             tl.store(row_scale, multiplier, first)
         if col_scale is not None:
             tl.store(col_scale, tl.div_rn(tl.full([], 1.0, tl.float32), multiplier), first)
-    return encode(value * multiplier, E5M2, NATIVE)
+    return encode(scaled(value, multiplier), E5M2, NATIVE)
 
 
 @triton.jit

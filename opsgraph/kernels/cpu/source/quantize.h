@@ -79,6 +79,12 @@ static inline float multiplier(const Quantize& q, uint32_t size, void* grid, int
     return bits<float>(exponent == 254 ? 1u << 22 : (254u - exponent) << 23);
 }
 
+// What was saturated and should not have been: an overflow has to show in what is made of it.
+template <class T>
+LOOP void mark_infinities(const T* __restrict x, uint8_t* __restrict to, int64_t n) {
+    for (int64_t j = 0; j < n; j++) to[j] = widened(magnitude(x[j])) == INFINITE ? 0x7f : to[j];
+}
+
 template <class T>
 static inline uint32_t largest_of(const T* __restrict x, int64_t n) {
     Magnitude<T> most = 0;
@@ -104,13 +110,19 @@ LOOP void encode_columns(
 }
 
 // Blocks of a row, each with its scale at the grid's next place, which is repeated for its columns.
-LOOP void block_scales(
+// Returns whether all are finite.
+LOOP bool block_scales(
     const Quantize& q, const float* x, void* grid, int64_t at, float* to, int64_t n) {
     const int64_t side = q.scaling == MX ? MX_SIDE : SIDE;
+    bool finite = true;
     for (int64_t j = 0; j < n; j += side) {
         const int64_t end = std::min(n, j + side);
-        std::fill(to + j, to + end, multiplier(q, largest(x + j, end - j), grid, at++));
+        const uint32_t size = largest(x + j, end - j);
+        const float by = multiplier(q, size, grid, at++);
+        for (int64_t k = j; k < end; k++) to[k] = by;
+        finite &= size < INFINITE;
     }
+    return finite;
 }
 
 template <class T>
@@ -189,23 +201,27 @@ class Bytes {
     }
 };
 
-// A scale for all of the tensor, or for each square: both copies have the same bytes.
+// A scale for all of the tensor, or for each square: both copies have the same bytes. most: the amax
+// of what the scale is for, or of the tile.
 template <class T, bool E5M2>
-static void shared_tile(const Quantize& q, const Tile& t, float scale) {
+static void shared_tile(const Quantize& q, const Tile& t, float scale, uint32_t most) {
     Bytes bytes(q, t, q.row);
     const int64_t side = q.scaling == SQUARE ? SIDE : SPAN;
     for (int64_t j = 0; j < t.cols; j += side) {
         const int64_t n = std::min(side, t.cols - j), row = t.row / SIDE, col = (t.col + j) / SIDE;
         if (q.scaling == SQUARE) {
-            uint32_t most = 0;
+            most = 0;
             for (int64_t i = 0; i < t.rows; i++)
                 most = std::max(most, largest(at<T>(t, i, j), n));
             scale = scale_of(q, most);
             if (q.row) static_cast<float*>(q.row_scale)[row * blocks(q.width, SIDE) + col] = scale;
             if (q.col) static_cast<float*>(q.col_scale)[col * blocks(q.rows, SIDE) + row] = scale;
         }
-        for (int64_t i = 0; i < t.rows; i++)
-            encode_all<E5M2>(at<T>(t, i, j), scale, bytes.first + i * bytes.stride + j, n);
+        for (int64_t i = 0; i < t.rows; i++) {
+            uint8_t* to = bytes.first + i * bytes.stride + j;
+            encode_all<E5M2>(at<T>(t, i, j), scale, to, n);
+            if (most >= INFINITE) mark_infinities(at<T>(t, i, j), to, n);
+        }
     }
     if (q.col) bytes.transpose(q, t);
 }
@@ -220,10 +236,13 @@ static void row_tile(const Quantize& q, const Tile& t) {
         if (q.scaling == ROWS) {
             float given = static_cast<float*>(q.row_scale)[row];
             encode_all<E5M2>(at<T>(t, i, 0), given, to, t.cols);
+            if (given == 1.0f) mark_infinities(at<T>(t, i, 0), to, t.cols);
         } else {
             const float* x = loaded(at<T>(t, i, 0), buffer, t.cols);
-            block_scales(q, x, q.row_scale, row * across + t.col / side, scale, t.cols);
+            const bool finite =
+                block_scales(q, x, q.row_scale, row * across + t.col / side, scale, t.cols);
             encode_columns<E5M2>(x, scale, to, t.cols);
+            if (!finite) mark_infinities(x, to, t.cols);
         }
     }
 }
@@ -234,21 +253,30 @@ static void col_tile(const Quantize& q, const Tile& t) {
     const int64_t side = q.scaling == MX ? MX_SIDE : BLOCK;
     alignas(64) float buffer[SPAN], made[SPAN];
     const float* scale = made;
-    if (q.scaling == ROWS) scale = static_cast<float*>(q.col_scale) + t.col;
+    bool finite = true;
+    if (q.scaling == ROWS) {
+        scale = static_cast<float*>(q.col_scale) + t.col;
+        finite = std::find(scale, scale + t.cols, 1.0f) == scale + t.cols;
+    }
     for (int64_t first = 0; first < t.rows; first += side) {
         const int64_t end = std::min(t.rows, first + side), block = (t.row + first) / side;
         if (q.scaling != ROWS) {
             Magnitude<T> most[SPAN] = {};
             for (int64_t i = first; i < end; i++)
                 raise_columns(at<T>(t, i, 0), most, t.cols);
+            Magnitude<T> top = 0;
+            for (int64_t j = 0; j < t.cols; j++) top = most[j] > top ? most[j] : top;
+            finite = widened(top) < INFINITE;
             for (int64_t j = 0; j < t.cols; j++)
                 made[j] = multiplier(
                     q, widened(most[j]), q.col_scale, (t.col + j) * blocks(q.rows, side) + block);
         }
-        for (int64_t i = first; i < end; i++)
-            encode_columns<E5M2>(
-                loaded(at<T>(t, i, 0), buffer, t.cols), scale, bytes.first + i * bytes.stride,
-                t.cols);
+        for (int64_t i = first; i < end; i++) {
+            const float* x = loaded(at<T>(t, i, 0), buffer, t.cols);
+            uint8_t* to = bytes.first + i * bytes.stride;
+            encode_columns<E5M2>(x, scale, to, t.cols);
+            if (!finite) mark_infinities(x, to, t.cols);
+        }
     }
     bytes.transpose(q, t);
 }
@@ -291,10 +319,11 @@ static void activation_tile(const Activation& a, Tile& t) {
 
 // The scale of TENSOR where that is x's own, and with it the amax.
 template <class T>
-static float own_scale(const Quantize& q) {
+static float own_scale(const Quantize& q, uint32_t& most) {
     std::vector<uint32_t> found(shares(q));
     over_tiles<T>(q, [&](const Tile& t, int64_t k) { found[k] = std::max(found[k], largest_in<T>(t)); });
-    float scale = scale_of(q, *std::max_element(found.begin(), found.end()));
+    most = *std::max_element(found.begin(), found.end());
+    float scale = scale_of(q, most);
     if (q.row_scale) *static_cast<float*>(q.row_scale) = scale;
     if (q.amax) note(q, found);
     return scale;
@@ -305,8 +334,9 @@ static float own_scale(const Quantize& q) {
 template <class T, bool E5M2>
 static void quantize(Quantize q, const Activation* made = nullptr) {
     float scale = q.given ? *q.given : 1.0f;
+    uint32_t most = 0;
     if (q.scaling == TENSOR && !q.given) {
-        scale = own_scale<T>(q);
+        scale = own_scale<T>(q, most);
         q.amax = nullptr;
     }
     if (q.scaling == ROWS && q.row) row_scales<T>(q);
@@ -316,9 +346,10 @@ static void quantize(Quantize q, const Activation* made = nullptr) {
     if (!q.row && !q.col && !q.amax) return;
     over_tiles<T>(q, [&](Tile t, int64_t k) {
         if (made) activation_tile<T>(*made, t);
-        if (q.amax) found[k] = std::max(found[k], largest_in<T>(t));
+        const uint32_t size = q.amax || q.given ? largest_in<T>(t) : most;
+        if (q.amax) found[k] = std::max(found[k], size);
         if (q.scaling == TENSOR || q.scaling == SQUARE) {
-            if (q.row || q.col) shared_tile<T, E5M2>(q, t, scale);
+            if (q.row || q.col) shared_tile<T, E5M2>(q, t, scale, size);
             return;
         }
         if (q.row) row_tile<T, E5M2>(q, t);
