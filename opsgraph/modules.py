@@ -170,7 +170,8 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
     def _take(self, given: Mapping[str, Any], tp: Group) -> None:
         """Check the constructor's arguments, and note them and what follows of them."""
         made = checked(given, tp)
-        self.__dict__.update(attributes(made, tp), _given=made)
+        kept = {**made, "tp_group": tp.name or None}  # a group itself cannot be pickled
+        self.__dict__.update(attributes(made, tp), _given=kept)
 
     def __setattr__(self, name: str, value: Any) -> None:
         made = self.__dict__.get("_given")
