@@ -273,7 +273,7 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
         """Uninitialized extra inputs of the right shapes for x, where all ops are planned."""
         (stage,) = self._current()
         assert isinstance(stage, Stage)
-        return stage.example_extras(x)
+        return stage.extras.example(x)
 
     # -- torch.nn and back --
 

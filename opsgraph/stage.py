@@ -19,8 +19,8 @@ from . import config
 from .dtensor import PLAIN, own_part
 from .errors import OpError, PlanError
 from .execute import expose, run_compiled, run_inference, run_training
+from .extras import ExtraInputs
 from .followed import Followed, check_differentiable
-from .functions import verify_trailing
 from .fusers.quantizing import quantize
 from .op import Op, constant_under_compile
 from .ops.quantize import lowered
@@ -41,14 +41,6 @@ from .unseen import Unseen
 _kept: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], Quantized]] = WeakKeyDictionary()
 """Quantized weights that a first microbatch made, by the module that has the weight. The plans of
 a LayerNormMLP with and without overwriting main_grad share them; no copy or pickle holds them."""
-
-
-def _lead(lead: torch.Size, ratio: tuple[int, int]) -> torch.Size:
-    """Leading dimensions after ranks have exchanged rows: the first one is scaled."""
-    up, down = ratio
-    if up == down or not lead:
-        return lead
-    return torch.Size((lead[0] * up // down, *lead[1:]))
 
 
 def _text(shape: Sequence[int | None]) -> str:
@@ -75,8 +67,8 @@ class Stage(Followed):
         run.verify_weights()
         check_differentiable(run, options, recipe)
         self.inputs, self.outputs = run.inputs, run.outputs
-        self.row_dims = [self._row_dims(run, i, name) for i, name, _ in run.inputs]
-        self.ratios = [factor.as_integer_ratio() for factor in run.factors]
+        self.extras = ExtraInputs(run)
+        self.trailing = self.extras.trailing
         self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
         self.slots = [run.ops[i].home(name) for i, name in run.slots]
         self.absent = run.absent()
@@ -85,11 +77,6 @@ class Stage(Followed):
             op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
         ]
         self.real = run.ops
-        inputs = enumerate(run.inputs)
-        self.takers = [(k, i, n) for k, (i, n, _) in inputs if hasattr(run.kinds[i], "taken")]
-        spanning = zip(run.labels, run.ops, strict=True)
-        self.trailing = [(label, op) for label, op in spanning if op.trailing()]
-        """Ops that work on more than the last dimension."""
         self.packers = {run.slots.index(slot): q for slot, q in run.quantizers.items()}
         self.states: dict[int, Scaling] = {}
         """The delayed scaling of each quantized weight, and of the layer that it belongs to."""
@@ -103,13 +90,6 @@ class Stage(Followed):
         self.double_backward = options.double_backward
         self.unseen = Unseen(run, self.ops, self.slots, options)
         self.eager_only = self.unseen.reason
-
-    @staticmethod
-    def _row_dims(run: Run, i: int, name: str) -> int | None:
-        """Of an extra input: 2 for `[*, width]`, 1 for `[*]`, None where the op checks itself."""
-        edge = row(1, torch.float32, torch.device("cpu"))
-        spec = run.kinds[i].extra_spec(run.ops[i], name, edge)
-        return None if spec is None else len(spec.shape)
 
     def quantize(self, plan: Plan, weights: Sequence[Tensor | None]) -> list[Tensor]:
         """The parts of the quantized weights that a plan takes, made of the weights as they are."""
@@ -227,21 +207,6 @@ class Stage(Followed):
             parts.append(op.training)
         return tuple(parts)
 
-    def example_extras(self, x: Tensor) -> list[Tensor]:
-        """Extra inputs of the right shapes for an input, uninitialized."""
-        run, rows = self.table.run, x.numel() // max(1, x.shape[-1])
-        edge, found, lead = row(x.shape[-1], x.dtype, x.device), [], x.shape[:-1]
-        specs = [edge]
-        for kind, op in zip(run.kinds, self.real, strict=True):
-            specs.append(kind.out(op, specs[-1]))
-        for (i, name, _), dims in zip(run.inputs, self.row_dims, strict=True):
-            up, down = self.ratios[i]
-            extra = run.kinds[i].example_extra(self.real[i], name, specs[i], rows * up // down)
-            more = _lead(lead, self.ratios[i])
-            shape = extra.shape if dims is None else (*more, *extra.shape[1:])
-            found.append(extra.view(shape))
-        return found
-
     def ensure(self, key: Key, extras: int) -> None:
         """Plan for a key, unless that was done."""
         with config.lock:
@@ -280,7 +245,7 @@ class Stage(Followed):
             if wanted:
                 gradients.add(run.name(name, i))
         specs = []
-        for (i, name, _), dims in zip(run.inputs[:extras], self.row_dims, strict=False):
+        for (i, name, _), dims in zip(run.inputs[:extras], self.extras.dims, strict=False):
             dtype, more, last, wanted, same = (next(rest) for _ in range(5))
             shape = {0: (ROWS, last), -1: (ROWS,)}.get(more, (last,))
             if dims is None:
@@ -308,7 +273,7 @@ class Stage(Followed):
         if x is None:
             x = self._example(weights)
         x = x.detach().requires_grad_(training)
-        extras = self.example_extras(x)
+        extras = self.extras.example(x)
         for extra in extras:
             extra.requires_grad_(training and extra.is_floating_point())
         with torch.set_grad_enabled(training):
@@ -324,34 +289,9 @@ class Stage(Followed):
         like = next((w for w in there if w.dim() > 1), there[0] if there else torch.empty(0))
         return torch.empty(2, width, dtype=like.dtype, device=like.device)
 
-    def _taken(self, x: Tensor, extras: Sequence[Any]) -> Sequence[Tensor]:
-        """Extra inputs as tensors, where an op takes others too; raises OpError for the rest."""
-        if not self.takers:
-            return extras
-        found = list(extras)
-        for k, i, name in self.takers:
-            up, down = self.ratios[i]
-            rows = x.shape[:-1].numel() * up // down
-            op: Any = self.real[i]
-            found[k] = op.taken(name, found[k], rows, self.table.run.labels[i])
-        return found
-
-    def _check_rows(self, x: Tensor, extras: Sequence[Tensor]) -> None:
-        """Raises OpError for an extra input whose rows are not those of x, or an op's trailing."""
-        for label, op in self.trailing:
-            verify_trailing(op, label, x.shape)
-        for (i, name, _), extra, dims in zip(self.inputs, extras, self.row_dims, strict=True):
-            lead = _lead(x.shape[:-1], self.ratios[i])
-            if dims is None or extra.shape[: len(lead)] == lead:
-                continue
-            expected = (*lead, extra.shape[-1]) if dims == 2 else tuple(lead)
-            got = f"{name} of shape {tuple(extra.shape)}"
-            raise OpError(self.table.run.labels[i], got, f"{expected}")
-
     def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
         if extras or self.trailing:
-            extras = self._taken(x, extras)
-            self._check_rows(x, extras)
+            extras = self.extras.verified(x, extras)
         for module, name in self.absent:
             if module._parameters.get(name) is not None:
                 return self.renewed()(x, extras, compiling)
