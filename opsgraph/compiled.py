@@ -9,7 +9,8 @@ from weakref import finalize
 
 import torch
 
-from .check import compare, compare_ranks
+from .check import compare_ranks
+from .expected import compare, run_reference
 
 _serial = itertools.count()
 
@@ -23,7 +24,8 @@ class Function(NamedTuple):
 
 def base_namespace() -> dict[str, Any]:
     """What generated code may name besides its fusers."""
-    return {"torch": torch, "inf": inf, "nan": nan, "check": compare, "check_ranks": compare_ranks}
+    checks = {"check": compare, "check_ranks": compare_ranks, "run_reference": run_reference}
+    return {"torch": torch, "inf": inf, "nan": nan, **checks}
 
 
 def compiled(name: str, source: str, namespace: dict[str, Any]) -> Function:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .casting import with_casts
+from .check import reference_calls
 from .claims import Claim, Rejection, Space
 from .codegen import write_backward, write_forward
 from .config import Config
@@ -159,7 +160,7 @@ def _step(claim: Claim, cover: Cover, space: Space) -> Step:
     )
 
 
-def _saved_specs(space: Space, cover: Cover) -> dict[str, Spec]:
+def _saved_specs(space: Space, cover: Cover, check: bool) -> dict[str, Spec]:
     """Kept values by place, then the weights that backward calls read; quantized ones in parts."""
     program, copies = space.program, Packing(space, cover)
     found: dict[str, Spec] = {}
@@ -167,6 +168,8 @@ def _saved_specs(space: Space, cover: Cover) -> dict[str, Spec]:
         found |= dict(copies.kept[name][1]) if name in copies.kept else {name: space.spec(name)}
     calls = [call for claim in cover.backward for call in claim.calls]
     calls += [remake.call for remake in cover.keeper.again.values()]
+    if check:
+        calls += [call for claim in cover.backward for call in reference_calls(space, claim)]
     read = {a.text for c in calls for a in c.arguments if a.category == "weight"}
     for (i, name), variable in program.weight_names.items():
         spec = program.request.weights[i, name]
@@ -229,7 +232,7 @@ def make_plan(
     program = Program(run, request)
     space = Space(program, order, config.fuel)
     cover = PLANNERS[planner](space)
-    saved = _saved_specs(space, cover)
+    saved = _saved_specs(space, cover, config.check)
     forward = write_forward(space, cover, list(saved), config.check)
     backward = write_backward(space, cover, list(saved), config.check)
     kept = sorted(cover.keeper.kept, key=lambda n: (space.place(n), n))
