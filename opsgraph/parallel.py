@@ -40,7 +40,7 @@ class _Split(NamedTuple):
 def _splits(module: nn.Module) -> dict[str, _Split]:
     """By state-dict key, also where one rank is all there is."""
     found = {}
-    for prefix, child in module.named_modules():
+    for prefix, child in module.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         for name, partition in getattr(child, "partitions", dict)().items():
             whole = getattr(child, "distributed", False)
@@ -170,7 +170,7 @@ class TensorParallel(ParallelStyle):
             self._distribute(module, device_mesh)
         elif isinstance(module, Sequential):
             self._alternate(list(_ops(module)), group)
-            for op in _ops(module):
+            for op in dict.fromkeys(_ops(module)):  # one may stand at two places
                 op.sequence_parallel = self.sequence_parallel
                 self._distribute(op, device_mesh)
             module._forget()
@@ -193,7 +193,12 @@ class TensorParallel(ParallelStyle):
                 )
         if not modes or len(modes) % 2:
             raise OpsgraphError(f"TensorParallel: got {len(modes)} Linears, expected pairs of them")
-        for op, mode in modes:
+        if len(dict(modes)) != len(set(modes)):
+            raise OpsgraphError(
+                "TensorParallel: got one Linear where a column- and where a row-parallel one "
+                "stands, expected one of its own at each"
+            )
+        for op, mode in dict(modes).items():
             op.split(mode, group, self.sequence_parallel)
 
     def _distribute(self, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -215,7 +220,9 @@ class TensorParallel(ParallelStyle):
 
 def _ops(module: nn.Module) -> Iterator[Op]:
     """The ops of a Sequential, those inside Residuals and nested Sequentials among them."""
-    for child in module.children():
+    for child in module._modules.values():
+        if child is None:
+            continue
         if isinstance(child, Sequential | Residual | nn.ModuleList):
             yield from _ops(child)
         elif isinstance(child, Op):
