@@ -27,7 +27,7 @@ from .constants import plain
 from .errors import OpError
 from .spec import ROWS, Spec
 from .validation import text
-from .watched import MODULE_ATTRIBUTES, Watched
+from .watched import MODULE_ATTRIBUTES, Watched, serving
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -276,6 +276,10 @@ class Op(Watched):
         """The shape that a parameter must have (None in it: any size); None leaves it to `fwd`."""
         return None
 
+    def parts(self) -> "Sequence[Op] | None":
+        """The ops that it stands for, one after the other, where each could also be called."""
+        return None
+
     def has(self, name: str) -> bool:
         """Whether there is such a parameter."""
         return getattr(*self.home(name), None) is not None
@@ -302,6 +306,8 @@ class Op(Watched):
 
     def forward(self, x: Tensor, *extra_inputs: Tensor) -> Any:
         """Run the op alone, planned as a sequence of one."""
+        if serving.stages and (stage := serving.stages.get(id(self))) is not None:
+            return stage(x, *extra_inputs)
         if torch.compiler.is_compiling() or "_runner" not in self.__dict__:
             self._make_runner()
         return self.__dict__["_runner"](x, *extra_inputs)
@@ -312,14 +318,6 @@ class Op(Watched):
             if "_runner" not in self.__dict__:
                 # Not an attribute of the module: it would be its own grandchild.
                 self.__dict__["_runner"] = Op.alone(self)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module's; sizes that were left out are taken from it."""
-        before = self._parameters.get(name)
-        super().register_parameter(name, param)
-        lazy = UninitializedParameter
-        if isinstance(before, lazy) and param is not None and not isinstance(param, lazy):
-            self.sizes_from(name, param.shape)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, plain(value) if name in self.constants else value)
@@ -359,9 +357,6 @@ class Op(Watched):
                 parameter.materialize(given.shape)
                 self.sizes_from(name, given.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def sizes_from(self, name: str, shape: torch.Size) -> None:
-        """Take sizes that were left out from a loaded parameter's shape."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, True)

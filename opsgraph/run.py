@@ -123,7 +123,8 @@ class Run:
             for name in (*op._parameters, *op._homes)
             if name not in joined_by(op)
         )
-        return list(dict.fromkeys(op.home(n) for op, n in places if (op, n) not in read))
+        gone = (op.home(n) for op, n in places if (op, n) not in read and not op.has(n))
+        return list(dict.fromkeys(gone))
 
     def verify_weights(self) -> None:
         """Raises PlanError unless `fwd` names just what the op has: all parameters, no other."""
@@ -136,7 +137,8 @@ class Run:
         for i, op in enumerate(self.ops):
             named = {name for j, name in self.slots if self.ops[j] is op}
             held = {name for name in (*op._parameters, *op._homes) if op.has(name)}
-            if missing := held - named - set(joined_by(op)):
+            # What a hook reads before the op runs is no argument of fwd.
+            if (missing := held - named - set(joined_by(op))) and not op._forward_pre_hooks:
                 raise PlanError(
                     f"{self.labels[i]}: parameters {sorted(missing)} are not arguments of fwd"
                 )

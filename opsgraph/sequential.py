@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import index
 from typing import Any
 
@@ -26,15 +26,25 @@ from .plan import Plan
 from .precision import active, verify_recipe
 from .scaling import recomputing
 from .stage import Stage
+from .stages import Entry, make_stages, spread
 from .watched import Watched, contents, mutable, own_state, whole
-from .wiring import read_later, reads, unmatched
+from .wiring import read_later, unmatched
 
 
 class Plans(tuple[Plan, ...]):
-    """The plans of a Sequential with plain modules between its ops."""
+    """The plans of a Sequential with plain modules, or ops that are called, between its ops."""
+
+    called: tuple[str, ...]
+    """Ops that are called as modules, and why."""
+
+    def __new__(cls, plans: Iterable[Plan], called: Iterable[str] = ()) -> Plans:
+        """All plans in order."""
+        made = super().__new__(cls, plans)
+        made.called = tuple(called)
+        return made
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self))
+        return "\n\n".join([*map(str, self), *self.called])
 
 
 class Sequential(DelaysWeightGradients, nn.Sequential):
@@ -52,9 +62,12 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
     delay_wgrad_compute: the backward leaves the gradients of linear layers' weights to
     `backward_dw()`. fusers: names of the only ones that may be taken.
 
-    Hooks of the ops inside do not fire; those of the Sequential do. Raises OpError for an input
-    that an op cannot take and for unknown options, PlanError for a sequence that cannot be planned.
+    An op with hooks or a forward of its own is called as a module, and not fused with its
+    neighbours. Raises OpError for an input that an op cannot take and for unknown options,
+    PlanError for a sequence that cannot be planned.
     """
+
+    _called = False
 
     def __init__(
         self,
@@ -101,16 +114,6 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
         for name, module in self._modules.items():
             yield f"{name}:{type(module).__name__}", module
 
-    def _groups(self) -> list[list[tuple[str, nn.Module]]]:
-        """Consecutive ops together, every other module alone."""
-        groups: list[list[tuple[str, nn.Module]]] = []
-        for entry in self._labelled():
-            if groups and isinstance(entry[1], Op) and isinstance(groups[-1][-1][1], Op):
-                groups[-1].append(entry)
-            else:
-                groups.append([entry])
-        return groups
-
     def _prepare(self, width: int | None = None) -> None:
         """Find the stages again, unless nothing has changed; width: the input's, if it is known."""
         with config.lock:
@@ -141,19 +144,15 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
     def _container_changed(self) -> bool:
         return any(contents(getattr(op, name, None)) != was for op, name, was in self._containers)
 
-    def _make_stages(self, recipe: int | None) -> list[Stage | nn.Module]:
-        groups, stages = self._groups(), list[Stage | nn.Module]()
-        read = [{c for _, module in group for c in reads(module)} for group in groups]
-        for k, group in enumerate(groups):
-            labels = [label for label, _ in group]
-            ops = [module for _, module in group if isinstance(module, Op)]
-            if ops:
-                known = [n for s in stages if isinstance(s, Stage) for n in s.output_names if n]
-                later = set().union(*read[k + 1 :])
-                stages.append(Stage(ops, labels, self._options, known, later, recipe))
-            else:
-                stages.append(group[0][1])
-        return stages
+    def _entries(self) -> Iterator[Entry]:
+        for label, module in self._labelled():
+            yield from spread(label, module, self._called)
+
+    def _make_stages(self, recipe: int | None) -> list[Any]:
+        # An op that is called alone is given what it reads.
+        ops = (op for op in self._present() if isinstance(op, Op) and self._called)
+        given = [name for op in ops for name in op.channels.values() if name]
+        return make_stages(self._entries(), self._options, recipe, given, CalledSequential)
 
     def _current(self) -> list[Stage | nn.Module]:
         """The stages for the active recipe."""
@@ -264,10 +263,18 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
         """
         if self._epoch != config.epoch:
             self._prepare(None if x is None else x.shape[-1])
-        found = [s.plan(training, x) for s in self._current() if isinstance(s, Stage)]
-        if not found:
+        found: list[Plan] = []
+        for stage in self._current():
+            if isinstance(stage, Stage):
+                made = stage.plan(training, x)
+                found += made if isinstance(made, Plans) else [made]
+                x = found[-1].specs.outputs[0].empty(2)  # as far as is known, the next one's
+        called = [entry for entry in self._entries() if entry[2] is not None]
+        if not found and not called:
             raise PlanError("there are no ops to plan")
-        return found[0] if len(found) == 1 else Plans(found)
+        if len(found) == 1 and not called:
+            return found[0]
+        return Plans(found, [f"{label}: called as a module, for {why}" for label, _, why in called])
 
     def example_extras(self, x: Tensor) -> list[Tensor]:
         """Uninitialized extra inputs of the right shapes for x, where all ops are planned."""
@@ -388,4 +395,10 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
 _UNPREPARED = dict(_stages=[], _plain=[], _recipes={}, _epoch=-1, _prepared=-1, _containers=[])
 
 
-Op.alone = staticmethod(lambda op: Sequential(op).forward)
+class CalledSequential(Sequential):
+    """What an op runs that was called as a module: its hooks have had their turn."""
+
+    _called = True
+
+
+Op.alone = staticmethod(lambda op: CalledSequential(op).forward)

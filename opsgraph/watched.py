@@ -7,12 +7,15 @@ this file: calls read them anew, and their shapes are part of a plan's key.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from . import config
@@ -29,6 +32,16 @@ MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 _PRIVATE = frozenset({"_owners", "_runner"})
 """What belongs to this object alone: no copy has it."""
 _LITERALS = (bool, int, float, complex, str, bytes, type(None))
+
+
+class _Serving(threading.local):
+    """What an op's `forward` runs in this thread while a sequence calls the op, by the op's id."""
+
+    def __init__(self) -> None:
+        self.stages: dict[int, Callable[..., Any]] = {}
+
+
+serving = _Serving()
 
 
 class Owner(Protocol):
@@ -142,6 +155,12 @@ class Watched(nn.Module):
         super().register_parameter(name, param)
         if before is self or (before is None) != (param is None):
             self.touch()
+        lazy = UninitializedParameter
+        if isinstance(before, lazy) and param is not None and not isinstance(param, lazy):
+            self.sizes_from(name, param.shape)
+
+    def sizes_from(self, name: str, shape: torch.Size) -> None:
+        """Take sizes that were left out from a parameter that was loaded or assigned."""
 
     register_forward_hook = _telling(nn.Module.register_forward_hook)
     register_forward_pre_hook = _telling(nn.Module.register_forward_pre_hook)
