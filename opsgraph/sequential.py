@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import index
 from typing import Any
 
@@ -26,25 +26,9 @@ from .plan import Plan
 from .precision import active, verify_recipe
 from .scaling import recomputing
 from .stage import Stage
-from .stages import Entry, make_stages, spread
+from .stages import Entry, Plans, make_stages, spread
 from .watched import Watched, contents, mutable, own_state, whole
 from .wiring import read_later, unmatched
-
-
-class Plans(tuple[Plan, ...]):
-    """The plans of a Sequential with plain modules, or ops that are called, between its ops."""
-
-    called: tuple[str, ...]
-    """Ops that are called as modules, and why."""
-
-    def __new__(cls, plans: Iterable[Plan], called: Iterable[str] = ()) -> Plans:
-        """All plans in order."""
-        made = super().__new__(cls, plans)
-        made.called = tuple(called)
-        return made
-
-    def __str__(self) -> str:
-        return "\n\n".join([*map(str, self), *self.called])
 
 
 class Sequential(DelaysWeightGradients, nn.Sequential):

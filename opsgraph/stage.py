@@ -33,19 +33,15 @@ from .quantized_parameter import QuantizedTensor
 from .quantizers import COPIES, Quantized
 from .run import Run
 from .scaling import Scaling
+from .shapes import check_shapes, shape_of
 from .spec import ROWS, Spec, row
-from .table import Key, shape_of, table_for
+from .table import Key, table_for
 from .torch_private import finished, forward_ad, tracing, transforms
 from .unseen import Unseen
 
 _kept: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], Quantized]] = WeakKeyDictionary()
 """Quantized weights that a first microbatch made, by the module that has the weight. The plans of
 a LayerNormMLP with and without overwriting main_grad share them; no copy or pickle holds them."""
-
-
-def _text(shape: Sequence[int | None]) -> str:
-    sizes = ", ".join("any" if size is None else str(size) for size in shape)
-    return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
 
 
 class Stage(Followed):
@@ -213,25 +209,13 @@ class Stage(Followed):
             if key not in self.plans:
                 self.plans[key] = self._make(key, extras)
 
-    def _check_shapes(self) -> None:
-        """Raises OpError for a parameter of another shape than its op says."""
-        run = self.table.run
-        for (i, name), slot, weight in zip(run.slots, self.slots, self.weights(), strict=True):
-            expected = run.kinds[i].shape_of(self.real[i], name)
-            if weight is None or expected is None:
-                continue
-            got = tuple(weight.shape)
-            fits = (e in (None, g) for e, g in zip(expected, got, strict=False))
-            if len(got) != len(expected) or not all(fits):
-                raise OpError(run.labels[i], f"{slot[1]} of shape {got}", _text(expected))
-
     def _make(self, key: Key, extras: int) -> Plan:
         run, options = self.table.run, self.table.options
         device = torch.device(key[2], key[3])
         gradients = {"x0"} if key[4] else set()
         rest = iter(key[6:])
         found: dict[tuple[int, str], Spec | None] = {}
-        self._check_shapes()
+        check_shapes(run, self.real, self.slots, self.weights())
         options.verify_fusers()
         for (i, name), weight in zip(run.slots, self.weights(), strict=True):
             dtype = next(rest)

@@ -17,9 +17,27 @@ from torch import Tensor, nn
 from .errors import PlanError
 from .op import Op
 from .options import Options
+from .plan import Plan
 from .stage import Stage
 from .watched import HOOKS, serving
 from .wiring import reads
+
+
+class Plans(tuple[Plan, ...]):
+    """The plans of a Sequential with plain modules, or ops that are called, between its ops."""
+
+    called: tuple[str, ...]
+    """Ops that are called as modules, and why."""
+
+    def __new__(cls, plans: Iterable[Plan], called: Iterable[str] = ()) -> Plans:
+        """All plans in order."""
+        made = super().__new__(cls, plans)
+        made.called = tuple(called)
+        return made
+
+    def __str__(self) -> str:
+        return "\n\n".join([*map(str, self), *self.called])
+
 
 Entry = tuple[str, nn.Module, str | None]
 """A label, a module, and why it is called as a module although it is an op."""

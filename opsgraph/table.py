@@ -9,9 +9,6 @@ import weakref
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
-from torch.nn.parameter import UninitializedParameter
-
 from . import config
 from .constants import key as plan_key
 from .fuser import registered
@@ -20,6 +17,7 @@ from .options import Options
 from .plan import Plan
 from .run import Run
 from .scaling import Scaling
+from .shapes import shape_of
 from .watched import mutable
 
 Key = tuple[Any, ...]
@@ -64,10 +62,3 @@ def table_for(run: Run, options: Options) -> PlanTable:
         ops = [bare[id(op)] for op in run.ops]
         table = _tables[key] = PlanTable(run.with_ops(ops), options)
     return table
-
-
-def shape_of(weight: Tensor | None) -> Any:
-    """A parameter's shape; None where it, or its size, is not there."""
-    if weight is None or isinstance(weight, UninitializedParameter):
-        return None
-    return tuple(weight.shape)
