@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import config
 from .dtensor import PLAIN, own_part
-from .errors import OpError, PlanError
+from .errors import PlanError
 from .execute import expose, run_compiled, run_inference, run_training
 from .extras import ExtraInputs
 from .followed import Followed, check_differentiable
