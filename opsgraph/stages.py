@@ -104,8 +104,6 @@ class CalledStage(Stage):
         return self.inner.plan(training, x)
 
     def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
-        if extras:
-            self._check_rows(x, extras)
         return self.call(x, *extras)
 
 
