@@ -228,17 +228,20 @@ class _Backward:
             self.writer.add(f"dx = dx.to({program.specs[i].dtype})", ["dx"], ["dx"])
 
     def remake(self, name: str) -> None:
-        """Make a value again, and first what that needs."""
-        if name in self.made or name not in self.cover.keeper.again:
-            return
-        self.made.add(name)
+        """Make a value again, and first what that needs: on a stack, for chains may be long."""
         again = self.cover.keeper.again
-        remake = again[name]
-        for need in remake.needs:
-            self.remake(need)
-        also = {n for n, other in again.items() if other.call is remake.call} | {name}
-        self.made |= also
-        emit_forward(self.writer, remake.claim, remake.call, also, self.copies, ", again")
+        waiting = [(name, False)]
+        while waiting:
+            name, ready = waiting.pop()
+            if ready:
+                remake = again[name]
+                also = {n for n, other in again.items() if other.call is remake.call} | {name}
+                self.made |= also
+                emit_forward(self.writer, remake.claim, remake.call, also, self.copies, ", again")
+            elif name in again and name not in self.made:
+                self.made.add(name)
+                waiting.append((name, True))
+                waiting += [(need, False) for need in reversed(again[name].needs)]
 
     def step(self, claim: Claim) -> None:
         """Run a backward claim."""

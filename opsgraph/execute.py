@@ -159,6 +159,12 @@ def expose(plan: Plan, ops: Any) -> None:
 
 _library = torch.library.Library("opsgraph", "FRAGMENT")
 _library.define("forward(str handle, Tensor[] tensors) -> Tensor[]")
+# A compiler neither runs this one again for a backward nor, for each call has a tensor of its own,
+# merges two calls of it.
+_library.define(
+    "forward_random(str handle, Tensor[] tensors, Tensor call) -> Tensor[]",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
 _library.define("backward(str handle, Tensor[] tensors, Tensor[] seen) -> Tensor[]")
 
 
@@ -184,6 +190,10 @@ def _forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
     with torch.no_grad(), without_autocast(tensors[0].device.type):
         outputs, saved = plan.run_forward(ops, *_with_missing(plan, tensors))
         return _distinct([*outputs, *(saved[k] for k in _made(plan))], tensors)
+
+
+def _forward_random(handle: str, tensors: list[Tensor], call: Tensor) -> list[Tensor]:
+    return _forward(handle, tensors)
 
 
 def _with_missing(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -217,6 +227,10 @@ def _fake_forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
     return _fakes([*plan.specs.outputs, *made], tensors[0].shape[0])
 
 
+def _fake_forward_random(handle: str, tensors: list[Tensor], call: Tensor) -> list[Tensor]:
+    return _fake_forward(handle, tensors)
+
+
 def _fake_backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
     plan = _handles[handle][0]
     names = [name for name, _ in plan.specs.saved]
@@ -234,9 +248,17 @@ def _fake_backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> li
 
 
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("forward_random", _forward_random, "CompositeExplicitAutograd")
 _library.impl("backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("opsgraph::forward", _fake_forward, lib=_library)
+torch.library.register_fake("opsgraph::forward_random", _fake_forward_random, lib=_library)
 torch.library.register_fake("opsgraph::backward", _fake_backward, lib=_library)
+
+
+def _call_forward(plan: Plan, tensors: Sequence[Tensor]) -> Any:
+    if plan.specs.random:
+        return torch.ops.opsgraph.forward_random(plan.handle, tensors, torch.empty(0))
+    return torch.ops.opsgraph.forward(plan.handle, tensors)
 
 
 class CompiledPlan(torch.autograd.Function):
@@ -245,7 +267,7 @@ class CompiledPlan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> Any:
         seen, tensors = tensors[: len(plan.specs.reported)], tensors[len(plan.specs.reported) :]
-        made = torch.ops.opsgraph.forward(plan.handle, tensors)
+        made = _call_forward(plan, tensors)
         count = len(plan.specs.outputs)
         rest = iter(made[count:])
         specs = zip(plan.specs.names, plan.specs.absent, strict=True)
@@ -286,7 +308,7 @@ def run_compiled(plan: Plan, stage: Any, extras: int, tensors: Sequence[Tensor |
         seen = stage.seen_gradients(plan) if plan.specs.reported else []
         outputs = CompiledPlan.apply(plan, *seen, *there)  # type: ignore[no-untyped-call]
     else:
-        outputs = torch.ops.opsgraph.forward(plan.handle, there)[: len(plan.specs.outputs)]
+        outputs = _call_forward(plan, there)[: len(plan.specs.outputs)]
     if plan.specs.reports:
         outputs = stage.record(plan, outputs, torch.is_grad_enabled())
     if len(shape) != 2:

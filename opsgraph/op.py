@@ -304,13 +304,13 @@ class Op(Watched):
             self._homes[own] = (module, theirs)
         return self
 
-    def forward(self, x: Tensor, *extra_inputs: Tensor) -> Any:
+    def forward(self, input: Tensor, *extra_inputs: Tensor) -> Any:
         """Run the op alone, planned as a sequence of one."""
         if serving.stages and (stage := serving.stages.get(id(self))) is not None:
-            return stage(x, *extra_inputs)
+            return stage(input, *extra_inputs)
         if torch.compiler.is_compiling() or "_runner" not in self.__dict__:
             self._make_runner()
-        return self.__dict__["_runner"](x, *extra_inputs)
+        return self.__dict__["_runner"](input, *extra_inputs)
 
     @constant_under_compile
     def _make_runner(self) -> None:

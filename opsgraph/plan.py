@@ -136,6 +136,8 @@ class Signature(NamedTuple):
     """Which of the arguments get an amax in the place of their gradient."""
     identity: bool = False
     """Whether the only output is the input, and so are their gradients: nothing is to be run."""
+    random: bool = False
+    """Whether the forward draws random numbers."""
 
 
 def _step(claim: Claim, cover: Cover, space: Space) -> Step:
@@ -198,6 +200,7 @@ def _signature(space: Space, cover: Cover, saved: Mapping[str, Spec]) -> Signatu
         and name not in program.uncast
         and spec.dtype != request.compute
     }
+    kinds = zip(program.kinds, program.still_forward, strict=True)
     steps = (*cover.forward, *cover.backward, *run.outputs)
     identity = not steps and request.x == program.specs[-1] and program.x(program.count) == "x0"
     return Signature(
@@ -219,6 +222,7 @@ def _signature(space: Space, cover: Cover, saved: Mapping[str, Spec]) -> Signatu
         len(program.reports),
         tuple(k for k, name in enumerate(given) if name in program.reported),
         identity,
+        any(kind.random for kind, still in kinds if not still),
     )
 
 

@@ -50,16 +50,25 @@ class Keeper:
         return SAVED * kept + sum(remake.moved for remake in self.again.values())
 
     def _settle(self, name: str) -> None:
-        if name in self.kept or name in self.again:
-            return
-        remake = self._best(name)[1]
-        if remake is None:
-            self.kept.add(name)
-        else:
-            for need in remake.needs:
-                self._settle(need)
-            self.again[name] = remake
-        self._memo.clear()
+        """Decide for a value, and first for what making it again needs: on a stack of its own."""
+        waiting: list[tuple[str, Remake]] = []
+        needs = [iter((name,))]
+        while needs:
+            need = next(needs[-1], None)
+            if need is None:
+                needs.pop()
+                if waiting:
+                    made, remake = waiting.pop()
+                    self.again[made] = remake
+                    self._memo.clear()
+            elif need not in self.kept and need not in self.again:
+                found = self._best(need)[1]
+                if found is None:
+                    self.kept.add(need)
+                    self._memo.clear()
+                else:
+                    waiting.append((need, found))
+                    needs.append(iter(found.needs))
 
     def _best(self, name: str, depth: int = 0) -> tuple[float, Remake | None]:
         """The least cost of having a value in the backward, and how it is made again."""

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from . import config
 from .errors import OpError, PlanError
 from .functions import verify_added
+from .inputs import explain, verify_tensor
 from .interned import drop_forgotten
 from .op import Op, constant_under_compile
 from .op_kwargs import run_with
@@ -160,31 +161,38 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
 
     # -- running --
 
-    def forward(self, x: Tensor, *extra_inputs: Tensor, op_kwargs: Any = None) -> Any:
-        """x: `[*, width]`; see the class. op_kwargs: `{op or index: {keyword: buffer}}`.
+    def forward(self, input: Tensor, *extra_inputs: Tensor, op_kwargs: Any = None) -> Any:
+        """input: `[*, width]`; see the class. op_kwargs: `{op or index: {keyword: buffer}}`.
 
         The keyword `output` has the last op's result written to a buffer of the caller's, of which
         y is then a view; `grad_input` that of x's gradient. Both are for GroupedLinear.
         """
         if op_kwargs:
-            return run_with(self, x, extra_inputs, op_kwargs)
-        compiling = torch.compiler.is_compiling()
-        if compiling:
-            self._refresh(active.key, index(x.shape[-1]) if x.dim() else 0)
+            return run_with(self, input, extra_inputs, op_kwargs)
+        if torch.compiler.is_compiling():
+            self._refresh(active.key, index(input.shape[-1]) if input.dim() else 0)
             assert self._prepared == config.epoch  # for Dynamo to guard both
             stages = self._plain if active.key is None else self._recipes[active.key]
-        else:
+            return self._run(stages, input, extra_inputs, True)
+        try:
             if self._epoch != config.epoch:
-                self._prepare(x.shape[-1] if x.dim() else None)
+                self._prepare(input.shape[-1] if input.dim() or self._lazy() else None)
             stages = self._stages if active.key is None else self._current()
+            return self._run(stages, input, extra_inputs, False)
+        except Exception:
+            if (found := explain(self, self._stages, input, extra_inputs)) is None:
+                raise
+            return found
+
+    def _run(self, stages: Any, x: Tensor, extras: Sequence[Tensor], compiling: bool) -> Any:
         if len(stages) == 1 and isinstance(stages[0], Stage):
             stage = stages[0]
-            if len(extra_inputs) != len(stage.inputs):
-                self._wrong_count(len(extra_inputs), [name for _, name, _ in stage.inputs])
-            if x.dim() == 0:
-                raise OpError("input", "a scalar", "[*, width]")
-            return stage(x, extra_inputs, compiling)
-        return self._run_stages(stages, x, extra_inputs)
+            if len(extras) != len(stage.inputs):
+                self._wrong_count(len(extras), [name for _, name, _ in stage.inputs])
+            if compiling:
+                verify_tensor(x, "input")
+            return stage(x, extras, compiling)
+        return self._run_stages(stages, x, extras)
 
     @constant_under_compile
     def _refresh(self, recipe: int | None, width: int) -> None:
@@ -220,6 +228,7 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
             if not isinstance(stage, Stage):
                 x = stage(x)
                 continue
+            verify_tensor(x, f"input of {stage.table.run.labels[0]}")
             extras = [
                 made[channel] if channel in made else given.pop(0) for _, _, channel in stage.inputs
             ]

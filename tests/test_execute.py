@@ -1,11 +1,15 @@
 """Memory that a module shares: gradients, outputs and inputs, in any number of dimensions."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 
 import opsgraph as og
 from opsgraph.ops import (
@@ -253,3 +257,44 @@ def test_an_input_made_in_inference_mode_trains_the_weights() -> None:
         found.append([p.grad.clone() for p in module.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def dropped(x: Tensor) -> Tensor:
+    """Where a Dropout of ones has left something."""
+    return x.detach() != 0
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_dropout_draws_once_for_each_call_under_torch_compile(backend: str) -> None:
+    module, x = og.Sequential(Linear(8, 8), Dropout(0.5)), torch.ones(16, 8, requires_grad=True)
+    run = partial(torch.compile, backend=backend, fullgraph=True)
+
+    def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+        return module(x), module(x)
+
+    def again(x: Tensor) -> Tensor:
+        made: Tensor = checkpoint(lambda x: module(x).square(), x, use_reentrant=False)
+        return made
+
+    first, second = run(twice)(x)
+    assert not torch.equal(dropped(first), dropped(second))
+    y = run(again)(x)
+    found = torch.autograd.grad(y.sum(), (x, *module.parameters()))
+    plain = nn.functional.linear(x, module[0].weight, module[0].bias) * dropped(y) * 2
+    expected = torch.autograd.grad(plain.square().sum(), (x, *module.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_draws_nothing_stays_one_call_for_a_compiler() -> None:
+    found: list[list[str]] = []
+
+    def look(graph: Any, _: Any) -> Any:
+        found.append([str(n.target) for n in graph.graph.nodes if "opsgraph" in str(n.target)])
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=look, partition_fn=min_cut_rematerialization_partition)
+    for module in (og.Sequential(Linear(6, 6)), og.Sequential(Linear(6, 6), Dropout(0.5))):
+        x = torch.randn(2, 6, requires_grad=True)
+        torch.compile(lambda x, m=module: m(x) + m(x), backend=backend, fullgraph=True)(x)
+    assert found == [["opsgraph.forward.default"], 2 * ["opsgraph.forward_random.default"]]
