@@ -88,3 +88,12 @@ def test_no_gradient_depends_on_clamp(name: str) -> None:
     ):
         called = getattr(node.func, "attr", "") if isinstance(node, ast.Call) else ""
         assert called not in ("clamp", "clamp_", "clamp_min", "clamp_max", "clip"), node.lineno
+
+
+@pytest.mark.parametrize("name", [*DIFFERENTIATED, "kernels/reference/norms.py"])
+def test_vmap_meets_no_view_of_another_dtype(name: str) -> None:
+    """It has no rule for it up to PyTorch 2.11."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "view":
+            given = [ast.unparse(argument) for argument in node.args]
+            assert not any(argument.startswith("torch.") for argument in given), node.lineno

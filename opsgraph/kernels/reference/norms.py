@@ -40,9 +40,9 @@ def shrunk(x: Tensor) -> tuple[Tensor, Tensor | None]:
     if torch.jit.is_tracing() or not x.numel():  # type: ignore[attr-defined,no-untyped-call]
         return h, None
     largest = h.abs().amax(-1, keepdim=True)
-    exponent = largest.view(torch.int32) >> 23  # of a number that is not negative
-    power = ((298 - exponent) << 23).view(torch.float32)
-    power = torch.where(largest > 2.0**50, power, 1.0)
+    # Not by its bits: vmap knows no view of another dtype up to PyTorch 2.11.
+    exponent = torch.frexp(largest.detach().clamp(max=torch.finfo(h.dtype).max)).exponent
+    power = torch.where(largest > 2.0**50, torch.exp2(45.0 - exponent), 1.0)
     return h * power, power
 
 
