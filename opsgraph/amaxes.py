@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import config
 from .errors import OpsgraphError
 from .exchange import reduce_max
 from .kernels.reference.quantize import FP8_MAX, delayed_update
@@ -24,10 +25,11 @@ def take_up_backwards(recipe: DelayedScaling, group: Any) -> None:
     What a reentrant checkpoint noted of its forward waits for this too: it ran in a backward.
     """
     states, reduced = states_of(recipe), group is not None and recipe.reduce_amax
-    late = reduced or any(state.late for state in states)
+    late = reduced
     for state in states:
-        state.late = False
-        if state.version != state.scale._version:
+        if state.late:
+            late, state.late = True, False
+        if state.version != state._buffers["scale"]._version:  # type: ignore[union-attr]
             state.fix()  # others wrote to it, as torch.distributed.checkpoint does
     # With a group always both: ranks need not have run the same layers.
     _take_up(states, recipe, group if reduced else None, (BACKWARD, *([FORWARD] if late else [])))
@@ -47,14 +49,16 @@ def _take_up(
     nothing stay as they are. Raises OpsgraphError if ranks of the group have other states.
     """
     with torch.inference_mode(False), torch.no_grad():
-        amaxes = {name: [getattr(state, name) for state in states] for name in names}
+        amaxes: Any = {name: [state._buffers[name] for state in states] for name in names}
         if group is not None:
             amaxes = _reduced(states, amaxes, group)
-        for device in dict.fromkeys(state.scale.device for state in states):
-            here = [k for k, state in enumerate(states) if state.scale.device == device]
+        devices = [state.scale.device for state in states]
+        for device in dict.fromkeys(devices):
+            here = [k for k, other in enumerate(devices) if other == device]
             for name in names:
-                seen = torch.cat([amaxes[name][k] for k in here])
-                _update([states[k] for k in here], seen, recipe, name)
+                with config.lock:  # other threads may run under the recipe
+                    seen = torch.cat([amaxes[name][k] for k in here])
+                    _update([states[k] for k in here], seen, recipe, name)
 
 
 def _reduced(
@@ -88,16 +92,21 @@ def _update(states: Sequence[Scaling], amax: Tensor, recipe: DelayedScaling, nam
     history = torch.where(seen, new_history, history)
     scale = torch.where(seen, new_scale, old)
     width = columns.stop - columns.start
-    for k, state in enumerate(states):
-        own = slice(k * width, (k + 1) * width)
-        state.amax_history[:, columns] = history[:, own]
-        state.scale[columns] = scale[own]
+    parts = history.split(width, 1), old.split(width), scale.split(width)
+    for state, past, before, now in zip(states, *parts, strict=True):
+        buffers, host = state._buffers, state.__dict__  # past the module's look at each attribute
+        own: Any = buffers["scale"]
+        buffers["amax_history"][:, columns] = past  # type: ignore[index]
+        own[columns] = now
         if name == FORWARD:
-            state.before, state.updates = old[own], state.updates + 1
-            state.fixed_forward = scale[own]
+            host["before"], host["fixed_forward"] = before, now
+            host["updates"] += 1
         else:
-            state.fixed_backward = scale[own]
-        state.version = state.scale._version
-        buffer = getattr(state, name)
-        with preserve_version(buffer):
-            buffer.fill_(-1.0)
+            host["fixed_backward"] = now
+        host["version"] = own._version
+        _forget(buffers[name])
+
+
+def _forget(seen: Any) -> None:
+    with preserve_version(seen):
+        seen.fill_(-1.0)

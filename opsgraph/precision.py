@@ -97,7 +97,8 @@ class autocast:
     ) -> None:
         if recipe is not None and not isinstance(recipe, Recipe):
             raise OpsgraphError(f"autocast: got recipe {recipe!r}, expected one of opsgraph.recipe")
-        self.recipe = (recipe or _DEFAULT) if flag("autocast", "enabled", enabled) else None
+        on = enabled is True or flag("autocast", "enabled", enabled)
+        self.recipe = (recipe or _DEFAULT) if on else None
         self.key = None if self.recipe is None else self.recipe.key
         self.group = amax_reduction_group
 

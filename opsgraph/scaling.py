@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import interned
+from . import config, interned
 from .errors import OpsgraphError
 from .recipe import ROLES, DelayedScaling
 from .torch_private import graph_task, preserve_version
@@ -188,7 +188,7 @@ class Scaling(nn.Module):
             fixed = self.fixed_forward if column < 2 else self.fixed_backward
             return snapshot(fixed, column % 2)
         if not recomputing():
-            if torch.is_grad_enabled():
+            if self.used != self.updates and torch.is_grad_enabled():
                 self.used = self.updates
         elif tapes.replaying is None and self.noted and self.used != self.updates:
             if self.before is None or self.updates - self.used > 1:
@@ -208,7 +208,7 @@ class Scaling(nn.Module):
         """
         column = ROLES.index(role)
         if not grad:
-            if not torch.compiler.is_compiling():
+            if self.noted and not torch.compiler.is_compiling():
                 self.noted = False
             return
         with torch.no_grad():
@@ -220,7 +220,7 @@ class Scaling(nn.Module):
                 if self.noted or tapes.replaying is not None:
                     return  # it was noted when the forward ran first
                 self.late = True
-            elif column == 0:
+            elif not self.noted and column == 0:
                 self.noted = True
             seen = self.amax_forward[column]
             seen.copy_(torch.maximum(seen, amax))
@@ -281,15 +281,16 @@ def scaling_of(owner: nn.Module, weight: str, recipe: DelayedScaling, label: str
     label: what ranks of a group call it, if nobody gave it a name.
     """
     name = child_name(weight)
-    state = owner._modules.get(name)
-    if not isinstance(state, Scaling):
-        state = Scaling(recipe.amax_history_len, getattr(owner, weight).device)
-        owner.add_module(name, state)
-    state.label = state.label or label
-    state.resize(recipe.amax_history_len)
-    known = _registered.setdefault(recipe.key, [])
-    if not any(ref() is state for ref in known):
-        known.append(weakref.ref(state))
+    with config.lock:
+        state = owner._modules.get(name)
+        if not isinstance(state, Scaling):
+            state = Scaling(recipe.amax_history_len, getattr(owner, weight).device)
+            owner.add_module(name, state)
+        state.label = state.label or label
+        state.resize(recipe.amax_history_len)
+        known = _registered.setdefault(recipe.key, [])
+        if not any(ref() is state for ref in known):
+            known.append(weakref.ref(state))
     return state
 
 
@@ -298,9 +299,10 @@ _registered: dict[int, list[weakref.ref[Scaling]]] = {}
 
 def states_of(recipe: DelayedScaling) -> list[Scaling]:
     """All states of a recipe, in the order in which they were made."""
-    interned.drop_forgotten(_registered)
-    alive = [state for ref in _registered.get(recipe.key, ()) if (state := ref()) is not None]
-    _registered[recipe.key] = [weakref.ref(state) for state in alive]
+    with config.lock:
+        interned.drop_forgotten(_registered)
+        alive = [state for ref in _registered.get(recipe.key, ()) if (state := ref()) is not None]
+        _registered[recipe.key] = [weakref.ref(state) for state in alive]
     return alive
 
 

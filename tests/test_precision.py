@@ -108,6 +108,31 @@ def test_one_context_in_itself_and_in_two_threads() -> None:
     assert seen == [True] * 4
 
 
+def test_threads_that_share_a_delayed_recipe() -> None:
+    """Each trains a module of its own, made and first called there."""
+    recipe = r.DelayedScaling(amax_history_len=21)
+    context, found, failed = og.autocast(recipe=recipe), list[Any](), list[Any]()
+
+    def work(size: float) -> None:
+        try:
+            layer, x = Linear(HIDDEN, 32), torch.full((4, HIDDEN), size)
+            for _ in range(5):
+                with context:
+                    y = layer(x)
+                y.sum().backward()
+            found.append((size, float(layer.get_submodule("scaling").scale[0])))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(2.0**k,)) for k in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not failed
+    assert sorted(found) == [(2.0**k, 448 / 2.0**k) for k in range(6)]
+
+
 def test_contexts_may_be_left_in_another_order() -> None:
     """As a generator does that is suspended inside one, whatever is entered meanwhile."""
 
