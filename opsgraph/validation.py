@@ -99,3 +99,24 @@ def place(who: str, device: Any, dtype: Any) -> None:
         torch.device(device) if device is not None else None
     except (RuntimeError, TypeError) as error:
         raise OpError(who, f"device={device!r}", "a device of torch or None") from error
+
+
+class Checked:
+    """An attribute of an op that a check of this file sees whenever it is set."""
+
+    def __init__(self, check: Callable[[str, str, Any], Any]) -> None:
+        self.check, self.name = check, ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, op: Any, kind: Any = None) -> Any:
+        if op is None:
+            return self
+        try:
+            return op.__dict__[self.name]
+        except KeyError:
+            raise AttributeError(self.name) from None
+
+    def __set__(self, op: Any, value: Any) -> None:
+        op.__dict__[self.name] = self.check(type(op).__name__, self.name, value)

@@ -1,5 +1,6 @@
 """Arguments of ops are checked at construction: what came and what was expected, with the op."""
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -155,3 +156,49 @@ def test_what_is_set_later_is_checked_before_anything_runs(name: str) -> None:
         setattr(op, attribute, value)
         with pytest.raises(og.OpsgraphError, match=rf"{name}.* got .*{attribute}"):
             op(x, *extras)
+
+
+SET_LATER: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "GELU": (ops.GELU(), {"approximate": "none"}, ops.GELU("none")),
+    "GEGLU": (ops.GEGLU(), {"approximate": "none"}, ops.GEGLU("none")),
+    "interleaved": (ops.SwiGLU(), {"glu_interleave_size": 2}, ops.SwiGLU(2)),
+    "ClampedSwiGLU": (
+        ops.ClampedSwiGLU(),
+        {"limit": 0.5, "alpha": 1.0, "glu_linear_offset": 0.0},
+        ops.ClampedSwiGLU(0.5, 1.0, 0.0),
+    ),
+    "SiTUGLU": (ops.SiTUGLU(), {"beta1": 1.0, "beta2": 0.5}, ops.SiTUGLU(1.0, 0.5)),
+}
+
+
+@pytest.mark.parametrize("op, later, expected", SET_LATER.values(), ids=SET_LATER)
+@pytest.mark.parametrize("wrap", [lambda op: op, og.Sequential], ids=["alone", "in a sequence"])
+def test_arguments_of_activations_may_be_set_later(
+    op: Any, later: dict[str, Any], expected: Any, wrap: Any
+) -> None:
+    op = copy.deepcopy(op)
+    module, x = wrap(op), torch.randn(3, 8)
+    before = module(x)
+    for name, value in later.items():
+        setattr(op, name, value)
+    torch.testing.assert_close(module(x), expected(x), rtol=0, atol=0)
+    assert not torch.equal(module(x), before)
+
+
+@pytest.mark.parametrize(
+    "op, name, value",
+    [
+        (ops.GELU(), "approximate", "erf"),
+        (ops.GEGLU(), "approximate", None),
+        (ops.ClampedSwiGLU(), "limit", -1.0),
+        (ops.SiTUGLU(), "beta1", 0.0),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_wrong_argument_that_is_set_later_changes_nothing(op: Any, name: str, value: Any) -> None:
+    x, before = torch.randn(3, 8), getattr(op, name)
+    y = op(x)
+    with pytest.raises(og.OpError, match=f"{type(op).__name__}: got {name}={value!r}, expected "):
+        setattr(op, name, value)
+    assert getattr(op, name) == before
+    assert torch.equal(op(x), y)

@@ -15,13 +15,21 @@ from torch import Tensor
 from ..kernels.reference import activations as reference
 from ..op import Op
 from ..spec import Spec
-from ..validation import choice, flag, number, positive, size
+from ..validation import Checked, choice, flag, number, positive, size
 
 APPROXIMATIONS = ("tanh", "none")
 
 
-def _not_negative(value: float) -> bool:
-    return value >= 0
+def _approximation(who: str, name: str, value: Any) -> Any:
+    return choice(who, name, value, APPROXIMATIONS)
+
+
+def _limit(who: str, name: str, value: Any) -> float:
+    return number(who, name, value, "a number, 0 or above", lambda limit: limit >= 0)
+
+
+def _finite(who: str, name: str, value: Any) -> float:
+    return number(who, name, value, "a finite number", isfinite)
 
 
 class Activation(Op):
@@ -101,10 +109,15 @@ class GatedActivation(Op):
 class GELU(Activation):
     """`0.5 * x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x^3)))`; exact (erf) with "none"."""
 
+    approximate = Checked(_approximation)
+
     def __init__(self, approximate: str = "tanh", **options: Any) -> None:
         super().__init__(**options)
-        self.approximate = choice(type(self).__name__, "approximate", approximate, APPROXIMATIONS)
-        self.kernel = "gelu" if approximate == "tanh" else "gelu_erf"
+        self.approximate = approximate
+
+    @property
+    def kernel(self) -> str:  # type: ignore[override]
+        return "gelu" if self.approximate == "tanh" else "gelu_erf"
 
     @classmethod
     def sample(cls) -> Iterable[Op]:
@@ -138,12 +151,17 @@ class SiLU(Activation):
 class GEGLU(GatedActivation):
     """`gelu(a) * b`, gelu by its tanh approximation, or exact (erf) with approximate="none"."""
 
+    approximate = Checked(_approximation)
+
     def __init__(
         self, approximate: str = "tanh", glu_interleave_size: int | None = None, **options: Any
     ) -> None:
         super().__init__(glu_interleave_size, **options)
-        self.approximate = choice(type(self).__name__, "approximate", approximate, APPROXIMATIONS)
-        self.kernel = "geglu" if approximate == "tanh" else "geglu_erf"
+        self.approximate = approximate
+
+    @property
+    def kernel(self) -> str:  # type: ignore[override]
+        return "geglu" if self.approximate == "tanh" else "geglu_erf"
 
     @classmethod
     def sample(cls) -> Iterable[Op]:
@@ -192,6 +210,9 @@ class ClampedSwiGLU(GatedActivation):
     """
 
     kernel = "clamped_swiglu"
+    limit = Checked(_limit)
+    alpha = Checked(_finite)
+    glu_linear_offset = Checked(_finite)
 
     def __init__(
         self,
@@ -202,18 +223,19 @@ class ClampedSwiGLU(GatedActivation):
         **options: Any,
     ) -> None:
         super().__init__(glu_interleave_size, **options)
-        who = type(self).__name__
-        self.params = (
-            number(who, "limit", limit, "a number, 0 or above", _not_negative),
-            number(who, "alpha", alpha, "a finite number", isfinite),
-            number(who, "glu_linear_offset", glu_linear_offset, "a finite number", isfinite),
-        )
+        self.limit, self.alpha, self.glu_linear_offset = limit, alpha, glu_linear_offset
+
+    @property
+    def params(self) -> tuple[float, ...]:  # type: ignore[override]
+        return self.limit, self.alpha, self.glu_linear_offset
 
 
 class SiTUGLU(GatedActivation):
     """`beta1 * tanh(a / beta1) * sigmoid(a) * beta2 * tanh(b / beta2)`, betas finite, above 0."""
 
     kernel = "situglu"
+    beta1 = Checked(positive)
+    beta2 = Checked(positive)
 
     def __init__(
         self,
@@ -223,8 +245,11 @@ class SiTUGLU(GatedActivation):
         **options: Any,
     ) -> None:
         super().__init__(glu_interleave_size, **options)
-        who = type(self).__name__
-        self.params = positive(who, "beta1", beta1), positive(who, "beta2", beta2)
+        self.beta1, self.beta2 = beta1, beta2
+
+    @property
+    def params(self) -> tuple[float, ...]:  # type: ignore[override]
+        return self.beta1, self.beta2
 
 
 ACTIVATIONS: dict[str, type[Activation] | type[GatedActivation]] = {

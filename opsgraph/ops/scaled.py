@@ -14,7 +14,7 @@ from ..kernels.reference import activations as reference
 from ..kernels.reference import wide
 from ..op import Lowered, Op
 from ..spec import ROWS, Spec
-from ..validation import flag, positive
+from ..validation import Checked, flag, positive
 from .activations import (
     GEGLU,
     QGEGLU,
@@ -154,11 +154,11 @@ class ScaledTanhSReLU(_Scaled):
     """`(s * tanh(max(x, 0) / s))^2 * scales[:, None]`, s = tanh_clamp_scale, finite and above 0."""
 
     constants = ("tanh_clamp_scale",)
+    tanh_clamp_scale = Checked(positive)
 
     def __init__(self, tanh_clamp_scale: float, **options: Any) -> None:
         super().__init__(**options)
-        who = type(self).__name__
-        self.tanh_clamp_scale = positive(who, "tanh_clamp_scale", tanh_clamp_scale)
+        self.tanh_clamp_scale = tanh_clamp_scale
 
     def out(self, x: Spec) -> Spec:
         return x
