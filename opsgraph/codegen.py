@@ -174,6 +174,8 @@ def write_forward(space: Space, cover: Cover, saved: Sequence[str], check: bool)
     # A value that the caller has already, or gets twice, is a view: autograd then refuses to have
     # it changed in place.
     shared = {n for n in values if values.count(n) > 1 or n == "x0" or n in program.inputs}
+    if not (cover.forward or cover.backward or program.run.outputs):
+        shared = set()  # a sequence that does nothing returns its input itself
     outputs = [f"{name}.view_as({name})" if name in shared else name for name in values]
     outputs += program.reports
     write_parts(writer, copies)

@@ -127,23 +127,23 @@ def note_gradients(plan: Plan, found: Sequence[Any], seen: Sequence[Tensor]) -> 
 def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
     """The forward alone, no gradient being wanted."""
     x, ops = tensors[0], stage.ops
-    with without_autocast(x.device.type):
-        if plan.specs.identity:
-            return x
-        within = x.dim() == 2
-        if within:
-            outputs = plan.run_forward(ops, *tensors)[0]
-        else:
-            inputs = flattened(plan, tensors)
-            if stage.double_backward:
-                copy_gradients(inputs)
+    within = x.dim() == 2
+    if within and not plan.specs.autocast:
+        outputs = plan.run_forward(ops, *tensors)[0]
+    elif plan.specs.identity:
+        return x
+    else:
+        inputs = flattened(plan, tensors)
+        if stage.double_backward:
+            copy_gradients(inputs)
+        with without_autocast(x.device.type):
             outputs = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])[0]
-        if plan.specs.reports:
-            outputs = stage.record(plan, outputs, torch.is_grad_enabled())
-        if not within:
-            views = unflattened(plan, outputs, x.shape)
-            own = not (stage.double_backward or torch.is_grad_enabled())
-            outputs = released(views, outputs, tensors) if own else views
+    if plan.specs.reports:
+        outputs = stage.record(plan, outputs, torch.is_grad_enabled())
+    if not within:
+        views = unflattened(plan, outputs, x.shape)
+        own = not (stage.double_backward or torch.is_grad_enabled())
+        outputs = released(views, outputs, tensors) if own else views
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
