@@ -9,6 +9,7 @@ import pytest
 import torch
 from recipe_cases import RECIPES
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import opsgraph as og
 from opsgraph.ops import GELU, ConstantScale, GroupedLinear, Linear, Residual, RMSNorm, SwiGLU
@@ -155,6 +156,19 @@ def test_a_retained_graph_brings_its_gradients_twice() -> None:
     module.backward_dw()
     for gradient, weight in zip(once, (module[2][0].weight, module[2][2].weight), strict=True):
         torch.testing.assert_close(weight.grad, 2 * gradient)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_are_of_the_backward_that_runs_them_again(reentrant: bool) -> None:
+    plain, late = mlp()(), mlp()(delay_wgrad_compute=True)
+    late.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 16, requires_grad=True)
+    h = checkpoint(late, x, use_reentrant=reentrant)
+    checkpoint(late, h, use_reentrant=reentrant).square().sum().backward()
+    plain(plain(x)).square().sum().backward()
+    late.backward_dw()
+    assert not late.queued_backward_dw()
+    torch.testing.assert_close(late.fc1_weight.grad, plain.fc1_weight.grad)
 
 
 def test_an_op_may_delay_alone() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import opsgraph as og
 from opsgraph.ops import GroupedLinear, RMSNorm, ScaledSwiGLU
-from opsgraph.ops.joined import _in_a_row
+from opsgraph.ops.joined import in_a_row as lie_in_a_row
 
 SIZES = torch.tensor([2, 0, 3])
 
@@ -33,7 +33,7 @@ def expected(op: Any, x: Tensor, sizes: list[int]) -> Tensor:
 
 
 def in_a_row(op: Any) -> bool:
-    return _in_a_row([getattr(op, f"weight{g}") for g in range(3)])
+    return lie_in_a_row([getattr(op, f"weight{g}") for g in range(3)])
 
 
 # -- parameters --

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from operator import index
 from typing import Any
 
@@ -45,6 +46,7 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
     Parameters lie one after the other in memory, where kernels read them as one tensor; what puts
     others in their place (FSDP, `load_state_dict(assign=True)`) costs a copy at each call.
 
+    Initialized inside `rng_state_tracker_function().fork()` where that is given.
     accumulate_into_main_grad: weights' gradients go into their `main_grad`, see `main_grad`.
     delay_wgrad_compute: the backward leaves the weights' gradients to `backward_dw()`.
     """
@@ -63,6 +65,7 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         init_method: Callable[[Tensor], Any] | None = None,
+        rng_state_tracker_function: Callable[[], Any] | None = None,
         accumulate_into_main_grad: bool = False,
         overwrite_main_grad: bool = False,
         delay_wgrad_compute: bool = False,
@@ -71,41 +74,46 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         if num_groups < 1:
             raise OpError("GroupedLinear", f"num_groups {num_groups}", "at least 1")
         self.num_groups, self.in_features, self.out_features = num_groups, in_features, out_features
+        self.weight_names = tuple(f"weight{g}" for g in range(num_groups))
+        self.bias_names = tuple(f"bias{g}" for g in range(num_groups))
         self.init_method = init_method
+        self.rng_state_tracker_function = rng_state_tracker_function
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.overwrite_main_grad = overwrite_main_grad
         self.delay_wgrad_compute = delay_wgrad_compute
         shape = (out_features, in_features)
-        for name in self.part_names("weight"):
+        for name in self.weight_names:
             self.register_parameter(name, empty_parameter(shape, device, dtype))
-        for name in self.part_names("bias"):
+        for name in self.bias_names:
             made = empty_parameter(shape[:1], device, dtype) if bias else None
             self.register_parameter(name, made)
         self._pack()
         self.reset_parameters()
 
-    def part_names(self, name: str) -> list[str]:
-        """The names of a kind of parameter, "weight" or "bias", of each group."""
-        return [f"{name}{g}" for g in range(self.num_groups)]
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """The parameters of each group that "weight" or "bias" stands for."""
+        return self.weight_names if name == "weight" else self.bias_names
 
     def joined(self) -> Collection[str]:
         """Parameters that `fwd` does not name: it takes them as one."""
-        return [*self.part_names("weight"), *self.part_names("bias")]
+        return [*self.weight_names, *self.bias_names]
 
     def _parts(self, name: str) -> list[Any]:
         """The parameters of each group; none if one is not there."""
-        found = [self.own_parameter(part) for part in self.part_names(name)]
+        found = [self.own_parameter(part) for part in self.names_of(name)]
         return [] if any(part is None for part in found) else found
 
     def _join(self, name: str) -> Tensor | None:
-        parts = {part: getattr(self, part, None) for part in self.part_names(name)}
-        there = {part: value for part, value in parts.items() if value is not None}
-        if not there:
-            return None
-        if len(there) < len(parts):
-            got = f"{name}s of groups {[g for g, v in enumerate(parts.values()) if v is not None]}"
-            raise OpError("GroupedLinear", got, "one of each group, or none")
-        return join("GroupedLinear", there)
+        names = self.names_of(name)
+        own = self._parameters
+        found: Any = [own[part] if part in own else getattr(self, part, None) for part in names]
+        if all(map(_is_there, found)):
+            return join(self, names, tuple(found))
+        if any(map(_is_there, found)):
+            there = [g for g, part in enumerate(found) if part is not None]
+            expected = "one of each group, or none"
+            raise OpError("GroupedLinear", f"{name}s of groups {there}", expected)
+        return None
 
     @property
     def weight(self) -> Any:
@@ -125,7 +133,7 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         if param is not None and param.shape[:1] != (self.num_groups,):
             got, expected = f"{name} of shape {tuple(param.shape)}", f"{self.num_groups} groups"
             raise OpError("GroupedLinear", got, expected)
-        for g, part in enumerate(self.part_names(name)):
+        for g, part in enumerate(self.names_of(name)):
             own = None if param is None else nn.Parameter(param.detach()[g], param.requires_grad)
             super().register_parameter(part, own)
 
@@ -162,17 +170,15 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         if self.in_features is None or self.out_features is None:
             return
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
-        for weight in self._parts("weight"):
-            if self.init_method is None:
-                nn.init.uniform_(weight, -bound, bound)
-            else:
-                with torch.no_grad():
-                    self.init_method(weight)
-        for bias in self._parts("bias"):
-            if self.init_method is None:
-                nn.init.uniform_(bias, -bound, bound)
-            else:
-                nn.init.zeros_(bias)
+        tracker = self.rng_state_tracker_function
+        with tracker().fork() if tracker else nullcontext(), torch.no_grad():
+            for parameter in (*self._parts("weight"), *self._parts("bias")):
+                if self.init_method is None:
+                    nn.init.uniform_(parameter, -bound, bound)
+                elif parameter.dim() > 1:
+                    self.init_method(parameter)
+                else:
+                    nn.init.zeros_(parameter)
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
         if self.in_features is None and in_width is not None:
@@ -208,7 +214,7 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             kind = str(value.dtype).removeprefix("torch.")
             got = f"split_sizes {kind} of shape {tuple(value.shape)}"
             raise OpError(where, got, f"integers of shape ({count},), one for each group")
-        if value.is_cpu and not torch.compiler.is_compiling():
+        if type(value) is Tensor and value.is_cpu and not torch.compiler.is_compiling():
             verify_sizes(where, value.tolist(), rows)
         sizes: Tensor = value.to(torch.int64)
         return sizes
@@ -261,7 +267,11 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             whole = found.get(prefix + name)
             if isinstance(whole, Tensor) and whole.shape[:1] == (self.num_groups,):
                 del found[prefix + name]
-                parts = zip(self.part_names(name), whole.unbind(), strict=True)
+                parts = zip(
+                    self.names_of(name),
+                    whole.unbind(),
+                    strict=True,
+                )
                 found |= {prefix + part: own for part, own in parts}
         return found
 
@@ -271,6 +281,10 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
     @classmethod
     def sample(cls) -> Iterable[Op]:
         return cls(2, out_features=16), cls(3, out_features=16, bias=False)
+
+
+def _is_there(value: Any) -> bool:
+    return value is not None
 
 
 def _weight_gradients(

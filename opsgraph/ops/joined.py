@@ -5,9 +5,10 @@ module is made, moved or copied. Others (of FSDP, or loaded with `assign=True`) 
 call, and so are all under torch.compile.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +20,49 @@ from ..torch_private import followed
 PLAIN = (Tensor, nn.Parameter)
 
 
-def join(where: str, parts: Mapping[str, Tensor]) -> Tensor:
-    """`[groups, *]` of parameters of one shape, by name; the result has them as `parts`.
+def join(module: nn.Module, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Tensor:
+    """`[groups, *]` of a module's parameters of one shape; the result has them as `parts`.
 
     Raises OpError for one of another shape than the first.
     """
-    tensors = tuple(parts.values())
-    first = tensors[0]
-    for name, tensor in parts.items():
-        if isinstance(tensor, UninitializedParameter):
-            return tensor
-        if tensor.shape != first.shape:
-            got, expected = (tuple(shape) for shape in (tensor.shape, first.shape))
-            raise OpError(where, f"{name} of shape {got}", f"{expected}, as the others have")
+    if type(tensors[0]) is UninitializedParameter:
+        return tensors[0]
     if torch.compiler.is_compiling() or followed():
+        _verify(module, names, tensors)
         return torch.stack(tensors)
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    joined: Any = _Join.apply(*tensors) if wanted else _joined(tensors)  # type: ignore[no-untyped-call]
+    row = _is_row(module, names, tensors)
+    joined: Any = _Join.apply(row, *tensors) if wanted else _joined(row, tensors)  # type: ignore[no-untyped-call]
     if type(joined) is Tensor:
         joined.__class__ = Joined
-    joined.parts = dict(parts)
+    joined.parts = dict(zip(names, tensors, strict=True))
     return joined  # type: ignore[no-any-return]
+
+
+_known: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, bool]]] = WeakKeyDictionary()
+"""Of a module's parameters where they lay when they were looked at, and whether in a row."""
+
+
+def _is_row(module: nn.Module, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> bool:
+    """`in_a_row`, and that shapes are the same, looked at again only where something has moved."""
+    if type(tensors[0]) not in PLAIN or tensors[0].is_meta:
+        _verify(module, names, tensors)
+        return False
+    known = _known.setdefault(module, {})
+    here = [id(t) for t in tensors], [t.data_ptr() for t in tensors]
+    before = known.get(names[0])
+    if before is None or before[0] != here:
+        _verify(module, names, tensors)
+        before = known[names[0]] = here, in_a_row(tensors)
+    return before[1]
+
+
+def _verify(module: nn.Module, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> None:
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.shape != tensors[0].shape:
+            got, expected = (tuple(shape) for shape in (tensor.shape, tensors[0].shape))
+            expected_text = f"{expected}, as the others have"
+            raise OpError(type(module).__name__, f"{name} of shape {got}", expected_text)
 
 
 class Joined(Tensor):
@@ -56,7 +79,8 @@ class Joined(Tensor):
         if all(grad is None for grad in grads):
             return None
         pairs = zip(self.parts.values(), grads, strict=True)
-        return _joined(tuple(torch.zeros_like(p) if g is None else g for p, g in pairs))
+        found = tuple(torch.zeros_like(p) if g is None else g for p, g in pairs)
+        return _joined(in_a_row(found), found)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
@@ -64,16 +88,14 @@ class Joined(Tensor):
             part.grad = None if value is None else value[k]
 
 
-def _joined(tensors: tuple[Tensor, ...]) -> Tensor:
-    with torch.no_grad():
-        if not _in_a_row(tensors):
-            return torch.stack(tensors)
-        first = tensors[0].detach()
-        step = (first.numel(), *first.stride())
-        return first.as_strided((len(tensors), *first.shape), step)
+def _joined(row: bool, tensors: tuple[Tensor, ...]) -> Tensor:
+    first = tensors[0].detach()
+    if not row:
+        return torch.stack([tensor.detach() for tensor in tensors])
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
 
 
-def _in_a_row(tensors: Sequence[Tensor]) -> bool:
+def in_a_row(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors lie one after the other in one storage."""
     first = tensors[0]
     if type(first) not in PLAIN or first.is_meta or not first.is_contiguous():
@@ -93,10 +115,10 @@ class _Join(torch.autograd.Function):
     """The parameters as one tensor. A view of theirs has a version of its own: it is compared."""
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, row: bool, *tensors: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.versions = [(tensor, tensor._version) for tensor in tensors]
-        return _joined(tensors)
+        return _joined(row, tensors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
@@ -105,7 +127,7 @@ class _Join(torch.autograd.Function):
                 "one of the variables needed for gradient computation has been modified by an "
                 "inplace operation: a group's parameter, after the forward"
             )
-        return (None,) * len(ctx.versions) if dy is None else dy.unbind()
+        return None, *([None] * len(ctx.versions) if dy is None else dy.unbind())
 
 
 def pack(parts: Sequence[Any]) -> None:
@@ -119,7 +141,7 @@ def pack(parts: Sequence[Any]) -> None:
         for part in parts
     ):
         return
-    if prod(parts[0].shape) and not _in_a_row(parts):
+    if prod(parts[0].shape) and not in_a_row(parts):
         with torch.no_grad():
             whole = torch.stack(tuple(parts))
         for part, own in zip(parts, whole.unbind(), strict=True):

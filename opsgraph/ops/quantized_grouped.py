@@ -34,6 +34,7 @@ class QuantizedGroupedLinear(GroupedLinear):
         Op.__init__(self)
         self.num_groups = layer.num_groups
         self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight_names, self.bias_names = layer.weight_names, layer.bias_names
         self.quantizers, self.override = tuple(quantizers), override
         self.channels, self.strict = layer.channels, layer.strict
         for name in ("accumulate_into_main_grad", "overwrite_main_grad", "delay_wgrad_compute"):
