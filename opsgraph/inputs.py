@@ -50,14 +50,19 @@ def explain(module: nn.Sequential, stages: Sequence[Any], x: Any, extras: Sequen
         width = first.in_width or "width"
         verify_tensor(x, "input", f"a tensor [*, {width}]")
     made: set[str | None] = set()
-    needed: list[tuple[str, str]] = []
+    needed: list[tuple[str, str, bool]] = []
     for stage in stages:
         if not isinstance(stage, nn.Module):
-            labels = stage.table.run.labels
-            needed += [(labels[i], name) for i, name, c in stage.inputs if c not in made - {None}]
+            run = stage.table.run
+            needed += [
+                (run.labels[i], name, hasattr(run.kinds[i], "taken"))
+                for i, name, c in stage.inputs
+                if c not in made - {None}
+            ]
             made |= set(stage.output_names)
-    for value, (label, name) in zip(extras, needed, strict=False):
-        verify_tensor(value, f"{label} {name}")
+    for value, (label, name, taken) in zip(extras, needed, strict=False):
+        if not taken:  # the op says itself what it takes
+            verify_tensor(value, f"{label} {name}")
     if isinstance(x, Tensor) and x.is_nested and isinstance(first, Op):
         return _run_nested(module, x, extras)
     return None
