@@ -173,7 +173,7 @@ def meet(module: nn.Module, *names: str) -> None:
     recipe = None if active.key is None else recipe_of(active.key)
     if isinstance(recipe, DelayedScaling):
         for name in names:
-            if module._parameters.get(name) is not None:
+            if getattr(module, name, None) is not None:  # one that is parametrized, too
                 scaling.scaling_of(module, name, recipe)
 
 

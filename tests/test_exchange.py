@@ -60,6 +60,19 @@ def test_ranks_that_differ_get_an_error(ranks: Ranks, counts: tuple[int, int]) -
         exchange.reduce_max([torch.ones(counts[1])], counts[1], "group")
 
 
+@pytest.mark.gpu
+def test_on_cuda_nobody_waits_for_the_error(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: "cuda:nccl")
+    exchange.reduce_max([torch.ones(2, device="cuda")], "one", "group")
+    second(ranks)
+    (found,) = exchange.reduce_max([torch.ones(2, device="cuda")], "other", "group")
+    assert found.tolist() == [-1.0, -1.0]
+    torch.cuda.synchronize()
+    with pytest.raises(og.OpsgraphError, match="expected the same layers on all"):
+        exchange.raise_late()
+    exchange.raise_late()
+
+
 @pytest.mark.parametrize("prepared", [True, False])
 def test_layers_are_known_by_name_not_by_the_order_of_first_calls(
     ranks: Ranks, prepared: bool

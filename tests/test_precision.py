@@ -189,12 +189,12 @@ def again(body: Any, x: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_nested_checkpoints(inside: bool) -> None:
+def test_nested_checkpoints(inside: bool, device: str) -> None:
     """Also with the backward inside the context, which still ends with an update."""
     ours = r.DelayedScaling(amax_history_len=6 + inside)
     found = list[Any]()
     for nested in (True, False):
-        layers = [mlp() for _ in range(3)]
+        layers = [mlp().to(device) for _ in range(3)]
         recipe = replace(ours, reduce_amax=nested)
         through = again if nested else lambda body, x: body(x)
 
@@ -205,7 +205,7 @@ def test_nested_checkpoints(inside: bool) -> None:
             return through(inner, layers[0](x)).sin()  # noqa: B023
 
         for _ in range(3):
-            x = example().requires_grad_()
+            x = example().to(device).requires_grad_()
             with og.autocast(recipe=recipe):
                 y = through(outer, x)
                 if inside:
@@ -223,9 +223,11 @@ OUTSIDE = [CURRENT, MX, r.DelayedScaling(), r.Float8CurrentScaling(backward_over
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("recipe", OUTSIDE)
-def test_a_recomputation_without_its_recipe_is_an_error(recipe: r.Recipe, reentrant: bool) -> None:
-    module = og.LayerNormMLP(HIDDEN, 64, device="cpu")
-    x = example(dtype=torch.float32).requires_grad_()
+def test_a_recomputation_without_its_recipe_is_an_error(
+    recipe: r.Recipe, reentrant: bool, device: str
+) -> None:
+    module = og.LayerNormMLP(HIDDEN, 64, device=device)
+    x = example(dtype=torch.float32).to(device).requires_grad_()
     with og.autocast(recipe=recipe):
         y = checkpoint(module, x, use_reentrant=reentrant)
     message = r"og\.checkpoint_contexts, use_reentrant=False"
@@ -237,12 +239,14 @@ def test_a_recomputation_without_its_recipe_is_an_error(recipe: r.Recipe, reentr
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("recipe", [MX, r.DelayedScaling(amax_history_len=9)])
-def test_a_recipe_inside_a_checkpoint_needs_nothing(recipe: r.Recipe, reentrant: bool) -> None:
+def test_a_recipe_inside_a_checkpoint_needs_nothing(
+    recipe: r.Recipe, reentrant: bool, device: str
+) -> None:
     """Each step's amax is noted once, and the recomputation has the scales of its forward."""
     delayed = isinstance(recipe, r.DelayedScaling)
     found = list[Any]()
     for checkpointed in (True, False):
-        module = mlp()
+        module = mlp().to(device)
         ours = replace(recipe, reduce_amax=checkpointed) if delayed else recipe
 
         def body(x: Tensor) -> Tensor:
@@ -251,7 +255,7 @@ def test_a_recipe_inside_a_checkpoint_needs_nothing(recipe: r.Recipe, reentrant:
 
         steps = list[Any]()
         for step in range(4):
-            x = ((1 + step) * example()).requires_grad_()
+            x = ((1 + step) * example().to(device)).requires_grad_()
             y = checkpoint(body, x, use_reentrant=reentrant) if checkpointed else body(x)
             y.float().square().sum().backward()
             steps += [y.detach(), x.grad]
