@@ -105,6 +105,8 @@ class Op(Watched):
     """Arguments of `fwd` that are further inputs of the sequence, or values of a channel."""
     passes: ClassVar[tuple[str, ...]] = ()
     """Extra inputs whose gradient is `dy` itself, while dx is `dy` too: the backward is no step."""
+    required: ClassVar[tuple[str, ...]] = ()
+    """Parameters that `fwd` cannot do without."""
     as_stored: ClassVar[tuple[str, ...]] = ()
     """Parameters that keep their dtype when the computation has another."""
     promotes: ClassVar[tuple[str, ...]] = ()

@@ -29,6 +29,9 @@ def check_shapes(
     """Raises OpError for a parameter of another shape than its op says, by its owner's name."""
     for (i, name), (_, shown), weight in zip(run.slots, places, weights, strict=True):
         expected = run.kinds[i].shape_of(ops[i], name)
+        if weight is None and name in run.kinds[i].required:
+            shape = "" if expected is None else f" of shape {_text(expected)}"
+            raise OpError(run.labels[i], f"{shown}=None", f"a parameter{shape}")
         if weight is None or expected is None:
             continue
         got = tuple(weight.shape)

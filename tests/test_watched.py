@@ -119,6 +119,22 @@ def test_a_groups_parameter_of_another_shape_is_an_error() -> None:
         op(X, sizes)
 
 
+@pytest.mark.parametrize("backends", [None, ("reference",)])
+@pytest.mark.parametrize(
+    "make, name",
+    [(lambda: Bias(4), "bias"), (lambda: Linear(4, 4), "weight")],
+    ids=["bias", "linear"],
+)
+def test_a_parameter_that_an_op_cannot_do_without_is_missed(
+    make: Any, name: str, backends: Any
+) -> None:
+    module = og.Sequential(make(), SiLU(), backends=backends)
+    module(X)
+    setattr(module[0], name, None)
+    with pytest.raises(og.OpError, match=rf"got {name}=None, expected a parameter of shape \(4,"):
+        module(X)
+
+
 def test_a_linear_takes_other_sizes_with_another_weight() -> None:
     module = og.Sequential(Linear(4, 4, bias=False), SiLU())
     module(X)
@@ -257,6 +273,18 @@ def test_lists_and_dicts_of_ops_may_change_in_place() -> None:
     torch.testing.assert_close(op(X), 12 * X)
 
 
+def test_a_compiled_sequence_sees_what_changes() -> None:
+    op = Sizes([1, 2], {"a": [0]})
+    module = og.Sequential(op, Linear(4, 4, bias=False))
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), 3 * X @ module[1].weight.t())
+    op.sizes.append(3)
+    torch.testing.assert_close(compiled(X), 6 * X @ module[1].weight.t())
+    module[1].bias = weight(4)
+    expected = 6 * X @ module[1].weight.t() + module[1].bias
+    torch.testing.assert_close(compiled(X), expected)
+
+
 # -- what one op tells, and whom --
 
 
@@ -361,6 +389,7 @@ def test_replicas_and_shallow_copies_compute_with_their_own_parameters(make: Any
         lambda: og.Sequential(RMSNorm(), Linear(out_features=64), SiLU(), Linear(out_features=4)),
         lambda: Linear(out_features=64),
         lambda: Residual(RMSNorm(), Linear(out_features=4)),
+        lambda: copy.deepcopy(og.LayerNormMLP(4, 8, device="cpu")),
     ],
 )
 def test_threads_may_make_the_first_call_at_once(make: Any) -> None:

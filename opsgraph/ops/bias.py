@@ -27,6 +27,8 @@ class Bias(MarksParameters, Op):
     the one that belongs to its share of x's columns.
     """
 
+    required = ("bias",)
+
     def __init__(
         self,
         width: int | None = None,

@@ -76,6 +76,7 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
     """
 
     gemm = quantizable = lowers_subclasses = True
+    required = ("weight",)
     distributed = False
     """Whether the parameters are DTensors of the whole layer."""
     scaled_weights = ("weight",)
