@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from .backend import backends
+from .cached import cached_property
 from .errors import PlanError
 from .functions import function, passes, verify_backward
 from .fuser import (
@@ -31,6 +31,8 @@ class Rejection(NamedTuple):
     name: str
     direction: str
     reason: str
+    backend: str = ""
+    """The fuser's; empty where the whole backend is refused."""
 
 
 class Call(NamedTuple):
@@ -147,7 +149,7 @@ class Space:
                     reason = "OPSGRAPH_FUEL is used up"
                 if reason is not None:
                     ops = tuple(i for i in match.positions.values() if i is not None)
-                    self.reject(ops, match.fuser.name, direction, reason)
+                    self.reject(ops, match.fuser, direction, reason)
                     continue
                 if self._fuel:
                     self._fuel -= 1
@@ -162,9 +164,9 @@ class Space:
                     verify_backward(kind, program.run.labels[i])
                 yield self._claim(Match(reference(kind), {"op": i}, i, i + 1), direction)
 
-    def reject(self, ops: tuple[int, ...], name: str, direction: str, reason: str) -> None:
+    def reject(self, ops: tuple[int, ...], fuser: Fuser, direction: str, reason: str) -> None:
         """Record a refusal once."""
-        rejection = Rejection(ops, name, direction, reason)
+        rejection = Rejection(ops, fuser.name, direction, reason, fuser.backend)
         if rejection not in self.rejected:
             self.rejected.append(rejection)
 

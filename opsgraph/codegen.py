@@ -14,6 +14,7 @@ from .packing import Packing
 from .planner import Cover
 from .preamble import write_parts, write_preamble
 from .program import Argument
+from .results import First
 
 
 @dataclass
@@ -49,14 +50,19 @@ class Writer:
         """What an object is called in the source; a number is added where two share a name."""
         for text in free(name, self.space.roots):
             if self._bound.setdefault(text, target) is target:
-                self.namespace[text] = target
+                self.namespace.setdefault(text, target)
                 return text
         raise AssertionError
 
     def name_of(self, claim: Claim) -> str:
         """The fuser's name in the source."""
         target = claim.fuser.kind if claim.is_reference else claim.fuser  # type: ignore[attr-defined]
-        return self.bind(claim.fuser.name, target)
+        name = self.bind(claim.fuser.name, target)
+        module = target.__module__ if claim.is_reference else type(target).__module__
+        if self.namespace[name] is target and not module.startswith("opsgraph."):
+            where = self.program.labels[claim.start] if claim.is_reference else _label(claim)
+            self.namespace[name] = First(target, where)
+        return name
 
     def text(self, argument: Argument) -> str:
         """An argument as it stands in the source."""
@@ -77,6 +83,9 @@ class Writer:
             given.append(f"want={tuple(want)!r}")
         reads = {a.text for a in call.arguments if a.category in ("value", "weight", "gradient")}
         function = f"{self.name_of(claim)}.{call.function}"
+        target = self.namespace[self.name_of(claim)]
+        if isinstance(target, First):
+            target.counts[call.function].add(len(call.results))
         if claim.is_reference and claim.direction == BACKWARD:
             kind = claim.fuser.kind  # type: ignore[attr-defined]
             found = backward_functions(kind)[call.function]

@@ -14,6 +14,16 @@ lock = threading.RLock()
 epoch = 0
 
 
+def _forked() -> None:
+    """A child has none of the threads that may have held the lock."""
+    global lock
+    lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 class Config(NamedTuple):
     """One reading of the environment; no backends means all there are, in their order."""
 

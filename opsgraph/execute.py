@@ -6,7 +6,8 @@ the recomputation that a plan is for. So under torch.compile a plan is two calls
 results that alias.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from typing import Any
@@ -157,6 +158,28 @@ def expose(plan: Plan, ops: Any) -> None:
     _handles[plan.handle] = plan, ops
 
 
+KEPT = 256
+"""Plans that are kept after their modules: a compiled graph, or one backward of it, may live on."""
+_retired: deque[str] = deque()
+
+
+def retire(handles: Mapping[str, Plan]) -> None:
+    """Take note that the modules are gone whose plans have these handles."""
+    _retired.extend(handles)
+    while len(_retired) > KEPT:
+        _handles.pop(_retired.popleft(), None)
+
+
+def _found(handle: str) -> tuple[Plan, Any]:
+    """A plan and its ops by handle."""
+    if handle not in _handles:
+        raise RuntimeError(
+            "opsgraph: a compiled graph was called whose module is gone, and more than "
+            f"{KEPT} others after it; keep the module for as long as the graph"
+        )
+    return _handles[handle]
+
+
 _library = torch.library.Library("opsgraph", "FRAGMENT")
 _library.define("forward(str handle, Tensor[] tensors) -> Tensor[]")
 # A compiler neither runs this one again for a backward nor, for each call has a tensor of its own,
@@ -186,7 +209,7 @@ def _distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tenso
 
 
 def _forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
-    plan, ops = _handles[handle]
+    plan, ops = _found(handle)
     with torch.no_grad(), without_autocast(tensors[0].device.type):
         outputs, saved = plan.run_forward(ops, *_with_missing(plan, tensors))
         return _distinct([*outputs, *(saved[k] for k in _made(plan))], tensors)
@@ -203,7 +226,7 @@ def _with_missing(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
-    plan, ops = _handles[handle]
+    plan, ops = _found(handle)
     count = 1 + len(plan.specs.taps)
     with torch.no_grad(), without_autocast(tensors[0].device.type):
         made = plan.run_backward(ops, *tensors[:count], tensors[count:])
@@ -222,7 +245,7 @@ def _scaled(rows: Any, factor: Fraction) -> Any:
 
 
 def _fake_forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
-    plan = _handles[handle][0]
+    plan = _found(handle)[0]
     made = [plan.specs.saved[k][1] for k in _made(plan)]
     return _fakes([*plan.specs.outputs, *made], tensors[0].shape[0])
 
@@ -232,7 +255,7 @@ def _fake_forward_random(handle: str, tensors: list[Tensor], call: Tensor) -> li
 
 
 def _fake_backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
-    plan = _handles[handle][0]
+    plan = _found(handle)[0]
     names = [name for name, _ in plan.specs.saved]
     saved = dict(zip(names, tensors[len(tensors) - len(names) :], strict=True))
     rows, found = _scaled(tensors[0].shape[0], 1 / plan.specs.outputs[0].factor), []

@@ -10,7 +10,7 @@ of its own, which only its own `bwd` may take.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from itertools import product
+from itertools import count, product
 from types import NoneType, TracebackType, UnionType
 from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
@@ -46,6 +46,9 @@ class Fuser:
     def saved(self, ops: Mapping[str, Op | None], x: Spec) -> dict[str, Spec]:
         """The specs of private saved names; needed only where there are such names."""
         raise NotImplementedError(f"{self.name} saves private values and must define `saved`")
+
+    serial = 0
+    """The number of its registration, which no other has."""
 
     @property
     def name(self) -> str:
@@ -128,6 +131,15 @@ def _verify(fuser: Fuser) -> None:
     if getattr(fuser, "backend", None) not in backends():
         known = ", ".join(backends())
         fail(f"got backend {getattr(fuser, 'backend', None)!r}, expected one of {known}")
+    pattern = getattr(fuser, "pattern", None)
+    if not isinstance(pattern, Mapping):
+        fail(f"got pattern {pattern!r}, expected op classes under names, such as dict(fc=Linear)")
+    if wrong := [k for k in fuser.pattern if not str(k).isidentifier() or k in ARGUMENTS]:
+        fail(f"got {wrong} in pattern, expected names other than {', '.join(sorted(ARGUMENTS))}")
+    for option in ("saves", "consumes"):
+        value = getattr(fuser, option)
+        if isinstance(value, str) or not all(isinstance(n, str) for n in value):
+            fail(f"got {option} = {value!r}, expected a tuple of names")
     kinds = {key: [k for k in alternatives(e) if k] for key, e in fuser.pattern.items()}
     flat = [kind for entry in kinds.values() for kind in entry]
     if not flat or not all(isinstance(kind, type) and issubclass(kind, Op) for kind in flat):
@@ -149,6 +161,8 @@ def _verify(fuser: Fuser) -> None:
         "bwd": {"x", "y", "dy", "want", *kinds} | public | private,
         "reject": {"x", *kinds},
     }
+    if fuser.bwd and (strange := set(fuser.consumes) - set(arguments(fuser.bwd))):
+        fail(f"consumes {sorted(strange)}, which bwd does not name")
     for method, names in allowed.items():
         function = getattr(fuser, method)
         if function and (unknown := set(arguments(function)) - names):
@@ -156,6 +170,11 @@ def _verify(fuser: Fuser) -> None:
             fail(
                 f"{method} needs {sorted(unknown)}, which nobody has; the names there are: {there}"
             )
+
+
+ARGUMENTS = frozenset({"x", "y", "dy", "want", "self"})
+"""Arguments of a fuser's functions that no key of a pattern may hide."""
+_serial = count(1)
 
 
 class Handle:
@@ -169,6 +188,7 @@ class Handle:
         with config.lock:
             if self.fuser in _registered:
                 _registered.remove(self.fuser)
+                Matcher.of.cache_clear()
                 config.touch()
 
     def __enter__(self) -> "Handle":
@@ -192,9 +212,17 @@ def register(fuser: Fuser | type[Fuser]) -> Handle:
     Returns a handle with `unregister()`, also a context manager. Raises RegisterError when the
     declaration names a backend, an op or a value that does not exist.
     """
-    made = fuser() if isinstance(fuser, type) else fuser
+    try:
+        made = fuser() if isinstance(fuser, type) else fuser
+    except TypeError as error:
+        raise RegisterError(
+            f"{getattr(fuser, '__name__', fuser)}: cannot be made: {error}"
+        ) from error
+    if not isinstance(made, Fuser):
+        raise RegisterError(f"got {made!r}, expected a Fuser or a class of one")
     _verify(made)
     with config.lock:
+        made.serial = next(_serial)
         _registered.append(made)
         config.touch()
     return Handle(made)

@@ -25,6 +25,7 @@ from . import config
 from .checkpoints import without_extra_state
 from .constants import plain
 from .errors import OpError
+from .results import verify
 from .spec import ROWS, Spec
 from .validation import text
 from .watched import MODULE_ATTRIBUTES, Watched, serving
@@ -259,7 +260,8 @@ class Op(Watched):
                 return given.to("meta", x.dtype if cast else given.dtype)
 
             names = [name for name in arguments(type(self).fwd) if name != "want"]
-            y, saved = self.fwd(*(value(name) for name in names))
+            made = self.fwd(*(value(name) for name in names))
+            y, saved = verify(made, type(self).__name__, "fwd", (len(self.saves),))
             return [y, *(s for s in saved if s is not None)]
 
         def spec(few: Tensor, many: Tensor) -> Spec:

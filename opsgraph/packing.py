@@ -6,9 +6,9 @@ saved as the parts of the one copy that the backward reads, `xq2_0, xq2_1`.
 """
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from .cached import cached_property
 from .claims import Call, Space
 from .op import BACKWARD, FORWARD
 from .spec import Spec

@@ -4,11 +4,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .cached import cached_property
 from .casting import with_casts
 from .check import reference_calls
 from .claims import Claim, Rejection, Space
@@ -262,15 +262,17 @@ def make_plan(
 def _taken(rejection: Rejection, cover: Cover) -> bool:
     """A claim that was refused on the way and taken in the end is no refusal."""
     steps = cover.forward if rejection.direction == FORWARD else cover.backward
-    return any(c.ops == rejection.ops and c.fuser.name == rejection.name for c in steps)
+    which = rejection.ops, rejection.name, rejection.backend
+    return any((c.ops, c.fuser.name, c.fuser.backend) == which for c in steps)
 
 
 def _log(plan: Plan, config: Config) -> None:
     if "plan" in config.logs:
         print(plan, file=sys.stderr)
     if "reject" in config.logs:
-        for ops, name, direction, reason in plan.rejected:
-            print(f"opsgraph: {ops} {name} ({direction}): {reason}", file=sys.stderr)
+        for ops, name, direction, reason, backend in plan.rejected:
+            who = f"{name} of {backend}" if backend else name
+            print(f"opsgraph: {ops} {who} ({direction}): {reason}", file=sys.stderr)
     if "code" in config.logs:
         print(plan.forward_source, plan.backward_source, file=sys.stderr)
 

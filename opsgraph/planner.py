@@ -70,7 +70,7 @@ def _live(space: Space, backward: list[Claim]) -> tuple[Keeper, set[str]]:
 def _qualifies(space: Space, claim: Claim, live: set[str]) -> bool:
     hidden = sorted(name for name in live if space.hides(claim, name))
     if hidden:
-        space.reject(claim.ops, claim.fuser.name, FORWARD, f"backward needs {', '.join(hidden)}")
+        space.reject(claim.ops, claim.fuser, FORWARD, f"backward needs {', '.join(hidden)}")
     return not hidden
 
 

@@ -8,11 +8,11 @@ Where ops are dropped, several gaps share one value, named after the first of th
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
+from .cached import cached_property
 from .constants import called, literal, plain
 from .errors import OpError, PlanError
 from .functions import checked_out, function, identity, passes, promotes, saved

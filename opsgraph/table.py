@@ -11,6 +11,7 @@ from typing import Any
 
 from . import config
 from .constants import key as plan_key
+from .execute import retire
 from .fuser import registered
 from .op import weights
 from .options import Options
@@ -23,14 +24,28 @@ from .watched import mutable
 Key = tuple[Any, ...]
 
 
+MOST = 1024
+"""Plans of one table: beyond that the oldest is made again if it is needed again."""
+
+
+class Plans(dict[Key, Plan]):
+    """Plans by key, of which the oldest go where there are many: some ops have any width."""
+
+    def __setitem__(self, key: Key, plan: Plan) -> None:
+        super().__setitem__(key, plan)
+        if len(self) > MOST:
+            del self[next(iter(self))]
+
+
 class PlanTable:
     """Plans by key, for all modules whose ops have the same classes, settings and channels."""
 
     def __init__(self, run: Run, options: Options) -> None:
         self.run, self.options, self.ops = run, options, tuple(run.ops)
-        self.plans: dict[Key, Plan] = {}
+        self.plans: dict[Key, Plan] = Plans()
         self.exposed = SimpleNamespace()
         """Plans by handle, as attributes: a dict that a trace has read once is not read again."""
+        weakref.finalize(self, retire, self.exposed.__dict__).atexit = False
 
 
 _tables: weakref.WeakValueDictionary[Any, PlanTable] = weakref.WeakValueDictionary()
@@ -50,7 +65,7 @@ def table_for(run: Run, options: Options) -> PlanTable:
             shapes = tuple(shape_of(getattr(*op.home(name))) for name in weights(kind))
             parts.append((kind, type(op), plan_key(settings), shapes))
         wiring = (tuple(run.sources.items()), tuple(i[:2] for i in run.inputs), tuple(run.outputs))
-        fusers = tuple(map(id, registered()))
+        fusers = tuple(fuser.serial for fuser in registered())
         recipe = (tuple(run.quantizers.items()), tuple(run.overrides.items()))
         key = (tuple(parts), wiring, recipe, tuple(run.labels), options.key, fusers)
     except TypeError:

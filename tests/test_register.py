@@ -53,3 +53,42 @@ def test_register_says_what_is_wrong(attributes: dict[str, Any], message: str) -
     with pytest.raises(og.RegisterError, match=f"^Wrong: .*{message}"):
         og.register(declared(**attributes))
     assert registered() == before
+
+
+def consumes_act(self: Any, dy: Tensor, fc_weight: Tensor) -> Any: ...
+
+
+@pytest.mark.parametrize(
+    "attributes, message",
+    [
+        (dict(pattern=None), "got pattern None, expected op classes under names"),
+        (dict(pattern=RMSNorm), "got pattern <class .*, expected op classes under names"),
+        (dict(pattern=dict(x=RMSNorm)), r"got \['x'\] in pattern, expected names other than"),
+        (dict(pattern={"my op": RMSNorm}), r"got \['my op'\] in pattern"),
+        (dict(saves="fc_x"), "got saves = 'fc_x', expected a tuple of names"),
+        (dict(bwd=consumes_act, consumes=("fc_x",)), r"consumes \['fc_x'\], which bwd does not"),
+        (dict(__init__=lambda self, more: None), "cannot be made: .*more"),
+    ],
+)
+def test_register_says_what_is_wrong_with_options(attributes: dict[str, Any], message: str) -> None:
+    before = registered()
+    with pytest.raises(og.RegisterError, match=f"^Wrong: .*{message}"):
+        og.register(declared(**attributes))
+    assert registered() == before
+
+
+def test_a_fuser_without_pattern_is_refused() -> None:
+    class Without(og.Fuser):
+        backend = "aten"
+
+        def fwd(self, x: Tensor) -> Any:
+            return x, ()
+
+    with pytest.raises(og.RegisterError, match="Without: got pattern None, expected op classes"):
+        og.register(Without)
+
+
+@pytest.mark.parametrize("what", [3, RMSNorm, "Fuser", None])
+def test_what_is_no_fuser_is_refused(what: Any) -> None:
+    with pytest.raises(og.RegisterError, match="expected a Fuser or a class of one"):
+        og.register(what)

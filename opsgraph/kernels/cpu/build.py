@@ -45,7 +45,16 @@ A compiler's command that names a machine itself (-march, -mcpu) gets none of th
 TIMEOUT = 300
 """Seconds after which a compiler counts as one that does not work."""
 
-_locks = {path.stem: threading.Lock() for path in SOURCES.glob("*.cpp")}
+_locks: dict[str, threading.Lock] = {}
+
+
+def _renew_locks() -> None:
+    _locks.update({path.stem: threading.Lock() for path in SOURCES.glob("*.cpp")})
+
+
+_renew_locks()
+if hasattr(os, "register_at_fork"):  # a thread that holds one is not there in the child
+    os.register_at_fork(after_in_child=_renew_locks)
 _found: dict[str, ctypes.CDLL | str] = {}
 
 

@@ -1,0 +1,128 @@
+"""Functions of ops and fusers that return something else than they should are named."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import opsgraph as og
+from opsgraph.ops import BasicLinear, Bias, Linear, SiLU
+
+X = torch.randn(2, 4)  # two rows: a bare tensor can be taken apart into two
+
+
+class Double(og.Op):
+    saves: Any = ()
+
+    def out(self, x: og.Spec) -> og.Spec:
+        return x
+
+    def saved(self, x: og.Spec) -> dict[str, og.Spec]:
+        return dict.fromkeys(self.saves, x)
+
+    def fwd(self, x: Tensor) -> Any:
+        return 2 * x, ()
+
+    def bwd(self, dy: Tensor) -> Any:
+        return 2 * dy, ()
+
+
+def op(**functions: Any) -> og.Op:
+    return type("Custom", (Double,), functions)()
+
+
+FORWARDS = {
+    "bare": (lambda self, x: 2 * x, ()),
+    "one": (lambda self, x: (2 * x,), ()),
+    "y alone": (lambda self, x: (2 * x, x), ()),
+    "too much": (lambda self, x: (2 * x, (x,)), ()),
+    "too little": (lambda self, x: (2 * x, ()), ("x2",)),
+    "not a tensor": (lambda self, x: (2.0, ()), ()),
+    "saved number": (lambda self, x: (2 * x, (2.0,)), ("x2",)),
+    "flat": (lambda self, x: (2 * x.flatten(), ()), ()),
+    "none": (lambda self, x: None, ()),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_wrong_result_of_fwd_is_named(name: str, training: bool, traced: bool) -> None:
+    function, saves = FORWARDS[name]
+    functions: dict[str, Any] = dict(fwd=function, saves=saves)
+    functions |= dict(out=og.Op.out, saved=og.Op.saved) if traced else {}
+    functions["bwd"] = lambda self, dy: (2 * dy, ())
+    with pytest.raises(og.OpError, match=r"Custom: got .*expected (\(y, saved\)|\[(rows|\*), wi)"):
+        og.Sequential(SiLU(), op(**functions))(X.clone().requires_grad_(training))
+
+
+BACKWARDS = {
+    "bare": lambda self, dy: 2 * dy,
+    "dx alone": lambda self, dy: (2 * dy,),
+    "a gradient too much": lambda self, dy: (2 * dy, (dy,)),
+    "not in a tuple": lambda self, dy: (2 * dy, dy),
+    "none": lambda self, dy: None,
+}
+
+
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_a_wrong_result_of_bwd_is_named(name: str) -> None:
+    module = og.Sequential(SiLU(), op(bwd=BACKWARDS[name]))
+    y = module(X.clone().requires_grad_())
+    with pytest.raises(og.OpError, match=r"1:Custom: got .* from bwd, expected \(dx, gradients\)"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("function", ["dgrad", "wgrad"])
+def test_a_wrong_gradient_of_a_linear_layer_is_named(function: str) -> None:
+    def pair(self: Any, dy: Tensor, x: Tensor, weight: Tensor) -> Any:
+        return dy, ()
+
+    kind = type("Custom", (BasicLinear,), {function: pair})
+    layer = kind(4, 4)
+    torch.nn.init.ones_(layer.weight)
+    y = og.Sequential(SiLU(), layer)(X.clone().requires_grad_())
+    with pytest.raises(og.OpError, match=rf"1:Custom: got \(a tensor .* from {function}, expected"):
+        y.sum().backward()
+
+
+class Fused(og.Fuser):
+    backend, pattern = "aten", dict(fc=BasicLinear, bias=Bias | None, act=SiLU)
+
+    def fwd(self, x: Tensor, fc_weight: Tensor) -> Any:
+        return x @ fc_weight.t()
+
+
+class FusedBackward(og.Fuser):
+    backend, pattern = "aten", dict(fc=BasicLinear, bias=Bias | None, act=SiLU)
+
+    def bwd(self, dy: Tensor, fc_weight: Tensor) -> Any:
+        return dy @ fc_weight, ()
+
+
+@pytest.mark.usefixtures("without_cpu_backend")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_wrong_result_of_a_fuser_is_named(bias: bool) -> None:
+    ops = Linear(4, 4, bias=bias), SiLU()
+    with og.register(Fused), torch.no_grad():
+        module = og.Sequential(*ops, fusers=("Fused",))
+        with pytest.raises(og.OpError, match=r"Fused \(aten\): got a tensor of .* from fwd"):
+            module(X)
+    with og.register(FusedBackward):
+        y = og.Sequential(*ops, fusers=("FusedBackward",))(X.clone().requires_grad_())
+        count = "2" if bias else "1"
+        with pytest.raises(og.OpError, match=rf"FusedBackward \(aten\): got .* tuple of {count}$"):
+            y.sum().backward()
+
+
+def test_right_results_are_looked_at_once() -> None:
+    module = og.Sequential(op(), SiLU(), op())
+    x = X.clone().requires_grad_()
+    for _ in range(2):
+        module(x).sum().backward()
+    (plan,) = module._stages[0].plans.values()
+    for function, name in ((plan.run_forward, "fwd"), (plan.run_backward, "bwd")):
+        stands = [v for k, v in function.__globals__.items() if k.startswith("Custom")]
+        assert stands
+        assert all(getattr(v, name).__qualname__ == f"Double.{name}" for v in stands)
