@@ -21,18 +21,8 @@ from .fuser import (
 from .names import root, variable
 from .op import BACKWARD, FORWARD, arguments
 from .program import Argument, Program
+from .rejection import Rejection
 from .spec import Spec
-
-
-class Rejection(NamedTuple):
-    """Why a fuser that fits somewhere is not used there."""
-
-    ops: tuple[int, ...]
-    name: str
-    direction: str
-    reason: str
-    backend: str = ""
-    """The fuser's; empty where the whole backend is refused."""
 
 
 class Call(NamedTuple):
@@ -166,8 +156,8 @@ class Space:
 
     def reject(self, ops: tuple[int, ...], fuser: Fuser, direction: str, reason: str) -> None:
         """Record a refusal once."""
-        rejection = Rejection(ops, fuser.name, direction, reason, fuser.backend)
-        if rejection not in self.rejected:
+        rejection = Rejection(ops, fuser.name, direction, reason, backend=fuser.backend)
+        if (rejection, fuser.backend) not in ((known, known.backend) for known in self.rejected):
             self.rejected.append(rejection)
 
     def _refusal(self, match: Match, direction: str) -> str | None:

@@ -37,9 +37,10 @@ def table(plan: "Plan") -> str:
         lines += ["backward", *(_row(step, plan) for step in plan.backward)]
     if plan.rejected:
         lines.append("rejected")
-        for ops, name, direction, reason, backend in plan.rejected:
+        for refused in plan.rejected:
+            ops, name, direction, reason = refused
             where = positions(ops, plan) if ops else "all"
-            lines.append(f"  {where:>5}  {name:<24} {backend:<10} {direction}: {reason}")
+            lines.append(f"  {where:>5}  {name:<24} {refused.backend:<10} {direction}: {reason}")
     if plan.backward:
         each = "  ".join(f"{name} {size}" for name, size in plan.saved.items())
         lines.append(f"saved  {each}   {plan.saved_bytes_per_row} bytes per row")
@@ -59,12 +60,15 @@ def graph(plan: "Plan") -> "nx.MultiDiGraph[Any]":
         if step.direction != FORWARD:
             ends.reverse()
         made.add_edge(*ends, name=step.name, backend=step.backend, ops=step.ops, taken=True)
-    for ops, name, direction, reason, backend in plan.rejected:
+    for refused in plan.rejected:
+        ops, name, direction, reason = refused
         if ops:
             ends = [(direction, ops[0]), (direction, ops[-1] + 1)]
             if direction != FORWARD:
                 ends.reverse()
-            made.add_edge(*ends, name=name, backend=backend, ops=ops, taken=False, reason=reason)
+            made.add_edge(
+                *ends, name=name, backend=refused.backend, ops=ops, taken=False, reason=reason
+            )
     return made
 
 
@@ -96,14 +100,17 @@ def _refused_rows(plan: "Plan", direction: str, y: float) -> tuple[list[str], fl
     """Refused steps, packed into as few rows as they need."""
     ends: list[float] = []
     parts = []
-    for ops, name, way, reason, backend in plan.rejected:
+    for refused in plan.rejected:
+        ops, name, way, reason = refused
         if not ops or way != direction:
             continue
         x, width = _span(ops)
         level = next((k for k, end in enumerate(ends) if end <= x), len(ends))
         ends[level : level + 1] = [x + width]
         parts.append(
-            _box(x, y + level * _HEIGHT, width, name, "", True, f"{name} {backend}: {reason}")
+            _box(
+                x, y + level * _HEIGHT, width, name, "", True, f"{name} {refused.backend}: {reason}"
+            )
         )
     return parts, y + len(ends) * _HEIGHT
 

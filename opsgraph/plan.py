@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .cached import cached_property
 from .casting import with_casts
 from .check import reference_calls
-from .claims import Claim, Rejection, Space
+from .claims import Claim, Space
 from .codegen import write_backward, write_forward
 from .config import Config
 from .errors import PlanError
@@ -19,6 +19,7 @@ from .op import BACKWARD, FORWARD, STORED
 from .packing import Packing
 from .planner import PLANNERS, Cover
 from .program import Program, Request
+from .rejection import Rejection
 from .run import Run
 from .spec import Spec
 
@@ -270,8 +271,9 @@ def _log(plan: Plan, config: Config) -> None:
     if "plan" in config.logs:
         print(plan, file=sys.stderr)
     if "reject" in config.logs:
-        for ops, name, direction, reason, backend in plan.rejected:
-            who = f"{name} of {backend}" if backend else name
+        for refused in plan.rejected:
+            ops, name, direction, reason = refused
+            who = f"{name} of {refused.backend}" if refused.backend else name
             print(f"opsgraph: {ops} {who} ({direction}): {reason}", file=sys.stderr)
     if "code" in config.logs:
         print(plan.forward_source, plan.backward_source, file=sys.stderr)
