@@ -69,7 +69,17 @@ def encode(value, E5M2: tl.constexpr, NATIVE: tl.constexpr):
 @triton.jit
 def scaled(value, multiplier):
     """The product; NaN, where an infinite one would be saturated, for a value that is infinite."""
-    return tl.where(magnitude(value) == INFINITY_BITS, float("nan"), value * multiplier)
+    return value * multiplier - (value - value)
+
+
+@triton.jit
+def scaled_within(value, multiplier):
+    """`scaled` by what the values' own amax gives, so that no other product is infinite.
+
+    The value need not be kept until then: in one kernel that makes the difference to a spill.
+    """
+    product = value * multiplier
+    return product - (product - product)
 
 
 @triton.jit
@@ -125,7 +135,7 @@ def store_copy(
         multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
         # Chosen, not `&`: the interpreter of Triton 3.9 refuses a block's mask and a scalar's.
         tl.store(scale + row, multiplier, row < tl.where(first_col == 0, end_row, 0))
-        codes = encode(scaled(value, multiplier[:, None]), E5M2, NATIVE)
+        codes = encode(scaled_within(value, multiplier[:, None]), E5M2, NATIVE)
     else:
         blocks = tl.reshape(value, [R, C // BLOCK, BLOCK])
         bits = tl.max(magnitude(blocks), 2)
@@ -139,7 +149,9 @@ def store_copy(
         block = first_col // BLOCK + tl.arange(0, C // BLOCK)[None, :]
         at = row.to(tl.int64)[:, None] * tl.cdiv(width, BLOCK) + block
         tl.store(scale + at, grid, (row[:, None] < end_row) & (block * BLOCK < end_col))
-        codes = tl.reshape(encode(scaled(blocks, multiplier[:, :, None]), E5M2, NATIVE), [R, C])
+        codes = tl.reshape(
+            encode(scaled_within(blocks, multiplier[:, :, None]), E5M2, NATIVE), [R, C]
+        )
     store_data(codes, first_row, first_col, end_row, end_col, width, data, R, C)
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .activations import _backward, _gate, _gate_backward, _load, _load_biased
 from .norm_kernels import _affine
-from .quantize_kernels import encode, magnitude, scale_of, scaled, store_amax, store_copies
+from .quantize_kernels import encode, magnitude, scale_of, scaled_within, store_amax, store_copies
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def rows_kernel(
             x, bias, weight, mean, rstd, row, cols, rows, x_stride,
             UNIT, WIDTH, SOURCE, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, ZERO_CENTERED,
         )  # fmt: skip
-        codes = encode(scaled(value, multiplier), E5M2, NATIVE)
+        codes = encode(scaled_within(value, multiplier), E5M2, NATIVE)
         tl.store(data + row.to(tl.int64) * WIDTH + cols, codes, (row < rows) & (cols < WIDTH))
 
 
