@@ -271,6 +271,8 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
 
     def example_extras(self, x: Tensor) -> list[Tensor]:
         """Uninitialized extra inputs of the right shapes for x, where all ops are planned."""
+        if self._epoch != config.epoch:
+            self._prepare(x.shape[-1])
         (stage,) = self._current()
         assert isinstance(stage, Stage)
         return stage.extras.example(x)

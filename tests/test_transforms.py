@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -215,3 +215,41 @@ def test_jit_trace_of_an_op_alone() -> None:
     with torch.no_grad():
         traced = torch.jit.trace(op := RMSNorm(6), torch.randn(3, 6))
         torch.testing.assert_close(traced(x := torch.randn(3, 6)), op(x))
+
+
+def every_op() -> list[Any]:
+    """Every op's samples but those that exchange tensors with other ranks."""
+    found = []
+    for name in og.ops.__all__:
+        kind = getattr(og.ops, name)
+        if isinstance(kind, type) and issubclass(kind, og.Op) and not kind.collective:
+            samples = enumerate(kind.sample()) if name != "Dropout" else ()
+            found += [pytest.param(op, id=f"{name}-{k}") for k, op in samples]
+    return found
+
+
+@pytest.mark.parametrize("op", every_op())
+def test_every_op_is_followed(op: og.Op) -> None:
+    torch.manual_seed(0)
+    module, plain = og.Sequential(op), og.Sequential(op, double_backward=True)
+    x = torch.randn(4, op.in_width or 8)
+    extras = [torch.ones_like(e) if e.is_floating_point() else e for e in module.example_extras(x)]
+
+    def results(m: nn.Module) -> Iterator[Tensor]:
+        def run(x: Tensor) -> Tensor:
+            y = m(x, *extras)
+            return y[0] if isinstance(y, tuple) else y
+
+        yield torch.func.jvp(run, (x,), (x.cos(),))[1]
+        leaf = x.clone().requires_grad_()
+        dy = torch.randn(2, *run(leaf).shape, generator=torch.Generator().manual_seed(0))
+        yield torch.autograd.grad(run(leaf), leaf, dy, is_grads_batched=True)[0]
+        if m is module:
+            with torch.no_grad():
+                traced = torch.jit.trace(m, (x, *extras), check_trace=False)(x, *extras)
+                yield traced[0] if isinstance(traced, tuple) else traced
+        else:
+            yield run(x).detach()
+
+    for one, other in zip(results(module), results(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -153,16 +153,19 @@ def halves(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
     if block is None:
         a, b = x.chunk(2, -1)
         return a, b
-    split = x.unflatten(1, (x.shape[1] // (2 * block), 2, block))
-    return split[:, :, 0].flatten(1), split[:, :, 1].flatten(1)
+    # reshape: batched gradients have no rule for unflatten and flatten.
+    rows, width = x.shape[0], x.shape[1] // 2
+    split = x.reshape(rows, width // block, 2, block)
+    return split[:, :, 0].reshape(rows, width), split[:, :, 1].reshape(rows, width)
 
 
 def joined(a: Tensor, b: Tensor, block: int | None) -> Tensor:
     """The inverse of `halves`."""
     if block is None:
         return torch.cat((a, b), -1)
-    blocks = a.shape[1] // block, block
-    return torch.stack((a.unflatten(1, blocks), b.unflatten(1, blocks)), 2).flatten(1)
+    rows, width = a.shape
+    blocks = rows, width // block, block
+    return torch.stack((a.reshape(blocks), b.reshape(blocks)), 2).reshape(rows, 2 * width)
 
 
 def gated_forward(
