@@ -134,3 +134,17 @@ def test_dtype_and_nesting() -> None:
         assert type(GroupedLinear(2, HIDDEN, 32).weight0) is torch.nn.Parameter
     assert type(Linear(HIDDEN, 32).weight) is torch.nn.Parameter
     assert "mxe4m3" in repr(layer.weight)
+
+
+def test_quantized_parameters_are_marked_as_others() -> None:
+    with og.quantized_model_init(recipe=RECIPES["current"]):
+        module = og.LayerNormMLP(HIDDEN, FFN, device="cpu", delay_wgrad_compute=True)
+    for name, dim in (("fc1_weight", 0), ("fc2_weight", 1)):
+        weight: Any = module.get_parameter(name)
+        assert type(weight) is not torch.nn.Parameter
+        assert weight.partition_dim == dim
+        assert weight.tensor_model_parallel
+        assert weight.skip_backward_post_hook
+    module(torch.randn(4, HIDDEN)).sum().backward()
+    module.backward_dw()
+    assert module.get_parameter("fc1_weight").grad is not None
