@@ -2,7 +2,9 @@
 
 import itertools
 import linecache
-from collections.abc import Callable
+import re
+import traceback
+from collections.abc import Callable, Sequence
 from math import inf, nan
 from typing import Any, NamedTuple
 from weakref import finalize
@@ -10,9 +12,11 @@ from weakref import finalize
 import torch
 
 from .check import compare_ranks
+from .errors import OpError
 from .expected import compare, run_reference
 
 _serial = itertools.count()
+_OP = re.compile(r"ops\[([0-9]+)\]")
 
 
 class Function(NamedTuple):
@@ -36,3 +40,12 @@ def compiled(name: str, source: str, namespace: dict[str, Any]) -> Function:
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     finalize(made, linecache.cache.pop, file, None).atexit = False
     return Function(source, made)
+
+
+def place(error: OpError, labels: Sequence[str]) -> None:
+    """Give an error that an op raised as it ran the op's position, by the line that called it."""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        called = file.startswith("<opsgraph plan") and _OP.search(linecache.getline(file, line))
+        if called and str(error.args[0]).isidentifier():
+            error.args = (labels[int(called[1])], *error.args[1:])

@@ -142,7 +142,12 @@ def saved(kind: type[Op], op: Op, x: Spec) -> dict[str, Spec]:
 
 def checked_out(kind: type[Op], op: Op, x: Spec, label: str) -> Spec:
     """`out`; raises OpError where it is no row of a width for each row of x."""
-    y = out(kind, op, x)
+    try:
+        y = out(kind, op, x)
+    except OpError as error:
+        if str(error.args[0]).isidentifier():
+            error.args = (label, *error.args[1:])
+        raise
     if len(y.shape) != 2 or y.shape[0] != ROWS:
         sizes = ", ".join("*" if size == ROWS else str(size) for size in y.shape)
         raise OpError(label, f"an output of shape [{sizes}]", "[*, width], a row for each of x's")

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from . import config
+from .compiled import place
 from .dtensor import PLAIN, own_part
-from .errors import PlanError
+from .errors import OpError, PlanError
 from .execute import expose, run_compiled, run_inference, run_training
 from .extras import ExtraInputs
 from .followed import Followed, check_differentiable
@@ -299,12 +300,19 @@ class Stage(Followed):
         if plan.specs.training:
             try:
                 return run_training(plan, self, len(extras), x, *extras, *weights)
+            except OpError as error:
+                place(error, self.table.run.labels)
+                raise
             except RuntimeError:  # an inference tensor cannot be saved, its copy can
                 if not any(t.is_inference() for t in (x, *extras)):
                     raise
             x, *extras = (t.clone() if t.is_inference() else t for t in (x, *extras))
             return run_training(plan, self, len(extras), x, *extras, *weights)
-        return run_inference(plan, self, len(extras), (x, *extras, *weights))
+        try:
+            return run_inference(plan, self, len(extras), (x, *extras, *weights))
+        except OpError as error:
+            place(error, self.table.run.labels)
+            raise
 
     @constant_under_compile
     def _expose(self, key: Key, extras: int) -> str:

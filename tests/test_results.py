@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import opsgraph as og
-from opsgraph.ops import BasicLinear, Bias, Linear, SiLU
+from opsgraph.ops import AdaptiveRMSNorm, BasicLinear, Bias, Linear, SiLU
 
 X = torch.randn(2, 4)  # two rows: a bare tensor can be taken apart into two
 
@@ -126,3 +126,20 @@ def test_right_results_are_looked_at_once() -> None:
         stands = [v for k, v in function.__globals__.items() if k.startswith("Custom")]
         assert stands
         assert all(getattr(v, name).__qualname__ == f"Double.{name}" for v in stands)
+
+
+class Choosy(Double):
+    def fwd(self, x: Tensor) -> Any:
+        raise og.OpError("Choosy", "this", "that")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_errors_that_ops_raise_while_they_run_have_the_position(training: bool) -> None:
+    x = X.clone().requires_grad_(training)
+    with pytest.raises(og.OpError, match=r"^2:Choosy: got this, expected that$"):
+        og.Sequential(SiLU(), op(), Choosy())(x)
+    for shape in ((3, 4), (2, 5), (1, 3)):
+        scale = torch.randn(shape)
+        module = og.Sequential(SiLU(), AdaptiveRMSNorm(4), SiLU())
+        with pytest.raises(og.OpError, match=r"^1:AdaptiveRMSNorm: got .*, expected"):
+            module(x, scale, scale)
