@@ -170,6 +170,24 @@ def test_a_forward_of_ones_own_is_what_runs() -> None:
     torch.testing.assert_close(module(X), 2 * (theirs(X) @ own.weight.t() + own.bias))
 
 
+def test_an_error_of_a_called_op_comes_through() -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyError("mine")
+
+    module, _ = pair()
+    module[1].forward = broken
+    with pytest.raises(KeyError, match="mine"):
+        module(X)
+    module, _ = pair()
+    module[1].register_forward_hook(broken)
+    with pytest.raises(KeyError, match="mine"):
+        module(X)
+    module, _ = pair()
+    module[3] = None  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        module(X)
+
+
 def test_options_hold_for_ops_that_are_called() -> None:
     module = og.Sequential(Linear(4, 4), SiLU(), delay_wgrad_compute=True, backends=["reference"])
     module[0].register_forward_hook(note([], ""))
