@@ -290,6 +290,8 @@ def test_scales_that_are_gone_are_an_error() -> None:
 )
 def test_checkpoints_and_compiled_modules(where: str, contexts: bool) -> None:
     """Inside the compiled function and around it, delayed scaling has its forward's scales."""
+    if where == "inside" and contexts and torch.__version__ < "2.12":
+        pytest.skip("this Dynamo takes dispatch modes alone as a checkpoint's contexts")
     found = list[Any]()
     for compiled in (True, False):
         recipe = r.DelayedScaling(amax_history_len=12 + compiled + 2 * contexts)
@@ -346,7 +348,9 @@ def test_a_decorated_function_can_be_compiled() -> None:
     assert torch.equal(compiled(x), run(x))
     assert active.key is None
     delayed = og.autocast(recipe=r.DelayedScaling())(lambda x: module(x))
-    with pytest.raises(Exception, match="DelayedScaling inside a compiled function"):
+    says_why = torch.__version__ >= "2.10"  # 2.9 drops the text where a context manager is left
+    text = "DelayedScaling inside a compiled function" if says_why else "Observed exception"
+    with pytest.raises(Exception, match=text):
         torch.compile(delayed, fullgraph=True, backend="aot_eager")(x)
 
 
