@@ -35,7 +35,9 @@ def verify_tensor(value: Any, where: str, expected: str = "a tensor [*, width]")
     """Raises OpError for what is no tensor, or has no dimensions."""
     if isinstance(value, Tensor) and (value.is_nested or value.dim()):
         return
-    if type(value).__module__.startswith("torch.fx"):
+    if isinstance(value, Tensor):
+        expected = "[*, width]"
+    elif type(value).__module__.startswith("torch.fx"):
         expected += "; a torch.fx.Tracer has to call the module as a leaf, see is_leaf_module"
     raise OpError(where, described(value), expected)
 
