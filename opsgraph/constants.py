@@ -83,6 +83,8 @@ def key(value: Any) -> Any:
     what cannot be compared.
     """
     kind = type(value)
+    if kind is int or kind in _EXACT:
+        return kind, value
     if kind is float:
         return kind, value.hex()
     if kind is complex:
