@@ -13,7 +13,7 @@ from .errors import OpsgraphError
 from .exchange import reduce_max
 from .kernels.reference.quantize import FP8_MAX, delayed_update
 from .recipe import DelayedScaling
-from .scaling import BACKWARD, FORWARD, Scaling, states_of
+from .scaling import BACKWARD, FORWARD, Scaling, states_of, terms_of
 from .torch_private import preserve_version
 
 _COLUMNS = {FORWARD: slice(0, 2), BACKWARD: slice(2, 3)}
@@ -24,9 +24,10 @@ def take_up_backwards(recipe: DelayedScaling, group: Any) -> None:
 
     What a reentrant checkpoint noted of its forward waits for this too: it ran in a backward.
     """
-    states, reduced = states_of(recipe), group is not None and recipe.reduce_amax
+    states, reduced = serving(recipe), group is not None and recipe.reduce_amax
     late = reduced
     for state in states:
+        state.fresh = False
         if state.late:
             late, state.late = True, False
         if state.version != state._buffers["scale"]._version:  # type: ignore[union-attr]
@@ -37,7 +38,25 @@ def take_up_backwards(recipe: DelayedScaling, group: Any) -> None:
 
 def take_up_forwards(recipe: DelayedScaling, group: Any) -> None:
     """When a recipe's outermost context ends: new scales of activations and weights."""
-    _take_up(states_of(recipe), recipe, group if recipe.reduce_amax else None, (FORWARD,))
+    _take_up(serving(recipe), recipe, group if recipe.reduce_amax else None, (FORWARD,))
+
+
+def serving(recipe: DelayedScaling) -> list[Scaling]:
+    """All states of a recipe, their scales being that one's and not another's."""
+    states, terms = states_of(recipe), terms_of(recipe)
+    for state in states:
+        if state.terms != terms:
+            with config.lock:
+                state.serve(terms)
+    return states
+
+
+def take_up_what_came(state: Scaling, recipe: DelayedScaling) -> None:
+    """Have a copied or loaded layer, whose recipe is active, take up what its last backward saw."""
+    if state.fresh:
+        names = (BACKWARD, FORWARD) if state.late else (BACKWARD,)
+        state.fresh = state.late = False
+        _take_up([state], recipe, None, names)
 
 
 def _take_up(

@@ -122,6 +122,8 @@ class autocast:
         active.pop(self)
         if isinstance(self.recipe, DelayedScaling):
             _close(self.recipe)
+            if active.delayed:
+                _return()
 
     def __call__(self, function: Any) -> Any:
         for found in (inspect.isgeneratorfunction, inspect.iscoroutinefunction,
@@ -146,6 +148,8 @@ class autocast:
 def _open(recipe: DelayedScaling, group: Any) -> None:
     """Count a context of a delayed recipe; the outermost takes up what backwards saw."""
     now = active.delayed.get(recipe.key)
+    if now is not None or scaling.recomputing():
+        amaxes.serving(recipe)
     if now is None:
         if not scaling.recomputing():
             amaxes.take_up_backwards(recipe, group)
@@ -163,6 +167,20 @@ def _close(recipe: DelayedScaling) -> None:
         del active.delayed[recipe.key]
         if torch.is_grad_enabled() and not scaling.recomputing():
             amaxes.take_up_forwards(recipe, now.group)
+
+
+def _return() -> None:
+    """Have layers serve the delayed recipe that is the innermost again."""
+    if active.key in active.delayed:
+        amaxes.serving(recipe_of(active.key))  # type: ignore[arg-type]
+
+
+def state_for(owner: nn.Module, weight: str, recipe: DelayedScaling, label: str) -> scaling.Scaling:
+    """The state that a weight has for the recipe that is active, up to date as others are."""
+    state, now = scaling.scaling_of(owner, weight, recipe, label), active.delayed.get(recipe.key)
+    if now is not None and (now.group is None or not recipe.reduce_amax):
+        amaxes.take_up_what_came(state, recipe)
+    return state
 
 
 def meet(module: nn.Module, *names: str) -> None:

@@ -19,13 +19,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import config, interned
 from .errors import OpsgraphError
+from .kernels.reference.quantize import FP8_MAX, FP32_MAX
 from .recipe import ROLES, DelayedScaling
 from .torch_private import graph_task, preserve_version
 
@@ -102,6 +103,23 @@ def snapshot(scale: Tensor, column: int) -> Tensor:
     return _snapshot(scale, column)
 
 
+class Terms(NamedTuple):
+    """What of a recipe a state depends on: its history's length, and what scales are made of.
+
+    forward, backward: the format's largest number, divided by 2^margin.
+    """
+
+    length: int
+    forward: float
+    backward: float
+
+
+def terms_of(recipe: DelayedScaling) -> Terms:
+    """Those of a recipe."""
+    limits = (FP8_MAX[recipe.fp8_format.of(role)] for role in ("activation", "gradient"))
+    return Terms(recipe.amax_history_len, *(limit * 2.0**-recipe.margin for limit in limits))
+
+
 FORWARD, BACKWARD = "amax_forward", "amax_backward"
 """What is updated when a forward, or a backward, is over: the buffers with what it saw."""
 
@@ -136,11 +154,16 @@ class Scaling(nn.Module):
         self.noted = True
         """Whether the last call outside of a backward was recorded: one without grad is not."""
         self.late = False
-        """Whether a reentrant checkpoint noted its forward, which it runs in the backward."""
+        """Whether a forward was noted of which no context's end will take note: a reentrant
+        checkpoint runs it in the backward, a state dict was made inside the context."""
         self.updates = self.used = 0
         """How often forward scales were updated, by now and when a forward last used them."""
         self.before: Tensor | None = None
         """The scales of activation and weight before the last update."""
+        self.terms: Terms | None = None
+        """Those of the recipe that it serves; None if scales came from elsewhere."""
+        self.fresh = False
+        """Whether it serves a recipe whose context has not opened since."""
         self.fix()
 
     def fix(self) -> None:
@@ -225,6 +248,23 @@ class Scaling(nn.Module):
             seen = self.amax_forward[column]
             seen.copy_(torch.maximum(seen, amax))
 
+    def serve(self, terms: Terms) -> None:
+        """Be the state of a recipe: scales that another one made are converted."""
+        if self.terms == terms:
+            return
+        self.resize(terms.length)
+        if self.terms is not None:
+            forward = terms.forward / self.terms.forward
+            backward = terms.backward / self.terms.backward
+            with torch.inference_mode(False), torch.no_grad():
+                factor = self.scale.new_tensor([forward, forward, backward])
+                never = (self.scale == 1) & (self.amax_history.amax(0) == 0)
+                made = torch.where(never, self.scale, (self.scale * factor).clamp_max(FP32_MAX))
+                self.scale.copy_(made)
+                self.before = None if self.before is None else self.before * factor[:2]
+            self.fix()
+        self.terms = terms
+
     def resize(self, length: int) -> None:
         """Have a history of another length: the latest amaxes stay."""
         old = self.amax_history
@@ -257,6 +297,8 @@ class Scaling(nn.Module):
         there = [name for name in _ANEW if f"{prefix}{name}" in state_dict]
         if there:  # what is there may be these very buffers
             self.reset_parameters(but=there)
+        self.terms = None
+        self.late = self.late or "amax_forward" in there  # of a context that has ended
         given = state_dict.get(f"{prefix}amax_history")
         if given is not None:
             self.resize(given.size(0))
@@ -287,10 +329,11 @@ def scaling_of(owner: nn.Module, weight: str, recipe: DelayedScaling, label: str
             state = Scaling(recipe.amax_history_len, getattr(owner, weight).device)
             owner.add_module(name, state)
         state.label = state.label or label
-        state.resize(recipe.amax_history_len)
+        state.serve(terms_of(recipe))
         known = _registered.setdefault(recipe.key, [])
         if not any(ref() is state for ref in known):
             known.append(weakref.ref(state))
+            state.fresh = True
     return state
 
 

@@ -304,3 +304,94 @@ def test_kept_weights_serve_calls_that_need_less() -> None:
         with torch.no_grad():
             module.fc1_weight.mul_(2)
             assert torch.equal(module(x, is_first_microbatch=False), first)
+
+
+# -- going on --
+
+
+def _trained(module: nn.Module, recipe: DelayedScaling, sizes: range) -> list[Tensor]:
+    """What some steps of training gave."""
+    found = list[Tensor]()
+    for size in sizes:
+        found += step(module, recipe, float(size))
+        with torch.no_grad():
+            for parameter in module.parameters():
+                assert parameter.grad is not None
+                found.append(parameter.grad.clone())
+                parameter.sub_(parameter.grad * 1e-5)
+    return found
+
+
+def _loaded(name: str, state: dict[str, Any], **options: Any) -> nn.Module:
+    made = MODULES[name]()
+    made.load_state_dict({key: value.clone() for key, value in state.items()}, **options)
+    return made
+
+
+GOING_ON: dict[str, Callable[[str, nn.Module], nn.Module]] = {
+    "load_state_dict": lambda name, module: _loaded(name, module.state_dict()),
+    "assign": lambda name, module: _loaded(name, module.state_dict(), assign=True),
+    "deepcopy": lambda name, module: copy.deepcopy(module),
+    "pickle": lambda name, module: pickle.loads(pickle.dumps(module)),
+}
+
+
+@pytest.mark.parametrize("how", GOING_ON)
+@pytest.mark.parametrize("name", MODULES)
+def test_copies_and_loaded_modules_go_on_with_the_same_bits(name: str, how: str) -> None:
+    """Nobody prepares them: what the last backward saw still makes the next step's scale."""
+    recipe = DelayedScaling(amax_history_len=31)
+    module = MODULES[name]()
+    _trained(module, recipe, range(1, 4))
+    other = GOING_ON[how](name, module)
+    assert all(map(torch.equal, *(_trained(m, recipe, range(4, 7)) for m in (module, other))))
+
+
+def test_a_state_dict_made_inside_the_context_goes_on_with_the_same_bits() -> None:
+    recipe, module = DelayedScaling(amax_history_len=32), linear()
+    with og.autocast(recipe=recipe):
+        y = module(5 * example(dtype=torch.float32))
+        state = {key: value.clone() for key, value in module.state_dict().items()}
+    del y
+    other = _loaded("Linear", state)
+    assert all(map(torch.equal, *(_trained(m, recipe, range(2, 4)) for m in (module, other))))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_another_delayed_recipe_has_scales_of_its_own_format(nested: bool) -> None:
+    """Of a layer under several, of which another layer runs under one alone."""
+    wide = DelayedScaling(3, og.recipe.Format.E5M2, amax_history_len=5)
+    ours = DelayedScaling(amax_history_len=2)
+    module, alone = mlp(torch.float32), mlp(torch.float32)
+    x = example(dtype=torch.float32).requires_grad_()
+    want = [alone(x), *torch.autograd.grad(alone(x).square().sum(), x)]
+    for _ in range(3):
+        with og.autocast(recipe=wide if nested else None, enabled=nested):
+            for recipe in (wide, ours):
+                step(module, recipe)
+            step(alone, ours)
+            found = step(module, ours)
+            if nested:
+                found = [module(x).detach(), *found[1:]]
+    for got, right in zip(found[:2], want, strict=True):
+        assert (got - right).norm() < 0.15 * right.norm()
+    assert module.state_dict()["1.scaling.amax_history"].size(0) == (5 if nested else 2)
+
+
+def test_a_recipe_that_comes_back_finds_its_scales() -> None:
+    """Formats and margins differ by powers of two: the way back is exact."""
+    ours = DelayedScaling(amax_history_len=6)
+    wide = DelayedScaling(2, og.recipe.Format.E5M2, amax_history_len=6)
+    module = linear()
+    step(module, ours, 3.0)
+    with og.autocast(recipe=ours):  # takes up what the backward saw
+        pass
+    kept = [buffer.clone() for buffer in module.buffers()]
+    with torch.no_grad(), og.autocast(recipe=wide):
+        module(example(dtype=torch.float32))
+    scale = module.state_dict()["scaling.scale"].tolist()
+    factors = [32, 32, 0.25]  # 57344 / 448 / 4, and 1 / 4
+    assert scale == [s * f for s, f in zip(kept[0].tolist(), factors, strict=True)]
+    with torch.no_grad(), og.autocast(recipe=ours):
+        pass
+    assert all(map(torch.equal, kept, module.buffers()))

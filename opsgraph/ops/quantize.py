@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..functions import quantizable
 from ..op import Lowered, Op, Placed, lower_plainly
+from ..precision import state_for
 from ..quantizers import Quantizer
 from ..recipe import DelayedScaling, Recipe, recipe_of
-from ..scaling import scaling_of
 from ..spec import Spec
 from ..validation import flag
 from .elementwise import Identity
@@ -164,7 +164,7 @@ def _around(entry: Placed, recipe: Recipe) -> Iterator[Placed]:
     after = QuantizeGrad(recipe.quantizer("gradient"), "gradient")
     if isinstance(recipe, DelayedScaling):
         serial = getattr(entry.op, "serial", "")
-        state = scaling_of(*entry.op.home("weight"), recipe, f"#{serial}")
+        state = state_for(*entry.op.home("weight"), recipe, f"#{serial}")
         for op in (before, after):
             op._homes["scale"] = state, op.role
     yield Placed(Quantize, before, label, "q")
