@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from .dimensions import as_given, copy_gradients, flat, flattened, released, unflattened
 from .errors import PlanError
 from .plan import Plan
+from .precision import moment, saved_again
 from .scaling import record_gradient
 from .spec import ROWS, Spec
 from .torch_private import PassThrough, apply_of, forward_ad, has_memory
@@ -76,6 +77,9 @@ class PlanFunction(torch.autograd.Function):
                 outputs, saved = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])
         if plan.specs.reports:
             outputs = stage.record(plan, outputs, True)
+        if stage.recipe is not None:
+            ctx.moment = moment(stage.recipe, stage.states.values())
+            saved = (ctx.moment, *saved)
         if stage.eager_only is not None:
             ctx.watched = stage.unseen.watch(plan, tensors[extras + 1 :])
         if ctx.lead is not None:
@@ -94,7 +98,7 @@ class PlanFunction(torch.autograd.Function):
             )
         plan = ctx.plan
         given = (dy, *[others[k - 1] for k in plan.specs.taps]) if others else (dy,)
-        saved = list(ctx.saved_tensors)
+        saved = saved_again(ctx, ctx.stage.recipe)
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each dies after its use
         plain = has_memory(dy) if len(given) == 1 else all(map(has_memory, given))
         plain = plain and forward_ad._current_level < 0

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import inspect
 import threading
-from functools import wraps
+from collections.abc import Iterable
+from functools import lru_cache, wraps
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointError,
+    CheckpointPolicy,
+    create_selective_checkpoint_contexts,
+)
 
 from . import amaxes, scaling
 from .errors import OpsgraphError
 from .recipe import DelayedScaling, Recipe, recipe_of
+from .torch_private import dispatch_modes, graph_task, saved_hooks
 from .validation import flag
 
 
@@ -26,6 +32,8 @@ class Active(threading.local):
         """What modules run in; None outside `autocast`."""
         self.stack: tuple[Any, ...] = ()
         """The contexts that are open, the innermost last; each has a `key`."""
+        self.tasks: tuple[int, ...] = ()
+        """For each the backward in which it was opened, -1 for none."""
         self.delayed: dict[int, _Open] = {}
         """The delayed recipes whose contexts are open."""
         self.init: tuple[int, bool] | None = None
@@ -36,15 +44,17 @@ class Active(threading.local):
     def push(self, context: Any) -> None:
         """Open a context: the innermost counts."""
         self.stack = (*self.stack, context)
+        self.tasks = (*self.tasks, -1 if torch.compiler.is_compiling() else graph_task())
         self.key = context.key
 
     def pop(self, context: Any) -> None:
         """Close a context, also one that is not the innermost, as generators do."""
         if self.stack[-1] is context:
-            self.stack = self.stack[:-1]
+            self.stack, self.tasks = self.stack[:-1], self.tasks[:-1]
         else:
             last = max(k for k, other in enumerate(self.stack) if other is context)
             self.stack = (*self.stack[:last], *self.stack[last + 1 :])
+            self.tasks = (*self.tasks[:last], *self.tasks[last + 1 :])
         self.key = self.stack[-1].key if self.stack else None
 
 
@@ -195,16 +205,70 @@ def meet(module: nn.Module, *names: str) -> None:
                 scaling.scaling_of(module, name, recipe)
 
 
-def verify_recipe() -> None:
-    """Raises OpsgraphError where a checkpoint runs a forward again without the recipe it had.
+def follow(last: int | None) -> int | None:
+    """The recipe of a module's last call without grad, after a call in the recipe that is active.
 
-    For a module that ran under a recipe last, and now runs without one.
+    A reentrant checkpoint's forward is such a call, so its recomputation has to be in that recipe:
+    else raises OpsgraphError. Of a checkpoint that is not reentrant `saved_again` knows exactly.
     """
-    if scaling.recomputing() and scaling.tapes.replaying is None:
-        raise OpsgraphError(
-            "autocast: got a checkpoint's recomputation without its forward's recipe, expected "
-            "context_fn=og.checkpoint_contexts, use_reentrant=False, or autocast in its function"
-        )
+    if not scaling.recomputing():
+        return last if torch.is_grad_enabled() else active.key
+    if last != active.key and scaling.tapes.replaying is None and torch.is_grad_enabled():
+        inside = active.tasks and active.tasks[-1] == graph_task()  # its function has a context
+        if not (inside or saved_hooks()):
+            raise _lost("recipe")
+    return last
+
+
+def _lost(what: str) -> OpsgraphError:
+    return OpsgraphError(
+        f"autocast: got a checkpoint's recomputation without its forward's {what}, expected "
+        "context_fn=og.checkpoint_contexts, use_reentrant=False, or autocast in its function"
+    )
+
+
+_SHIFT = 1 << 32
+
+
+def moment(recipe: int, states: Iterable[scaling.Scaling]) -> Tensor:
+    """What a call under a recipe saves beside its tensors: which, and which updates' scales it has.
+
+    One number, int64 `[]`, on the CPU. Updates are only ever more, so that sums are the same if all
+    are; a recomputation that replays its forward's scales has 0 for them.
+    """
+    replayed = scaling.tapes.replaying is not None
+    made = recipe * _SHIFT + (0 if replayed else 1 + sum([state.moment for state in states]))
+    return torch.tensor(made, device="cpu") if dispatch_modes() else _number(made)
+
+
+@lru_cache(256)
+def _number(value: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, device="cpu")
+
+
+def saved_again(ctx: Any, recipe: int | None) -> list[Tensor]:
+    """The tensors that a call saved, but for its `moment`, which calls under a recipe have.
+
+    Raises OpsgraphError where a checkpoint made them again in another recipe or with other scales.
+    """
+    try:
+        saved = list(ctx.saved_tensors)
+    except CheckpointError as error:
+        if recipe is None and active.key is None:
+            raise
+        raise _lost("recipe") from error
+    if recipe is None:
+        return saved
+    found, was = saved.pop(0), ctx.moment
+    if found is not was and (found.dtype != was.dtype or found.dim()):
+        raise _lost("recipe")
+    if found is not was and (one := int(found)) != (other := int(was)):
+        if one // _SHIFT != other // _SHIFT:
+            raise _lost("recipe")
+        if one % _SHIFT and other % _SHIFT:
+            raise _lost("scales")
+    return saved
 
 
 class _Recompute:

@@ -224,6 +224,12 @@ class Scaling(nn.Module):
                 return snapshot(self.before, column)
         return snapshot(self.scale, column)
 
+    @property
+    def moment(self) -> int:
+        """Which update made the forward scales that a call has taken."""
+        again = recomputing() and not (self.noted and tapes.replaying is None)
+        return self.updates if again else self.used
+
     def record(self, role: str, amax: Tensor, grad: bool) -> None:
         """Note an amax, fp32 `[]`, of an activation or a weight that was quantized.
 

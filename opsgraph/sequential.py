@@ -24,8 +24,7 @@ from .ops.linear import tell_next
 from .ops.sizes import infer_sizes
 from .options import NAMES, Options
 from .plan import Plan
-from .precision import active, verify_recipe
-from .scaling import recomputing
+from .precision import active, follow
 from .stage import Stage
 from .stages import Entry, Plans, make_stages, spread
 from .watched import Watched, contents, mutable, own_state, whole
@@ -68,7 +67,8 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
             self._options = self._options.with_(queue=queue)
         self._stages: list[Stage | nn.Module] = []
         self._plain: list[Stage | nn.Module] = []
-        """The stages for no recipe; `_stages` is empty while the last call was under one."""
+        """The stages for no recipe; `_stages` is empty after calls under one."""
+        self._last: int | None = None  # the recipe of the last call without grad
         self._recipes: dict[int, list[Stage | nn.Module]] = {}
         """Stages for each recipe in which the module has run, by the recipe's number."""
         self._epoch = self._prepared = -1
@@ -109,7 +109,8 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
             epoch = config.epoch
             tell_next(self._present())
             self.__dict__["_recipes"] = {}
-            self.__dict__["_stages"] = self.__dict__["_plain"] = self._make_stages(None)
+            made = self.__dict__["_plain"] = self._make_stages(None)
+            self.__dict__["_stages"] = made if self._last is None else []
             self.__dict__["_containers"] = self._watch()
             self.__dict__["_prepared"] = epoch
             # The last, for threads that ask without the lock; -1 asks at every call.
@@ -149,15 +150,15 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
             with config.lock:
                 found = self._recipes[key] = self._make_stages(key)
                 drop_forgotten(self._recipes)
-        if self._stages and not recomputing():
-            self.__dict__["_stages"] = []
+        self.__dict__["_last"], self.__dict__["_stages"] = follow(self._last), []
         return found
 
     def _return(self) -> list[Stage | nn.Module]:
         """The stages for no recipe, put aside by calls under one: only then is there a question."""
-        verify_recipe()
-        found = self.__dict__["_stages"] = self._plain
-        return found
+        last = self.__dict__["_last"] = follow(self._last)
+        if last is None:
+            self.__dict__["_stages"] = self._plain
+        return self._plain
 
     # -- running --
 

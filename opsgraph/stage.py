@@ -59,7 +59,7 @@ class Stage(Followed):
     ) -> None:
         lower = None if recipe is None else partial(lowered, recipe)
         self.again = partial(Stage, ops, labels, options, known, later, recipe)
-        self.written = tuple(ops)
+        self.written, self.recipe = tuple(ops), recipe
         run = Run(ops, labels, known, later, lower)
         run.verify_weights()
         check_differentiable(run, options, recipe)

@@ -80,6 +80,16 @@ storage_uses: Callable[[int], int] | None = _find("_C._storage_Use_Count", None)
 graph_task: Callable[[], int] = _find("_C._current_graph_task_id", lambda: -1)
 """The number of the backward that PyTorch's engine runs on this thread; -1 for none."""
 
+_saved_hooks: Callable[[bool], Any] = _find(
+    "_C._autograd._top_saved_tensors_default_hooks", lambda unless_tracing: None
+)
+
+
+def saved_hooks() -> bool:
+    """Whether hooks of saved tensors are active, as a checkpoint has them that is not reentrant."""
+    return _saved_hooks(True) is not None
+
+
 executes: Callable[[Any], bool] = _find("_C._will_engine_execute_node", lambda node: True)
 """Whether that backward runs a node: `backward(inputs=...)` runs some alone. RuntimeError for a
 parameter's under torch.autograd.grad, which adds to no `.grad`."""

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from compiled import cold
 from recipe_cases import HIDDEN, example, mlp, results
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import opsgraph as og
 from opsgraph import recipe as r
@@ -235,6 +236,93 @@ def test_a_recomputation_without_its_recipe_is_an_error(
         y.sum().backward()
     plain = checkpoint(module, x, use_reentrant=reentrant)  # and nothing is left of it
     plain.sum().backward()
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "Linear": lambda: Linear(HIDDEN, 32, device="cpu"),
+    "Sequential": lambda: mlp(torch.float32),
+    "between plain modules": lambda: nn.Sequential(mlp(torch.float32), nn.Tanh()),
+    "LayerNormMLP": lambda: og.LayerNormMLP(HIDDEN, 64, device="cpu"),
+}
+POWERS = r.Float8CurrentScaling(use_power_2_scales=True)
+
+
+def forget(module: nn.Module) -> None:
+    """Have a module look at its ops again, as an attribute that is set does."""
+    op = next(m for m in module.modules() if isinstance(m, og.Op) or hasattr(m, "eps"))
+    op.register_forward_hook(lambda *_: None)
+
+
+BETWEEN: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "nothing": lambda module, x: None,
+    "a plain call": lambda module, x: module(x),
+    "another recipe": lambda module, x: results(module, POWERS, x),
+    "a hook": lambda module, x: forget(module),
+}
+
+
+@pytest.mark.parametrize("back", [None, MX, POWERS])
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_no_recomputation_is_in_another_recipe(
+    reentrant: bool, name: str, between: str, back: r.Recipe | None
+) -> None:
+    """Whatever the module does between its forward and its backward, and what is around that."""
+    module, x = LAYERS[name](), example(dtype=torch.float32).requires_grad_()
+    with og.autocast(recipe=CURRENT):
+        y = checkpoint(module, x, use_reentrant=reentrant)
+    BETWEEN[between](module, x.detach().requires_grad_())
+    with (
+        pytest.raises((og.OpsgraphError, CheckpointError)) as raised,
+        og.autocast(back is not None, back),
+    ):
+        y.sum().backward()
+    if name != "between plain modules":  # whose backward asks for its tensors before ours
+        assert "og.checkpoint_contexts" in str(raised.value)
+
+
+@pytest.mark.parametrize("recipe", [CURRENT, r.DelayedScaling(amax_history_len=17)])
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_without_a_recipe_does_not_mind_calls_that_have_one(
+    reentrant: bool, name: str, recipe: r.Recipe
+) -> None:
+    module, x = LAYERS[name](), example(dtype=torch.float32).requires_grad_()
+    y = checkpoint(module, x, use_reentrant=reentrant)
+    given = [x, *module.parameters()]
+    want = torch.autograd.grad(module(x).sum(), given)
+    results(module, recipe, x)
+    y.sum().backward()
+    assert all(torch.equal(t.grad, g) for t, g in zip(given, want, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("contexts", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_of_several_checkpoints_has_its_own_scales(name: str, contexts: bool) -> None:
+    """Or, without `checkpoint_contexts`, those of which nothing is left are an error."""
+    found = list[Any]()
+    for checkpointed in (True, False):
+        torch.manual_seed(0)
+        module = LAYERS[name]()
+        recipe = r.DelayedScaling(amax_history_len=18 + 2 * contexts + checkpointed)
+
+        def body(x: Tensor) -> Tensor:
+            with og.autocast(recipe=recipe):  # noqa: B023
+                return module(x)  # noqa: B023
+
+        inputs = [(k * example(dtype=torch.float32)).requires_grad_() for k in (3, 1, 7)]
+        through = again if contexts else partial(checkpoint, use_reentrant=False)
+        outputs = [through(body, x) if checkpointed else body(x) for x in inputs]
+        outputs.pop().sum().backward()
+        if checkpointed and not contexts:
+            with pytest.raises(og.OpsgraphError, match=r"og\.checkpoint_contexts"):
+                outputs.pop().sum().backward()
+            return
+        for y in outputs:
+            y.sum().backward()
+        found.append([*(x.grad for x in inputs), *(p.grad for p in module.parameters())])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
