@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch.utils._device import DeviceContext
 
-from .errors import OpsgraphError
+from .errors import OpError, OpsgraphError
 from .op import Op
 from .ops import LayerNorm, RMSNorm
 from .ops.activations import ACTIVATIONS, GATED, keywords
 from .ops.collectives import Group, group_of
 from .ops.linear import SYMMETRIC
-from .validation import epsilon, flag, whole
+from .validation import epsilon, flag, function, place, size, text, whole
 
 WHO = "LayerNormMLP"
 NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
@@ -37,6 +37,7 @@ FLAGS = (
     "double_backward",
     *OVERLAP,
 )
+FUNCTIONS = ("get_rng_state_tracker", "init_method", "output_layer_init_method")
 FIXED = {
     "hidden_size": "another module",
     "ffn_hidden_size": "another module",
@@ -71,6 +72,7 @@ def activation_of(name: str, params: Mapping[str, Any]) -> Op:
 def checked(given: Mapping[str, Any], tp: Group) -> dict[str, Any]:
     """All arguments, checked one by one and together; flags as True or False."""
     made = dict(given)
+    place(WHO, made["device"], made["params_dtype"])
     known("normalization", made["normalization"], NORMS)
     known("activation", made["activation"], ACTIVATIONS)
     for name in ("hidden_size", "ffn_hidden_size"):
@@ -83,6 +85,13 @@ def checked(given: Mapping[str, Any], tp: Group) -> dict[str, Any]:
     check_shares(made["ffn_hidden_size"], tp)
     if made["symmetric_ar_type"] is not None:
         known("symmetric_ar_type", made["symmetric_ar_type"], dict.fromkeys(SYMMETRIC))
+    for name in ("seq_length", "micro_batch_size"):
+        made[name] = size(WHO, name, made[name])
+    text(WHO, "name", made["name"])
+    for name in FUNCTIONS:
+        function(WHO, name, made[name])
+    if not isinstance(params := made["activation_params"], Mapping | None):
+        raise OpError(WHO, f"activation_params={params!r}", "a dict of keyword arguments or None")
     made["activation_params"] = dict(made["activation_params"] or {})
     made["sequence_parallel"] = made["sequence_parallel"] and tp.size > 1
     return made

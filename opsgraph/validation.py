@@ -4,10 +4,10 @@ NumPy's numbers and tensors of one element are taken as the numbers that they ar
 raises OpError, which names the op, what came and what was expected.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from math import isfinite
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import SymInt, Tensor
@@ -57,9 +57,14 @@ def whole(who: str, name: str, value: Any, least: int = 1, other: str = "") -> i
     return int(found)
 
 
-def size(who: str, name: str, value: Any, least: int = 1) -> int | None:
+def size(who: str, name: str, value: Any, least: int = 1) -> Any:
     """A size, or None where it is left out."""
     return None if value is None else whole(who, name, value, least, ", or None")
+
+
+def features(who: str, name: str, value: Any) -> Any:
+    """A width, which may be 0, or None where it is left out."""
+    return size(who, name, value, 0)
 
 
 def flag(who: str, name: str, value: Any) -> bool:
@@ -84,6 +89,16 @@ def text(who: str, name: str, value: Any) -> str | None:
     return value
 
 
+def names(who: str, name: str, value: Any) -> tuple[str, ...]:
+    """A collection of names, sorted."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise OpError(who, f"{name}={value!r}", "a list of names")
+    found = tuple(value)
+    if not all(isinstance(item, str) for item in found):
+        raise OpError(who, f"{name}={value!r}", "a list of names")
+    return tuple(sorted(found))
+
+
 def function(who: str, name: str, value: Any) -> Any:
     """Something to call, or None."""
     if value is not None and not callable(value):
@@ -102,7 +117,10 @@ def place(who: str, device: Any, dtype: Any) -> None:
 
 
 class Checked:
-    """An attribute of an op that a check of this file sees whenever it is set."""
+    """An attribute of an op that a check of this file sees whenever it is set.
+
+    Reading it costs nothing: the value is in the op's `__dict__`, where Python looks for it.
+    """
 
     def __init__(self, check: Callable[[str, str, Any], Any]) -> None:
         self.check, self.name = check, ""
@@ -110,13 +128,20 @@ class Checked:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, op: Any, kind: Any = None) -> Any:
-        if op is None:
-            return self
-        try:
-            return op.__dict__[self.name]
-        except KeyError:
-            raise AttributeError(self.name) from None
+    if TYPE_CHECKING:
+
+        def __get__(self, op: Any, kind: Any = None) -> Any: ...
 
     def __set__(self, op: Any, value: Any) -> None:
         op.__dict__[self.name] = self.check(type(op).__name__, self.name, value)
+
+
+class Fixed(Checked):
+    """An attribute that only the constructor takes. instead: what to use later."""
+
+    def __init__(self, instead: str) -> None:
+        self.instead, self.name = instead, ""
+
+    def __set__(self, op: Any, value: Any) -> None:
+        if op.__dict__.setdefault(self.name, value) != value:
+            raise OpError(type(op).__name__, f"{self.name} after construction", self.instead)

@@ -254,6 +254,16 @@ WRONG = {
     "ub_overlap_ag": dict(ub_overlap_ag="x"),
     "normalization": dict(normalization=None),
     "activation": dict(activation=["gelu"]),
+    "activation_params": dict(activation_params="x"),
+    "init_method": dict(init_method=3),
+    "output_layer_init_method": dict(output_layer_init_method="x"),
+    "get_rng_state_tracker": dict(get_rng_state_tracker=1.5),
+    "dtype": dict(params_dtype="float32"),
+    "dtype int8": dict(params_dtype=torch.int8),
+    "device": dict(device="nowhere"),
+    "seq_length": dict(seq_length="x"),
+    "micro_batch_size": dict(micro_batch_size=2.5),
+    "name": dict(name=3),
 }
 
 

@@ -135,3 +135,20 @@ def test_a_norm_without_a_torch_class_checks_its_dimensions_too() -> None:
     torch.testing.assert_close(plain(x), module(x))
     with pytest.raises(og.OpError, match=r"LayerNorm: got input of shape \(8, 6\), expected"):
         plain(torch.randn(8, 6))
+
+
+class _Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@kinds
+def test_a_norm_over_several_dimensions_may_be_parametrized(ours: type, theirs: type) -> None:
+    x, dy = torch.randn(2, 3, 8) + 1, torch.randn(2, 3, 8)
+    module, expected = ours((3, 8), 1e-5), theirs((3, 8), 1e-5)
+    module(x)
+    for made in (module, expected):
+        nn.utils.parametrize.register_parametrization(made, "weight", _Doubled())
+    for norm in (module, og.Sequential(module)):
+        for found, right in zip(_gradients(norm, x, dy), _gradients(expected, x, dy), strict=True):
+            torch.testing.assert_close(found, right)

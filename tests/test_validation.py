@@ -202,3 +202,117 @@ def test_a_wrong_argument_that_is_set_later_changes_nothing(op: Any, name: str, 
         setattr(op, name, value)
     assert getattr(op, name) == before
     assert torch.equal(op(x), y)
+
+
+FIXED = {
+    "tensor_parallel_mode": ("column", "row", "x"),
+    "group": ("other",),
+    "group_size": (2, None),
+    "shards": ((2, 1), None),
+    "in_features": ("8", 8.0, -1),
+    "out_features": ("8", 2.5),
+    "sequence_parallel": ("yes", None, 2),
+    "delay_wgrad_compute": ("yes", 2),
+    "accumulate_into_main_grad": ("yes", None),
+    "overwrite_main_grad": (None,),
+    "init_method": (3,),
+    "rng_state_tracker_function": ("x",),
+    "overlap": ("x", 3, [1]),
+    "partition_stride": ("x", 0),
+    "symmetric_ar_type": ("x",),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("used", [False, True])
+def test_what_a_linear_layer_cannot_take_later_is_an_error(name: str, used: bool) -> None:
+    op, x = ops.Linear(8, 8), torch.ones(3, 8)
+    y, before = (op(x) if used else None), getattr(op, name)
+    for value in FIXED[name]:
+        with pytest.raises(og.OpsgraphError, match=rf"Linear: got .*{name}.*expected"):
+            setattr(op, name, value)
+        assert getattr(op, name) is before
+        setattr(op, name, before)  # what it is may be said again
+    if y is not None:
+        assert torch.equal(op(x), y)
+
+
+@pytest.mark.parametrize("kind", [ops.RMSNorm, ops.LayerNorm])
+def test_sizes_of_a_norm_may_be_set_later(kind: Any) -> None:
+    x = torch.randn(2, 3, 8)
+    op, other = kind(8), kind((3, 8))
+    op(x)
+    for value in ((3, 8), [3, 8], torch.Size([3, 8]), (np.int64(3), 8)):
+        op.normalized_shape = value
+        op.weight = torch.nn.Parameter(torch.ones(3, 8))
+        if kind is ops.LayerNorm:
+            op.bias = torch.nn.Parameter(torch.zeros(3, 8))
+        assert (op.normalized_shape, op.width) == ((3, 8), 8)
+        assert torch.equal(op(x), other(x))
+    for wrong in ("8", b"8", 2.5, (), (3, "x")):
+        with pytest.raises(og.OpsgraphError, match=rf"{kind.__name__}: got normalized_shape"):
+            op.normalized_shape = wrong
+    op.normalized_shape = 4
+    with pytest.raises(og.OpsgraphError, match=r"8.*expected.*4"):
+        op(x)
+    for wrong in ("x", None, 2):
+        with pytest.raises(og.OpsgraphError, match=rf"{kind.__name__}: got zero_centered_gamma"):
+            op.zero_centered_gamma = wrong
+
+
+def test_a_derived_norm_takes_one_size_later_too() -> None:
+    op = ops.AdaptiveLayerNorm(8)
+    op.normalized_shape = (3, 8)
+    scale = torch.zeros(2, 8)
+    with pytest.raises(og.OpsgraphError, match=r"AdaptiveLayerNorm.*expected one size"):
+        op(torch.randn(2, 3, 8), scale, scale)
+
+
+WRONG_GROUPS = {
+    "num_groups": ("3", 2.0, 0, None, True),
+    "in_features": ("8", 8.5, -1),
+    "out_features": ("8", [8]),
+    "bias": ("yes", None),
+    "device": ("nowhere", 1.5),
+    "dtype": ("float32", torch.int8),
+    "init_method": (3,),
+    "rng_state_tracker_function": ("x",),
+    "accumulate_into_main_grad": ("yes",),
+    "overwrite_main_grad": (2,),
+    "delay_wgrad_compute": (None,),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_GROUPS)
+def test_a_wrong_argument_of_grouped_linear_is_named(name: str) -> None:
+    given: dict[str, Any] = {"num_groups": 2, "in_features": 8, "out_features": 8}
+    op = ops.GroupedLinear(**given)
+    for value in WRONG_GROUPS[name]:
+        with pytest.raises(og.OpsgraphError, match=rf"GroupedLinear: got .*{name}.*expected"):
+            ops.GroupedLinear(**given | {name: value})
+        if name in vars(op) and name != "num_groups":
+            with pytest.raises(og.OpsgraphError, match=rf"GroupedLinear: got .*{name}.*expected"):
+                setattr(op, name, value)
+
+
+def test_what_holds_the_ops_of_a_residual_is_a_list_of_modules() -> None:
+    residual = ops.Residual(ops.SiLU())
+    x = torch.randn(3, 8)
+    y = residual(x)
+    for value in (None, ops.ReLU(), [ops.ReLU()], "x"):
+        with pytest.raises(og.OpsgraphError, match=r"Residual: got ops=.*expected"):
+            residual.ops = value
+    assert torch.equal(residual(x), y)
+
+
+def test_a_weight_is_marked_when_its_gradient_is_delayed_later() -> None:
+    for op in (ops.Linear(8, 8), ops.GroupedLinear(1, 8, 8)):
+        op.delay_wgrad_compute = True
+        assert all(p.skip_backward_post_hook for p in op.parameters() if p.dim() == 2)
+
+
+def test_the_number_of_groups_is_given_once() -> None:
+    op = ops.GroupedLinear(2, 8, 8)
+    with pytest.raises(og.OpsgraphError, match=r"GroupedLinear: got num_groups.*expected another"):
+        op.num_groups = 3
+    assert op.num_groups == 2

@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..errors import OpError
 from ..op import Op
 from ..spec import Spec
-from ..validation import flag, place
+from ..validation import Checked, Fixed, features, flag, place
 from ..validation import size as valid_size
 from .collectives import Group, group_of
 from .parameters import MarksParameters, Partition, empty_parameter
@@ -28,6 +28,8 @@ class Bias(MarksParameters, Op):
     """
 
     required = ("bias",)
+    width = Checked(features)
+    tensor_parallel = Fixed("another Bias")
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class Bias(MarksParameters, Op):
         if flag(who, "tensor_parallel", tensor_parallel):
             group = group_of(tensor_parallel_group, who)
         super().__init__()
-        self.tensor_parallel = tensor_parallel
+        self.tensor_parallel = bool(tensor_parallel)
         self.group, self.group_size = group
         whole = valid_size(who, "width", size if width is None else width, 0)
         if whole is not None and whole % group.size:
@@ -73,7 +75,8 @@ class Bias(MarksParameters, Op):
 
     @property
     def in_width(self) -> int | None:
-        return self.width
+        width: int | None = self.width
+        return width
 
     def width_before(self, out_width: int) -> int | None:
         return out_width

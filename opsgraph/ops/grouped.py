@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..errors import OpError
 from ..op import Op
 from ..spec import Spec
+from ..validation import Checked, Fixed, features, flag, function, place, whole
 from .delayed import Queue, TellsOfWeightGradients, mark_delayed, parameters, queue_of
 from .joined import join, pack
 from .main_grad import accumulate, add_to_main_grad
@@ -54,6 +55,14 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
     gemm = True
     extra_inputs = ("split_sizes",)
     takes_buffers = ("output", "grad_input")
+    num_groups = Fixed("another GroupedLinear")
+    in_features = Checked(features)
+    out_features = Checked(features)
+    init_method = Checked(function)
+    rng_state_tracker_function = Checked(function)
+    accumulate_into_main_grad = Checked(flag)
+    overwrite_main_grad = Checked(flag)
+    delay_wgrad_compute = Checked(flag)
 
     def __init__(
         self,
@@ -71,8 +80,9 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         delay_wgrad_compute: bool = False,
     ) -> None:
         super().__init__()
-        if num_groups < 1:
-            raise OpError("GroupedLinear", f"num_groups {num_groups}", "at least 1")
+        who = type(self).__name__
+        place(who, device, dtype)
+        num_groups = whole(who, "num_groups", num_groups)
         self.num_groups, self.in_features, self.out_features = num_groups, in_features, out_features
         self.weight_names = tuple(f"weight{g}" for g in range(num_groups))
         self.bias_names = tuple(f"bias{g}" for g in range(num_groups))
@@ -81,7 +91,8 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.overwrite_main_grad = overwrite_main_grad
         self.delay_wgrad_compute = delay_wgrad_compute
-        shape = (out_features, in_features)
+        shape = (self.out_features, self.in_features)
+        bias = flag(who, "bias", bias)
         for name in self.weight_names:
             self.register_parameter(name, empty_parameter(shape, device, dtype))
         for name in self.bias_names:
@@ -221,10 +232,11 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
 
     @property
     def in_width(self) -> int | None:
-        return self.in_features
+        width: int | None = self.in_features
+        return width
 
     def width_before(self, out_width: int) -> int | None:
-        return self.in_features
+        return self.in_width
 
     def extra_spec(self, name: str, x: Spec) -> Spec | None:
         return None

@@ -19,7 +19,7 @@ from ..quantized_parameter import hold
 from ..quantizers import Quantized
 from ..scaling import before_loading
 from ..spec import Spec
-from ..validation import flag, function, place, size
+from ..validation import Checked, Fixed, choice, features, flag, function, names, place, whole
 from . import scaled_gemm as scaled
 from .bias import Bias
 from .collectives import AllGather, AllReduce, AllReduceGrad, Group, ReduceScatter, group_of
@@ -38,6 +38,14 @@ def shards(mode: str | None, size: int) -> tuple[int, int]:
 
 SYMMETRIC = ("multimem_all_reduce", "two_shot", "one_shot")
 """All-reduces over symmetric memory that a row-parallel layer may ask for."""
+
+PARALLEL = "another layer, or opsgraph.parallel.TensorParallel"
+"""What splits a layer among ranks, which no attribute does later."""
+
+
+def _reduction(who: str, name: str, value: Any) -> Any:
+    return choice(who, name, value, (None, *SYMMETRIC))
+
 
 _serials = itertools.count()
 """Linear layers, as they are made: the same on all ranks that make the same modules."""
@@ -80,6 +88,21 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
     distributed = False
     """Whether the parameters are DTensors of the whole layer."""
     scaled_weights = ("weight",)
+    in_features = Checked(features)
+    out_features = Checked(features)
+    tensor_parallel_mode = Fixed(PARALLEL)
+    group = Fixed(PARALLEL)
+    group_size = Fixed(PARALLEL)
+    shards = Fixed(PARALLEL)
+    sequence_parallel = Checked(flag)
+    accumulate_into_main_grad = Checked(flag)
+    overwrite_main_grad = Checked(flag)
+    delay_wgrad_compute = Checked(flag)
+    init_method = Checked(function)
+    rng_state_tracker_function = Checked(function)
+    overlap = Checked(names)
+    partition_stride = Checked(whole)
+    symmetric_ar_type = Checked(_reduction)
 
     def __init__(
         self,
@@ -102,39 +125,29 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
         userbuffers_options: Mapping[str, Any] | None = None,
     ) -> None:
         who = type(self).__name__
-        if tensor_parallel_mode not in (None, "column", "row"):
-            got = f"tensor_parallel_mode {tensor_parallel_mode!r}"
-            raise OpError(who, got, "None, 'column' or 'row'")
-        if symmetric_ar_type not in (None, *SYMMETRIC):
-            got = f"symmetric_ar_type {symmetric_ar_type!r}"
-            raise OpError(who, got, f"None or one of {', '.join(SYMMETRIC)}")
+        choice(who, "tensor_parallel_mode", tensor_parallel_mode, (None, "column", "row"))
         group = Group("", 1)
         if tensor_parallel_mode is not None:
             group = group_of(tensor_parallel_group, who)
         place(who, device, dtype)
-        if isinstance(overlap, str) or not isinstance(overlap, Iterable):
-            raise OpError(who, f"overlap={overlap!r}", "a list of names")
         if not isinstance(userbuffers_options, Mapping | None):
             raise OpError(who, f"userbuffers_options={userbuffers_options!r}", "a dict or None")
         super().__init__()
-        self.in_features = size(who, "in_features", in_features, 0)
-        self.out_features = size(who, "out_features", out_features, 0)
+        self.in_features, self.out_features = in_features, out_features
         self.shards = shards(tensor_parallel_mode, group.size)
         """Among how many ranks the weight's rows and columns are split."""
-        main_grad = flag(who, "accumulate_into_main_grad", accumulate_into_main_grad)
-        self.accumulate_into_main_grad = main_grad
-        self.overwrite_main_grad = flag(who, "overwrite_main_grad", overwrite_main_grad)
-        self.delay_wgrad_compute = flag(who, "delay_wgrad_compute", delay_wgrad_compute)
-        self.init_method = function(who, "init_method", init_method)
+        self.accumulate_into_main_grad = accumulate_into_main_grad
+        self.overwrite_main_grad = overwrite_main_grad
+        self.delay_wgrad_compute = delay_wgrad_compute
+        self.init_method = init_method
         self.group, self.group_size = group
         self.tensor_parallel_mode = tensor_parallel_mode
         split = flag(who, "sequence_parallel", sequence_parallel)
         self.sequence_parallel = split and group.size > 1
-        self.partition_stride = size(who, "partition_stride", partition_stride) or 1
+        self.partition_stride = 1 if partition_stride is None else partition_stride
         self._stride_given = partition_stride is not None
-        self.overlap, self.symmetric_ar_type = tuple(sorted(overlap)), symmetric_ar_type
-        tracker = function(who, "rng_state_tracker_function", rng_state_tracker_function)
-        self.rng_state_tracker_function = tracker
+        self.overlap, self.symmetric_ar_type = overlap, symmetric_ar_type
+        self.rng_state_tracker_function = rng_state_tracker_function
         self.serial = next(_serials)
         shape = (self.local_out_features, self.local_in_features)
         self.weight = empty_parameter(shape, device, dtype)
@@ -282,10 +295,10 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
         pieces = self.partition_stride if mode == "column" else 1
         self._share(self.out_features, "out_features", rows * pieces)
         self._share(self.in_features, "in_features", columns)
-        self.tensor_parallel_mode = mode
-        self.group, self.group_size = group
+        self.__dict__ |= {"tensor_parallel_mode": mode, "shards": (rows, columns)}
+        self.__dict__ |= {"group": group.name, "group_size": group.size}
         self.sequence_parallel = sequence_parallel and group.size > 1
-        self.shards = rows, columns
+        self.touch()
 
     def partitions(self) -> dict[str, Partition]:
         """How ranks split the parameters that they do split, one rank among them."""
@@ -304,7 +317,7 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
             partition.mark(self.own_parameter(name))
         bias = self.own_parameter("bias")
         if bias is not None and self.tensor_parallel_mode == "row":
-            bias.sequence_parallel = self.sequence_parallel
+            bias.sequence_parallel = self.sequence_parallel and self.group_size > 1
 
     def _product_kind(self) -> type[Op]:
         """The op that multiplies."""

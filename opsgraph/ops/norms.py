@@ -12,21 +12,23 @@ from ..errors import OpError
 from ..kernels.reference import norms
 from ..op import Lowered, Op
 from ..spec import ROWS, Spec
-from ..validation import epsilon, flag, place, size, whole
+from ..validation import Checked, epsilon, flag, place, size, whole
 from .parameters import empty_parameter
 
 
-def _sizes(who: str, shape: Any) -> tuple[int, ...] | None:
+def _sizes(who: str, name: str, shape: Any) -> tuple[int, ...] | None:
     """normalized_shape as a tuple, None where the width is left out."""
     if shape is None:
         return None
     one = (
-        isinstance(shape, str) or not isinstance(shape, Iterable) or getattr(shape, "ndim", 1) == 0
+        isinstance(shape, str | bytes)
+        or not isinstance(shape, Iterable)
+        or getattr(shape, "ndim", 1) == 0
     )
     given = (shape,) if one else tuple(shape)
     if not given:
-        raise OpError(who, f"normalized_shape={shape!r}", "a width, or several sizes")
-    return tuple(whole(who, "normalized_shape", n, 0, ", or several") for n in given)
+        raise OpError(who, f"{name}={shape!r}", "a width, or several sizes")
+    return tuple(whole(who, name, n, 0, ", or several") for n in given)
 
 
 class _Norm(Op):
@@ -39,6 +41,8 @@ class _Norm(Op):
     lowers_subclasses: ClassVar[bool] = True
     constants: ClassVar[tuple[str, ...]] = ("eps", "zero_centered_gamma")
     names: tuple[str, ...] = ()
+    normalized_shape = Checked(_sizes)
+    zero_centered_gamma = Checked(flag)
     eps_by_dtype: ClassVar[bool] = False
     """Whether eps may be None, for the epsilon of the dtype that statistics are in."""
 
@@ -56,10 +60,11 @@ class _Norm(Op):
         super().__init__()
         who = type(self).__name__
         place(who, device, dtype)
-        shape = _sizes(who, normalized_shape)
-        self._take(shape)
+        self.normalized_shape = normalized_shape
+        self._verify_shape()
+        shape = self.normalized_shape
         self.eps = eps if eps is None and self.eps_by_dtype else epsilon(who, "eps", eps)
-        self.zero_centered_gamma = flag(who, "zero_centered_gamma", zero_centered_gamma)
+        self.zero_centered_gamma = zero_centered_gamma
         self.elementwise_affine = flag(who, "elementwise_affine", elementwise_affine)
         margins = sm_margin if isinstance(sm_margin, Mapping) else {"sm_margin": sm_margin}
         for name, margin in margins.items():
@@ -70,22 +75,35 @@ class _Norm(Op):
                 setattr(self, name, empty_parameter(shape or (None,), device, dtype))
         self.reset_parameters()
 
-    def _take(self, shape: tuple[int, ...] | None) -> None:
-        """Note the sizes. The last one, the width, is what a row has between ops."""
-        if shape is not None and len(shape) > 1 and type(self) not in (LayerNorm, RMSNorm):
+    def _verify_shape(self) -> None:
+        """Raises OpError for several sizes of a class that takes one."""
+        if self.trailing() and self._several() is None:
             expected = "one size, as the classes derived from a norm take"
-            raise OpError(type(self).__name__, f"normalized_shape={shape}", expected)
-        self.normalized_shape, self.width = shape, None if shape is None else shape[-1]
+            got = f"normalized_shape={self.normalized_shape}"
+            raise OpError(type(self).__name__, got, expected)
 
     def lower(self) -> Sequence[Lowered]:
         if not self.trailing():
             return super().lower()
-        several = _LayerNormOfSeveral if type(self) is LayerNorm else _RMSNormOfSeveral
-        return (Lowered(several, self),)
+        self._verify_shape()
+        return (Lowered(self._several() or type(self), self),)
+
+    def _several(self) -> type[Op] | None:
+        """What computes over several dimensions, None for a class with functions of its own.
+
+        A parametrized norm is of a class that PyTorch has derived, with all functions of its base.
+        """
+        pairs = (LayerNorm, _LayerNormOfSeveral), (RMSNorm, _RMSNormOfSeveral)
+        named = "fwd", "bwd", "again", "lower", "extra_inputs"
+        for base, several in pairs:
+            if all(getattr(type(self), name) is getattr(base, name, None) for name in named):
+                return several
+        return None
 
     def reject(self, x: Spec) -> str | None:
         if self.eps is not None or not self.eps_by_dtype:
             epsilon(type(self).__name__, "eps", self.eps)  # it may have been set since construction
+        self._verify_shape()
         return super().reject(x)
 
     def trailing(self) -> tuple[int, ...]:
@@ -104,6 +122,11 @@ class _Norm(Op):
                 torch.nn.init.constant_(parameter, 1.0 if one else 0.0)
 
     @property
+    def width(self) -> int | None:
+        """The last of its sizes, which a row has between ops; None where it is left out."""
+        return self.normalized_shape[-1] if self.normalized_shape else None
+
+    @property
     def in_width(self) -> int | None:
         return self.width
 
@@ -113,14 +136,14 @@ class _Norm(Op):
     def complete(self, in_width: int | None, out_width: int | None) -> None:
         width = in_width or out_width
         if self.width is None and width is not None:
-            self._take((width,))
+            self.normalized_shape = width
             for parameter in self._parameters.values():
                 if isinstance(parameter, UninitializedParameter):
                     parameter.materialize((width,))
             self.reset_parameters()
 
     def sizes_from(self, name: str, shape: torch.Size) -> None:
-        self._take(tuple(shape))
+        self.normalized_shape = shape
 
     def shape_of(self, name: str) -> tuple[int | None, ...] | None:
         return (*self.trailing(), self.width)

@@ -49,6 +49,10 @@ class Partition(NamedTuple):
         return torch.cat([torch.cat(piece, self.dim) for piece in pieces], self.dim)
 
 
+_MARKING = frozenset({"sequence_parallel", "delay_wgrad_compute"})
+"""Attributes that say what parameters carry."""
+
+
 class MarksParameters(nn.Module):
     """A module whose parameters carry attributes, which new or copied parameters lack.
 
@@ -74,6 +78,8 @@ class MarksParameters(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts its parameters past register_parameter if a module leaves this to torch.
         super().__setattr__(name, value)
+        if name in _MARKING and "marked" in self.__dict__:
+            self._mark_parameters()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)

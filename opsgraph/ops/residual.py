@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import PlanError
+from ..errors import OpError, PlanError
 from ..functions import verify_added
 from ..op import Lowered, Op
 from ..spec import Spec
-from ..validation import flag, text
+from ..validation import Checked, flag, text
 from ..watched import Watched, whole
 from .linear import tell_next
 from .sizes import infer_sizes, width_between
@@ -39,11 +39,12 @@ class Tee(_Still):
     """
 
     taps = True
+    to_caller = Checked(flag)
 
     def __init__(self, name: str | None = None, to_caller: bool = False) -> None:
         super().__init__()
         self.channels["d"] = text(type(self).__name__, "name", name)
-        self.to_caller = flag(type(self).__name__, "to_caller", to_caller)
+        self.to_caller = to_caller
 
     def identity(self, direction: str, training: bool) -> bool:
         return direction == "forward"
@@ -159,6 +160,8 @@ class Residual(Op):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "ops" and isinstance(value, nn.ModuleList) and not isinstance(value, OpList):
             value = OpList(value)
+        if name == "ops" and not isinstance(value, OpList):
+            raise OpError(type(self).__name__, f"ops={value!r}", "an nn.ModuleList of ops")
         super().__setattr__(name, value)
 
     @property
