@@ -177,14 +177,14 @@ def _mean(x: Tensor) -> float:
 
 def _compare_copies(step: str, name: str, found: Tensor, expected: Tensor) -> None:
     if found.shape != expected.shape:
-        _fail(step, name, f"quantized, is {_spec(found)}, not {_spec(expected)}")
+        _fail(step, f"{name}, quantized,", f"is {_spec(found)}, not {_spec(expected)}")
     same = (found == expected) | (found.isnan() & expected.isnan())
     rest = (found - expected).masked_fill(same, 0)
     size = float(_finite(expected).norm())
     error = float(rest.norm())
     if not error <= 0.05 * size:
-        text = f"quantized, differs from the reference ops by {error:.3g}"
-        _fail(step, name, f"{text}, its norm being {size:.3g}")
+        text = f"differs from the reference ops by {error:.3g}, its norm being {size:.3g}"
+        _fail(step, f"{name}, quantized,", text)
 
 
 def _spec(x: Tensor) -> str:
