@@ -191,7 +191,6 @@ def renamed(factor: int) -> Callable[[Any], Any]:
         (Kind.PLAIN, "plain"),
         (1j, complex(-0.0, 1)),
     ],
-    ids=repr,
 )
 def test_equal_but_different_constants_share_no_plan(values: tuple[Any, ...]) -> None:
     modules = [og.Sequential(Notes(value)) for value in values]
