@@ -66,6 +66,39 @@ def plan_calls() -> dict[str, tuple[Callable[[], Any], int]]:
     return {"first-call": (first_call, 5)}
 
 
+def cuda_calls() -> dict[str, tuple[Callable[[], Any], int]]:
+    """Training steps of 8192 rows, 2048 x 5632 in bf16, which keep a GPU busy."""
+    import torch
+
+    import opsgraph as og
+    from opsgraph.ops import GELU, LayerNorm, Linear, RMSNorm, SwiGLU
+
+    if not torch.cuda.is_available():
+        return {}
+    place: dict[str, Any] = dict(device="cuda", dtype=torch.bfloat16)
+    gated = RMSNorm(2048), Linear(2048, 11264, bias=False), SwiGLU(), Linear(5632, 2048, bias=False)
+    plain = LayerNorm(2048), Linear(2048, 5632), GELU(), Linear(5632, 2048)
+    recipes = og.recipe
+    found = {
+        "swiglu": (og.Sequential(*gated, **place), None),
+        "gelu": (og.Sequential(*plain, **place), None),
+        "swiglu-current": (og.Sequential(*gated, **place), recipes.Float8CurrentScaling()),
+        "swiglu-delayed": (og.Sequential(*gated, **place), recipes.DelayedScaling()),
+        "swiglu-blocks": (og.Sequential(*gated, **place), recipes.Float8BlockScaling()),
+    }
+    x = torch.randn(8192, 2048, requires_grad=True, **place)
+    dy = torch.randn(8192, 2048, **place)
+
+    def step(module: Any, recipe: Any) -> None:
+        x.grad = None
+        module.zero_grad()
+        with og.autocast(enabled=recipe is not None, recipe=recipe):
+            y = module(x)
+        y.backward(dy)
+
+    return {f"cuda-{name}": (partial(step, *pair), 10) for name, pair in found.items()}
+
+
 def calls_of(names: list[str]) -> dict[str, tuple[Callable[[], Any], int]]:
     """Every case of that name, or all of them."""
     from benchmarks.cpu import CASES, call_of, make_ours
@@ -74,7 +107,7 @@ def calls_of(names: list[str]) -> dict[str, tuple[Callable[[], Any], int]]:
         name: partial(lambda case: (call_of(case, make_ours(case)), case.inner), case)
         for name, case in CASES.items()
     }
-    for name, call in (mlp_calls() | plan_calls()).items():
+    for name, call in (mlp_calls() | plan_calls() | cuda_calls()).items():
         made[name] = partial(lambda pair: pair, call)
     return {name: make() for name, make in made.items() if not names or name in names}
 
@@ -84,6 +117,7 @@ def work(names: list[str], threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     calls = calls_of(names)
     for call, _ in calls.values():
         call()
@@ -93,9 +127,11 @@ def work(names: list[str], threads: int) -> None:
     for line in sys.stdin:
         call, inner = calls[line.strip()]
         call()  # what ran before has left the caches to others
+        synchronize()
         start = time.perf_counter()
         for _ in range(inner):
             call()
+        synchronize()
         print((time.perf_counter() - start) / inner, flush=True)
         gc.collect()
 
