@@ -5,6 +5,7 @@ gradients, how y is made again, which spec y has, when the op does nothing. An a
 without a `fwd`, speaks for all subclasses.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -154,11 +155,28 @@ def checked_out(kind: type[Op], op: Op, x: Spec, label: str) -> Spec:
     return y
 
 
+def _uncallable(kind: type[Op]) -> str | None:
+    """Which function cannot be called as plans call it, with an op and values in order; or None."""
+    for name in ("fwd", "bwd", "dgrad", "wgrad", "again"):
+        found = inspect.getattr_static(kind, name, None)
+        if isinstance(found, staticmethod | classmethod):
+            return f"got {name} as a {type(found).__name__}, expected a method, with self first"
+        if not inspect.isfunction(found):
+            continue
+        given = inspect.signature(found).parameters.values()
+        named = [p.name for p in given if p.kind is p.KEYWORD_ONLY and p.name != "want"]
+        if named:
+            return f"got the keyword-only arguments {named} of {name}, expected them before any *"
+    return None
+
+
 @per_class
 def verify(kind: type[Op]) -> str | None:
     """What is wrong with a class, or None."""
     if getattr(kind, "fwd", None) is None:
         return "got no fwd, expected one that returns (y, saved)"
+    if wrong := _uncallable(kind):
+        return wrong
     for name in ("saves", "constants", "extra_inputs", "passes", "as_stored", "promotes"):
         value = getattr(kind, name)
         if isinstance(value, str) or not all(isinstance(n, str) for n in value):

@@ -198,7 +198,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
-        self._mark_parameters()
+        self._mark_again(before["delay_wgrad_compute"])
 
     def _build(self) -> tuple[Sequential]:
         """The sequence that runs. In a tuple: it is no submodule, for its ops hold nothing."""

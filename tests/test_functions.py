@@ -269,3 +269,48 @@ def test_borrowing_what_is_not_there_is_refused() -> None:
     linear = ops.Linear(4, 4).borrow(plain, weight="weight", bias="bias")
     x = torch.randn(2, 4)
     torch.testing.assert_close(og.Sequential(linear)(x), plain(x))
+
+
+class _Keyword(og.Op):
+    constants = ("factor",)
+    factor = 2.0
+
+    def fwd(self, x: Tensor, *, factor: float) -> Any:
+        return x * factor, ()
+
+
+class _KeywordInBwd(og.Op):
+    constants = ("factor",)
+    factor = 2.0
+
+    def fwd(self, x: Tensor, factor: float) -> Any:
+        return x * factor, ()
+
+    def bwd(self, dy: Tensor, *, factor: float) -> Any:
+        return dy * factor, ()
+
+
+class _Static(og.Op):
+    @staticmethod
+    def fwd(x: Tensor) -> Any:  # type: ignore[override]
+        return x, ()
+
+
+class _OfTheClass(og.Op):
+    @classmethod
+    def fwd(cls, x: Tensor) -> Any:
+        return x, ()
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (_Keyword, r"got the keyword-only arguments \['factor'\] of fwd"),
+        (_KeywordInBwd, r"got the keyword-only arguments \['factor'\] of bwd"),
+        (_Static, r"got fwd as a staticmethod, expected a method"),
+        (_OfTheClass, r"got fwd as a classmethod, expected a method"),
+    ],
+)
+def test_a_function_that_plans_cannot_call_is_refused(kind: type[og.Op], message: str) -> None:
+    with pytest.raises(og.PlanError, match=rf"{kind.__name__}: {message}"):
+        og.Sequential(kind(), og.ops.SiLU())(torch.ones(2, 4))

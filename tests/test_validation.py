@@ -309,6 +309,11 @@ def test_a_weight_is_marked_when_its_gradient_is_delayed_later() -> None:
     for op in (ops.Linear(8, 8), ops.GroupedLinear(1, 8, 8)):
         op.delay_wgrad_compute = True
         assert all(p.skip_backward_post_hook for p in op.parameters() if p.dim() == 2)
+        op.delay_wgrad_compute = False
+        assert not any(hasattr(p, "skip_backward_post_hook") for p in op.parameters())
+    mlp = og.LayerNormMLP(8, 8, delay_wgrad_compute=True, device="cpu")
+    mlp.delay_wgrad_compute = False
+    assert not any(hasattr(p, "skip_backward_post_hook") for p in mlp.parameters())
 
 
 def test_the_number_of_groups_is_given_once() -> None:

@@ -123,7 +123,7 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         if any(map(_is_there, found)):
             there = [g for g, part in enumerate(found) if part is not None]
             expected = "one of each group, or none"
-            raise OpError("GroupedLinear", f"{name}s of groups {there}", expected)
+            raise OpError("GroupedLinear", f"{name} of groups {there} alone", expected)
         return None
 
     @property

@@ -77,9 +77,17 @@ class MarksParameters(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts its parameters past register_parameter if a module leaves this to torch.
+        delayed = self.__dict__.get("delay_wgrad_compute", False)
         super().__setattr__(name, value)
         if name in _MARKING and "marked" in self.__dict__:
-            self._mark_parameters()
+            self._mark_again(delayed)
+
+    def _mark_again(self, delayed: bool) -> None:
+        """Mark the parameters otherwise. delayed: whether their gradients were so far."""
+        if delayed and not self.__dict__["delay_wgrad_compute"]:
+            for parameter in self.parameters():
+                parameter.__dict__.pop("skip_backward_post_hook", None)
+        self._mark_parameters()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
