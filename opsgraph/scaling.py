@@ -309,6 +309,10 @@ class Scaling(nn.Module):
         if given is not None:
             self.resize(given.size(0))
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, [], *args)
+        with torch.inference_mode(False), torch.no_grad():
+            for name in there:  # with assign=True it is the caller's tensor, of any dtype
+                if self._buffers[name] is state_dict[f"{prefix}{name}"]:
+                    self._buffers[name] = state_dict[f"{prefix}{name}"].float().clone()
         self.fix()
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -395,3 +396,20 @@ def test_a_recipe_that_comes_back_finds_its_scales() -> None:
     with torch.no_grad(), og.autocast(recipe=ours):
         pass
     assert all(map(torch.equal, kept, module.buffers()))
+
+
+@pytest.mark.parametrize("made", [nullcontext, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_assigned_state_is_the_layers_own(dtype: torch.dtype, made: Callable[[], Any]) -> None:
+    """In fp32, and what training changes is not the caller's."""
+    recipe, module, other = DelayedScaling(amax_history_len=33), linear(), linear()
+    _trained(module, recipe, range(1, 3))
+    state = module.state_dict()
+    with made():
+        state |= {key: value.to(dtype, copy=True) for key, value in state.items() if "scal" in key}
+    kept = [value.clone() for value in state.values()]
+    other.load_state_dict(state, assign=True)
+    step(other, recipe)
+    step(other, recipe)
+    assert all(map(torch.equal, kept, state.values()))
+    assert all(buffer.dtype == torch.float32 for buffer in other.buffers())
