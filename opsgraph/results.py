@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .errors import OpError
 
+_NAMES = {"fwd": "y", "bwd": "dx"}
+"""What comes first of the results of functions that return more than one."""
 FUNCTIONS = ("fwd", "bwd", "dgrad", "wgrad", "again")
 
 
@@ -67,9 +69,10 @@ class First:
     def _checked(self, name: str, found: Callable[..., Any], where: str) -> Callable[..., Any]:
         def first(*args: Any, **kwargs: Any) -> Any:
             result = verify(found(*args, **kwargs), where, name, tuple(self.counts[name]))
-            y = result[0] if name == "fwd" else None
-            if isinstance(y, Tensor) and y.dim() != 2:
-                raise OpError(where, f"{_shown(y)} for y from fwd", "[rows, width]")
+            value = result[0] if name in _NAMES and isinstance(result, tuple | list) else result
+            what = _NAMES.get(name, "dx" if name == "dgrad" else "y")
+            if name != "wgrad" and isinstance(value, Tensor) and value.dim() != 2:
+                raise OpError(where, f"{_shown(value)} for {what} from {name}", "[rows, width]")
             setattr(self, name, found)
             return result
 

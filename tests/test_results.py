@@ -143,3 +143,25 @@ def test_errors_that_ops_raise_while_they_run_have_the_position(training: bool) 
         module = og.Sequential(SiLU(), AdaptiveRMSNorm(4), SiLU())
         with pytest.raises(og.OpError, match=r"^1:AdaptiveRMSNorm: got .*, expected"):
             module(x, scale, scale)
+
+
+class _Summed(og.Op):
+    def fwd(self, x: Tensor) -> Any:
+        return 2 * x, ()
+
+    def bwd(self, dy: Tensor) -> Any:
+        return 2 * dy.sum(), ()
+
+
+class _SummedRows(_Summed):
+    def bwd(self, dy: Tensor) -> Any:
+        return 2 * dy.sum(0), ()
+
+
+@pytest.mark.parametrize("kind", [_Summed, _SummedRows])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_gradient_of_other_dimensions_is_named(kind: type[og.Op], first: bool) -> None:
+    run = (kind(), og.ops.SiLU()) if first else (og.ops.SiLU(), kind())
+    y = og.Sequential(*run)(torch.randn(3, 4, requires_grad=True))
+    with pytest.raises(og.OpError, match=rf":{kind.__name__}: got .* for dx from bwd, expected"):
+        y.sum().backward()
