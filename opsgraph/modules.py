@@ -5,7 +5,7 @@ inside, which is no submodule, reads them there.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from inspect import signature
 from typing import Any
 
@@ -356,6 +356,11 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
         # A copy's sequence reads the copy's parameters: it makes its own.
         state: dict[str, Any] = super().__getstate__()
         return state | {"_sequences": (), "_queue": Queue()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        with suppress(OpsgraphError):  # a process group that is not here, as the first call says
+            self._built()  # now, for that call may be under a compiler or a transform
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()

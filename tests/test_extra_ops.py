@@ -169,6 +169,21 @@ def test_scales_may_have_another_dtype_and_keep_it_in_their_gradient() -> None:
     assert scales.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("op", [ops.Modulate, ops.AdaptiveLayerNorm, ops.AdaptiveRMSNorm])
+@pytest.mark.parametrize("shape", [(0, 8), (0, 3, 8), (4, 0, 8), (4, 3, 0)])
+def test_modulation_takes_no_samples_no_rows_and_no_columns(
+    op: Callable[[], og.Op], shape: tuple[int, ...]
+) -> None:
+    sizes = shape, (shape[0], shape[-1]), (shape[0], shape[-1])
+    x, scale, shift = (torch.randn(size, requires_grad=True) for size in sizes)
+    y = og.Sequential(op())(x, scale, shift)
+    y.sum().backward()
+    assert y.shape == shape
+    for tensor in (x, scale, shift):
+        assert tensor.grad is not None
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+
+
 def test_wrong_extra_inputs_are_named() -> None:
     x = torch.randn(6, 8)
     with pytest.raises(og.OpError, match=r"0:ScaledSwiGLU: got scales f32\[\*,8\], expected f32"):

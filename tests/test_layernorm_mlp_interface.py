@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_layernorm_mlp import FFN, GATES, HIDDEN, Setting
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import opsgraph as og
 
@@ -150,6 +151,23 @@ def test_copies_are_equal_and_their_own(used: bool) -> None:
         assert other.fc2_weight.grad is not None
         assert mlp.fc2_weight.grad is None
         assert not torch.equal(other(x), mlp(x))
+
+
+def pickled(module: og.LayerNormMLP) -> Any:
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("made", [copy.copy, copy.deepcopy, pickled])
+def test_a_copy_may_be_compiled_or_transformed_at_its_first_call(made: Any) -> None:
+    mlp, x = Setting().module(), torch.randn(3, HIDDEN)
+    right = mlp(x)
+    torch.compiler.reset()
+    compiled = torch.compile(made(mlp), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), right)
+    torch.testing.assert_close(torch.func.vmap(made(mlp))(x[None])[0], right)
+    traced = make_fx(made(mlp))(x)
+    assert not [node for node in traced.graph.nodes if "uniform" in node.name]
+    torch.testing.assert_close(traced(x), right)
 
 
 def test_meta_device_then_empty_then_reset() -> None:

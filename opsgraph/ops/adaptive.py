@@ -14,10 +14,16 @@ from .norms import LayerNorm, RMSNorm
 
 def _spread(value: Tensor, rows: int) -> Tensor:
     """`[samples, width]` as `[samples, 1, width]`, for x seen as `[samples, rows each, width]`."""
-    value = value.reshape(-1, value.shape[-1])
-    if value.shape[0] == 0 or rows % value.shape[0]:
-        raise OpError("Modulate", f"{value.shape[0]} samples", f"a divisor of {rows} rows")
+    value = value.flatten(0, -2) if value.dim() > 1 else value[None]
+    samples = value.shape[0]
+    if rows % samples if samples else rows:
+        raise OpError("Modulate", f"{samples} samples", f"a divisor of {rows} rows")
     return wide(value)[:, None]
+
+
+def _by_sample(x: Tensor, samples: int) -> Tensor:
+    """`[rows, width]` as `[samples, rows each, width]`; no sample has no rows."""
+    return wide(x).reshape(samples, x.shape[0] // max(samples, 1), x.shape[1])
 
 
 class Modulate(Op):
@@ -46,7 +52,7 @@ class Modulate(Op):
             got = f"scale {tuple(scale.shape)} and shift {tuple(shift.shape)}"
             raise OpError("Modulate", got, f"two of [samples, {x.shape[-1]}]")
         factor = 1 + _spread(scale, x.shape[0])
-        h = wide(x).reshape(factor.shape[0], -1, x.shape[-1])
+        h = _by_sample(x, factor.shape[0])
         y = torch.addcmul(_spread(shift, x.shape[0]), h, factor)
         return y.reshape(x.shape).to(x.dtype), ()
 
@@ -55,8 +61,7 @@ class Modulate(Op):
     ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:
         factor = 1 + _spread(scale, x.shape[0])
         samples = factor.shape[0]
-        g = wide(dy).reshape(samples, -1, x.shape[-1])
-        h = wide(x).reshape(samples, -1, x.shape[-1])
+        g, h = _by_sample(dy, samples), _by_sample(x, samples)
         dx = (g * factor).reshape(x.shape).to(x.dtype) if "x" in want else None
         dscale = (g * h).sum(1).reshape(scale.shape).to(scale.dtype) if "scale" in want else None
         dshift = g.sum(1).reshape(shift.shape).to(shift.dtype) if "shift" in want else None
