@@ -357,7 +357,7 @@ class Op(Watched):
         state_dict = self._own_keys(state_dict, prefix)
         for name, parameter in self._parameters.items():
             given = state_dict.get(prefix + name)
-            if isinstance(parameter, UninitializedParameter) and given is not None:
+            if isinstance(parameter, UninitializedParameter) and isinstance(given, Tensor):
                 parameter.materialize(given.shape)
                 self.sizes_from(name, given.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)

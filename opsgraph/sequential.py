@@ -27,6 +27,7 @@ from .plan import Plan
 from .precision import active, follow
 from .stage import Stage
 from .stages import Entry, Plans, make_stages, spread
+from .validation import place
 from .watched import Watched, contents, mutable, own_state, whole
 from .wiring import read_later, unmatched
 
@@ -62,9 +63,8 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
     ) -> None:
         super().__init__(*args)
         queue = options.pop("queue", None)  # whose the delayed gradients are, where not its own
-        self._options = Options.of(options)
-        if queue is not None:
-            self._options = self._options.with_(queue=queue)
+        self._options = Options.of(options).with_(queue=Queue() if queue is None else queue)
+        place("Sequential", device, dtype)
         self._stages: list[Stage | nn.Module] = []
         self._plain: list[Stage | nn.Module] = []
         """The stages for no recipe; `_stages` is empty after calls under one."""

@@ -321,3 +321,14 @@ def test_the_number_of_groups_is_given_once() -> None:
     with pytest.raises(og.OpsgraphError, match=r"GroupedLinear: got num_groups.*expected another"):
         op.num_groups = 3
     assert op.num_groups == 2
+
+
+@pytest.mark.parametrize("given", [{"device": "nowhere"}, {"dtype": "f"}, {"dtype": torch.int8}])
+def test_where_a_sequence_cannot_be_put_is_named(given: dict[str, Any]) -> None:
+    with pytest.raises(og.OpsgraphError, match=rf"Sequential: got {next(iter(given))}.*expected"):
+        og.Sequential(ops.SiLU(), **given)
+
+
+def test_what_is_no_tensor_in_a_state_dict_is_named_where_sizes_were_left_out() -> None:
+    with pytest.raises(RuntimeError, match=r'"weight", expected torch.Tensor'):
+        ops.Linear(None, 8).load_state_dict({"weight": 3, "bias": torch.zeros(8)})
