@@ -243,8 +243,7 @@ def moment(recipe: int, states: Iterable[scaling.Scaling]) -> Tensor:
 
 @lru_cache(256)
 def _number(value: int) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(value, device="cpu")
+    return torch.tensor(value, device="cpu")  # never in inference mode, which saves nothing
 
 
 def saved_again(ctx: Any, recipe: int | None) -> list[Tensor]:

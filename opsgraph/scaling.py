@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -116,8 +117,13 @@ class Terms(NamedTuple):
 
 def terms_of(recipe: DelayedScaling) -> Terms:
     """Those of a recipe."""
-    limits = (FP8_MAX[recipe.fp8_format.of(role)] for role in ("activation", "gradient"))
-    return Terms(recipe.amax_history_len, *(limit * 2.0**-recipe.margin for limit in limits))
+    return _terms(recipe.amax_history_len, recipe.fp8_format, recipe.margin)
+
+
+@lru_cache(64)
+def _terms(length: int, fp8_format: Any, margin: int) -> Terms:
+    limits = (FP8_MAX[fp8_format.of(role)] for role in ("activation", "gradient"))
+    return Terms(length, *(limit * 2.0**-margin for limit in limits))
 
 
 FORWARD, BACKWARD = "amax_forward", "amax_backward"
