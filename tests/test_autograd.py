@@ -84,6 +84,20 @@ def test_saved_tensors_are_guarded_against_writing() -> None:
         y.sum().backward()
 
 
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm, GELU, SwiGLU, Dropout])
+def test_hooks_of_saved_tensors_may_change_their_strides(kind: Callable[[], og.Op]) -> None:
+    module, x = og.Sequential(Linear(6, 8), kind(), Linear(out_features=8)), torch.randn(5, 6)
+    right = gradients(module, x)
+
+    def doubled(tensor: Tensor) -> Tensor:
+        return torch.stack([tensor, tensor + 1], -1)
+
+    with torch.autograd.graph.saved_tensors_hooks(doubled, lambda both: both[..., 0]):
+        found = gradients(module, x)
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_derivative_of_the_backward_is_refused() -> None:
     module, x = mlp(), torch.randn(5, 6, requires_grad=True)
     with pytest.raises(RuntimeError, match="double_backward=True"):

@@ -70,6 +70,8 @@ def _backward(
         dy, dy_stride = rows_of(dy, shape, dtype)
         x, stride = lines(x)
         dother, other_stride = (None, 0) if dother is None else rows_of(dother, shape, dtype)
+        mean = mean if mean is None else mean.contiguous()  # hooks of saved tensors may restride
+        rstd = rstd.contiguous()
         factor, weight_at, weight_dtype = vector(weight)
         shift, bias_at, bias_dtype = vector(bias)
         _backward_kernel(
