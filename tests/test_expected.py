@@ -1,5 +1,6 @@
 """OPSGRAPH_CHECK=1: right steps pass, whatever cancels or overflows; wrong ones are named."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -212,3 +213,18 @@ def test_a_long_product_that_cancels_raises_no_alarm(dtype: torch.dtype) -> None
         fc.weight[:, 512:] = -fc.weight[:, :512]
         fc.bias.zero_()
     run(Product, torch.cat([half, half], 1), fc)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("width", [1, 3, 16])
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+def test_the_check_lets_rows_with_infinities_pass(
+    monkeypatch: pytest.MonkeyPatch, norm: Callable[[int], og.Op], width: int, value: float
+) -> None:
+    monkeypatch.delenv("OPSGRAPH_BACKENDS")
+    x = torch.zeros(3, width)
+    x[0, 0] = value
+    x.requires_grad_()
+    og.Sequential(norm(width))(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad[1:].isfinite().all()
