@@ -78,7 +78,9 @@ def flag(who: str, name: str, value: Any) -> bool:
 def choice(who: str, name: str, value: Any, known: Collection[str | None]) -> Any:
     """One of some names."""
     if not isinstance(value, str | None) or value not in known:
-        raise OpError(who, f"{name}={value!r}", " or ".join(map(repr, known)))
+        *most, last = map(repr, known)
+        expected = f"{', '.join(most)} or {last}" if most else last
+        raise OpError(who, f"{name}={value!r}", expected)
     return value
 
 

@@ -102,5 +102,5 @@ def test_basic_linear_takes_the_tensor_parallel_arguments() -> None:
         torch.testing.assert_close(module(x), x @ module.weight.T)
         assert (module.weight.tensor_model_parallel, module.weight.partition_dim) == (True, dim)
     assert Tracker.forks == 2
-    with pytest.raises(og.OpError, match="BasicLinear: got tensor_parallel_mode 'rows', expected"):
+    with pytest.raises(og.OpError, match="BasicLinear: got tensor_parallel_mode='rows', expected"):
         ops.BasicLinear(8, 4, tensor_parallel_mode="rows")

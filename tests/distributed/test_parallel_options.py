@@ -307,9 +307,9 @@ def errors(rank: int, size: int) -> None:
     fails(Linear, "Linear: got out_features 7, expected a multiple of 2, for the ranks", 4, 7,
           tensor_parallel_mode="column")  # fmt: skip
     fails(Linear, "Linear: got in_features 7", 7, 4, tensor_parallel_mode="row")
-    fails(Linear, "tensor_parallel_mode 'both', expected None, 'column' or 'row'", 4, 4,
+    fails(Linear, "tensor_parallel_mode='both', expected None, 'column' or 'row'", 4, 4,
           tensor_parallel_mode="both")  # fmt: skip
-    fails(Linear, "symmetric_ar_type 'ring', expected None or one of multimem", 4, 4,
+    fails(Linear, "symmetric_ar_type='ring', expected None, 'multimem", 4, 4,
           symmetric_ar_type="ring")  # fmt: skip
     with pytest.raises(og.OpsgraphError, match="tp_size 2 and a tp_group of 1 ranks"):
         make(Case(), rank, size).set_tensor_parallel_group(
