@@ -84,14 +84,25 @@ def _reduced(
     states: Sequence[Scaling], amaxes: Mapping[str, Sequence[Tensor]], group: Any
 ) -> dict[str, list[Tensor]]:
     """The amaxes of all ranks, whose states may have been made in another order."""
-    order = sorted(range(len(states)), key=lambda k: states[k].label)
-    what = tuple(amaxes), tuple(states[k].label for k in order)
+    names = _names([state.label for state in states])
+    order = sorted(range(len(states)), key=names.__getitem__)
+    what = tuple(amaxes), tuple(names[k] for k in order)
     flat = iter(reduce_max([seen[k] for seen in amaxes.values() for k in order], what, group))
     made = {}
     for name in amaxes:
         by_state = dict(zip(order, flat, strict=False))
         made[name] = [by_state[k] for k in range(len(states))]
     return made
+
+
+def _names(labels: Sequence[str]) -> list[str]:
+    """Labels that ranks compare. Numbers count from the least: one rank may have built more before."""
+    numbers = [int(label[1:]) for label in labels if label[:1] == "#" and label[1:].isdigit()]
+    first = min(numbers, default=0)
+    return [
+        f"#{int(label[1:]) - first}" if label[:1] == "#" and label[1:].isdigit() else label
+        for label in labels
+    ]
 
 
 def _update(states: Sequence[Scaling], amax: Tensor, recipe: DelayedScaling, name: str) -> None:

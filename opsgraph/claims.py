@@ -166,9 +166,12 @@ class Space:
         for i in match.positions.values():
             if i is not None and still[i] and program.kinds[i].training_matters:
                 return f"{program.kinds[i].__name__} does nothing in this mode"
-            if i is not None and (other := set(program.promoted(i)) - {program.specs[i].dtype}):
-                return f"{program.numbers[i]} adds {other.pop()} to {program.specs[i].dtype}"
-            if i is None or not program.packed(i, "weight", direction):
+            if i is None:
+                continue
+            for dtype in program.promoted(i):
+                if dtype != program.specs[i].dtype:
+                    return f"{program.numbers[i]} adds {dtype} to {program.specs[i].dtype}"
+            if not program.packed(i, "weight", direction):
                 continue
             if not fuser.quantized:
                 return "it takes plain values, and the recipe quantizes the linear's"

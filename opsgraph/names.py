@@ -10,6 +10,7 @@ their number; those behind have one underscore, at their start.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain, count
 from keyword import iskeyword
 from unicodedata import normalize
@@ -29,6 +30,7 @@ _AFTER = re.compile(rf"(?:{STORED}|_more|_(?:row|col)[0-9]+)*$")
 _PART = re.compile("xq[0-9]+_[0-9]+")  # of a kept value that is quantized
 
 
+@lru_cache(maxsize=4096)
 def root(text: str) -> str:
     """A variable's name without all that the source puts before and behind it."""
     behind = _AFTER.search(text)

@@ -109,3 +109,16 @@ def test_other_contexts_exchange_nothing(ranks: Ranks) -> None:
     with og.autocast(recipe=recipe), og.autocast(recipe=recipe, amax_reduction_group="group"):
         layer(torch.ones(2, 16))
     assert len(ranks.sent) == count + 1  # at the end; at the opening nobody had named a group
+
+
+def test_a_rank_may_have_built_more_before(ranks: Ranks) -> None:
+    recipe = DelayedScaling(amax_history_len=7)
+    for more in (0, 3):  # modules that the second rank alone has made
+        for _ in range(more):
+            Linear(16, 16)
+        gc.collect()
+        layers = og.Sequential(Linear(16, 16), Linear(16, 16))
+        with og.autocast(recipe=recipe, amax_reduction_group="group"):
+            layers(torch.ones(2, 16))
+        second(ranks)
+        del layers
