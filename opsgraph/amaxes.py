@@ -96,7 +96,7 @@ def _reduced(
 
 
 def _names(labels: Sequence[str]) -> list[str]:
-    """Labels that ranks compare. Numbers count from the least: one rank may have built more before."""
+    """Labels that ranks compare, numbers from the least on: one may have built more before."""
     numbers = [int(label[1:]) for label in labels if label[:1] == "#" and label[1:].isdigit()]
     first = min(numbers, default=0)
     return [
