@@ -48,11 +48,15 @@ def variable(name: str, number: str, taken: Iterable[str] | Mapping[str, object]
     return text
 
 
+@lru_cache(maxsize=1024)
+def _identifier(name: str) -> str:
+    base = re.sub(r"\W", "_", normalize("NFKC", name)) or "_"
+    return f"_{base}_" if iskeyword(base) or base in WORDS or not base.isidentifier() else base
+
+
 def free(name: str, taken: Iterable[str]) -> Iterable[str]:
     """Spellings of a function's or an object's name that are no variable's, the nicest first."""
-    base = re.sub(r"\W", "_", normalize("NFKC", name)) or "_"
-    if iskeyword(base) or base in WORDS or not base.isidentifier():
-        base = f"_{base}_"
+    base = _identifier(name)
     between = "_" * base[-1].isdigit()
     spelled = chain([base], (f"{base}{between}{k}" for k in count(2)))
     return (text for text in spelled if root(text) not in taken and text not in WORDS)

@@ -44,9 +44,11 @@ def per_class(function: Callable[[type], T]) -> Callable[[type], T]:
 
     @wraps(function)
     def found(kind: type) -> T:
-        if key not in kind.__dict__:
-            setattr(kind, key, function(kind))
-        return kind.__dict__[key]  # type: ignore[no-any-return]
+        try:
+            return kind.__dict__[key]  # type: ignore[no-any-return]
+        except KeyError:
+            setattr(kind, key, made := function(kind))
+            return made
 
     return found
 

@@ -66,7 +66,10 @@ def check(rows: list[dict[str, Any]], allowed: Callable[[dict[str, Any]], int]) 
     assert not narrow, "\n".join(map(str, narrow))
 
 
-@pytest.mark.parametrize(("cc", "cases"), [(80, "few"), (90, "usual"), (100, "few")])
+_USUAL = [(80, "few"), (90, "few"), (100, "few"), pytest.param(90, "usual", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("cc", "cases"), _USUAL)
 def test_usual_sizes(cc: int, cases: str) -> None:
     check(compiled(cc, cases), lambda row: 0)
 

@@ -14,16 +14,24 @@ FOLDER = Path(__file__).with_name("interpreted")
 ROOT = FOLDER.parents[2]
 
 
+FUSERS = ROOT / "tests" / "test_fusers.py"
+
+
 @pytest.mark.parametrize(
-    "target", [FOLDER, ROOT / "tests" / "test_fusers.py"], ids=["kernels", "fusers"]
+    "target, chosen",
+    [
+        pytest.param(FOLDER, "", id="kernels"),
+        pytest.param(FUSERS, "not torch.float16", id="fusers"),
+        pytest.param(FUSERS, "torch.float16", id="fusers in fp16", marks=pytest.mark.slow),
+    ],
 )
-def test_under_the_interpreter(target: Path) -> None:
+def test_under_the_interpreter(target: Path, chosen: str) -> None:
     # Not pytest's own variables: a worker's would make this process report to that worker's run.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", str(target), "-q", "-n0", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(target), "-q", "-n0", "-k", chosen]
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, timeout=600,
+        [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, timeout=600,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
