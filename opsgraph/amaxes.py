@@ -97,12 +97,9 @@ def _reduced(
 
 def _names(labels: Sequence[str]) -> list[str]:
     """Labels that ranks compare, numbers from the least on: one may have built more before."""
-    numbers = [int(label[1:]) for label in labels if label[:1] == "#" and label[1:].isdigit()]
-    first = min(numbers, default=0)
-    return [
-        f"#{int(label[1:]) - first}" if label[:1] == "#" and label[1:].isdigit() else label
-        for label in labels
-    ]
+    serials = {s: int(s[1:]) for s in labels if s.startswith("#") and s[1:].isdigit()}
+    first = min(serials.values(), default=0)
+    return [f"#{serials[s] - first}" if s in serials else s for s in labels]
 
 
 def _update(states: Sequence[Scaling], amax: Tensor, recipe: DelayedScaling, name: str) -> None:
