@@ -26,11 +26,11 @@ from torch import Tensor
 
 import opsgraph as og
 from benchmarks.timing import alternate, machine
-from opsgraph import recipe as r
 from opsgraph.kernels.cpu import activations, dequantize, norms
 from opsgraph.kernels.cpu.launch import Kernel
 from opsgraph.kernels.cpu.quantize import activation_quantize, ahead, quantize
 from opsgraph.kernels.formats import Format
+from opsgraph.precision import recipe as r
 
 RECIPES: dict[str, og.recipe.Recipe | None] = {
     "bf16": None,

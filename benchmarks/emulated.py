@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import alternate, machine
-from opsgraph import recipe as r
-from opsgraph.ops import scaled_gemm
+from opsgraph.precision import products as scaled_gemm
+from opsgraph.precision import recipe as r
 
 RECIPES = {
     "current": r.Float8CurrentScaling(),

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import opsgraph as og
 from benchmarks.timing import alternate
-from opsgraph import recipe as recipes
-from opsgraph.fusers.cublaslt import scaled_mm
+from opsgraph.fusers.cublaslt.products import scaled_mm
 from opsgraph.kernels.formats import NVFP4, Format
 from opsgraph.kernels.triton import norms, quantize, quantize_norms
 from opsgraph.ops import Linear, RMSNorm, SwiGLU
+from opsgraph.precision import recipe as recipes
 from opsgraph.quantizers import TensorQuantizer
 
 RECIPES = {

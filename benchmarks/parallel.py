@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opsgraph.kernels.overlap import cuts
+from opsgraph.kernels.exchange.pieces import cuts
 
 RESULTS = Path(__file__).parent / "results"
 RANKS = (1, 2, 4, 8, 16, 32, 64)

@@ -22,8 +22,8 @@ from torch import Tensor
 import opsgraph as og
 from benchmarks.parallel import pieced
 from benchmarks.timing import alternate, machine
-from opsgraph.kernels.overlap import cuts
-from opsgraph.kernels.reference import collectives
+from opsgraph.kernels.exchange import collectives
+from opsgraph.kernels.exchange.pieces import cuts
 from opsgraph.ops import AllGather, AllReduce, AllReduceGrad, BasicLinear, ReduceScatter
 from opsgraph.testing.distributed import run
 

@@ -26,7 +26,7 @@ from byte_lm import ByteLM, draw_batch, fused_parts, learning_rate, load_text, l
 from torch import nn
 
 import opsgraph as og
-from opsgraph import recipe
+from opsgraph.precision import recipe
 
 RECIPES = {
     "bf16": None,

@@ -1,15 +1,15 @@
 """opsgraph: declare a run of basic ops, have it planned, fused and run, forward and backward."""
 
-from . import checkpoints, fusers, ops, quantizers, recipe
+from . import fusers, ops, quantizers, recipe
 from .errors import OpError, OpsgraphError, PlanError, RegisterError
 from .fuser import Fuser, register
-from .modules import LayerNormMLP
-from .op import Op
+from .layernorm_mlp import checkpoints
+from .layernorm_mlp.module import LayerNormMLP
+from .op import Op, Spec
 from .plan import Plan
-from .precision import autocast, checkpoint_contexts
-from .quantized_parameter import quantized_model_init
-from .sequential import Sequential
-from .spec import Spec
+from .precision.autocast import autocast, checkpoint_contexts
+from .precision.weights import quantized_model_init
+from .run.sequential import Sequential
 
 __version__ = "0.1.0"
 

@@ -17,9 +17,8 @@ from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 from . import config
 from .backend import backends
 from .errors import RegisterError
-from .functions import backward_functions
-from .op import BACKWARD, FORWARD, STORED, Op, arguments, per_class, weights
-from .spec import Spec
+from .op import BACKWARD, FORWARD, STORED, Op, Spec, arguments, per_class, weights
+from .op.functions import backward_functions
 
 Variant = tuple[tuple[str, type[Op] | None], ...]
 

@@ -16,15 +16,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .errors import OpsgraphError
-from .kernels.reference import collectives
-from .modules import LayerNormMLP
+from .kernels.exchange import collectives
+from .layernorm_mlp.module import LayerNormMLP
 from .op import Op
 from .ops import Add, ConstantScale, Dropout, Identity, Linear, Residual, Tee
 from .ops.activations import Activation, GatedActivation
 from .ops.collectives import Group, group_of, process_group
 from .ops.parameters import Partition
-from .scaling import before_loading
-from .sequential import Sequential
+from .precision.delayed import before_loading
+from .run.sequential import Sequential
 
 ELEMENTWISE = (Activation, GatedActivation, ConstantScale, Dropout, Identity, Tee, Add)
 """What may stand between a column- and a row-parallel Linear: it needs no other rank's columns."""

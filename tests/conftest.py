@@ -58,4 +58,4 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`pytest --update-plans` writes the expected plans again instead of comparing with them."""
-    parser.addoption("--update-plans", action="store_true", help="rewrite tests/plans/*.txt")
+    parser.addoption("--update-plans", action="store_true", help="rewrite tests/plan/plans/*.txt")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 import opsgraph as og
-from opsgraph import recipe as r
 from opsgraph.ops import Linear, RMSNorm, SwiGLU
+from opsgraph.precision import recipe as r
 
 HIDDEN, FFN, ROWS = 64, 128, 40
 

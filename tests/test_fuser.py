@@ -10,17 +10,7 @@ from torch import Tensor, nn
 
 import opsgraph as og
 from opsgraph.fuser import Handle, registered
-from opsgraph.ops import (
-    GELU,
-    Add,
-    BasicLinear,
-    Bias,
-    Linear,
-    MakeExtraOutput,
-    ReLU,
-    SiLU,
-    Tee,
-)
+from opsgraph.ops import GELU, Add, BasicLinear, Bias, Linear, MakeExtraOutput, ReLU, SiLU, Tee
 
 pytestmark = pytest.mark.usefixtures("without_cpu_backend")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fuser import Fuser, register
 from ..kernels.reference import activations, norms
-from ..op import Op
+from ..op import Op, Spec
 from ..ops import (
     GEGLU,
     GELU,
@@ -28,7 +28,6 @@ from ..ops import (
     SwiGLU,
     Tee,
 )
-from ..spec import Spec
 
 Gated = GEGLU | GLU | QGEGLU | ReGLU | SReGLU | SwiGLU | ClampedSwiGLU | SiTUGLU
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..errors import OpError
 from ..fuser import Fuser, register
-from ..kernels import overlap
-from ..kernels.reference import collectives
+from ..kernels.exchange import collectives
+from ..kernels.exchange import pieces as overlap
 from ..op import Op
 from ..ops import AllGather, AllReduce, AllReduceGrad, BasicLinear, Bias, ReduceScatter, Tee
 

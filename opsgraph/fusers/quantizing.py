@@ -10,7 +10,7 @@ from ..backend import backends
 from ..fuser import Fuser
 from ..kernels.formats import NVFP4, Format, Target
 from ..ops import Quantize, QuantizeGrad
-from ..quantizers import (
+from ..precision.quantizers import (
     BlockQuantizer,
     DelayedQuantizer,
     MXQuantizer,

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 
 from ..fuser import Fuser, register
-from ..kernels.reference import collectives
-from ..op import Op
+from ..kernels.exchange import collectives
+from ..op import Op, Spec
 from ..ops import AllGather, AllReduce, BasicLinear, Bias, ReduceScatter, Tee
-from ..spec import Spec
 from .lazy import Lazy
 from .overlap import alone, verify_rows
 
-symmetric = Lazy("symmetric")
+symmetric = Lazy("exchange.symmetric")
 
 
 def refusal(exchange: Any, x: Spec) -> str | None:

@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..guards.validation import Checked, choice, flag, number, positive, size
 from ..kernels.reference import activations as reference
-from ..op import Op
-from ..spec import Spec
-from ..validation import Checked, choice, flag, number, positive, size
+from ..op import Op, Spec
 
 APPROXIMATIONS = ("tanh", "none")
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from ..kernels.reference import wide
-from ..op import Lowered, Op
-from ..spec import Spec
+from ..op import Lowered, Op, Spec
 from .norms import LayerNorm, RMSNorm
 
 

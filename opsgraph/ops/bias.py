@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import OpError
-from ..op import Op
-from ..spec import Spec
-from ..validation import Checked, Fixed, features, flag, place
-from ..validation import size as valid_size
+from ..guards.validation import Checked, Fixed, features, flag, place
+from ..guards.validation import size as valid_size
+from ..op import Op, Spec
 from .collectives import Group, group_of
 from .parameters import MarksParameters, Partition, empty_parameter
 

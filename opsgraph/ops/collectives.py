@@ -15,15 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import OpError, OpsgraphError
-from ..kernels.reference import collectives
-from ..op import BACKWARD, FORWARD, Op
-from ..spec import Spec
-from ..validation import flag
+from ..guards.validation import flag
+from ..kernels.exchange import collectives
+from ..op import BACKWARD, FORWARD, Op, Spec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     GroupLike = dist.ProcessGroup | DeviceMesh | str
+
+SYMMETRIC = ("multimem_all_reduce", "two_shot", "one_shot")
+"""All-reduces over symmetric memory that a row-parallel layer may ask for."""
 
 
 class Group(NamedTuple):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OpError, OpsgraphError
+from ..guards.torch_private import executes
 from ..op import Op
-from ..quantizers import Quantized
-from ..torch_private import executes
+from ..precision.quantizers import Quantized
 from .main_grad import arriving, dummy
 
 _serial = itertools.count()

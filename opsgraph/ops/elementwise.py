@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import without_extra_state
 from ..errors import OpError
+from ..guards.validation import number, whole
 from ..kernels.reference.dropout import keep_mask
-from ..op import Op
-from ..spec import Spec
-from ..validation import number, whole
+from ..op import Op, Spec, without_extra_state
 
 
 class Identity(Op):

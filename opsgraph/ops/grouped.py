@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import OpError
-from ..op import Op
-from ..spec import Spec
-from ..validation import Checked, Fixed, features, flag, function, place, whole
+from ..guards.validation import Checked, Fixed, features, flag, function, place, whole
+from ..op import Op, Spec
 from .delayed import Queue, TellsOfWeightGradients, mark_delayed, parameters, queue_of
 from .joined import join, pack
 from .main_grad import accumulate, add_to_main_grad

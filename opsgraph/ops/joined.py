@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import OpError
-from ..torch_private import followed
+from ..guards.torch_private import followed
 
 PLAIN = (Tensor, nn.Parameter)
 

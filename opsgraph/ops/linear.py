@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,31 +12,40 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import OpError
-from ..op import Lowered, Op, arguments
-from ..precision import meet
-from ..quantized_parameter import hold
-from ..quantizers import Quantized
-from ..scaling import before_loading
-from ..spec import Spec
-from ..validation import Checked, Fixed, choice, features, flag, function, names, place, whole
-from . import scaled_gemm as scaled
+from ..guards.validation import (
+    Checked,
+    Fixed,
+    choice,
+    features,
+    flag,
+    function,
+    names,
+    place,
+    whole,
+)
+from ..op import Lowered, Op, Spec, arguments
+from ..precision import products as scaled
+from ..precision.autocast import meet
+from ..precision.delayed import before_loading
+from ..precision.quantizers import Quantized
+from ..precision.weights import hold
 from .bias import Bias
-from .collectives import AllGather, AllReduce, AllReduceGrad, Group, ReduceScatter, group_of
+from .collectives import (
+    SYMMETRIC,
+    AllGather,
+    AllReduce,
+    AllReduceGrad,
+    Group,
+    ReduceScatter,
+    group_of,
+)
 from .delayed import Queue, TellsOfWeightGradients, mark_delayed, queue_of
 from .main_grad import accumulate, add_to_main_grad
-from .parameters import MarksParameters, Partition, empty_parameter
+from .parameters import MarksParameters, Partition, empty_parameter, shards
 
 if TYPE_CHECKING:
     from .collectives import GroupLike
 
-
-def shards(mode: str | None, size: int) -> tuple[int, int]:
-    """Among how many ranks a mode splits a weight's rows and columns."""
-    return (size if mode == "column" else 1), (size if mode == "row" else 1)
-
-
-SYMMETRIC = ("multimem_all_reduce", "two_shot", "one_shot")
-"""All-reduces over symmetric memory that a row-parallel layer may ask for."""
 
 PARALLEL = "another layer, or opsgraph.parallel.TensorParallel"
 """What splits a layer among ranks, which no attribute does later."""
@@ -390,10 +398,3 @@ class Linear(BasicLinear):
     @classmethod
     def sample(cls) -> Iterable[Op]:
         return cls(out_features=24), cls(out_features=24, bias=False)
-
-
-def tell_next(modules: Sequence[nn.Module]) -> None:
-    """Tell every linear layer of a sequence which op follows it."""
-    for module, following in pairwise(modules):
-        if isinstance(module, BasicLinear):
-            module.precede(following)

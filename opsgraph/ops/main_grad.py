@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OpsgraphError
-from ..torch_private import forward_gradients, graph_task
+from ..guards.torch_private import forward_gradients, graph_task
 
 EXPECTED = "main_grad_to_overwrite"
 """Attribute of a weight whose next gradient overwrites."""

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import OpError
+from ..guards.validation import Checked, epsilon, flag, place, size, whole
 from ..kernels.reference import norms
-from ..op import Lowered, Op
-from ..spec import ROWS, Spec
-from ..validation import Checked, epsilon, flag, place, size, whole
+from ..op import ROWS, Lowered, Op, Spec
 from .parameters import empty_parameter
 
 

@@ -18,6 +18,11 @@ def empty_parameter(
     return nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))  # type: ignore[arg-type]
 
 
+def shards(mode: str | None, size: int) -> tuple[int, int]:
+    """Among how many ranks a mode splits a weight's rows and columns."""
+    return (size if mode == "column" else 1), (size if mode == "row" else 1)
+
+
 class Partition(NamedTuple):
     """How the ranks of a process group split a parameter: along `dim`, in equal shares.
 

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functions import quantizable
-from ..op import Lowered, Op, Placed, lower_plainly
-from ..precision import state_for
-from ..quantizers import Quantizer
-from ..recipe import DelayedScaling, Recipe, recipe_of
-from ..spec import Spec
-from ..validation import flag
+from ..guards.validation import flag
+from ..op import Lowered, Op, Placed, Spec, lower_plainly
+from ..op.functions import quantizable
+from ..precision.autocast import state_for
+from ..precision.quantizers import Quantizer
+from ..precision.recipe import DelayedScaling, Recipe, recipe_of
 from .elementwise import Identity
 from .grouped import GroupedLinear
 from .quantized_grouped import grouped

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import Op, Placed
-from ..quantizers import Quantized, Quantizer
-from ..recipe import Recipe
-from ..spec import Spec
-from . import scaled_gemm as scaled
+from ..op import Op, Placed, Spec
+from ..precision import products as scaled
+from ..precision.quantizers import Quantized, Quantizer
+from ..precision.recipe import Recipe
 from .grouped import GroupedLinear, _pieces, into_main_grads
 
 Quantize = Callable[[Quantizer, Tensor, Collection[str]], Quantized]

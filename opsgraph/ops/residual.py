@@ -11,12 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import OpError, PlanError
-from ..functions import verify_added
-from ..op import Lowered, Op
-from ..spec import Spec
-from ..validation import Checked, flag, text
-from ..watched import Watched, whole
-from .linear import tell_next
+from ..guards.validation import Checked, flag, text
+from ..guards.watched import Watched, whole
+from ..op import Lowered, Op, Spec
+from ..op.functions import verify_added
+from .linear import BasicLinear
 from .sizes import infer_sizes, width_between
 
 _serial = itertools.count()
@@ -191,3 +190,10 @@ class Residual(Op):
         from .activations import SiLU
 
         return (cls(SiLU()),)
+
+
+def tell_next(modules: Sequence[nn.Module]) -> None:
+    """Tell every linear layer of a sequence which op follows it."""
+    for module, following in itertools.pairwise(modules):
+        if isinstance(module, BasicLinear):
+            module.precede(following)

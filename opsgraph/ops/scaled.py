@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..guards.validation import Checked, flag, positive
 from ..kernels.reference import activations as reference
 from ..kernels.reference import wide
-from ..op import Lowered, Op
-from ..spec import ROWS, Spec
-from ..validation import Checked, flag, positive
+from ..op import ROWS, Lowered, Op, Spec
 from .activations import (
     GEGLU,
     QGEGLU,

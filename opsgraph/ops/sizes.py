@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import OpsgraphError
-from ..op import Op
-from ..spec import row
+from ..op import Op, row
 
 
 def infer_sizes(

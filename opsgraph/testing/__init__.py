@@ -17,9 +17,9 @@ from ..fuser import Fuser, Variant, variants
 from ..op import Op
 from ..ops import BasicLinear, GroupedLinear, Quantize, QuantizeGrad
 from ..ops.quantized_grouped import QuantizedGroupedLinear
-from ..precision import autocast
-from ..recipe import Float8CurrentScaling, Format, MXFP8BlockScaling, Recipe
-from ..sequential import Sequential
+from ..precision.autocast import autocast
+from ..precision.recipe import Float8CurrentScaling, Format, MXFP8BlockScaling, Recipe
+from ..run.sequential import Sequential
 
 TOLERANCES = {
     torch.float64: (1e-9, 1e-9),

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from test_layernorm_mlp import Setting, formula
 from torch import Tensor
 
 import opsgraph as og
 from opsgraph import config
 from opsgraph.testing.distributed import Ranks
+from tests.layernorm_mlp.test_module import Setting, formula
 
 HIDDEN, FFN, SHAPE = 8, 16, (8, 4, 8)
 NORM = ("layer_norm_weight", "layer_norm_bias", "fc2_bias")

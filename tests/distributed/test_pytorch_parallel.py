@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_layernorm_mlp import Setting, formula
 from test_parallel_mlp import (
     CASES,
     FFN,
@@ -34,11 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import opsgraph as og
 from opsgraph.ops import GELU, LayerNorm, Linear, Residual, RMSNorm, SwiGLU
-from opsgraph.parallel import (
-    TensorParallel,
-    gather_state_dict,
-)
+from opsgraph.parallel import TensorParallel, gather_state_dict
 from opsgraph.testing.distributed import Ranks
+from tests.layernorm_mlp.test_module import Setting, formula
 
 ROWS = 16
 PLAIN, GATED = Case(normalization="LayerNorm"), Case(activation="swiglu")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import opsgraph as og
 from opsgraph import backend, config, fusers
-from opsgraph.kernels import symmetric
+from opsgraph.kernels.exchange import symmetric
 from opsgraph.ops import AllGather, BasicLinear, Linear, SwiGLU, Tee
 from opsgraph.testing.distributed import Ranks
 

@@ -318,7 +318,7 @@ def test_without_a_compiler_the_next_backend_runs_and_doctor_says_why(home: Home
     home.environment["PATH"] = str(home.temporary)
     reason = "no C++ compiler: none of c++, g++ and clang++ is found"
     assert home.run(PLAN) == reason
-    told = home.run("from opsgraph.cli import main; main(['doctor'])")
+    told = home.run("from opsgraph.__main__ import main; main(['doctor'])")
     assert f"absent: {reason}" in told
 
 

@@ -1,18 +1,13 @@
 """The CPU's C++ kernels against the formulas in fp64, plain autograd for their gradients."""
 
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from formulas import FORMULAS, layernorm, rmsnorm
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from formulas import FORMULAS, layernorm, rmsnorm
 
 from opsgraph import ops
 from opsgraph.kernels.cpu import activations, build, norms

@@ -1,18 +1,13 @@
 """The CPU's C++ quantizers against the oracle in numpy and the reference formulas, bit for bit."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import quantize_oracle as oracle
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import quantize_oracle as oracle
 
 from opsgraph.kernels.cpu import activations, build
 from opsgraph.kernels.cpu.quantize import SCALINGS, activation_quantize, quantize

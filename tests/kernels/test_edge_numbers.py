@@ -3,19 +3,14 @@
 `interpreted` has the same tests of Triton's kernels.
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import edges
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import edges
 
 import opsgraph as og
 from opsgraph import ops

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).with_name("interpreted")
 ROOT = FOLDER.parents[2]
 
 
-FUSERS = ROOT / "tests" / "test_fusers.py"
+FUSERS = ROOT / "tests" / "fusers" / "test_fusers.py"
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsgraph.fusers.cublaslt import scaled_mm
-from opsgraph.kernels.scaled_mm import tiles
+from opsgraph.fusers.cublaslt.products import scaled_mm
+from opsgraph.kernels.cublaslt.scaled_mm import tiles
 from opsgraph.quantizers import BlockQuantizer, MXQuantizer, NVFP4Quantizer, Quantizer
 
 call = getattr(F, "scaled_mm", None)  # new in PyTorch 2.10, as its enums are
@@ -146,7 +146,7 @@ import torch.nn.functional as F
 for name in ("scaled_mm", "ScalingType", "SwizzleType"):
     if hasattr(F, name):
         delattr(F, name)
-from opsgraph.fusers import cublaslt
+from opsgraph.fusers.cublaslt import products as cublaslt
 from opsgraph.quantizers import RowQuantizer, TensorQuantizer
 
 calls = []

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...torch_private import dispatch_modes, top_transform
+from ...guards.torch_private import dispatch_modes, top_transform
 from . import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}

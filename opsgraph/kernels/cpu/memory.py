@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...torch_private import storage_uses
+from ...guards.torch_private import storage_uses
 
 CPU = torch.device("cpu")
 LEAST = 2**20

@@ -1,19 +1,14 @@
 """The Triton activations against fp64 formulas and their autograd gradients, on the CPU."""
 
-import sys
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
+import edges
 import pytest
 import torch
 from kernel_checks import DTYPES, INTERPRETING, close, laid_out, normal, twice
 from torch import Tensor
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import edges
 
 from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
 

@@ -1,6 +1,6 @@
 """The NVFP4 kernels give the bits of the reference quantizer, of the unfused kernels' output.
 
-The reference is itself held to an independent oracle, in `tests/test_quantize.py`.
+The reference is itself held to an independent oracle: `test_reference_quantize.py`.
 """
 
 from collections.abc import Callable

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import opsgraph as og
-from opsgraph import recipe as r
-from opsgraph.fusers import cublaslt, triton_quantize
+from opsgraph.fusers.cublaslt import products as cublaslt
+from opsgraph.fusers.triton import quantize as triton_quantize
 from opsgraph.ops import Add, LayerNorm, Linear, RMSNorm, SwiGLU, Tee
+from opsgraph.precision import recipe as r
 from opsgraph.quantizers import Quantizer
 
 RECIPES = {

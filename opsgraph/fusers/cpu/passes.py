@@ -1,0 +1,197 @@
+"""Fusers over the C++ kernels for the CPU: norms with their residuals, activations with biases."""
+
+from functools import cache, reduce
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backend import Backend, add_backend
+from ...fuser import Fuser, register
+from ...op import Op, Spec
+from ...ops import Add, Bias, LayerNorm, RMSNorm, Tee
+from ...ops.activations import ACTIVATIONS
+from ..lazy import Lazy
+
+build = Lazy("cpu.build")
+norms = Lazy("cpu.norms")
+activations = Lazy("cpu.activations")
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""What the kernels compute on."""
+Want = tuple[str, ...]
+Activation: Any = reduce(or_, ACTIVATIONS.values())
+
+add_backend(
+    Backend("cpu", "C++ kernels, compiled here at first use", ("cpu",), lambda: build.why_not()),
+    before="aten",
+)
+
+
+def reject_dtype(x: Spec) -> str | None:
+    """Why the kernels cannot compute on a value, or None."""
+    if x.dtype not in DTYPES:
+        return f"its kernel takes fp32 and bf16, not {x.dtype}"
+    return None
+
+
+@cache
+def short(want: Want) -> Want:
+    """`norm_rstd` is the kernel's `rstd`; `x` stays."""
+    return tuple(name.rpartition("_")[2] for name in want)
+
+
+class CPU(Fuser):
+    """What all fusers over the C++ kernels share."""
+
+    backend = "cpu"
+
+    def reject(self, x: Spec) -> str | None:
+        return reject_dtype(x)
+
+
+@register
+class RMSNormKernel(CPU):
+    """RMSNorm, each row read from memory once."""
+
+    pattern, saves = dict(norm=RMSNorm), ("norm_rstd",)
+
+    def fwd(
+        self, x: Tensor, norm_weight: Tensor | None, norm_eps: float,
+        norm_zero_centered_gamma: bool, want: Want,
+    ) -> Any:  # fmt: skip
+        y, rstd, _ = norms.rmsnorm_forward(
+            x, norm_weight, norm_eps, norm_zero_centered_gamma, None, short(want)
+        )
+        return y, (rstd,)
+
+
+@register
+class AddRMSNorm(CPU):
+    """Residual add and RMSNorm in one pass; hands out the sum."""
+
+    pattern, saves = dict(add=Add, norm=RMSNorm), ("norm_x", "norm_rstd")
+
+    def fwd(
+        self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_eps: float,
+        norm_zero_centered_gamma: bool, want: Want,
+    ) -> Any:  # fmt: skip
+        y, rstd, total = norms.rmsnorm_forward(
+            x, norm_weight, norm_eps, norm_zero_centered_gamma, add_other, short(want)
+        )
+        return y, (total, rstd)
+
+
+@register
+class RMSNormBackward(CPU):
+    """Backward of RMSNorm, with the residual's gradient added to dx where there is one."""
+
+    pattern = dict(tee=Tee | None, norm=RMSNorm)
+
+    def bwd(
+        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_rstd: Tensor,
+        norm_weight: Tensor | None, norm_zero_centered_gamma: bool, want: Want,
+    ) -> Any:  # fmt: skip
+        dx, dweight, _ = norms.rmsnorm_backward(
+            dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d, short(want)
+        )
+        return dx, (dweight,)
+
+
+@register
+class LayerNormKernel(CPU):
+    """LayerNorm, each row read from memory once, variance from centred values."""
+
+    pattern, saves = dict(norm=LayerNorm), ("norm_mean", "norm_rstd")
+
+    def fwd(
+        self, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
+        norm_zero_centered_gamma: bool, want: Want,
+    ) -> Any:  # fmt: skip
+        y, mean, rstd, _ = norms.layernorm_forward(
+            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, None, short(want)
+        )
+        return y, (mean, rstd)
+
+
+@register
+class AddLayerNorm(CPU):
+    """Residual add and LayerNorm in one pass; hands out the sum."""
+
+    pattern, saves = dict(add=Add, norm=LayerNorm), ("norm_x", "norm_mean", "norm_rstd")
+
+    def fwd(
+        self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+        norm_eps: float, norm_zero_centered_gamma: bool, want: Want,
+    ) -> Any:  # fmt: skip
+        y, mean, rstd, total = norms.layernorm_forward(
+            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, short(want)
+        )
+        return y, (total, mean, rstd)
+
+
+@register
+class LayerNormBackward(CPU):
+    """Backward of LayerNorm, with the residual's gradient added to dx where there is one."""
+
+    pattern = dict(tee=Tee | None, norm=LayerNorm)
+
+    def bwd(
+        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor,
+        norm_rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+        norm_zero_centered_gamma: bool, want: Want,
+    ) -> Any:  # fmt: skip
+        dx, dweight, dbias, _ = norms.layernorm_backward(
+            dy, norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma,
+            tee_d, short(want),
+        )  # fmt: skip
+        return dx, (dweight, dbias)
+
+
+def reject_activation(act: Op, x: Spec) -> str | None:
+    """Why the kernels cannot compute an activation of x, or None."""
+    return reject_dtype(x)
+
+
+class _Activation(CPU):
+    """What all fusers with an activation refuse."""
+
+    def reject(self, act: Op, x: Spec) -> str | None:  # type: ignore[override]
+        return reject_activation(act, x)
+
+
+def shape_of(act: Op) -> tuple[Any, ...]:
+    """What the kernels take of an activation: kind, params, interleaving."""
+    return act.kernel, getattr(act, "params", ()), getattr(act, "glu_interleave_size", None)
+
+
+@register
+class ActivationKernel(_Activation):
+    """An activation, plain or gated, forward and backward."""
+
+    pattern = dict(act=Activation)
+
+    def fwd(self, x: Tensor, act: Op) -> Any:
+        return activations.activation_forward(x, *shape_of(act))[0], ()
+
+    def bwd(self, dy: Tensor, act: Op, act_x: Tensor) -> Any:
+        return activations.activation_backward(dy, act_x, *shape_of(act))[0], ()
+
+
+@register
+class BiasActivation(_Activation):
+    """Bias and activation in one pass; hands out the sum. Backward with the bias's sums."""
+
+    pattern, saves = dict(bias=Bias, act=Activation), ("act_x",)
+
+    def fwd(self, x: Tensor, bias_bias: Tensor, act: Op, want: Want) -> Any:
+        shape = shape_of(act)
+        y, pre = activations.activation_forward(x, *shape, bias_bias, "act_x" in want)
+        return y, (pre,)
+
+    def bwd(self, dy: Tensor, act: Op, act_x: Tensor, bias_bias: Tensor, want: Want) -> Any:
+        dx, _, dbias = activations.activation_backward(
+            dy, act_x, *shape_of(act), short(want), bias_bias.dtype
+        )
+        return dx, (dbias,)

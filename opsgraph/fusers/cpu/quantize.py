@@ -1,0 +1,135 @@
+"""Quantize and QuantizeGrad by the C++ kernels for the CPU, and activations quantized by theirs."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...fuser import register
+from ...kernels.formats import Copies, Format
+from ...op import Op, Spec
+from ...ops import Bias, Quantize
+from ...ops.quantized_grouped import QuantizedGroupedLinear
+from ...precision.quantizers import Quantized, Quantizer, RowQuantizer, TensorQuantizer, transposed
+from ..lazy import Lazy
+from ..quantizing import (
+    KERNELS,
+    Kernel,
+    QuantizesGradient,
+    QuantizesValue,
+    as_quantized,
+    copy_names,
+    format_of,
+)
+from ..quantizing import quantize as by_rule
+from .passes import CPU, DTYPES, Activation, reject_dtype, shape_of
+
+build = Lazy("cpu.build")
+kernels = Lazy("cpu.quantize")
+
+
+def _names(quantizer: Quantizer, names: Collection[str]) -> Collection[str]:
+    """What kernels are to write of what is named.
+
+    Where the column copy is the transpose it is a view of the row copy, as in the reference: the
+    products that read it were faster so than of bytes that were written transposed.
+    """
+    both = quantizer.shared and "col" in names
+    return {"row", *names} - {"col"} if both else names
+
+
+def _found(
+    quantizer: Quantizer, made: Copies, dtype: torch.dtype, names: Collection[str]
+) -> Quantized:
+    """The value with the copies that are named."""
+    found = as_quantized(quantizer, made, dtype)
+    if quantizer.shared and "col" in names and found.row is not None:
+        found = found._replace(col=transposed(found.row))
+    return found
+
+
+def quantize(
+    quantizer: Quantizer, x: Tensor, scale: Tensor | None, names: Collection[str]
+) -> tuple[Quantized, Tensor | None]:
+    """The copies of x that are named, and its amax."""
+    made = kernels.quantize(x, format_of(quantizer), scale, _names(quantizer, names))
+    return _found(quantizer, made, x.dtype, names), made.amax
+
+
+KERNELS["cpu"] = Kernel((Format,), DTYPES, quantize, lambda: build.reason("quantize"))
+
+
+class _Quantizing(CPU):
+    """What both refuse."""
+
+    def reject(self, q: Any, x: Spec) -> str | None:  # type: ignore[override]
+        if not isinstance(format_of(q.quantizer), Format):
+            return f"its kernels do not write {q.quantizer.storage.name}"
+        return reject_dtype(x) or build.reason("quantize")
+
+
+@register
+class QuantizeCPU(_Quantizing, QuantizesValue):
+    """Quantize alone."""
+
+
+@register
+class QuantizeGradCPU(_Quantizing, QuantizesGradient):
+    """QuantizeGrad alone."""
+
+
+@register
+class ActivationQuantizeCPU(_Quantizing):
+    """[Bias,] activation and Quantize: tiles of the activation are quantized out of the cache."""
+
+    pattern, saves = dict(bias=Bias | None, act=Activation, q=Quantize), ("act_x", "q_amax")
+
+    def reject(self, act: Op, q: Any, x: Spec) -> str | None:  # type: ignore[override]
+        if type(q.quantizer) in (RowQuantizer, TensorQuantizer):
+            return "its kernel quantizes tiles before the amax of a row or of the tensor is known"
+        if getattr(act, "glu_interleave_size", None):
+            return "its kernel does not interleave"
+        return super().reject(q, x)
+
+    def fwd(
+        self, x: Tensor, bias_bias: Tensor | None, act: Op, q: Any, q_scale: Tensor | None,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        (kind, params, _), names = shape_of(act), copy_names(want)
+        made, pre = kernels.activation_quantize(
+            x, kind, format_of(q.quantizer), params, bias_bias, "act_x" in want, q_scale,
+            _names(q.quantizer, names),
+        )  # fmt: skip
+        found = _found(q.quantizer, made, x.dtype, names)
+        return found, (x if bias_bias is None else pre, made.amax)
+
+
+@register
+class GroupedQuantizeCPU(CPU):
+    """A grouped linear whose groups' operands the kernels quantize."""
+
+    pattern = dict(fc=QuantizedGroupedLinear)
+
+    def reject(self, fc: Any, x: Spec) -> str | None:  # type: ignore[override]
+        if not any(isinstance(format_of(q), Format) for q in fc.quantizers):
+            return f"its kernels do not write {fc.quantizers[0].storage.name}"
+        return reject_dtype(x) or build.reason("quantize")
+
+    def fwd(
+        self, x: Tensor, fc: Any, fc_split_sizes: Tensor, fc_weight: Tensor, fc_bias: Tensor | None
+    ) -> Any:
+        return fc.forward_by(_by_kernel, x, fc_split_sizes, fc_weight, fc_bias)
+
+    def bwd(
+        self, dy: Tensor, fc: Any, fc_x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor,
+        fc_bias: Tensor | None, fc_weight_stored: Tensor, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        names = {name.removeprefix("fc_") for name in want}
+        given = dy, fc_x, fc_split_sizes, fc_weight, fc_bias, fc_weight_stored, names
+        return fc.backward_by(_by_kernel, *given)
+
+
+def _by_kernel(quantizer: Quantizer, x: Tensor, copies: Collection[str]) -> Quantized:
+    """By the kernel, or by the quantizer's formulas where that writes no such format."""
+    return by_rule(("cpu",), quantizer, x, None, copies)[0]

@@ -1,0 +1,5 @@
+"""Fusers of the `cublaslt` backend."""
+
+from . import grouped, products
+
+__all__ = ["grouped", "products"]

@@ -1,0 +1,213 @@
+"""Scaled GEMMs on the tensor cores' FP8 and FP4 units: they take what Quantize wrote, with scales.
+
+PyTorch's calls multiply by the scales that they are given, where ours divide: they get 1 / scale.
+What `FAMILIES` does not name for this chip stays with the reference, which emulates it.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...fuser import Fuser, register
+from ...kernels.reference.nvfp4 import tensor_multiplier
+from ...kernels.reference.quantize import BLOCK
+from ...op import Op, Spec, Storage
+from ...ops import BasicLinear, Bias
+from ...ops.main_grad import add_to_main_grad
+from ...precision.products import product
+from ...precision.quantizers import Copy, Quantized
+from ..lazy import Lazy
+
+ALIGNMENT = 16
+
+native = Lazy("cublaslt.scaled_mm")
+
+
+def chip() -> int:
+    """The major number of the current device's compute capability, 0 without one."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+
+
+class Family(NamedTuple):
+    """Formats that the library multiplies with each other.
+
+    chip: the major number of the compute capability that has them, 0 for all with FP8 units. cuda:
+    the least version. multiple: what in_features and out_features have to be a multiple of.
+    dtypes: of the result.
+    """
+
+    about: str
+    formats: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    chip: int = 0
+    cuda: tuple[int, int] = (12, 0)
+    multiple: int = 1
+
+    def why_not(self) -> str | None:
+        """Why such operands are emulated here, or None."""
+        if not self.chip:
+            return None
+        built = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+        if chip() != self.chip:
+            return f"units for it are those of sm_{self.chip}0"
+        if built < self.cuda or not hasattr(torch.nn.functional, "scaled_mm"):
+            return f"it takes CUDA {self.cuda[0]}.{self.cuda[1]} and torch 2.10"
+        return None
+
+
+_HALF = torch.float16
+FAMILIES = (
+    Family("FP8, a scale per tensor", ("e4m3", "e5m2"), (torch.bfloat16, torch.float32, _HALF)),
+    Family("FP8, a scale per row", ("e4m3r", "e5m2r"), (torch.bfloat16,)),
+    Family("FP8, blocks of 128", ("e4m3b",), chip=9, cuda=(12, 9), multiple=128),
+    Family("MXFP8", ("mxe4m3", "mxe5m2"), chip=10, cuda=(12, 8)),
+    Family("NVFP4", ("nvfp4",), chip=10, cuda=(12, 8)),
+)
+
+
+def _family(storage: Storage | None) -> Family | None:
+    return next((f for f in FAMILIES if storage is not None and storage.name in f.formats), None)
+
+
+def _formats(first: Storage, second: Storage) -> str | None:
+    """Why two formats cannot be multiplied, or None."""
+    if "e5m2" in first.name and "e5m2" in second.name:
+        return "no unit multiplies E5M2 by E5M2"
+    family, emulated = _family(first), f"{first.name} by {second.name} is emulated"
+    if family is None or family is not _family(second):
+        return emulated
+    if reason := family.why_not():
+        return f"{emulated}: {reason}"
+    if first.height == second.height == BLOCK:
+        return f"no unit multiplies two operands with blocks of {BLOCK} rows"
+    return None
+
+
+def reject_gradient_formats(x: Storage, weight: Storage, dy: Storage | None) -> str | None:
+    """Why the two products of a backward cannot be scaled GEMMs, or None."""
+    if dy is None:
+        return "the recipe leaves the gradient in high precision"
+    return _formats(dy, weight) or _formats(dy, x)
+
+
+def reject_product(fc: Any, x: Spec) -> str | None:
+    """Why a linear layer's products, of x as it is stored, cannot be such ones, or None."""
+    family = _family(x.storage)
+    if family is None:
+        return None  # `_formats` says why
+    if x.dtype not in family.dtypes:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in family.dtypes)
+        return f"{family.about}: it writes {known}, not {x.dtype}"
+    for name in ("in_features", "out_features"):
+        size = getattr(fc, f"local_{name}")
+        if size % family.multiple:
+            return f"{family.about}: {name} {size} is not a multiple of {family.multiple}"
+    return None
+
+
+def scaled_mm(
+    a: Copy | None, b: Copy | None, dtype: torch.dtype, fast: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`a @ b.T (+ bias)` of copies `[rows, depth]` and `[cols, depth]`, in dtype.
+
+    fast: accumulate in the tensor core's own, shorter sums, as forward passes may. Neither that nor
+    a bias is for formats with blocks.
+    """
+    assert a is not None and b is not None  # noqa: PT018
+    rows, cols = a.data.size(0), b.data.size(0)
+    if not a.data.numel() * cols:
+        made = torch.zeros(rows, cols, dtype=dtype, device=a.data.device)
+        return made if bias is None else made + bias
+    if a.quantizer.storage.block:
+        return native.multiply(_blocks(a), _blocks(b), rows, dtype)  # type: ignore[no-any-return]
+    left, right = (native.filled(copy.data, 1, ALIGNMENT) for copy in (a, b))
+    scale_a, scale_b = a.multiplier, b.multiplier
+    if scale_b.dim():
+        scale_b = scale_b.t()
+    return torch._scaled_mm(
+        left, right.t(), scale_a, scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast
+    )
+
+
+def _blocks(copy: Copy) -> Any:
+    """A copy with scales of blocks, as the library takes it."""
+    storage, data, scale = copy.quantizer.storage, copy.data, copy.scale
+    if copy.amax is not None:
+        return native.nvfp4(data.flatten(1), scale, tensor_multiplier(copy.amax).reciprocal())
+    if storage.name.startswith("mx"):
+        return native.mx(data, scale)
+    return native.blocks(data, scale) if storage.height == 1 else native.squares(data, scale)
+
+
+def scaled_product(a: Copy | None, b: Copy | None, dtype: torch.dtype) -> Tensor:
+    """`scaled_mm` on a GPU; elsewhere, where Triton interprets, what it stands for."""
+    assert a is not None and b is not None  # noqa: PT018
+    if a.data.is_cuda:
+        return scaled_mm(a, b, dtype)
+    return product(a, b, dtype)
+
+
+def weight_gradient(dy: Quantized, x: Quantized, fc: Any, weight: Tensor) -> Tensor | None:
+    """`dy.T @ x`, or into the weight's main_grad: not rounded before it is added, if it can be."""
+    if not fc.accumulate_into_main_grad:
+        return fc.weigh(scaled_product, dy.col, x.col, dy.dtype)  # type: ignore[no-any-return]
+    assert x.col is not None
+    family = _family(x.col.quantizer.storage)
+    wide = family is not None and torch.float32 in family.dtypes
+    dtype, overwrite = torch.float32 if wide else dy.dtype, fc.overwrite_main_grad
+    return fc.weigh(_accumulate, dy.col, x.col, dtype, weight, overwrite)  # type: ignore[no-any-return]
+
+
+def _accumulate(
+    dy: Copy, x: Copy, dtype: torch.dtype, weight: Tensor, overwrite: bool
+) -> Tensor | None:
+    return add_to_main_grad(scaled_product(dy, x, dtype), weight, overwrite)
+
+
+class _Scaled(Fuser):
+    backend, quantized = "cublaslt", True
+
+    def reject_formats(self, x: Storage, weight: Storage, dy: Storage | None) -> str | None:
+        """Why it cannot multiply such operands, or None."""
+        return _formats(x, weight)
+
+
+@register
+class ScaledLinear(_Scaled):
+    """`x @ weight.T (+ bias)` of quantized x and weight, the bias in the GEMM's epilogue."""
+
+    pattern = dict(fc=BasicLinear, bias=Bias | None)
+
+    def reject(self, fc: Op, bias: Op | None, x: Spec) -> str | None:
+        if bias is not None and x.dtype == torch.float32:
+            return "its epilogue adds no fp32 bias"
+        if bias is not None and x.storage is not None and x.storage.block:
+            return "its epilogue adds no bias where scales are those of blocks"
+        return reject_product(fc, x)
+
+    def fwd(self, x: Quantized, fc_weight: Quantized, bias_bias: Tensor | None) -> Any:
+        return scaled_mm(x.row, fc_weight.row, x.dtype, True, bias_bias), ()
+
+
+@register
+class ScaledLinearBackward(_Scaled):
+    """The data and the weight gradient, of quantized gradients."""
+
+    pattern = dict(fc=BasicLinear)
+
+    def reject_formats(self, x: Storage, weight: Storage, dy: Storage | None) -> str | None:
+        return reject_gradient_formats(x, weight, dy)
+
+    def reject(self, fc: Op, x: Spec) -> str | None:
+        return reject_product(fc, x)
+
+    def bwd(
+        self, dy: Quantized, fc: Any, fc_x: Quantized, fc_weight: Quantized,
+        fc_weight_stored: Tensor, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        dx = scaled_mm(dy.row, fc_weight.col, dy.dtype) if "x" in want else None
+        weighs = "fc_weight" in want
+        return dx, (weight_gradient(dy, fc_x, fc, fc_weight_stored) if weighs else None,)

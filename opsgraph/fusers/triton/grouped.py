@@ -1,0 +1,124 @@
+"""Fusers over the grouped Triton GEMMs: one launch for all groups, no wait for the split sizes."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...fuser import register
+from ...kernels.reference import wide
+from ...op import Op, Spec
+from ...ops import (
+    GroupedLinear,
+    ScaledClampedSwiGLU,
+    ScaledGEGLU,
+    ScaledQGEGLU,
+    ScaledReGLU,
+    ScaledSwiGLU,
+)
+from ...ops.grouped import into_main_grads
+from ..lazy import Lazy
+from .passes import Triton, activations, reject_activation
+
+grouped = Lazy("triton.grouped")
+
+Scaled = ScaledSwiGLU | ScaledGEGLU | ScaledReGLU | ScaledQGEGLU | ScaledClampedSwiGLU
+
+
+def _offsets(split_sizes: Tensor, x: Tensor) -> Tensor:
+    """`[groups + 1]` on x's device, from the groups' sizes."""
+    sizes = split_sizes.to(x.device, torch.int64, non_blocking=True)
+    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+
+
+def _bias_gradient(dy: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor | None:
+    """Sums of each group's rows, as a product with ones: no atomics."""
+    if bias is None:
+        return None
+    ones = dy.new_ones(dy.shape[0], 1)
+    return grouped.grouped_wgrad(dy, ones, offsets).squeeze(-1).to(bias.dtype)  # type: ignore[no-any-return]
+
+
+def _weight_gradients(
+    fc: Any, dy: Tensor, x: Tensor, offsets: Tensor, stored: Tensor
+) -> Tensor | None:
+    """Those of all groups, or, before they are rounded, into main_grad."""
+    if not fc.accumulate_into_main_grad:
+        return grouped.grouped_wgrad(dy, x, offsets)  # type: ignore[no-any-return]
+    sums = grouped.grouped_wgrad(dy, x, offsets, torch.float32)
+    return into_main_grads(fc, sums.__getitem__, stored)
+
+
+@register
+class GroupedLinearKernel(Triton):
+    """All groups in one launch, forward and backward."""
+
+    pattern = dict(fc=GroupedLinear)
+
+    def fwd(
+        self, x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor, fc_bias: Tensor | None
+    ) -> Any:
+        return grouped.grouped_linear(x, fc_weight, fc_bias, _offsets(fc_split_sizes, x)), ()
+
+    def bwd(
+        self, dy: Tensor, fc: Any, fc_x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor,
+        fc_bias: Tensor | None, fc_weight_stored: Tensor, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        offsets = _offsets(fc_split_sizes, dy)
+        dx = grouped.grouped_dgrad(dy, fc_weight, offsets) if "x" in want else None
+        dweight = None
+        if "fc_weight" in want:
+            dweight = fc.weigh(_weight_gradients, fc, dy, fc_x, offsets, fc_weight_stored)
+        dbias = _bias_gradient(dy, fc_bias, offsets) if "fc_bias" in want else None
+        return dx, (None, dweight, dbias)
+
+
+@register
+class GroupedMLP(Triton):
+    """Grouped linear, scaled gated activation, grouped linear: a step forward and one backward."""
+
+    pattern = dict(fc1=GroupedLinear, act=Scaled, fc2=GroupedLinear)
+    saves = ("act_x",)
+
+    def reject(self, act: Op, x: Spec) -> str | None:  # type: ignore[override]
+        return reject_activation(act, x)
+
+    def fwd(
+        self, x: Tensor, fc1_split_sizes: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None,
+        act_kernel: str, act_params: tuple[float, ...], act_scales: Tensor,
+        fc2_split_sizes: Tensor, fc2_weight: Tensor, fc2_bias: Tensor | None,
+    ) -> Any:  # fmt: skip
+        pre = grouped.grouped_linear(x, fc1_weight, fc1_bias, _offsets(fc1_split_sizes, x))
+        y = activations.activation_forward(pre, act_kernel, act_params)
+        scaled = (wide(y) * wide(act_scales)[:, None]).to(x.dtype)
+        offsets = _offsets(fc2_split_sizes, x)
+        return grouped.grouped_linear(scaled, fc2_weight, fc2_bias, offsets), (pre,)
+
+    def bwd(
+        self, dy: Tensor, fc1: Any, fc1_x: Tensor, fc1_split_sizes: Tensor, fc1_weight: Tensor,
+        fc1_weight_stored: Tensor, fc1_bias: Tensor | None, act_x: Tensor, act_kernel: str,
+        act_params: tuple[float, ...], act_scales: Tensor, fc2: Any, fc2_split_sizes: Tensor,
+        fc2_weight: Tensor, fc2_weight_stored: Tensor, fc2_bias: Tensor | None,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        offsets = _offsets(fc2_split_sizes, dy)
+        scales = wide(act_scales)[:, None]
+        dact = grouped.grouped_dgrad(dy, fc2_weight, offsets)
+        dpre, y, _ = activations.activation_backward(
+            (wide(dact) * scales).to(dy.dtype), act_x, act_kernel, act_params, ("x", "y")
+        )
+        dweight2 = dscales = None
+        if "fc2_weight" in want:
+            scaled = (wide(y) * scales).to(dy.dtype)
+            dweight2 = fc2.weigh(_weight_gradients, fc2, dy, scaled, offsets, fc2_weight_stored)
+        if "act_scales" in want:
+            dscales = (wide(dact) * wide(y)).sum(-1).to(act_scales.dtype)
+        dbias2 = _bias_gradient(dy, fc2_bias, offsets) if "fc2_bias" in want else None
+        offsets = _offsets(fc1_split_sizes, dy)
+        dx = grouped.grouped_dgrad(dpre, fc1_weight, offsets) if "x" in want else None
+        dweight1 = None
+        if "fc1_weight" in want:
+            dweight1 = fc1.weigh(_weight_gradients, fc1, dpre, fc1_x, offsets, fc1_weight_stored)
+        dbias1 = _bias_gradient(dpre, fc1_bias, offsets) if "fc1_bias" in want else None
+        return dx, (None, dweight1, dbias1, dscales, None, dweight2, dbias2)

@@ -1,0 +1,282 @@
+"""Fusers over the Triton kernels: norms with their residuals, activations, dropout."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...fuser import Fuser, register
+from ...op import Op, Spec
+from ...ops import (
+    GEGLU,
+    GELU,
+    GLU,
+    QGEGLU,
+    QGELU,
+    Add,
+    BasicLinear,
+    Bias,
+    ClampedSwiGLU,
+    Dropout,
+    LayerNorm,
+    ReGLU,
+    ReLU,
+    RMSNorm,
+    SiLU,
+    SReGLU,
+    SReLU,
+    SwiGLU,
+    Tee,
+)
+from ..lazy import Lazy
+
+norms = Lazy("triton.norms")
+activations = Lazy("triton.activations")
+dropouts = Lazy("triton.dropout")
+
+Plain = GELU | QGELU | ReLU | SReLU | SiLU
+Gated = GEGLU | GLU | QGEGLU | ReGLU | SReGLU | SwiGLU | ClampedSwiGLU
+
+
+def _dtype(x: Spec) -> str | None:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"its kernel takes fp32, fp16 and bf16, not {x.dtype}"
+    return None
+
+
+def _short(want: Collection[str]) -> tuple[str, ...]:
+    """`norm_rstd` is the kernel's `rstd`; `x` stays."""
+    return tuple(name.split("_", 1)[-1] for name in want)
+
+
+class Triton(Fuser):
+    """What all fusers over Triton kernels share."""
+
+    backend = "triton"
+
+    def reject(self, x: Spec) -> str | None:
+        return _dtype(x)
+
+
+@register
+class RMSNormKernel(Triton):
+    """RMSNorm, each row read once, statistics in registers."""
+
+    pattern, saves = dict(norm=RMSNorm), ("norm_rstd",)
+
+    def fwd(
+        self, x: Tensor, norm_weight: Tensor | None, norm_eps: float,
+        norm_zero_centered_gamma: bool, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        y, rstd, _ = norms.rmsnorm_forward(
+            x, norm_weight, norm_eps, norm_zero_centered_gamma, want=_short(want)
+        )
+        return y, (rstd,)
+
+    def bwd(
+        self, dy: Tensor, norm_x: Tensor, norm_rstd: Tensor, norm_weight: Tensor | None,
+        norm_zero_centered_gamma: bool, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        dx, dweight = norms.rmsnorm_backward(
+            dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, want=_short(want)
+        )
+        return dx, (dweight,)
+
+
+@register
+class AddRMSNorm(Triton):
+    """Residual add and RMSNorm in one pass; hands out the sum."""
+
+    pattern, saves = dict(add=Add, norm=RMSNorm), ("norm_x", "norm_rstd")
+
+    def fwd(
+        self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_eps: float,
+        norm_zero_centered_gamma: bool, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        y, rstd, total = norms.rmsnorm_forward(
+            x, norm_weight, norm_eps, norm_zero_centered_gamma, add_other, want=_short(want)
+        )
+        return y, (total, rstd)
+
+
+@register
+class TeeRMSNorm(Triton):
+    """Backward of RMSNorm with the residual's gradient added to dx."""
+
+    pattern = dict(tee=Tee, norm=RMSNorm)
+
+    def bwd(
+        self, dy: Tensor, tee_d: Tensor, norm_x: Tensor, norm_rstd: Tensor,
+        norm_weight: Tensor | None, norm_zero_centered_gamma: bool, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        dx, dweight = norms.rmsnorm_backward(
+            dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d, _short(want)
+        )
+        return dx, (dweight,)
+
+
+@register
+class LayerNormKernel(Triton):
+    """LayerNorm, each row read once, variance from centred values."""
+
+    pattern, saves = dict(norm=LayerNorm), ("norm_mean", "norm_rstd")
+
+    def fwd(
+        self, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
+        norm_zero_centered_gamma: bool, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        y, mean, rstd, _ = norms.layernorm_forward(
+            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, want=_short(want)
+        )
+        return y, (mean, rstd)
+
+    def bwd(
+        self, dy: Tensor, norm_x: Tensor, norm_mean: Tensor, norm_rstd: Tensor,
+        norm_weight: Tensor | None, norm_bias: Tensor | None, norm_zero_centered_gamma: bool,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        return _layernorm_backward(
+            dy, norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma,
+            None, want,
+        )  # fmt: skip
+
+
+@register
+class AddLayerNorm(Triton):
+    """Residual add and LayerNorm in one pass; hands out the sum."""
+
+    pattern, saves = dict(add=Add, norm=LayerNorm), ("norm_x", "norm_mean", "norm_rstd")
+
+    def fwd(
+        self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+        norm_eps: float, norm_zero_centered_gamma: bool, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        y, mean, rstd, total = norms.layernorm_forward(
+            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, _short(want)
+        )
+        return y, (total, mean, rstd)
+
+
+@register
+class TeeLayerNorm(Triton):
+    """Backward of LayerNorm with the residual's gradient added to dx."""
+
+    pattern = dict(tee=Tee, norm=LayerNorm)
+
+    def bwd(
+        self, dy: Tensor, tee_d: Tensor, norm_x: Tensor, norm_mean: Tensor, norm_rstd: Tensor,
+        norm_weight: Tensor | None, norm_bias: Tensor | None, norm_zero_centered_gamma: bool,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        return _layernorm_backward(
+            dy, norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma,
+            tee_d, want,
+        )  # fmt: skip
+
+
+def _layernorm_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+    zero_centered: bool, other: Tensor | None, want: Collection[str],
+) -> Any:  # fmt: skip
+    dtype = None if bias is None else bias.dtype
+    dx, dweight, dbias = norms.layernorm_backward(
+        dy, x, mean, rstd, weight, zero_centered, other, _short(want), dtype
+    )
+    return dx, (dweight, dbias)
+
+
+def reject_activation(act: Op, x: Spec) -> str | None:
+    """Why the kernels cannot compute an activation, or None."""
+    if getattr(act, "glu_interleave_size", None) is not None:
+        return "its kernel takes halves, not interleaved gate and value"
+    return _dtype(x)
+
+
+class _Activation(Triton):
+    """What all fusers with an activation refuse."""
+
+    def reject(self, act: Op, x: Spec) -> str | None:  # type: ignore[override]
+        return reject_activation(act, x)
+
+
+def _params(act: Op) -> tuple[float, ...]:
+    return getattr(act, "params", ())
+
+
+@register
+class ActivationKernel(_Activation):
+    """An activation, plain or gated, forward and backward."""
+
+    pattern = dict(act=Plain | Gated)
+
+    def fwd(self, act: Op, x: Tensor, act_kernel: str) -> Any:
+        return activations.activation_forward(x, act_kernel, _params(act)), ()
+
+    def bwd(self, dy: Tensor, act: Op, act_x: Tensor, act_kernel: str) -> Any:
+        dx, _, _ = activations.activation_backward(dy, act_x, act_kernel, _params(act))
+        return dx, ()
+
+
+@register
+class BiasActivationBackward(_Activation):
+    """Backward of an activation with the sums that the bias before it wants."""
+
+    pattern = dict(bias=Bias, act=Plain | Gated)
+
+    def bwd(
+        self, dy: Tensor, act: Op, act_x: Tensor, act_kernel: str, bias_bias: Tensor,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        dx, _, dbias = activations.activation_backward(
+            dy, act_x, act_kernel, _params(act), _short(want), bias_bias.dtype
+        )
+        return dx, (dbias,)
+
+
+@register
+class ActivationLinearBackward(_Activation):
+    """Backward of [bias,] activation and linear: one pass between the linear's two GEMMs.
+
+    It writes the pre-activation's gradient, the linear's input computed again, and the bias's sums.
+    """
+
+    pattern = dict(bias=Bias | None, act=Plain | Gated, fc=BasicLinear)
+
+    def bwd(
+        self, dy: Tensor, bias: Op | None, act: Op, act_x: Tensor, act_kernel: str,
+        bias_bias: Tensor | None, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        passed = [n for n in ("x", "bias_bias") if n in want]
+        names = _short(passed) + (("y",) if "fc_weight" in want else ())
+        dtype = None if bias_bias is None else bias_bias.dtype
+        dx, y, dbias = activations.activation_backward(
+            dy @ fc_weight, act_x, act_kernel, _params(act), names, dtype
+        )
+        dweight = None if y is None else fc.wgrad(dy, y, fc_weight_stored)
+        return dx, (dweight,) if bias is None else (dbias, dweight)
+
+
+@register
+class DropoutKernel(Triton):
+    """[Bias,] dropout [and residual add] in one pass; the backward is the same mask."""
+
+    pattern = dict(bias=Bias | None, drop=Dropout, add=Add | None)
+    saves = ("drop_seed",)
+
+    def fwd(
+        self, x: Tensor, bias_bias: Tensor | None, drop_p: float, add_other: Tensor | None
+    ) -> Any:
+        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
+        return dropouts.dropout(x, seed, drop_p, add_other, bias_bias), (seed,)
+
+
+@register
+class DropoutBackward(Triton):
+    """Backward of dropout: the mask made again from the seed."""
+
+    pattern = dict(drop=Dropout)
+
+    def bwd(self, dy: Tensor, drop_seed: Tensor, drop_p: float) -> Any:
+        return dropouts.dropout(dy, drop_seed, drop_p), ()

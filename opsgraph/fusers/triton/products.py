@@ -1,0 +1,95 @@
+"""Fusers over Triton GEMMs with an activation in the epilogue, taken where they may pay.
+
+cuBLAS has the faster main loop, the epilogue saves one pass over the pre-activation: the shorter
+the main loop, the more that pass counts. So on CUDA each declines beyond a depth (the length of the
+rows that its GEMM multiplies), and leaves the run to the library's GEMM and a pointwise kernel. On
+an H100, with 8192 rows and depths of 1024 and 2048, the library was 1% to 9% faster
+(`benchmarks/gpu.py`).
+"""
+
+from collections.abc import Collection
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backend import interpreting
+from ...fuser import Fuser, register
+from ...op import Op, Spec
+from ...ops import BasicLinear, Bias, SiTUGLU
+from ...ops.activations import ACTIVATIONS
+from ..lazy import Lazy
+
+gemms = Lazy("triton.gemm")
+
+DEPTH = 512
+FP32_DEPTH = 128
+"""The longest rows for which the epilogue is taken, and in fp32."""
+
+Activation: Any = reduce(or_, (kind for kind in ACTIVATIONS.values() if kind is not SiTUGLU))
+
+
+def _refusal(act: Op, x: Spec, depth: int) -> str | None:
+    if getattr(act, "glu_interleave_size", None) is not None:
+        return "its kernel takes halves, not interleaved gate and value"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"its kernel takes fp32, fp16 and bf16, not {x.dtype}"
+    limit = FP32_DEPTH if x.dtype == torch.float32 else DEPTH
+    if x.device.type == "cuda" and depth > limit and not interpreting():
+        return (
+            f"a GEMM of depth {depth} is faster in the library, the epilogue is taken up to {limit}"
+        )
+    return None
+
+
+def _params(act: Op) -> tuple[float, ...]:
+    return getattr(act, "params", ())
+
+
+@register
+class LinearGatedActivation(Fuser):
+    """GEMM with bias and activation, plain or gated, in its epilogue; hands out what act reads."""
+
+    backend, pattern = "triton", dict(fc=BasicLinear, bias=Bias | None, act=Activation)
+    saves = ("act_x",)
+
+    def reject(self, act: Op, x: Spec) -> str | None:
+        return _refusal(act, x, x.width)
+
+    def fwd(
+        self, x: Tensor, act: Op, fc_weight: Tensor, bias_bias: Tensor | None, act_kernel: str,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        names = ("pre",) if "act_x" in want else ()
+        y, pre = gemms.linear_activation(x, fc_weight, bias_bias, act_kernel, _params(act), names)
+        return y, (pre,)
+
+
+@register
+class LinearActivationBackward(Fuser):
+    """Backward of [bias,] activation and linear, the activation's gradient in the linear's dgrad.
+
+    One GEMM writes the pre-activation's gradient, the linear's input computed again, and the bias's
+    sums; the gradient that arrives at the activation never reaches memory.
+    """
+
+    backend, pattern = "triton", dict(bias=Bias | None, act=Activation, fc=BasicLinear)
+
+    def reject(self, act: Op, fc: Any, x: Spec) -> str | None:
+        return _refusal(act, x, fc.local_out_features)
+
+    def bwd(
+        self, dy: Tensor, bias: Op | None, act: Op, act_x: Tensor, act_kernel: str,
+        bias_bias: Tensor | None, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        wanted = {"x": "x", "bias_bias": "bias", "fc_weight": "y"}
+        names = tuple(name for key, name in wanted.items() if key in want)
+        dtype = None if bias_bias is None else bias_bias.dtype
+        dx, y, dbias = gemms.linear_activation_backward(
+            dy, fc_weight, act_x, act_kernel, _params(act), names, dtype
+        )
+        dweight = None if y is None else fc.wgrad(dy, y, fc_weight_stored)
+        return dx, (dweight,) if bias is None else (dbias, dweight)

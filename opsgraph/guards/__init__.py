@@ -1,0 +1,1 @@
+"""What callers, their functions and other libraries may give, change or take away."""

@@ -1,0 +1,79 @@
+"""What functions of ops and fusers have to return; the first results of those of users are checked.
+
+A bare tensor in the place of `(y, saved)` would be taken apart into its rows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import OpError
+
+_NAMES = {"fwd": "y", "bwd": "dx"}
+"""What comes first of the results of functions that return more than one."""
+FUNCTIONS = ("fwd", "bwd", "dgrad", "wgrad", "again")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list) and not hasattr(value, "row"):
+        return f"({', '.join(map(_shown, value))})"
+    return f"a {type(value).__name__}" if value is not None else "None"
+
+
+def _is_value(value: Any) -> bool:
+    return isinstance(value, Tensor) or hasattr(value, "row")  # or quantized
+
+
+def verify(result: Any, where: str, function: str, counts: Sequence[int]) -> Any:
+    """The result of a function; raises OpError if it has another form.
+
+    counts: how many values or gradients may follow y or dx.
+    """
+    many = " or ".join(map(str, sorted(counts)))
+    if function in ("dgrad", "again"):
+        right, expected = _is_value(result), "a tensor"
+    elif function == "wgrad":
+        right, expected = result is None or _is_value(result), "a tensor or None"
+    else:
+        expected = f"(y, saved), y a tensor and saved a tuple of {many}"
+        if function == "bwd":
+            expected = f"(dx, gradients), dx a tensor or None and gradients a tuple of {many}"
+        right = isinstance(result, tuple | list) and len(result) == 2 and not _is_value(result)
+        if right:
+            first, rest = result
+            right = _is_value(first) or (first is None and function == "bwd")
+            right = right and isinstance(rest, tuple | list) and not _is_value(rest)
+            right = right and len(rest) in counts
+            right = right and all(value is None or _is_value(value) for value in rest)
+    if not right:
+        raise OpError(where, f"{_shown(result)} from {function}", expected)
+    return result
+
+
+class First:
+    """Stands for a class or a fuser until each of its functions has returned what it should.
+
+    From then on the function itself is there, and a call costs nothing more.
+    """
+
+    def __init__(self, target: Any, where: str) -> None:
+        self.counts: dict[str, set[int]] = {name: set() for name in FUNCTIONS}
+        for name in FUNCTIONS:
+            found = getattr(target, name, None)
+            if found is not None:
+                setattr(self, name, self._checked(name, found, where))
+
+    def _checked(self, name: str, found: Callable[..., Any], where: str) -> Callable[..., Any]:
+        def first(*args: Any, **kwargs: Any) -> Any:
+            result = verify(found(*args, **kwargs), where, name, tuple(self.counts[name]))
+            value = result[0] if name in _NAMES and isinstance(result, tuple | list) else result
+            what = _NAMES.get(name, "dx" if name == "dgrad" else "y")
+            if name != "wgrad" and isinstance(value, Tensor) and value.dim() != 2:
+                raise OpError(where, f"{_shown(value)} for {what} from {name}", "[rows, width]")
+            setattr(self, name, found)
+            return result
+
+        return first

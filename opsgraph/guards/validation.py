@@ -1,0 +1,149 @@
+"""Checks of constructors' arguments: each returns the value as plain Python has it.
+
+NumPy's numbers and tensors of one element are taken as the numbers that they are. Anything else
+raises OpError, which names the op, what came and what was expected.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from math import isfinite
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import SymInt, Tensor
+
+from ..errors import OpError
+
+
+def _plain(who: str, name: str, value: Any) -> Any:
+    """The one element of a tensor, or of a NumPy scalar or array; other values as they are."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:  # the gradient would be lost
+            expected = "a constant, for it gets no gradient: detach() it"
+            raise OpError(who, f"{name} as a tensor that requires a gradient", expected)
+        return value if value.is_meta or value.numel() != 1 else value.item()
+    return value.item() if getattr(value, "size", 0) == 1 and hasattr(value, "item") else value
+
+
+def number(
+    who: str,
+    name: str,
+    value: Any,
+    expected: str = "a number",
+    allowed: Callable[[float], bool] = lambda value: True,
+) -> float:
+    """A float for which `allowed` is true; `expected` says so in words."""
+    found = _plain(who, name, value)
+    if isinstance(found, bool) or not isinstance(found, Real) or not allowed(float(found)):
+        raise OpError(who, f"{name}={value!r}", expected)
+    return float(found)
+
+
+def positive(who: str, name: str, value: Any) -> float:
+    """A finite number above 0."""
+    return number(who, name, value, "a finite number above 0", lambda v: v > 0 and isfinite(v))
+
+
+def epsilon(who: str, name: str, value: Any) -> float:
+    """What is added below a square root: finite, and not negative."""
+    return number(who, name, value, "a finite number, 0 or above", lambda v: v >= 0 and isfinite(v))
+
+
+def whole(who: str, name: str, value: Any, least: int = 1, other: str = "") -> int:
+    """A whole number, at least `least`. other: what else would do, for the message."""
+    found = _plain(who, name, value)
+    if isinstance(found, bool) or not isinstance(found, Integral | SymInt) or found < least:
+        raise OpError(who, f"{name}={value!r}", f"a whole number, {least} or above{other}")
+    return int(found)
+
+
+def size(who: str, name: str, value: Any, least: int = 1) -> Any:
+    """A size, or None where it is left out."""
+    return None if value is None else whole(who, name, value, least, ", or None")
+
+
+def features(who: str, name: str, value: Any) -> Any:
+    """A width, which may be 0, or None where it is left out."""
+    return size(who, name, value, 0)
+
+
+def flag(who: str, name: str, value: Any) -> bool:
+    """True or False; 1 and 0 will do."""
+    found = _plain(who, name, value)
+    if not isinstance(found, Integral) or found not in (0, 1):
+        raise OpError(who, f"{name}={value!r}", "True or False")
+    return bool(found)
+
+
+def choice(who: str, name: str, value: Any, known: Collection[str | None]) -> Any:
+    """One of some names."""
+    if not isinstance(value, str | None) or value not in known:
+        *most, last = map(repr, known)
+        expected = f"{', '.join(most)} or {last}" if most else last
+        raise OpError(who, f"{name}={value!r}", expected)
+    return value
+
+
+def text(who: str, name: str, value: Any) -> str | None:
+    """A name, or None."""
+    if value is not None and not isinstance(value, str):
+        raise OpError(who, f"{name}={value!r}", "a str or None")
+    return value
+
+
+def names(who: str, name: str, value: Any) -> tuple[str, ...]:
+    """A collection of names, sorted."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise OpError(who, f"{name}={value!r}", "a list of names")
+    found = tuple(value)
+    if not all(isinstance(item, str) for item in found):
+        raise OpError(who, f"{name}={value!r}", "a list of names")
+    return tuple(sorted(found))
+
+
+def function(who: str, name: str, value: Any) -> Any:
+    """Something to call, or None."""
+    if value is not None and not callable(value):
+        raise OpError(who, f"{name}={value!r}", "a function or None")
+    return value
+
+
+def place(who: str, device: Any, dtype: Any) -> None:
+    """Where parameters go: a device and a float dtype, or None for the default."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OpError(who, f"dtype={dtype!r}", "a float dtype of torch or None")
+    try:
+        torch.device(device) if device is not None else None
+    except (RuntimeError, TypeError) as error:
+        raise OpError(who, f"device={device!r}", "a device of torch or None") from error
+
+
+class Checked:
+    """An attribute of an op that a check of this file sees whenever it is set.
+
+    Reading it costs nothing: the value is in the op's `__dict__`, where Python looks for it.
+    """
+
+    def __init__(self, check: Callable[[str, str, Any], Any]) -> None:
+        self.check, self.name = check, ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    if TYPE_CHECKING:
+
+        def __get__(self, op: Any, kind: Any = None) -> Any: ...
+
+    def __set__(self, op: Any, value: Any) -> None:
+        op.__dict__[self.name] = self.check(type(op).__name__, self.name, value)
+
+
+class Fixed(Checked):
+    """An attribute that only the constructor takes. instead: what to use later."""
+
+    def __init__(self, instead: str) -> None:
+        self.instead, self.name = instead, ""
+
+    def __set__(self, op: Any, value: Any) -> None:
+        if op.__dict__.setdefault(self.name, value) != value:
+            raise OpError(type(op).__name__, f"{self.name} after construction", self.instead)

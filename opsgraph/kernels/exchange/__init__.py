@@ -1,0 +1,1 @@
+"""Exchanges between ranks: whole, in pieces, and over symmetric memory."""

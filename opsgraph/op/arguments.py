@@ -1,0 +1,48 @@
+"""What a function names is what it needs: its arguments, and what is known once for each class."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+STORED = "_stored"
+"""`weight_stored` in `bwd` or `wgrad` is the parameter itself, where autocast has `weight` cast."""
+
+
+def per_class(function: Callable[[type], T]) -> Callable[[type], T]:
+    """Caches a function of a class on the class itself, with which the result dies."""
+    key = f"_opsgraph_{function.__name__}"
+
+    @wraps(function)
+    def found(kind: type) -> T:
+        try:
+            return kind.__dict__[key]  # type: ignore[no-any-return]
+        except KeyError:
+            setattr(kind, key, made := function(kind))
+            return made
+
+    return found
+
+
+def constant_under_compile(function: F) -> F:
+    """`torch.compiler.assume_constant_result`, without the seconds that importing Dynamo takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+_arguments: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def arguments(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Argument names of a method, bound or not, without `self`."""
+    plain = getattr(function, "__func__", function)  # a bound method would keep its object
+    found = _arguments.get(plain)
+    if found is None:
+        declared = getattr(function, "declared_arguments", None)
+        names = tuple(inspect.signature(plain).parameters)[1:] if declared is None else declared
+        found = _arguments[plain] = tuple(names)
+    return found

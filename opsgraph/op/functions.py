@@ -1,0 +1,232 @@
+"""Which functions of an op belong together: a base's derivative is not that of another `fwd`.
+
+A subclass may override `fwd` alone. What the base says of its own `fwd` then no longer holds: its
+gradients, how y is made again, which spec y has, when the op does nothing. An abstract base,
+without a `fwd`, speaks for all subclasses.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OpError, OpsgraphError, PlanError
+from .arguments import arguments, per_class
+from .base import Op, differentiable
+from .spec import ROWS, Spec
+
+
+def _definer(kind: type[Op], name: str) -> tuple[int, Any]:
+    """The class from which a name comes, and its place in the method resolution order."""
+    found = ((k, c) for k, c in enumerate(kind.__mro__) if name in c.__dict__)
+    return next(found, (len(kind.__mro__), Op))
+
+
+def holds(kind: type[Op], name: str) -> bool:
+    """Whether what a class says under a name, perhaps inherited, is about the `fwd` it has."""
+    fwd = getattr(_definer(kind, name)[1], "fwd", None)
+    return fwd is None or fwd is kind.fwd
+
+
+def function(kind: type[Op], name: str) -> Callable[..., Any] | None:
+    """`bwd`, `dgrad`, `wgrad` or `again` of a class, if it has one that is about its `fwd`."""
+    found: Callable[..., Any] | None = getattr(kind, name)
+    return found if found is not None and holds(kind, name) else None
+
+
+def quantizable(kind: type[Op]) -> bool:
+    """Whether recipes quantize its operands: a subclass with its own `fwd` has to say so itself."""
+    return kind.quantizable and holds(kind, "quantizable")
+
+
+@per_class
+def passes(kind: type[Op]) -> tuple[str, ...]:
+    """The extra inputs whose gradient is `dy` itself."""
+    there = function(kind, "bwd") is not None and holds(kind, "passes")
+    return kind.passes if there else ()
+
+
+@per_class
+def promotes(kind: type[Op]) -> tuple[str, ...]:
+    """The extra inputs with whose dtype that of y is promoted."""
+    return kind.promotes if holds(kind, "promotes") else ()
+
+
+@per_class
+def backward_functions(kind: type[Op]) -> dict[str, Callable[..., Any]]:
+    """What computes the gradients, in order: `wgrad` and `dgrad`, or `bwd`; derived where absent.
+
+    Where a class has all of them, those count that the more derived class gives.
+    """
+    bwd, dgrad, wgrad = (function(kind, name) for name in ("bwd", "dgrad", "wgrad"))
+    depths = [_definer(kind, name)[0] for name in ("dgrad", "wgrad") if getattr(kind, name)]
+    if bwd and (not (dgrad and wgrad) or _definer(kind, "bwd")[0] < min(depths)):
+        return {"bwd": bwd}
+    if dgrad or wgrad:
+        return {
+            "wgrad": wgrad or _part(kind, lambda found: found[1][0]),
+            "dgrad": dgrad or _part(kind, lambda found: found[0]),
+        }
+    return {"bwd": derived_backward(kind)}
+
+
+@per_class
+def derived_backward(kind: type[Op]) -> Callable[..., Any]:
+    """A `bwd` for an op that has none: `torch.func.vjp` of its `fwd`, which runs once more."""
+    names = tuple(name for name in arguments(kind.fwd) if name != "want")
+    active = [i for i, name in enumerate(names) if name not in kind.constants]
+
+    def bwd(op: Op, dy: Tensor, *values: Any) -> Any:
+        moving = [
+            i for i in active if isinstance(values[i], Tensor) and values[i].is_floating_point()
+        ]
+
+        def fwd(*tensors: Tensor) -> Tensor:
+            full = list(values)
+            for i, tensor in zip(moving, tensors, strict=True):
+                full[i] = tensor
+            return kind.fwd(op, *full)[0]
+
+        found = torch.func.vjp(fwd, *(values[i] for i in moving))[1](dy)
+        gradients = dict(zip(moving, found, strict=True))
+        return gradients.get(0), tuple(gradients.get(i) for i in active[1:])
+
+    bwd.declared_arguments = ("dy", *names)  # type: ignore[attr-defined]
+    return bwd
+
+
+def _part(kind: type[Op], part: Callable[[Any], Any]) -> Callable[..., Any]:
+    """One gradient of those that the derivative of `fwd` gives."""
+    bwd = derived_backward(kind)
+
+    def gradient(op: Op, *values: Any) -> Any:
+        return part(bwd(op, *values))
+
+    gradient.declared_arguments = arguments(bwd)  # type: ignore[attr-defined]
+    return gradient
+
+
+def identity(kind: type[Op], op: Op, direction: str, training: bool) -> bool:
+    """Whether the op does nothing in a pass.
+
+    A base's word that evaluation does nothing counts for a subclass with its own `fwd` as well.
+    """
+    if not holds(kind, "identity") and (training or not kind.training_matters):
+        return False
+    return kind.identity(op, direction, training)
+
+
+def out(kind: type[Op], op: Op, x: Spec) -> Spec:
+    """The spec of y; of a `fwd` that overrides what its base's `out` is about, by running it."""
+    if kind.__module__.startswith("opsgraph.") or holds(kind, "out"):
+        return kind.out(op, x)
+    try:
+        return kind._trace(op, x)[0]
+    except OpsgraphError:
+        raise
+    except Exception:  # it does not run on meta tensors: what is inherited has to do
+        return kind.out(op, x)
+
+
+def saved(kind: type[Op], op: Op, x: Spec) -> dict[str, Spec]:
+    """The specs of what it saves, likewise."""
+    if kind.__module__.startswith("opsgraph.") or holds(kind, "saved"):
+        return kind.saved(op, x)
+    try:
+        return kind._trace(op, x)[1] if kind.saves else {}
+    except OpsgraphError:
+        raise
+    except Exception:
+        return kind.saved(op, x)
+
+
+def checked_out(kind: type[Op], op: Op, x: Spec, label: str) -> Spec:
+    """`out`; raises OpError where it is no row of a width for each row of x."""
+    try:
+        y = out(kind, op, x)
+    except OpError as error:
+        if str(error.args[0]).isidentifier():
+            error.args = (label, *error.args[1:])
+        raise
+    if len(y.shape) != 2 or y.shape[0] != ROWS:
+        sizes = ", ".join("*" if size == ROWS else str(size) for size in y.shape)
+        raise OpError(label, f"an output of shape [{sizes}]", "[*, width], a row for each of x's")
+    return y
+
+
+def _uncallable(kind: type[Op]) -> str | None:
+    """Which function cannot be called as plans call it, with an op and values in order; or None."""
+    for name in ("fwd", "bwd", "dgrad", "wgrad", "again"):
+        found = inspect.getattr_static(kind, name, None)
+        if isinstance(found, staticmethod | classmethod):
+            return f"got {name} as a {type(found).__name__}, expected a method, with self first"
+        if not inspect.isfunction(found):
+            continue
+        given = inspect.signature(found).parameters.values()
+        named = [p.name for p in given if p.kind is p.KEYWORD_ONLY and p.name != "want"]
+        if named:
+            return f"got the keyword-only arguments {named} of {name}, expected them before any *"
+    return None
+
+
+@per_class
+def verify(kind: type[Op]) -> str | None:
+    """What is wrong with a class, or None."""
+    if getattr(kind, "fwd", None) is None:
+        return "got no fwd, expected one that returns (y, saved)"
+    if wrong := _uncallable(kind):
+        return wrong
+    for name in ("saves", "constants", "extra_inputs", "passes", "as_stored", "promotes"):
+        value = getattr(kind, name)
+        if isinstance(value, str) or not all(isinstance(n, str) for n in value):
+            return f"got {name} = {value!r}, expected a tuple of names"
+    if strange := set(kind.passes) - set(kind.extra_inputs):
+        return f"got passes = {sorted(strange)}, expected some of extra_inputs"
+    absent = [name for name in kind.extra_inputs if name not in arguments(kind.fwd)]
+    if absent:
+        return f"got the extra inputs {absent}, which fwd does not name"
+    if kind.taps and function(kind, "bwd") is None:
+        return "got an op that taps without a bwd for its fwd, expected bwd(self, dy, d)"
+    halves = [name for name in ("dgrad", "wgrad") if function(kind, name)]
+    if len(halves) == 1 and function(kind, "bwd"):
+        if _definer(kind, halves[0])[0] < _definer(kind, "bwd")[0]:
+            return f"got {halves[0]} beside an inherited bwd, expected bwd, or dgrad and wgrad"
+    if halves and len(differentiable(kind)) > 1 and "bwd" not in backward_functions(kind):
+        return f"got {halves[0]} and {len(differentiable(kind))} parameters, expected bwd"
+    return None
+
+
+def verify_kind(kind: type[Op], label: str) -> None:
+    """Raises PlanError for a class that cannot be planned, whatever the input."""
+    if reason := verify(kind):
+        raise PlanError(f"{label}: {reason}")
+
+
+def verify_added(module: Any, name: str = "") -> None:
+    """Raises PlanError for a module that cannot stand in a sequence, under that name."""
+    if not isinstance(module, Op):
+        return
+    label = f"{name}:{type(module).__name__}" if name else type(module).__name__
+    if "_homes" not in module.__dict__:
+        raise PlanError(f"{label}: its __init__ did not call super().__init__()")
+    for entry in module.lower():
+        verify_kind(entry.kind, label)
+
+
+def verify_backward(kind: type[Op], label: str) -> None:
+    """Raises PlanError for an op whose gradients cannot be computed."""
+    functions = backward_functions(kind)
+    if kind.random and functions == {"bwd": derived_backward(kind)}:
+        raise PlanError(
+            f"{label}: got a random fwd and no bwd for it, expected one that takes the saved seed"
+        )
+
+
+def verify_trailing(op: Op, label: str, shape: torch.Size) -> None:
+    """Raises OpError for an input whose last dimensions are not those that the op works on."""
+    sizes = op.trailing()
+    if sizes and tuple(shape[-1 - len(sizes) : -1]) != sizes:
+        expected = ", ".join(map(str, (*sizes, op.in_width)))
+        raise OpError(label, f"input of shape {tuple(shape)}", f"[*, {expected}]")

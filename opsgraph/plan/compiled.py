@@ -1,0 +1,51 @@
+"""Generated source made callable; tracebacks and pdb show its lines for as long as it lives."""
+
+import itertools
+import linecache
+import re
+import traceback
+from collections.abc import Callable, Sequence
+from math import inf, nan
+from typing import Any, NamedTuple
+from weakref import finalize
+
+import torch
+
+from ..errors import OpError
+from .check import compare_ranks
+from .expected import compare, run_reference
+
+_serial = itertools.count()
+_OP = re.compile(r"ops\[([0-9]+)\]")
+
+
+class Function(NamedTuple):
+    """A generated function."""
+
+    source: str
+    call: Callable[..., Any]
+
+
+def base_namespace() -> dict[str, Any]:
+    """What generated code may name besides its fusers."""
+    checks = {"check": compare, "check_ranks": compare_ranks, "run_reference": run_reference}
+    return {"torch": torch, "inf": inf, "nan": nan, **checks}
+
+
+def compiled(name: str, source: str, namespace: dict[str, Any]) -> Function:
+    """The function of that name which the source defines."""
+    file = f"<opsgraph plan {next(_serial)} {name}>"
+    exec(compile(source, file, "exec"), namespace)
+    made = namespace.pop(name)  # else it would hold itself, and live until the next collection
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    finalize(made, linecache.cache.pop, file, None).atexit = False
+    return Function(source, made)
+
+
+def place(error: OpError, labels: Sequence[str]) -> None:
+    """Give an error that an op raised as it ran the op's position, by the line that called it."""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        called = file.startswith("<opsgraph plan") and _OP.search(linecache.getline(file, line))
+        if called and str(error.args[0]).isidentifier():
+            error.args = (labels[int(called[1])], *error.args[1:])

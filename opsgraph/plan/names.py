@@ -1,0 +1,110 @@
+"""What values are called in generated source: no two share a variable, whatever users call them.
+
+A value of op 3 that its class calls `rstd` is `rstd3`, and `rstd1_3` if the class calls it `rstd1`.
+The source decorates such a name: `d`, `q` and `ref_` stand before it, `_stored`, `_more`, `_row0`
+and `_col0` after it. `root` takes all decorations off. A name is given only if nobody has its root,
+so no decorated name is another's. That a root is the same with more decorations follows from their
+shapes: those in front have no digit and start with three letters that differ, while names end in
+their number; those behind have one underscore, at their start.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain, count
+from keyword import iskeyword
+from unicodedata import normalize
+
+from ..errors import PlanError
+from ..op import STORED, Op, weights
+
+WORDS = frozenset({"_", "ops", "saved", "torch", "inf", "nan", "check", "check_ranks"}) | frozenset(
+    {"run_reference", "forward", "backward", "delayed", "__builtins__"}
+)
+"""Names that generated source uses for itself."""
+OWN = frozenset({"x", "y", "dy", "want", "self"})
+"""Arguments that have a meaning in every op, so that no value can be called so."""
+
+_BEFORE = re.compile("(?:ref_|d|q)*")
+_AFTER = re.compile(rf"(?:{STORED}|_more|_(?:row|col)[0-9]+)*$")
+_PART = re.compile("xq[0-9]+_[0-9]+")  # of a kept value that is quantized
+
+
+@lru_cache(maxsize=4096)
+def root(text: str) -> str:
+    """A variable's name without all that the source puts before and behind it."""
+    behind = _AFTER.search(text)
+    assert behind is not None
+    start = _BEFORE.match(text).end()  # type: ignore[union-attr]
+    return text[start : max(start, behind.start())]
+
+
+def variable(name: str, number: str, taken: Iterable[str] | Mapping[str, object]) -> str:
+    """What is called `name` by op `number`: the first spelling whose root is not taken."""
+    stem = name if name.isascii() else normalize("NFKC", name)  # as Python reads it
+    stem += "_" * stem[-1].isdigit()
+    while root(text := f"{stem}{number}") in taken or _PART.fullmatch(text):
+        stem += "_"
+    return text
+
+
+@lru_cache(maxsize=1024)
+def _identifier(name: str) -> str:
+    base = re.sub(r"\W", "_", normalize("NFKC", name)) or "_"
+    return f"_{base}_" if iskeyword(base) or base in WORDS or not base.isidentifier() else base
+
+
+def free(name: str, taken: Iterable[str]) -> Iterable[str]:
+    """Spellings of a function's or an object's name that are no variable's, the nicest first."""
+    base = _identifier(name)
+    between = "_" * base[-1].isdigit()
+    spelled = chain([base], (f"{base}{between}{k}" for k in count(2)))
+    return (text for text in spelled if root(text) not in taken and text not in WORDS)
+
+
+class Names:
+    """The variables of a run's ops: `table` by position and the class's name, `roots` of them all.
+
+    numbers, edges: what the ops and the values between them are called, see `run`.
+    """
+
+    def __init__(
+        self, kinds: Sequence[type[Op]], numbers: Sequence[str], edges: Sequence[str]
+    ) -> None:
+        self.numbers = numbers
+        self.roots = {"x", *(root(f"x{edge}") for edge in edges)}
+        for number in numbers:
+            self.roots |= {root(f"d{number}"), root(f"dy{number}")}
+        self.table: dict[tuple[int, str], str] = {}
+        for i, kind in enumerate(kinds):
+            for name in dict.fromkeys((*weights(kind), *kind.extra_inputs, *kind.saves)):
+                text = self.table[i, name] = variable(name, numbers[i], self.roots)
+                self.roots.add(root(text))
+        self.origins = {text: place for place, text in self.table.items()}
+
+    def __call__(self, name: str, i: int) -> str:
+        """What something of op i is called."""
+        return self.table.get((i, name)) or f"{name}{self.numbers[i]}"
+
+
+def verify_names(kind: type[Op], label: str) -> None:
+    """Raises PlanError for names of an op's values and constants that could mean two things."""
+    inputs = {*weights(kind), *kind.extra_inputs, *kind.constants}
+    own = OWN | {"d"} if kind.taps else OWN
+    if taken := own & inputs:
+        raise PlanError(
+            f"{label}: parameters, constants and extra inputs cannot be called {sorted(taken)}, "
+            "which mean the op's own values"
+        )
+    if taken := (own | {"d"} | inputs).intersection(kind.saves):
+        raise PlanError(f"{label}: it cannot save under the names {sorted(taken)}")
+    every = [*weights(kind), *kind.extra_inputs, *kind.constants, *kind.saves]
+    stored = {name + STORED for name in weights(kind)}
+    if meant := stored.intersection(every):
+        raise PlanError(
+            f"{label}: got {sorted(meant)}, expected other names: they mean parameters as stored"
+        )
+    if twice := sorted({name for name in every if every.count(name) > 1}):
+        raise PlanError(f"{label}: got {twice} declared twice, expected one meaning for each name")
+    if wrong := [name for name in every if not str.isidentifier(name) or iskeyword(name)]:
+        raise PlanError(f"{label}: got the names {wrong}, expected identifiers")

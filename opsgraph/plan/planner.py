@@ -1,0 +1,198 @@
+"""Planning: cover a program with claims, backward and forward, at the least cost.
+
+A claim is a fuser at a place. The backward's steps say which values the forward must keep (what
+they need is live); a forward claim qualifies when it hands out every live value that it spans.
+Planning is therefore a path: nodes are the gaps between ops, edges are claims, weights are costs
+in bytes per row. `greedy` walks the backward first and takes at each gap the best claim by backend
+order, then length. `optimal` is a shortest path over pairs (last forward claim, last backward
+claim): whichever pass is behind advances, and an edge exists only if the two are compatible.
+
+`claims.py` says what claims there are, `recompute.py` which values are kept and which made again.
+The planner knows no concrete op.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+from ..op import BACKWARD, FORWARD
+from .claims import Claim, Space
+from .recompute import SAVED, Keeper
+
+
+class Cover(NamedTuple):
+    """A choice of claims: forward in order, backward in order, and what is kept or made again."""
+
+    forward: list[Claim]
+    backward: list[Claim]
+    keeper: Keeper
+    cost: float
+    costs: dict[str, float]
+
+
+def _keeper(space: Space) -> Keeper:
+    options = space.program.request.options
+    checkpoint = bool(options.get("checkpoint"))
+    saved = SAVED if options.get("recompute", True) else 0.0
+    return Keeper(space, float("inf") if checkpoint else saved, gemms=checkpoint)
+
+
+def _finish(space: Space, forward: list[Claim], backward: list[Claim], keeper: Keeper) -> Cover:
+    cost = keeper.cost + sum(map(space.moved, backward))
+    handed = keeper.kept | space.teed()
+    cost += sum(space.moved(claim, handed & claim.gives) for claim in forward)
+    return Cover(forward, backward, keeper, cost, {})
+
+
+def _better(claim: Claim) -> tuple[int, int]:
+    return claim.rank, -len(claim.ops)
+
+
+def _greedy_backward(space: Space) -> list[Claim]:
+    chosen: list[Claim] = []
+    gap = space.program.count
+    while gap and space.program.flows[gap]:
+        found = [c for c in space.ending[BACKWARD][gap] if space.admitted(c)]
+        if not found:
+            gap -= 1
+            continue
+        chosen.append(min(found, key=_better))
+        gap = chosen[-1].start
+    return chosen
+
+
+def _live(space: Space, backward: list[Claim]) -> tuple[Keeper, set[str]]:
+    keeper = _keeper(space).settle(need for claim in backward for need in claim.needs)
+    return keeper, keeper.kept | space.teed()
+
+
+def _qualifies(space: Space, claim: Claim, live: set[str]) -> bool:
+    hidden = sorted(name for name in live if space.hides(claim, name))
+    if hidden:
+        space.reject(claim.ops, claim.fuser, FORWARD, f"backward needs {', '.join(hidden)}")
+    return not hidden
+
+
+def greedy(space: Space) -> Cover:
+    """The backward first, then the forward; at each gap the best by backend order, then length."""
+    backward = _greedy_backward(space)
+    keeper, live = _live(space, backward)
+    local = _by_place(space, live)
+    forward: list[Claim] = []
+    gap = 0
+    while gap < space.program.count:
+        found = [c for c in space.starting[FORWARD][gap] if _qualifies(space, c, local(c))]
+        if not found:
+            gap += 1
+            continue
+        forward.append(min(found, key=_better))
+        gap = forward[-1].stop
+    return _finish(space, forward, backward, keeper)
+
+
+def _by_place(space: Space, live: set[str]) -> Callable[[Claim], set[str]]:
+    """Live values by position, so that a claim is compared with those near it alone."""
+    near: dict[int, set[str]] = {}
+    for name in live:
+        near.setdefault(space.place(name), set()).add(name)
+    return lambda claim: {n for i in range(claim.start, claim.stop) for n in near.get(i, ())}
+
+
+def optimal(space: Space) -> Cover:
+    """The least total cost found by a shortest path; never costlier than `greedy`."""
+    first = greedy(space)
+    backward = _pair_path(space)
+    keeper, live = _live(space, backward)
+    forward = _forward_path(space, live)
+    second = _finish(space, forward, backward, keeper)
+    best = second if second.cost < first.cost else first
+    return best._replace(costs={"greedy": first.cost, "optimal": best.cost})
+
+
+def _forward_path(space: Space, live: set[str]) -> list[Claim]:
+    """The cheapest forward under a given set of live values."""
+    import networkx as nx  # here: it takes longer to import than all of opsgraph
+
+    graph, count, local = nx.DiGraph(), space.program.count, _by_place(space, live)
+    for gap in range(count):
+        if space.program.still_forward[gap]:
+            graph.add_edge(gap, gap + 1, weight=0.0, claim=None)
+        for claim in space.starting[FORWARD][gap]:
+            if not _qualifies(space, claim, local(claim)):
+                continue
+            weight = space.moved(claim, live & claim.gives) + 1e-3 * claim.rank
+            known = graph.get_edge_data(gap, claim.stop)
+            if known is None or weight < known["weight"]:
+                graph.add_edge(gap, claim.stop, weight=weight, claim=claim)
+    path = nx.shortest_path(graph, 0, count, weight="weight") if count else []
+    edges = (graph.edges[edge]["claim"] for edge in pairwise(path))
+    return [claim for claim in edges if claim is not None]
+
+
+def _pair_path(space: Space) -> list[Claim]:
+    """The backward claims of the shortest path over pairs of last claims."""
+    import networkx as nx
+
+    program, count = space.program, space.program.count
+    estimate: dict[str, tuple[float, frozenset[str]]] = {}
+
+    def keeping(name: str) -> tuple[float, frozenset[str]]:
+        if name not in estimate:
+            keeper = _keeper(space).settle(["x0", name])
+            free = 0.0 if name == "x0" else SAVED * space.size("x0")
+            estimate[name] = keeper.cost - free, frozenset(keeper.kept)
+        return estimate[name]
+
+    @cache
+    def compatible(forward: Claim | None, backward: Claim | None) -> bool:
+        if forward is None or backward is None:
+            return True
+        needs = {k for name in backward.needs for k in keeping(name)[1]}
+        return not any(space.hides(forward, name) for name in needs)
+
+    @cache
+    def advance(gap: int, direction: str) -> list[tuple[Claim | None, int, float]]:
+        found: list[tuple[Claim | None, int, float]] = []
+        still = program.still(direction)
+        if still[gap] or (direction == BACKWARD and not program.flows[gap + 1]):
+            found.append((None, gap + 1, 0.0))
+        for claim in space.starting[direction][gap]:
+            cost = space.moved(claim) + 1e-3 * claim.rank
+            if direction == BACKWARD:
+                if not space.admitted(claim):
+                    continue
+                cost += sum(keeping(name)[0] for name in claim.needs)
+            found.append((claim, claim.stop, cost))
+        return found
+
+    start: tuple[int, int, Claim | None, Claim | None] = (0, 0, None, None)
+    graph, frontier, seen = nx.DiGraph(), [start], {start}
+    graph.add_node(start)
+    goals = []
+    while frontier:
+        node = frontier.pop()
+        f_gap, b_gap, f_claim, b_claim = node
+        if f_gap == b_gap == count:
+            goals.append(node)
+            continue
+        behind = FORWARD if f_gap <= b_gap else BACKWARD
+        for claim, gap, cost in advance(min(f_gap, b_gap), behind):
+            after: tuple[int, int, Claim | None, Claim | None]
+            if behind == FORWARD:
+                after = (gap, b_gap, claim, b_claim if b_gap > f_gap else None)
+            else:
+                after = (f_gap, gap, f_claim if f_gap > b_gap else None, claim)
+            if not compatible(after[2], after[3]):
+                continue
+            graph.add_edge(node, after, weight=cost)
+            if after not in seen:
+                seen.add(after)
+                frontier.append(after)
+    lengths, paths = nx.single_source_dijkstra(graph, start, weight="weight")
+    best = paths[min(goals, key=lengths.__getitem__)]
+    chosen = dict.fromkeys(node[3] for node in best if node[3] is not None)
+    return list(reversed(chosen))
+
+
+PLANNERS = {"greedy": greedy, "optimal": optimal}

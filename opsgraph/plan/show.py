@@ -1,0 +1,178 @@
+"""A plan for the eye: the table that `print(plan)` shows, the networkx graph, and a picture."""
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..op import FORWARD
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from .result import Plan, Step
+
+
+def positions(ops: tuple[int, ...], plan: "Plan") -> str:
+    """`3` or `3-5`."""
+    return "-".join(dict.fromkeys((plan.numbers[ops[0]], plan.numbers[ops[-1]])))
+
+
+def _row(step: "Step", plan: "Plan") -> str:
+    before, after = step.edges
+    text = f"  {step.where:>5}  {step.name:<24} {step.backend:<10}"
+    if step.direction == FORWARD:
+        text += f" {before} -> {after}"
+        return text + (f"  saves {', '.join(step.saves)}" if step.saves else "")
+    needs = [
+        f"{n} (again: {positions(step.again[n], plan)})" if n in step.again else n
+        for n in step.needs
+    ]
+    return text + (f" needs {', '.join(needs)}" if needs else "")
+
+
+def table(plan: "Plan") -> str:
+    """Steps forward and backward, refusals, saved values, and costs where planners differ."""
+    lines = ["forward", *(_row(step, plan) for step in plan.forward)]
+    if plan.backward:
+        lines += ["backward", *(_row(step, plan) for step in plan.backward)]
+    if plan.rejected:
+        lines.append("rejected")
+        for refused in plan.rejected:
+            ops, name, direction, reason = refused
+            where = positions(ops, plan) if ops else "all"
+            lines.append(f"  {where:>5}  {name:<24} {refused.backend:<10} {direction}: {reason}")
+    if plan.backward:
+        each = "  ".join(f"{name} {size}" for name, size in plan.saved.items())
+        lines.append(f"saved  {each}   {plan.saved_bytes_per_row} bytes per row")
+    if len(set(plan.costs.values())) > 1:
+        each = ", ".join(f"{name} {cost:.0f}" for name, cost in plan.costs.items())
+        lines.append(f"cost   {each} (weighted bytes per row)")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def graph(plan: "Plan") -> "nx.MultiDiGraph[Any]":
+    """Nodes: gaps `("forward", 3)`; edges: steps taken, and refused ones with their reason."""
+    import networkx as nx
+
+    made: nx.MultiDiGraph[Any] = nx.MultiDiGraph()
+    for step in (*plan.forward, *plan.backward):
+        ends = [(step.direction, step.ops[0]), (step.direction, step.ops[-1] + 1)]
+        if step.direction != FORWARD:
+            ends.reverse()
+        made.add_edge(*ends, name=step.name, backend=step.backend, ops=step.ops, taken=True)
+    for refused in plan.rejected:
+        ops, name, direction, reason = refused
+        if ops:
+            ends = [(direction, ops[0]), (direction, ops[-1] + 1)]
+            if direction != FORWARD:
+                ends.reverse()
+            made.add_edge(
+                *ends, name=name, backend=refused.backend, ops=ops, taken=False, reason=reason
+            )
+    return made
+
+
+_COLORS = {"reference": "#9aa5b1", "aten": "#3b82c4", "triton": "#2e9e6b", "cpu": "#c4713b"}
+_COLUMN, _LEFT, _HEIGHT = 140, 92, 34
+
+
+def _box(x: float, y: float, width: float, text: str, color: str, dashed: bool, title: str) -> str:
+    style = 'fill="none" stroke-dasharray="4 3"' if dashed else f'fill="{color}"'
+    ink = "#8a4b4b" if dashed else "#ffffff"
+    return (
+        f"<g><title>{escape(title)}</title>"
+        f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="26" rx="5" {style} '
+        f'stroke="{"#b06a6a" if dashed else color}"/>'
+        f'<text x="{x + width / 2:.0f}" y="{y + 17:.0f}" fill="{ink}" text-anchor="middle">'
+        f"{escape(text[: max(4, int(width / 6.6))])}</text></g>"
+    )
+
+
+def _label(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" fill="#334" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _span(ops: tuple[int, ...]) -> tuple[float, float]:
+    return _LEFT + ops[0] * _COLUMN + 4, (ops[-1] - ops[0] + 1) * _COLUMN - 8
+
+
+def _refused_rows(plan: "Plan", direction: str, y: float) -> tuple[list[str], float]:
+    """Refused steps, packed into as few rows as they need."""
+    ends: list[float] = []
+    parts = []
+    for refused in plan.rejected:
+        ops, name, way, reason = refused
+        if not ops or way != direction:
+            continue
+        x, width = _span(ops)
+        level = next((k for k, end in enumerate(ends) if end <= x), len(ends))
+        ends[level : level + 1] = [x + width]
+        parts.append(
+            _box(
+                x, y + level * _HEIGHT, width, name, "", True, f"{name} {refused.backend}: {reason}"
+            )
+        )
+    return parts, y + len(ends) * _HEIGHT
+
+
+def _legend(plan: "Plan", y: float) -> list[str]:
+    parts = [_label(8, y + 17, "backends")]
+    backends = dict.fromkeys(step.backend for step in (*plan.forward, *plan.backward))
+    for k, name in enumerate(backends):
+        parts.append(_box(_LEFT + k * 110, y, 100, name, _color(name), False, name))
+    x = _LEFT + len(backends) * 110
+    parts.append(_box(x, y, 100, "refused", "", True, "the reason is in each one's tooltip"))
+    return parts
+
+
+def _color(backend: str) -> str:
+    return _COLORS.get(backend, "#7b5cb8")
+
+
+def svg(plan: "Plan") -> str:
+    """The picture as SVG text: a row of ops, then taken and refused steps of both passes."""
+    width = max(_LEFT + len(plan.kinds) * _COLUMN + 60, 620)
+    parts, y = [], 40.0
+    for i, (kind, label) in enumerate(zip(plan.kinds, plan.labels, strict=True)):
+        x, size = _span((i,))
+        parts.append(_box(x, y, size, f"{plan.numbers[i]} {kind}", "#51606f", False, label))
+    specs = {step.ops[0]: step.edges[0] for step in plan.forward}
+    specs |= {step.ops[-1] + 1: step.edges[1] for step in plan.forward}
+    parts += [
+        _label(_LEFT + gap * _COLUMN, y - 10, str(spec), "middle") for gap, spec in specs.items()
+    ]
+    y += 1.5 * _HEIGHT
+    for direction, steps in (("forward", plan.forward), ("backward", plan.backward)):
+        if not steps:
+            continue
+        parts.append(_label(8, y + 17, direction))
+        for step in steps:
+            x, size = _span(step.ops)
+            parts.append(
+                _box(x, y, size, step.name, _color(step.backend), False, _row(step, plan).strip())
+            )
+        refused, y = _refused_rows(plan, direction, y + _HEIGHT)
+        parts += refused
+        y += _HEIGHT / 2
+    if plan.backward:
+        each = ", ".join(f"{name} {size}" for name, size in plan.saved.items())
+        parts.append(_label(8, y + 17, f"saved: {each} = {plan.saved_bytes_per_row} bytes per row"))
+        y += _HEIGHT
+    parts += _legend(plan, y)
+    extent = f'width="{width}" height="{y + 44:.0f}"'
+    style = 'font-family="sans-serif" font-size="11"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {extent} {style}>'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *parts, "</svg>"])
+
+
+def draw(plan: "Plan", path: Path) -> None:
+    """Write the picture as `.svg`, or as `.html` with the table and the generated source."""
+    if path.suffix not in (".svg", ".html"):
+        raise ValueError(f"draw: got {path.name!r}, expected a name ending in .svg or .html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = svg(plan)
+    if path.suffix == ".html":
+        blocks = (str(plan), plan.forward_source, plan.backward_source)
+        body = "".join(f"<pre>{escape(block)}</pre>" for block in blocks)
+        text = f"<!doctype html><meta charset=utf-8><title>plan</title>{text}{body}"
+    path.write_text(text, encoding="utf-8")

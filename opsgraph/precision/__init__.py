@@ -1,0 +1,1 @@
+"""Numerics in low precision: recipes, quantizers, delayed scales, quantized products."""

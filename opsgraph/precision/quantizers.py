@@ -1,0 +1,387 @@
+"""Quantizers: how one tensor becomes low-precision data and scales, and what a GEMM reads of it.
+
+A GEMM of quantized operands is `a @ b.T`, both contracted over their rows' elements, along which
+scales run. So a value has two copies: `row` for the product that contracts over its width (its own
+pass's GEMM) and `col` for the one that contracts over its rows (the data or weight gradient's).
+`col` is the copy of the transpose, data `[width, rows]`. Where the grid of scales transposes
+exactly the two are one, and `row` alone is stored.
+
+The arithmetic is `kernels.reference.quantize` and `nvfp4`; the formulas stand there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.cpu.dequantize import decode, dequantize, dequantize_mxfp8
+from ..kernels.reference import nvfp4, quantize
+from ..op import ROWS, Spec, Storage
+
+E4M3, E5M2, BF16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
+_NAMES = {E4M3: "e4m3", E5M2: "e5m2"}
+COPIES = ("row", "col")
+
+
+class Copy(NamedTuple):
+    """One quantized copy `[rows, cols]` for a product that contracts over `cols`.
+
+    data and scale: as the quantizer's function returns them; amax: NVFP4's, of the whole tensor;
+    inverse: `1 / scale` where the quantizer `inverts`, because scaled GEMMs multiply with that.
+    """
+
+    quantizer: Quantizer
+    data: Tensor
+    scale: Tensor
+    amax: Tensor | None = None
+    inverse: Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that it is made of."""
+        return _parts(self)
+
+    @property
+    def multiplier(self) -> Tensor:
+        """`1 / scale`: what a GEMM multiplies with, where scales are multiplied with before."""
+        return self.scale.reciprocal() if self.inverse is None else self.inverse
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values that a GEMM multiplies, `[rows, cols]`; NVFP4 fills cols up to blocks."""
+        return self.quantizer.dequantize(self, dtype)
+
+
+def _parts(copy: Copy) -> tuple[Tensor, ...]:
+    """`copy.parts` for code that is compiled: Dynamo 2.9 sees no property of a NamedTuple."""
+    found = [copy.data, copy.scale]
+    if copy.amax is not None:
+        found.append(copy.amax)
+    if copy.quantizer.inverts:
+        found.append(copy.scale.reciprocal() if copy.inverse is None else copy.inverse)
+    return tuple(found)
+
+
+class Operand(NamedTuple):
+    """What a copy stands for as `values * factor`: bf16 `[rows, cols]`, rounded nowhere, and fp32.
+
+    factor: as the quantizer's `factor` says, `[]` or `[rows, 1]`; None is 1. Values below 2^-126
+    and products of two that are below it may count as zero on bf16 units.
+    """
+
+    values: Tensor
+    factor: Tensor | None = None
+
+
+class Quantized(NamedTuple):
+    """A quantized value: its copies, None for one that is not used, and the dtype it stands for."""
+
+    row: Copy | None
+    col: Copy | None
+    dtype: torch.dtype
+
+    def at(self, device: torch.device, dtype: torch.dtype) -> Quantized:
+        """The same on another device, standing for another dtype."""
+
+        def moved(copy: Copy | None) -> Copy | None:
+            if copy is None or copy.data.device == device:
+                return copy
+            return copy.quantizer.made(*(part.to(device) for part in copy.parts))
+
+        return Quantized(moved(self.row), moved(self.col), dtype)
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How tensors of one role are quantized. Equal quantizers are interchangeable.
+
+    A quantizer of your own gives `copy`, `dequantize`, `storage` and `specs`, sets `shared` where
+    `col` is the transpose of `row`, and gives `factor` and `operand` where bf16 holds its values.
+    """
+
+    shared: ClassVar[bool] = False
+    delayed: ClassVar[bool] = False
+    """Whether the scale is given, made from earlier amaxes, and each call's amax is handed out."""
+    inverts: ClassVar[bool] = False
+    """Whether `1 / scale` is a part of copies, made once for all products that read them."""
+    multiple: ClassVar[int] = 16
+    """What the width of a GEMM's operand must be a multiple of."""
+
+    @property
+    def storage(self) -> Storage:
+        """The format for specs."""
+        raise NotImplementedError
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        """Quantize x `[rows, cols]` along rows; scale only where it is delayed.
+
+        col: whether x is the transpose of a value, whose `col` copy is wanted.
+        """
+        raise NotImplementedError
+
+    def made(self, data: Tensor, scale: Tensor, *more: Tensor) -> Copy:
+        """The copy that is made of parts; `1 / scale` may be left out."""
+        if not self.inverts:
+            return Copy(self, data, scale, *more)
+        return Copy(self, data, scale, None, more[0] if more else scale.reciprocal())
+
+    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
+        """The values of a copy."""
+        raise NotImplementedError
+
+    @property
+    def factor(self) -> str | None:
+        """What makes a copy's values bf16 numbers, if it is taken out: "tensor", a factor of all;
+        "rows", one of each row; "none", nothing need be; None: no such factor does."""
+        return None
+
+    def operand(self, copy: Copy) -> Operand:
+        """A copy for a product in bf16, where there is a `factor`."""
+        raise NotImplementedError
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
+        """Of each part of a copy `[rows, cols]`, either of which may be `ROWS`."""
+        raise NotImplementedError
+
+    def amax(self, x: Tensor) -> Tensor:
+        """x's largest magnitude, fp32 `[]`, NaN if there is one."""
+        return quantize.amax_of(x)
+
+    # -- what plans call --
+
+    def __call__(
+        self, x: Tensor, want: Collection[str] = COPIES, scale: Tensor | None = None
+    ) -> Quantized:
+        """Quantize `[rows, width]`; of `want` are "row" and "col"."""
+        value = x.float() if x.dtype == torch.float64 else x
+        row = col = None
+        if "row" in want or self.shared:
+            row = self.copy(value, scale)
+        if "col" in want:
+            col = transposed(row) if row and self.shared else self.copy(value.t(), scale, True)
+        return Quantized(row, col, x.dtype)
+
+    def part_specs(self, spec: Spec, name: str) -> tuple[Spec, ...]:
+        """Specs of what is stored for one copy of a value of that spec."""
+        rows, width = spec.shape
+        if name == "col" and not self.shared:
+            rows, width = width, rows
+        return self.specs(rows, width, spec.device)
+
+    def parts(self, value: Quantized, name: str) -> tuple[Tensor, ...]:
+        """What is stored for one copy."""
+        copy = value.row if name == "row" else value.col
+        assert copy is not None
+        return _parts(transposed(copy) if name == "col" and self.shared else copy)
+
+    def load(self, dtype: torch.dtype, **parts: Sequence[Tensor]) -> Quantized:
+        """The value again from the parts of its copies: `load(dtype, row=(data, scale))`."""
+        made = {name: self.made(*tensors) for name, tensors in parts.items()}
+        if "col" in made and self.shared:
+            made["col"] = transposed(made["col"])
+        return Quantized(made.get("row"), made.get("col"), dtype)
+
+
+def transposed(copy: Copy) -> Copy:
+    """The copy of the transpose, where that is the transpose of the copy."""
+    return copy._replace(data=copy.data.t(), scale=copy.scale.t())
+
+
+def _step(cols: int, block: int) -> int:
+    """How many blocks there are in so many columns, for a Spec."""
+    return -block if cols == ROWS else -(-cols // block)
+
+
+@dataclass(frozen=True)
+class TensorQuantizer(Quantizer):
+    """FP8 with one scale for the tensor, from its own amax."""
+
+    dtype: torch.dtype
+    eps: float = 0.0
+    power_of_two: bool = False
+    shared: ClassVar[bool] = True
+    inverts: ClassVar[bool] = True
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(_NAMES[self.dtype], 8)
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        return self.made(*quantize.quantize_tensor(x, self.dtype, self.eps, self.power_of_two))
+
+    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
+        return decode(copy.data, dtype, copy.multiplier)
+
+    @property
+    def factor(self) -> str:
+        return "tensor"
+
+    def operand(self, copy: Copy) -> Operand:
+        return Operand(decode(copy.data, BF16), copy.multiplier)
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
+        number = Spec((), torch.float32, device)
+        return Spec((rows, cols), self.dtype, device), number, number
+
+
+@dataclass(frozen=True)
+class DelayedQuantizer(TensorQuantizer):
+    """FP8 with one scale for the tensor, from the amaxes of earlier steps."""
+
+    delayed: ClassVar[bool] = True
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        assert scale is not None
+        return self.made(quantize.cast(x, scale, self.dtype), scale)
+
+
+@dataclass(frozen=True)
+class RowQuantizer(TensorQuantizer):
+    """FP8 with one scale for each row of a copy, from its own amax."""
+
+    shared: ClassVar[bool] = False
+    inverts: ClassVar[bool] = False
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(_NAMES[self.dtype] + "r", 8)
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        return self.made(*quantize.quantize_rows(x, self.dtype, self.eps, self.power_of_two))
+
+    @property
+    def factor(self) -> str:
+        return "none" if self.power_of_two else "rows"
+
+    def operand(self, copy: Copy) -> Operand:
+        if self.power_of_two:
+            return Operand(dequantize(copy.data, copy.scale, BF16, True))
+        return super().operand(copy)
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
+        data = Spec((rows, cols), self.dtype, device)
+        return data, Spec((rows, 1), torch.float32, device)
+
+
+@dataclass(frozen=True)
+class BlockQuantizer(Quantizer):
+    """FP8 with an fp32 scale for each block of `height` rows (1 or 128) by 128 columns."""
+
+    dtype: torch.dtype
+    height: int = 1
+    eps: float = 0.0
+    power_of_two: bool = True
+
+    @property
+    def shared(self) -> bool:  # type: ignore[override]
+        """Square blocks transpose exactly."""
+        return self.height > 1
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(_NAMES[self.dtype] + "b", 8, 32, quantize.BLOCK, self.height)
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        return Copy(
+            self,
+            *quantize.quantize_blocks(x, self.dtype, self.height, self.eps, self.power_of_two),
+        )
+
+    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
+        return dequantize(copy.data, copy.scale, dtype)
+
+    @property
+    def factor(self) -> str | None:
+        return "none" if self.power_of_two else None
+
+    def operand(self, copy: Copy) -> Operand:
+        return Operand(dequantize(copy.data, copy.scale, BF16, True))
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
+        down = rows if self.height == 1 else _step(rows, self.height)
+        scale = Spec((down, _step(cols, quantize.BLOCK)), torch.float32, device)
+        return Spec((rows, cols), self.dtype, device), scale
+
+
+@dataclass(frozen=True)
+class MXQuantizer(Quantizer):
+    """MXFP8: an E8M0 scale for each 32 columns of a row."""
+
+    dtype: torch.dtype = E4M3
+    multiple: ClassVar[int] = quantize.MX_BLOCK
+
+    @property
+    def storage(self) -> Storage:
+        return Storage("mx" + _NAMES[self.dtype], 8, 8, quantize.MX_BLOCK)
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        return Copy(self, *quantize.quantize_mxfp8(x, self.dtype))
+
+    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
+        return dequantize_mxfp8(copy.data, copy.scale, dtype)
+
+    @property
+    def factor(self) -> str:
+        return "none"
+
+    def operand(self, copy: Copy) -> Operand:
+        return Operand(self.dequantize(copy, BF16))
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
+        scale = Spec((rows, _step(cols, quantize.MX_BLOCK)), torch.uint8, device)
+        return Spec((rows, cols), self.dtype, device), scale
+
+
+@dataclass(frozen=True)
+class NVFP4Quantizer(Quantizer):
+    """NVFP4: E2M1 data, an E4M3 scale for each block of `height` (1 or 16) by 16, one amax.
+
+    stochastic: round stochastically. hadamard: transform `col` copies first, along the dimension
+    that is contracted; both operands of a product have to. Data is `[rows, blocks, 8]` bytes.
+    """
+
+    height: int = 1
+    stochastic: bool = False
+    hadamard: bool = False
+
+    @property
+    def storage(self) -> Storage:
+        return Storage("nvfp4", 4, 8, nvfp4.BLOCK, self.height)
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        if col and self.hadamard:
+            x = nvfp4.hadamard(x.contiguous())
+        else:
+            x = torch.nn.functional.pad(x, (0, -x.size(1) % nvfp4.BLOCK))
+        seed = torch.randint(2**62, (), device=x.device) if self.stochastic else None
+        amax = quantize.amax_of(x)
+        data, scale = nvfp4.quantize_nvfp4(x, amax, self.height, seed)
+        blocks = x.size(1) // nvfp4.BLOCK
+        return Copy(self, data.view(data.size(0), blocks, nvfp4.BLOCK // 2), scale, amax)
+
+    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
+        data, amax = copy.data.flatten(1), copy.amax
+        assert amax is not None
+        return nvfp4.dequantize_nvfp4(data, copy.scale, amax, 2 * data.size(1), dtype)
+
+    @property
+    def factor(self) -> str:
+        return "tensor"
+
+    def operand(self, copy: Copy) -> Operand:
+        data, amax = copy.data.flatten(1), copy.amax
+        assert amax is not None
+        values = nvfp4.block_values(data, copy.scale.to(BF16), 2 * data.size(1))
+        return Operand(values, nvfp4.tensor_multiplier(amax).reciprocal())
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
+        blocks = _step(cols, nvfp4.BLOCK)
+        down = rows if self.height == 1 else _step(rows, self.height)
+        return (
+            Spec((rows, blocks, nvfp4.BLOCK // 2), torch.uint8, device),
+            Spec((down, blocks), E4M3, device),
+            Spec((), torch.float32, device),
+        )

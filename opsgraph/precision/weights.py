@@ -1,0 +1,196 @@
+"""Parameters held in low precision, as `quantized_model_init` makes them.
+
+`QuantizedTensor` has a plain tensor's shape and dtype and holds quantized copies alone. Every
+operation reads the values that these stand for, and one that writes into it quantizes the result:
+so any optimizer of torch.optim can update it, each in-place step with a rounding of its own. Saved,
+it is the plain tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..errors import OpsgraphError
+from .autocast import active
+from .quantizers import Copy, Quantized, Quantizer, transposed
+from .recipe import DelayedScaling, Recipe, recipe_of
+
+_aten = torch.ops.aten
+
+
+class QuantizedTensor(torch.Tensor):
+    """A matrix `[rows, cols]`, quantized; both copies where they are not each other's transpose."""
+
+    value: Quantized
+
+    @staticmethod
+    def __new__(cls, value: Quantized, shape: torch.Size) -> QuantizedTensor:
+        assert value.row is not None
+        made: QuantizedTensor = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=value.dtype, device=value.row.data.device
+        )
+        made.value = value
+        return made
+
+    def __init__(self, value: Quantized, shape: torch.Size) -> None:
+        super().__init__()
+
+    @classmethod
+    def of(cls, x: Tensor, quantizer: Quantizer) -> QuantizedTensor:
+        """x, fp32, bf16 or fp16, quantized."""
+        with torch.no_grad():
+            return cls(_quantize(x.detach(), quantizer), x.shape)
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """What made the copies."""
+        assert self.value.row is not None
+        return self.value.row.quantizer
+
+    def copies(self, quantizer: Quantizer, wanted: tuple[str, ...]) -> Quantized | None:
+        """The value as a GEMM takes it; None if that quantizer would store it in another way."""
+        row, col = self.value.row, self.value.col
+        if row is None or row.quantizer.storage != quantizer.storage:
+            return None
+        if "col" in wanted and col is None:
+            col = transposed(row)
+        return Quantized(row, col, self.dtype)
+
+    def dequantize(self) -> Tensor:
+        """The values that it stands for, a plain tensor of its dtype."""
+        assert self.value.row is not None
+        return self.value.row.dequantize(self.dtype)[:, : self.shape[1]]
+
+    def write(self, x: Tensor) -> None:
+        """Quantize x into it."""
+        new = _quantize(x, self.quantizer)
+        for old, made in zip(_parts(self.value), _parts(new), strict=True):
+            old.copy_(made)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"QuantizedTensor({self.quantizer.storage.name}, {tuple(self.shape)}, {self.dtype})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dequantize().__reduce_ex__(protocol)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _REMADE:
+            # Outside of inference mode, whose tensors have no version, as detach() asks for.
+            with torch.inference_mode(False), torch.no_grad():
+                return _REMADE[func](*args, **kwargs)
+        plain: dict[int, Tensor] = {}
+
+        def read(value: Any) -> Any:
+            if not isinstance(value, QuantizedTensor):
+                return value
+            if id(value) not in plain:
+                plain[id(value)] = value.dequantize()
+            return plain[id(value)]
+
+        result = func(*tree_map(read, args), **tree_map(read, kwargs))
+        written = list(_written(func, args, kwargs))
+        for tensor in written:
+            tensor.write(plain[id(tensor)])
+        return written[0] if len(written) == 1 and isinstance(result, Tensor) else result
+
+    def _mapped(self, change: Any, dtype: torch.dtype | None = None) -> QuantizedTensor:
+        def copy(old: Copy | None) -> Copy | None:
+            return None if old is None else old.quantizer.made(*map(change, old.parts))
+
+        row, col = copy(self.value.row), copy(self.value.col)
+        return type(self)(Quantized(row, col, dtype or self.dtype), self.shape)
+
+    def _moved(
+        self, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False,
+        **_: Any,
+    ) -> Tensor:  # fmt: skip
+        """`.to()`: another device, or another dtype to stand for."""
+        return self._mapped(lambda p: p.to(device or p.device, non_blocking=non_blocking), dtype)
+
+
+_REMADE: dict[Any, Callable[..., Tensor]] = {
+    _aten.detach.default: lambda held: type(held)(held.value, held.shape),
+    _aten.alias.default: lambda held: type(held)(held.value, held.shape),
+    _aten.clone.default: lambda held, **_: held._mapped(lambda part: part.clone()),
+    _aten._to_copy.default: lambda held, **options: held._moved(**options),
+}
+"""What gives another QuantizedTensor, and not plain values."""
+
+
+def _quantize(x: Tensor, quantizer: Quantizer) -> Quantized:
+    return quantizer(x, ("row",) if quantizer.shared else ("row", "col"))
+
+
+def _parts(value: Quantized) -> Iterator[Tensor]:
+    for copy in value[:2]:
+        if copy is not None:
+            yield from copy.parts
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[QuantizedTensor]:
+    """The arguments that an operation writes to."""
+    for k, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = args[k] if k < len(args) else kwargs.get(argument.name)
+        yield from (t for t in tree_flatten(given)[0] if isinstance(t, QuantizedTensor))
+
+
+@contextmanager
+def quantized_model_init(
+    enabled: bool = True,
+    recipe: Recipe | None = None,
+    preserve_high_precision_init_val: bool = False,
+) -> Iterator[None]:
+    """Inside, linear layers are made with weights that are held in the recipe's format.
+
+    recipe: by default `DelayedScaling()`; its weights have scales of their own here, made when they
+    are written. preserve_high_precision_init_val: each weight keeps its first values on the CPU:
+    `weight.get_high_precision_init_val()`, and `weight.clear_high_precision_init_val()` drops them.
+    Their sizes must be given, and be multiples of what the format asks for.
+    """
+    if recipe is not None and not isinstance(recipe, Recipe):
+        got = f"quantized_model_init: got recipe {recipe!r}"
+        raise OpsgraphError(f"{got}, expected one of opsgraph.recipe")
+    before = active.init
+    recipe = recipe or DelayedScaling()  # alive as long as its number is used
+    key = recipe.key
+    active.init = (key, preserve_high_precision_init_val) if enabled else None
+    try:
+        yield
+    finally:
+        active.init = before
+
+
+def hold(module: nn.Module, *names: str) -> None:
+    """Quantize parameters that were just initialized, inside `quantized_model_init`."""
+    if active.init is None:
+        return
+    key, preserve = active.init
+    for name in names:
+        weight = module._parameters[name]
+        if weight is None or weight.is_meta or isinstance(weight, QuantizedTensor):
+            continue
+        held: Any = nn.Parameter(QuantizedTensor.of(weight, recipe_of(key).undelayed("weight")))
+        held.requires_grad_(weight.requires_grad)
+        if preserve:
+            first = weight.detach().cpu()
+            held.get_high_precision_init_val = lambda first=first: first
+            held.clear_high_precision_init_val = lambda held=held: _clear(held)
+        setattr(module, name, held)  # not past those who mark parameters
+
+
+def _clear(weight: Any) -> None:
+    weight.get_high_precision_init_val = lambda: None

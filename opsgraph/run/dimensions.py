@@ -1,0 +1,117 @@
+"""Any number of dimensions outside of a plan, two inside it, and no memory that is shared unasked.
+
+A plan computes on `[rows, width]`. Around it inputs are flattened, outputs and gradients get their
+dimensions back, and autograd is told the truth: an output is no view unless somebody else has its
+memory, and a gradient that goes to two places is one tensor, which autograd copies where it must.
+"""
+
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OpError
+from ..guards.torch_private import followed
+from ..plan import Plan
+
+
+def flat(x: Tensor, dims: int | None) -> Tensor:
+    """x inside a plan: `[rows, width]`, `[rows]`, or with None as it is."""
+    if dims is None or x.dim() == dims:
+        return x
+    if dims == 1:
+        return x.reshape(-1)
+    width = x.shape[-1]
+    if index(width):  # index(): a width that is recorded, or symbolic, stays so in the shape
+        return x.reshape(-1, width)
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
+def flattened(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The input and the extra inputs as the plan takes them."""
+    if len(plan.specs.dims) == 1:
+        return [flat(tensors[0], 2)]
+    return [flat(t, dims) for t, dims in zip(tensors, plan.specs.dims, strict=False)]
+
+
+def unflattened(plan: Plan, outputs: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
+    """Outputs with the leading dimensions of the input; the first one counts the ranks' rows."""
+    if plan.specs.ratios is None:
+        y, lead = outputs[0], shape[:-1]
+        found = [y.view(*lead, y.shape[-1])]
+        if len(outputs) > 1:
+            found += [y.view(*lead, y.shape[-1]) for y in outputs[1:]]
+        return found
+    found = []
+    for y, (up, down) in zip(outputs, plan.specs.ratios, strict=True):
+        if len(shape) < 2 or shape[0] * up % down:
+            sizes = f"[rows, *, {shape[-1]}], rows a multiple of {down}"
+            raise OpError(plan.labels[0], f"input of shape {tuple(shape)}", sizes)
+        found.append(y.view(shape[0] * up // down, *shape[1:-1], y.shape[-1]))
+    return found
+
+
+def _memory(tensor: Tensor) -> int:
+    """Which storage a tensor has."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def released(views: Sequence[Tensor], inner: Sequence[Tensor], given: Sequence[Any]) -> Any:
+    """Outputs that a caller may change in place: what is nobody else's is no view for autograd.
+
+    views: the outputs; inner: what they show, as the plan made it; given: its inputs. The version
+    of an output stays that of what was saved, so a change of it is noticed. An output that another
+    one or an input shares memory with remains a view, for which PyTorch refuses the change.
+    """
+    if len(inner) == 1 and not inner[0]._is_view():  # the plan's own tensor
+        return (views[0].detach(),)
+    places: list[int] = []
+    if any(y._is_view() for y in inner):
+        places = [_memory(t) for t in (*inner, *given) if t is not None]
+    return [y if not y._is_view() or places.count(_memory(y)) > 1 else y.detach() for y in views]
+
+
+def as_given(
+    found: Sequence[Any],
+    shapes: Sequence[torch.Size],
+    flats: Sequence[Tensor],
+    whole: Sequence[Any],
+) -> list[Any]:
+    """Gradients in the shapes of the inputs. flats: those that came, flattened; whole: unchanged.
+
+    What was one tensor remains one, for autograd copies a gradient that somebody else has.
+    """
+    found = list(found)
+    if len(shapes) == len(flats) == 1:
+        dx, (shape,) = found[0], shapes
+        if dx is not None:
+            same = dx is flats[0] and whole[0].shape == shape
+            found[0] = whole[0] if same else dx.view(shape)
+        return found
+    known = {id(flat): tensor for flat, tensor in zip(flats, whole, strict=True)}
+    for k, shape in enumerate(shapes):
+        gradient = found[k]
+        if gradient is not None:
+            made = known.get(id(gradient))
+            if made is None or made.shape != shape:
+                made = known[id(gradient)] = gradient.view(shape)
+            found[k] = made
+    return found
+
+
+def copy_gradients(flats: Sequence[Tensor]) -> None:
+    """Have flattened inputs get gradients of their own, where ops run under plain autograd.
+
+    A view's gradient is a view of what came, and PyTorch takes it into `.grad` without a copy.
+    """
+    if not (torch.compiler.is_compiling() or followed()):
+        for flat in flats:
+            if flat.requires_grad and not flat.is_leaf:
+                flat.register_hook(_copy)
+
+
+def _copy(gradient: Tensor | None) -> Tensor | None:
+    """A hook, which also sees gradients that are undefined."""
+    return None if gradient is None else gradient.clone()

@@ -1,0 +1,84 @@
+"""Who follows PyTorch's ops alone: torch.func, forward-mode AD, torch.jit.trace.
+
+None of them sees what a Function or a kernel of ours computes. For them another stage stands in, of
+the same ops, which runs the reference under PyTorch's own autograd, as `double_backward` has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+from ..guards.torch_private import followed, top_transform, untraced
+from ..op import constant_under_compile
+from ..plan.run import Run
+from .execute import run_inference
+from .options import Options
+
+
+class Followed:
+    """What a stage does when it is followed."""
+
+    again: partial[Any]
+    eager_only: str | None
+    double_backward: bool
+
+    @cached_property
+    def stand_in(self) -> Any:
+        """The stage of the same ops that runs the reference."""
+        ops, labels, options, *wiring = self.again.args
+        return self.again.func(
+            ops, labels, options.with_(double_backward=True, stands_in=True), *wiring
+        )
+
+    def run_followed(
+        self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
+    ) -> Any:
+        """The call, in ops of PyTorch that a transform or a trace can follow."""
+        if torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in weights):
+            self.check_gradients()
+        other: Any = self if self.double_backward else self.stand_in
+        if torch.compiler.is_compiling():
+            return other(x, extras, True)
+        with untraced():  # a trace records tensors, and planning makes some
+            key = other.key(x, extras, weights)
+            if key not in other.plans and other.outdated():
+                return other.renewed()(x, extras)
+            other.ensure(key, len(extras))
+        return run_inference(other.plans[key], other, len(extras), (x, *extras, *weights))
+
+    @constant_under_compile
+    def is_followed(self) -> bool:
+        """Whether Dynamo traces inside a transform; it guards that by itself."""
+        return (followed() or top_transform() is not None) and self.stand_in is not None
+
+    def check_gradients(self) -> None:
+        """Raises PlanError where weight gradients would go past PyTorch's own autograd."""
+        if self.eager_only is not None:
+            raise PlanError(
+                f"{self.eager_only}; nor can double_backward, torch.func, forward-mode AD and "
+                "torch.jit.trace"
+            )
+
+
+def check_differentiable(run: Run, options: Options, recipe: int | None) -> None:
+    """Raises PlanError for what PyTorch's own autograd has no derivative of."""
+    if not options.double_backward:
+        return
+    others = "torch.func, forward-mode AD and torch.jit.trace"
+    if recipe is not None:
+        raise PlanError(
+            f"double_backward: a recipe's rounding has no derivative, which {others} want too; "
+            "got both, expected no recipe"
+        )
+    i = next((i for i, kind in enumerate(run.kinds) if kind.collective), None)
+    if i is not None:
+        raise PlanError(
+            f"{run.labels[i]}: it exchanges tensors with other ranks, and has no second "
+            f"derivative, which {others} want too; expected double_backward=False and none of them"
+        )

@@ -1,0 +1,84 @@
+"""What a Sequential does with an input that its stages could not take: say so, or take it apart.
+
+Calls look at nothing of this beforehand; it runs once one has failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OpError
+from ..op import Op
+
+
+def described(value: Any) -> str:
+    """A wrong input in an error: "None", "a list", "a numpy.ndarray", "a scalar"."""
+    if value is None:
+        return "None"
+    if isinstance(value, Tensor):
+        return "a scalar" if value.dim() == 0 else f"a tensor of shape {tuple(value.shape)}"
+    kind = type(value)
+    if kind.__module__.startswith("torch.fx"):
+        return f"a torch.fx {kind.__name__}"
+    return f"a {kind.__name__ if kind.__module__ == 'builtins' else _full_name(kind)}"
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+
+
+def verify_tensor(value: Any, where: str, expected: str = "a tensor [*, width]") -> None:
+    """Raises OpError for what is no tensor, or has no dimensions."""
+    if isinstance(value, Tensor) and (value.is_nested or value.dim()):
+        return
+    if isinstance(value, Tensor):
+        expected = "[*, width]"
+    elif type(value).__module__.startswith("torch.fx"):
+        expected += "; a torch.fx.Tracer has to call the module as a leaf, see is_leaf_module"
+    raise OpError(where, described(value), expected)
+
+
+def explain(module: nn.Sequential, stages: Sequence[Any], x: Any, extras: Sequence[Any]) -> Any:
+    """The result for nested inputs, None where the failure was no matter of what came.
+
+    stages: the module's. Raises OpError for what is no tensor.
+    """
+    first = next((m for m in module._modules.values() if m is not None), None)
+    if isinstance(first, Op):
+        width = first.in_width or "width"
+        verify_tensor(x, "input", f"a tensor [*, {width}]")
+    made: set[str | None] = set()
+    needed: list[tuple[str, str, bool]] = []
+    for stage in stages:
+        if hasattr(stage, "table"):  # a module, or an op that is called, asks for nothing
+            run = stage.table.run
+            needed += [
+                (run.labels[i], name, hasattr(run.kinds[i], "taken"))
+                for i, name, c in stage.inputs
+                if c not in made - {None}
+            ]
+            made |= set(stage.output_names)
+    for value, (label, name, taken) in zip(extras, needed, strict=False):
+        if not taken:  # the op says itself what it takes
+            verify_tensor(value, f"{label} {name}")
+    if isinstance(x, Tensor) and x.is_nested and isinstance(first, Op):
+        return _run_nested(module, x, extras)
+    return None
+
+
+def _run_nested(module: nn.Sequential, x: Tensor, extras: Sequence[Tensor]) -> Any:
+    """The rows of all sequences at once, as jagged tensors keep them."""
+    for value in (x, *extras):
+        if value.layout is not torch.jagged:
+            got = f"a nested tensor beside one of layout {value.layout}"
+            raise OpError("input", got, "layout=torch.jagged of all inputs")
+    result = module(*(value.values() for value in (x, *extras)))
+    outputs = result if isinstance(result, tuple) else (result,)
+    jagged: Any = x
+    where = jagged.offsets(), jagged.lengths()
+    made = tuple(torch.nested.nested_tensor_from_jagged(y, *where) for y in outputs)
+    return made if isinstance(result, tuple) else made[0]

@@ -1,0 +1,400 @@
+"""`Sequential`: the module that runs plans, with nn.Sequential's list protocol."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from .. import config
+from ..errors import OpError, PlanError
+from ..guards.validation import place
+from ..guards.watched import Watched, contents, mutable, own_state, whole
+from ..op import Op, constant_under_compile
+from ..op.functions import verify_added
+from ..ops.delayed import DelaysWeightGradients, Queue
+from ..ops.residual import tell_next
+from ..ops.sizes import infer_sizes
+from ..plan import Plan
+from ..precision.autocast import active, follow
+from ..precision.interned import drop_forgotten
+from .convert import is_untouched, module_from, op_from
+from .inputs import explain, verify_tensor
+from .op_kwargs import run_with
+from .options import NAMES, Options
+from .stage import Stage
+from .stages import Entry, Plans, make_stages, spread
+from .wiring import read_later, unmatched
+
+
+class Sequential(DelaysWeightGradients, nn.Sequential):
+    """Ops in sequence, planned as one; plain nn.Modules may stand between them.
+
+    `forward(x, *extra_inputs)` returns y, or `(y, *extra_outputs)` where there are any. x is
+    `[*, width]`; extra inputs and outputs are those of Adds and Tees that no other op matches, in
+    order. Has nn.Sequential's whole list protocol.
+
+    device, dtype: where to put the ops' parameters. Options, attributes that may be set later too:
+    backends: their order of preference, by default all that are there. planner: "greedy" or
+    "optimal". recompute: False keeps whatever the backward needs, where by default cheap values are
+    made again. checkpoint: keep the input alone and make all else again. double_backward: run the
+    reference ops without a Function of our own, so that gradients can be differentiated again.
+    delay_wgrad_compute: the backward leaves the gradients of linear layers' weights to
+    `backward_dw()`. fusers: names of the only ones that may be taken.
+
+    An op with hooks or a forward of its own is called as a module, and not fused with its
+    neighbours. Raises OpError for an input that an op cannot take and for unknown options,
+    PlanError for a sequence that cannot be planned.
+    """
+
+    _called = False
+
+    def __init__(
+        self,
+        *args: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args)
+        queue = options.pop("queue", None)  # whose the delayed gradients are, where not its own
+        self._options = Options.of(options).with_(queue=Queue() if queue is None else queue)
+        place("Sequential", device, dtype)
+        self._stages: list[Stage | nn.Module] = []
+        self._plain: list[Stage | nn.Module] = []
+        """The stages for no recipe; `_stages` is empty after calls under one."""
+        self._last: int | None = None  # the recipe of the last call without grad
+        self._recipes: dict[int, list[Stage | nn.Module]] = {}
+        """Stages for each recipe in which the module has run, by the recipe's number."""
+        self._epoch = self._prepared = -1
+        """The epochs for which calls, and what was prepared, need no second look."""
+        self._containers: list[tuple[Op, str, Any]] = []
+        """Lists and their like that ops hold, with what was in them: they change without a word."""
+        with config.lock:
+            infer_sizes(self._present())
+            tell_next(self._present())
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
+        if not self._lazy():
+            self._prepare()
+
+    # -- structure --
+
+    def _lazy(self) -> bool:
+        return any(isinstance(p, UninitializedParameter) for p in self.parameters())
+
+    def _present(self) -> list[nn.Module]:
+        return [module for module in self._modules.values() if module is not None]
+
+    def _forget(self) -> None:
+        with config.lock:
+            self.__dict__["_epoch"] = self.__dict__["_prepared"] = -1
+
+    def _labelled(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in self._modules.items():
+            yield f"{name}:{type(module).__name__}", module
+
+    def _prepare(self, width: int | None = None) -> None:
+        """Find the stages again, unless nothing has changed; width: the input's, if it is known."""
+        with config.lock:
+            if self._prepared == config.epoch and not self._container_changed():
+                return
+            if width is not None:
+                self._complete(width)
+            epoch = config.epoch
+            tell_next(self._present())
+            self.__dict__["_recipes"] = {}
+            made = self.__dict__["_plain"] = self._make_stages(None)
+            self.__dict__["_stages"] = made if self._last is None else []
+            self.__dict__["_containers"] = self._watch()
+            self.__dict__["_prepared"] = epoch
+            # The last, for threads that ask without the lock; -1 asks at every call.
+            self.__dict__["_epoch"] = -1 if self._containers else epoch
+
+    def _watch(self) -> list[tuple[Op, str, Any]]:
+        """Be told of changes; returns what nobody tells of."""
+        ops = [op for op in self._modules.values() if isinstance(op, Op)]
+        inner = [m for op in ops for m in op.modules()]
+        homes = [m for op in inner if isinstance(op, Op) for m, _ in op._homes.values()]
+        for module in {*inner, *homes}:
+            if isinstance(module, Watched):
+                module.watch(self)
+        named = ((m, *item) for m in inner if isinstance(m, Op) for item in m.settings().items())
+        return [(op, name, contents(value)) for op, name, value in named if mutable(value)]
+
+    def _container_changed(self) -> bool:
+        return any(contents(getattr(op, name, None)) != was for op, name, was in self._containers)
+
+    def _entries(self) -> Iterator[Entry]:
+        for label, module in self._labelled():
+            yield from spread(label, module, self._called)
+
+    def _make_stages(self, recipe: int | None) -> list[Any]:
+        # An op that is called alone is given what it reads.
+        ops = (op for op in self._present() if isinstance(op, Op) and self._called)
+        given = [name for op in ops for name in op.channels.values() if name]
+        return make_stages(self._entries(), self._options, recipe, given, CalledSequential)
+
+    def _current(self) -> list[Stage | nn.Module]:
+        """The stages for the active recipe."""
+        key = active.key
+        if key is None:
+            return self._stages or self._return()
+        found = self._recipes.get(key)
+        if found is None:
+            with config.lock:
+                found = self._recipes[key] = self._make_stages(key)
+                drop_forgotten(self._recipes)
+        self.__dict__["_last"], self.__dict__["_stages"] = follow(self._last), []
+        return found
+
+    def _return(self) -> list[Stage | nn.Module]:
+        """The stages for no recipe, put aside by calls under one: only then is there a question."""
+        last = self.__dict__["_last"] = follow(self._last)
+        if last is None:
+            self.__dict__["_stages"] = self._plain
+        return self._plain
+
+    # -- running --
+
+    def forward(self, input: Tensor, *extra_inputs: Tensor, op_kwargs: Any = None) -> Any:
+        """input: `[*, width]`; see the class. op_kwargs: `{op or index: {keyword: buffer}}`.
+
+        The keyword `output` has the last op's result written to a buffer of the caller's, of which
+        y is then a view; `grad_input` that of x's gradient. Both are for GroupedLinear.
+        """
+        if op_kwargs:
+            return run_with(self, input, extra_inputs, op_kwargs)
+        if torch.compiler.is_compiling():
+            self._refresh(active.key, index(input.shape[-1]) if input.dim() else 0)
+            assert self._prepared == config.epoch  # for Dynamo to guard both
+            stages = self._plain if active.key is None else self._recipes[active.key]
+            return self._run(stages, input, extra_inputs, True)
+        try:
+            if self._epoch != config.epoch:
+                self._prepare(input.shape[-1] if input.dim() or self._lazy() else None)
+            stages = self._stages if active.key is None else self._current()
+            return self._run(stages, input, extra_inputs, False)
+        except Exception:
+            if (found := explain(self, self._stages, input, extra_inputs)) is None:
+                raise
+            return found
+
+    def _run(self, stages: Any, x: Tensor, extras: Sequence[Tensor], compiling: bool) -> Any:
+        if len(stages) == 1 and isinstance(stages[0], Stage):
+            stage = stages[0]
+            if len(extras) != len(stage.inputs):
+                self._wrong_count(len(extras), [name for _, name, _ in stage.inputs])
+            if compiling:
+                verify_tensor(x, "input")
+            return stage(x, extras, compiling)
+        return self._run_stages(stages, x, extras)
+
+    @constant_under_compile
+    def _refresh(self, recipe: int | None, width: int) -> None:
+        """Prepare while Dynamo traces. A method, so that equal layers share what is compiled."""
+        self._prepare(width)
+        if recipe is not None and recipe not in self._recipes:
+            self._recipes[recipe] = self._make_stages(recipe)
+
+    def _complete(self, x: Tensor | int) -> None:
+        """Make parameters whose sizes were left out, from an input or its width."""
+        if self._lazy():
+            with torch.inference_mode(False):  # for they may be trained later
+                infer_sizes(self._present(), x if isinstance(x, int) else x.shape[-1])
+            for label, module in self._labelled():
+                if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
+                    raise OpError(label, "no size for it", "one given, or told by a neighbour")
+
+    @constant_under_compile
+    def _wrong_count(self, got: int, names: list[str]) -> None:
+        wanted = f"{len(names)} ({', '.join(names)})" if names else "none"
+        raise OpError("Sequential", f"{got} extra inputs", wanted)
+
+    def _run_stages(
+        self, stages: list[Stage | nn.Module], x: Tensor, extra_inputs: Sequence[Tensor]
+    ) -> Any:
+        stages = stages or (self._return() if self._plain else [])
+        made: dict[str, Tensor] = {}
+        given, outputs = list(extra_inputs), []
+        needed = [n for s in stages if isinstance(s, Stage) for n in unmatched(stages, s)]
+        if len(given) != len(needed):
+            self._wrong_count(len(given), needed)
+        for stage in stages:
+            if not isinstance(stage, Stage):
+                x = stage(x)
+                continue
+            verify_tensor(x, f"input of {stage.table.run.labels[0]}")
+            extras = [
+                made[channel] if channel in made else given.pop(0) for _, _, channel in stage.inputs
+            ]
+            result = stage(x, extras, torch.compiler.is_compiling())
+            x, *more = result if isinstance(result, tuple) else (result,)
+            later = read_later(stages, stage)
+            for i, name, value in zip(stage.outputs, stage.output_names, more, strict=True):
+                if name is not None and name in later:
+                    made[name] = value
+                if name not in made or getattr(stage.real[i], "to_caller", False):
+                    outputs.append(value)
+        return (x, *outputs) if outputs else x
+
+    @property
+    def wgrad_queue(self) -> Queue | None:
+        return self._options.queue if self._options.delay_wgrad_compute else None
+
+    # -- looking --
+
+    def plan(self, training: bool = True, x: Tensor | None = None) -> Any:
+        """The plan for a call in training or inference: what runs, what is saved, and why.
+
+        x: an example input; by default one in the parameters' dtype and device. Returns a Plan, or
+        `Plans`, a tuple of them, where plain modules stand between ops.
+        """
+        if self._epoch != config.epoch:
+            self._prepare(None if x is None else x.shape[-1])
+        found: list[Plan] = []
+        for stage in self._current():
+            if isinstance(stage, Stage):
+                made = stage.plan(training, x)
+                found += made if isinstance(made, Plans) else [made]
+                x = found[-1].specs.outputs[0].empty(2)  # as far as is known, the next one's
+        called = [entry for entry in self._entries() if entry[2] is not None]
+        if not found and not called:
+            raise PlanError("there are no ops to plan")
+        if len(found) == 1 and not called:
+            return found[0]
+        return Plans(found, [f"{label}: called as a module, for {why}" for label, _, why in called])
+
+    def example_extras(self, x: Tensor) -> list[Tensor]:
+        """Uninitialized extra inputs of the right shapes for x, where all ops are planned."""
+        if self._epoch != config.epoch:
+            self._prepare(x.shape[-1])
+        (stage,) = self._current()
+        assert isinstance(stage, Stage)
+        return stage.extras.example(x)
+
+    # -- torch.nn and back --
+
+    @classmethod
+    def from_torch(cls, module: nn.Sequential, **options: Any) -> Sequential:
+        """A Sequential with ops in the place of known torch modules, sharing the parameters.
+
+        Nested nn.Sequentials are converted too. Modules that are not known stay as they are, and so
+        do those with hooks or a forward of their own. One module at two places becomes one op at
+        two places. options: as the constructor's. Raises PlanError for what is no nn.Sequential,
+        or one with a forward of its own.
+        """
+        if not isinstance(module, nn.Sequential):
+            raise PlanError(f"from_torch: got {type(module).__name__}, expected nn.Sequential")
+        own = type(module).forward not in (nn.Sequential.forward, Sequential.forward)
+        if own or "forward" in module.__dict__:
+            got = f"a {type(module).__name__} with a forward of its own"
+            raise PlanError(f"from_torch: got {got}, expected one that runs its modules in order")
+        return cls._converted(module, options, {})
+
+    @classmethod
+    def _converted(
+        cls, module: nn.Sequential, options: dict[str, Any], made: dict[nn.Module, nn.Module]
+    ) -> Sequential:
+        """made: what each module has become, for one that occurs again."""
+        for child in module._modules.values():
+            if child is None or child in made:
+                continue
+            nested = type(child) is nn.Sequential and is_untouched(child)
+            made[child] = cls._converted(child, options, made) if nested else op_from(child)  # type: ignore[arg-type]
+        places = {n: None if m is None else made[m] for n, m in module._modules.items()}
+        found = cls(OrderedDict(places), **options)
+        found.training = module.training  # its own alone: the modules inside have theirs
+        return found
+
+    def to_torch(self) -> nn.Sequential:
+        """A plain nn.Sequential that computes the same, sharing the parameters."""
+        made: dict[nn.Module | None, Any] = {None: None}
+        for label, module in self._labelled():
+            if module not in made:
+                nested = isinstance(module, Sequential)
+                made[module] = module.to_torch() if nested else module_from(module, label)  # type: ignore[operator]
+        places = {name: made[module] for name, module in self._modules.items()}
+        found = nn.Sequential(OrderedDict(places))
+        found.training = self.training
+        return found
+
+    # -- the list protocol, where nn.Sequential would return or forget something else --
+
+    def _like(self, *modules: Any) -> Sequential:
+        return Sequential(*modules, **self._options.given())
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self._like(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
+    def __add__(self, other: nn.Sequential) -> Sequential:
+        return self._like(*super().__add__(other))
+
+    def __mul__(self, count: int) -> Sequential:
+        return self._like(*super().__mul__(count))
+
+    __rmul__ = __mul__
+
+    def __getattr__(self, name: str) -> Any:
+        """Options are attributes, and may be set later."""
+        return getattr(self._options, name) if name in NAMES else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in NAMES:
+            self._options = self._options.with_(**{name: value})
+            self._forget()
+            return
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) or name in self.__dict__.get("_modules", {}):
+            self._forget()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._forget()
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        verify_added(module, name)
+        super().add_module(name, module)
+        self._forget()
+
+    def insert(self, index: int, module: nn.Module) -> Sequential:
+        verify_added(module, str(index))
+        self._insert(index, module)
+        return self
+
+    _insert = whole(nn.Sequential.insert)
+    append = whole(nn.Sequential.append)
+    extend = whole(nn.Sequential.extend)
+    pop = whole(nn.Sequential.pop)
+    __setitem__ = whole(nn.Sequential.__setitem__)
+    __delitem__ = whole(nn.Sequential.__delitem__)
+    __iadd__ = whole(nn.Sequential.__iadd__)
+    __imul__ = whole(nn.Sequential.__imul__)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_options": self._options.with_(queue=Queue())}
+        return own_state(self, frozenset()) | _UNPREPARED | own
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__ |= _UNPREPARED
+        return replica
+
+
+_UNPREPARED = dict(_stages=[], _plain=[], _recipes={}, _epoch=-1, _prepared=-1, _containers=[])
+
+
+class CalledSequential(Sequential):
+    """What an op runs that was called as a module: its hooks have had their turn."""
+
+    _called = True
+
+
+Op.alone = staticmethod(lambda op: CalledSequential(op).forward)

@@ -1,0 +1,341 @@
+"""A stage: consecutive ops of a Sequential with their parameters; it finds a plan and runs it.
+
+A call's key is a tuple of dtypes, sizes and flags: all that changes what is right. Parameters are
+read from the modules at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from operator import index
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .. import config
+from ..errors import OpError, PlanError
+from ..fusers.quantizing import quantize
+from ..guards.torch_private import finished, forward_ad, tracing, transforms
+from ..op import ROWS, Op, Spec, constant_under_compile, row
+from ..ops.quantize import lowered
+from ..ops.sizes import width_between
+from ..plan import Plan, make_plan
+from ..plan.compiled import place
+from ..plan.program import Request
+from ..plan.run import Run
+from ..precision.autocast import active
+from ..precision.delayed import Scaling
+from ..precision.quantizers import COPIES, Quantized
+from ..precision.weights import QuantizedTensor
+from .dtensor import PLAIN, own_part
+from .execute import expose, run_compiled, run_inference, run_training
+from .extras import ExtraInputs
+from .followed import Followed, check_differentiable
+from .options import Options
+from .shapes import check_shapes, shape_of
+from .table import Key, table_for
+from .unseen import Unseen
+
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], Quantized]] = WeakKeyDictionary()
+"""Quantized weights that a first microbatch made, by the module that has the weight. The plans of
+a LayerNormMLP with and without overwriting main_grad share them; no copy or pickle holds them."""
+
+
+class Stage(Followed):
+    """A run of consecutive ops of a Sequential, with the parameters it reads."""
+
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        labels: Sequence[str],
+        options: Options,
+        known: Iterable[str] = (),
+        later: Iterable[str | None] = (),
+        recipe: int | None = None,
+    ) -> None:
+        lower = None if recipe is None else partial(lowered, recipe)
+        self.again = partial(Stage, ops, labels, options, known, later, recipe)
+        self.written, self.recipe = tuple(ops), recipe
+        run = Run(ops, labels, known, later, lower)
+        run.verify_weights()
+        check_differentiable(run, options, recipe)
+        self.inputs, self.outputs = run.inputs, run.outputs
+        self.extras = ExtraInputs(run)
+        self.trailing = self.extras.trailing
+        self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
+        self.slots = [run.ops[i].home(name) for i, name in run.slots]
+        self.absent = run.absent()
+        self.shapes = self._shapes()
+        self.modes = [
+            op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
+        ]
+        self.real = run.ops
+        self.packers = {run.slots.index(slot): q for slot, q in run.quantizers.items()}
+        self.states: dict[int, Scaling] = {}
+        """The delayed scaling of each quantized weight, and of the layer that it belongs to."""
+        for k, quantizer in self.packers.items():
+            state = run.ops[run.slots[k][0] - 1].home("scale")[0]
+            if quantizer.delayed and isinstance(state, Scaling):
+                self.states[k] = state
+        self.table = table_for(run, options)
+        self.plans = self.table.plans
+        self.ops = self.table.ops
+        self.double_backward = options.double_backward
+        self.unseen = Unseen(run, self.ops, self.slots, options)
+        self.eager_only = self.unseen.reason
+
+    def quantize(self, plan: Plan, weights: Sequence[Tensor | None]) -> list[Tensor]:
+        """The parts of the quantized weights that a plan takes, made of the weights as they are."""
+        found: list[Tensor] = []
+        for k, copies in plan.specs.packed:
+            weight, quantizer = weights[k], self.packers[k]
+            assert weight is not None
+            made = self._quantized(k, weight.detach(), copies)
+            for copy in copies:
+                found += quantizer.parts(made, copy)
+        return found
+
+    def _quantized(self, k: int, weight: Tensor, copies: tuple[str, ...]) -> Quantized:
+        """One weight quantized, or what the first microbatch made of it."""
+        first, quantizer = active.first_microbatch, self.packers[k]
+        if isinstance(weight, QuantizedTensor):
+            if (held := weight.copies(quantizer, copies)) is not None:
+                return held
+            weight = weight.dequantize()
+        grad = torch.is_grad_enabled()
+        if first is None:
+            return self._quantized_anew(k, weight, copies, grad)
+        owner, name = self.slots[k]
+        kept = _kept.setdefault(owner, {})
+        if first is False and (found := kept.get((name, quantizer))) is not None:
+            if set(copies) <= {copy for copy in COPIES if getattr(found, copy) is not None}:
+                return found.at(weight.device, weight.dtype)
+        # Training may use them, whatever mode this call is in.
+        with torch.inference_mode(False):
+            made = kept[name, quantizer] = self._quantized_anew(k, weight, copies, grad)
+        return made
+
+    def _quantized_anew(
+        self, k: int, weight: Tensor, copies: tuple[str, ...], grad: bool
+    ) -> Quantized:
+        """One weight quantized as it is now; with grad, delayed scaling notes its amax."""
+        quantizer = self.packers[k]
+        order, state = self.table.options.order, self.states.get(k)
+        if state is None:
+            made, _ = quantize(order, quantizer, weight, None, copies)
+        else:
+            made, amax = quantize(order, quantizer, weight, state.weight, (*copies, "amax"))
+            assert amax is not None
+            state.record("weight", amax, grad)
+        return made
+
+    def record(self, plan: Plan, outputs: Sequence[Tensor], grad: bool) -> Sequence[Tensor]:
+        """Note the amaxes of activations, which follow the outputs; returns these.
+
+        Without grad nothing is noted: what inference sees moves no scale.
+        """
+        count = len(outputs) - plan.specs.reports
+        for state, amax in zip(self.states.values(), outputs[count:], strict=True):
+            state.record("activation", amax, grad)
+        return outputs[:count]
+
+    def seen_gradients(self, plan: Plan) -> list[Tensor]:
+        """Where to note the amaxes of gradients: the layers' `amax_backward`."""
+        first = len(plan.specs.names) - len(self.slots) - len(plan.specs.parts)
+        states = (self.slots[k - first][0] for k in plan.specs.reported)
+        return [state.amax_backward for state in states]  # type: ignore[misc]
+
+    def weights(self) -> list[Tensor | None]:
+        """The parameters as they are now; a parametrized one is an attribute only."""
+        found: list[Tensor | None] = []
+        for module, name in self.slots:
+            weight: Tensor | None = module._parameters.get(name)
+            if type(weight) is not nn.Parameter:
+                if weight is None:
+                    weight = getattr(module, name)
+                if type(weight) not in PLAIN and weight is not None:
+                    weight = own_part(module, name, weight)
+            found.append(weight)
+        return found
+
+    def _shapes(self) -> list[Any]:
+        """The parameters' shapes as they are now, None for those that are not there."""
+        places = (slot for slot in self.slots if not isinstance(slot[0], Scaling))
+        return [shape_of(getattr(*place)) for place in places]
+
+    def outdated(self) -> bool:
+        """Whether parameters are there, gone or of other shapes than when the stage was made."""
+        return self._shapes() != self.shapes or any(
+            getattr(*place, None) is not None for place in self.absent
+        )
+
+    def renewed(self) -> Stage:
+        """The same ops as they are now; whoever holds them looks again at the next call."""
+        for op in self.written:
+            op.touch()
+        made: Stage = self.again()
+        return made
+
+    def key(self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Key:
+        """All that changes what is right for a call."""
+        grad = torch.is_grad_enabled() and not self.double_backward
+        device = x.device
+        kind = device.type
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        compute = torch.get_autocast_dtype(kind) if autocast else None
+        # index(): under torch.compile a width that varied is symbolic, and no part of a key.
+        width = index(x.shape[-1])
+        parts = [x.dtype, width, kind, device.index, grad and x.requires_grad, compute]
+        for w in weights:
+            if w is None:
+                parts.append(None)
+            else:
+                same = w.is_cpu if kind == "cpu" else w.device == device
+                parts += (w.dtype, w.shape, grad and w.requires_grad, same)
+        for e in extras:
+            last = index(e.shape[-1]) if e.dim() else 0
+            same = e.device == device
+            parts += (e.dtype, e.dim() - x.dim(), last, grad and e.requires_grad, same)
+        for op in self.modes:
+            parts.append(op.training)
+        return tuple(parts)
+
+    def ensure(self, key: Key, extras: int) -> None:
+        """Plan for a key, unless that was done."""
+        with config.lock:
+            if key not in self.plans:
+                self.plans[key] = self._make(key, extras)
+
+    def _make(self, key: Key, extras: int) -> Plan:
+        run, options = self.table.run, self.table.options
+        device = torch.device(key[2], key[3])
+        gradients = {"x0"} if key[4] else set()
+        rest = iter(key[6:])
+        found: dict[tuple[int, str], Spec | None] = {}
+        check_shapes(run, self.real, self.slots, self.weights())
+        options.verify_fusers()
+        for (i, name), weight in zip(run.slots, self.weights(), strict=True):
+            dtype = next(rest)
+            found[i, name] = None
+            if dtype is None:
+                continue
+            assert weight is not None
+            shape, wanted, same = (next(rest) for _ in range(3))
+            there = device if same else weight.device
+            found[i, name] = Spec(tuple(shape), dtype, there)
+            if wanted:
+                gradients.add(run.name(name, i))
+        specs = []
+        for (i, name, _), dims in zip(run.inputs[:extras], self.extras.dims, strict=False):
+            dtype, more, last, wanted, same = (next(rest) for _ in range(5))
+            shape = {0: (ROWS, last), -1: (ROWS,)}.get(more, (last,))
+            if dims is None:
+                shape = (last,)
+            specs.append(Spec(shape, dtype, device if same else torch.device("meta")))
+            if wanted:
+                gradients.add(run.name(name, i))
+        modes = {id(op): next(rest) for op in self.modes}
+        request = Request(
+            row(key[1], key[0], device),
+            tuple(specs),
+            found,
+            frozenset(gradients),
+            tuple(modes.get(id(op), False) for op in self.real),
+            key[5],
+            options.given(),
+        )
+        return make_plan(run, request, options.order, options.planner, options.config)
+
+    def plan(self, training: bool, x: Tensor | None) -> Plan:
+        """The plan for an example input, by default one in the parameters' dtype and device."""
+        if self.outdated():
+            return self.renewed().plan(training, x)
+        weights = self.weights()
+        if x is None:
+            x = self._example(weights)
+        x = x.detach().requires_grad_(training)
+        extras = self.extras.example(x)
+        for extra in extras:
+            extra.requires_grad_(training and extra.is_floating_point())
+        with torch.set_grad_enabled(training):
+            key = self.key(x, extras, weights)
+        self.ensure(key, len(extras))
+        return self.plans[key]
+
+    def _example(self, weights: Sequence[Tensor | None]) -> Tensor:
+        width = width_between(self.real)
+        if width is None:
+            raise PlanError(f"{self.table.run.labels[0]}: got no width to plan for, expected x")
+        there = [w for w in weights if w is not None]
+        like = next((w for w in there if w.dim() > 1), there[0] if there else torch.empty(0))
+        return torch.empty(2, width, dtype=like.dtype, device=like.device)
+
+    def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
+        if extras or self.trailing:
+            extras = self.extras.verified(x, extras)
+        for module, name in self.absent:
+            if module._parameters.get(name) is not None:
+                return self.renewed()(x, extras, compiling)
+        weights = self.weights()
+        key = self.key(x, extras, weights)
+        if compiling:
+            return self._compiled(key, x, extras, weights)
+        if transforms() or forward_ad._current_level >= 0 or tracing():
+            return self.run_followed(x, extras, weights)
+        x = finished(x)
+        if extras:
+            extras = [finished(extra) for extra in extras]
+        plan = self.plans.get(key)
+        if plan is None:
+            if self.outdated():
+                return self.renewed()(x, extras)
+            self.ensure(key, len(extras))
+            plan = self.plans[key]
+        if plan.specs.packed:
+            weights = [*weights, *self.quantize(plan, weights)]
+        if plan.specs.training:
+            try:
+                return run_training(plan, self, len(extras), x, *extras, *weights)
+            except OpError as error:
+                place(error, self.table.run.labels)
+                raise
+            except RuntimeError:  # an inference tensor cannot be saved, its copy can
+                if not any(t.is_inference() for t in (x, *extras)):
+                    raise
+            x, *extras = (t.clone() if t.is_inference() else t for t in (x, *extras))
+            return run_training(plan, self, len(extras), x, *extras, *weights)
+        try:
+            return run_inference(plan, self, len(extras), (x, *extras, *weights))
+        except OpError as error:
+            place(error, self.table.run.labels)
+            raise
+
+    @constant_under_compile
+    def _expose(self, key: Key, extras: int) -> str:
+        """Plan while Dynamo traces. A method: Dynamo guards which object a function is given."""
+        self.ensure(key, extras)
+        plan = self.plans[key]
+        expose(plan, self.ops)
+        setattr(self.table.exposed, plan.handle, plan)
+        return plan.handle
+
+    def _compiled(
+        self, key: Key, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
+    ) -> Any:
+        if not self.double_backward and self.is_followed():
+            return self.run_followed(x, extras, weights)
+        if self.eager_only is not None:
+            raise PlanError(self.eager_only)
+        plan = getattr(self.table.exposed, self._expose(key, len(extras)))
+        if self.double_backward:  # traced through, for autograd to see the ops
+            return run_inference(plan, self, len(extras), (x, *extras, *weights))
+        if plan.specs.packed:
+            if any(isinstance(weight, QuantizedTensor) for weight in weights):
+                raise PlanError("torch.compile cannot see into weights of quantized_model_init")
+            if active.first_microbatch is not None:
+                raise PlanError("is_first_microbatch keeps weights that torch.compile cannot see")
+            weights = [*weights, *self.quantize(plan, weights)]
+        return run_compiled(plan, self, len(extras), (x, *extras, *weights))

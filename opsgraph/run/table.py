@@ -1,0 +1,79 @@
+"""Where plans are kept, by structure, so that equal layers plan, and compile, once.
+
+A table holds skeletons of the ops, without parameters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+from .. import config
+from ..fuser import registered
+from ..guards.constants import key as plan_key
+from ..guards.watched import mutable
+from ..op import weights
+from ..plan import Plan
+from ..plan.run import Run
+from ..precision.delayed import Scaling
+from .execute import retire
+from .options import Options
+from .shapes import shape_of
+
+Key = tuple[Any, ...]
+
+
+MOST = 1024
+"""Plans of one table: beyond that the oldest is made again if it is needed again."""
+
+
+class Plans(dict[Key, Plan]):
+    """Plans by key, of which the oldest go where there are many: some ops have any width."""
+
+    def __setitem__(self, key: Key, plan: Plan) -> None:
+        super().__setitem__(key, plan)
+        if len(self) > MOST:
+            del self[next(iter(self))]
+
+
+class PlanTable:
+    """Plans by key, for all modules whose ops have the same classes, settings and channels."""
+
+    def __init__(self, run: Run, options: Options) -> None:
+        self.run, self.options, self.ops = run, options, tuple(run.ops)
+        self.plans: dict[Key, Plan] = Plans()
+        self.exposed = SimpleNamespace()
+        """Plans by handle, as attributes: a dict that a trace has read once is not read again."""
+        weakref.finalize(self, retire, self.exposed.__dict__).atexit = False
+
+
+_tables: weakref.WeakValueDictionary[Any, PlanTable] = weakref.WeakValueDictionary()
+
+
+def table_for(run: Run, options: Options) -> PlanTable:
+    """The shared table of this structure; one of its own where a setting cannot be compared."""
+    options = options.with_(config=config.read())
+    try:
+        parts = []
+        for kind, op in zip(run.kinds, run.ops, strict=True):
+            if op._buffers or any(not isinstance(m, Scaling) for m in op._modules.values()):
+                raise TypeError
+            settings = op.settings()
+            if any(map(mutable, settings.values())):
+                raise TypeError  # a skeleton would share what others change
+            shapes = tuple(shape_of(getattr(*op.home(name))) for name in weights(kind))
+            parts.append((kind, type(op), plan_key(settings), shapes))
+        wiring = (tuple(run.sources.items()), tuple(i[:2] for i in run.inputs), tuple(run.outputs))
+        fusers = tuple(fuser.serial for fuser in registered())
+        recipe = (tuple(run.quantizers.items()), tuple(run.overrides.items()))
+        key = (tuple(parts), wiring, recipe, tuple(run.labels), options.key, fusers)
+    except TypeError:
+        proxies: list[Any] = [weakref.proxy(op) for op in run.ops]
+        return PlanTable(run.with_ops(proxies), options)
+    table = _tables.get(key)
+    if table is None:
+        bare = {id(op): op.skeleton() for op in run.ops}
+        ops = [bare[id(op)] for op in run.ops]
+        table = _tables[key] = PlanTable(run.with_ops(ops), options)
+    return table

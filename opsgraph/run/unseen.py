@@ -1,0 +1,94 @@
+"""What a stage does for weights whose gradients autograd does not see.
+
+They go into `main_grad`, or wait for `backward_dw`; `ops.main_grad` and `ops.delayed` say how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import PlanError
+from ..guards.torch_private import graph_task
+from ..op import Op
+from ..ops.delayed import (
+    Late,
+    deferring,
+    delays,
+    mark_delayed,
+    parameters,
+    queue_of,
+    unasked,
+    verify_arrival,
+)
+from ..ops.main_grad import arriving
+from ..plan import Plan
+from ..plan.run import Run
+from .options import Options
+
+
+class Unseen:
+    """Of a stage with such weights: what to know in its forward, how to run its backward.
+
+    reason: what torch.compile could not see, None for a stage without such weights.
+    """
+
+    def __init__(
+        self, run: Run, ops: Sequence[Op], slots: Sequence[tuple[nn.Module, str]], options: Options
+    ) -> None:
+        self.run, self.slots, self.options = run, slots, options
+        waits = [
+            kind.gemm and delays(op, options.given())
+            for kind, op in zip(run.kinds, run.ops, strict=True)
+        ]
+        self.reason = None
+        if any(waits):
+            self.reason = "delay_wgrad_compute queues gradients, which torch.compile cannot see"
+        elif any(getattr(op, "accumulate_into_main_grad", False) for op in run.ops):
+            self.reason = (
+                "accumulating into main_grad writes a tensor that torch.compile cannot see"
+            )
+        if self.reason is not None and options.double_backward and not options.stands_in:
+            raise PlanError(f"double_backward: got it, and {self.reason}")
+        self.ops = tuple(deferring(op) if late else op for op, late in zip(ops, waits, strict=True))
+        for (i, _), home in zip(run.slots, slots, strict=True):
+            mark_delayed(getattr(*home), waits[i])
+
+    def watch(self, plan: Plan, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
+        """What the backward has to know: the weights, and the backward that makes this call again.
+
+        The latter is -1 for none. Raises OpError for a weight whose gradient would go astray.
+        """
+        late, accumulated = plan.specs.late, [k for _, k in plan.specs.stored]
+        for k in (*late, *(k for k in accumulated if k not in late)):
+            label = self.run.labels[self.run.slots[k][0]]
+            verify_arrival(*self.slots[k], weights[k], label, k in late)
+        return weights, graph_task()
+
+    def run_backward(self, plan: Plan, ctx: Any, grads: Sequence[Tensor], saved: list[Any]) -> Any:
+        """The backward; what waits is queued."""
+        weights, backward = ctx.watched
+        if backward < 0:
+            backward = graph_task()
+        for place, k in plan.specs.stored:  # itself, whatever hooks of saved tensors have made
+            saved[place] = weights[k]
+        first = len(plan.specs.names) - len(self.slots) - len(plan.specs.parts)
+        there = [0, *accumulate(not absent for absent in plan.specs.absent)]
+        unwanted: set[int] = set()
+        into_main_grad = {k for _, k in plan.specs.stored}
+        for k in {*plan.specs.late, *into_main_grad}:
+            unwanted |= unasked(ctx.next_functions[there[first + k]][0], weights[k])
+        with arriving(backward, frozenset(unwanted)):
+            found = list(plan.run_backward(self.ops, *grads, saved))
+        everywhere = self.options.delay_wgrad_compute
+        for k in reversed(plan.specs.late):
+            gradient, found[first + k] = found[first + k], None
+            if gradient is not None and not unwanted.issuperset(map(id, parameters(weights[k]))):
+                home, stored = self.slots[k], k in into_main_grad
+                queue = self.options.queue if everywhere else queue_of(home[0])
+                made = Late.of(home, weights[k], gradient, stored, frozenset(unwanted))
+                queue.leave(backward, made)
+        return found

@@ -1,0 +1,249 @@
+"""torch.nn to opsgraph and back: same results, same parameters."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import opsgraph as og
+from opsgraph.ops import GELU, Add, LayerNorm, Linear, RMSNorm, SwiGLU, Tee
+from opsgraph.run.convert import PlainOp
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.LayerNorm(12),
+        nn.Linear(12, 20),
+        nn.GELU("tanh"),
+        nn.Sequential(nn.Linear(20, 8, bias=False), nn.SiLU(), nn.RMSNorm(8)),
+        nn.Hardtanh(),
+        nn.Dropout(0.0),
+        nn.Identity(),
+        nn.ReLU(),
+    )
+
+
+def test_from_torch_computes_the_same_with_the_same_parameters() -> None:
+    model = _model()
+    module = og.Sequential.from_torch(model)
+    assert list(module.state_dict()) == list(model.state_dict())
+    for one, other in zip(module.parameters(), model.parameters(), strict=True):
+        assert one is other
+    x = torch.randn(3, 4, 12)
+    torch.testing.assert_close(module(x), model(x))
+    assert isinstance(module[4], nn.Hardtanh)
+    assert isinstance(module[3], og.Sequential)
+    y = module(x)
+    y.sum().backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).sum().backward()
+    for one, other in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(one, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_round_trip_has_the_same_classes() -> None:
+    back = og.Sequential.from_torch(_model()).to_torch()
+    assert [type(m) for m in back.modules()] == [type(m) for m in _model().modules()]
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(back(x), _model()(x))
+
+
+def test_to_torch_runs_other_ops_plainly() -> None:
+    module = og.Sequential(
+        RMSNorm(8, zero_centered_gamma=True),
+        Linear(8, 12),
+        SwiGLU(),
+        GELU("none"),
+        dtype=torch.double,
+    )
+    plain = module.to_torch()
+    assert [type(m) for m in plain] == [PlainOp, nn.Linear, PlainOp, nn.GELU]
+    x = torch.randn(2, 3, 8, dtype=torch.double, requires_grad=True)
+    torch.testing.assert_close(plain(x), module(x))
+    assert torch.autograd.gradcheck(plain, (x,))
+
+
+def test_training_mode_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).eval()
+    module = og.Sequential.from_torch(model)
+    assert not module.training
+    assert not module[1].training
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(module(x), model(x))
+
+
+def test_what_cannot_be_converted_is_named() -> None:
+    with pytest.raises(og.PlanError, match=r"from_torch: got Linear, expected nn.Sequential"):
+        og.Sequential.from_torch(nn.Linear(2, 2))
+    with pytest.raises(og.PlanError, match=r"0:Tee: it has extra inputs or outputs"):
+        og.Sequential(Tee("r"), GELU(), Add("r")).to_torch()
+
+
+def test_norm_over_several_dimensions_there_and_back() -> None:
+    plain = nn.Sequential(nn.LayerNorm((3, 4)), nn.RMSNorm((3, 4)))
+    module = og.Sequential.from_torch(plain)
+    assert [type(m) for m in module] == [LayerNorm, RMSNorm]
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(module(x), plain(x))
+    back = module.to_torch()
+    assert [m.normalized_shape for m in back] == [(3, 4), (3, 4)]
+    torch.testing.assert_close(back(x), plain(x))
+
+
+def test_a_module_that_occurs_twice_stays_twice_and_shared() -> None:
+    torch.manual_seed(0)
+    gelu, linear, block = nn.GELU(), nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    plain = nn.Sequential(linear, gelu, block, gelu, linear, block)
+    module = og.Sequential.from_torch(plain)
+    assert len(module) == 6
+    assert module[1] is module[3]
+    assert module[0] is module[4]
+    assert module[2] is module[5]
+    assert module[0].weight is linear.weight
+    assert list(module.state_dict()) == list(plain.state_dict())
+    back = module.to_torch()
+    assert [type(m) for m in back] == [type(m) for m in plain]
+    assert back[0] is back[4]
+    assert back[2] is back[5]
+    x = torch.randn(3, 6)
+    found = []
+    for model in (module, plain, back):
+        y = model(x)
+        y.square().sum().backward()
+        found.append([y.detach(), linear.weight.grad, block[0].bias.grad])
+        plain.zero_grad()
+    for other in found[1:]:
+        for one, expected in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, expected)
+
+
+class _Doubling(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def _with_hook() -> nn.Module:
+    module = nn.Linear(6, 6)
+    module.register_forward_hook(lambda m, args, y: 2 * y)
+    return module
+
+
+def _with_pre_hook() -> nn.Module:
+    module = nn.GELU()
+    module.register_forward_pre_hook(lambda m, args: (2 * args[0],))
+    return module
+
+
+def _with_backward_hook() -> nn.Module:
+    module = nn.ReLU()
+    module.register_full_backward_hook(lambda m, dx, dy: (2 * dx[0],))
+    return module
+
+
+def _patched() -> nn.Module:
+    module = nn.SiLU()
+    module.forward = lambda x: 3 * x  # type: ignore[method-assign]
+    return module
+
+
+def _patched_sequence() -> nn.Module:
+    module = nn.Sequential(nn.ReLU())
+    module.forward = lambda x: 3 * x  # type: ignore[method-assign]
+    return module
+
+
+def _hooked_sequence() -> nn.Module:
+    module = nn.Sequential(nn.ReLU())
+    module.register_forward_hook(lambda m, args, y: 2 * y)
+    return module
+
+
+def _parametrized() -> nn.Module:
+    module = nn.Linear(6, 6)
+    nn.utils.parametrizations.weight_norm(module)
+    return module
+
+
+def _weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(nn.Linear(6, 6))
+
+
+def _with_more() -> nn.Module:
+    module = nn.Linear(6, 6)
+    module.register_buffer("steps", torch.zeros(3))
+    return module
+
+
+def _bias_alone() -> nn.Module:
+    module = nn.LayerNorm(6)
+    nn.init.normal_(module.bias)
+    module.weight = None  # type: ignore[assignment]
+    return module
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        _with_hook, _with_pre_hook, _with_backward_hook, _patched, _patched_sequence,
+        _hooked_sequence, _parametrized, _weight_norm, _with_more, _bias_alone,
+        lambda: _Doubling(nn.ReLU()), lambda: type("Own", (nn.Linear,), {})(6, 6),
+    ],
+)  # fmt: skip
+def test_a_module_with_something_of_its_own_stays_itself(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    special = build()
+    plain = nn.Sequential(nn.Linear(6, 6), special, nn.Sequential(special, nn.ReLU()))
+    module = og.Sequential.from_torch(plain)
+    assert module[1] is special
+    assert module[2][0] is special
+    assert list(module.state_dict()) == list(plain.state_dict())
+    results = []
+    for model in (module, plain):
+        x = torch.full((2, 6), 0.5, requires_grad=True)
+        y = model(x)
+        results.append([y, *torch.autograd.grad(y.sum(), x)])
+    for one, expected in zip(*results, strict=True):
+        torch.testing.assert_close(one, expected)
+
+
+def test_what_a_module_is_set_to_is_kept() -> None:
+    plain = nn.Sequential(
+        nn.Linear(6, 6, bias=False, dtype=torch.double), nn.LayerNorm(6, bias=False),
+        nn.LayerNorm(6, elementwise_affine=False), nn.Sequential(nn.Dropout(0.5)),
+    )  # fmt: skip
+    plain[0].weight.requires_grad_(False)
+    plain[3].eval()
+    plain.add_module("none", None)
+    module = og.Sequential.from_torch(plain)
+    assert not module[0].weight.requires_grad
+    assert module[0].weight.dtype == torch.double
+    assert module[0].bias is None
+    assert module[1].bias is None
+    assert (module.training, module[3].training, module[3][0].training) == (True, False, False)
+    assert module._modules["none"] is None
+    assert module.to_torch()._modules["none"] is None
+
+
+def test_a_sequence_with_a_forward_of_its_own_is_an_error() -> None:
+    for module in (_Doubling(nn.ReLU()), _patched_sequence()):
+        with pytest.raises(og.PlanError, match=r"with a forward of its own, expected one that"):
+            og.Sequential.from_torch(module)  # type: ignore[arg-type]
+    made = og.Sequential.from_torch(type("Named", (nn.Sequential,), {})(nn.ReLU()))
+    assert type(made[0]).__module__.startswith("opsgraph")
+
+
+def test_converting_changes_nothing_of_the_callers() -> None:
+    special = _Doubling(nn.Dropout(0.5)).eval()
+    plain = nn.Sequential(nn.Sequential(nn.Linear(6, 6).eval(), special), nn.ReLU())
+    modes = [m.training for m in plain.modules()]
+    module = og.Sequential.from_torch(plain)
+    assert [m.training for m in plain.modules()] == modes
+    back = module.to_torch()
+    assert [m.training for m in back.modules()] == modes
+    assert [m.training for m in plain.modules()] == modes
