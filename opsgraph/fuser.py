@@ -8,7 +8,7 @@ for what the op under that key calls NAME: `fc_weight`, `act_x`, `norm_rstd`, `n
 of its own, which only its own `bwd` may take.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import count, product
 from types import NoneType, TracebackType, UnionType
@@ -17,9 +17,12 @@ from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 from . import config
 from .backend import backends
 from .errors import RegisterError
+from .guards.cached import cached_property
 from .op import BACKWARD, FORWARD, STORED, Op, Spec, arguments, per_class, weights
-from .op.functions import backward_functions
+from .op.functions import backward_functions, function
 
+AGAIN = "again"
+"""Beside the passes: how an op makes its y again in the backward."""
 Variant = tuple[tuple[str, type[Op] | None], ...]
 
 
@@ -54,20 +57,70 @@ class Fuser:
         """What plans call it."""
         return type(self).__name__
 
+    @cached_property
+    def declaration(self) -> "Declaration":
+        """What it declares, read once."""
+        return Declaration(self)
+
     def split(self, argument: str) -> tuple[str | None, str]:
         """`fc_weight` is `("fc", "weight")`; what belongs to no key is `(None, argument)`."""
-        known = self.__dict__.setdefault("_split", {})
-        if argument not in known:
-            keys = [key for key in self.pattern if argument.startswith(key + "_")]
-            key = argument if argument in self.pattern else max(keys, key=len, default=None)
-            known[argument] = key, argument[len(key) + 1 :] if key else argument
-        found: tuple[str | None, str] = known[argument]
-        return found
+        keys = [key for key in self.pattern if argument.startswith(key + "_")]
+        key = argument if argument in self.pattern else max(keys, key=len, default=None)
+        return key, argument[len(key) + 1 :] if key else argument
 
     def functions(self, direction: str) -> dict[str, Callable[..., Any]]:
         """The functions to call in that pass, in order; none if it does not serve the pass."""
-        function = self.fwd if direction == FORWARD else self.bwd
-        return {"fwd" if direction == FORWARD else "bwd": function} if function else {}
+        functions = {FORWARD: {"fwd": self.fwd}, BACKWARD: {"bwd": self.bwd}}.get(direction, {})
+        return {name: function for name, function in functions.items() if function}
+
+
+class Name(NamedTuple):
+    """A name that a fuser uses: the pattern's key that it belongs to, and what it is of that op."""
+
+    text: str
+    key: str | None
+    value: str
+    moved: bool = False
+    """Whether the function takes it from a list of one."""
+
+
+class Function(NamedTuple):
+    """A function that plans call, with the names of its arguments, `want` apart."""
+
+    name: str
+    arguments: tuple[Name, ...]
+    wants: bool
+
+
+class Declaration:
+    """What a fuser declares, in the form that planning reads."""
+
+    def __init__(self, fuser: Fuser) -> None:
+        self.entries = {k: frozenset(alternatives(e)) for k, e in fuser.pattern.items()}
+        self.functions = {
+            direction: [
+                _function(fuser, *item, moved) for item in fuser.functions(direction).items()
+            ]
+            for direction, moved in ((FORWARD, ()), (BACKWARD, fuser.consumes), (AGAIN, ()))
+        }
+        self.saves = tuple(Name(name, *fuser.split(name)) for name in fuser.saves)
+        self.private = tuple(name.text for name in self.saves if name.key is None)
+        """What it saves that is no value of an op."""
+        self.rejects = arguments(fuser.reject) if fuser.reject else ()
+        named = [name for function in self.functions[BACKWARD] for name in function.arguments]
+        self.tapped = tuple(name.key for name in named if name.key and name.value == "d")
+        """The Tees whose gradients `bwd` takes."""
+
+    def fits(self, kinds: set[type[Op]]) -> bool:
+        """Whether there is a class for every entry of the pattern."""
+        return all(None in e or not kinds.isdisjoint(e) for e in self.entries.values())
+
+
+def _function(fuser: Fuser, name: str, call: Any, moved: Collection[str]) -> Function:
+    """What a fuser's function takes."""
+    named = ("self", *arguments(call)) if isinstance(fuser, Reference) else arguments(call)
+    taken = (Name(n, *fuser.split(n), n in moved) for n in named if n != "want")
+    return Function(name, tuple(taken), "want" in named)
 
 
 class Reference(Fuser):
@@ -91,7 +144,10 @@ class Reference(Fuser):
         kind = self.kind
         if direction == FORWARD:
             return {"fwd": kind.fwd}
-        return backward_functions(kind)
+        if direction == BACKWARD:
+            return backward_functions(kind)
+        again = function(kind, "again")
+        return {"again": again} if again else {}
 
 
 @per_class

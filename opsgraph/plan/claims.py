@@ -1,31 +1,39 @@
-"""Claims: every place where a fuser, or an op itself, could run; what it needs, gives and costs."""
+"""Claims: every place where a fuser, or an op itself, could run; what it needs, gives and costs.
+
+A `Space` holds the claims of one program. For each pass it asks every fuser of the backends that
+there are, at every op: does the pattern fit the classes from here on (`Matcher`), and does anything
+speak against it (`_refusal`)? What is refused is kept with its reason. Each op that does something
+is a claim of its own, by its own functions (`Reference`); so there is always a plan.
+
+A `Claim` says where it stands at once. What it needs, gives and calls follows from the names that
+its fuser declares, and is worked out when a planner first asks: most claims are never looked at.
+
+- A name `KEY_NAME` stands for what the op under KEY calls NAME (`Program.resolve`). What the class
+  in that place lacks is None, in arguments and in results.
+- A name without a key is the value before or after the run, its gradient, or private: a value that
+  a forward hands to the backward of the same fuser at the same place, and to no other. A backward
+  with such a need is admitted only where that forward could run.
+- A backward that reads a Tee's gradient is refused where none arrives; one with an op whose
+  gradient leaves in its midst is refused, for that gradient is not its own to give.
+
+Costs are bytes per row of the input, read and written; rows differ where ranks exchange them.
+"""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..backend import backends
 from ..errors import PlanError
-from ..fuser import (
-    Fuser,
-    Match,
-    Matcher,
-    Reference,
-    alternatives,
-    reference,
-    registered,
-    vocabulary,
-)
-from ..op import BACKWARD, FORWARD, Spec, arguments
-from ..op.functions import function, passes, verify_backward
-from .cached import cached_property
-from .names import root, variable
-from .program import Argument, Program
+from ..fuser import AGAIN, Function, Fuser, Match, Matcher, Name, Reference, reference, registered
+from ..guards.cached import cached_property
+from ..op import BACKWARD, FORWARD, Spec
+from ..op.functions import passes, verify_backward
+from .program import GAP, INPUT, SAVED, Argument, Program
 from .rejection import Rejection
 
 
 class Call(NamedTuple):
-    """A function of a claim with its arguments found: `results` follow y or dx, in order."""
+    """A function of a claim with its arguments resolved: `results` follow y or dx, in order."""
 
     function: str
     arguments: tuple[Argument, ...]
@@ -33,253 +41,246 @@ class Call(NamedTuple):
     results: tuple[str | None, ...]
 
 
-@dataclass(frozen=True, eq=False)
 class Claim:
-    """A fuser at a place, for one pass."""
+    """A fuser at a place, for one pass.
 
-    fuser: Fuser
-    direction: str
-    positions: dict[str, int | None]
-    start: int
-    stop: int
-    rank: int
-    calls: tuple[Call, ...]
-    needs: tuple[str, ...]
-    """Values it reads, its input included: names of x's, saved values and extra inputs."""
-    gives: frozenset[str]
-    """Values it can hand out, its output apart."""
-    private: dict[str, Spec]
-    numbers: tuple[str, ...]
-    """What plans call the ops that it covers."""
+    positions: of the op under each key of the pattern, None where it is left out. start, stop: the
+    gaps that it joins. rank: of its backend, by preference.
+    """
 
-    @cached_property
-    def where(self) -> str:
-        """Those as text: `3` or `3-5`."""
-        return "-".join(dict.fromkeys((self.numbers[0], self.numbers[-1])))
-
-    @cached_property
-    def ops(self) -> tuple[int, ...]:
+    def __init__(self, program: Program, match: Match, direction: str, rank: int) -> None:
+        self.program, self.direction, self.rank = program, direction, rank
+        self.fuser, self.positions, self.start, self.stop = match
+        self.ops = tuple(i for i in match.positions.values() if i is not None)
         """The positions that it covers, dropped ops left out."""
-        return tuple(i for i in self.positions.values() if i is not None)
 
     @property
     def is_reference(self) -> bool:
         """Whether it is an op's own function."""
         return isinstance(self.fuser, Reference)
 
+    @property
+    def where(self) -> str:
+        """What plans call the ops that it covers: `3` or `3-5`."""
+        ends = self.program.numbers[self.ops[0]], self.program.numbers[self.ops[-1]]
+        return "-".join(dict.fromkeys(ends))
+
+    @cached_property
+    def needs(self) -> tuple[str, ...]:
+        """Values it reads, its input included: names of x's, saved values and extra inputs."""
+        read = [a.text for call in self.calls for a in call.arguments if a.category == "value"]
+        first = [self.program.x(self.start)] if self.direction == FORWARD else []
+        return tuple(dict.fromkeys(first + read))
+
+    @cached_property
+    def gives(self) -> frozenset[str]:
+        """Values it can hand out, its output apart."""
+        results = self.results if self.direction == FORWARD else ()
+        return frozenset(name for name in results if name is not None)
+
+    @cached_property
+    def results(self) -> tuple[str | None, ...]:
+        """Variables of what follows y or dx, in order."""
+        program = self.program
+        if self.direction == FORWARD:
+            return tuple(map(self._result, self.fuser.declaration.saves))
+        covered = [i for i in self.ops if not passes(program.kinds[i])]
+        return tuple(name for i in covered for name in program.gradient_names(i))
+
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """What it calls, in order."""
+        unwanted = set[str]()
+        if self.direction == BACKWARD:
+            unwanted |= set() if any(self.results) else {"wgrad"}
+            unwanted |= set() if self.program.flows[self.start] else {"dgrad"}
+        functions = self.fuser.declaration.functions[self.direction]
+        return tuple(self._call(f, self.results) for f in functions if f.name not in unwanted)
+
+    @cached_property
+    def again(self) -> Call | None:
+        """The call that makes y again of what `again` names, if its op has one."""
+        functions = self.fuser.declaration.functions[AGAIN]
+        return self._call(functions[0], ()) if functions else None
+
+    def _call(self, function: Function, results: tuple[str | None, ...]) -> Call:
+        arguments = tuple(map(self._argument, function.arguments))
+        return Call(function.name, arguments, function.wants, results)
+
+    def _result(self, name: Name) -> str | None:
+        if name.key is None:
+            return self.private(name.text)
+        i = self.positions[name.key]
+        given = None if i is None else self.program.resolve(i, name.value)
+        return None if given is None else given.text
+
+    def private(self, name: str) -> str:
+        """The variable of a private saved name; no other fuser's, whatever that calls its own."""
+        owner = name, self.fuser, tuple(self.positions.items())
+        return self.program.private(name, owner, self.start)
+
+    def _argument(self, name: Name) -> Argument:
+        text, key, value, moved = name
+        program = self.program
+        if key is not None:
+            i = self.positions[key]
+            given = None if i is None else program.resolve(i, value, self.direction)
+            if given is None and self.is_reference:
+                label, kind = program.labels[self.start], program.kinds[self.start]
+                raise PlanError(f"{label}: {kind.__name__} has no {value!r}")
+            given = given or Argument("literal", "None")
+        elif text == "dy":
+            given = Argument("gradient", "dx")
+        elif text in ("x", "y"):
+            given = Argument("value", program.x(self.start if text == "x" else self.stop))
+        else:
+            given = Argument("value", self.private(text))
+        return given._replace(moved=True) if moved else given
+
 
 class Space:
-    """All claims there are for a program, and what they cost."""
+    """All claims there are for a program, and what they cost.
+
+    starting, ending: claims of a pass by the gap where they start or end.
+    """
 
     def __init__(self, program: Program, order: tuple[str, ...], fuel: int | None = None) -> None:
         self.program, self.order = program, order
-        self.rejected: list[Rejection] = []
-        self.privates: dict[str, Spec] = {}
-        self._private_places: dict[str, int] = {}
-        self._private_names: dict[tuple[str, int, tuple[Any, ...]], str] = {}
-        self.roots = set(program.run.name.roots)
-        """Roots of all variables, see `names`."""
+        self.ranks = {name: rank for rank, name in enumerate(order)}
+        self.rejected: dict[tuple[Rejection, str], Rejection] = {}
         self._sizes: dict[str, int] = {}
         self._fuel = fuel
         self.starting: dict[str, list[list[Claim]]] = {}
         self.ending: dict[str, list[list[Claim]]] = {}
-        fusers = self._usable()
+        fusers = tuple(self._usable())
         for direction in (BACKWARD, FORWARD):
-            claims = [*self._fused(fusers, direction), *self._references(direction)]
             starting: list[list[Claim]] = [[] for _ in range(program.count + 1)]
             ending: list[list[Claim]] = [[] for _ in range(program.count + 1)]
-            for claim in claims:
+            for match in (*self._fused(fusers, direction), *self._references(direction)):
+                rank = self.ranks.get(match.fuser.backend, len(order))
+                claim = Claim(program, match, direction, rank)
                 starting[claim.start].append(claim)
                 ending[claim.stop].append(claim)
+                if direction == FORWARD and claim.fuser.declaration.private:
+                    self._add_private(claim)
             self.starting[direction], self.ending[direction] = starting, ending
+
+    @property
+    def roots(self) -> set[str]:
+        """Roots of all variables, see `names`."""
+        return self.program.roots
 
     # -- building claims --
 
     def _usable(self) -> list[Fuser]:
-        device, there = self.program.request.x.device, []
+        device, usable = self.program.request.x.device, set[str]()
         # Without a recipe a refusal of what is for recipes would say nothing.
         recipe = bool(self.program.run.quantizers)
         fusers = [f for f in registered() if recipe or not f.quantized]
-        known = backends()
+        kinds, known = set(self.program.kinds), backends()
         for name in self.order:
             if name not in known:
                 raise PlanError(f"got backend {name!r}, expected some of {', '.join(known)}")
             reason = known[name].why_not_on(device)
             if reason is None:
-                there.append(name)
-            elif self._serves(name, fusers):
-                self.rejected.append(Rejection((), name, "both", reason))
+                usable.add(name)
+            elif any(f.backend == name and f.declaration.fits(kinds) for f in fusers):
+                self._add_rejection(Rejection((), name, "both", reason))
         only = self.program.request.options.get("fusers")
-        return [f for f in fusers if f.backend in there and (only is None or f.name in only)]
+        return [f for f in fusers if f.backend in usable and (only is None or f.name in only)]
 
-    def _serves(self, backend: str, fusers: list[Fuser]) -> bool:
-        """Whether a backend has a fuser for ops that are here: its absence is then worth a line."""
-        kinds = {None, *self.program.kinds}
-        return any(
-            not any(kinds.isdisjoint(alternatives(entry)) for entry in fuser.pattern.values())
-            for fuser in fusers
-            if fuser.backend == backend
-        )
-
-    def _fused(self, fusers: list[Fuser], direction: str) -> Iterator[Claim]:
+    def _fused(self, fusers: tuple[Fuser, ...], direction: str) -> Iterator[Match]:
         program = self.program
         still = program.still(direction)
         crossed = [
             flag and not (direction == BACKWARD and passes(kind))
             for flag, kind in zip(still, program.kinds, strict=True)
         ]
-        matcher = Matcher.of(tuple(fusers), direction)
+        obstacles = list(map(self._obstacle, range(program.count), still))
+        matcher = Matcher.of(fusers, direction)
         for start in range(program.count):
             for match in matcher.at(start, program.kinds, crossed):
                 if direction == BACKWARD and not program.flows[match.stop]:
                     continue
-                reason = self._refusal(match, direction)
+                ops = tuple(i for i in match.positions.values() if i is not None)
+                reason = self._refusal(match, ops, direction, obstacles)
                 if reason is None and self._fuel == 0:
                     reason = "OPSGRAPH_FUEL is used up"
                 if reason is not None:
-                    ops = tuple(i for i in match.positions.values() if i is not None)
                     self.reject(ops, match.fuser, direction, reason)
                     continue
                 if self._fuel:
                     self._fuel -= 1
-                yield self._claim(match, direction)
+                yield match
 
-    def _references(self, direction: str) -> Iterator[Claim]:
+    def _references(self, direction: str) -> Iterator[Match]:
         program = self.program
         still = program.still(direction)
         for i, kind in enumerate(program.kinds):
             if not still[i] and (direction == FORWARD or program.flows[i + 1]):
                 if direction == BACKWARD:
                     verify_backward(kind, program.run.labels[i])
-                yield self._claim(Match(reference(kind), {"op": i}, i, i + 1), direction)
+                yield Match(reference(kind), {"op": i}, i, i + 1)
+
+    def _add_private(self, claim: Claim) -> None:
+        """Tell the program of the private values that a forward claim gives."""
+        ops = {k: None if i is None else self.program.ops[i] for k, i in claim.positions.items()}
+        for name, spec in claim.fuser.saved(ops, self.program.specs[claim.start]).items():
+            self.program.add_private(claim.private(name), claim.start, spec)
 
     def reject(self, ops: tuple[int, ...], fuser: Fuser, direction: str, reason: str) -> None:
         """Record a refusal once."""
-        rejection = Rejection(ops, fuser.name, direction, reason, backend=fuser.backend)
-        if (rejection, fuser.backend) not in ((known, known.backend) for known in self.rejected):
-            self.rejected.append(rejection)
+        self._add_rejection(Rejection(ops, fuser.name, direction, reason, backend=fuser.backend))
 
-    def _refusal(self, match: Match, direction: str) -> str | None:
+    def _add_rejection(self, rejection: Rejection) -> None:
+        self.rejected.setdefault((rejection, rejection.backend), rejection)
+
+    def _obstacle(self, i: int, still: bool) -> str | None:
+        """Why no fuser may cover an op in a pass, or None."""
+        program = self.program
+        if still and program.kinds[i].training_matters:
+            return f"{program.kinds[i].__name__} does nothing in this mode"
+        for dtype in program.promoted(i):
+            if dtype != program.specs[i].dtype:
+                return f"{program.numbers[i]} adds {dtype} to {program.specs[i].dtype}"
+        return None
+
+    def _refusal(
+        self, match: Match, ops: tuple[int, ...], direction: str, obstacles: list[str | None]
+    ) -> str | None:
         program, fuser = self.program, match.fuser
-        still = program.still(direction)
-        for i in match.positions.values():
-            if i is not None and still[i] and program.kinds[i].training_matters:
-                return f"{program.kinds[i].__name__} does nothing in this mode"
-            if i is None:
-                continue
-            for dtype in program.promoted(i):
-                if dtype != program.specs[i].dtype:
-                    return f"{program.numbers[i]} adds {dtype} to {program.specs[i].dtype}"
+        quantized = False
+        for i in ops:
+            if obstacles[i] is not None:
+                return obstacles[i]
             if not program.packed(i, "weight", direction):
                 continue
+            quantized = True
             if not fuser.quantized:
                 return "it takes plain values, and the recipe quantizes the linear's"
             if fuser.reject_formats and (reason := fuser.reject_formats(*program.storages(i))):
                 return reason
         if direction == BACKWARD:
-            for i in match.positions.values():
-                if i is not None and passes(program.kinds[i]) and i != match.stop - 1:
+            for i in ops:
+                if passes(program.kinds[i]) and i != match.stop - 1:
                     return f"the gradient that leaves at {program.numbers[i]} is inside it"
-        for argument in arguments(fuser.bwd) if direction == BACKWARD and fuser.bwd else ():
-            key, name = fuser.split(argument)
-            i = match.positions.get(key) if key else None
-            if i is not None and name == "d" and i not in program.tapped:
-                return f"no gradient arrives at the Tee {program.numbers[i]}"
-        if fuser.quantized and not any(
-            i is not None and program.packed(i, "weight", direction)
-            for i in match.positions.values()
-        ):
+            for key in fuser.declaration.tapped:
+                tee = match.positions.get(key)
+                if tee is not None and tee not in program.tapped:
+                    return f"no gradient arrives at the Tee {program.numbers[tee]}"
+        if fuser.quantized and not quantized:
             return "it takes quantized values, and these are not"
         if fuser.reject is None:
             return None
         values = {key: None if i is None else program.ops[i] for key, i in match.positions.items()}
         x = program.specs[match.start]
-        return fuser.reject(*(values.get(name, x) for name in arguments(fuser.reject)))
-
-    def _claim(self, match: Match, direction: str) -> Claim:
-        program, fuser = self.program, match.fuser
-        calls = tuple(self._calls(match, direction))
-        found = [a.text for call in calls for a in call.arguments if a.category == "value"]
-        gives, private = set(), {}
-        if direction == FORWARD:
-            results = calls[0].results
-            ops = {k: None if i is None else program.ops[i] for k, i in match.positions.items()}
-            if any(fuser.split(name)[0] is None for name in fuser.saves):
-                specs = fuser.saved(ops, program.specs[match.start])
-                private = {self._private(match, name): spec for name, spec in specs.items()}
-                self.privates.update(private)
-                self._private_places.update(dict.fromkeys(private, match.start))
-            gives = {name for name in results if name is not None}
-            found.insert(0, program.x(match.start))
-        return Claim(
-            fuser, direction, match.positions, match.start, match.stop,
-            self.order.index(fuser.backend) if fuser.backend in self.order else len(self.order),
-            calls, tuple(dict.fromkeys(found)), frozenset(gives), private,
-            tuple(program.numbers[i] for i in match.positions.values() if i is not None),
-        )  # fmt: skip
-
-    def _calls(self, match: Match, direction: str) -> Iterator[Call]:
-        fuser, program = match.fuser, self.program
-        if direction == FORWARD:
-            results = tuple(self._result(match, name) for name in fuser.saves)
-        else:
-            results = tuple(
-                name
-                for i in match.positions.values()
-                if i is not None and not passes(program.kinds[i])
-                for name in program.gradient_names(i)
-            )
-        for name, made in fuser.functions(direction).items():
-            if name == "wgrad" and not any(results):
-                continue
-            if name == "dgrad" and not program.flows[match.start]:
-                continue
-            names = arguments(made)
-            own = ("self",) if isinstance(fuser, Reference) else ()
-            moved = fuser.consumes if direction == BACKWARD else ()
-            given = {n: self._argument(match, n, direction) for n in (*own, *names) if n != "want"}
-            found = tuple(a._replace(moved=n in moved) for n, a in given.items())
-            yield Call(name, found, "want" in names, results)
-
-    def _result(self, match: Match, name: str) -> str | None:
-        key, value = match.fuser.split(name)
-        if key is None:
-            return self._private(match, name)
-        i = match.positions[key]
-        return None if i is None else self.program.resolve(i, value).text
-
-    def _private(self, place: Match | Claim, name: str) -> str:
-        """The variable of a private saved name; no other fuser's, whatever that calls its own."""
-        key = name, id(place.fuser), tuple(place.positions.items())
-        if key not in self._private_names:
-            text = variable(name, self.program.numbers[place.start], self.roots)
-            self._private_names[key] = text
-            self.roots.add(root(text))
-        return self._private_names[key]
-
-    def _argument(self, match: Match, name: str, direction: str = FORWARD) -> Argument:
-        fuser, program = match.fuser, self.program
-        own = isinstance(fuser, Reference)
-        if not own:
-            if name == "x":
-                return Argument("value", program.x(match.start))
-            if name == "y":
-                return Argument("value", program.x(match.stop))
-            if name == "dy":
-                return Argument("gradient", "dx")
-        key, value = fuser.split(name)
-        if key is None:
-            return Argument("value", self._private(match, name))
-        i = match.positions[key]
-        if i is None or (value and not own and value not in vocabulary(program.kinds[i])):
-            return Argument("literal", "None")
-        return program.resolve(i, value, direction)
+        return fuser.reject(*(values.get(name, x) for name in fuser.declaration.rejects))
 
     # -- costs --
 
     def spec(self, name: str) -> Spec:
         """The spec of any value, private ones included."""
-        return self.privates[name] if name in self.privates else self.program.value_spec(name)
+        return self.program.value_spec(name)
 
     def size(self, name: str) -> int:
         """Bytes per row of a value."""
@@ -289,8 +290,7 @@ class Space:
 
     def place(self, name: str) -> int:
         """Where a value comes into being: a position, for an order of the values."""
-        places = self.program.places
-        return places[name] if name in places else self._private_places[name]
+        return self.program.values[name].place
 
     def moved(self, claim: Claim, gives: Iterable[str] = ()) -> float:
         """Bytes per row that a claim reads and writes, `gives` being what it hands out as well."""
@@ -325,41 +325,34 @@ class Space:
 
     def makers(self, name: str, gemms: bool = False) -> Iterator[Claim]:
         """Forward claims that could make a value once more."""
-        program = self.program
-        if name == "x0" or name in program.inputs or name in self.privates:
-            return
-        place = self.place(name)
-        if name in program.gaps:
-            claims = self.ending[FORWARD][place]
+        program, value = self.program, self.program.values[name]
+        if value.kind == GAP:
+            claims = self.ending[FORWARD][value.place]
+        elif value.kind == SAVED:
+            claims = [c for c in self.starting[FORWARD][value.place] if name in c.gives]
         else:
-            claims = [c for c in self.starting[FORWARD][place] if name in c.gives]
+            return
         for claim in claims:
             if gemms or not any(program.kinds[i].gemm for i in claim.ops):
                 yield claim
 
     def remakes(self, claim: Claim) -> Iterator[tuple[Call, tuple[str, ...]]]:
         """The calls that repeat a forward claim, each with the values that it needs."""
-        kinds = [self.program.kinds[i] for i in claim.ops]
-        again = function(kinds[0], "again") if claim.is_reference else None
-        if again is not None:
-            names = ("self", *arguments(again))
-            match = Match(claim.fuser, claim.positions, claim.start, claim.stop)
-            found = tuple(self._argument(match, name) for name in names)
-            needs = tuple(a.text for a in found if a.category == "value")
-            yield Call("again", found, False, ()), needs
-        if not any(kind.random for kind in kinds):
+        if (again := claim.again) is not None:
+            yield again, tuple(a.text for a in again.arguments if a.category == "value")
+        if not any(self.program.kinds[i].random for i in claim.ops):
             yield claim.calls[0], claim.needs
 
     # -- compatibility --
 
     def hides(self, claim: Claim, name: str) -> bool:
         """Whether a forward claim spans a value and cannot hand it out."""
-        if name in claim.gives or name == "x0" or name in self.program.inputs:
+        value = self.program.values[name]
+        if value.kind == INPUT or name in claim.gives:
             return False
-        place = self.place(name)
-        if name in self.program.gaps:
-            return claim.start < place < claim.stop and name != self.program.x(claim.stop)
-        return claim.start <= place < claim.stop
+        if value.kind == GAP:
+            return claim.start < value.place < claim.stop and name != self.program.x(claim.stop)
+        return claim.start <= value.place < claim.stop
 
     def teed(self) -> set[str]:
         """Values that later ops or the caller read, whatever the backward needs."""
@@ -369,17 +362,13 @@ class Space:
 
     def admitted(self, claim: Claim) -> bool:
         """Whether a backward claim with private needs has its own forward, which gives them."""
-        private = [n for n in claim.needs if n in self.privates]
-        own = {self._private(claim, n) for n in claim.fuser.saves if not claim.fuser.split(n)[0]}
-        missing = own & set(claim.needs) - set(private)
-        if missing:
-            return False
-        if not private:
+        private = {claim.private(name) for name in claim.fuser.declaration.private}
+        if private.isdisjoint(claim.needs):
             return True
         pairs = [
-            f
-            for f in self.starting[FORWARD][claim.start]
-            if f.fuser is claim.fuser and f.positions == claim.positions
+            other
+            for other in self.starting[FORWARD][claim.start]
+            if other.fuser is claim.fuser and other.positions == claim.positions
         ]
         wanted = {*claim.needs, *self.teed()}
-        return any(not any(self.hides(f, name) for name in wanted) for f in pairs)
+        return any(not any(self.hides(other, name) for name in wanted) for other in pairs)

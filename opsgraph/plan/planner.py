@@ -53,12 +53,11 @@ def _greedy_backward(space: Space) -> list[Claim]:
     chosen: list[Claim] = []
     gap = space.program.count
     while gap and space.program.flows[gap]:
-        found = [c for c in space.ending[BACKWARD][gap] if space.admitted(c)]
-        if not found:
-            gap -= 1
-            continue
-        chosen.append(min(found, key=_better))
-        gap = chosen[-1].start
+        best_first = sorted(space.ending[BACKWARD][gap], key=_better)
+        best = next(filter(space.admitted, best_first), None)
+        if best is not None:
+            chosen.append(best)
+        gap = gap - 1 if best is None else best.start
     return chosen
 
 

@@ -5,14 +5,15 @@ parameter, `other5` its extra input, `dx` the gradient that flows, `d0` the one 
 Where ops are dropped, several gaps share one value, named after the first of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import OpError, PlanError
+from ..errors import OpError
+from ..guards.cached import cached_property
 from ..guards.constants import called, literal, plain
 from ..op import (
     BACKWARD,
@@ -27,8 +28,21 @@ from ..op import (
     weights,
 )
 from ..op.functions import checked_out, function, identity, passes, promotes, saved
-from .cached import cached_property
+from .names import root, variable
 from .run import Run
+
+INPUT, GAP, SAVED, PRIVATE = "input", "gap", "saved", "private"
+
+
+class Value(NamedTuple):
+    """A value by its name. place: where it comes into being, a position or gap of the program."""
+
+    kind: str
+    """INPUT: x0 or an extra input; GAP: between two ops; SAVED by an op; PRIVATE to a fuser."""
+    place: int
+    spec: Spec | None
+    """None until somebody asks, of what an op saves."""
+
 
 HIGH_PRECISION = "high_precision"
 """An override: the backward multiplies what the forward had before it quantized."""
@@ -85,11 +99,18 @@ class Program:
             self.canonical[gap] = self.canonical[gap - 1] if still else gap
         self.specs = self._propagate()
         self.flows = self._flow()
-        self._saved: dict[int, dict[str, Spec]] = {}
         self.gaps = {f"x{run.edges[gap]}": gap for gap in range(count, -1, -1)}
-        self.places = dict.fromkeys(self.inputs, 0) | self.gaps
+        self.values = {name: Value(GAP, gap, self.specs[gap]) for name, gap in self.gaps.items()}
+        self.values["x0"] = Value(INPUT, 0, self.specs[0])
+        for name, spec in self.extra_specs.items():
+            self.values[name] = Value(INPUT, 0, spec)
         for i, kind in enumerate(self.kinds):
-            self.places |= {self.name(name, i): i for name in kind.saves}
+            for name in kind.saves:
+                self.values[self.name(name, i)] = Value(SAVED, i, None)
+        self.roots = set(run.name.roots)
+        """Roots of all variables, see `names`."""
+        self._private: dict[Hashable, str] = {}
+        self._resolved: dict[tuple[int, str, str], Argument | None] = {}
         self.tapped = self._taps()
         self.still_backward = [
             entry[BACKWARD] or bool(passes(kind)) or (kind.taps and i not in self.tapped)
@@ -211,8 +232,14 @@ class Program:
         """The gradient that a Tee collects."""
         return self.name("d", i)
 
-    def resolve(self, i: int, name: str, direction: str = FORWARD) -> Argument:
-        """What a name of op i stands for in a pass."""
+    def resolve(self, i: int, name: str, direction: str = FORWARD) -> Argument | None:
+        """What a name of op i stands for in a pass; None if its class has no such name."""
+        place = i, name, direction
+        if place not in self._resolved:
+            self._resolved[place] = self._resolve(i, name, direction)
+        return self._resolved[place]
+
+    def _resolve(self, i: int, name: str, direction: str) -> Argument | None:
         kind, op = self.kinds[i], self.ops[i]
         if name == "x" and direction == BACKWARD and self.run.overrides.get(i) == HIGH_PRECISION:
             return Argument("value", self.x(i - 1))  # what its Quantize read
@@ -245,7 +272,7 @@ class Program:
                 return Argument("literal", "None")
             packed = "q" if self.packed(i, name, direction) else ""
             return Argument("weight", packed + self.weight_names[i, name])
-        raise PlanError(f"{self.labels[i]}: {kind.__name__} has no {name!r}")
+        return None
 
     def packed(self, i: int, name: str, direction: str) -> bool:
         """Whether a weight is quantized in a pass."""
@@ -337,17 +364,27 @@ class Program:
         return {f"d{names[k]}" for k in self.late}
 
     def value_spec(self, name: str) -> Spec:
-        """The spec of a value by its name; private names of fusers are not known here."""
-        if name in self.extra_specs:
-            return self.extra_specs[name]
-        i = self.places[name]
-        if name in self.gaps:
-            return self.specs[i]
-        if i not in self._saved:
+        """The spec of a value by its name."""
+        kind, i, spec = self.values[name]
+        if spec is None:
             x = self.specs[i]
-            specs = saved(self.kinds[i], self.ops[i], x)
-            self._saved[i] = {n: _rows_times(spec, x.factor) for n, spec in specs.items()}
-        return self._saved[i][self.run.name.origins[name][1]]
+            for own, saved_spec in saved(self.kinds[i], self.ops[i], x).items():
+                value = Value(kind, i, _rows_times(saved_spec, x.factor))
+                self.values[self.name(own, i)] = value
+            spec = self.values[name].spec
+            assert spec is not None, "an op that saves a value gives its spec"
+        return spec
+
+    def private(self, name: str, owner: Hashable, place: int) -> str:
+        """The variable of a value that only its owner knows, at a place."""
+        if owner not in self._private:
+            text = self._private[owner] = variable(name, self.numbers[place], self.roots)
+            self.roots.add(root(text))
+        return self._private[owner]
+
+    def add_private(self, variable: str, place: int, spec: Spec) -> None:
+        """Have a private value in the table."""
+        self.values[variable] = Value(PRIVATE, place, spec)
 
 
 def _asks(op: Op, flag: str) -> bool:

@@ -8,8 +8,8 @@ saved as the parts of the one copy that the backward reads, `xq2_0, xq2_1`.
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, Spec
-from .cached import cached_property
 from .claims import Call, Space
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import Config
 from ..errors import PlanError
+from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, STORED, Spec
-from .cached import cached_property
 from .casting import with_casts
 from .check import reference_calls
 from .claims import Claim, Space
@@ -243,7 +243,7 @@ def make_plan(
     plan = Plan(
         tuple(_step(claim, cover, space) for claim in cover.forward),
         tuple(_step(claim, cover, space) for claim in cover.backward),
-        tuple(r for r in space.rejected if not _taken(r, cover)),
+        tuple(r for r in space.rejected.values() if not _taken(r, cover)),
         {name: space.size(name) for name in kept},
         cover.costs,
         forward.source,
