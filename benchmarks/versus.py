@@ -66,6 +66,15 @@ def plan_calls() -> dict[str, tuple[Callable[[], Any], int]]:
     return {"first-call": (first_call, 5)}
 
 
+def overhead_calls() -> dict[str, tuple[Callable[[], Any], int]]:
+    """What `benchmarks.overhead` of that checkout measures: host cost, and plans made afresh."""
+    from benchmarks.overhead import host_cases, planning_cases
+
+    host = {f"overhead, {name}": (pair["opsgraph"], 50) for name, pair in host_cases().items()}
+    plans = {f"planning, {name}": (call, 5) for name, call in planning_cases().items()}
+    return host | {name: pair for name, pair in plans.items() if "MLP" in name}
+
+
 def cuda_calls() -> dict[str, tuple[Callable[[], Any], int]]:
     """Training steps of 8192 rows, 2048 x 5632 in bf16, which keep a GPU busy."""
     import torch
@@ -100,16 +109,18 @@ def cuda_calls() -> dict[str, tuple[Callable[[], Any], int]]:
 
 
 def calls_of(names: list[str]) -> dict[str, tuple[Callable[[], Any], int]]:
-    """Every case of that name, or all of them."""
+    """Every case that begins with one of the names, or all of them."""
     from benchmarks.cpu import CASES, call_of, make_ours
 
     made: dict[str, Callable[[], tuple[Callable[[], Any], int]]] = {
         name: partial(lambda case: (call_of(case, make_ours(case)), case.inner), case)
         for name, case in CASES.items()
     }
-    for name, call in (mlp_calls() | plan_calls() | cuda_calls()).items():
+    for name, call in (mlp_calls() | plan_calls() | overhead_calls() | cuda_calls()).items():
         made[name] = partial(lambda pair: pair, call)
-    return {name: make() for name, make in made.items() if not names or name in names}
+    return {
+        name: make() for name, make in made.items() if not names or name.startswith(tuple(names))
+    }
 
 
 def work(names: list[str], threads: int) -> None:
@@ -204,7 +215,7 @@ def row(found: dict[str, Any]) -> str:
     """One case for the eye."""
     low, high = found["middle half"]
     times = f"{found['this'] * 1e6:>14.1f}{found['other'] * 1e6:>14.1f}"
-    return f"{found['case']:<24}{times}{found['ratio']:>8.3f}   {low:.3f} to {high:.3f}"
+    return f"{found['case']:<28}{times}{found['ratio']:>8.3f}   {low:.3f} to {high:.3f}"
 
 
 def main() -> None:
@@ -218,7 +229,7 @@ def main() -> None:
     args = parser.parse_args()
     paths = [HERE, args.other.resolve()]
     both = [Checkout(path, [args.cases, str(args.threads)]) for path in paths]
-    print(f"{'microseconds a call':<24}{'this':>14}{'other':>14}{'ratio':>8}   middle half")
+    print(f"{'microseconds a call':<28}{'this':>14}{'other':>14}{'ratio':>8}   middle half")
     results = []
     for name in [c for c in both[0].cases if c in both[1].cases]:
         calls = [partial(checkout.seconds, name) for checkout in both]
