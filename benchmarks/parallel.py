@@ -89,7 +89,7 @@ class Machine:
         return max(work / (self.gpu.flops * REACHED_FLOPS), self.pointwise(moved))
 
     def pointwise(self, moved: float) -> float:
-        """Seconds of reading and writing so many bytes."""
+        """Seconds of reading and writing some bytes."""
         return moved / (self.gpu.memory * REACHED_MEMORY)
 
     def gather(self, size: float) -> float:

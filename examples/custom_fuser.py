@@ -26,7 +26,7 @@ class SquaredReLU(og.Op):
 
 
 class LinearSquaredReLU(og.Fuser):
-    """relu(x W^T)**2; works in the GEMM's output where nobody wants the pre-activation."""
+    """relu(x W^T)**2; works in the GEMM's output where a plan does not want that."""
 
     backend = "aten"
     pattern = dict(fc=BasicLinear, act=SquaredReLU)
@@ -81,7 +81,7 @@ def main() -> None:
     with og.register(LinearSquaredReLU):
         plan = mlp.plan(training=True)
         print(f"with it\n{plan}\n\n{plan.forward_source}")
-        print(f"in inference, where nobody wants act_x\n{mlp.plan(training=False).forward_source}")
+        print(f"in inference, which does not want act_x\n{mlp.plan(training=False).forward_source}")
         assert "LinearSquaredReLU" in steps(mlp, training=True)
         assert "LinearSquaredReLU" in steps(mlp, training=False)
         found = results(mlp, x)

@@ -1,4 +1,4 @@
-"""Which backends there are, and for which devices; each says once why it is absent."""
+"""The backends, and the devices that each is for; an absent one has a reason."""
 
 import importlib.util
 import os
@@ -89,7 +89,7 @@ def backends() -> dict[str, Backend]:
 def add_backend(backend: Backend, before: str = "reference") -> None:
     """Make a backend known, so that fusers may name it, and prefer it to the one called `before`.
 
-    Raises ValueError if it is known already, or the other is not.
+    Raises ValueError if it is known already, or if no backend is called `before`.
     """
     global _BACKENDS
     if backend.name in _BACKENDS:

@@ -15,7 +15,7 @@ epoch = 0
 
 
 def _forked() -> None:
-    """A child has none of the threads that may have held the lock."""
+    """A forked child has none of the threads that may have held the lock."""
     global lock
     lock = threading.RLock()
 

@@ -10,9 +10,9 @@ class OpsgraphError(ValueError):
 class OpError(OpsgraphError):
     """An op cannot take what it was given, e.g. `1:Linear: got width 64, expected 128`.
 
-    Made of where, what came and what was expected, which are its `args`. It can be pickled, and
-    raised under torch.compile: of a traced error Dynamo reports the args, which it loses in some
-    versions where the class has an `__init__`; to the first of another's it adds its own lines.
+    Its `args` are where, what came and what was expected. It can be pickled, and raised under
+    torch.compile. Dynamo reports the args of an error that it traced. Some versions lose them where
+    the class has an `__init__`, so this one has none; others add lines of their own to the first.
     """
 
     if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class OpError(OpsgraphError):
 
 
 class RegisterError(OpsgraphError):
-    """A fuser's declaration is wrong, e.g. it needs a name that nobody has."""
+    """A fuser's declaration is wrong, e.g. it needs a name that no op in its pattern has."""
 
 
 class PlanError(OpsgraphError):

@@ -71,7 +71,7 @@ def shard_state_dict(whole: Mapping[str, Any], module: nn.Module) -> dict[str, A
 
 
 def _inside(name: str) -> str:
-    """By what key a te.ops Linear writes a parameter, which is that of an op inside it."""
+    """The key under which a te.ops Linear writes a parameter: that of an op inside it."""
     prefix, dot, kind = name.rpartition(".")
     return f"{prefix}{dot}basic_ops.{int(kind == 'bias')}.{kind}"
 

@@ -15,7 +15,7 @@ TOLERANCES = {
     torch.float16: (1e-3, 1e-5),
     torch.bfloat16: (1.6e-2, 1e-5),
 }
-"""(rtol, atol) against fp64 for a result that is rounded once, SPEC section 4."""
+"""(rtol, atol) against fp64 for a result that is rounded once, as `assert_close` says."""
 GEMM = (1e-3, 1e-5)
 """The same for fp32 results of a matrix product."""
 
@@ -23,7 +23,7 @@ LAYOUTS = ("plain", "transposed", "strided", "offset", "expanded rows", "one val
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """x in another memory layout; NaN lies where nobody may read. The expanded ones change x."""
+    """x in another memory layout; NaN lies where no code may read. The expanded ones change x."""
     hole = torch.full_like(x, float("nan"))
     if layout == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)

@@ -1,1 +1,1 @@
-"""What callers, their functions and other libraries may give, change or take away."""
+"""Checks of what callers, their functions and other libraries hand in, change or take away."""

@@ -1,8 +1,8 @@
 """Constants of ops: attributes whose values stand in generated source, as literals or by name.
 
 A literal is written only where reading it gives the same value of the same type. Anything else
-is handed to the source under a name. What can change without anybody noticing is refused: lists,
-sets and dicts are looked into at each call, see `watched`.
+is handed to the source under a name. A value that could change unnoticed is refused. Lists, sets
+and dicts are not: they are looked into at each call, see `watched`.
 """
 
 import sys
@@ -34,7 +34,7 @@ def plain(value: Any) -> Any:
 
 
 def verify(value: Any, where: str, name: str) -> None:
-    """Raises OpError for a value that may change, or whose changes nobody would notice."""
+    """Raises OpError for a value that could change unnoticed."""
     if isinstance(value, tuple | list | set | dict):  # in-place changes of these are noticed
         items = [*value, *value.values()] if isinstance(value, dict) else value
         for item in items:

@@ -1,6 +1,6 @@
-"""What functions of ops and fusers have to return; the first results of those of users are checked.
+"""What functions of ops and fusers have to return. The first results of a user's are checked.
 
-A bare tensor in the place of `(y, saved)` would be taken apart into its rows.
+Otherwise a bare tensor in the place of `(y, saved)` would be taken apart into its rows.
 """
 
 from collections.abc import Callable, Sequence

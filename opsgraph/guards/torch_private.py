@@ -103,7 +103,7 @@ if not hasattr(forward_ad, "_current_level"):
 
 
 class PassThrough(TorchDispatchMode):
-    """A dispatch mode that changes nothing; that it is there tells kernels to stand back."""
+    """A dispatch mode that changes nothing; inside it kernels leave the work to PyTorch's ops."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -112,5 +112,5 @@ class PassThrough(TorchDispatchMode):
 
 
 def followed() -> bool:
-    """Whether somebody follows the calls who sees PyTorch's ops alone, and no Function of ours."""
+    """Whether a transform follows the calls that sees PyTorch's ops alone, not our Functions."""
     return transforms() or forward_ad._current_level >= 0 or tracing()

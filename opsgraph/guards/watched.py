@@ -1,4 +1,4 @@
-"""Modules that tell whoever made something of them that they are no longer what they were.
+"""Modules that tell their owners, which made something of them, when they have changed.
 
 A Sequential watches the ops that it has planned, and a change of one op makes those Sequentials
 look again that hold it, and no other. A call pays nothing for it. Parameters are no business of
@@ -45,13 +45,13 @@ serving = _Serving()
 
 
 class Owner(Protocol):
-    """Who watches a module."""
+    """What watches a module."""
 
     def _forget(self) -> None: ...
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Whether a value may take another's place without a word."""
+    """Whether a value may take another's place without the owners being told."""
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
         return same and type(old) is type(new)
@@ -81,7 +81,7 @@ class _Leaf:
 
 
 def contents(value: Any) -> Any:
-    """What a container holds now, as something that does not change with it."""
+    """What a container holds now, as a value that does not change with the container."""
     if isinstance(value, list | tuple):
         return type(value).__name__, [contents(item) for item in value]
     if isinstance(value, dict):
@@ -118,7 +118,7 @@ def _telling(register: F) -> F:
 
 
 class Watched(nn.Module):
-    """A module that knows, weakly, who has to look again when its structure changes."""
+    """A module that knows, by weak references, which owners to tell when its structure changes."""
 
     def watch(self, owner: Owner) -> None:
         """Have `owner._forget()` called whenever the module changes."""

@@ -65,7 +65,7 @@ def alike(first: Target, second: Target) -> bool:
 
 
 def check(to: Target, scale: Tensor | None, want: Collection[str]) -> None:
-    """Raises ValueError for a format or a wish that is not defined."""
+    """Raises ValueError for an unknown format or copy."""
     if isinstance(to, NVFP4):
         if to.height not in (1, 16):
             raise ValueError(f"NVFP4 has blocks of 1 or 16 rows, got {to.height}")

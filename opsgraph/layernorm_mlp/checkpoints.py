@@ -23,7 +23,7 @@ GATE, UP, DOWN = "gate_proj.", "up_proj.", "down_proj."
 def interleave_glu(
     state: Mapping[str, Any], names: Iterable[str], glu_interleave_size: int
 ) -> dict[str, Any]:
-    """Have gate and value, one half of the rows each, alternate in blocks of that many rows.
+    """Have gate and value, one half of the rows each, alternate in blocks of rows.
 
     names: of the linear layers' weights and biases before gated activations, without the modules
     that they are in: `("fc1_weight", "fc1_bias")` means those of every LayerNormMLP. Raises OpError

@@ -72,11 +72,11 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
     gate and of the value, where there are two) and of FC2's columns, `ffn / tp_size` wide; these
     parameters carry tensor_model_parallel, partition_dim and partition_stride. With
     set_parallel_mode the module exchanges what is needed: the sum over ranks after FC2, to which
-    its bias is added once. Without, that is the caller's. sequence_parallel: input and output are
+    its bias is added once. Without it the caller does that. sequence_parallel: input and output are
     this rank's rows, along dimension 0; the norm's output is gathered before FC1 and FC2's is
     scattered. Gradients of the norm's parameters and of fc2_bias, which carry sequence_parallel,
     are then of this rank's rows, and the caller adds them over tp_group. The norm output that is
-    returned is this rank's too, or everyone's with return_layernorm_output_gathered. The ub_*
+    returned is this rank's too, or all ranks' with return_layernorm_output_gathered. The ub_*
     arguments and symmetric_ar_type admit fusers that overlap an exchange with a matrix product;
     they change no result.
 
@@ -168,7 +168,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
         self.reset_parameters()
 
     def _take(self, given: Mapping[str, Any], tp: Group) -> None:
-        """Check the constructor's arguments, and note them and what follows of them."""
+        """Check the constructor's arguments; keep them and what follows from them."""
         made = checked(given, tp)
         kept = {**made, "tp_group": tp.name or None}  # a group itself cannot be pickled
         self.__dict__.update(attributes(made, tp), _given=kept)
@@ -185,7 +185,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
         self._change(name, value)
 
     def _change(self, name: str, value: Any) -> None:
-        """Take another value for an argument of the constructor, or raise and be as before."""
+        """Take another value for an argument of the constructor, or raise and change nothing."""
         before = self.__dict__.copy()
         tp = Group(self._group, self.tp_size)
         try:

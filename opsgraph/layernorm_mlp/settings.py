@@ -54,7 +54,7 @@ _NOT_KEPT = ("bias", "tp_group", "device", "params_dtype", "tp_size")
 
 
 def known(what: str, got: Any, names: Mapping[str, Any]) -> None:
-    """Raises OpsgraphError for what is none of the names."""
+    """Raises OpsgraphError for a value that is none of the names."""
     if not isinstance(got, str) or got not in names:
         raise OpsgraphError(f"{WHO}: got {what} {got!r}, expected one of {', '.join(names)}")
 
@@ -97,7 +97,7 @@ def checked(given: Mapping[str, Any], tp: Group) -> dict[str, Any]:
 
 
 def attributes(made: Mapping[str, Any], tp: Group) -> dict[str, Any]:
-    """What a module knows by name: checked arguments, and what follows of them."""
+    """The attributes of a module: checked arguments, and what follows from them."""
     act = activation_of(made["activation"], made["activation_params"])
     off = {"ub_bulk_dgrad", "ub_bulk_wgrad"} if made["ub_overlap_rs_dgrad"] else set()
     return {name: value for name, value in made.items() if name not in _NOT_KEPT} | {
@@ -112,7 +112,7 @@ def attributes(made: Mapping[str, Any], tp: Group) -> dict[str, Any]:
 
 
 def default_device() -> torch.device | str | None:
-    """None, PyTorch's default, where somebody has set one; else CUDA where there is one."""
+    """None, for PyTorch's default device, where one was set; else CUDA where there is one."""
     modes = torch.overrides._get_current_function_mode_stack()
     if any(isinstance(mode, DeviceContext) for mode in modes):
         return None

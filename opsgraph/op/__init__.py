@@ -1,4 +1,4 @@
-"""`Op` and `Spec`: what is computed, and what is known of values before they exist."""
+"""`Op`: what is computed. `Spec`: what is known of a value before it exists."""
 
 from .arguments import STORED, arguments, constant_under_compile, per_class
 from .base import (

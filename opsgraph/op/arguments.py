@@ -1,4 +1,4 @@
-"""What a function names is what it needs: its arguments, and what is known once for each class."""
+"""The argument names of functions, which say what they need; results that a class caches."""
 
 import inspect
 from collections.abc import Callable
@@ -14,7 +14,7 @@ STORED = "_stored"
 
 
 def per_class(function: Callable[[type], T]) -> Callable[[type], T]:
-    """Caches a function of a class on the class itself, with which the result dies."""
+    """Caches the result of a function of a class on that class; it dies with the class."""
     key = f"_opsgraph_{function.__name__}"
 
     @wraps(function)

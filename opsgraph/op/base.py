@@ -1,7 +1,7 @@
 """`Op`: what is computed, as plain PyTorch functions whose argument names declare their needs.
 
 `fwd(self, x, weight, eps)` takes the value before the op, then whatever it names: extra inputs,
-constants (attributes, written into the plan's source as literals) and, all that remains, parameters
+constants (attributes, written into generated source as literals) and, all that remains, parameters
 and buffers. It returns `(y, saved)`, saved being what `saves` names. `bwd(self, dy, x, rstd,
 weight)` may name `dy`, `x`, `y`, saved values and anything that `fwd` takes; it returns `dx` and a
 gradient for each argument of `fwd` after `x` that can have one, in order. An op whose gradients
@@ -31,7 +31,7 @@ FORWARD, BACKWARD = "forward", "backward"
 
 
 class Lowered(NamedTuple):
-    """One entry of the program that a planner sees: the op to compute and the module it reads.
+    """One entry of a lowered program: the class of the op to compute and the module it reads.
 
     `Linear` lowers to `(BasicLinear, linear)` and `(Bias, linear)`: its own functions are never
     called, and both parts find their parameters on it.
@@ -81,7 +81,7 @@ class Op(Watched):
     taps: ClassVar[bool] = False
     """Whether the op hands its input out on a channel; `bwd` takes that gradient as `d`."""
     takes_buffers: ClassVar[tuple[str, ...]] = ()
-    """Keywords that `Sequential.forward(op_kwargs=)` takes for it, see `op_kwargs`."""
+    """Keywords that a caller may give for it: names of buffers for its results."""
     random: ClassVar[bool] = False
     """Whether `fwd` draws random numbers, so that only `again` can repeat it."""
     collective: ClassVar[bool] = False
@@ -96,13 +96,13 @@ class Op(Watched):
     dgrad: Callable[..., Tensor] | None = None
     wgrad: Callable[..., Tensor | None] | None = None
     again: Callable[..., Tensor] | None = None
-    """Makes y once more from saved values: `again(x, seed)`, `again(x, rstd, weight)`."""
+    """Makes y again from saved values: `again(x, seed)`, `again(x, rstd, weight)`."""
 
     lowers_subclasses: ClassVar[bool] = False
     """Whether `lower` looks at the class's functions: else one that overrides some is basic."""
 
     alone: ClassVar[Callable[["Op"], Callable[..., Any]]]
-    """Wraps one op in a sequence; set by `opsgraph.sequential`, which stands above this file."""
+    """Makes a sequence of one op, for `forward`; the room that runs sequences sets it."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -166,7 +166,7 @@ class Op(Watched):
         return x
 
     def example_extra(self, name: str, x: Spec, rows: int) -> Tensor:
-        """An extra input of the right shape for so many rows, for planning without one."""
+        """An extra input of the right shape for `rows` rows, for planning without one."""
         spec = self.extra_spec(name, x)
         assert spec is not None, "an op that leaves the check to fwd gives its own example"
         return torch.zeros_like(spec.empty(rows))

@@ -58,7 +58,7 @@ def promotes(kind: type[Op]) -> tuple[str, ...]:
 def backward_functions(kind: type[Op]) -> dict[str, Callable[..., Any]]:
     """What computes the gradients, in order: `wgrad` and `dgrad`, or `bwd`; derived where absent.
 
-    Where a class has all of them, those count that the more derived class gives.
+    Where a class has all three, those of the more derived class count.
     """
     bwd, dgrad, wgrad = (function(kind, name) for name in ("bwd", "dgrad", "wgrad"))
     depths = [_definer(kind, name)[0] for name in ("dgrad", "wgrad") if getattr(kind, name)]
@@ -74,7 +74,7 @@ def backward_functions(kind: type[Op]) -> dict[str, Callable[..., Any]]:
 
 @per_class
 def derived_backward(kind: type[Op]) -> Callable[..., Any]:
-    """A `bwd` for an op that has none: `torch.func.vjp` of its `fwd`, which runs once more."""
+    """A `bwd` for an op that has none: `torch.func.vjp` of its `fwd`, which runs again."""
     names = tuple(name for name in arguments(kind.fwd) if name != "want")
     active = [i for i, name in enumerate(names) if name not in kind.constants]
 
@@ -143,7 +143,7 @@ def saved(kind: type[Op], op: Op, x: Spec) -> dict[str, Spec]:
 
 
 def checked_out(kind: type[Op], op: Op, x: Spec, label: str) -> Spec:
-    """`out`; raises OpError where it is no row of a width for each row of x."""
+    """`out`; raises OpError where y does not have one row for each row of x."""
     try:
         y = out(kind, op, x)
     except OpError as error:
@@ -157,7 +157,7 @@ def checked_out(kind: type[Op], op: Op, x: Spec, label: str) -> Spec:
 
 
 def _uncallable(kind: type[Op]) -> str | None:
-    """Which function cannot be called as plans call it, with an op and values in order; or None."""
+    """Why plans cannot call a function of a class, with an op and values in order; or None."""
     for name in ("fwd", "bwd", "dgrad", "wgrad", "again"):
         found = inspect.getattr_static(kind, name, None)
         if isinstance(found, staticmethod | classmethod):

@@ -34,7 +34,7 @@ class Storage(NamedTuple):
     height: int = 1
 
     def bytes_of(self, width: int) -> int:
-        """Bytes of so many values of a row, with their scales."""
+        """Bytes of `width` values of a row, with their scales."""
         scales = -(-width // self.block) if self.block else 0
         return (width * self.bits + scales * self.scale_bits) // 8
 
@@ -70,7 +70,7 @@ class Spec:
         return one if self.factor == 1 else ceil(one * self.factor)
 
     def like(self, width: int | None = None, dtype: torch.dtype | None = None) -> "Spec":
-        """A plain value with another width or dtype."""
+        """A plain value with another width or dtype: not quantized, with factor 1."""
         shape = self.shape if width is None else (*self.shape[:-1], width)
         return Spec(shape, dtype or self.dtype, self.device)
 
@@ -79,7 +79,10 @@ class Spec:
         return replace(self, storage=storage)
 
     def empty(self, rows: Any, device: torch.device | str | None = None) -> torch.Tensor:
-        """An uninitialized tensor of this spec with that many rows."""
+        """An uninitialized tensor of this spec with `rows` rows, which may be symbolic.
+
+        Of a quantized value it is what the value stands for. `factor` is ignored.
+        """
         groups = {-size: -(-rows // -size) for size in self.shape if size < ROWS} | {1: rows}
         shape = [size if size >= 0 else groups[-size] for size in self.shape]
         return torch.empty(shape, dtype=self.dtype, device=device or self.device)

@@ -180,7 +180,7 @@ def queue_of(op: nn.Module) -> Queue:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody hears of the module's delayed gradients."""
+    """Whether hooks are registered for the module's delayed gradients."""
     return bool(_hooks.get(module))
 
 

@@ -27,7 +27,7 @@ def _pieces(x: Tensor, split_sizes: Tensor) -> tuple[Tensor, ...]:
 
 
 def verify_sizes(where: str, sizes: Sequence[int], rows: int) -> None:
-    """Raises OpError for sizes of groups that are not those of so many rows."""
+    """Raises OpError for sizes of groups that do not add up to the rows."""
     if sum(sizes) != rows or min(sizes, default=0) < 0:
         expected = f"sizes that add to {rows}, the rows of x, none below 0"
         raise OpError(where, f"split_sizes {list(sizes)}", expected)
@@ -337,7 +337,7 @@ INTEGERS = {
 
 
 def _integers(value: Any, count: int, where: str) -> Tensor:
-    """Sizes that are no tensor: anything that has so many integers in a row."""
+    """Sizes that are no tensor: a sequence of one integer per group."""
     expected = f"{count} integers, one for each group: a tensor or a list"
     if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
         raise OpError(where, f"split_sizes {value!r}", expected)

@@ -152,7 +152,7 @@ class _Norm(Op):
 
     def saved(self, x: Spec) -> dict[str, Spec]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        rows = -prod(self.trailing())  # so many of a plan's rows have one mean and one rstd
+        rows = -prod(self.trailing())  # this many rows of a plan share one mean and one rstd
         return dict.fromkeys(self.saves, Spec((rows, 1), dtype, x.device))
 
     def extra_repr(self) -> str:

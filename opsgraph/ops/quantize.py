@@ -23,7 +23,7 @@ from .quantized_grouped import grouped
 
 
 class _Quantizing(Op):
-    """What both share: a quantizer, the role whose it is, and the scale where that is delayed."""
+    """What all share: a quantizer, its role, and the scale where that is delayed."""
 
     as_stored = ("scale",)
 

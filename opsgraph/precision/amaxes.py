@@ -42,7 +42,7 @@ def take_up_forwards(recipe: DelayedScaling, group: Any) -> None:
 
 
 def serving(recipe: DelayedScaling) -> list[Scaling]:
-    """All states of a recipe, their scales being that one's and not another's."""
+    """All states of a recipe, each with that recipe's scales."""
     states, terms = states_of(recipe), terms_of(recipe)
     for state in states:
         if state.terms != terms:

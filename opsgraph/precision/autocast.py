@@ -195,9 +195,9 @@ def state_for(owner: nn.Module, weight: str, recipe: DelayedScaling, label: str)
 
 
 def meet(module: nn.Module, *names: str) -> None:
-    """Make the state of the active recipe for weights that are there, if it has any.
+    """Make the state of the active recipe for the weights that exist, if it has any.
 
-    For state dicts: what is asked for inside a delayed recipe's context has its scales.
+    For state dicts: one that is asked for inside a delayed recipe's context has its scales.
     """
     recipe = None if active.key is None else recipe_of(active.key)
     if isinstance(recipe, DelayedScaling):
@@ -232,7 +232,7 @@ _SHIFT = 1 << 32
 
 
 def moment(recipe: int, states: Iterable[scaling.Scaling]) -> Tensor:
-    """What a call under a recipe saves beside its tensors: which, and which updates' scales it has.
+    """What a call under a recipe saves beside its tensors: the recipe, and its scales' updates.
 
     One number, int64 `[]`, on the CPU. Updates are only ever more, so that sums are the same if all
     are; a recomputation that replays its forward's scales has 0 for them.

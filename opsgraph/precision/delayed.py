@@ -106,7 +106,7 @@ def snapshot(scale: Tensor, column: int) -> Tensor:
 
 
 class Terms(NamedTuple):
-    """What of a recipe a state depends on: its history's length, and what scales are made of.
+    """The part of a recipe that a state depends on: the history's length, what scales are made of.
 
     forward, backward: the format's largest number, divided by 2^margin.
     """
@@ -117,7 +117,7 @@ class Terms(NamedTuple):
 
 
 def terms_of(recipe: DelayedScaling) -> Terms:
-    """Those of a recipe."""
+    """The terms of a recipe."""
     return _terms(recipe.amax_history_len, recipe.fp8_format, recipe.margin)
 
 
@@ -176,8 +176,8 @@ class Scaling(nn.Module):
     def fix(self) -> None:
         """Copy the scales to where no update writes.
 
-        Graphs that torch.compile made read those: with a checkpoint inside they do so once more in
-        the backward, after an update has written to the buffer.
+        Graphs that torch.compile made read those copies: with a checkpoint inside they read them
+        again in the backward, after an update has written to the buffer.
         """
         with torch.inference_mode(False), torch.no_grad():
             self.fixed_forward, self.fixed_backward = self.scale[:2].clone(), self.scale[2:].clone()
@@ -337,7 +337,7 @@ def child_name(weight: str) -> str:
 def scaling_of(owner: nn.Module, weight: str, recipe: DelayedScaling, label: str = "") -> Scaling:
     """The state for a weight, a child of the module that owns it; made if it is not there yet.
 
-    label: what ranks of a group call it, if nobody gave it a name.
+    label: what ranks of a group call it, if it was given no name.
     """
     name = child_name(weight)
     with config.lock:

@@ -4,8 +4,8 @@ Ranks may differ in what they hold: an expert without tokens made no state yet. 
 many numbers as there are would then wait for ever, or mix layers. So the first one has a fixed size
 and begins with a digest of what follows; where digests differ every rank raises the same error.
 
-On CUDA nobody waits for the digests: where they differ nothing is taken over, and the error comes
-with a later exchange, when they are known.
+On CUDA the host does not wait for the digests: where they differ nothing is taken over, and the
+error comes with a later exchange, when they are known.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Copy(NamedTuple):
 
     @property
     def multiplier(self) -> Tensor:
-        """`1 / scale`: what a GEMM multiplies with, where scales are multiplied with before."""
+        """`1 / scale`: a GEMM multiplies with it what the quantizer multiplied with the scale."""
         return self.scale.reciprocal() if self.inverse is None else self.inverse
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -143,7 +143,7 @@ class Quantizer:
         raise NotImplementedError
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
-        """Of each part of a copy `[rows, cols]`, either of which may be `ROWS`."""
+        """The spec of each part of a copy `[rows, cols]`; rows or cols may be `ROWS`."""
         raise NotImplementedError
 
     def amax(self, x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def transposed(copy: Copy) -> Copy:
 
 
 def _step(cols: int, block: int) -> int:
-    """How many blocks there are in so many columns, for a Spec."""
+    """How many blocks there are in `cols` columns, for a Spec."""
     return -block if cols == ROWS else -(-cols // block)
 
 

@@ -161,9 +161,10 @@ class Recipe:
 class DelayedScaling(Recipe):
     """FP8 with one scale per tensor, made from the amaxes of earlier steps.
 
-    margin: scales are divided by 2^margin. amax_history_len: how many steps are looked back on.
-    amax_compute_algo: "max" over the history, "most_recent", or a function of the history, fp32
-    `[length, tensors]`, that returns `[tensors]`. reduce_amax: over `amax_reduction_group`.
+    margin: scales are divided by 2^margin. amax_history_len: the number of updates that a scale
+    looks back on. amax_compute_algo: "max" over the history, "most_recent", or a function of the
+    history, fp32 `[length, tensors]`, that returns `[tensors]`. reduce_amax: over
+    `amax_reduction_group`.
     """
 
     margin: int = 0
@@ -281,8 +282,8 @@ class NVFP4BlockScaling(Recipe):
 class CustomRecipe(Recipe):
     """Quantizers of your choice: `qfactory(role)` returns one of `opsgraph.quantizers`.
 
-    Roles are "activation", "weight" and "gradient". It is called when modules plan, and must give
-    equal quantizers each time.
+    Roles are "activation", "weight" and "gradient". `qfactory` is called when modules plan, and
+    must return equal quantizers each time.
     """
 
     qfactory: Callable[[str], Quantizer]

@@ -62,7 +62,7 @@ def samples(fuser: Fuser, few: bool = False) -> Iterator[list[Op]]:
     """Fresh ops for every variant of the pattern and every sample of its ops.
 
     Under a recipe a linear layer stands for the Quantize or QuantizeGrad that it brings, and a
-    GroupedLinear for what it becomes. few: only so many variants that every alternative occurs, and
+    GroupedLinear for what it becomes. few: only enough variants for every alternative to occur, and
     one sample of each.
     """
     linear = partial(BasicLinear, out_features=QUANTIZED_WIDTH)
@@ -147,7 +147,7 @@ def check_fuser(
     """Compare a fuser with the reference ops, in training and in inference.
 
     In a process group each rank has an input, weights and gradients of its own, as shards are.
-    Returns in how many plans it was taken; where it declined there is nothing to compare. Raises
+    Returns in how many plans it was taken; where it is refused there is nothing to compare. Raises
     AssertionError where outputs or gradients differ. A fuser for quantized values is compared under
     `RECIPES` in turn, and each sample under another until it is taken, at `QUANTIZED_WIDTH`.
     compiled: under torch.compile, with fewer cases since each takes long.

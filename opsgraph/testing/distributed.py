@@ -70,7 +70,7 @@ class _Rank:
 
 @dataclass
 class _Outcome:
-    """What came of a body: results by rank, and failures in the order in which they came."""
+    """What a body gave: results by rank, and failures in the order in which they came."""
 
     results: dict[int, Any] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
@@ -198,7 +198,7 @@ class Ranks:
         return f"ended with exit code {code} before the body did"
 
     def _error(self, outcome: _Outcome, size: int, timeout: float) -> RankError:
-        """One message of all failures; of ranks that hang, where, if nobody failed before them."""
+        """One message of all failures; of ranks that hang, where, if no rank failed before."""
         failures = dict(outcome.failures)
         if not failures:
             for number in sorted(set(range(size)) - set(outcome.results)):
@@ -220,7 +220,7 @@ def _pickled(body: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
 
 
 def _send(pipe: Connection, command: tuple[Any, ...]) -> None:
-    """Send to a rank; that it is dead, `_wait` will see."""
+    """Send to a rank; if it is dead, `_wait` will see that."""
     try:
         pipe.send(command)
     except (BrokenPipeError, ConnectionResetError):

@@ -1,8 +1,8 @@
 """Activations, plain and gated, forward and backward, with the bias before them.
 
-Formulas: SPEC's, `y = f(x)` or `y = f(a) * g(b)`. Arithmetic and sums are in fp32; the activation
-that a backward computes again has the forward's bits. Tensors are `[rows, width]`, fp32 or bf16,
-their rows at any stride; results are contiguous.
+Formulas: `kernels/reference/activations.py`, `y = f(x)` or `y = f(a) * g(b)`. Arithmetic and sums
+are in fp32; the activation that a backward computes again has the forward's bits. Tensors are
+`[rows, width]`, fp32 or bf16, their rows at any stride; results are contiguous.
 """
 
 from collections.abc import Collection
@@ -84,10 +84,10 @@ def activation_forward(
 
     x: `[rows, width]`; y: `[rows, width]`, or `[rows, width / 2]` for gated kinds, of x's dtype.
     kind: a key of `KINDS`. params: for clamped_swiglu (limit, alpha, offset), for situglu (beta1,
-    beta2). interleave: gate and value alternate in blocks of that many columns. bias: `[width]`.
-    columns: those of y to compute alone, without a bias; from and to multiples of interleave. y_t:
-    `[width of y, rows]`, gets the transpose of y, which then is the view of it. Returns (y,
-    x + bias if pre and there is a bias, else None).
+    beta2). interleave: gate and value alternate in blocks of `interleave` columns. bias: `[width]`.
+    columns: the range of y's columns to compute, without a bias; from and to multiples of
+    interleave. y_t: `[width of y, rows]`, gets the transpose of y, which then is a view of it.
+    Returns (y, x + bias if pre and there is a bias, else None).
     Raises ValueError for an unknown kind, or params that it does not take.
     """
     if not direct(x, bias):

@@ -3,8 +3,8 @@
 There is one for each .cpp file of `source`, so that they are compiled at the same time, and only
 where they are needed. A file's name tells from what it was made (sources, compiler, flags, CPU) and
 the digest of its own bytes: `norms-KEY-DIGEST.so`. It appears by a rename, so processes that start
-at the same time may each compile, and none sees half a file; one whose bytes are not what its name
-says is made again, and so is one that somebody else could have put there. The directory is
+at the same time may each compile, and none sees half a file. A file whose bytes are not what its
+name says is made again, and so is one that another user could have put there. The directory is
 `$XDG_CACHE_HOME/opsgraph`, by default `~/.cache/opsgraph`, and where that cannot be written, is
 full or does not let libraries be loaded, a private one below the system's temporary directory.
 """
@@ -113,7 +113,7 @@ def directories() -> Iterator[Path]:
         yield Path(os.path.realpath(home / "opsgraph"))
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
     with suppress(FileNotFoundError):  # none that can be written
-        # The name itself is not followed: anybody may have made a link of it.
+        # The name itself is not followed: another user may have made a link of it.
         yield Path(os.path.realpath(tempfile.gettempdir())) / f"opsgraph-{user}"
 
 
@@ -153,13 +153,13 @@ def _load(library: str) -> ctypes.CDLL:
 
 
 def _intact(path: Path) -> bool:
-    """Whether a file is as we made it, and nobody else can have. Raises OSError."""
+    """Whether a file is as this user made it, and no other user could have. Raises OSError."""
     ours = _private(path.parent) and _private(path)
     return ours and path.stem.endswith(f"-{_digest(path.read_bytes())}")
 
 
 def _private(path: Path) -> bool:
-    """Whether nobody else can have made what is there, or can put something else in its place."""
+    """Whether no other user can have made the file, or can put another one in its place."""
     if not hasattr(os, "getuid"):
         return True
     found = path.lstat()
@@ -169,7 +169,7 @@ def _private(path: Path) -> bool:
 
 
 def _compiled(library: str, command: list[str]) -> bytes:
-    """A library. Compilers need room for temporary files anyway, so it is made among them."""
+    """A library, compiled among temporary files, for which compilers need room anyway."""
     try:
         with tempfile.TemporaryDirectory(prefix="opsgraph-") as folder:
             made = Path(folder) / f"{library}.so"
@@ -210,7 +210,7 @@ def _digest(content: bytes) -> str:
 
 
 def _key(command: list[str]) -> str:
-    """What libraries depend on, as a name. A compiler is told by its file, size and date."""
+    """What libraries depend on, as a name. A compiler counts by its file, size and date."""
     made = hashlib.sha256(repr((command, FLAGS, TARGETS, _processor())).encode())
     found = os.stat(os.path.realpath(command[0]))
     made.update(f"{found.st_size} {found.st_mtime_ns}".encode())

@@ -2,8 +2,9 @@
 
 The file belongs to one CPU model, torch version and set of instructions, and lies beside the
 compiled kernels (`build`). It is replaced as a whole by renaming, after what others have written
-meanwhile is read again: writers may lose each other's news, which are then measured once more, but
-no reader ever sees half a file. What cannot be read or written is left out with a warning.
+meanwhile is read again. Writers may overwrite each other's entries, which are then measured again,
+but no reader ever sees half a file. A file that cannot be read or written is left out with a
+warning.
 """
 
 import json
@@ -107,7 +108,7 @@ class Choices:
         self._lock = threading.Lock()
 
     def choose(self, key: str, candidates: Callable[[], Mapping[str, Run]]) -> str:
-        """The choice for a key; measured, and written to the file, if nobody has yet.
+        """The choice for a key; measured, and written to the file, if there is none yet.
 
         Once made it stays for as long as the process lives.
         """

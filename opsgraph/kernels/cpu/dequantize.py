@@ -74,7 +74,7 @@ def _made(
     data: Tensor, scale: Tensor | None, height: int, side: int, dtype: torch.dtype,
     scales: str = "divisors",
 ) -> Tensor:  # fmt: skip
-    """The values of data under scales of blocks of so many rows and columns."""
+    """The values of data under scales of blocks of `height` rows and `side` columns."""
     whole = scale is None or not scale.dim()
     if data.stride(0) == 1 < data.stride(1) and (whole or height == side):  # grids that transpose
         scale = None if scale is None else scale.t()

@@ -139,7 +139,7 @@ def wgrad(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 def wgrad_transposes_x(like: Tensor, width: int, depth: int, into: bool = False) -> bool:
     """Whether `wgrad` of dy `[rows, width]` and x `[rows, depth]` (into out) wants x by columns.
 
-    like: any tensor of as many rows and that dtype. Whoever makes x then best makes the transposed
+    like: any tensor of as many rows and that dtype. A caller that makes x then makes the transposed
     copy alone.
     """
     layout = _layout(WGRAD, like, width, depth, into=into)
@@ -273,7 +273,7 @@ def _worthwhile(kind: str, layout: Layout, rows: int, width: int, depth: int) ->
 
 
 def _stored(x: Tensor, by_columns: bool) -> Tensor:
-    """x, stored by rows or by columns: a gradient may be expanded, an input strided."""
+    """x, laid out by rows or by columns: a gradient may be expanded, an input strided."""
     if by_columns:
         return x if x.t().is_contiguous() else transposed(x).t()
     return x if x.is_contiguous() else x.contiguous()

@@ -1,4 +1,4 @@
-"""What every call of a C++ kernel needs: its library, one packed record, and fit tensors.
+"""What every call of a C++ kernel needs: its library, one packed record, tensors that it can read.
 
 A kernel takes one record of 8-byte fields (the structs in `source/`), packed by `struct`: that
 costs a quarter of what ctypes takes to convert as many arguments.
@@ -92,7 +92,7 @@ class Kernel:
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """A library, told of the function by which PyTorch's OpenMP starts its threads."""
+    """A library, with the address of the function by which PyTorch's OpenMP starts threads."""
     found = build.library(name)
     found.opsgraph_threads.argtypes, found.opsgraph_threads.restype = [ctypes.c_void_p], None
     found.opsgraph_threads(_fork_join())

@@ -3,8 +3,8 @@
 A fresh block of some megabytes costs a page fault for every 4 KiB, which for a GEMM of the sizes of
 a transformer's layer can take as long as the arithmetic. `empty` hands out a block again once no
 tensor has its storage: what is saved, returned or viewed keeps its block for as long as it lives,
-whoever holds it and in whatever thread. A block is of exactly the tensor's size, so a storage
-never tells of more than its tensor.
+in any thread. A block is of exactly the tensor's size, so a storage never holds more than its
+tensor.
 """
 
 import os
@@ -55,7 +55,7 @@ class Pool:
         self._lock = threading.Lock()
 
     def take(self, size: int) -> torch.UntypedStorage:
-        """A storage of that many bytes which no tensor has."""
+        """A storage of `size` bytes that no tensor has."""
         with self._lock:
             blocks = self._blocks.pop(size, [])
             self._blocks[size] = blocks  # last: sizes not asked for longest are dropped first
@@ -72,7 +72,7 @@ class Pool:
             return storage
 
     def adopt(self, make: Callable[[], Tensor], size: int) -> Tensor:
-        """What make returns, of that many bytes that it allocates, as a block of the pool."""
+        """The tensor that make allocates, of `size` bytes, as a block of the pool."""
         with self._lock:
             blocks = self._blocks.get(size, [])
             idle = next((k for k, block in enumerate(blocks) if _idle(block)), None)
@@ -160,16 +160,16 @@ def _owners(x: Tensor) -> tuple[int, ...]:
 
 
 def _owners_of_ours() -> tuple[int, ...]:
-    """Of such a one. A call counts its arguments twice where Dynamo watches over frames."""
+    """The same of a fresh tensor. A call counts its arguments twice where Dynamo watches frames."""
     kept = torch.UntypedStorage(1)
     x = torch.empty(0, dtype=torch.uint8, device="cpu").set_(kept, 0, (1,))  # type: ignore[call-overload]
     return (lambda x: _owners(x))(x)  # as `ours` calls it
 
 
 def ours(x: Tensor) -> bool:
-    """Whether a variable of the caller's is all that has x and its memory: it may be overwritten.
+    """Whether one variable of the caller is all that refers to x and its memory.
 
-    Only of what is in kept memory this is ever known.
+    x may then be overwritten. This is known only of tensors in kept memory.
     """
     if _use_count is None or _tensor_use_count is None:
         return False

@@ -92,7 +92,7 @@ def _backward(
 
 
 def _added(dx: Tensor | None, dother: Tensor | None, out: Tensor | None) -> Tensor | None:
-    """The sum of what there is, in out if that is given."""
+    """The sum of the tensors that are not None, in out if that is given."""
     dx = dx if dx is None or dother is None else dx + dother
     return dx if dx is None or out is None else out.copy_(dx)
 

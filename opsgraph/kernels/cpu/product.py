@@ -1,6 +1,6 @@
 """Matrix products of bf16 in C++, by the units that a CPU has for them.
 
-The library that PyTorch calls leaves speed behind (docs/design.md): with AMX, and where a CPU
+The library that PyTorch calls leaves speed behind (docs/design/cpu.md): with AMX, and where a CPU
 multiplies pairs of bf16 slower than floats. Here the operands are packed into the caches as the
 unit wants them, a bias and a residual are added to the sums before they are rounded, and the result
 may be stored by rows or by columns. Which of these and of the library's layouts wins is measured,
@@ -43,7 +43,7 @@ def _rooms() -> Any:
 
 
 def room(unit: str, depth: int) -> int:
-    """Bytes that a thread needs to sum up so many products; 0 where there is no such unit."""
+    """Bytes that a thread needs to sum over `depth`; 0 where the CPU has no such unit."""
     return _rooms()(_CODES[unit], depth)  # type: ignore[no-any-return]
 
 
@@ -83,5 +83,5 @@ def _by_columns(x: Tensor) -> bool:
 
 
 def _line(x: Tensor) -> int:
-    """Elements from one row to the next, or from one column."""
+    """Elements from one row to the next, or from one column to the next."""
     return x.stride(1 if _by_columns(x) else 0)

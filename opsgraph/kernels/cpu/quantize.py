@@ -2,8 +2,8 @@
 `kernels.reference.quantize`'s.
 
 The row copy, `[rows, width]`, has scales along rows; the column copy, `[width, rows]`, is the row
-copy of the transpose. x is read once for both, and once more before that for an amax that is not
-one of a block: the tensor's where no scale is given, each row's and each column's.
+copy of the transpose. x is read once for both. It is read before that for an amax that is not a
+block's: the tensor's where no scale is given, each row's and each column's.
 """
 
 from collections.abc import Collection
@@ -52,8 +52,8 @@ def activation_quantize(
 ) -> tuple[Copies, Tensor | None]:  # fmt: skip
     """`quantize` of `activation_forward(x, ...)`; returns (copies, x + bias as that does).
 
-    One pass: the activation is rounded to x's dtype, but a tile of it never leaves the cache. For
-    scales that all of a row or of the tensor makes it is two, `ahead` says which.
+    One pass: the activation is rounded to x's dtype, but a tile of it never leaves the cache. Two
+    passes where a scale depends on a whole row or on the tensor: see `ahead`.
     """
     check(to, scale, want)
     if ahead(to, scale) or not direct(x, bias, scale) or not x.numel():
@@ -96,7 +96,7 @@ def _record(
     place: int, stride: int, dtype: torch.dtype, shape: torch.Size, to: Format,
     scale: Tensor | None, made: Copies,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The kernel's, of a tensor whose elements are at that place, or are yet to be made."""
+    """The kernel's record, for a tensor at that address, or for one that is yet to be made."""
     row, col, amax, inverse = made
     own = row or col if to.scaling == "tensor" else row  # a tensor's copies have one scale
     return (

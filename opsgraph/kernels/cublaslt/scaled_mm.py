@@ -1,10 +1,11 @@
 """Scaled products `a @ b.T` by cuBLASLt, for blocks of scales, in the layouts that it reads.
 
 An operand is `[rows, depth]`, stored by rows, with scales along rows as the quantizers of
-`kernels.reference` return them; the library's multiply, so that it gets `1 / scale` of those that
-do not divide. What the calls ask of layouts: NVIDIA's cuBLAS manual, "Narrow precision data types
-usage", and PyTorch's `torch.nn.functional.scaled_mm`. That and its two enums are new in PyTorch
-2.10, and are looked up where they are used: `filled` serves older ones too.
+`kernels.reference` return them. The library multiplies with its scales, so it gets `1 / scale`
+of those with which the quantizer multiplied. What the calls ask of layouts: NVIDIA's cuBLAS manual,
+"Narrow precision data types usage", and PyTorch's `torch.nn.functional.scaled_mm`. That function
+and its two enums are new in PyTorch 2.10, and are looked up at their use: `filled` serves older
+versions too.
 
     format   scale covers   on      the library reads                  depth is filled up to
     blocks   1 x 128        sm_90   fp32, stored by columns            128
@@ -80,7 +81,7 @@ def nvfp4(data: Tensor, scale: Tensor, factor: Tensor) -> Scaled:
 
 
 def _inverse(scale: Tensor, cols: int) -> Tensor:
-    """`1 / scale` by rows, filled up with ones to so many columns."""
+    """`1 / scale` by rows, filled up with ones to `cols` columns."""
     new = torch.empty if cols == scale.size(1) else torch.ones
     inverse = new(scale.size(0), cols, dtype=torch.float32, device=scale.device)
     torch.reciprocal(scale, out=inverse[:, : scale.size(1)])

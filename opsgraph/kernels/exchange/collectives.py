@@ -1,8 +1,8 @@
 """Exchanges of rows between the ranks of a process group, on torch.distributed's functional ops.
 
-A group is its name and its size, so that it can be written into a plan's source. Each exchange is
+A group is its name and its size: these can be written into generated source. Each exchange is
 started, which never writes to x, and waited for; between the two its result must not be read.
-Ranks are in the group's order. Gradients are those of the plan: these functions record none.
+Ranks are in the group's order. These functions record nothing for autograd.
 
 Between CPUs an exchange is over when it has started: with several under way Gloo's threads corrupt
 the heap now and then (PyTorch 2.13; docs/parallel.md tells what was tried).

@@ -1,7 +1,7 @@
 """Matrix products with collectives cut into pieces: while one piece travels, another is multiplied.
 
 A piece is a run of rows, the same on every rank; each row of a product is computed as it is without
-pieces. A group is its name and its size, as in `reference.collectives`.
+pieces. A group is its name and its size, as in `collectives`.
 """
 
 from itertools import pairwise
@@ -81,5 +81,5 @@ def matmul_all_reduce(x: Tensor, b: Tensor, group: str) -> Tensor:
 
 
 def start_all_reduce_in_place(y: Tensor, group: str) -> Pending:
-    """Put the sum over ranks into y, which nobody else may hold. To be waited for."""
+    """Put the sum over ranks into y, to which nothing else may refer. To be waited for."""
     return started(torch.ops._c10d_functional.all_reduce_(y, "sum", group), y)

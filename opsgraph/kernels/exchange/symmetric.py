@@ -1,7 +1,8 @@
 """Matrix products and collectives over PyTorch's symmetric memory: GPUs read each other's.
 
 Products are cut into one piece for each rank, and copies between GPUs take no multiprocessors.
-Every rank of the group must be on one node. A group is its name.
+Every rank of the group must be on one node. A group is its name. Tensors are CUDA tensors of one
+float dtype, which results have too; PyTorch raises RuntimeError for operands that do not fit.
 """
 
 import torch

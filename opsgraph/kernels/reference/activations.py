@@ -149,7 +149,7 @@ def activation_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
 
 
 def halves(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
-    """Gate and value of `[rows, 2 * width]`: halves, or alternating blocks of that many columns."""
+    """Gate and value of `[rows, 2 * width]`: halves, or blocks of `block` columns in turns."""
     if block is None:
         a, b = x.chunk(2, -1)
         return a, b
@@ -189,7 +189,7 @@ def gated_backward_and_y(
     dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...], block: int | None,
     want_y: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dx, and y computed once more from what both need."""
+    """dx, and y computed again from what both need."""
     f, g = gates(kind, params)
     a, b = halves(wide(x), block)
     line = b if g is None else g.value(b)

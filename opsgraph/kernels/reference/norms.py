@@ -30,8 +30,9 @@ def gamma(weight: Tensor | None, zero_centered: bool, x: Tensor) -> Tensor | Non
 def shrunk(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """x for arithmetic, rows with values above 2^50 times a power of two, to about 2^44.
 
-    Returns the powers too, fp32 `[rows, 1]`, or None where there is no need: x is fp16 or fp64. The
-    differences within such a row are so large that eps is nothing beside their squares, or zero.
+    Returns the powers too, fp32 `[rows, 1]`, or None where x is fp16 or fp64, which need none. The
+    differences within such a row are either zero, or so large that eps does not count beside their
+    squares.
     """
     h = wide(x)
     if x.dtype in (torch.float16, torch.float64):
@@ -60,7 +61,7 @@ def rmsnorm_forward(
 
 
 def rmsnorm_again(x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered: bool) -> Tensor:
-    """y once more, bit for bit, from the saved rstd."""
+    """y again, bit for bit, from the saved rstd."""
     h = wide(x)
     y = h * rstd
     if weight is not None:
@@ -72,7 +73,7 @@ def rmsnorm_backward(
     dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered: bool, want_x: bool,
     want_weight: bool, want_y: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Returns dx, dweight and y computed once more, None for what is not wanted."""
+    """Returns dx, dweight and y computed again, None for each that is not wanted."""
     g, hat = wide(dy), wide(x) * rstd
     factor = gamma(weight, zero_centered, hat)
     y = None

@@ -60,7 +60,7 @@ def amax_of(x: Tensor, dim: int | None = None) -> Tensor:
 def scale_of(
     amax: Tensor, dtype: torch.dtype, eps: float = 0.0, power_of_two: bool = False
 ) -> Tensor:
-    """The multiplier of each amax, fp32 of any shape; the module says the formula."""
+    """The multiplier of each amax, fp32 of any shape, by the formula of the module's docstring."""
     amax = amax.clamp_min(eps)
     scale = quotient(FP8_MAX[dtype], amax).clamp_max(FP32_MAX)
     scale = torch.where((amax > 0) & (amax < torch.inf), scale, 1.0)
@@ -225,7 +225,7 @@ def spread(grid: Tensor, shape: torch.Size, height: int, width: int) -> Tensor:
 
 
 def times(value: Tensor, grid: Tensor, height: int, width: int) -> Tensor:
-    """`[rows, cols]` times the entry of its block, of so many rows and columns, in the grid."""
+    """`[rows, cols]` times the entry in the grid of its block, `height` rows by `width` columns."""
     if value.size(0) % height or value.size(1) % width:
         return value * spread(grid, value.shape, height, width)
     blocks: Tensor = value.unflatten(1, (-1, width))

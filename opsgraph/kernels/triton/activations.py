@@ -3,7 +3,7 @@
 A kind is a scalar function, whether it is gated, and its constants. The function returns value,
 slope, and whether the gradient is 0 whatever it is multiplied with (`x < x`: nowhere).
 Formulas: plain `y = f(x)`; gated `y = f(a) * b` with `a` the first half of the columns. One kernel
-per direction serves every kind; in the forward the compiler drops the slope, which nobody reads.
+per direction serves every kind; in the forward the slope is not read, and the compiler drops it.
 """
 
 from collections.abc import Collection
@@ -259,7 +259,7 @@ def _output_width(x: Tensor, kind: str, gated: bool) -> int:
 def activation_forward(
     x: Tensor, kind: str, params: tuple[float, ...] = (), bias: Tensor | None = None
 ) -> Tensor:
-    """`y = f(x + bias)`, or `f(a) * b` with a, b the halves of `x + bias` (SPEC.md section 1).
+    """`y = f(x + bias)`, or `f(a) * b` with a, b the halves of `x + bias`.
 
     x: `[rows, width]`; y: `[rows, width]`, or `[rows, width / 2]` for gated kinds, of x's dtype.
     bias: `[width]`; the sum is rounded to x's dtype. kind: a key of `KINDS`. params: for

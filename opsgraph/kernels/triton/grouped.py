@@ -1,8 +1,8 @@
 """Linear layers with a weight for each group of rows, all groups in one launch.
 
 Group g is the rows `offsets[g]` to `offsets[g + 1]`. The offsets stay on the device: the grid is an
-upper bound, and each program finds its group itself, so that the host waits for nothing. Results in
-rows that no group has are 0.
+upper bound, and each program finds its group itself, so that the host waits for nothing. Rows of
+the result that belong to no group are 0.
 """
 
 import torch

@@ -19,7 +19,7 @@ _launchable: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
 def ceil_div(size: int, block: int) -> int:
-    """How many blocks hold so many elements; `triton.cdiv` takes microseconds."""
+    """How many blocks hold `size` elements; `triton.cdiv` takes microseconds."""
     return -(-size // block)
 
 
@@ -33,7 +33,7 @@ def _trait(operand: Any) -> Any:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any) -> None:
-    """`kernel[grid](*operands, **constants)`: first what is known at run time, then the rest.
+    """`kernel[grid](*operands, **constants)`: first the run-time arguments, then the constants.
 
     Constants are those of the kernel and compile options. Triton's interpreter, and other vendors'
     chips, for which kernels are compiled for more traits, go Triton's way.

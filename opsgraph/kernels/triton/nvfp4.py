@@ -1,8 +1,8 @@
 """NVFP4 copies of a tensor, of what a norm or an activation makes of it, or of its gradient.
 
 Formulas, blocks, rounding and random numbers are those of `opsgraph.kernels.reference.nvfp4`, and
-so are the bits. The amaxes, of the value and of its transform, come first, from a reading of their
-own; one more writes both copies. The value itself is never stored.
+so are the bits. A first reading finds the amaxes of the value and of its transform. A second one
+writes both copies. The value itself is never stored.
 """
 
 from collections.abc import Collection
@@ -43,7 +43,7 @@ class Output(NamedTuple):
         return new[0] if plain else None, new[1] if turned else None
 
     def copies(self, partials: tuple[Tensor | None, Tensor | None]) -> dict[str, Copy]:
-        """Copies to be written, the amaxes being known: each has one that is no other's."""
+        """Copies to be written, each with its own amax, which is known."""
         plain, turned = (None if part is None else part.amax() for part in partials)
         plain = self.amax if plain is None else plain
         made: dict[str, Copy] = {}

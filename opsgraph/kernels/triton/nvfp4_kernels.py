@@ -182,7 +182,7 @@ def nvfp4_backward_kernel(
     GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     HADAMARD: tl.constexpr, HEIGHT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx (for a gated kind one of each half) and of y, the activation once more.
+    """One tile of dx (for a gated kind one of each half) and of y, the activation again.
 
     As `quantize_tiles.activation_backward_kernel`: each is made anew, the cache holds dy and x.
     """

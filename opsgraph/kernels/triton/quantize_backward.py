@@ -1,4 +1,4 @@
-"""The gradient of an activation, quantized, with the bias gradient and the activation once more."""
+"""The gradient of an activation, quantized, with the bias gradient and the activation again."""
 
 from collections.abc import Collection
 from typing import Any

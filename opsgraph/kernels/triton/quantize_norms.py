@@ -3,7 +3,7 @@
 The output is rounded to x's dtype before it is quantized, so that the copies are those of
 `norms.py`'s output, bit for bit. A row copy with a given scale, or with scales by rows, blocks or
 MX, is written by the kernel that finds the statistics, in one reading of x. What needs more than a
-row reads x once more, the statistics being known: the column copy, a tensor's scale from its own
+row reads x again, the statistics being known: the column copy, a tensor's scale from its own
 amax (which the first reading gives), blocks of 128 x 128, and rows wider than `norms.NARROW`.
 """
 

@@ -107,7 +107,7 @@ def _gradients(
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y, da and db (da once more unless gated), zero outside the tensor."""
+    """A tile of y, da and db (da again unless gated), zero outside the tensor."""
     row = first_row + tl.arange(0, R)[:, None]
     cols = first_col + tl.arange(0, C)[None, :]
     mask = (row < rows) & (cols < WIDTH)
