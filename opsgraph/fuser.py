@@ -18,7 +18,7 @@ from . import config
 from .backend import backends
 from .errors import RegisterError
 from .guards.cached import cached_property
-from .op import BACKWARD, FORWARD, STORED, Op, Spec, arguments, per_class, weights
+from .op import BACKWARD, FORWARD, STORED, Op, Spec, arguments, differentiable, per_class, weights
 from .op.functions import backward_functions, function
 
 AGAIN = "again"
@@ -35,6 +35,9 @@ class Fuser:
     consumes: ClassVar[tuple[str, ...]] = ()
     """Arguments of `bwd` that come in a list of one. What `bwd` pops from it has no other variable
     unless something else still needs it: it may die early, or lend its memory to a result."""
+    wants: ClassVar[Mapping[str, str]] = {}
+    """What `want` calls a saved value or a gradient, if its kernel has another word for that:
+    `dict(norm_rstd="rstd", fc_weight="y")`. The plan's source has that word already."""
     quantized: ClassVar[bool] = False
     """Whether it takes an op whose operands a recipe has quantized."""
     reject_formats: Callable[..., str | None] | None = None
@@ -216,6 +219,13 @@ def _verify(fuser: Fuser) -> None:
         "bwd": {"x", "y", "dy", "want", *kinds} | public | private,
         "reject": {"x", *kinds},
     }
+    gradients = {
+        f"{key}_{n}" for key, entry in kinds.items() for kind in entry for n in differentiable(kind)
+    }
+    if not isinstance(fuser.wants, Mapping):
+        fail(f"got wants = {fuser.wants!r}, expected the kernel's words under the names here")
+    if strange := set(fuser.wants) - set(fuser.saves) - gradients:
+        fail(f"wants {sorted(strange)}, which it neither saves nor has a gradient for")
     if fuser.bwd and (strange := set(fuser.consumes) - set(arguments(fuser.bwd))):
         fail(f"consumes {sorted(strange)}, which bwd does not name")
     for method, names in allowed.items():

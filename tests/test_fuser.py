@@ -368,6 +368,27 @@ def test_a_pair_whose_forward_would_swallow_a_value_is_not_taken(planner: str) -
         assert names(plan) == names(plan, "backward") == ["SiLULinear"]
 
 
+def test_want_has_the_words_of_the_kernel() -> None:
+    class LinearSiLU(og.Fuser):
+        backend, pattern, saves = "aten", dict(fc=BasicLinear, act=SiLU), ("act_x",)
+        wants = dict(act_x="pre", fc_weight="weight")
+
+        def fwd(self, x: Tensor, fc_weight: Tensor, want: Any) -> Any:
+            pre = x @ fc_weight.t()
+            return nn.functional.silu(pre), (pre if want == ("pre",) else None,)
+
+        def bwd(self, dy: Tensor, act_x: Tensor, fc_x: Tensor, fc_weight: Tensor, want: Any) -> Any:
+            slope = torch.autograd.functional.vjp(nn.functional.silu, act_x, dy)[1]
+            dweight = slope.t() @ fc_x if "weight" in want else None
+            return slope @ fc_weight, (dweight,)
+
+    module = og.Sequential(Linear(8, 4, bias=False), SiLU())
+    with og.register(LinearSiLU):
+        assert "want=('pre',)" in module.plan().forward_source
+        assert "want=('x', 'weight')" in module.plan().backward_source
+        assert_same_results(module, torch.randn(5, 8))
+
+
 class SiLUBackward(og.Fuser):
     """Notes how many variables its consumed argument has, beside its own."""
 

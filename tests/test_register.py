@@ -67,6 +67,8 @@ def consumes_act(self: Any, dy: Tensor, fc_weight: Tensor) -> Any: ...
         (dict(pattern={"my op": RMSNorm}), r"got \['my op'\] in pattern"),
         (dict(saves="fc_x"), "got saves = 'fc_x', expected a tuple of names"),
         (dict(bwd=consumes_act, consumes=("fc_x",)), r"consumes \['fc_x'\], which bwd does not"),
+        (dict(wants=("fc_weight",)), "got wants = .*, expected the kernel's words under the names"),
+        (dict(wants=dict(norm_rstd="rstd")), r"wants \['norm_rstd'\], which it neither saves nor"),
         (dict(__init__=lambda self, more: None), "cannot be made: .*more"),
     ],
 )

@@ -57,12 +57,6 @@ def as_quantized(quantizer: Quantizer, copies: Any, dtype: torch.dtype) -> Quant
     return Quantized(row, col, dtype)
 
 
-def copy_names(want: Collection[str]) -> tuple[str, ...]:
-    """The kernels' names for what a plan wants of a Quantize and what is before it."""
-    short = [name.split("_", 1)[-1] for name in want]
-    return tuple(dict.fromkeys((*short, *(["amax"] if "q_scale" in want else []))))
-
-
 Made = tuple[Quantized, Tensor | None]
 
 
@@ -110,20 +104,20 @@ def quantize(
 class QuantizesValue(Fuser):
     """Quantize by a backend's kernel: one reading of x for both copies."""
 
-    pattern, saves = dict(q=Quantize), ("q_amax",)
+    pattern, saves, wants = dict(q=Quantize), ("q_amax",), dict(q_amax="amax")
 
     def fwd(self, x: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
         kernel = KERNELS[self.backend]
-        made, amax = kernel.quantize(q.quantizer, x, q_scale, copy_names(want))
+        made, amax = kernel.quantize(q.quantizer, x, q_scale, want)
         return made, (amax,)
 
 
 class QuantizesGradient(Fuser):
     """QuantizeGrad by a backend's kernel."""
 
-    pattern = dict(q=QuantizeGrad)
+    pattern, wants = dict(q=QuantizeGrad), dict(q_scale="amax")
 
     def bwd(self, dy: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
         kernel = KERNELS[self.backend]
-        made, amax = kernel.quantize(q.quantizer, dy, q_scale, copy_names(want))
+        made, amax = kernel.quantize(q.quantizer, dy, q_scale, want)
         return made, (amax,)

@@ -80,7 +80,8 @@ class Writer:
         """The text of a call, and the variables that it reads."""
         given = [f"[{a.text}]" if a.moved else self.text(a) for a in call.arguments]
         if call.wants:
-            given.append(f"want={tuple(want)!r}")
+            words = claim.fuser.wants
+            given.append(f"want={tuple(words.get(name, name) for name in want)!r}")
         reads = {a.text for a in call.arguments if a.category in ("value", "weight", "gradient")}
         function = f"{self.name_of(claim)}.{call.function}"
         target = self.namespace[self.name_of(claim)]

@@ -1,6 +1,6 @@
 """Fusers over the C++ kernels for the CPU: norms with their residuals, activations with biases."""
 
-from functools import cache, reduce
+from functools import reduce
 from operator import or_
 from typing import Any
 
@@ -36,12 +36,6 @@ def reject_dtype(x: Spec) -> str | None:
     return None
 
 
-@cache
-def short(want: Want) -> Want:
-    """`norm_rstd` is the kernel's `rstd`; `x` stays."""
-    return tuple(name.rpartition("_")[2] for name in want)
-
-
 class CPU(Fuser):
     """What all fusers over the C++ kernels share."""
 
@@ -56,13 +50,14 @@ class RMSNormKernel(CPU):
     """RMSNorm, each row read from memory once."""
 
     pattern, saves = dict(norm=RMSNorm), ("norm_rstd",)
+    wants = dict(norm_rstd="rstd")
 
     def fwd(
         self, x: Tensor, norm_weight: Tensor | None, norm_eps: float,
         norm_zero_centered_gamma: bool, want: Want,
     ) -> Any:  # fmt: skip
         y, rstd, _ = norms.rmsnorm_forward(
-            x, norm_weight, norm_eps, norm_zero_centered_gamma, None, short(want)
+            x, norm_weight, norm_eps, norm_zero_centered_gamma, None, want
         )
         return y, (rstd,)
 
@@ -72,13 +67,14 @@ class AddRMSNorm(CPU):
     """Residual add and RMSNorm in one pass; hands out the sum."""
 
     pattern, saves = dict(add=Add, norm=RMSNorm), ("norm_x", "norm_rstd")
+    wants = dict(norm_rstd="rstd")
 
     def fwd(
         self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_eps: float,
         norm_zero_centered_gamma: bool, want: Want,
     ) -> Any:  # fmt: skip
         y, rstd, total = norms.rmsnorm_forward(
-            x, norm_weight, norm_eps, norm_zero_centered_gamma, add_other, short(want)
+            x, norm_weight, norm_eps, norm_zero_centered_gamma, add_other, want
         )
         return y, (total, rstd)
 
@@ -87,14 +83,14 @@ class AddRMSNorm(CPU):
 class RMSNormBackward(CPU):
     """Backward of RMSNorm, with the residual's gradient added to dx where there is one."""
 
-    pattern = dict(tee=Tee | None, norm=RMSNorm)
+    pattern, wants = dict(tee=Tee | None, norm=RMSNorm), dict(norm_weight="weight")
 
     def bwd(
         self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_rstd: Tensor,
         norm_weight: Tensor | None, norm_zero_centered_gamma: bool, want: Want,
     ) -> Any:  # fmt: skip
         dx, dweight, _ = norms.rmsnorm_backward(
-            dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d, short(want)
+            dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d, want
         )
         return dx, (dweight,)
 
@@ -104,13 +100,14 @@ class LayerNormKernel(CPU):
     """LayerNorm, each row read from memory once, variance from centred values."""
 
     pattern, saves = dict(norm=LayerNorm), ("norm_mean", "norm_rstd")
+    wants = dict(norm_mean="mean", norm_rstd="rstd")
 
     def fwd(
         self, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
         norm_zero_centered_gamma: bool, want: Want,
     ) -> Any:  # fmt: skip
         y, mean, rstd, _ = norms.layernorm_forward(
-            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, None, short(want)
+            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, None, want
         )
         return y, (mean, rstd)
 
@@ -120,13 +117,14 @@ class AddLayerNorm(CPU):
     """Residual add and LayerNorm in one pass; hands out the sum."""
 
     pattern, saves = dict(add=Add, norm=LayerNorm), ("norm_x", "norm_mean", "norm_rstd")
+    wants = dict(norm_mean="mean", norm_rstd="rstd")
 
     def fwd(
         self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
         norm_eps: float, norm_zero_centered_gamma: bool, want: Want,
     ) -> Any:  # fmt: skip
         y, mean, rstd, total = norms.layernorm_forward(
-            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, short(want)
+            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, want
         )
         return y, (total, mean, rstd)
 
@@ -136,6 +134,7 @@ class LayerNormBackward(CPU):
     """Backward of LayerNorm, with the residual's gradient added to dx where there is one."""
 
     pattern = dict(tee=Tee | None, norm=LayerNorm)
+    wants = dict(norm_weight="weight", norm_bias="bias")
 
     def bwd(
         self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor,
@@ -144,7 +143,7 @@ class LayerNormBackward(CPU):
     ) -> Any:  # fmt: skip
         dx, dweight, dbias, _ = norms.layernorm_backward(
             dy, norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma,
-            tee_d, short(want),
+            tee_d, want,
         )  # fmt: skip
         return dx, (dweight, dbias)
 
@@ -183,7 +182,7 @@ class ActivationKernel(_Activation):
 class BiasActivation(_Activation):
     """Bias and activation in one pass; hands out the sum. Backward with the bias's sums."""
 
-    pattern, saves = dict(bias=Bias, act=Activation), ("act_x",)
+    pattern, saves, wants = dict(bias=Bias, act=Activation), ("act_x",), dict(bias_bias="bias")
 
     def fwd(self, x: Tensor, bias_bias: Tensor, act: Op, want: Want) -> Any:
         shape = shape_of(act)
@@ -192,6 +191,6 @@ class BiasActivation(_Activation):
 
     def bwd(self, dy: Tensor, act: Op, act_x: Tensor, bias_bias: Tensor, want: Want) -> Any:
         dx, _, dbias = activations.activation_backward(
-            dy, act_x, *shape_of(act), short(want), bias_bias.dtype
+            dy, act_x, *shape_of(act), want, bias_bias.dtype
         )
         return dx, (dbias,)

@@ -6,7 +6,7 @@ tensors are made in one pass instead.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,13 +77,6 @@ class _Passes(Fuser):
         return reject_dtype(x)
 
 
-@cache
-def _activation_wants(want: tuple[str, ...]) -> frozenset[str]:
-    """What the activation's pass gives."""
-    given = {"x": "x", "bias_bias": "bias", "fc2_weight": "y"}
-    return frozenset(given[name] for name in want)
-
-
 def _one_pass(x: Tensor) -> bool:
     """Whether memory does not matter, so that one pass makes all that it can."""
     return x.nbytes < memory.LEAST  # type: ignore[no-any-return]
@@ -151,13 +144,13 @@ class ActivationProductBackward(_Passes):
     """
 
     pattern = dict(bias=Bias | None, act=Activation, fc2=BasicLinear)
-    consumes = ("act_x",)
+    consumes, wants = ("act_x",), dict(bias_bias="bias", fc2_weight="y")
 
     def bwd(
         self, dy: Tensor, bias: Op | None, act: Op, act_x: list[Tensor], bias_bias: Tensor | None,
         fc2: Any, fc2_weight: Tensor, fc2_weight_stored: Tensor, want: tuple[str, ...],
     ) -> Any:  # fmt: skip
-        names, pre = _activation_wants(want), act_x.pop()
+        names, pre = frozenset(want), act_x.pop()
         dtype = torch.float32 if bias_bias is None else bias_bias.dtype
         dpre = dbias = dweight = None
         if _one_pass(pre):
@@ -179,19 +172,12 @@ class ActivationProductBackward(_Passes):
         return dpre, (dweight,) if bias is None else (dbias, dweight)
 
 
-@cache
-def _norm_wants(want: tuple[str, ...]) -> frozenset[str]:
-    """What the norm's pass gives."""
-    given = {"x": "x", "norm_weight": "weight", "norm_bias": "bias", "fc1_weight": "y"}
-    return frozenset(given[name] for name in want)
-
-
 def _norm_backward(
     dy: Tensor, norm: Callable[..., Any], x: Tensor, fc: Any, weight: Tensor, stored: Tensor,
     want: tuple[str, ...],
 ) -> tuple[Any, ...]:  # fmt: skip
     """dx, the norm's gradients and the weight's. norm: the norm's backward, for `(dy, want)`."""
-    names, dweight = _norm_wants(want), None
+    names, dweight = frozenset(want), None
     if "y" in names and not _one_pass(x):
         y = norm(x, want={"y"})[-1]  # whatever the gradient is
         if not fc.accumulate_into_main_grad:
@@ -220,6 +206,7 @@ class RMSNormProductBackward(_Passes):
     """Backward of RMSNorm and the linear after it, whose input is made again on the way."""
 
     pattern = dict(tee=Tee | None, norm=RMSNorm, fc1=BasicLinear)
+    wants = dict(norm_weight="weight", fc1_weight="y")
 
     def bwd(
         self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_rstd: Tensor,
@@ -247,6 +234,7 @@ class LayerNormProductBackward(_Passes):
     """Backward of LayerNorm and the linear after it, whose input is made again on the way."""
 
     pattern = dict(tee=Tee | None, norm=LayerNorm, fc1=BasicLinear)
+    wants = dict(norm_weight="weight", norm_bias="bias", fc1_weight="y")
 
     def bwd(
         self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor,

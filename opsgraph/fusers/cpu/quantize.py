@@ -19,7 +19,6 @@ from ..quantizing import (
     QuantizesGradient,
     QuantizesValue,
     as_quantized,
-    copy_names,
     format_of,
 )
 from ..quantizing import quantize as by_rule
@@ -84,6 +83,7 @@ class ActivationQuantizeCPU(_Quantizing):
     """[Bias,] activation and Quantize: tiles of the activation are quantized out of the cache."""
 
     pattern, saves = dict(bias=Bias | None, act=Activation, q=Quantize), ("act_x", "q_amax")
+    wants = dict(q_amax="amax")
 
     def reject(self, act: Op, q: Any, x: Spec) -> str | None:  # type: ignore[override]
         if type(q.quantizer) in (RowQuantizer, TensorQuantizer):
@@ -96,12 +96,12 @@ class ActivationQuantizeCPU(_Quantizing):
         self, x: Tensor, bias_bias: Tensor | None, act: Op, q: Any, q_scale: Tensor | None,
         want: Collection[str],
     ) -> Any:  # fmt: skip
-        (kind, params, _), names = shape_of(act), copy_names(want)
+        kind, params, _ = shape_of(act)
         made, pre = kernels.activation_quantize(
             x, kind, format_of(q.quantizer), params, bias_bias, "act_x" in want, q_scale,
-            _names(q.quantizer, names),
+            _names(q.quantizer, want),
         )  # fmt: skip
-        found = _found(q.quantizer, made, x.dtype, names)
+        found = _found(q.quantizer, made, x.dtype, want)
         return found, (x if bias_bias is None else pre, made.amax)
 
 
@@ -109,7 +109,7 @@ class ActivationQuantizeCPU(_Quantizing):
 class GroupedQuantizeCPU(CPU):
     """A grouped linear whose groups' operands the kernels quantize."""
 
-    pattern = dict(fc=QuantizedGroupedLinear)
+    pattern, wants = dict(fc=QuantizedGroupedLinear), dict(fc_weight="weight", fc_bias="bias")
 
     def reject(self, fc: Any, x: Spec) -> str | None:  # type: ignore[override]
         if not any(isinstance(format_of(q), Format) for q in fc.quantizers):
@@ -125,8 +125,7 @@ class GroupedQuantizeCPU(CPU):
         self, dy: Tensor, fc: Any, fc_x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor,
         fc_bias: Tensor | None, fc_weight_stored: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
-        names = {name.removeprefix("fc_") for name in want}
-        given = dy, fc_x, fc_split_sizes, fc_weight, fc_bias, fc_weight_stored, names
+        given = dy, fc_x, fc_split_sizes, fc_weight, fc_bias, fc_weight_stored, want
         return fc.backward_by(_by_kernel, *given)
 
 

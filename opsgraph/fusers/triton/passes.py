@@ -45,11 +45,6 @@ def _dtype(x: Spec) -> str | None:
     return None
 
 
-def _short(want: Collection[str]) -> tuple[str, ...]:
-    """`norm_rstd` is the kernel's `rstd`; `x` stays."""
-    return tuple(name.split("_", 1)[-1] for name in want)
-
-
 class Triton(Fuser):
     """What all fusers over Triton kernels share."""
 
@@ -64,13 +59,14 @@ class RMSNormKernel(Triton):
     """RMSNorm, each row read once, statistics in registers."""
 
     pattern, saves = dict(norm=RMSNorm), ("norm_rstd",)
+    wants = dict(norm_rstd="rstd", norm_weight="weight")
 
     def fwd(
         self, x: Tensor, norm_weight: Tensor | None, norm_eps: float,
         norm_zero_centered_gamma: bool, want: Collection[str],
     ) -> Any:  # fmt: skip
         y, rstd, _ = norms.rmsnorm_forward(
-            x, norm_weight, norm_eps, norm_zero_centered_gamma, want=_short(want)
+            x, norm_weight, norm_eps, norm_zero_centered_gamma, want=want
         )
         return y, (rstd,)
 
@@ -79,7 +75,7 @@ class RMSNormKernel(Triton):
         norm_zero_centered_gamma: bool, want: Collection[str],
     ) -> Any:  # fmt: skip
         dx, dweight = norms.rmsnorm_backward(
-            dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, want=_short(want)
+            dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, want=want
         )
         return dx, (dweight,)
 
@@ -89,13 +85,14 @@ class AddRMSNorm(Triton):
     """Residual add and RMSNorm in one pass; hands out the sum."""
 
     pattern, saves = dict(add=Add, norm=RMSNorm), ("norm_x", "norm_rstd")
+    wants = dict(norm_rstd="rstd")
 
     def fwd(
         self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_eps: float,
         norm_zero_centered_gamma: bool, want: Collection[str],
     ) -> Any:  # fmt: skip
         y, rstd, total = norms.rmsnorm_forward(
-            x, norm_weight, norm_eps, norm_zero_centered_gamma, add_other, want=_short(want)
+            x, norm_weight, norm_eps, norm_zero_centered_gamma, add_other, want=want
         )
         return y, (total, rstd)
 
@@ -104,14 +101,14 @@ class AddRMSNorm(Triton):
 class TeeRMSNorm(Triton):
     """Backward of RMSNorm with the residual's gradient added to dx."""
 
-    pattern = dict(tee=Tee, norm=RMSNorm)
+    pattern, wants = dict(tee=Tee, norm=RMSNorm), dict(norm_weight="weight")
 
     def bwd(
         self, dy: Tensor, tee_d: Tensor, norm_x: Tensor, norm_rstd: Tensor,
         norm_weight: Tensor | None, norm_zero_centered_gamma: bool, want: Collection[str],
     ) -> Any:  # fmt: skip
         dx, dweight = norms.rmsnorm_backward(
-            dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d, _short(want)
+            dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d, want
         )
         return dx, (dweight,)
 
@@ -121,13 +118,14 @@ class LayerNormKernel(Triton):
     """LayerNorm, each row read once, variance from centred values."""
 
     pattern, saves = dict(norm=LayerNorm), ("norm_mean", "norm_rstd")
+    wants = dict(norm_mean="mean", norm_rstd="rstd", norm_weight="weight", norm_bias="bias")
 
     def fwd(
         self, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
         norm_zero_centered_gamma: bool, want: Collection[str],
     ) -> Any:  # fmt: skip
         y, mean, rstd, _ = norms.layernorm_forward(
-            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, want=_short(want)
+            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, want=want
         )
         return y, (mean, rstd)
 
@@ -147,13 +145,14 @@ class AddLayerNorm(Triton):
     """Residual add and LayerNorm in one pass; hands out the sum."""
 
     pattern, saves = dict(add=Add, norm=LayerNorm), ("norm_x", "norm_mean", "norm_rstd")
+    wants = dict(norm_mean="mean", norm_rstd="rstd")
 
     def fwd(
         self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
         norm_eps: float, norm_zero_centered_gamma: bool, want: Collection[str],
     ) -> Any:  # fmt: skip
         y, mean, rstd, total = norms.layernorm_forward(
-            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, _short(want)
+            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, want
         )
         return y, (total, mean, rstd)
 
@@ -163,6 +162,7 @@ class TeeLayerNorm(Triton):
     """Backward of LayerNorm with the residual's gradient added to dx."""
 
     pattern = dict(tee=Tee, norm=LayerNorm)
+    wants = dict(norm_weight="weight", norm_bias="bias")
 
     def bwd(
         self, dy: Tensor, tee_d: Tensor, norm_x: Tensor, norm_mean: Tensor, norm_rstd: Tensor,
@@ -181,7 +181,7 @@ def _layernorm_backward(
 ) -> Any:  # fmt: skip
     dtype = None if bias is None else bias.dtype
     dx, dweight, dbias = norms.layernorm_backward(
-        dy, x, mean, rstd, weight, zero_centered, other, _short(want), dtype
+        dy, x, mean, rstd, weight, zero_centered, other, want, dtype
     )
     return dx, (dweight, dbias)
 
@@ -222,14 +222,14 @@ class ActivationKernel(_Activation):
 class BiasActivationBackward(_Activation):
     """Backward of an activation with the sums that the bias before it wants."""
 
-    pattern = dict(bias=Bias, act=Plain | Gated)
+    pattern, wants = dict(bias=Bias, act=Plain | Gated), dict(bias_bias="bias")
 
     def bwd(
         self, dy: Tensor, act: Op, act_x: Tensor, act_kernel: str, bias_bias: Tensor,
         want: Collection[str],
     ) -> Any:  # fmt: skip
         dx, _, dbias = activations.activation_backward(
-            dy, act_x, act_kernel, _params(act), _short(want), bias_bias.dtype
+            dy, act_x, act_kernel, _params(act), want, bias_bias.dtype
         )
         return dx, (dbias,)
 
@@ -242,17 +242,16 @@ class ActivationLinearBackward(_Activation):
     """
 
     pattern = dict(bias=Bias | None, act=Plain | Gated, fc=BasicLinear)
+    wants = dict(bias_bias="bias", fc_weight="y")
 
     def bwd(
         self, dy: Tensor, bias: Op | None, act: Op, act_x: Tensor, act_kernel: str,
         bias_bias: Tensor | None, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
         want: Collection[str],
     ) -> Any:  # fmt: skip
-        passed = [n for n in ("x", "bias_bias") if n in want]
-        names = _short(passed) + (("y",) if "fc_weight" in want else ())
         dtype = None if bias_bias is None else bias_bias.dtype
         dx, y, dbias = activations.activation_backward(
-            dy @ fc_weight, act_x, act_kernel, _params(act), names, dtype
+            dy @ fc_weight, act_x, act_kernel, _params(act), want, dtype
         )
         dweight = None if y is None else fc.wgrad(dy, y, fc_weight_stored)
         return dx, (dweight,) if bias is None else (dbias, dweight)

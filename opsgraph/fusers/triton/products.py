@@ -53,7 +53,7 @@ class LinearGatedActivation(Fuser):
     """GEMM with bias and activation, plain or gated, in its epilogue; hands out what act reads."""
 
     backend, pattern = "triton", dict(fc=BasicLinear, bias=Bias | None, act=Activation)
-    saves = ("act_x",)
+    saves, wants = ("act_x",), dict(act_x="pre")
 
     def reject(self, act: Op, x: Spec) -> str | None:
         return _refusal(act, x, x.width)
@@ -62,8 +62,7 @@ class LinearGatedActivation(Fuser):
         self, x: Tensor, act: Op, fc_weight: Tensor, bias_bias: Tensor | None, act_kernel: str,
         want: Collection[str],
     ) -> Any:  # fmt: skip
-        names = ("pre",) if "act_x" in want else ()
-        y, pre = gemms.linear_activation(x, fc_weight, bias_bias, act_kernel, _params(act), names)
+        y, pre = gemms.linear_activation(x, fc_weight, bias_bias, act_kernel, _params(act), want)
         return y, (pre,)
 
 
@@ -76,6 +75,7 @@ class LinearActivationBackward(Fuser):
     """
 
     backend, pattern = "triton", dict(bias=Bias | None, act=Activation, fc=BasicLinear)
+    wants = dict(bias_bias="bias", fc_weight="y")
 
     def reject(self, act: Op, fc: Any, x: Spec) -> str | None:
         return _refusal(act, x, fc.local_out_features)
@@ -85,11 +85,9 @@ class LinearActivationBackward(Fuser):
         bias_bias: Tensor | None, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
         want: Collection[str],
     ) -> Any:  # fmt: skip
-        wanted = {"x": "x", "bias_bias": "bias", "fc_weight": "y"}
-        names = tuple(name for key, name in wanted.items() if key in want)
         dtype = None if bias_bias is None else bias_bias.dtype
         dx, y, dbias = gemms.linear_activation_backward(
-            dy, fc_weight, act_x, act_kernel, _params(act), names, dtype
+            dy, fc_weight, act_x, act_kernel, _params(act), want, dtype
         )
         dweight = None if y is None else fc.wgrad(dy, y, fc_weight_stored)
         return dx, (dweight,) if bias is None else (dbias, dweight)

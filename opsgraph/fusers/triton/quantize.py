@@ -25,7 +25,6 @@ from ..quantizing import (
     QuantizesGradient,
     QuantizesValue,
     as_quantized,
-    copy_names,
     format_of,
 )
 from .passes import Gated, Plain, Triton, _dtype, _params, reject_activation
@@ -76,6 +75,7 @@ class RMSNormQuantize(_Quantizing):
     """RMSNorm and Quantize; the normalized value is not stored."""
 
     pattern, saves = dict(norm=RMSNorm, q=Quantize), ("norm_rstd", "q_amax")
+    wants = dict(norm_rstd="rstd", q_amax="amax")
 
     def fwd(
         self, x: Tensor, norm_weight: Tensor | None, norm_eps: float,
@@ -83,7 +83,7 @@ class RMSNormQuantize(_Quantizing):
     ) -> Any:  # fmt: skip
         made, rstd, _ = norm_kernels.rmsnorm_quantize(
             x, norm_weight, norm_eps, format_of(q.quantizer), norm_zero_centered_gamma, None,
-            q_scale, copy_names(want),
+            q_scale, want,
         )  # fmt: skip
         return as_quantized(q.quantizer, made, x.dtype), (rstd, made.amax)
 
@@ -94,6 +94,7 @@ class AddRMSNormQuantize(_Quantizing):
 
     pattern = dict(add=Add, norm=RMSNorm, q=Quantize)
     saves = ("norm_x", "norm_rstd", "q_amax")
+    wants = dict(norm_rstd="rstd", q_amax="amax")
 
     def fwd(
         self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_eps: float,
@@ -101,7 +102,7 @@ class AddRMSNormQuantize(_Quantizing):
     ) -> Any:  # fmt: skip
         made, rstd, total = norm_kernels.rmsnorm_quantize(
             x, norm_weight, norm_eps, format_of(q.quantizer), norm_zero_centered_gamma, add_other,
-            q_scale, copy_names(want),
+            q_scale, want,
         )  # fmt: skip
         return as_quantized(q.quantizer, made, x.dtype), (total, rstd, made.amax)
 
@@ -111,6 +112,7 @@ class LayerNormQuantize(_Quantizing):
     """LayerNorm and Quantize; the normalized value is not stored."""
 
     pattern, saves = dict(norm=LayerNorm, q=Quantize), ("norm_mean", "norm_rstd", "q_amax")
+    wants = dict(norm_mean="mean", norm_rstd="rstd", q_amax="amax")
 
     def fwd(
         self, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
@@ -118,7 +120,7 @@ class LayerNormQuantize(_Quantizing):
     ) -> Any:  # fmt: skip
         made, mean, rstd, _ = norm_kernels.layernorm_quantize(
             x, norm_weight, norm_bias, norm_eps, format_of(q.quantizer), norm_zero_centered_gamma,
-            None, q_scale, copy_names(want),
+            None, q_scale, want,
         )  # fmt: skip
         return as_quantized(q.quantizer, made, x.dtype), (mean, rstd, made.amax)
 
@@ -129,6 +131,7 @@ class AddLayerNormQuantize(_Quantizing):
 
     pattern = dict(add=Add, norm=LayerNorm, q=Quantize)
     saves = ("norm_x", "norm_mean", "norm_rstd", "q_amax")
+    wants = dict(norm_mean="mean", norm_rstd="rstd", q_amax="amax")
 
     def fwd(
         self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -137,7 +140,7 @@ class AddLayerNormQuantize(_Quantizing):
     ) -> Any:  # fmt: skip
         made, mean, rstd, total = norm_kernels.layernorm_quantize(
             x, norm_weight, norm_bias, norm_eps, format_of(q.quantizer), norm_zero_centered_gamma,
-            add_other, q_scale, copy_names(want),
+            add_other, q_scale, want,
         )  # fmt: skip
         return as_quantized(q.quantizer, made, x.dtype), (total, mean, rstd, made.amax)
 
@@ -147,6 +150,7 @@ class ActivationQuantize(_Quantizing):
     """An activation, plain or gated, and Quantize; the activation is not stored."""
 
     pattern, saves = dict(act=Plain | Gated, q=Quantize), ("q_amax",)
+    wants = dict(q_amax="amax")
 
     def reject(self, act: Op, q: Op, x: Spec) -> str | None:  # type: ignore[override]
         return reject_activation(act, x) or _rejects(q, x)
@@ -156,12 +160,7 @@ class ActivationQuantize(_Quantizing):
         want: Collection[str],
     ) -> Any:  # fmt: skip
         made = kernels.activation_quantize(
-            x,
-            act_kernel,
-            format_of(q.quantizer),
-            _params(act),
-            scale=q_scale,
-            want=copy_names(want),
+            x, act_kernel, format_of(q.quantizer), _params(act), scale=q_scale, want=want
         )
         return as_quantized(q.quantizer, made, x.dtype), (made.amax,)
 
@@ -182,6 +181,7 @@ class ActivationBackwardQuantize(_Quantizing):
     """Backward of [bias and] activation, quantized for the linear before, with the bias's sums."""
 
     pattern = dict(q=QuantizeGrad, bias=Bias | None, act=Plain | Gated)
+    wants = dict(q_scale="amax", bias_bias="bias")
 
     def reject(self, q: Any, act: Any, x: Spec) -> str | None:  # type: ignore[override]
         return reject_backward(q, act, x)
@@ -190,10 +190,9 @@ class ActivationBackwardQuantize(_Quantizing):
         self, dy: Tensor, q: Any, q_scale: Tensor | None, bias: Op | None,
         bias_bias: Tensor | None, act: Op, act_x: Tensor, act_kernel: str, want: Collection[str],
     ) -> Any:  # fmt: skip
-        names = tuple(n for n in copy_names(want) if n in ("row", "col", "amax"))
-        dtype = bias_bias.dtype if bias_bias is not None and "bias_bias" in want else None
+        dtype = bias_bias.dtype if bias_bias is not None and "bias" in want else None
         made, _, dbias = backward.activation_backward_quantize(
-            dy, act_x, act_kernel, format_of(q.quantizer), _params(act), q_scale, names, dbias=dtype
+            dy, act_x, act_kernel, format_of(q.quantizer), _params(act), q_scale, want, dbias=dtype
         )
         dx = as_quantized(q.quantizer, made, dy.dtype)
         return dx, (made.amax,) if bias is None else (made.amax, dbias)
@@ -212,6 +211,7 @@ class ActivationLinearBackwardQuantize(Triton):
     pattern = dict(
         grad=QuantizeGrad, bias=Bias | None, act=Plain | Gated, q=Quantize, fc=BasicLinear
     )
+    wants = dict(grad_scale="amax", bias_bias="bias")
 
     def reject_formats(self, x: Storage, weight: Storage, dy: Storage | None) -> str | None:
         """Why it cannot multiply such operands, or None."""
@@ -237,12 +237,11 @@ class ActivationLinearBackwardQuantize(Triton):
         q_scale: Tensor | None, fc: Any, fc_weight: Quantized, fc_weight_stored: Tensor,
         want: Collection[str],
     ) -> Any:  # fmt: skip
-        names = [n for n in ("row", "col") if n in want] + ["amax"] * ("grad_scale" in want)
-        dtype = bias_bias.dtype if bias_bias is not None and "bias_bias" in want else None
+        dtype = bias_bias.dtype if bias_bias is not None and "bias" in want else None
         weighs = "fc_weight" in want
         dact = scaled_product(dy.row, fc_weight.col, dy.dtype)
         made, y, dbias = backward.activation_backward_quantize(
-            dact, act_x, act_kernel, format_of(grad.quantizer), _params(act), grad_scale, names,
+            dact, act_x, act_kernel, format_of(grad.quantizer), _params(act), grad_scale, want,
             format_of(q.quantizer), q_scale, ("col",) if weighs else (), dtype,
         )  # fmt: skip
         dweight = None

@@ -56,6 +56,7 @@ def activation_backward_quantize(
     if to.scaling == "rows":
         raise ValueError("an activation's gradient cannot be scaled by rows in one pass")
     rows, total = x.shape
+    want = {"row", "col", "amax"}.intersection(want)
     current = Output(amax=to.scaling == "tensor" and scale is None and bool(want))
     y_current = Output(amax=to.scaling == "tensor" and y_scale is None and bool(y_want))
     amax, y_amax, _ = _run(dy, x, flags, to, y_to.dtype, current, y_current)
