@@ -177,6 +177,9 @@ class Space:
         # Without a recipe a refusal of what is for recipes would say nothing.
         recipe = bool(self.program.run.quantizers)
         fusers = [f for f in registered() if recipe or not f.quantized]
+        offered: dict[str, list[Fuser]] = {}
+        for fuser in fusers:
+            offered.setdefault(fuser.backend, []).append(fuser)
         kinds, known = set(self.program.kinds), backends()
         for name in self.order:
             if name not in known:
@@ -184,7 +187,7 @@ class Space:
             reason = known[name].why_not_on(device)
             if reason is None:
                 usable.add(name)
-            elif any(f.backend == name and f.declaration.fits(kinds) for f in fusers):
+            elif any(fuser.declaration.fits(kinds) for fuser in offered.get(name, ())):
                 self._add_rejection(Rejection((), name, "both", reason))
         only = self.program.request.options.get("fusers")
         return [f for f in fusers if f.backend in usable and (only is None or f.name in only)]

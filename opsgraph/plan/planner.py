@@ -11,9 +11,11 @@ claim): whichever pass is behind advances, and an edge exists only if the two ar
 The planner knows no concrete op.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
+from heapq import heappop, heappush
+from math import inf
 from typing import NamedTuple
 
 from ..op import BACKWARD, FORWARD
@@ -111,28 +113,47 @@ def optimal(space: Space) -> Cover:
 
 def _forward_path(space: Space, live: set[str]) -> list[Claim]:
     """The cheapest forward under a given set of live values."""
-    import networkx as nx  # here: it takes longer to import than all of opsgraph
-
-    graph, count, local = nx.DiGraph(), space.program.count, _by_place(space, live)
+    count, local = space.program.count, _by_place(space, live)
+    costs = [0.0] + [inf] * count
+    last: list[Claim | None] = [None] * (count + 1)
     for gap in range(count):
-        if space.program.still_forward[gap]:
-            graph.add_edge(gap, gap + 1, weight=0.0, claim=None)
+        if space.program.still_forward[gap] and costs[gap] < costs[gap + 1]:
+            costs[gap + 1], last[gap + 1] = costs[gap], None
         for claim in space.starting[FORWARD][gap]:
             if not _qualifies(space, claim, local(claim)):
                 continue
-            weight = space.moved(claim, live & claim.gives) + 1e-3 * claim.rank
-            known = graph.get_edge_data(gap, claim.stop)
-            if known is None or weight < known["weight"]:
-                graph.add_edge(gap, claim.stop, weight=weight, claim=claim)
-    path = nx.shortest_path(graph, 0, count, weight="weight") if count else []
-    edges = (graph.edges[edge]["claim"] for edge in pairwise(path))
-    return [claim for claim in edges if claim is not None]
+            cost = costs[gap] + space.moved(claim, live & claim.gives) + 1e-3 * claim.rank
+            if cost < costs[claim.stop]:
+                costs[claim.stop], last[claim.stop] = cost, claim
+    chosen: list[Claim] = []
+    gap = count
+    while gap:
+        best = last[gap]
+        if best is not None:
+            chosen.append(best)
+        gap = gap - 1 if best is None else best.start
+    return chosen[::-1]
+
+
+class _Pair(NamedTuple):
+    """How far both passes have come, and the last claim of each that may conflict with the next."""
+
+    forward: int
+    backward: int
+    forward_claim: Claim | None
+    backward_claim: Claim | None
+
+    def after(self, direction: str, gap: int, claim: Claim | None) -> "_Pair":
+        """The pair after a pass has come to a gap; a claim that is passed can conflict no more."""
+        if direction == FORWARD:
+            beside = self.backward_claim if self.backward > self.forward else None
+            return _Pair(gap, self.backward, claim, beside)
+        beside = self.forward_claim if self.forward > self.backward else None
+        return _Pair(self.forward, gap, beside, claim)
 
 
 def _pair_path(space: Space) -> list[Claim]:
     """The backward claims of the shortest path over pairs of last claims."""
-    import networkx as nx
-
     program, count = space.program, space.program.count
     estimate: dict[str, tuple[float, frozenset[str]]] = {}
 
@@ -152,46 +173,36 @@ def _pair_path(space: Space) -> list[Claim]:
 
     @cache
     def advance(gap: int, direction: str) -> list[tuple[Claim | None, int, float]]:
-        found: list[tuple[Claim | None, int, float]] = []
-        still = program.still(direction)
-        if still[gap] or (direction == BACKWARD and not program.flows[gap + 1]):
-            found.append((None, gap + 1, 0.0))
+        steps: list[tuple[Claim | None, int, float]] = []
+        if program.still(direction)[gap] or (direction == BACKWARD and not program.flows[gap + 1]):
+            steps.append((None, gap + 1, 0.0))
         for claim in space.starting[direction][gap]:
+            if direction == BACKWARD and not space.admitted(claim):
+                continue
             cost = space.moved(claim) + 1e-3 * claim.rank
             if direction == BACKWARD:
-                if not space.admitted(claim):
-                    continue
                 cost += sum(keeping(name)[0] for name in claim.needs)
-            found.append((claim, claim.stop, cost))
-        return found
+            steps.append((claim, claim.stop, cost))
+        return steps
 
-    start: tuple[int, int, Claim | None, Claim | None] = (0, 0, None, None)
-    graph, frontier, seen = nx.DiGraph(), [start], {start}
-    graph.add_node(start)
-    goals = []
-    while frontier:
-        node = frontier.pop()
-        f_gap, b_gap, f_claim, b_claim = node
-        if f_gap == b_gap == count:
-            goals.append(node)
-            continue
-        behind = FORWARD if f_gap <= b_gap else BACKWARD
-        for claim, gap, cost in advance(min(f_gap, b_gap), behind):
-            after: tuple[int, int, Claim | None, Claim | None]
-            if behind == FORWARD:
-                after = (gap, b_gap, claim, b_claim if b_gap > f_gap else None)
-            else:
-                after = (f_gap, gap, f_claim if f_gap > b_gap else None, claim)
-            if not compatible(after[2], after[3]):
-                continue
-            graph.add_edge(node, after, weight=cost)
-            if after not in seen:
-                seen.add(after)
-                frontier.append(after)
-    lengths, paths = nx.single_source_dijkstra(graph, start, weight="weight")
-    best = paths[min(goals, key=lengths.__getitem__)]
-    chosen = dict.fromkeys(node[3] for node in best if node[3] is not None)
-    return list(reversed(chosen))
+    start, serial = _Pair(0, 0, None, None), itertools.count(1)
+    costs, previous, queue = {start: 0.0}, dict[_Pair, _Pair](), [(0.0, 0, start)]
+    while queue:
+        total, _, pair = heappop(queue)
+        if pair.forward == pair.backward == count:
+            break
+        behind = FORWARD if pair.forward <= pair.backward else BACKWARD
+        for claim, gap, cost in advance(min(pair[:2]), behind):
+            after = pair.after(behind, gap, claim)
+            if total + cost < costs.get(after, inf) and compatible(*after[2:]):
+                costs[after], previous[after] = total + cost, pair
+                heappush(queue, (total + cost, next(serial), after))
+    chosen: dict[Claim, None] = {}
+    while pair in previous:
+        if pair.backward_claim is not None:
+            chosen[pair.backward_claim] = None
+        pair = previous[pair]
+    return list(chosen)
 
 
 PLANNERS = {"greedy": greedy, "optimal": optimal}
