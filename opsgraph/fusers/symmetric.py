@@ -43,7 +43,7 @@ def refusal(exchange: Any, x: Spec) -> str | None:
 
 
 def asked(fc: Op, flag: str) -> str | None:
-    """Why it is not taken where nobody asks for it, or None."""
+    """Why it is refused where the linear does not ask for it, or None."""
     return None if flag in getattr(fc, "overlap", ()) else f"it takes {flag}, which is off"
 
 

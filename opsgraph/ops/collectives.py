@@ -29,7 +29,7 @@ SYMMETRIC = ("multimem_all_reduce", "two_shot", "one_shot")
 
 
 class Group(NamedTuple):
-    """A process group as plans know it. The name is "" where this process is all there is."""
+    """A process group as plans know it. The name is "" where there is no other process."""
 
     name: str
     size: int
@@ -148,7 +148,7 @@ class ReduceScatter(Collective):
 class AllReduce(Collective):
     """y is the sum of x over ranks; dx is dy, which every rank has in full.
 
-    reduce_in_backward is there for TransformerEngine's signature, and no more read than there.
+    reduce_in_backward is in TransformerEngine's signature. Neither library reads it.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Weight gradients that a backward leaves for later: who holds them, and how they arrive.
+"""Weight gradients that a backward leaves for later: where they wait, and how they arrive.
 
-A backward runs the steps that it would run anyway. Where a step computes a weight gradient, what it
-computes it of is kept instead, with the call to make: so nothing else is held, and the result is
-the same bits. `backward_dw` makes the calls and does for each weight what autograd would have done.
+A backward runs the steps that it would run anyway. Where a step computes a weight gradient, the
+operands are kept instead, with the call to make. So nothing else is held, and the result is the
+same bits. `backward_dw` makes the calls and does for each weight what autograd would have done.
 """
 
 import itertools
@@ -24,7 +24,7 @@ _serial = itertools.count()
 
 
 def wait(function: Callable[..., Any], *operands: Any) -> Any:
-    """A call to make later, of what computes a weight gradient, with what that reads."""
+    """A call of the function that computes a weight gradient, to make later, with its operands."""
     read = (
         value._replace(row=None) if isinstance(value, Quantized) and value.col else value
         for value in operands
@@ -33,7 +33,7 @@ def wait(function: Callable[..., Any], *operands: Any) -> Any:
 
 
 def deferring(op: Any) -> Any:
-    """The op for a backward: its `wgrad`, and what `weigh` is given, are calls to make later."""
+    """The op as a delaying backward sees it: its `wgrad` and `weigh` return calls to make later."""
     twin = object.__new__(op.__class__)  # op may be a weak proxy
     later = {"wgrad": partial(wait, op.wgrad)} if op.wgrad is not None else {}
     twin.__dict__ = {**op.__dict__, "deferred": True, "weigh": wait, **later}
@@ -41,7 +41,7 @@ def deferring(op: Any) -> Any:
 
 
 def mark_delayed(weight: Tensor | None, delayed: bool) -> None:
-    """Have those know who would otherwise wait for a weight's gradient in the backward."""
+    """Tell wrappers by an attribute that a weight's gradient does not come in the backward."""
     for parameter in parameters(weight) if delayed and weight is not None else ():
         parameter.skip_backward_post_hook = True  # type: ignore[attr-defined]
 
@@ -58,9 +58,9 @@ def parameters(weight: Tensor) -> list[Tensor]:
 
 
 def unasked(node: Any, weight: Tensor) -> set[int]:
-    """Of a weight's parameters those, by id, to which the running backward gives no gradient.
+    """The ids of a weight's parameters to which the running backward gives no gradient.
 
-    node: that to which the weight's gradient goes.
+    node: the autograd node to which the weight's gradient goes.
     """
     nodes = [edge for edge, _ in node.next_functions] if parts_of(weight) and node else [node]
     pairs = zip(parameters(weight), nodes, strict=True)
@@ -77,8 +77,8 @@ def _runs(node: Any) -> bool:
 class Late(NamedTuple):
     """A weight gradient to come: of which parameter, and the call that gives it.
 
-    gradient: may be a tensor, of a step that knows no other way. unwanted: weights, by id, that are
-    to get none. versions: what the call reads, with the version of each.
+    gradient: a call, or a tensor where the step computed it at once. unwanted: ids of weights that
+    get none. versions: the tensors that the call reads, each with its version.
     """
 
     module: nn.Module
@@ -149,7 +149,7 @@ def _add(weight: Tensor, gradient: Tensor) -> None:
 
 
 class Entry(NamedTuple):
-    """What a backward has left. backward: by which `backward()` it came."""
+    """What one backward has left. backward: the `backward()` that it came by."""
 
     serial: int
     backward: int
@@ -256,7 +256,7 @@ def _tell(gradients: Iterable[Late]) -> None:
 
 
 def verify_arrival(module: nn.Module, name: str, weight: Tensor, label: str, delayed: bool) -> None:
-    """Raises OpError where a weight's gradient, that autograd does not see, would go astray."""
+    """Raises OpError where a weight's gradient, which autograd does not see, would be lost."""
     parts = parts_of(weight) or {name: weight}
     what = "delay_wgrad_compute" if delayed else "accumulate_into_main_grad"
     for own, part in parts.items():

@@ -44,7 +44,7 @@ _known: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, bool]]] = WeakKeyDicti
 
 
 def _is_row(module: nn.Module, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> bool:
-    """`in_a_row`, and that shapes are the same, looked at again only where something has moved."""
+    """Whether shapes are the same and `in_a_row` holds; looked at again only after a move."""
     if type(tensors[0]) not in PLAIN or tensors[0].is_meta:
         _verify(module, names, tensors)
         return False

@@ -86,9 +86,9 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
     the weight is this rank's share, initialized inside `rng_state_tracker_function().fork()` where
     that is given, and carries tensor_model_parallel, partition_dim and partition_stride.
     partition_stride: in how many pieces the rows are before each is split, by default 2 where a
-    gated activation follows in a sequence, else 1. overlap, symmetric_ar_type: what fusers that
-    hide an exchange behind a matrix product read, see `opsgraph.fusers.overlap`. Raises OpError for
-    sizes that the ranks do not divide.
+    gated activation follows in a sequence, else 1. overlap, symmetric_ar_type: read by fusers that
+    hide an exchange behind a matrix product. Raises OpError for sizes that the ranks do not
+    divide.
     """
 
     gemm = quantizable = lowers_subclasses = True

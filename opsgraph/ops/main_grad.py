@@ -50,11 +50,11 @@ def arriving(backward: int | None, unwanted: frozenset[int] = frozenset()) -> It
 
 
 def expect_overwrite(weight: Tensor) -> None:
-    """Have the next gradient that arrives overwrite main_grad: that holds nothing of this step.
+    """Have the next gradient that arrives overwrite main_grad, which holds nothing of this step.
 
     Without gradients it does nothing, unless inside the forward of an autograd.Function, as the
-    reentrant kind of torch.utils.checkpoint is: a backward will come. What runs inside a backward
-    is a checkpoint's recomputation, and was said before.
+    reentrant kind of torch.utils.checkpoint is: a backward will come. A call inside a backward is a
+    checkpoint's recomputation, whose first call has said so before.
     """
     inside = not forward_gradients() and not torch.is_inference_mode_enabled()
     if graph_task() >= 0:

@@ -261,7 +261,7 @@ class LayerNorm(_Norm):
 
 
 def _wide(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Rows of a plan as rows of as many values as a norm's sizes have together."""
+    """Rows of a plan as rows of `prod(sizes)` values each."""
     return x.reshape(-1, prod(sizes))
 
 

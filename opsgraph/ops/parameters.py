@@ -65,7 +65,7 @@ class MarksParameters(nn.Module):
     """
 
     def _mark_parameters(self) -> None:
-        """Give the parameters the attributes by which others know how they are split."""
+        """Give the parameters the attributes that tell other libraries how they are split."""
         raise NotImplementedError
 
     def mark(self) -> None:

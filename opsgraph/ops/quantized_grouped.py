@@ -13,7 +13,7 @@ from ..precision.recipe import Recipe
 from .grouped import GroupedLinear, _pieces, into_main_grads
 
 Quantize = Callable[[Quantizer, Tensor, Collection[str]], Quantized]
-"""Who makes the copies of a tensor that are named."""
+"""A function that makes the copies of a tensor whose names it is given."""
 
 
 def _by_formula(quantizer: Quantizer, x: Tensor, copies: Collection[str]) -> Quantized:

@@ -25,7 +25,7 @@ def infer_sizes(
 
 
 def width_between(modules: Sequence[nn.Module], last: int | None = None) -> int | None:
-    """The width that modules demand of what is before them, `last` being the one after them."""
+    """The width that modules demand of the value before them; `last`: the width after them."""
     between: list[Op] = []
     width = last
     for module in modules:

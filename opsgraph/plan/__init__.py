@@ -1,4 +1,4 @@
-"""From ops to a plan: what is computed, who could compute it, and the functions that do."""
+"""From ops to a plan: what is computed, which fusers could, and the functions that do."""
 
 from .result import Plan, make_plan
 

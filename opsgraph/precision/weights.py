@@ -189,7 +189,7 @@ def hold(module: nn.Module, *names: str) -> None:
             first = weight.detach().cpu()
             held.get_high_precision_init_val = lambda first=first: first
             held.clear_high_precision_init_val = lambda held=held: _clear(held)
-        setattr(module, name, held)  # not past those who mark parameters
+        setattr(module, name, held)  # not past the hooks that mark parameters
 
 
 def _clear(weight: Any) -> None:

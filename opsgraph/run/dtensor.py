@@ -14,7 +14,7 @@ from ..errors import OpsgraphError
 from ..kernels.exchange import collectives
 
 PLAIN = (Tensor, nn.Parameter)
-"""Types of weights that are what they seem."""
+"""Types of weights that are plain tensors."""
 
 
 class _SumGradient(torch.autograd.Function):
