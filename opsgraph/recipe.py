@@ -1,7 +1,7 @@
-"""Recipes, where users import them from; `precision/recipe.py` defines them."""
+"""Recipes, where users import them from; `precision/` defines them."""
 
+from .precision.quantizers import ROLES
 from .precision.recipe import (
-    ROLES,
     CustomRecipe,
     DelayedScaling,
     Float8BlockScaling,

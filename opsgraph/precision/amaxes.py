@@ -12,7 +12,7 @@ from .. import config
 from ..errors import OpsgraphError
 from ..guards.torch_private import preserve_version
 from ..kernels.reference.quantize import FP8_MAX, delayed_update
-from .delayed import BACKWARD, FORWARD, Scaling, states_of, terms_of
+from .delayed import BACKWARD, FORWARD, Scaling, states_of
 from .exchange import reduce_max
 from .recipe import DelayedScaling
 
@@ -43,7 +43,7 @@ def take_up_forwards(recipe: DelayedScaling, group: Any) -> None:
 
 def serving(recipe: DelayedScaling) -> list[Scaling]:
     """All states of a recipe, each with that recipe's scales."""
-    states, terms = states_of(recipe), terms_of(recipe)
+    states, terms = states_of(recipe), recipe.terms
     for state in states:
         if state.terms != terms:
             with config.lock:

@@ -19,8 +19,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +27,9 @@ from torch import Tensor, nn
 from .. import config
 from ..errors import OpsgraphError
 from ..guards.torch_private import graph_task, preserve_version
-from ..kernels.reference.quantize import FP8_MAX, FP32_MAX
+from ..kernels.reference.quantize import FP32_MAX
 from . import interned
-from .recipe import ROLES, DelayedScaling
+from .quantizers import ROLES
 
 
 def recomputing() -> bool:
@@ -116,15 +115,16 @@ class Terms(NamedTuple):
     backward: float
 
 
-def terms_of(recipe: DelayedScaling) -> Terms:
-    """The terms of a recipe."""
-    return _terms(recipe.amax_history_len, recipe.fp8_format, recipe.margin)
+class Served(Protocol):
+    """A recipe, as far as its states know it."""
 
+    @property
+    def key(self) -> int:
+        """Its number."""
 
-@lru_cache(64)
-def _terms(length: int, fp8_format: Any, margin: int) -> Terms:
-    limits = (FP8_MAX[fp8_format.of(role)] for role in ("activation", "gradient"))
-    return Terms(length, *(limit * 2.0**-margin for limit in limits))
+    @property
+    def terms(self) -> Terms:
+        """What its states depend on."""
 
 
 FORWARD, BACKWARD = "amax_forward", "amax_backward"
@@ -334,7 +334,7 @@ def child_name(weight: str) -> str:
     return weight.removesuffix("weight") + "scaling"
 
 
-def scaling_of(owner: nn.Module, weight: str, recipe: DelayedScaling, label: str = "") -> Scaling:
+def scaling_of(owner: nn.Module, weight: str, recipe: Served, label: str = "") -> Scaling:
     """The state for a weight, a child of the module that owns it; made if it is not there yet.
 
     label: what ranks of a group call it, if it was given no name.
@@ -343,10 +343,10 @@ def scaling_of(owner: nn.Module, weight: str, recipe: DelayedScaling, label: str
     with config.lock:
         state = owner._modules.get(name)
         if not isinstance(state, Scaling):
-            state = Scaling(recipe.amax_history_len, getattr(owner, weight).device)
+            state = Scaling(recipe.terms.length, getattr(owner, weight).device)
             owner.add_module(name, state)
         state.label = state.label or label
-        state.serve(terms_of(recipe))
+        state.serve(recipe.terms)
         known = _registered.setdefault(recipe.key, [])
         if not any(ref() is state for ref in known):
             known.append(weakref.ref(state))
@@ -357,7 +357,7 @@ def scaling_of(owner: nn.Module, weight: str, recipe: DelayedScaling, label: str
 _registered: dict[int, list[weakref.ref[Scaling]]] = {}
 
 
-def states_of(recipe: DelayedScaling) -> list[Scaling]:
+def states_of(recipe: Served) -> list[Scaling]:
     """All states of a recipe, in the order in which they were made."""
     with config.lock:
         interned.drop_forgotten(_registered)
@@ -372,7 +372,7 @@ def _scaled(module: nn.Module) -> Sequence[str]:
     return names
 
 
-def prepare(module: nn.Module, recipe: DelayedScaling) -> None:
+def prepare(module: nn.Module, recipe: Served) -> None:
     """Make the states of all weights in a module that the recipe serves."""
     for path, child in list(module.named_modules()):
         for name in _scaled(child):

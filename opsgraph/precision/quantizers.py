@@ -25,6 +25,8 @@ from ..op import ROWS, Spec, Storage
 E4M3, E5M2, BF16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
 _NAMES = {E4M3: "e4m3", E5M2: "e5m2"}
 COPIES = ("row", "col")
+ROLES = ("activation", "weight", "gradient")
+"""What a quantizer is asked for, one each; delayed scaling has a column for each, in this order."""
 
 
 class Copy(NamedTuple):

@@ -22,9 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OpsgraphError
+from ..guards.cached import cached_property
 from ..guards.validation import flag
-from . import interned
+from ..kernels.reference.quantize import FP8_MAX
+from . import delayed, interned
 from .quantizers import (
+    ROLES,
     BlockQuantizer,
     DelayedQuantizer,
     MXQuantizer,
@@ -34,7 +37,6 @@ from .quantizers import (
     TensorQuantizer,
 )
 
-ROLES = ("activation", "weight", "gradient")
 OVERRIDES = (None, "high_precision", "dequantized")
 MARGINS = 126
 
@@ -189,9 +191,15 @@ class DelayedScaling(Recipe):
         A state dict then has them: call it before torch.distributed.checkpoint asks a module what
         to load, and on every rank of an amax_reduction_group. What is there already stays.
         """
-        from .delayed import prepare
+        delayed.prepare(module, self)
 
-        prepare(module, self)
+    @cached_property
+    def terms(self) -> delayed.Terms:
+        """The part that the states of layers depend on."""
+        limits = (FP8_MAX[self.fp8_format.of(role)] for role in ("activation", "gradient"))
+        return delayed.Terms(
+            self.amax_history_len, *(limit * 2.0**-self.margin for limit in limits)
+        )
 
     def quantizer(self, role: str) -> Quantizer:
         return DelayedQuantizer(self.fp8_format.of(role))
