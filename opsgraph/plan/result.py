@@ -1,9 +1,11 @@
 """`Plan`: the immutable result of planning, which can be run, printed, drawn and asked why."""
 
+import itertools
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -65,6 +67,8 @@ class Plan:
     """The class of the basic op at each position."""
     numbers: tuple[str, ...]
     """What plans and sources call each op: its number, or "q2", "g2" for what a recipe adds."""
+    planning_seconds: float = field(compare=False)
+    """How long planning took, with the source written and compiled."""
 
     @property
     def saved_bytes_per_row(self) -> int:
@@ -101,42 +105,65 @@ class Plan:
         return table(self)
 
 
-class Signature(NamedTuple):
-    """Specs of what the generated functions return, for those who must know before running."""
+class Input(NamedTuple):
+    """An argument of the forward after `ops`: x, an extra input, a weight, or a part of one."""
 
-    outputs: tuple[Spec, ...]
-    saved: tuple[tuple[str, Spec], ...]
-    """Saved values and weights, in order; those that are inputs are in `inputs` too."""
-    names: tuple[str, ...]
-    """The forward's arguments after `ops`."""
-    ratios: tuple[tuple[int, int], ...] | None
-    """Rows of each output for rows of the input, None where they are the same."""
-    dims: tuple[int | None, ...]
-    """Of the input and the extra inputs: dimensions inside the plan, None for as they are."""
-    absent: tuple[bool, ...]
-    """Which of them are None: parameters that a module does not have."""
-    inputs: tuple[str, ...]
-    """Arguments that the plan uses as they are, not cast."""
-    gradients: tuple[Spec | None, ...]
+    name: str
+    spec: Spec | None
+    """None for a parameter that the module does not have."""
+    dims: int | None
+    """Its dimensions inside the plan; None for as they are."""
+    cast: bool
+    """Whether the plan casts it before all else: what it saves is then not the argument itself."""
+    gradient: bool
+    """Whether the backward returns its gradient."""
+    amax: bool
+    """Whether it returns an amax in that place."""
+
+
+class Output(NamedTuple):
+    """A result of the forward: y, an extra output, or an amax that a recipe wants."""
+
+    spec: Spec
+    rows: tuple[int, int]
+    """Its rows for rows of the input."""
+
+
+class Saved(NamedTuple):
+    """A tensor that the forward keeps. argument: which of its inputs it is, None for none."""
+
+    name: str
+    spec: Spec
+    argument: int | None
+
+
+class Signature(NamedTuple):
+    """What the generated functions take and return, for those who must know before they run."""
+
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    saved: tuple[Saved, ...]
+    first_weight: int
+    """Where the weights begin among the inputs."""
+    same_rows: bool
+    """Whether every output has the rows of the input."""
     taps: tuple[int, ...]
     """Which outputs' gradients, the first apart, the backward takes."""
-    training: bool
-    autocast: bool
+    reports: int
+    """How many of the outputs, the last ones, are amaxes."""
+    reported: tuple[int, ...]
+    """Which of the inputs get an amax in the place of their gradient."""
     late: tuple[int, ...]
     """Which weights' gradients wait for `backward_dw`: places among the weights."""
-    stored: tuple[tuple[int, int], ...]
-    """Saved weights whose gradients go into main_grad: places among what is saved, and weights."""
-    packed: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    into_main_grad: tuple[tuple[int, int], ...]
+    """Weights whose gradients go into main_grad: places among what is saved, and the weights."""
+    packed: tuple[tuple[int, tuple[str, ...]], ...]
     """Weights that are handed in quantized: their places among the weights, and the copies."""
-    parts: tuple[str, ...] = ()
-    """The last arguments: the parts of those weights."""
-    reports: int = 0
-    """How many amaxes follow the outputs."""
-    reported: tuple[int, ...] = ()
-    """Which of the arguments get an amax in the place of their gradient."""
-    identity: bool = False
+    training: bool
+    autocast: bool
+    identity: bool
     """Whether the only output is the input, and so are their gradients: nothing is to be run."""
-    random: bool = False
+    random: bool
     """Whether the forward draws random numbers."""
 
 
@@ -185,51 +212,63 @@ def _saved_specs(space: Space, cover: Cover, check: bool) -> dict[str, Spec]:
 def _signature(space: Space, cover: Cover, saved: Mapping[str, Spec]) -> Signature:
     program, copies = space.program, Packing(space, cover)
     run, request = program.run, program.request
+    inputs = _inputs(program, copies)
+    places = {argument.name: k for k, argument in enumerate(inputs) if not argument.cast}
+    values = list(saved)
     last = (program.count, *run.outputs)
-    weights = {v: request.weights[slot] for slot, v in program.weight_names.items()}
-    weights |= dict(copies.parameters)
-    given: dict[str, Any] = {"x0": request.x, **program.extra_specs, **weights}
-    wanted = request.gradients | program.reported
-    places = list(saved)
-    ratios = tuple(program.specs[gap].factor.as_integer_ratio() for gap in last)
-    cast = {
-        name
-        for name, spec in given.items()
-        if request.compute is not None
-        and name not in weights
-        and name not in program.uncast
-        and spec.dtype != request.compute
-    }
-    kinds = zip(program.kinds, program.still_forward, strict=True)
+    outputs = [Output(s, s.factor.as_integer_ratio()) for s in (program.specs[g] for g in last)]
+    same_rows = all(output.rows == (1, 1) for output in outputs)
+    outputs += [Output(space.spec(name), (1, 1)) for name in program.reports]
     steps = (*cover.forward, *cover.backward, *run.outputs)
     identity = not steps and request.x == program.specs[-1] and program.x(program.count) == "x0"
+    kinds = zip(program.kinds, program.still_forward, strict=True)
     return Signature(
-        (*(program.specs[gap] for gap in last), *map(space.spec, program.reports)),
-        tuple(saved.items()),
-        tuple(given),
-        None if set(ratios) == {(1, 1)} else ratios,
-        (2, *(program.extra_dims(*place) for place in run.inputs)),
-        tuple(spec is None for spec in given.values()),
-        tuple(name for name in given if name not in cast),
-        tuple(spec if name in wanted else None for name, spec in given.items()),
-        tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
-        bool(request.gradients) and program.flows[-1] and not identity,
-        request.compute is not None,
-        program.late,
-        tuple((places.index(v), k) for k, v in program.accumulated.items() if v in saved),
-        tuple((run.slots.index((i, name)), which) for i, name, which in copies.weights()),
-        tuple(name for name, _ in copies.parameters),
-        len(program.reports),
-        tuple(k for k, name in enumerate(given) if name in program.reported),
-        identity,
-        any(kind.random for kind, still in kinds if not still),
+        tuple(inputs),
+        tuple(outputs),
+        tuple(Saved(name, spec, places.get(name)) for name, spec in saved.items()),
+        first_weight=1 + len(program.inputs),
+        same_rows=same_rows,
+        taps=tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
+        reports=len(program.reports),
+        reported=tuple(k for k, argument in enumerate(inputs) if argument.amax),
+        late=program.late,
+        into_main_grad=tuple(
+            (values.index(v), k) for k, v in program.accumulated.items() if v in saved
+        ),
+        packed=tuple((run.slots.index((i, name)), which) for i, name, which in copies.weights()),
+        training=bool(request.gradients) and program.flows[-1] and not identity,
+        autocast=request.compute is not None,
+        identity=identity,
+        random=any(kind.random for kind, still in kinds if not still),
     )
+
+
+def _inputs(program: Program, copies: Packing) -> list[Input]:
+    """The forward's arguments, in order."""
+    request, weights = program.request, program.weight_names
+    activations: dict[str, Spec] = {"x0": request.x, **program.extra_specs}
+    dims = (2, *(program.extra_dims(*place) for place in program.run.inputs))
+    specs: dict[str, Spec | None] = {**activations}
+    specs |= {variable: request.weights[slot] for slot, variable in weights.items()}
+    specs |= dict(copies.parameters)
+    cast = {
+        name
+        for name, spec in activations.items()
+        if request.compute not in (None, spec.dtype) and name not in program.uncast
+    }
+    inputs = []
+    for (name, spec), size in itertools.zip_longest(specs.items(), dims):
+        amax = name in program.reported
+        wanted = name in request.gradients or amax
+        inputs.append(Input(name, spec, size, name in cast, wanted, amax))
+    return inputs
 
 
 def make_plan(
     run: Run, request: Request, order: tuple[str, ...], planner: str, config: Config
 ) -> Plan:
     """Plan a run for one kind of call. Raises OpError or PlanError for what cannot be planned."""
+    start = time.perf_counter()
     if planner not in PLANNERS:
         raise PlanError(f"got planner {planner!r}, expected one of {', '.join(PLANNERS)}")
     run, request = with_casts(run, request)
@@ -254,6 +293,7 @@ def make_plan(
         tuple(run.labels),
         tuple(kind.__name__ for kind in run.kinds),
         tuple(run.numbers),
+        time.perf_counter() - start,
     )
     _log(plan, config)
     return plan
@@ -268,7 +308,7 @@ def _taken(rejection: Rejection, cover: Cover) -> bool:
 
 def _log(plan: Plan, config: Config) -> None:
     if "plan" in config.logs:
-        print(plan, file=sys.stderr)
+        print(f"{plan}\nplanned in {plan.planning_seconds * 1e3:.1f} ms", file=sys.stderr)
     if "reject" in config.logs:
         for refused in plan.rejected:
             ops, name, direction, reason = refused

@@ -31,21 +31,23 @@ def flat(x: Tensor, dims: int | None) -> Tensor:
 
 def flattened(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The input and the extra inputs as the plan takes them."""
-    if len(plan.specs.dims) == 1:
+    count = plan.specs.first_weight
+    if count == 1:
         return [flat(tensors[0], 2)]
-    return [flat(t, dims) for t, dims in zip(tensors, plan.specs.dims, strict=False)]
+    pairs = zip(tensors[:count], plan.specs.inputs, strict=False)
+    return [flat(tensor, argument.dims) for tensor, argument in pairs]
 
 
 def unflattened(plan: Plan, outputs: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
     """Outputs with the leading dimensions of the input; the first one counts the ranks' rows."""
-    if plan.specs.ratios is None:
+    if plan.specs.same_rows:
         y, lead = outputs[0], shape[:-1]
         found = [y.view(*lead, y.shape[-1])]
         if len(outputs) > 1:
             found += [y.view(*lead, y.shape[-1]) for y in outputs[1:]]
         return found
     found = []
-    for y, (up, down) in zip(outputs, plan.specs.ratios, strict=True):
+    for y, (_, (up, down)) in zip(outputs, plan.specs.outputs, strict=False):
         if len(shape) < 2 or shape[0] * up % down:
             sizes = f"[rows, *, {shape[-1]}], rows a multiple of {down}"
             raise OpError(plan.labels[0], f"input of shape {tuple(shape)}", sizes)

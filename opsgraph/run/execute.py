@@ -197,7 +197,7 @@ _library.define("backward(str handle, Tensor[] tensors, Tensor[] seen) -> Tensor
 
 def _made(plan: Plan) -> list[int]:
     """Which saved values the forward makes, inputs and weights being there already."""
-    return [k for k, (name, _) in enumerate(plan.specs.saved) if name not in plan.specs.inputs]
+    return [k for k, value in enumerate(plan.specs.saved) if value.argument is None]
 
 
 def _distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -226,7 +226,7 @@ def _forward_random(handle: str, tensors: list[Tensor], call: Tensor) -> list[Te
 def _with_missing(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """The tensors as the plan's arguments: weights that are None have no tensor."""
     rest = iter(tensors)
-    return [None if absent else next(rest) for absent in plan.specs.absent]
+    return [None if argument.spec is None else next(rest) for argument in plan.specs.inputs]
 
 
 def _backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
@@ -250,8 +250,8 @@ def _scaled(rows: Any, factor: Fraction) -> Any:
 
 def _fake_forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
     plan = _found(handle)[0]
-    made = [plan.specs.saved[k][1] for k in _made(plan)]
-    return _fakes([*plan.specs.outputs, *made], tensors[0].shape[0])
+    made = [value.spec for value in plan.specs.saved if value.argument is None]
+    return _fakes([*(y.spec for y in plan.specs.outputs), *made], tensors[0].shape[0])
 
 
 def _fake_forward_random(handle: str, tensors: list[Tensor], call: Tensor) -> list[Tensor]:
@@ -260,18 +260,19 @@ def _fake_forward_random(handle: str, tensors: list[Tensor], call: Tensor) -> li
 
 def _fake_backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
     plan = _found(handle)[0]
-    names = [name for name, _ in plan.specs.saved]
+    names = [value.name for value in plan.specs.saved]
     saved = dict(zip(names, tensors[len(tensors) - len(names) :], strict=True))
-    rows, found = _scaled(tensors[0].shape[0], 1 / plan.specs.outputs[0].factor), []
-    for k, (name, spec) in enumerate(zip(plan.specs.names, plan.specs.gradients, strict=True)):
-        if k in plan.specs.reported:
+    rows = _scaled(tensors[0].shape[0], 1 / plan.specs.outputs[0].spec.factor)
+    gradients = []
+    for name, spec, _, _, wanted, amax in plan.specs.inputs:
+        if spec is None or amax or not wanted:
             continue
-        if spec is not None and name in saved and ROWS not in spec.shape:
+        if name in saved and ROWS not in spec.shape:
             like, dense = saved[name], torch.contiguous_format
-            found.append(torch.empty_like(like, dtype=spec.dtype, memory_format=dense))
-        elif spec is not None:
-            found += _fakes([spec], rows)
-    return found
+            gradients.append(torch.empty_like(like, dtype=spec.dtype, memory_format=dense))
+        else:
+            gradients += _fakes([spec], rows)
+    return gradients
 
 
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
@@ -297,10 +298,9 @@ class CompiledPlan(torch.autograd.Function):
         made = _call_forward(plan, tensors)
         count = len(plan.specs.outputs)
         rest = iter(made[count:])
-        specs = zip(plan.specs.names, plan.specs.absent, strict=True)
-        given = dict(zip((n for n, absent in specs if not absent), tensors, strict=True))
-        usable = plan.specs.inputs
-        saved = [given[n] if n in usable else next(rest) for n, _ in plan.specs.saved]
+        arguments = _with_missing(plan, tensors)
+        places = (value.argument for value in plan.specs.saved)
+        saved = [next(rest) if place is None else arguments[place] for place in places]
         ctx.plan = plan
         ctx.save_for_backward(*seen, *saved)
         return tuple(made[:count])
@@ -310,13 +310,14 @@ class CompiledPlan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         plan = ctx.plan
         taken = [grads[0], *(grads[k] for k in plan.specs.taps)]
-        specs, count = plan.specs, len(plan.specs.reported)
+        count = len(plan.specs.reported)
         seen, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         made = iter(torch.ops.opsgraph.backward(plan.handle, [*taken, *saved], list(seen)))
         gradients = [None] * (1 + count)
-        for k, (spec, absent) in enumerate(zip(specs.gradients, specs.absent, strict=True)):
-            if not absent:
-                gradients.append(None if spec is None or k in specs.reported else next(made))
+        for argument in plan.specs.inputs:
+            if argument.spec is not None:
+                wanted = argument.gradient and not argument.amax
+                gradients.append(next(made) if wanted else None)
         return tuple(gradients)
 
 

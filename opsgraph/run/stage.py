@@ -144,7 +144,7 @@ class Stage(Followed):
 
     def seen_gradients(self, plan: Plan) -> list[Tensor]:
         """Where to note the amaxes of gradients: the layers' `amax_backward`."""
-        first = len(plan.specs.names) - len(self.slots) - len(plan.specs.parts)
+        first = plan.specs.first_weight
         states = (self.slots[k - first][0] for k in plan.specs.reported)
         return [state.amax_backward for state in states]  # type: ignore[misc]
 

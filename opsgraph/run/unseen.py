@@ -62,7 +62,7 @@ class Unseen:
 
         The latter is -1 for none. Raises OpError for a weight whose gradient would go astray.
         """
-        late, accumulated = plan.specs.late, [k for _, k in plan.specs.stored]
+        late, accumulated = plan.specs.late, [k for _, k in plan.specs.into_main_grad]
         for k in (*late, *(k for k in accumulated if k not in late)):
             label = self.run.labels[self.run.slots[k][0]]
             verify_arrival(*self.slots[k], weights[k], label, k in late)
@@ -73,12 +73,13 @@ class Unseen:
         weights, backward = ctx.watched
         if backward < 0:
             backward = graph_task()
-        for place, k in plan.specs.stored:  # itself, whatever hooks of saved tensors have made
+        # The weight itself, whatever hooks of saved tensors have made of it.
+        for place, k in plan.specs.into_main_grad:
             saved[place] = weights[k]
-        first = len(plan.specs.names) - len(self.slots) - len(plan.specs.parts)
-        there = [0, *accumulate(not absent for absent in plan.specs.absent)]
+        first = plan.specs.first_weight
+        there = [0, *accumulate(argument.spec is not None for argument in plan.specs.inputs)]
         unwanted: set[int] = set()
-        into_main_grad = {k for _, k in plan.specs.stored}
+        into_main_grad = {k for _, k in plan.specs.into_main_grad}
         for k in {*plan.specs.late, *into_main_grad}:
             unwanted |= unasked(ctx.next_functions[there[first + k]][0], weights[k])
         with arriving(backward, frozenset(unwanted)):

@@ -100,9 +100,10 @@ def test_backends_limits_and_names_wrong_ones(monkeypatch) -> None:
 
 def test_logs_print_plan_rejections_and_code(monkeypatch, capsys) -> None:
     monkeypatch.setenv("OPSGRAPH_LOGS", "plan,reject,code")
-    _mlp().plan()
+    plan = _mlp().plan()
     text = capsys.readouterr().err
     assert "saved  x0 64" in text
+    assert f"planned in {plan.planning_seconds * 1e3:.1f} ms" in text
     assert "def backward(ops, dx" in text
     assert "triton (both): " in text or "opsgraph:" in text
 
