@@ -325,7 +325,7 @@ class _Backward:
         program, wanted = self.program, self.program.request.gradients
         compute, request = program.request.compute, program.request
         inputs = {"x0": request.x, **program.extra_specs}
-        inputs |= {v: request.weights[slot] for slot, v in program.weight_names.items()}  # type: ignore[misc]
+        inputs |= {v: request.weights[v] for v in program.weight_names.values()}  # type: ignore[misc]
         found = []
         wanted = wanted | program.reported
         for name, spec in inputs.items():

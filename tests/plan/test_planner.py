@@ -186,7 +186,7 @@ def test_a_thousand_ops() -> None:
 def keeper_of(ops: Sequence[og.Op], needs: Sequence[str], width: int) -> Keeper:
     run = Run(ops, [type(op).__name__ for op in ops])
     weights = {
-        (i, name): og.Spec(tuple(getattr(run.ops[i], name).shape), torch.float32, CPU)
+        run.name(name, i): og.Spec(tuple(getattr(run.ops[i], name).shape), torch.float32, CPU)
         for i, name in run.slots
     }
     x = row(width, torch.float32, CPU)
