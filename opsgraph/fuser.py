@@ -11,6 +11,7 @@ of its own, which only its own `bwd` may take.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import count, product
+from math import inf
 from types import NoneType, TracebackType, UnionType
 from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
@@ -31,6 +32,10 @@ class Fuser:
 
     backend: ClassVar[str]
     pattern: ClassVar[Mapping[str, Any]]
+    priority: ClassVar[float | None] = None
+    """Of fusers that could take an op the one of the highest priority does, whatever its backend.
+    Of equals the order of the backends decides, then the number of ops. None stands for 1, and for
+    0 in opsgraph's own: a fuser that a user registers goes before those, and with 0 among them."""
     saves: ClassVar[tuple[str, ...]] = ()
     consumes: ClassVar[tuple[str, ...]] = ()
     """Arguments of `bwd` that come in a list of one. What `bwd` pops from it has no other variable
@@ -99,6 +104,8 @@ class Declaration:
     """What a fuser declares, in the form that planning reads."""
 
     def __init__(self, fuser: Fuser) -> None:
+        ours = type(fuser).__module__.startswith("opsgraph.")
+        self.priority = float(not ours) if fuser.priority is None else fuser.priority
         self.entries = {k: frozenset(alternatives(e)) for k, e in fuser.pattern.items()}
         self.functions = {
             direction: [
@@ -130,6 +137,7 @@ class Reference(Fuser):
     """One op by its own functions: what every other implementation is checked against."""
 
     backend = "reference"
+    priority = -inf
 
     def __init__(self, kind: type[Op]) -> None:
         self.kind = kind
@@ -194,6 +202,9 @@ def _verify(fuser: Fuser) -> None:
         fail(f"got pattern {pattern!r}, expected op classes under names, such as dict(fc=Linear)")
     if wrong := [k for k in fuser.pattern if not str(k).isidentifier() or k in ARGUMENTS]:
         fail(f"got {wrong} in pattern, expected names other than {', '.join(sorted(ARGUMENTS))}")
+    priority = fuser.priority
+    if not isinstance(priority, int | float | None) or priority != priority:
+        fail(f"got priority {priority!r}, expected a number or None")
     for option in ("saves", "consumes"):
         value = getattr(fuser, option)
         if isinstance(value, str) or not all(isinstance(n, str) for n in value):
