@@ -87,7 +87,7 @@ class Plan:
         return f"{digest}-{_handles[digest]}"
 
     @property
-    def graph(self) -> "nx.DiGraph[Any]":
+    def graph(self) -> "nx.MultiDiGraph[Any]":
         """Gaps as nodes, an edge for every claim taken or refused."""
         from .show import graph
 
