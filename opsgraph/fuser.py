@@ -6,6 +6,13 @@ A fuser has the shape of an op. Its `pattern` names the ops it covers; an entry 
 for what the op under that key calls NAME: `fc_weight`, `act_x`, `norm_rstd`, `norm_eps`, `tee_d`.
 `saves` lists values that `fwd` can hand out: inner values and what inner ops save, or private names
 of its own, which only its own `bwd` may take.
+
+One class may serve ops that differ. What the op in a place lacks is None, in arguments and in
+results, and so is all of an entry that is left out. `fwd` returns `(y, saved)`, saved as `saves`
+lists them: what the op there does not save is ignored. `bwd` returns `(dx, gradients)`, one for
+each argument of `fwd` after x that an entry's classes can have a gradient for, entry by entry: with
+`dict(tee=Tee | None, norm=RMSNorm | LayerNorm, fc=BasicLinear)` those are `norm_weight`,
+`norm_bias` and `fc_weight`. What is not in `want` is ignored.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -20,7 +27,7 @@ from .backend import backends
 from .errors import RegisterError
 from .guards.cached import cached_property
 from .op import BACKWARD, FORWARD, STORED, Op, Spec, arguments, differentiable, per_class, weights
-from .op.functions import backward_functions, function
+from .op.functions import backward_functions, function, passes
 
 AGAIN = "again"
 """Beside the passes: how an op makes its y again in the backward."""
@@ -116,6 +123,8 @@ class Declaration:
         self.saves = tuple(Name(name, *fuser.split(name)) for name in fuser.saves)
         self.private = tuple(name.text for name in self.saves if name.key is None)
         """What it saves that is no value of an op."""
+        self.gradients = tuple(_gradients(fuser))
+        """What follows dx in the results of `bwd`."""
         self.rejects = arguments(fuser.reject) if fuser.reject else ()
         named = [name for function in self.functions[BACKWARD] for name in function.arguments]
         self.tapped = tuple(name.key for name in named if name.key and name.value == "d")
@@ -131,6 +140,18 @@ def _function(fuser: Fuser, name: str, call: Any, moved: Collection[str]) -> Fun
     named = ("self", *arguments(call)) if isinstance(fuser, Reference) else arguments(call)
     taken = (Name(n, *fuser.split(n), n in moved) for n in named if n != "want")
     return Function(name, tuple(taken), "want" in named)
+
+
+def _gradients(fuser: Fuser) -> Iterator[Name]:
+    """A name for each gradient that some class of an entry has, entry by entry.
+
+    That of an extra input which its op passes on is dy itself, and no fuser's to give.
+    """
+    prefixed = not isinstance(fuser, Reference)
+    for key, entry in fuser.pattern.items():
+        kinds = [kind for kind in alternatives(entry) if kind and not passes(kind)]
+        for value in dict.fromkeys(name for kind in kinds for name in differentiable(kind)):
+            yield Name(f"{key}_{value}" if prefixed else value, key, value)
 
 
 class Reference(Fuser):

@@ -85,11 +85,10 @@ class Claim:
     @cached_property
     def results(self) -> tuple[str | None, ...]:
         """Variables of what follows y or dx, in order."""
-        program = self.program
+        declaration = self.fuser.declaration
         if self.direction == FORWARD:
-            return tuple(map(self._result, self.fuser.declaration.saves))
-        covered = [i for i in self.ops if not passes(program.kinds[i])]
-        return tuple(name for i in covered for name in program.gradient_names(i))
+            return tuple(map(self._result, declaration.saves))
+        return tuple(map(self._gradient, declaration.gradients))
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
@@ -115,8 +114,15 @@ class Claim:
         if name.key is None:
             return self.private(name.text)
         i = self.positions[name.key]
-        given = None if i is None else self.program.resolve(i, name.value)
-        return None if given is None else given.text
+        value = None if i is None else self.program.resolve(i, name.value)
+        # The value before the run is there already.
+        return None if value is None or value.text == self.program.x(self.start) else value.text
+
+    def _gradient(self, name: Name) -> str | None:
+        i = self.positions[name.key or ""]
+        if i is None or passes(self.program.kinds[i]):
+            return None
+        return self.program.gradient(i, name.value)
 
     def private(self, name: str) -> str:
         """The variable of a private saved name; no other fuser's, whatever that calls its own."""

@@ -295,19 +295,20 @@ class Program:
             return False
         return spec.dtype.is_floating_point and spec.dtype != compute
 
+    def gradient(self, i: int, name: str) -> str | None:
+        """The gradient of what op i calls a name; None if it is not wanted, or there is no such."""
+        if name not in differentiable(self.kinds[i]):
+            return None
+        source = self.run.sources.get((i, name))
+        if source is not None:
+            return self.tee(source) if source in self.tapped else None
+        value = self.name(name, i)
+        wanted = value in self.request.gradients or value in self.reported
+        return f"d{value}" if wanted else None
+
     def gradient_names(self, i: int) -> list[str | None]:
         """Names of op i's gradients after dx, in `bwd`'s order; None for those not wanted."""
-        kind = self.kinds[i]
-        found: list[str | None] = []
-        for name in differentiable(kind):
-            source = self.run.sources.get((i, name))
-            if source is not None:
-                found.append(self.tee(source) if source in self.tapped else None)
-            else:
-                own = self.name(name, i)
-                wanted = own in self.request.gradients or own in self.reported
-                found.append(f"d{own}" if wanted else None)
-        return found
+        return [self.gradient(i, name) for name in differentiable(self.kinds[i])]
 
     @cached_property
     def reports(self) -> list[str]:

@@ -147,8 +147,8 @@ class ActivationProductBackward(_Passes):
     consumes, wants = ("act_x",), dict(bias_bias="bias", fc2_weight="y")
 
     def bwd(
-        self, dy: Tensor, bias: Op | None, act: Op, act_x: list[Tensor], bias_bias: Tensor | None,
-        fc2: Any, fc2_weight: Tensor, fc2_weight_stored: Tensor, want: tuple[str, ...],
+        self, dy: Tensor, act: Op, act_x: list[Tensor], bias_bias: Tensor | None, fc2: Any,
+        fc2_weight: Tensor, fc2_weight_stored: Tensor, want: tuple[str, ...],
     ) -> Any:  # fmt: skip
         names, pre = frozenset(want), act_x.pop()
         dtype = torch.float32 if bias_bias is None else bias_bias.dtype
@@ -169,7 +169,7 @@ class ActivationProductBackward(_Passes):
             if names := names - {"y"}:
                 out = pre if free else memory.empty(pre.shape, pre.dtype)
                 dpre, dbias = _activation_backward(dy, act, pre, fc2_weight, names, dtype, out)
-        return dpre, (dweight,) if bias is None else (dbias, dweight)
+        return dpre, (dbias, dweight)
 
 
 def _norm_backward(

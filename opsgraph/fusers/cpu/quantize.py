@@ -102,7 +102,7 @@ class ActivationQuantizeCPU(_Quantizing):
             _names(q.quantizer, want),
         )  # fmt: skip
         found = _found(q.quantizer, made, x.dtype, want)
-        return found, (x if bias_bias is None else pre, made.amax)
+        return found, (pre, made.amax)
 
 
 @register

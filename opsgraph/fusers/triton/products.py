@@ -81,13 +81,12 @@ class LinearActivationBackward(Fuser):
         return _refusal(act, x, fc.local_out_features)
 
     def bwd(
-        self, dy: Tensor, bias: Op | None, act: Op, act_x: Tensor, act_kernel: str,
-        bias_bias: Tensor | None, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
-        want: Collection[str],
+        self, dy: Tensor, act: Op, act_x: Tensor, act_kernel: str, bias_bias: Tensor | None,
+        fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
         dtype = None if bias_bias is None else bias_bias.dtype
         dx, y, dbias = gemms.linear_activation_backward(
             dy, fc_weight, act_x, act_kernel, _params(act), want, dtype
         )
         dweight = None if y is None else fc.wgrad(dy, y, fc_weight_stored)
-        return dx, (dweight,) if bias is None else (dbias, dweight)
+        return dx, (dbias, dweight)

@@ -187,15 +187,15 @@ class ActivationBackwardQuantize(_Quantizing):
         return reject_backward(q, act, x)
 
     def bwd(
-        self, dy: Tensor, q: Any, q_scale: Tensor | None, bias: Op | None,
-        bias_bias: Tensor | None, act: Op, act_x: Tensor, act_kernel: str, want: Collection[str],
+        self, dy: Tensor, q: Any, q_scale: Tensor | None, bias_bias: Tensor | None, act: Op,
+        act_x: Tensor, act_kernel: str, want: Collection[str],
     ) -> Any:  # fmt: skip
         dtype = bias_bias.dtype if bias_bias is not None and "bias" in want else None
         made, _, dbias = backward.activation_backward_quantize(
             dy, act_x, act_kernel, format_of(q.quantizer), _params(act), q_scale, want, dbias=dtype
         )
         dx = as_quantized(q.quantizer, made, dy.dtype)
-        return dx, (made.amax,) if bias is None else (made.amax, dbias)
+        return dx, (made.amax, dbias)
 
 
 @register
@@ -232,10 +232,9 @@ class ActivationLinearBackwardQuantize(Triton):
         return None if absent is None else f"its GEMMs are cublaslt's: {absent}"
 
     def bwd(
-        self, dy: Quantized, grad: Any, grad_scale: Tensor | None, bias: Op | None,
-        bias_bias: Tensor | None, act: Op, act_x: Tensor, act_kernel: str, q: Any,
-        q_scale: Tensor | None, fc: Any, fc_weight: Quantized, fc_weight_stored: Tensor,
-        want: Collection[str],
+        self, dy: Quantized, grad: Any, grad_scale: Tensor | None, bias_bias: Tensor | None,
+        act: Op, act_x: Tensor, act_kernel: str, q: Any, q_scale: Tensor | None, fc: Any,
+        fc_weight: Quantized, fc_weight_stored: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
         dtype = bias_bias.dtype if bias_bias is not None and "bias" in want else None
         weighs = "fc_weight" in want
@@ -249,5 +248,4 @@ class ActivationLinearBackwardQuantize(Triton):
             again = as_quantized(q.quantizer, y, dy.dtype)
             dweight = weight_gradient(dy, again, fc, fc_weight_stored)
         dx = as_quantized(grad.quantizer, made, dy.dtype)
-        rest = (None, dweight)
-        return dx, (made.amax, *rest) if bias is None else (made.amax, dbias, *rest)
+        return dx, (made.amax, dbias, None, dweight)
