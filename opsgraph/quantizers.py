@@ -1,6 +1,5 @@
 """Quantizers, where users import them from; `precision/quantizers.py` defines them."""
 
-from .op import Storage
 from .precision.quantizers import (
     BlockQuantizer,
     Copy,
@@ -24,6 +23,5 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "RowQuantizer",
-    "Storage",
     "TensorQuantizer",
 ]
