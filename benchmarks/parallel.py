@@ -4,7 +4,7 @@ Nothing of it is measured: times follow from FLOPs, bytes and link bandwidths, a
 stated in `GPUS`, `NODE` and `PROTOCOLS` with their source. One step is forward and backward of a
 gated block without biases in bf16, on one sequence, under sequence parallelism. "plain" runs one
 collective after the other between the GEMMs; "overlapped" is what the fusers of
-`opsgraph.fusers.overlap` do. Prints a table, draws a plot and writes both.
+`opsgraph.fusers.exchanges` do. Prints a table, draws a plot and writes both.
 
     python -m benchmarks.parallel [--hidden 8192] [--ffn 28672] [--gloo] [--out FOLDER]
 

@@ -1,5 +1,5 @@
 """Fused implementations, one folder per backend; importing this package registers them all."""
 
-from . import aten, cpu, cublaslt, overlap, symmetric, triton
+from . import aten, cpu, cublaslt, exchanges, triton
 
-__all__ = ["aten", "cpu", "cublaslt", "overlap", "symmetric", "triton"]
+__all__ = ["aten", "cpu", "cublaslt", "exchanges", "triton"]

@@ -72,7 +72,7 @@ def acted() -> Iterator[None]:
     with (
         mock.patch.dict(backend._BACKENDS, symmetric=there),
         mock.patch.object(memory, "get_symm_mem_workspace", return_value=Workspace()),
-        mock.patch.object(fusers.symmetric.symmetric, "has_multicast", return_value=True),
+        mock.patch.object(fusers.exchanges.symmetric, "has_multicast", return_value=True),
         mock.patch.dict("os.environ", LOCAL_WORLD_SIZE=str(dist.get_world_size())),
     ):
         config.touch()

@@ -1,8 +1,9 @@
 """Matrix products and collectives over PyTorch's symmetric memory: GPUs read each other's.
 
 Products are cut into one piece for each rank, and copies between GPUs take no multiprocessors.
-Every rank of the group must be on one node. A group is its name. Tensors are CUDA tensors of one
-float dtype, which results have too; PyTorch raises RuntimeError for operands that do not fit.
+Every rank of the group must be on one node. A group is its name and its size, as in `pieces`.
+Tensors are CUDA tensors of one float dtype, which results have too; PyTorch raises RuntimeError for
+operands that do not fit.
 """
 
 import torch
@@ -15,16 +16,18 @@ ALL_REDUCES = {"two_shot": "two_shot_all_reduce_", "multimem_all_reduce": "multi
 """Of `symmetric_ar_type`, the ops that sum in place."""
 
 
-def gather_matmul(x: Tensor, b: Tensor, group: str, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """`all_gather(x) @ b`, and with `keep` the gathered x. x: `[rows, k]`; b: `[k, n]`."""
+def gather_matmul(
+    x: Tensor, b: Tensor, bias: Tensor | None, group: str, group_size: int, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`all_gather(x) @ b + bias`, and with `keep` the gathered x. x: `[rows, k]`; b: `[k, n]`."""
     if not x.shape[0]:  # nothing to share memory for
         return x.new_empty(0, b.shape[1]), x if keep else None
     fused = torch.ops.symm_mem.fused_all_gather_matmul
     whole, (y,) = fused(x.contiguous(), [b], 0, group, return_A=keep)
-    return y, whole if keep else None
+    return y if bias is None else y.add_(bias), whole if keep else None
 
 
-def matmul_scatter(x: Tensor, b: Tensor, group: str) -> Tensor:
+def matmul_scatter(x: Tensor, b: Tensor, group: str, group_size: int) -> Tensor:
     """This rank's rows of the sum over ranks of `x @ b`. x: `[rows, k]`; b: `[k, n]`."""
     if not x.shape[0]:
         return x.new_empty(0, b.shape[1])
