@@ -1,21 +1,24 @@
 """`Fuser`: how a run of ops is computed in one step, and the registry of all fusers.
 
 A fuser has the shape of an op. Its `pattern` names the ops it covers; an entry may be a union, and
-`Bias | None` is optional. A class stands for ops of just that class and of those that differ from
-it in their constants alone (`op.functions.family`): `GatedActivation` for SwiGLU, GEGLU and a
-user's with another `kernel`, but `SwiGLU` for SwiGLU.
-
-Arguments of `fwd`, `bwd` and `reject` are the pattern's keys (the ops), `x` and `y` (the value
-before and after the run; in `reject` x is its Spec), `dy`, and `KEY_NAME` for what the op under
-that key calls NAME: `fc_weight`, `act_x`, `norm_rstd`, `norm_eps`, `tee_d`.
+`Bias | None` is optional. Arguments of `fwd`, `bwd` and `reject` are the pattern's keys (the ops),
+`x` and `y` (the value before and after the run; in `reject` x is its Spec), `dy`, and `KEY_NAME`
+for what the op under that key calls NAME: `fc_weight`, `act_x`, `norm_rstd`, `norm_eps`, `tee_d`.
 `saves` lists values that `fwd` can hand out: inner values and what inner ops save, or private names
 of its own, which only its own `bwd` may take.
+
+One class may serve ops that differ. What the op in a place lacks is None, in arguments and in
+results, and so is all of an entry that is left out. `fwd` returns `(y, saved)`, saved as `saves`
+lists them: what the op there does not save is ignored. `bwd` returns `(dx, gradients)`, one for
+each argument of `fwd` after x that an entry's classes can have a gradient for, entry by entry: with
+`dict(tee=Tee | None, norm=RMSNorm | LayerNorm, fc=BasicLinear)` those are `norm_weight`,
+`norm_bias` and `fc_weight`. What is not in `want` is ignored.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import count, product
-from operator import itemgetter
+from math import inf
 from types import NoneType, TracebackType, UnionType
 from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
@@ -24,7 +27,7 @@ from .backend import backends
 from .errors import RegisterError
 from .guards.cached import cached_property
 from .op import BACKWARD, FORWARD, STORED, Op, Spec, arguments, differentiable, per_class, weights
-from .op.functions import backward_functions, function
+from .op.functions import backward_functions, function, passes
 
 AGAIN = "again"
 """Beside the passes: how an op makes its y again in the backward."""
@@ -36,6 +39,10 @@ class Fuser:
 
     backend: ClassVar[str]
     pattern: ClassVar[Mapping[str, Any]]
+    priority: ClassVar[float | None] = None
+    """Of fusers that could take an op the one of the highest priority does, whatever its backend.
+    Of equals the order of the backends decides, then the number of ops. None stands for 1, and for
+    0 in opsgraph's own: a fuser that a user registers goes before those, and with 0 among them."""
     saves: ClassVar[tuple[str, ...]] = ()
     consumes: ClassVar[tuple[str, ...]] = ()
     """Arguments of `bwd` that come in a list of one. What `bwd` pops from it has no other variable
@@ -104,6 +111,8 @@ class Declaration:
     """What a fuser declares, in the form that planning reads."""
 
     def __init__(self, fuser: Fuser) -> None:
+        ours = type(fuser).__module__.startswith("opsgraph.")
+        self.priority = float(not ours) if fuser.priority is None else fuser.priority
         self.entries = {k: frozenset(alternatives(e)) for k, e in fuser.pattern.items()}
         self.functions = {
             direction: [
@@ -114,13 +123,15 @@ class Declaration:
         self.saves = tuple(Name(name, *fuser.split(name)) for name in fuser.saves)
         self.private = tuple(name.text for name in self.saves if name.key is None)
         """What it saves that is no value of an op."""
+        self.gradients = tuple(_gradients(fuser))
+        """What follows dx in the results of `bwd`."""
         self.rejects = arguments(fuser.reject) if fuser.reject else ()
         named = [name for function in self.functions[BACKWARD] for name in function.arguments]
         self.tapped = tuple(name.key for name in named if name.key and name.value == "d")
         """The Tees whose gradients `bwd` takes."""
 
     def fits(self, kinds: set[type[Op]]) -> bool:
-        """Whether one of these classes, bases among them, stands for every entry of the pattern."""
+        """Whether there is a class for every entry of the pattern."""
         return all(None in e or not kinds.isdisjoint(e) for e in self.entries.values())
 
 
@@ -131,10 +142,23 @@ def _function(fuser: Fuser, name: str, call: Any, moved: Collection[str]) -> Fun
     return Function(name, tuple(taken), "want" in named)
 
 
+def _gradients(fuser: Fuser) -> Iterator[Name]:
+    """A name for each gradient that some class of an entry has, entry by entry.
+
+    That of an extra input which its op passes on is dy itself, and no fuser's to give.
+    """
+    prefixed = not isinstance(fuser, Reference)
+    for key, entry in fuser.pattern.items():
+        kinds = [kind for kind in alternatives(entry) if kind and not passes(kind)]
+        for value in dict.fromkeys(name for kind in kinds for name in differentiable(kind)):
+            yield Name(f"{key}_{value}" if prefixed else value, key, value)
+
+
 class Reference(Fuser):
     """One op by its own functions: what every other implementation is checked against."""
 
     backend = "reference"
+    priority = -inf
 
     def __init__(self, kind: type[Op]) -> None:
         self.kind = kind
@@ -199,6 +223,9 @@ def _verify(fuser: Fuser) -> None:
         fail(f"got pattern {pattern!r}, expected op classes under names, such as dict(fc=Linear)")
     if wrong := [k for k in fuser.pattern if not str(k).isidentifier() or k in ARGUMENTS]:
         fail(f"got {wrong} in pattern, expected names other than {', '.join(sorted(ARGUMENTS))}")
+    priority = fuser.priority
+    if not isinstance(priority, int | float | None) or priority != priority:
+        fail(f"got priority {priority!r}, expected a number or None")
     for option in ("saves", "consumes"):
         value = getattr(fuser, option)
         if isinstance(value, str) or not all(isinstance(n, str) for n in value):
@@ -322,33 +349,28 @@ class Matcher:
         return Matcher(fusers, direction)
 
     def __init__(self, fusers: Iterable[Fuser], direction: str) -> None:
-        self.by_first: dict[type[Op], list[tuple[int, Fuser, Variant]]] = {}
-        serving = (fuser for fuser in fusers if fuser.functions(direction))
-        every = ((fuser, variant) for fuser in serving for variant in variants(fuser.pattern))
-        for number, (fuser, variant) in enumerate(every):
-            first = next(kind for _, kind in variant if kind)
-            self.by_first.setdefault(first, []).append((number, fuser, variant))
+        self.by_first: dict[type[Op], list[tuple[Fuser, Variant]]] = {}
+        for fuser in fusers:
+            if not fuser.functions(direction):
+                continue
+            for variant in variants(fuser.pattern):
+                first = next(kind for _, kind in variant if kind)
+                self.by_first.setdefault(first, []).append((fuser, variant))
 
-    def at(
-        self, start: int, kinds: Sequence[tuple[type[Op], ...]], crossed: list[bool]
-    ) -> Iterator[Match]:
-        """Matches that start at an op, in the order of the fusers.
-
-        kinds: each op's `family`. crossed: which ops a pattern may step over.
-        """
-        first = [entry for kind in kinds[start] for entry in self.by_first.get(kind, ())]
-        for _, fuser, variant in sorted(first, key=itemgetter(0)):
+    def at(self, start: int, kinds: list[type[Op]], crossed: list[bool]) -> Iterator[Match]:
+        """Matches that start at an op; `crossed` says which ops a pattern may step over."""
+        for fuser, variant in self.by_first.get(kinds[start], ()):
             positions: dict[str, int | None] = {}
             position = start
             for key, kind in variant:
                 if kind is None:
                     positions[key] = None
                     continue
-                while position > start and position < len(kinds) and kind not in kinds[position]:
+                while position > start and position < len(kinds) and kinds[position] is not kind:
                     if not crossed[position]:
                         break
                     position += 1
-                if position == len(kinds) or kind not in kinds[position]:
+                if position == len(kinds) or kinds[position] is not kind:
                     break
                 positions[key] = position
                 position += 1

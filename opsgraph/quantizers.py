@@ -1,5 +1,6 @@
 """Quantizers, where users import them from; `precision/quantizers.py` defines them."""
 
+from .op import Storage
 from .precision.quantizers import (
     BlockQuantizer,
     Copy,
@@ -23,5 +24,6 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "RowQuantizer",
+    "Storage",
     "TensorQuantizer",
 ]

@@ -10,22 +10,19 @@ from torch import Tensor, nn
 
 import opsgraph as og
 from opsgraph.fuser import Handle, registered
-from opsgraph.kernels.reference.activations import activation_forward
 from opsgraph.ops import (
-    GEGLU,
     GELU,
     Add,
     BasicLinear,
     Bias,
-    ClampedSwiGLU,
+    LayerNorm,
     Linear,
     MakeExtraOutput,
     ReLU,
+    RMSNorm,
     SiLU,
-    SwiGLU,
     Tee,
 )
-from opsgraph.ops.activations import GatedActivation
 
 pytestmark = pytest.mark.usefixtures("without_cpu_backend")
 
@@ -227,67 +224,60 @@ def test_unions_and_optional_entries(act: type[og.Op], bias: bool) -> None:
         assert names(og.Sequential(Linear(16, 8), SiLU()).plan(training=False))[-1] == "SiLU"
 
 
-class GatedByFormula(og.Fuser):
-    """Of all gated activations; `act_function` tells it which."""
+class AnyNorm(og.Fuser):
+    """A norm, after a sum if there is one; hands out the sum."""
 
-    backend, pattern = "aten", dict(act=GatedActivation)
+    backend, pattern = "aten", dict(add=Add | None, norm=RMSNorm | LayerNorm)
+    saves = ("norm_x", "norm_mean", "norm_rstd")
 
-    def fwd(self, x: Tensor, act_function: Any) -> Any:
-        return activation_forward(x, *act_function), ()
-
-
-class SwiGLUAlone(og.Fuser):
-    backend, pattern = "aten", dict(act=SwiGLU)
-
-    def fwd(self, x: Tensor) -> Any:
-        a, b = x.chunk(2, -1)
-        return nn.functional.silu(a) * b, ()
-
-
-class Preset(SwiGLU):
-    """Other constants, and a method of its own."""
-
-    def __init__(self) -> None:
-        super().__init__(glu_interleave_size=2)
-
-    def gate(self) -> str:
-        return "silu"
+    def fwd(
+        self, x: Tensor, add_other: Tensor | None, norm: Any, norm_weight: Tensor,
+        norm_bias: Tensor | None, norm_eps: float,
+    ) -> Any:  # fmt: skip
+        total = x if add_other is None else x + add_other
+        mean = total.mean(1, keepdim=True) * isinstance(norm, LayerNorm)
+        rstd = (total - mean).square().mean(1, keepdim=True).add(norm_eps).rsqrt()
+        y = (total - mean) * rstd * norm_weight
+        return y if norm_bias is None else y + norm_bias, (total, mean, rstd)
 
 
-class Tanh(GatedActivation):
-    """With its own functions."""
+class AnyNormBackward(og.Fuser):
+    """Of norm, linear and perhaps bias, by autograd: a gradient for each of them."""
 
-    kernel = "tanh"
+    backend, pattern = "aten", dict(norm=RMSNorm | LayerNorm, fc=BasicLinear, bias=Bias | None)
 
-    def fwd(self, x: Tensor, kernel: str) -> Any:
-        a, b = x.chunk(2, -1)
-        return getattr(torch, kernel)(a) * b, ()
+    def bwd(
+        self, dy: Tensor, norm_x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None,
+        norm_eps: float, fc_weight: Tensor, bias_bias: Tensor | None,
+    ) -> Any:  # fmt: skip
+        values = {"x": norm_x, "norm": norm_weight, "shift": norm_bias, "fc": fc_weight}
+        wide = {k: None if v is None else v.detach().requires_grad_() for k, v in values.items()}
+        with torch.enable_grad():
+            x = wide["x"] if norm_bias is None else wide["x"] - wide["x"].mean(1, keepdim=True)
+            y = x * x.square().mean(1, keepdim=True).add(norm_eps).rsqrt() * wide["norm"]
+            y = (y if norm_bias is None else y + wide["shift"]) @ wide["fc"].t()
+        there = [v for v in wide.values() if v is not None]
+        gradients = iter(torch.autograd.grad(y, there, dy))
+        dx, *rest = (None if v is None else next(gradients) for v in wide.values())
+        return dx, (*rest, dy.sum(0))
 
 
-class Even(SwiGLU):
-    """Refuses what its base takes."""
-
-    def reject(self, x: og.Spec) -> str | None:
-        return "got an odd width, expected an even one" if x.width % 4 else super().reject(x)
-
-
-@pytest.mark.parametrize("act", [SwiGLU, GEGLU, ClampedSwiGLU, Preset, Tanh, Even])
-def test_a_kind_stands_for_all_that_differ_in_constants_and_a_name_for_itself(act: Any) -> None:
-    both = ("SwiGLUAlone", "GatedByFormula")
-    module, x = og.Sequential(act(), Linear(4, 4), fusers=both), torch.randn(3, 8)
-    alone = {"SwiGLUAlone"} if act is SwiGLU else set()
-    kind = {"GatedByFormula"} if act not in (Tanh, Even) else set()
-    with og.register(SwiGLUAlone), og.register(GatedByFormula):
-        (first, *_) = names(module.plan())
-        assert first in (alone or kind or {act.__name__})
-        assert_same_results(module, x)
-        for name, taken in (("SwiGLUAlone", alone), ("GatedByFormula", kind)):
-            plan = og.Sequential(*module, fusers=(name,)).plan()
-            assert names(plan)[0] == (name if taken else act.__name__)
-        assert plan.kinds[0] == act.__name__
-        assert plan.labels[0] == f"0:{act.__name__}"
-    with pytest.raises(og.OpError, match=f"^0:{act.__name__}: got"):
-        og.Sequential(act()).plan(x=torch.randn(3, 7))
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("add", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
+def test_one_class_serves_ops_that_differ(norm: type[og.Op], add: bool, bias: bool) -> None:
+    """What the op there lacks is None in arguments and ignored in results."""
+    og.register(AnyNorm)
+    og.register(AnyNormBackward)
+    branch = (Tee("r"), SiLU(), Add("r")) if add else ()
+    layers = *branch, norm(8), Linear(8, 8, bias=bias)
+    module = og.Sequential(*layers, fusers=("AnyNorm", "AnyNormBackward"))
+    plan = module.plan(x=torch.randn(5, 8))
+    assert "AnyNorm" in names(plan)
+    assert names(plan, "backward")[0] == "AnyNormBackward"
+    left_out = plan.backward_source.split("= AnyNormBackward")[0].count("_,")
+    assert left_out == (norm is RMSNorm) + (not bias)
+    assert_same_results(module, torch.randn(5, 8))
 
 
 def test_only_the_fusers_one_asks_for() -> None:

@@ -6,6 +6,7 @@ import pytest
 from torch import Tensor, nn
 
 import opsgraph as og
+from opsgraph.backend import backends
 from opsgraph.fuser import registered
 from opsgraph.ops import BasicLinear, RMSNorm
 
@@ -65,6 +66,8 @@ def consumes_act(self: Any, dy: Tensor, fc_weight: Tensor) -> Any: ...
         (dict(pattern=RMSNorm), "got pattern <class .*, expected op classes under names"),
         (dict(pattern=dict(x=RMSNorm)), r"got \['x'\] in pattern, expected names other than"),
         (dict(pattern={"my op": RMSNorm}), r"got \['my op'\] in pattern"),
+        (dict(priority="high"), "got priority 'high', expected a number or None"),
+        (dict(priority=float("nan")), "got priority nan, expected a number"),
         (dict(saves="fc_x"), "got saves = 'fc_x', expected a tuple of names"),
         (dict(bwd=consumes_act, consumes=("fc_x",)), r"consumes \['fc_x'\], which bwd does not"),
         (dict(wants=("fc_weight",)), "got wants = .*, expected the kernel's words under the names"),
@@ -94,3 +97,30 @@ def test_a_fuser_without_pattern_is_refused() -> None:
 def test_what_is_no_fuser_is_refused(what: Any) -> None:
     with pytest.raises(og.RegisterError, match="expected a Fuser or a class of one"):
         og.register(what)
+
+
+class MyNorm(og.Fuser):
+    backend, pattern, saves = "aten", dict(norm=RMSNorm), ("norm_rstd",)
+
+    def fwd(self, x: Tensor, norm_weight: Tensor, norm_eps: float) -> Any:
+        rstd = (x.square().mean(-1, keepdim=True) + norm_eps).rsqrt()
+        return x * rstd * norm_weight, (rstd.squeeze(-1),)
+
+
+@pytest.mark.parametrize("planner", ["greedy", "optimal"])
+@pytest.mark.parametrize("priority, used", [(None, True), (2, True), (0.5, True), (0, False)])
+def test_a_registered_fuser_goes_before_those_of_any_backend(
+    planner: str, priority: float | None, used: bool
+) -> None:
+    if why_not := backends()["cpu"].why_not():
+        pytest.skip(why_not)
+    mlp = og.Sequential(RMSNorm(16), BasicLinear(16, 16), planner=planner)
+
+    def forward() -> list[str]:
+        return [step.name for step in mlp.plan().forward]
+
+    with og.register(type("Mine", (MyNorm,), {"priority": priority})):
+        assert ("Mine" in forward()) == used
+        limited = og.Sequential(RMSNorm(16), backends=("cpu", "reference"), planner=planner)
+        assert "Mine" not in [step.name for step in limited.plan().forward]
+    assert "Mine" not in forward()

@@ -8,46 +8,14 @@ from torch import Tensor
 
 from ..backend import backends
 from ..fuser import Fuser
-from ..kernels.formats import NVFP4, Format, Target
+from ..kernels.formats import Target
 from ..ops import Quantize, QuantizeGrad
-from ..precision.quantizers import (
-    BlockQuantizer,
-    DelayedQuantizer,
-    MXQuantizer,
-    NVFP4Quantizer,
-    Quantized,
-    Quantizer,
-    RowQuantizer,
-    TensorQuantizer,
-)
-
-_SCALINGS = {
-    TensorQuantizer: "tensor",
-    DelayedQuantizer: "tensor",
-    RowQuantizer: "rows",
-    MXQuantizer: "mx",
-}
+from ..precision.quantizers import Quantized, Quantizer
 
 
-def _scaling(quantizer: Quantizer) -> str | None:
-    """The name of a quantizer's scaling in `formats.BLOCKS`."""
-    if type(quantizer) is BlockQuantizer:
-        return "blocks" if quantizer.height == 1 else "square"
-    return _SCALINGS.get(type(quantizer))
-
-
-def format_of(quantizer: Any) -> Target | None:
-    """How the kernels are to quantize; None where they have no such format.
-
-    A subclass of a quantizer has none: it may quantize in a way of its own.
-    """
-    if type(quantizer) is NVFP4Quantizer:
-        return NVFP4(quantizer.height, quantizer.stochastic, quantizer.hadamard)
-    scaling = _scaling(quantizer)
-    if scaling is None:
-        return None
-    eps, power = getattr(quantizer, "eps", 0.0), getattr(quantizer, "power_of_two", False)
-    return Format(scaling, quantizer.dtype, eps, power)
+def format_of(quantizer: Quantizer) -> Target | None:
+    """How kernels are to quantize; None where only the quantizer's formulas do."""
+    return quantizer.format if quantizer.by_kernels else None
 
 
 def as_quantized(quantizer: Quantizer, copies: Any, dtype: torch.dtype) -> Quantized:

@@ -6,9 +6,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCKS = {"tensor": 1, "rows": 1, "blocks": 128, "square": 128, "mx": 32}
-"""The scalings, each with the columns of one of its blocks; 1 where it has none."""
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+_SHORT = {E4M3: "e4m3", E5M2: "e5m2"}
+
+
+class Layout(NamedTuple):
+    """How a copy's numbers lie: what plans and errors call it, and what a number and a scale take.
+
+    name: {} stands for the dtype's. block, height: the columns and rows of a block with one scale;
+    0 columns where there are no blocks.
+    """
+
+    name: str
+    bits: int
+    scale_bits: int = 0
+    block: int = 0
+    height: int = 1
+    scale_dtype: torch.dtype = torch.float32
+
+
+LAYOUTS = {
+    "tensor": Layout("{}", 8),
+    "rows": Layout("{}r", 8),
+    "blocks": Layout("{}b", 8, 32, 128),
+    "square": Layout("{}b", 8, 32, 128, 128),
+    "mx": Layout("mx{}", 8, 8, 32, scale_dtype=torch.uint8),
+    "nvfp4": Layout("nvfp4", 4, 8, 16, scale_dtype=E4M3),
+}
+"""By scaling: the one place where a format's name and sizes stand."""
+BLOCKS = {name: layout.block or 1 for name, layout in LAYOUTS.items() if name != "nvfp4"}
+"""The scalings of `Format`, each with the columns of one of its blocks; 1 where it has none."""
 
 
 class Format(NamedTuple):
@@ -37,6 +64,21 @@ class NVFP4(NamedTuple):
 
 
 Target = Format | NVFP4
+
+
+def layout_of(to: Target) -> Layout:
+    """The layout of a format's copies, by its full name."""
+    if isinstance(to, NVFP4):
+        return LAYOUTS["nvfp4"]._replace(height=to.height)
+    layout = LAYOUTS[to.scaling]
+    return layout._replace(name=layout.name.format(_SHORT[to.dtype]))
+
+
+def names_of(scaling: str, *dtypes: torch.dtype) -> tuple[str, ...]:
+    """What formats of one scaling are called, by default those of both dtypes."""
+    return tuple(layout_of(Format(scaling, dtype)).name for dtype in dtypes or (E4M3, E5M2))
+
+
 Copy = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 

@@ -27,7 +27,7 @@ from ..errors import PlanError
 from ..fuser import AGAIN, Function, Fuser, Match, Matcher, Name, Reference, reference, registered
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, Spec
-from ..op.functions import family, passes, verify_backward
+from ..op.functions import passes, verify_backward
 from .program import GAP, INPUT, SAVED, Argument, Program
 from .rejection import Rejection
 
@@ -45,11 +45,15 @@ class Claim:
     """A fuser at a place, for one pass.
 
     positions: of the op under each key of the pattern, None where it is left out. start, stop: the
-    gaps that it joins. rank: of its backend, by preference.
+    gaps that it joins. level: 0 for the highest priority of any fuser here, then 1, and so on.
+    rank: by level, then by preference of its backend.
     """
 
-    def __init__(self, program: Program, match: Match, direction: str, rank: int) -> None:
-        self.program, self.direction, self.rank = program, direction, rank
+    def __init__(
+        self, program: Program, match: Match, direction: str, level: int, rank: int
+    ) -> None:
+        self.program, self.direction = program, direction
+        self.level, self.rank = level, rank
         self.fuser, self.positions, self.start, self.stop = match
         self.ops = tuple(i for i in match.positions.values() if i is not None)
         """The positions that it covers, dropped ops left out."""
@@ -81,11 +85,10 @@ class Claim:
     @cached_property
     def results(self) -> tuple[str | None, ...]:
         """Variables of what follows y or dx, in order."""
-        program = self.program
+        declaration = self.fuser.declaration
         if self.direction == FORWARD:
-            return tuple(map(self._result, self.fuser.declaration.saves))
-        covered = [i for i in self.ops if not passes(program.kinds[i])]
-        return tuple(name for i in covered for name in program.gradient_names(i))
+            return tuple(map(self._result, declaration.saves))
+        return tuple(map(self._gradient, declaration.gradients))
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
@@ -111,8 +114,15 @@ class Claim:
         if name.key is None:
             return self.private(name.text)
         i = self.positions[name.key]
-        given = None if i is None else self.program.resolve(i, name.value)
-        return None if given is None else given.text
+        value = None if i is None else self.program.resolve(i, name.value)
+        # The value before the run is there already.
+        return None if value is None or value.text == self.program.x(self.start) else value.text
+
+    def _gradient(self, name: Name) -> str | None:
+        i = self.positions[name.key or ""]
+        if i is None or passes(self.program.kinds[i]):
+            return None
+        return self.program.gradient(i, name.value)
 
     def private(self, name: str) -> str:
         """The variable of a private saved name; no other fuser's, whatever that calls its own."""
@@ -141,7 +151,7 @@ class Claim:
 class Space:
     """All claims there are for a program, and what they cost.
 
-    starting, ending: claims of a pass by the gap where they start or end.
+    starting, ending: claims of a pass by the gap where they start or end. lowest: the last level.
     """
 
     def __init__(self, program: Program, order: tuple[str, ...], fuel: int | None = None) -> None:
@@ -153,12 +163,16 @@ class Space:
         self.starting: dict[str, list[list[Claim]]] = {}
         self.ending: dict[str, list[list[Claim]]] = {}
         fusers = tuple(self._usable())
+        priorities = {fuser.declaration.priority for fuser in fusers}
+        levels = {p: level for level, p in enumerate(sorted(priorities, reverse=True))}
+        self.lowest = max(0, len(levels) - 1)
         for direction in (BACKWARD, FORWARD):
             starting: list[list[Claim]] = [[] for _ in range(program.count + 1)]
             ending: list[list[Claim]] = [[] for _ in range(program.count + 1)]
             for match in (*self._fused(fusers, direction), *self._references(direction)):
-                rank = self.ranks.get(match.fuser.backend, len(order))
-                claim = Claim(program, match, direction, rank)
+                level = levels.get(match.fuser.declaration.priority, self.lowest)
+                rank = level * (len(order) + 1) + self.ranks.get(match.fuser.backend, len(order))
+                claim = Claim(program, match, direction, level, rank)
                 starting[claim.start].append(claim)
                 ending[claim.stop].append(claim)
                 if direction == FORWARD and claim.fuser.declaration.private:
@@ -180,7 +194,7 @@ class Space:
         offered: dict[str, list[Fuser]] = {}
         for fuser in fusers:
             offered.setdefault(fuser.backend, []).append(fuser)
-        kinds, known = set().union(*map(family, self.program.kinds)), backends()
+        kinds, known = set(self.program.kinds), backends()
         for name in self.order:
             if name not in known:
                 raise PlanError(f"got backend {name!r}, expected some of {', '.join(known)}")
@@ -200,9 +214,9 @@ class Space:
             for flag, kind in zip(still, program.kinds, strict=True)
         ]
         obstacles = list(map(self._obstacle, range(program.count), still))
-        matcher, kinds = Matcher.of(fusers, direction), list(map(family, program.kinds))
+        matcher = Matcher.of(fusers, direction)
         for start in range(program.count):
-            for match in matcher.at(start, kinds, crossed):
+            for match in matcher.at(start, program.kinds, crossed):
                 if direction == BACKWARD and not program.flows[match.stop]:
                     continue
                 ops = tuple(i for i in match.positions.values() if i is not None)
@@ -363,15 +377,21 @@ class Space:
         found = {self.program.x(i) for i in (*run.sources.values(), *run.outputs)}
         return found.union(self.program.reports)
 
-    def admitted(self, claim: Claim) -> bool:
-        """Whether a backward claim with private needs has its own forward, which gives them."""
+    def partners(self, claim: Claim) -> list[Claim] | None:
+        """The forward claims that give a backward one its private needs; None if it has none."""
         private = {claim.private(name) for name in claim.fuser.declaration.private}
         if private.isdisjoint(claim.needs):
-            return True
-        pairs = [
+            return None
+        return [
             other
             for other in self.starting[FORWARD][claim.start]
             if other.fuser is claim.fuser and other.positions == claim.positions
         ]
+
+    def admitted(self, claim: Claim) -> bool:
+        """Whether a backward claim with private needs has its own forward, which gives them."""
+        partners = self.partners(claim)
+        if partners is None:
+            return True
         wanted = {*claim.needs, *self.teed()}
-        return any(not any(self.hides(other, name) for name in wanted) for other in pairs)
+        return any(not any(self.hides(other, name) for name in wanted) for other in partners)

@@ -271,9 +271,9 @@ class _Backward:
             channels = {n for n in names if n in {program.tee(i) for i in program.tapped}}
             bound = [f"{n}_more" if n in channels and n in self.have else n for n in names]
             dx = "dx" if program.flows[claim.start] else "_"
-            labels = gradient_labels(claim, program)
+            gradients = claim.fuser.declaration.gradients
             want = ["x"] * (dx == "dx") + [
-                w for w, n in zip(labels, names, strict=True) if n != "_"
+                g.text for g, n in zip(gradients, names, strict=True) if n != "_"
             ]
             want += self.copies.gradient(claim.start)
             text, reads = writer.call(claim, call, want)
@@ -325,7 +325,7 @@ class _Backward:
         program, wanted = self.program, self.program.request.gradients
         compute, request = program.request.compute, program.request
         inputs = {"x0": request.x, **program.extra_specs}
-        inputs |= {v: request.weights[slot] for slot, v in program.weight_names.items()}  # type: ignore[misc]
+        inputs |= {v: request.weights[v] for v in program.weight_names.values()}  # type: ignore[misc]
         found = []
         wanted = wanted | program.reported
         for name, spec in inputs.items():
@@ -337,17 +337,6 @@ class _Backward:
                 self.writer.add(f"{gradient} = {text}", [gradient], [gradient], "autocast")
             found.append(gradient)
         return found + ["None"] * len(self.copies.parameters)
-
-
-def gradient_labels(claim: Claim, program: Any) -> list[str]:
-    """What `want` calls each gradient after dx."""
-    labels = []
-    for key, i in claim.positions.items():
-        if i is None or passes(program.kinds[i]):
-            continue
-        names = differentiable(program.kinds[i])
-        labels += list(names) if claim.is_reference else [f"{key}_{name}" for name in names]
-    return labels
 
 
 def write_backward(space: Space, cover: Cover, saved: Sequence[str], check: bool) -> Function:

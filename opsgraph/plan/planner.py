@@ -7,13 +7,16 @@ in bytes per row. `greedy` walks the backward first and takes at each gap the be
 order, then length. `optimal` is a shortest path over pairs (last forward claim, last backward
 claim): whichever pass is behind advances, and an edge exists only if the two are compatible.
 
+Claims of a higher priority come first: `greedy` walks once for each priority that fusers have and
+leaves in place what it took before; for `optimal` no bytes outweigh an op of a lower priority.
+
 `claims.py` says what claims there are, `recompute.py` which values are kept and which made again.
 The planner knows no concrete op.
 """
 
 import itertools
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cache, partial
 from heapq import heappop, heappush
 from math import inf
 from typing import NamedTuple
@@ -21,6 +24,9 @@ from typing import NamedTuple
 from ..op import BACKWARD, FORWARD
 from .claims import Claim, Space
 from .recompute import SAVED, Keeper
+
+LEVEL = 1e9
+"""Bytes per row that an op is worth which a fuser of the next higher priority takes."""
 
 
 class Cover(NamedTuple):
@@ -51,18 +57,6 @@ def _better(claim: Claim) -> tuple[int, int]:
     return claim.rank, -len(claim.ops)
 
 
-def _greedy_backward(space: Space) -> list[Claim]:
-    chosen: list[Claim] = []
-    gap = space.program.count
-    while gap and space.program.flows[gap]:
-        best_first = sorted(space.ending[BACKWARD][gap], key=_better)
-        best = next(filter(space.admitted, best_first), None)
-        if best is not None:
-            chosen.append(best)
-        gap = gap - 1 if best is None else best.start
-    return chosen
-
-
 def _live(space: Space, backward: list[Claim]) -> tuple[Keeper, set[str]]:
     keeper = _keeper(space).settle(need for claim in backward for need in claim.needs)
     return keeper, keeper.kept | space.teed()
@@ -77,19 +71,48 @@ def _qualifies(space: Space, claim: Claim, live: set[str]) -> bool:
 
 def greedy(space: Space) -> Cover:
     """The backward first, then the forward; at each gap the best by backend order, then length."""
-    backward = _greedy_backward(space)
+    backward = _walk(space, BACKWARD, partial(filter, space.admitted))
     keeper, live = _live(space, backward)
     local = _by_place(space, live)
-    forward: list[Claim] = []
-    gap = 0
-    while gap < space.program.count:
-        found = [c for c in space.starting[FORWARD][gap] if _qualifies(space, c, local(c))]
-        if not found:
-            gap += 1
-            continue
-        forward.append(min(found, key=_better))
-        gap = forward[-1].stop
+
+    def qualifying(claims: Iterable[Claim]) -> Iterator[Claim]:
+        """All are looked at, so that all refusals are known."""
+        return iter([claim for claim in claims if _qualifies(space, claim, local(claim))])
+
+    first = {other for claim in backward for other in space.partners(claim) or ()}
+    forward = _walk(space, FORWARD, qualifying, first)
     return _finish(space, forward, backward, keeper)
+
+
+def _walk(
+    space: Space, direction: str, usable: Callable[[Iterable[Claim]], Iterator[Claim]],
+    first: Collection[Claim] = (),
+) -> list[Claim]:  # fmt: skip
+    """The claims of a pass, in its order: for each level a walk over what earlier ones left free.
+
+    usable: of claims at one gap, the best first, those that may be taken. first: claims before all
+    others, for they alone give a private value that the backward needs.
+    """
+    count, flows = space.program.count, space.program.flows
+    forward = direction == FORWARD
+    beginning = (space.starting if forward else space.ending)[direction]
+    taken: dict[int, Claim] = {}
+    free = [True] * count
+    for level in range(-1 if first else 0, space.lowest + 1):
+        gap, end = (0, count) if forward else (count, 0)
+        while gap != end and (forward or flows[gap]):
+            best = taken.get(gap)
+            if best is None:
+                here = [c for c in beginning[gap] if (-1 if c in first else c.level) == level]
+                here.sort(key=_better)
+                best = next((c for c in usable(here) if all(free[c.start : c.stop])), None)
+            if best is None:
+                gap += 1 if forward else -1
+            else:
+                taken[gap] = best
+                free[best.start : best.stop] = [False] * (best.stop - best.start)
+                gap = best.stop if forward else best.start
+    return [taken[gap] for gap in sorted(taken, reverse=not forward)]
 
 
 def _by_place(space: Space, live: set[str]) -> Callable[[Claim], set[str]]:
@@ -101,14 +124,27 @@ def _by_place(space: Space, live: set[str]) -> Callable[[Claim], set[str]]:
 
 
 def optimal(space: Space) -> Cover:
-    """The least total cost found by a shortest path; never costlier than `greedy`."""
+    """The least total cost found by a shortest path; never costlier than `greedy`.
+
+    Where priorities differ, of the covers with most ops of a high one.
+    """
     first = greedy(space)
     backward = _pair_path(space)
     keeper, live = _live(space, backward)
     forward = _forward_path(space, live)
     second = _finish(space, forward, backward, keeper)
-    best = second if second.cost < first.cost else first
+    best = min(first, second, key=lambda cover: (_lowered(cover), cover.cost))
     return best._replace(costs={"greedy": first.cost, "optimal": best.cost})
+
+
+def _lowered(cover: Cover) -> int:
+    """How many levels below the highest its ops are, in sum."""
+    return sum(claim.level * len(claim.ops) for claim in (*cover.forward, *cover.backward))
+
+
+def _weight(claim: Claim, moved: float) -> float:
+    """What a claim that moves so many bytes per row adds to a path's length."""
+    return moved + 1e-3 * claim.rank + LEVEL * claim.level * len(claim.ops)
 
 
 def _forward_path(space: Space, live: set[str]) -> list[Claim]:
@@ -122,7 +158,7 @@ def _forward_path(space: Space, live: set[str]) -> list[Claim]:
         for claim in space.starting[FORWARD][gap]:
             if not _qualifies(space, claim, local(claim)):
                 continue
-            cost = costs[gap] + space.moved(claim, live & claim.gives) + 1e-3 * claim.rank
+            cost = costs[gap] + _weight(claim, space.moved(claim, live & claim.gives))
             if cost < costs[claim.stop]:
                 costs[claim.stop], last[claim.stop] = cost, claim
     chosen: list[Claim] = []
@@ -179,7 +215,7 @@ def _pair_path(space: Space) -> list[Claim]:
         for claim in space.starting[direction][gap]:
             if direction == BACKWARD and not space.admitted(claim):
                 continue
-            cost = space.moved(claim) + 1e-3 * claim.rank
+            cost = _weight(claim, space.moved(claim))
             if direction == BACKWARD:
                 cost += sum(keeping(name)[0] for name in claim.needs)
             steps.append((claim, claim.stop, cost))

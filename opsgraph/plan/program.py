@@ -65,7 +65,8 @@ class Request:
 
     x: Spec
     extras: tuple[Spec, ...]
-    weights: Mapping[tuple[int, str], Spec | None]
+    weights: Mapping[str, Spec | None]
+    """By name, as `gradients`; None for a parameter that the module does not have."""
     gradients: frozenset[str]
     """Names of the inputs and weights that need gradients: x0, other5, weight3."""
     training: tuple[bool, ...]
@@ -81,8 +82,9 @@ class Program:
         self.run, self.request = run, request
         self.kinds, self.ops, self.labels = run.kinds, run.ops, run.labels
         count = len(self.kinds)
+        training = [request.training[place] for place in run.places]
         identity = [
-            {d: op_identity(run, i, d, request.training[i]) for d in (FORWARD, BACKWARD)}
+            {d: op_identity(run, i, d, training[i]) for d in (FORWARD, BACKWARD)}
             for i in range(count)
         ]
         self.still_forward = [entry[FORWARD] for entry in identity]
@@ -149,7 +151,7 @@ class Program:
         return specs
 
     def _check_weight(self, i: int, kind: type[Op], name: str, x: Spec) -> None:
-        spec = self.request.weights[i, name]
+        spec = self.request.weights[self.name(name, i)]
         if spec is None:
             return
         if spec.device != x.device:
@@ -268,7 +270,7 @@ class Program:
             cast = self.casts(i, weight) and not self.packed(i, weight, direction)
             return Argument("weight", self.name(weight, i) + (STORED if cast else ""))
         if (i, name) in self.weight_names:
-            if self.request.weights[i, name] is None:
+            if self.request.weights[self.name(name, i)] is None:
                 return Argument("literal", "None")
             packed = "q" if self.packed(i, name, direction) else ""
             return Argument("weight", packed + self.weight_names[i, name])
@@ -288,24 +290,25 @@ class Program:
 
     def casts(self, i: int, name: str) -> bool:
         """Whether an active autocast has a weight cast."""
-        spec, compute = self.request.weights[i, name], self.request.compute
+        spec, compute = self.request.weights[self.name(name, i)], self.request.compute
         if spec is None or compute is None or name in self.kinds[i].as_stored:
             return False
         return spec.dtype.is_floating_point and spec.dtype != compute
 
+    def gradient(self, i: int, name: str) -> str | None:
+        """The gradient of what op i calls a name; None if it is not wanted, or there is no such."""
+        if name not in differentiable(self.kinds[i]):
+            return None
+        source = self.run.sources.get((i, name))
+        if source is not None:
+            return self.tee(source) if source in self.tapped else None
+        value = self.name(name, i)
+        wanted = value in self.request.gradients or value in self.reported
+        return f"d{value}" if wanted else None
+
     def gradient_names(self, i: int) -> list[str | None]:
         """Names of op i's gradients after dx, in `bwd`'s order; None for those not wanted."""
-        kind = self.kinds[i]
-        found: list[str | None] = []
-        for name in differentiable(kind):
-            source = self.run.sources.get((i, name))
-            if source is not None:
-                found.append(self.tee(source) if source in self.tapped else None)
-            else:
-                own = self.name(name, i)
-                wanted = own in self.request.gradients or own in self.reported
-                found.append(f"d{own}" if wanted else None)
-        return found
+        return [self.gradient(i, name) for name in differentiable(self.kinds[i])]
 
     @cached_property
     def reports(self) -> list[str]:
@@ -347,13 +350,13 @@ class Program:
 
     def _factors(self) -> dict[int, int]:
         """The op of each weight that is a factor of a product and wants a gradient, by slot."""
-        weights = self.request.weights
+        specs, wanted = self.request.weights, self.request.gradients
         return {
             k: i
             for k, ((i, name), variable) in enumerate(self.weight_names.items())
             if self.kinds[i].gemm
-            and variable in self.request.gradients
-            and weights[i, name] is not None
+            and variable in wanted
+            and specs[variable] is not None
             and (self.kinds[i].wgrad or name == "weight")
         }
 

@@ -96,7 +96,7 @@ class Packing:
             wanted.add(backward)
         if direction == BACKWARD and self._reads(self._remakes, f"q{variable}"):
             wanted.add(forward)
-        quantizer, spec = program.run.quantizers[i, name], program.request.weights[i, name]
+        quantizer, spec = program.run.quantizers[i, name], program.request.weights[variable]
         assert spec is not None
         for copy in sorted(wanted, reverse=True):
             specs = quantizer.part_specs(spec, copy)

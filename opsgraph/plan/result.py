@@ -87,7 +87,7 @@ class Plan:
         return f"{digest}-{_handles[digest]}"
 
     @property
-    def graph(self) -> "nx.DiGraph[Any]":
+    def graph(self) -> "nx.MultiDiGraph[Any]":
         """Gaps as nodes, an edge for every claim taken or refused."""
         from .show import graph
 
@@ -201,7 +201,7 @@ def _saved_specs(space: Space, cover: Cover, check: bool) -> dict[str, Spec]:
         calls += [call for claim in cover.backward for call in reference_calls(space, claim)]
     read = {a.text for c in calls for a in c.arguments if a.category == "weight"}
     for (i, name), variable in program.weight_names.items():
-        spec = program.request.weights[i, name]
+        spec = program.request.weights[variable]
         if spec is not None and not read.isdisjoint((variable, variable + STORED)):
             found[variable] = spec
         for parts in copies.weight_parts(i, name, BACKWARD).values():
@@ -249,7 +249,7 @@ def _inputs(program: Program, copies: Packing) -> list[Input]:
     activations: dict[str, Spec] = {"x0": request.x, **program.extra_specs}
     dims = (2, *(program.extra_dims(*place) for place in program.run.inputs))
     specs: dict[str, Spec | None] = {**activations}
-    specs |= {variable: request.weights[slot] for slot, variable in weights.items()}
+    specs |= {variable: request.weights[variable] for variable in weights.values()}
     specs |= dict(copies.parameters)
     cast = {
         name
@@ -271,7 +271,7 @@ def make_plan(
     start = time.perf_counter()
     if planner not in PLANNERS:
         raise PlanError(f"got planner {planner!r}, expected one of {', '.join(PLANNERS)}")
-    run, request = with_casts(run, request)
+    run = with_casts(run, request)
     program = Program(run, request)
     space = Space(program, order, config.fuel)
     cover = PLANNERS[planner](space)

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def positions(ops: tuple[int, ...], plan: "Plan") -> str:
-    """`3` or `3-5`."""
+    """What a plan calls the first and the last of some ops: `3`, `3-5` or `1-q2`."""
     return "-".join(dict.fromkeys((plan.numbers[ops[0]], plan.numbers[ops[-1]])))
 
 
-def _row(step: "Step", plan: "Plan") -> str:
+def _row(step: "Step", plan: "Plan", width: int = 24) -> str:
     before, after = step.edges
-    text = f"  {step.where:>5}  {step.name:<24} {step.backend:<10}"
+    text = f"  {step.where:>5}  {step.name:<{width}} {step.backend:<10}"
     if step.direction == FORWARD:
         text += f" {before} -> {after}"
         return text + (f"  saves {', '.join(step.saves)}" if step.saves else "")
@@ -32,15 +32,19 @@ def _row(step: "Step", plan: "Plan") -> str:
 
 def table(plan: "Plan") -> str:
     """Steps forward and backward, refusals, saved values, and costs where planners differ."""
-    lines = ["forward", *(_row(step, plan) for step in plan.forward)]
+    names = [step.name for step in (*plan.forward, *plan.backward)]
+    names += [refused.name for refused in plan.rejected]
+    width = max((24, *map(len, names)))
+    lines = ["forward", *(_row(step, plan, width) for step in plan.forward)]
     if plan.backward:
-        lines += ["backward", *(_row(step, plan) for step in plan.backward)]
+        lines += ["backward", *(_row(step, plan, width) for step in plan.backward)]
     if plan.rejected:
         lines.append("rejected")
         for refused in plan.rejected:
             ops, name, direction, reason = refused
             where = positions(ops, plan) if ops else "all"
-            lines.append(f"  {where:>5}  {name:<24} {refused.backend:<10} {direction}: {reason}")
+            fuser = f"{name:<{width}} {refused.backend:<10}"
+            lines.append(f"  {where:>5}  {fuser} {direction}: {reason}")
     if plan.backward:
         each = "  ".join(f"{name} {size}" for name, size in plan.saved.items())
         lines.append(f"saved  {each}   {plan.saved_bytes_per_row} bytes per row")

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu.dequantize import decode, dequantize, dequantize_mxfp8
+from ..kernels.formats import E4M3, NVFP4, Format, Target, layout_of
 from ..kernels.reference import nvfp4, quantize
 from ..op import ROWS, Spec, Storage
 
-E4M3, E5M2, BF16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
-_NAMES = {E4M3: "e4m3", E5M2: "e5m2"}
+BF16 = torch.bfloat16
 COPIES = ("row", "col")
 ROLES = ("activation", "weight", "gradient")
 """What a quantizer is asked for, one each; delayed scaling has a column for each, in this order."""
@@ -102,6 +102,8 @@ class Quantizer:
 
     A quantizer of your own gives `copy`, `dequantize`, `storage` and `specs`, sets `shared` where
     `col` is the transpose of `row`, and gives `factor` and `operand` where bf16 holds its values.
+    One whose copies lie as those of a known format may give `format` in place of the middle two,
+    and `by_kernels = False` where kernels would not compute the same bits.
     """
 
     shared: ClassVar[bool] = False
@@ -111,11 +113,25 @@ class Quantizer:
     """Whether `1 / scale` is a part of copies, made once for all products that read them."""
     multiple: ClassVar[int] = 16
     """What the width of a GEMM's operand must be a multiple of."""
+    by_kernels: ClassVar[bool] = False
+    """Whether kernels may stand in for `copy`: by default in classes that give `format` themselves.
+    A class that inherits it may quantize in a way of its own."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "by_kernels" not in vars(cls):
+            cls.by_kernels = "format" in vars(cls)
+
+    @property
+    def format(self) -> Target | None:
+        """How copies lie, as kernels know it; None for a layout of its own."""
+        return None
 
     @property
     def storage(self) -> Storage:
-        """The format for specs."""
-        raise NotImplementedError
+        """The layout of copies, for specs."""
+        assert self.format is not None
+        return Storage(*layout_of(self.format)[:5])
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         """Quantize x `[rows, cols]` along rows; scale only where it is delayed.
@@ -146,7 +162,15 @@ class Quantizer:
 
     def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
         """The spec of each part of a copy `[rows, cols]`; rows or cols may be `ROWS`."""
-        raise NotImplementedError
+        to = self.format
+        assert to is not None
+        layout, number = layout_of(to), Spec((), torch.float32, device)
+        down, blocks = _steps(rows, layout.height), _steps(cols, layout.block or 1)
+        scale = Spec((down, blocks if layout.block else 1), layout.scale_dtype, device)
+        if isinstance(to, NVFP4):
+            return Spec((rows, blocks, layout.block // 2), torch.uint8, device), scale, number
+        data = Spec((rows, cols), to.dtype, device)
+        return (data, number, number) if to.scaling == "tensor" else (data, scale)
 
     def amax(self, x: Tensor) -> Tensor:
         """x's largest magnitude, fp32 `[]`, NaN if there is one."""
@@ -192,9 +216,9 @@ def transposed(copy: Copy) -> Copy:
     return copy._replace(data=copy.data.t(), scale=copy.scale.t())
 
 
-def _step(cols: int, block: int) -> int:
-    """How many blocks there are in `cols` columns, for a Spec."""
-    return -block if cols == ROWS else -(-cols // block)
+def _steps(size: int, block: int) -> int:
+    """How many blocks there are in `size` rows or columns, for a Spec."""
+    return -block if size == ROWS else -(-size // block)
 
 
 @dataclass(frozen=True)
@@ -208,8 +232,8 @@ class TensorQuantizer(Quantizer):
     inverts: ClassVar[bool] = True
 
     @property
-    def storage(self) -> Storage:
-        return Storage(_NAMES[self.dtype], 8)
+    def format(self) -> Target:
+        return Format("tensor", self.dtype, self.eps, self.power_of_two)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         return self.made(*quantize.quantize_tensor(x, self.dtype, self.eps, self.power_of_two))
@@ -224,16 +248,13 @@ class TensorQuantizer(Quantizer):
     def operand(self, copy: Copy) -> Operand:
         return Operand(decode(copy.data, BF16), copy.multiplier)
 
-    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
-        number = Spec((), torch.float32, device)
-        return Spec((rows, cols), self.dtype, device), number, number
-
 
 @dataclass(frozen=True)
 class DelayedQuantizer(TensorQuantizer):
     """FP8 with one scale for the tensor, from the amaxes of earlier steps."""
 
     delayed: ClassVar[bool] = True
+    format = TensorQuantizer.format
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         assert scale is not None
@@ -248,8 +269,8 @@ class RowQuantizer(TensorQuantizer):
     inverts: ClassVar[bool] = False
 
     @property
-    def storage(self) -> Storage:
-        return Storage(_NAMES[self.dtype] + "r", 8)
+    def format(self) -> Target:
+        return Format("rows", self.dtype, self.eps, self.power_of_two)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         return self.made(*quantize.quantize_rows(x, self.dtype, self.eps, self.power_of_two))
@@ -262,10 +283,6 @@ class RowQuantizer(TensorQuantizer):
         if self.power_of_two:
             return Operand(dequantize(copy.data, copy.scale, BF16, True))
         return super().operand(copy)
-
-    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
-        data = Spec((rows, cols), self.dtype, device)
-        return data, Spec((rows, 1), torch.float32, device)
 
 
 @dataclass(frozen=True)
@@ -283,8 +300,9 @@ class BlockQuantizer(Quantizer):
         return self.height > 1
 
     @property
-    def storage(self) -> Storage:
-        return Storage(_NAMES[self.dtype] + "b", 8, 32, quantize.BLOCK, self.height)
+    def format(self) -> Target:
+        scaling = "square" if self.shared else "blocks"
+        return Format(scaling, self.dtype, self.eps, self.power_of_two)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         return Copy(
@@ -302,11 +320,6 @@ class BlockQuantizer(Quantizer):
     def operand(self, copy: Copy) -> Operand:
         return Operand(dequantize(copy.data, copy.scale, BF16, True))
 
-    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
-        down = rows if self.height == 1 else _step(rows, self.height)
-        scale = Spec((down, _step(cols, quantize.BLOCK)), torch.float32, device)
-        return Spec((rows, cols), self.dtype, device), scale
-
 
 @dataclass(frozen=True)
 class MXQuantizer(Quantizer):
@@ -316,8 +329,8 @@ class MXQuantizer(Quantizer):
     multiple: ClassVar[int] = quantize.MX_BLOCK
 
     @property
-    def storage(self) -> Storage:
-        return Storage("mx" + _NAMES[self.dtype], 8, 8, quantize.MX_BLOCK)
+    def format(self) -> Target:
+        return Format("mx", self.dtype)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         return Copy(self, *quantize.quantize_mxfp8(x, self.dtype))
@@ -331,10 +344,6 @@ class MXQuantizer(Quantizer):
 
     def operand(self, copy: Copy) -> Operand:
         return Operand(self.dequantize(copy, BF16))
-
-    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
-        scale = Spec((rows, _step(cols, quantize.MX_BLOCK)), torch.uint8, device)
-        return Spec((rows, cols), self.dtype, device), scale
 
 
 @dataclass(frozen=True)
@@ -350,8 +359,8 @@ class NVFP4Quantizer(Quantizer):
     hadamard: bool = False
 
     @property
-    def storage(self) -> Storage:
-        return Storage("nvfp4", 4, 8, nvfp4.BLOCK, self.height)
+    def format(self) -> Target:
+        return NVFP4(self.height, self.stochastic, self.hadamard)
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         if col and self.hadamard:
@@ -378,12 +387,3 @@ class NVFP4Quantizer(Quantizer):
         assert amax is not None
         values = nvfp4.block_values(data, copy.scale.to(BF16), 2 * data.size(1))
         return Operand(values, nvfp4.tensor_multiplier(amax).reciprocal())
-
-    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[Spec, ...]:
-        blocks = _step(cols, nvfp4.BLOCK)
-        down = rows if self.height == 1 else _step(rows, self.height)
-        return (
-            Spec((rows, blocks, nvfp4.BLOCK // 2), torch.uint8, device),
-            Spec((down, blocks), E4M3, device),
-            Spec((), torch.float32, device),
-        )

@@ -1,14 +1,14 @@
-"""The shapes of parameters: as they are, and as their ops say that they must be."""
+"""The parameters of a stage: whether they are there, and of the shapes that their ops demand."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..errors import OpError
+from ..errors import OpError, PlanError
 from ..op import Op
 from ..plan.run import Run
 
@@ -43,3 +43,41 @@ def check_shapes(
 def _text(shape: Sequence[int | None]) -> str:
     sizes = ", ".join("any" if size is None else str(size) for size in shape)
     return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
+
+
+def joined_by(op: Op) -> Collection[str]:
+    """Parameters that are no arguments of `fwd`, for the op joins them to one that is."""
+    names: Any = getattr(op, "joined", tuple)
+    joined: Collection[str] = names()
+    return joined
+
+
+def absent(run: Run) -> list[tuple[nn.Module, str]]:
+    """Where parameters may appear that no op of the run reads, for they were not there."""
+    read = {(run.ops[i], name) for i, name in run.slots}
+    places = (
+        (op, name)
+        for op in run.ops
+        for name in (*op._parameters, *op._homes)
+        if name not in joined_by(op)
+    )
+    gone = (op.home(n) for op, n in places if (op, n) not in read and not op.has(n))
+    return list(dict.fromkeys(gone))
+
+
+def verify_weights(run: Run) -> None:
+    """Raises PlanError unless `fwd` names just what the op has: all parameters, no other."""
+    for i, name in run.slots:
+        if not hasattr(*run.ops[i].home(name)):
+            raise PlanError(
+                f"{run.labels[i]}: got no {name!r}, which its fwd names, expected a parameter "
+                "or buffer of that name, or a constant or extra input"
+            )
+    for i, op in enumerate(run.ops):
+        named = {name for j, name in run.slots if run.ops[j] is op}
+        held = {name for name in (*op._parameters, *op._homes) if op.has(name)}
+        # What a hook reads before the op runs is no argument of fwd.
+        if (missing := held - named - set(joined_by(op))) and not op._forward_pre_hooks:
+            raise PlanError(
+                f"{run.labels[i]}: parameters {sorted(missing)} are not arguments of fwd"
+            )

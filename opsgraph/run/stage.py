@@ -35,7 +35,7 @@ from .execute import expose, run_compiled, run_inference, run_training
 from .extras import ExtraInputs
 from .followed import Followed, check_differentiable
 from .options import Options
-from .shapes import check_shapes, shape_of
+from .shapes import absent, check_shapes, shape_of, verify_weights
 from .table import Key, table_for
 from .unseen import Unseen
 
@@ -60,14 +60,14 @@ class Stage(Followed):
         self.again = partial(Stage, ops, labels, options, known, later, recipe)
         self.written, self.recipe = tuple(ops), recipe
         run = Run(ops, labels, known, later, lower)
-        run.verify_weights()
+        verify_weights(run)
         check_differentiable(run, options, recipe)
         self.inputs, self.outputs = run.inputs, run.outputs
         self.extras = ExtraInputs(run)
         self.trailing = self.extras.trailing
         self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
         self.slots = [run.ops[i].home(name) for i, name in run.slots]
-        self.absent = run.absent()
+        self.absent = absent(run)
         self.shapes = self._shapes()
         self.modes = [
             op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
@@ -214,20 +214,20 @@ class Stage(Followed):
         device = torch.device(key[2], key[3])
         gradients = {"x0"} if key[4] else set()
         rest = iter(key[6:])
-        found: dict[tuple[int, str], Spec | None] = {}
+        found: dict[str, Spec | None] = {}
         check_shapes(run, self.real, self.slots, self.weights())
         options.verify_fusers()
         for (i, name), weight in zip(run.slots, self.weights(), strict=True):
-            dtype = next(rest)
-            found[i, name] = None
+            dtype, variable = next(rest), run.name(name, i)
+            found[variable] = None
             if dtype is None:
                 continue
             assert weight is not None
             shape, wanted, same = (next(rest) for _ in range(3))
             there = device if same else weight.device
-            found[i, name] = Spec(tuple(shape), dtype, there)
+            found[variable] = Spec(tuple(shape), dtype, there)
             if wanted:
-                gradients.add(run.name(name, i))
+                gradients.add(variable)
         specs = []
         for (i, name, _), dims in zip(run.inputs[:extras], self.extras.dims, strict=False):
             dtype, more, last, wanted, same = (next(rest) for _ in range(5))

@@ -12,9 +12,8 @@ import opsgraph as og
 from opsgraph.backend import backends
 from opsgraph.fusers import quantizing
 from opsgraph.fusers.quantizing import KERNELS, quantize
+from opsgraph.kernels.formats import E4M3, E5M2
 from opsgraph.precision.quantizers import (
-    E4M3,
-    E5M2,
     BlockQuantizer,
     Copy,
     DelayedQuantizer,

@@ -159,6 +159,80 @@ def test_a_case_where_optimal_is_cheaper() -> None:
         assert_equal_results(first, best, torch.randn(3, 8))
 
 
+class BiasReLU(og.Fuser):
+    """Leaves the linear layer before it without its bias."""
+
+    backend, pattern = "reference", dict(bias=Bias, act=ReLU)
+    saves = ("act_x",)
+
+    def fwd(self, x: Tensor, bias_bias: Tensor) -> Any:
+        pre = x + bias_bias
+        return pre.relu(), (pre,)
+
+
+class BiasReLUBackward(og.Fuser):
+    backend, pattern, priority = "reference", dict(bias=Bias, act=ReLU), 2
+
+    def bwd(self, dy: Tensor, act_x: Tensor) -> Any:
+        dx = dy * (act_x > 0)
+        return dx, (dx.sum(0),)
+
+
+PLANNERS = pytest.mark.parametrize("planner", ["greedy", "optimal"])
+
+
+@PLANNERS
+def test_a_higher_priority_goes_before_backends_lengths_and_what_overlaps(planner: str) -> None:
+    ops = Linear(8, 8), ReLU(), Linear(8, 8)
+    module = og.Sequential(*ops, planner=planner)
+    before = steps(module.plan())
+    assert ("LinearBias", (0, 1)) in before
+    with og.register(BiasReLU), og.register(BiasReLUBackward):
+        assert steps(module.plan())[:2] == [("BasicLinear", (0,)), ("BiasReLU", (1, 2))]
+        assert ("BiasReLUBackward", (1, 2)) in steps(module.plan(), "backward")
+        assert_equal_results(module, reference(*ops), torch.randn(3, 8))
+    assert steps(module.plan()) == before
+
+
+class Private(og.Fuser):
+    """Hands a value to its own backward."""
+
+    backend, pattern, saves, priority = "aten", dict(fc=BasicLinear, bias=Bias), ("input",), 0
+
+    def saved(self, ops: Any, x: og.Spec) -> dict[str, og.Spec]:
+        return {"input": x}
+
+    def fwd(self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor) -> Any:
+        return x @ fc_weight.t() + bias_bias, (x.clone(),)
+
+    def bwd(self, dy: Tensor, input: Tensor, fc_weight: Tensor) -> Any:
+        return dy @ fc_weight, (dy.t() @ input, dy.sum(0))
+
+
+@PLANNERS
+def test_a_forward_that_alone_gives_a_private_value_stays(planner: str) -> None:
+    ops = Linear(8, 8), ReLU(), Linear(8, 8)
+    with og.register(Private), og.register(BiasReLU):
+        module = og.Sequential(*ops, planner=planner)
+        plan = module.plan()
+        assert {"Private", "BiasReLU"} & set(names(plan))
+        taken = ("Private", (0, 1)) in steps(plan, "backward")
+        assert (("Private", (0, 1)) in steps(plan)) == taken
+        assert_equal_results(module, reference(*ops), torch.randn(3, 8))
+
+
+@PLANNERS
+def test_a_negative_priority_goes_before_plain_ops_alone(planner: str) -> None:
+    class Last(BiasReLU):
+        backend, priority = "aten", -1
+
+    module = og.Sequential(Bias(8), ReLU(), planner=planner)
+    with og.register(Last):
+        assert names(module.plan()) == ["Last"]
+        with og.register(BiasReLU):
+            assert names(module.plan()) == ["BiasReLU"]
+
+
 def test_an_unknown_planner() -> None:
     with pytest.raises(og.PlanError, match="got planner 'best', expected one of greedy, optimal"):
         og.Sequential(Linear(8, 8), planner="best").plan()
@@ -186,7 +260,7 @@ def test_a_thousand_ops() -> None:
 def keeper_of(ops: Sequence[og.Op], needs: Sequence[str], width: int) -> Keeper:
     run = Run(ops, [type(op).__name__ for op in ops])
     weights = {
-        (i, name): og.Spec(tuple(getattr(run.ops[i], name).shape), torch.float32, CPU)
+        run.name(name, i): og.Spec(tuple(getattr(run.ops[i], name).shape), torch.float32, CPU)
         for i, name in run.slots
     }
     x = row(width, torch.float32, CPU)

@@ -1,6 +1,6 @@
 """Layers under recipes, against fp64 formulas, and what their plans say."""
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import opsgraph as og
 from opsgraph import config
 from opsgraph.ops import GroupedLinear, Linear, Quantize, RMSNorm, SiLU
 from opsgraph.precision import recipe as r
+from opsgraph.quantizers import Copy, Quantizer, Storage
 
 E4M3, E5M2 = (0.125, 0.0675), (0.25, 0.125)
 """(rtol, atol) against fp64."""
@@ -52,6 +53,59 @@ def test_nvfp4_is_as_near_to_fp64_as_four_bits_come(name: str) -> None:
     module, x = mlp(), example()
     for one, other in zip(results(module, FP4[name], x), in_fp64(module, x), strict=True):
         assert distance(one, other) < 0.4
+
+
+@dataclass(frozen=True)
+class RowsOfInt8(Quantizer):
+    """int8 with a scale for each row of a copy, from its own amax."""
+
+    storage = Storage("int8r", 8)
+
+    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
+        scale = 127 / x.float().abs().amax(1, keepdim=True).clamp_min(1e-12)
+        return self.made((x * scale).round().to(torch.int8), scale)
+
+    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
+        return (copy.data / copy.scale).to(dtype)
+
+    def specs(self, rows: int, cols: int, device: torch.device) -> tuple[og.Spec, ...]:
+        return og.Spec((rows, cols), torch.int8, device), og.Spec((rows, 1), torch.float32, device)
+
+
+@dataclass(frozen=True)
+class Int8Scaling(r.Recipe):
+    """Integers of 8 bits; gradients are E5M2 unless they are integers, too."""
+
+    integer_gradients: bool = False
+
+    def quantizer(self, role: str) -> Quantizer:
+        if role == "gradient" and not self.integer_gradients:
+            return og.quantizers.RowQuantizer(torch.float8_e5m2)
+        return RowsOfInt8()
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_a_recipe_of_ones_own_with_a_format_of_its_own(integers: bool) -> None:
+    recipe, x = Int8Scaling(integers), example()
+    module = mlp(recompute=False)
+    eager, expected = results(module, recipe, x), in_fp64(module, x)
+    for one, other in zip(eager, expected, strict=True):
+        assert distance(one, other) < (0.03 if integers else 0.15)
+    with og.autocast(recipe=recipe):
+        assert "int8r[*,64]" in str(module.plan())
+    compiled = results(module, recipe, x, torch.compile(module, backend="aot_eager"))
+    for one, other in zip(compiled, eager, strict=True):
+        assert torch.equal(one, other)
+    with og.quantized_model_init(recipe=recipe):
+        held = mlp()
+    assert "int8r" in repr(held[1].weight)
+    assert distance(results(held, recipe, x)[0], expected[0]) < 0.03
+
+
+def test_a_recipe_of_ones_own_is_checked_and_counts_by_its_fields() -> None:
+    with pytest.raises(og.OpsgraphError, match=r"integer_gradients=2.*expected True or False"):
+        Int8Scaling(2)  # type: ignore[arg-type]
+    assert Int8Scaling(True).key == Int8Scaling(True).key != Int8Scaling().key
 
 
 @pytest.mark.parametrize("name", RECIPES)

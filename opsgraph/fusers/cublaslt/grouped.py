@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
+from ...kernels.formats import E4M3, names_of
 from ...op import Spec
 from ...ops.grouped import _pieces, into_main_grads
 from ...ops.quantized_grouped import QuantizedGroupedLinear
@@ -19,7 +20,7 @@ from ...precision.quantizers import Copy, Quantizer
 from ..quantizing import quantize
 from .products import Family, scaled_product
 
-GROUPED = Family("FP8, a scale per row", ("e4m3r",), (torch.bfloat16,), chip=9)
+GROUPED = Family("FP8, a scale per row", names_of("rows", E4M3), (torch.bfloat16,), chip=9)
 
 
 @register

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
+from ...kernels.formats import E4M3, LAYOUTS, names_of
 from ...kernels.reference.nvfp4 import tensor_multiplier
 from ...kernels.reference.quantize import BLOCK
 from ...op import Op, Spec, Storage
@@ -31,7 +32,7 @@ def chip() -> int:
 
 
 class Family(NamedTuple):
-    """Formats that the library multiplies with each other.
+    """Formats that the library multiplies with each other, by the names that layouts have.
 
     chip: the major number of the compute capability that has them, 0 for all with FP8 units. cuda:
     the least version. multiple: what in_features and out_features have to be a multiple of.
@@ -59,11 +60,11 @@ class Family(NamedTuple):
 
 _HALF = torch.float16
 FAMILIES = (
-    Family("FP8, a scale per tensor", ("e4m3", "e5m2"), (torch.bfloat16, torch.float32, _HALF)),
-    Family("FP8, a scale per row", ("e4m3r", "e5m2r"), (torch.bfloat16,)),
-    Family("FP8, blocks of 128", ("e4m3b",), chip=9, cuda=(12, 9), multiple=128),
-    Family("MXFP8", ("mxe4m3", "mxe5m2"), chip=10, cuda=(12, 8)),
-    Family("NVFP4", ("nvfp4",), chip=10, cuda=(12, 8)),
+    Family("FP8, a scale per tensor", names_of("tensor"), (torch.bfloat16, torch.float32, _HALF)),
+    Family("FP8, a scale per row", names_of("rows"), (torch.bfloat16,)),
+    Family("FP8, blocks of 128", names_of("blocks", E4M3), chip=9, cuda=(12, 9), multiple=128),
+    Family("MXFP8", names_of("mx"), chip=10, cuda=(12, 8)),
+    Family("NVFP4", (LAYOUTS["nvfp4"].name,), chip=10, cuda=(12, 8)),
 )
 
 

@@ -8,6 +8,8 @@ an H100, with 8192 rows and depths of 1024 and 2048, the library was 1% to 9% fa
 """
 
 from collections.abc import Collection
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -16,10 +18,9 @@ from torch import Tensor
 from ...backend import interpreting
 from ...fuser import Fuser, register
 from ...op import Op, Spec
-from ...ops import BasicLinear, Bias
-from ...ops.activations import Activation, GatedActivation, Params
+from ...ops import BasicLinear, Bias, SiTUGLU
+from ...ops.activations import ACTIVATIONS
 from ..lazy import Lazy
-from .passes import reject_activation
 
 gemms = Lazy("triton.gemm")
 
@@ -27,10 +28,14 @@ DEPTH = 512
 FP32_DEPTH = 128
 """The longest rows for which the epilogue is taken, and in fp32."""
 
+Activation: Any = reduce(or_, (kind for kind in ACTIVATIONS.values() if kind is not SiTUGLU))
+
 
 def _refusal(act: Op, x: Spec, depth: int) -> str | None:
-    if reason := reject_activation(act, x):
-        return reason
+    if getattr(act, "glu_interleave_size", None) is not None:
+        return "its kernel takes halves, not interleaved gate and value"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"its kernel takes fp32, fp16 and bf16, not {x.dtype}"
     limit = FP32_DEPTH if x.dtype == torch.float32 else DEPTH
     if x.device.type == "cuda" and depth > limit and not interpreting():
         return (
@@ -39,22 +44,25 @@ def _refusal(act: Op, x: Spec, depth: int) -> str | None:
     return None
 
 
+def _params(act: Op) -> tuple[float, ...]:
+    return getattr(act, "params", ())
+
+
 @register
 class LinearGatedActivation(Fuser):
     """GEMM with bias and activation, plain or gated, in its epilogue; hands out what act reads."""
 
-    backend = "triton"
-    pattern = dict(fc=BasicLinear, bias=Bias | None, act=Activation | GatedActivation)
+    backend, pattern = "triton", dict(fc=BasicLinear, bias=Bias | None, act=Activation)
     saves, wants = ("act_x",), dict(act_x="pre")
 
     def reject(self, act: Op, x: Spec) -> str | None:
         return _refusal(act, x, x.width)
 
     def fwd(
-        self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor | None, act_kernel: str,
-        act_params: Params, want: Collection[str],
+        self, x: Tensor, act: Op, fc_weight: Tensor, bias_bias: Tensor | None, act_kernel: str,
+        want: Collection[str],
     ) -> Any:  # fmt: skip
-        y, pre = gemms.linear_activation(x, fc_weight, bias_bias, act_kernel, act_params, want)
+        y, pre = gemms.linear_activation(x, fc_weight, bias_bias, act_kernel, _params(act), want)
         return y, (pre,)
 
 
@@ -66,21 +74,19 @@ class LinearActivationBackward(Fuser):
     sums; the gradient that arrives at the activation never reaches memory.
     """
 
-    backend = "triton"
-    pattern = dict(bias=Bias | None, act=Activation | GatedActivation, fc=BasicLinear)
+    backend, pattern = "triton", dict(bias=Bias | None, act=Activation, fc=BasicLinear)
     wants = dict(bias_bias="bias", fc_weight="y")
 
     def reject(self, act: Op, fc: Any, x: Spec) -> str | None:
         return _refusal(act, x, fc.local_out_features)
 
     def bwd(
-        self, dy: Tensor, bias: Op | None, act_x: Tensor, act_kernel: str, act_params: Params,
-        bias_bias: Tensor | None, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
-        want: Collection[str],
+        self, dy: Tensor, act: Op, act_x: Tensor, act_kernel: str, bias_bias: Tensor | None,
+        fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
         dtype = None if bias_bias is None else bias_bias.dtype
         dx, y, dbias = gemms.linear_activation_backward(
-            dy, fc_weight, act_x, act_kernel, act_params, want, dtype
+            dy, fc_weight, act_x, act_kernel, _params(act), want, dtype
         )
         dweight = None if y is None else fc.wgrad(dy, y, fc_weight_stored)
-        return dx, (dweight,) if bias is None else (dbias, dweight)
+        return dx, (dbias, dweight)
