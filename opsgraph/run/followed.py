@@ -17,7 +17,7 @@ from ..errors import PlanError
 from ..guards.torch_private import followed, top_transform, untraced
 from ..op import constant_under_compile
 from ..plan.run import Run
-from .execute import run_inference
+from .eager import run_inference
 from .options import Options
 
 
@@ -49,8 +49,8 @@ class Followed:
             key = other.key(x, extras, weights)
             if key not in other.plans and other.outdated():
                 return other.renewed()(x, extras)
-            other.ensure(key, len(extras))
-        return run_inference(other.plans[key], other, len(extras), (x, *extras, *weights))
+            plan = other.ensure(key, len(extras))
+        return run_inference(plan, other, len(extras), (x, *extras, *weights))
 
     @constant_under_compile
     def is_followed(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from operator import index
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ..ops.sizes import infer_sizes
 from ..plan import Plan
 from ..precision.autocast import active, follow
 from ..precision.interned import drop_forgotten
+from .compiled import CompiledSequence
 from .convert import is_untouched, module_from, op_from
 from .inputs import explain, verify_tensor
 from .op_kwargs import run_with
@@ -32,7 +32,7 @@ from .stages import Entry, Plans, make_stages, spread
 from .wiring import read_later, unmatched
 
 
-class Sequential(DelaysWeightGradients, nn.Sequential):
+class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
     """Ops in sequence, planned as one; plain nn.Modules may stand between them.
 
     `forward(x, *extra_inputs)` returns y, or `(y, *extra_outputs)` where there are any. x is
@@ -171,10 +171,7 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
         if op_kwargs:
             return run_with(self, input, extra_inputs, op_kwargs)
         if torch.compiler.is_compiling():
-            self._refresh(active.key, index(input.shape[-1]) if input.dim() else 0)
-            assert self._prepared == config.epoch  # for Dynamo to guard both
-            stages = self._plain if active.key is None else self._recipes[active.key]
-            return self._run(stages, input, extra_inputs, True)
+            return self._run_compiled(input, extra_inputs)
         try:
             if self._epoch != config.epoch:
                 self._prepare(input.shape[-1] if input.dim() or self._lazy() else None)
@@ -194,13 +191,6 @@ class Sequential(DelaysWeightGradients, nn.Sequential):
                 verify_tensor(x, "input")
             return stage(x, extras, compiling)
         return self._run_stages(stages, x, extras)
-
-    @constant_under_compile
-    def _refresh(self, recipe: int | None, width: int) -> None:
-        """Prepare while Dynamo traces. A method, so that equal layers share what is compiled."""
-        self._prepare(width)
-        if recipe is not None and recipe not in self._recipes:
-            self._recipes[recipe] = self._make_stages(recipe)
 
     def _complete(self, x: Tensor | int) -> None:
         """Make parameters whose sizes were left out, from an input or its width."""

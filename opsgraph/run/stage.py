@@ -19,7 +19,7 @@ from .. import config
 from ..errors import OpError, PlanError
 from ..fusers.quantizing import quantize
 from ..guards.torch_private import finished, forward_ad, tracing, transforms
-from ..op import ROWS, Op, Spec, constant_under_compile, row
+from ..op import ROWS, Op, Spec, row
 from ..ops.quantize import lowered
 from ..ops.sizes import width_between
 from ..plan import Plan, make_plan
@@ -30,8 +30,9 @@ from ..precision.autocast import active
 from ..precision.delayed import Scaling
 from ..precision.quantizers import COPIES, Quantized
 from ..precision.weights import QuantizedTensor
+from .compiled import Compiled
 from .dtensor import PLAIN, own_part
-from .execute import expose, run_compiled, run_inference, run_training
+from .eager import run_inference, run_training
 from .extras import ExtraInputs
 from .followed import Followed, check_differentiable
 from .options import Options
@@ -44,7 +45,7 @@ _kept: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], Quantized]] = WeakKeyD
 a LayerNormMLP with and without overwriting main_grad share them; no copy or pickle holds them."""
 
 
-class Stage(Followed):
+class Stage(Followed, Compiled):
     """A run of consecutive ops of a Sequential, with the parameters it reads."""
 
     def __init__(
@@ -203,11 +204,13 @@ class Stage(Followed):
             parts.append(op.training)
         return tuple(parts)
 
-    def ensure(self, key: Key, extras: int) -> None:
-        """Plan for a key, unless that was done."""
+    def ensure(self, key: Key, extras: int) -> Plan:
+        """The plan for a key, made unless that was done."""
         with config.lock:
-            if key not in self.plans:
-                self.plans[key] = self._make(key, extras)
+            plan: Plan | None = self.plans.get(key)
+            if plan is None:
+                plan = self.plans[key] = self._make(key, extras)
+            return plan
 
     def _make(self, key: Key, extras: int) -> Plan:
         run, options = self.table.run, self.table.options
@@ -262,8 +265,7 @@ class Stage(Followed):
             extra.requires_grad_(training and extra.is_floating_point())
         with torch.set_grad_enabled(training):
             key = self.key(x, extras, weights)
-        self.ensure(key, len(extras))
-        return self.plans[key]
+        return self.ensure(key, len(extras))
 
     def _example(self, weights: Sequence[Tensor | None]) -> Tensor:
         width = width_between(self.real)
@@ -282,7 +284,7 @@ class Stage(Followed):
         weights = self.weights()
         key = self.key(x, extras, weights)
         if compiling:
-            return self._compiled(key, x, extras, weights)
+            return self.run_compiled(key, x, extras, weights)
         if transforms() or forward_ad._current_level >= 0 or tracing():
             return self.run_followed(x, extras, weights)
         x = finished(x)
@@ -292,8 +294,7 @@ class Stage(Followed):
         if plan is None:
             if self.outdated():
                 return self.renewed()(x, extras)
-            self.ensure(key, len(extras))
-            plan = self.plans[key]
+            plan = self.ensure(key, len(extras))
         if plan.specs.packed:
             weights = [*weights, *self.quantize(plan, weights)]
         if plan.specs.training:
@@ -312,30 +313,3 @@ class Stage(Followed):
         except OpError as error:
             place(error, self.table.run.labels)
             raise
-
-    @constant_under_compile
-    def _expose(self, key: Key, extras: int) -> str:
-        """Plan while Dynamo traces. A method: Dynamo guards which object a function is given."""
-        self.ensure(key, extras)
-        plan = self.plans[key]
-        expose(plan, self.ops)
-        setattr(self.table.exposed, plan.handle, plan)
-        return plan.handle
-
-    def _compiled(
-        self, key: Key, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
-    ) -> Any:
-        if not self.double_backward and self.is_followed():
-            return self.run_followed(x, extras, weights)
-        if self.eager_only is not None:
-            raise PlanError(self.eager_only)
-        plan = getattr(self.table.exposed, self._expose(key, len(extras)))
-        if self.double_backward:  # traced through, for autograd to see the ops
-            return run_inference(plan, self, len(extras), (x, *extras, *weights))
-        if plan.specs.packed:
-            if any(isinstance(weight, QuantizedTensor) for weight in weights):
-                raise PlanError("torch.compile cannot see into weights of quantized_model_init")
-            if active.first_microbatch is not None:
-                raise PlanError("is_first_microbatch keeps weights that torch.compile cannot see")
-            weights = [*weights, *self.quantize(plan, weights)]
-        return run_compiled(plan, self, len(extras), (x, *extras, *weights))

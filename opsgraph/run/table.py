@@ -17,7 +17,7 @@ from ..op import weights
 from ..plan import Plan
 from ..plan.run import Run
 from ..precision.delayed import Scaling
-from .execute import retire
+from .compiled import retire
 from .options import Options
 from .shapes import shape_of
 

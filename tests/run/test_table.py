@@ -17,7 +17,7 @@ from opsgraph import config
 from opsgraph.fuser import registered
 from opsgraph.kernels.cpu import build
 from opsgraph.ops import Linear, SiLU
-from opsgraph.run import execute
+from opsgraph.run import compiled
 from opsgraph.run.table import Plans
 
 pytestmark = pytest.mark.usefixtures("without_cpu_backend")
@@ -94,7 +94,7 @@ def test_plans_of_many_widths_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_plans_of_compiled_graphs_are_kept_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "KEPT", 2)
+    monkeypatch.setattr(compiled, "KEPT", 2)
     handles = []
     for width in (3, 4, 5, 6):
         module = og.Sequential(Linear(width, 2))
@@ -102,13 +102,13 @@ def test_plans_of_compiled_graphs_are_kept_a_while(monkeypatch: pytest.MonkeyPat
         (stage,) = module._stages
         (key,) = stage.plans
         handles.append(stage._expose(key, 0))
-    assert handles[-1] in execute._handles
+    assert handles[-1] in compiled._handles
     del module, stage
     gc.collect()
-    left = [handle for handle in handles if handle in execute._handles]
+    left = [handle for handle in handles if handle in compiled._handles]
     assert left == handles[2:]
     with pytest.raises(RuntimeError, match="a compiled graph was called whose module is gone"):
-        execute._found(handles[0])
+        compiled._found(handles[0])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

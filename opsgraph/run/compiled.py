@@ -1,165 +1,36 @@
-"""Running a plan: the one autograd.Function, and the two opaque ops that torch.compile sees.
+"""A plan under torch.compile: two opaque ops, which the compiler calls and does not see into.
 
 Traced through, AOTAutograd would merge or hoist whatever depends on saved values alone, and lose
-the recomputation that a plan is for. So under torch.compile a plan is two calls,
-`opsgraph::forward` and `opsgraph::backward`, with fakes made from specs: no mutation and no
-results that alias.
+the recomputation that a plan is for. So a plan is two calls, `opsgraph::forward` and
+`opsgraph::backward`, with fakes made from specs: no mutation and no results that alias.
+
+Dynamo plans in methods that are marked constant, which return a plan's handle. A compiled graph
+knows the plan by that handle alone. `Compiled` is the hook: what a stage does while Dynamo traces.
 """
+
+from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import config
 from ..errors import PlanError
-from ..guards.torch_private import PassThrough, apply_of, forward_ad, has_memory
-from ..op import ROWS, Spec
+from ..op import ROWS, Spec, constant_under_compile
 from ..plan import Plan
-from ..precision.autocast import moment, saved_again
-from ..precision.delayed import record_gradient
-from .dimensions import as_given, copy_gradients, flat, flattened, released, unflattened
-
-_HERE = nullcontext()
-_SEEN_THROUGH = ("cpu", "aten", "reference")
-"""Backends that leave the work to PyTorch's ops while a dispatch mode is active."""
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """A context with autocast off; free where it is off already."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return _HERE
-
-
-def see_through(
-    plan: Plan, gradients: Sequence[Tensor], saved: Sequence[Tensor]
-) -> AbstractContextManager[Any]:
-    """A context for a backward whose gradients may be no memory that a kernel can read.
-
-    Batched ones, of `is_grads_batched`, are left to PyTorch's ops. Raises PlanError for tangents of
-    forward-mode AD, which only a forward inside of it can follow, and where kernels do not yield.
-    """
-    if forward_ad._current_level >= 0:
-        for tensor in (*gradients, *saved):
-            if forward_ad.unpack_dual(tensor).tangent is not None:
-                raise PlanError(
-                    "got a tangent of forward-mode AD in a backward, expected the forward inside "
-                    "of it too, or a module with double_backward=True"
-                )
-    if all(map(has_memory, gradients)):
-        return without_autocast(gradients[0].device.type)
-    if plan.specs.packed or any(step.backend not in _SEEN_THROUGH for step in plan.backward):
-        raise PlanError(
-            "got a batched gradient for a backward of fused kernels, expected a module with "
-            "double_backward=True, and no recipe"
-        )
-    return PassThrough()  # type: ignore[no-untyped-call]
-
-
-class PlanFunction(torch.autograd.Function):
-    """Runs a plan forward and backward: `apply(plan, stage, extra count, x, *extras, *weights)`."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: Plan, stage: Any, extras: int, *tensors: Tensor) -> Any:
-        x, ops = tensors[0], stage.ops
-        ctx.plan, ctx.stage = plan, stage
-        ctx.lead = None if x.dim() == 2 else [t.shape for t in tensors[: extras + 1]]
-        if ctx.lead is None and not plan.specs.autocast:
-            outputs, saved = plan.run_forward(ops, *tensors)
-        else:
-            inputs = flattened(plan, tensors)
-            with without_autocast(x.device.type):
-                outputs, saved = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])
-        if plan.specs.reports:
-            outputs = stage.record(plan, outputs, True)
-        if stage.recipe is not None:
-            ctx.moment = moment(stage.recipe, stage.states.values())
-            saved = (ctx.moment, *saved)
-        if stage.eager_only is not None:
-            ctx.watched = stage.unseen.watch(plan, tensors[extras + 1 :])
-        if ctx.lead is not None:
-            outputs = released(unflattened(plan, outputs, x.shape), outputs, tensors)
-        elif len(outputs) > 1 or outputs[0]._is_view():
-            outputs = released(outputs, outputs, tensors)
-        ctx.save_for_backward(*saved)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *others: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "opsgraph: a plan's backward has no derivative of its own; build the module with "
-                "Sequential(..., double_backward=True) to differentiate twice"
-            )
-        plan = ctx.plan
-        given = (dy, *[others[k - 1] for k in plan.specs.taps]) if others else (dy,)
-        saved = saved_again(ctx, ctx.stage.recipe)
-        ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each dies after its use
-        plain = has_memory(dy) if len(given) == 1 else all(map(has_memory, given))
-        plain = plain and forward_ad._current_level < 0
-        with without_autocast(dy.device.type) if plain else see_through(plan, given, saved):
-            grads = given if ctx.lead is None else [flat(g, 2) for g in given]
-            if ctx.stage.eager_only is not None:
-                found = ctx.stage.unseen.run_backward(plan, ctx, grads, saved)
-            else:
-                found = plan.run_backward(ctx.stage.ops, *grads, saved)
-            if ctx.lead is not None:
-                found = as_given(found, ctx.lead, grads, given)
-            if plan.specs.reported:
-                found = note_gradients(plan, found, ctx.stage.seen_gradients(plan))
-        return None, None, None, *found
-
-
-run_training: Callable[..., Any] = apply_of(PlanFunction)
-"""Forward with gradients wanted, `(plan, stage, extra count, x, *extras, *weights)`: tensors of
-which none is left over by a transform."""
-
-
-def note_gradients(plan: Plan, found: Sequence[Any], seen: Sequence[Tensor]) -> list[Any]:
-    """Note the amaxes that stand where scales would have a gradient; returns the gradients."""
-    rest = list(found)
-    for k, buffer in zip(plan.specs.reported, seen, strict=True):
-        record_gradient(buffer, rest[k])
-        rest[k] = None
-    return rest
-
-
-def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
-    """The forward alone, no gradient being wanted."""
-    x, ops = tensors[0], stage.ops
-    within = x.dim() == 2
-    if within and not plan.specs.autocast:
-        outputs = plan.run_forward(ops, *tensors)[0]
-    elif plan.specs.identity:
-        return x
-    else:
-        inputs = flattened(plan, tensors)
-        if stage.double_backward:
-            copy_gradients(inputs)
-        with without_autocast(x.device.type):
-            outputs = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])[0]
-    if plan.specs.reports:
-        outputs = stage.record(plan, outputs, torch.is_grad_enabled())
-    if not within:
-        views = unflattened(plan, outputs, x.shape)
-        own = not (stage.double_backward or torch.is_grad_enabled())
-        outputs = released(views, outputs, tensors) if own else views
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
-# -- torch.compile --
+from ..precision.autocast import active
+from ..precision.weights import QuantizedTensor
+from .dimensions import flattened, unflattened
+from .eager import note_gradients, run_inference, without_autocast
 
 _handles: dict[str, tuple[Plan, Any]] = {}
-
-
-def expose(plan: Plan, ops: Any) -> None:
-    """Let the opaque ops find a plan by its handle, the same for every module that shares it."""
-    _handles[plan.handle] = plan, ops
+"""Plans and their ops, by the handle that the opaque ops are given."""
 
 
 KEPT = 256
@@ -321,7 +192,7 @@ class CompiledPlan(torch.autograd.Function):
         return tuple(gradients)
 
 
-def run_compiled(plan: Plan, stage: Any, extras: int, tensors: Sequence[Tensor | None]) -> Any:
+def _run_plan(plan: Plan, stage: Any, extras: int, tensors: Sequence[Tensor | None]) -> Any:
     """The plan under torch.compile."""
     x = tensors[0]
     assert x is not None
@@ -342,3 +213,67 @@ def run_compiled(plan: Plan, stage: Any, extras: int, tensors: Sequence[Tensor |
     if len(shape) != 2:
         outputs = unflattened(plan, outputs, shape)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+class Compiled:
+    """What a stage does under torch.compile."""
+
+    table: Any
+    eager_only: str | None
+    double_backward: bool
+    is_followed: Callable[[], bool]
+    run_followed: Callable[..., Any]
+    ensure: Callable[..., Any]
+    quantize: Callable[..., list[Tensor]]
+
+    @constant_under_compile
+    def _expose(self, key: Any, extras: int) -> str:
+        """Plan while Dynamo traces. A method: Dynamo guards which object a function is given."""
+        plan: Plan = self.ensure(key, extras)
+        _handles[plan.handle] = plan, self.table.ops
+        setattr(self.table.exposed, plan.handle, plan)
+        return plan.handle
+
+    def run_compiled(
+        self, key: Any, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
+    ) -> Any:
+        """The call while Dynamo traces."""
+        if not self.double_backward and self.is_followed():
+            return self.run_followed(x, extras, weights)
+        if self.eager_only is not None:
+            raise PlanError(self.eager_only)
+        plan: Plan = getattr(self.table.exposed, self._expose(key, len(extras)))
+        if self.double_backward:  # traced through, for autograd to see the ops
+            return run_inference(plan, self, len(extras), (x, *extras, *weights))
+        if plan.specs.packed:
+            if any(isinstance(weight, QuantizedTensor) for weight in weights):
+                raise PlanError("torch.compile cannot see into weights of quantized_model_init")
+            if active.first_microbatch is not None:
+                raise PlanError("is_first_microbatch keeps weights that torch.compile cannot see")
+            weights = [*weights, *self.quantize(plan, weights)]
+        return _run_plan(plan, self, len(extras), (x, *extras, *weights))
+
+
+class CompiledSequence:
+    """What a Sequential does under torch.compile."""
+
+    _plain: list[Any]
+    _recipes: dict[int, list[Any]]
+    _prepared: int
+    _prepare: Callable[..., None]
+    _make_stages: Callable[[int], list[Any]]
+    _run: Callable[..., Any]
+
+    @constant_under_compile
+    def _refresh(self, recipe: int | None, width: int) -> None:
+        """Prepare while Dynamo traces. A method, so that equal layers share what is compiled."""
+        self._prepare(width)
+        if recipe is not None and recipe not in self._recipes:
+            self._recipes[recipe] = self._make_stages(recipe)
+
+    def _run_compiled(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
+        """The call while Dynamo traces."""
+        self._refresh(active.key, index(x.shape[-1]) if x.dim() else 0)
+        assert self._prepared == config.epoch  # for Dynamo to guard both
+        stages = self._plain if active.key is None else self._recipes[active.key]
+        return self._run(stages, x, extras, True)
