@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import config
 from ..errors import OpsgraphError
+from ..guards.validation import flag
 from ..guards.watched import Watched
 from ..op import Op, constant_under_compile
 from ..ops import AllGather, Linear, Tee
@@ -329,6 +330,8 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
         step yet. All others are added. Under a recipe, True keeps the quantized weights, and False
         uses those of the last call with True; None quantizes them anew and keeps nothing.
         """
+        if is_first_microbatch not in (None, True, False):
+            flag("LayerNormMLP", "is_first_microbatch", is_first_microbatch)
         if is_first_microbatch and self.fuse_wgrad_accumulation:
             for name in ("fc1_weight", "fc2_weight"):
                 expect_overwrite(getattr(self, name))

@@ -10,7 +10,7 @@ parameter) instead. The literal `want`, an optional keyword of `fwd` and `bwd`, 
 values or gradients ("x" and parameter names) the plan uses; the others may be None.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .. import config
-from ..errors import OpError
+from ..errors import OpError, PlanError
 from ..guards.constants import plain
 from ..guards.results import verify
 from ..guards.validation import text
@@ -53,6 +53,12 @@ class Placed(NamedTuple):
     """Of parameters that the recipe quantizes."""
     override: str | None = None
     """What the backward multiplies in the place of quantized gradients."""
+
+
+def is_names(value: Any) -> bool:
+    """Whether a value is a collection of names."""
+    collection = isinstance(value, Collection) and not isinstance(value, str)
+    return collection and all(isinstance(name, str) for name in value)
 
 
 class Op(Watched):
@@ -106,6 +112,10 @@ class Op(Watched):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        for name in ("constants", "extra_inputs"):  # which `__init__` reads
+            if not is_names(value := getattr(cls, name)):
+                got = f"{cls.__name__}: got {name} = {value!r}"
+                raise PlanError(f"{got}, expected a tuple of names")
         own = {"fwd", "bwd", "dgrad", "wgrad", "again"}.intersection(cls.__dict__)
         if own and "lower" not in cls.__dict__ and not cls.lowers_subclasses:
             cls.lower = Op.lower  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import OpError, OpsgraphError, PlanError
 from .arguments import arguments, per_class
-from .base import Op, differentiable
+from .base import Op, differentiable, is_names
 from .spec import ROWS, Spec
 
 
@@ -120,26 +120,35 @@ def identity(kind: type[Op], op: Op, direction: str, training: bool) -> bool:
 
 def out(kind: type[Op], op: Op, x: Spec) -> Spec:
     """The spec of y; of a `fwd` that overrides what its base's `out` is about, by running it."""
-    if kind.__module__.startswith("opsgraph.") or holds(kind, "out"):
-        return kind.out(op, x)
-    try:
-        return kind._trace(op, x)[0]
-    except OpsgraphError:
-        raise
-    except Exception:  # it does not run on meta tensors: what is inherited has to do
-        return kind.out(op, x)
+    traced = None if _says(kind, "out") else _traced(kind, op, x)
+    return kind.out(op, x) if traced is None else traced[0]
 
 
 def saved(kind: type[Op], op: Op, x: Spec) -> dict[str, Spec]:
     """The specs of what it saves, likewise."""
-    if kind.__module__.startswith("opsgraph.") or holds(kind, "saved"):
-        return kind.saved(op, x)
+    if not (kind.saves or _says(kind, "saved")):
+        return {}
+    traced = None if _says(kind, "saved") else _traced(kind, op, x)
+    return kind.saved(op, x) if traced is None else traced[1]
+
+
+def _says(kind: type[Op], name: str) -> bool:
+    """Whether a class itself says what comes of its `fwd`."""
+    return kind.__module__.startswith("opsgraph.") or holds(kind, name)
+
+
+def _traced(kind: type[Op], op: Op, x: Spec) -> tuple[Spec, dict[str, Spec]] | None:
+    """The specs of y and of what is saved, by running `fwd` on meta tensors.
+
+    None where it does not run on such: PyTorch and NumPy raise the first two of these errors for
+    values that are not there, Triton the third. Any other error is the op's own.
+    """
     try:
-        return kind._trace(op, x)[1] if kind.saves else {}
-    except OpsgraphError:
-        raise
-    except Exception:
-        return kind.saved(op, x)
+        return kind._trace(op, x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, OpsgraphError):
+            raise
+        return None
 
 
 def checked_out(kind: type[Op], op: Op, x: Spec, label: str) -> Spec:
@@ -156,8 +165,19 @@ def checked_out(kind: type[Op], op: Op, x: Spec, label: str) -> Spec:
     return y
 
 
+_FUNCTIONS = tuple(
+    name for name in vars(Op) if not name.startswith("_") and callable(getattr(Op, name))
+) + ("fwd", "bwd", "dgrad", "wgrad", "again")
+"""The functions that plans and sequences call, some of which a class may lack."""
+
+
+@per_class
 def _uncallable(kind: type[Op]) -> str | None:
     """Why plans cannot call a function of a class, with an op and values in order; or None."""
+    for name in _FUNCTIONS:
+        found = inspect.getattr_static(kind, name, None)
+        if found is not None and not callable(getattr(kind, name)):
+            return f"got {name} = {found!r}, expected a method"
     for name in ("fwd", "bwd", "dgrad", "wgrad", "again"):
         found = inspect.getattr_static(kind, name, None)
         if isinstance(found, staticmethod | classmethod):
@@ -180,7 +200,7 @@ def verify(kind: type[Op]) -> str | None:
         return wrong
     for name in ("saves", "constants", "extra_inputs", "passes", "as_stored", "promotes"):
         value = getattr(kind, name)
-        if isinstance(value, str) or not all(isinstance(n, str) for n in value):
+        if not is_names(value):
             return f"got {name} = {value!r}, expected a tuple of names"
     if strange := set(kind.passes) - set(kind.extra_inputs):
         return f"got passes = {sorted(strange)}, expected some of extra_inputs"
@@ -211,6 +231,8 @@ def verify_added(module: Any, name: str = "") -> None:
     label = f"{name}:{type(module).__name__}" if name else type(module).__name__
     if "_homes" not in module.__dict__:
         raise PlanError(f"{label}: its __init__ did not call super().__init__()")
+    if reason := _uncallable(type(module)):
+        raise PlanError(f"{label}: {reason}")
     for entry in module.lower():
         verify_kind(entry.kind, label)
 

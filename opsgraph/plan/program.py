@@ -158,6 +158,8 @@ class Program:
             raise OpError(self.labels[i], f"input on {x.device}", f"{spec.device}, where {name} is")
         if name in kind.as_stored or self.request.compute is not None:
             return
+        if spec.dtype.is_complex or not (spec.dtype.is_floating_point or name not in kind.required):
+            raise OpError(self.labels[i], f"{name} dtype {spec.dtype}", "a float")
         if spec.dtype.is_floating_point and spec.dtype != x.dtype:
             raise OpError(
                 self.labels[i],

@@ -70,7 +70,7 @@ class ExtraInputs:
         for k, i, name in self.takers:
             up, down = self.ratios[i]
             rows, taker = x.shape[:-1].numel() * up // down, self.run.ops[i]
-            extras[k] = taker.taken(name, extras[k], rows, self.run.labels[i])  # type: ignore
+            extras[k] = taker.taken(name, extras[k], rows, self.run.labels[i])  # type: ignore[index,operator]
         for (i, name, _), extra, dims in zip(self.run.inputs, extras, self.dims, strict=True):
             lead = _lead(x.shape[:-1], self.ratios[i])
             if dims is None or extra.shape[: len(lead)] == lead:

@@ -42,6 +42,11 @@ def verify_tensor(value: Any, where: str, expected: str = "a tensor [*, width]")
     raise OpError(where, described(value), expected)
 
 
+def _verify_dense(value: Any, where: str) -> None:
+    if isinstance(value, Tensor) and not value.is_nested and value.layout is not torch.strided:
+        raise OpError(where, f"a tensor of layout {value.layout}", "a dense one: to_dense()")
+
+
 def explain(module: nn.Sequential, stages: Sequence[Any], x: Any, extras: Sequence[Any]) -> Any:
     """The result for nested inputs, None where the failure was no matter of what came.
 
@@ -51,6 +56,9 @@ def explain(module: nn.Sequential, stages: Sequence[Any], x: Any, extras: Sequen
     if isinstance(first, Op):
         width = first.in_width or "width"
         verify_tensor(x, "input", f"a tensor [*, {width}]")
+    for stage in stages:
+        for weight, (owner, name) in zip(*_weights_of(stage), strict=True):
+            _verify_dense(weight, f"{type(owner).__name__}.{name}")
     made: set[str | None] = set()
     needed: list[tuple[str, str, bool]] = []
     for stage in stages:
@@ -65,9 +73,16 @@ def explain(module: nn.Sequential, stages: Sequence[Any], x: Any, extras: Sequen
     for value, (label, name, taken) in zip(extras, needed, strict=False):
         if not taken:  # the op says itself what it takes
             verify_tensor(value, f"{label} {name}")
+            _verify_dense(value, f"{label} {name}")
+    _verify_dense(x, "input")
     if isinstance(x, Tensor) and x.is_nested and isinstance(first, Op):
         return _run_nested(module, x, extras)
     return None
+
+
+def _weights_of(stage: Any) -> tuple[Sequence[Any], Sequence[tuple[nn.Module, str]]]:
+    """A stage's parameters and where they are; none of a plain module."""
+    return (stage.weights(), stage.slots) if hasattr(stage, "table") else ((), ())
 
 
 def _run_nested(module: nn.Sequential, x: Tensor, extras: Sequence[Tensor]) -> Any:

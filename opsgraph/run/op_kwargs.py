@@ -83,6 +83,8 @@ def _resolved(
     for key, keywords in op_kwargs.items():
         positions = _positions(places, key)
         label, op = places[positions[0]]
+        if not isinstance(keywords, Mapping):
+            raise OpError(label, f"op_kwargs {keywords!r}", "a dict of keywords and buffers")
         known = op.takes_buffers if isinstance(op, Op) else ()
         for name, value in keywords.items():
             if name not in known:
