@@ -1,9 +1,13 @@
 """`Fuser`: how a run of ops is computed in one step, and the registry of all fusers.
 
 A fuser has the shape of an op. Its `pattern` names the ops it covers; an entry may be a union, and
-`Bias | None` is optional. Arguments of `fwd`, `bwd` and `reject` are the pattern's keys (the ops),
-`x` and `y` (the value before and after the run; in `reject` x is its Spec), `dy`, and `KEY_NAME`
-for what the op under that key calls NAME: `fc_weight`, `act_x`, `norm_rstd`, `norm_eps`, `tee_d`.
+`Bias | None` is optional. A class stands for ops of just that class and of those that differ from
+it in their constants alone (`op.functions.family`): `GatedActivation` for SwiGLU, GEGLU and a
+user's with another `kernel`, but `SwiGLU` for SwiGLU.
+
+Arguments of `fwd`, `bwd` and `reject` are the pattern's keys (the ops), `x` and `y` (the value
+before and after the run; in `reject` x is its Spec), `dy`, and `KEY_NAME` for what the op under
+that key calls NAME: `fc_weight`, `act_x`, `norm_rstd`, `norm_eps`, `tee_d`.
 `saves` lists values that `fwd` can hand out: inner values and what inner ops save, or private names
 of its own, which only its own `bwd` may take.
 
@@ -15,10 +19,11 @@ each argument of `fwd` after x that an entry's classes can have a gradient for, 
 `norm_bias` and `fc_weight`. What is not in `want` is ignored.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import count, product
 from math import inf
+from operator import itemgetter
 from types import NoneType, TracebackType, UnionType
 from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
@@ -131,7 +136,7 @@ class Declaration:
         """The Tees whose gradients `bwd` takes."""
 
     def fits(self, kinds: set[type[Op]]) -> bool:
-        """Whether there is a class for every entry of the pattern."""
+        """Whether one of these classes, bases among them, stands for every entry of the pattern."""
         return all(None in e or not kinds.isdisjoint(e) for e in self.entries.values())
 
 
@@ -349,28 +354,33 @@ class Matcher:
         return Matcher(fusers, direction)
 
     def __init__(self, fusers: Iterable[Fuser], direction: str) -> None:
-        self.by_first: dict[type[Op], list[tuple[Fuser, Variant]]] = {}
-        for fuser in fusers:
-            if not fuser.functions(direction):
-                continue
-            for variant in variants(fuser.pattern):
-                first = next(kind for _, kind in variant if kind)
-                self.by_first.setdefault(first, []).append((fuser, variant))
+        self.by_first: dict[type[Op], list[tuple[int, Fuser, Variant]]] = {}
+        serving = (fuser for fuser in fusers if fuser.functions(direction))
+        every = ((fuser, variant) for fuser in serving for variant in variants(fuser.pattern))
+        for number, (fuser, variant) in enumerate(every):
+            first = next(kind for _, kind in variant if kind)
+            self.by_first.setdefault(first, []).append((number, fuser, variant))
 
-    def at(self, start: int, kinds: list[type[Op]], crossed: list[bool]) -> Iterator[Match]:
-        """Matches that start at an op; `crossed` says which ops a pattern may step over."""
-        for fuser, variant in self.by_first.get(kinds[start], ()):
+    def at(
+        self, start: int, kinds: Sequence[tuple[type[Op], ...]], crossed: list[bool]
+    ) -> Iterator[Match]:
+        """Matches that start at an op, in the order of the fusers.
+
+        kinds: each op's `family`. crossed: which ops a pattern may step over.
+        """
+        first = [entry for kind in kinds[start] for entry in self.by_first.get(kind, ())]
+        for _, fuser, variant in sorted(first, key=itemgetter(0)):
             positions: dict[str, int | None] = {}
             position = start
             for key, kind in variant:
                 if kind is None:
                     positions[key] = None
                     continue
-                while position > start and position < len(kinds) and kinds[position] is not kind:
+                while position > start and position < len(kinds) and kind not in kinds[position]:
                     if not crossed[position]:
                         break
                     position += 1
-                if position == len(kinds) or kinds[position] is not kind:
+                if position == len(kinds) or kind not in kinds[position]:
                     break
                 positions[key] = position
                 position += 1

@@ -10,19 +10,24 @@ from torch import Tensor, nn
 
 import opsgraph as og
 from opsgraph.fuser import Handle, registered
+from opsgraph.kernels.reference.activations import activation_forward
 from opsgraph.ops import (
+    GEGLU,
     GELU,
     Add,
     BasicLinear,
     Bias,
+    ClampedSwiGLU,
     LayerNorm,
     Linear,
     MakeExtraOutput,
     ReLU,
     RMSNorm,
     SiLU,
+    SwiGLU,
     Tee,
 )
+from opsgraph.ops.activations import GatedActivation
 
 pytestmark = pytest.mark.usefixtures("without_cpu_backend")
 
@@ -278,6 +283,69 @@ def test_one_class_serves_ops_that_differ(norm: type[og.Op], add: bool, bias: bo
     left_out = plan.backward_source.split("= AnyNormBackward")[0].count("_,")
     assert left_out == (norm is RMSNorm) + (not bias)
     assert_same_results(module, torch.randn(5, 8))
+
+
+class GatedByFormula(og.Fuser):
+    """Of all gated activations; `act_function` tells it which."""
+
+    backend, pattern = "aten", dict(act=GatedActivation)
+
+    def fwd(self, x: Tensor, act_function: Any) -> Any:
+        return activation_forward(x, *act_function), ()
+
+
+class SwiGLUAlone(og.Fuser):
+    backend, pattern = "aten", dict(act=SwiGLU)
+
+    def fwd(self, x: Tensor) -> Any:
+        a, b = x.chunk(2, -1)
+        return nn.functional.silu(a) * b, ()
+
+
+class Preset(SwiGLU):
+    """Other constants, and a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(glu_interleave_size=2)
+
+    def gate(self) -> str:
+        return "silu"
+
+
+class Tanh(GatedActivation):
+    """With its own functions."""
+
+    kernel = "tanh"
+
+    def fwd(self, x: Tensor, kernel: str) -> Any:
+        a, b = x.chunk(2, -1)
+        return getattr(torch, kernel)(a) * b, ()
+
+
+class Even(SwiGLU):
+    """Refuses what its base takes."""
+
+    def reject(self, x: og.Spec) -> str | None:
+        return "got an odd width, expected an even one" if x.width % 4 else super().reject(x)
+
+
+@pytest.mark.parametrize("act", [SwiGLU, GEGLU, ClampedSwiGLU, Preset, Tanh, Even])
+def test_a_kind_stands_for_all_that_differ_in_constants_and_a_name_for_itself(act: Any) -> None:
+    both = ("SwiGLUAlone", "GatedByFormula")
+    module, x = og.Sequential(act(), Linear(4, 4), fusers=both), torch.randn(3, 8)
+    alone = {"SwiGLUAlone"} if act is SwiGLU else set()
+    kind = {"GatedByFormula"} if act not in (Tanh, Even) else set()
+    with og.register(SwiGLUAlone), og.register(GatedByFormula):
+        (first, *_) = names(module.plan())
+        assert first in (alone or kind or {act.__name__})
+        assert_same_results(module, x)
+        for name, taken in (("SwiGLUAlone", alone), ("GatedByFormula", kind)):
+            plan = og.Sequential(*module, fusers=(name,)).plan()
+            assert names(plan)[0] == (name if taken else act.__name__)
+        assert plan.kinds[0] == act.__name__
+        assert plan.labels[0] == f"0:{act.__name__}"
+    with pytest.raises(og.OpError, match=f"^0:{act.__name__}: got"):
+        og.Sequential(act()).plan(x=torch.randn(3, 7))
 
 
 def test_only_the_fusers_one_asks_for() -> None:

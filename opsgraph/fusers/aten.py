@@ -10,26 +10,8 @@ from torch import Tensor
 from ..fuser import Fuser, register
 from ..kernels.reference import activations, norms
 from ..op import Op, Spec
-from ..ops import (
-    GEGLU,
-    GELU,
-    GLU,
-    QGEGLU,
-    Add,
-    BasicLinear,
-    Bias,
-    ClampedSwiGLU,
-    ConstantScale,
-    ReGLU,
-    ReLU,
-    RMSNorm,
-    SiTUGLU,
-    SReGLU,
-    SwiGLU,
-    Tee,
-)
-
-Gated = GEGLU | GLU | QGEGLU | ReGLU | SReGLU | SwiGLU | ClampedSwiGLU | SiTUGLU
+from ..ops import GELU, Add, BasicLinear, Bias, ConstantScale, ReLU, RMSNorm, Tee
+from ..ops.activations import Function, GatedActivation
 
 
 @register
@@ -56,8 +38,8 @@ class LinearBiasActivation(Fuser):
             return "cublasLt has no such epilogue in fp64"
         return None
 
-    def fwd(self, act: Op, x: Tensor, fc_weight: Tensor, bias_bias: Tensor) -> Any:
-        gelu = act.kernel != "relu"
+    def fwd(self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor, act_kernel: str) -> Any:
+        gelu = act_kernel != "relu"
         return torch._addmm_activation(bias_bias, x, fc_weight.t(), use_gelu=gelu), ()
 
 
@@ -158,14 +140,12 @@ class GatedLinearBackward(Fuser):
     The linear's input is computed again in the pass that computes the activation's gradient.
     """
 
-    backend, pattern = "aten", dict(act=Gated, fc=BasicLinear)
+    backend, pattern = "aten", dict(act=GatedActivation, fc=BasicLinear)
 
     def bwd(
         self, dy: Tensor, fc: Any, act_x: Tensor, fc_weight: Tensor, fc_weight_stored: Tensor,
-        act_kernel: str, act_params: tuple[float, ...], act_glu_interleave_size: int | None,
-        want: Collection[str],
+        act_function: Function, want: Collection[str],
     ) -> Any:  # fmt: skip
-        shape = act_kernel, act_params, act_glu_interleave_size
         weighs = "fc_weight" in want
-        dx, y = activations.gated_backward_and_y(dy @ fc_weight, act_x, *shape, weighs)
+        dx, y = activations.activation_backward_and_y(dy @ fc_weight, act_x, *act_function, weighs)
         return dx, (None if y is None else fc.wgrad(dy, y, fc_weight_stored),)

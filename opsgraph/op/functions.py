@@ -42,6 +42,27 @@ def quantizable(kind: type[Op]) -> bool:
 
 
 @per_class
+def family(kind: type[Op]) -> tuple[type[Op], ...]:
+    """The classes by which patterns know an op: its own, and the base that it is another case of.
+
+    That is the most basic class from which it differs in its constants alone: GatedActivation for
+    SwiGLU. Functions take constants as arguments, so what can do the base's work does its.
+    """
+    bases = (base for base in reversed(kind.__mro__[1:]) if issubclass(base, Op))
+    return next(((kind, base) for base in bases if _differs_in_constants(kind, base)), (kind,))
+
+
+def _differs_in_constants(kind: type[Op], base: type[Op]) -> bool:
+    """Whether a class has the base's `fwd`, and changes none of its names but constants."""
+    if getattr(base, "fwd", None) is not kind.fwd:
+        return False
+    free = {*base.constants, "sample", "extra_repr"}
+    added = (c for c in kind.__mro__ if c not in base.__mro__)
+    changed = {name for c in added for name in vars(c) if hasattr(base, name)} - free
+    return all(name.startswith("_") for name in changed)
+
+
+@per_class
 def passes(kind: type[Op]) -> tuple[str, ...]:
     """The extra inputs whose gradient is `dy` itself."""
     there = function(kind, "bwd") is not None and holds(kind, "passes")

@@ -1,4 +1,7 @@
-"""Activations, computed in fp32. Gated ones halve the width: `y = f(a) * b`, a the first half.
+"""Activations, computed in fp32: many names, and two kinds, `Activation` and `GatedActivation`.
+
+A class with a name is its kind with other constants, so that what computes the kind computes each
+of them. Gated ones halve the width: `y = f(a) * b`, a the first half.
 
 That order is the opposite of `torch.nn.functional.glu`'s. With `glu_interleave_size=n` gate and
 value alternate in blocks of n columns instead. cache_quantized_input is TransformerEngine's hint to
@@ -17,6 +20,9 @@ from ..kernels.reference import activations as reference
 from ..op import Op, Spec
 
 APPROXIMATIONS = ("tanh", "none")
+Params = tuple[float, ...]
+Function = tuple[str, Params, int | None]
+"""kernel, params and glu_interleave_size."""
 
 
 def _approximation(who: str, name: str, value: Any) -> Any:
@@ -31,11 +37,40 @@ def _finite(who: str, name: str, value: Any) -> float:
     return number(who, name, value, "a finite number", isfinite)
 
 
-class Activation(Op):
-    """`y = f(x)`, elementwise; `kernel` names f in every backend."""
+class AnyActivation(Op):
+    """What both kinds share: the function is a constant, and its parameters are part of it."""
 
-    constants = ("kernel",)
+    constants = ("kernel", "params", "glu_interleave_size", "function")
     kernel: str
+    params: Params = ()
+    glu_interleave_size: int | None = None
+
+    @property
+    def function(self) -> Function:
+        """The three together, as kernels take them."""
+        return self.kernel, self.params, self.glu_interleave_size
+
+    def fwd(
+        self, x: Tensor, kernel: str, params: Params = (), glu_interleave_size: int | None = None
+    ) -> tuple[Tensor, tuple[()]]:
+        return reference.activation_forward(x, kernel, params, glu_interleave_size), ()
+
+    def bwd(
+        self, dy: Tensor, x: Tensor, kernel: str, params: Params = (),
+        glu_interleave_size: int | None = None,
+    ) -> tuple[Tensor, tuple[()]]:  # fmt: skip
+        return reference.activation_backward(dy, x, kernel, params, glu_interleave_size), ()
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        if hasattr(cls, "kernel"):
+            return (cls(),)
+        named = (kind for kind in cls.__subclasses__() if kind.__module__ == cls.__module__)
+        return [op for kind in named for op in kind.sample()]
+
+
+class Activation(AnyActivation):
+    """`y = f(x)`, elementwise; `kernel` and `params` name f in every backend."""
 
     def __init__(self, *, cache_quantized_input: bool = False) -> None:
         super().__init__()
@@ -45,19 +80,9 @@ class Activation(Op):
     def out(self, x: Spec) -> Spec:
         return x
 
-    def fwd(self, x: Tensor, kernel: str) -> tuple[Tensor, tuple[()]]:
-        return reference.activation_forward(x, kernel), ()
 
-    def bwd(self, dy: Tensor, x: Tensor, kernel: str) -> tuple[Tensor, tuple[()]]:
-        return reference.activation_backward(dy, x, kernel), ()
-
-
-class GatedActivation(Op):
+class GatedActivation(AnyActivation):
     """`y = f(a) * g(b)` of `[*, 2 * width]`; `kernel` and `params` name f and g everywhere."""
-
-    constants = ("kernel", "params", "glu_interleave_size")
-    kernel: str
-    params: tuple[float, ...] = ()
 
     def __init__(
         self, glu_interleave_size: int | None = None, *, cache_quantized_input: bool = False
@@ -84,25 +109,6 @@ class GatedActivation(Op):
 
     def out(self, x: Spec) -> Spec:
         return x.like(x.width // 2)
-
-    def fwd(
-        self, x: Tensor, kernel: str, params: tuple[float, ...], glu_interleave_size: int | None
-    ) -> Any:
-        return reference.gated_forward(x, kernel, params, glu_interleave_size), ()
-
-    def bwd(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        kernel: str,
-        params: tuple[float, ...],
-        glu_interleave_size: int | None,
-    ) -> Any:
-        return reference.gated_backward(dy, x, kernel, params, glu_interleave_size), ()
-
-    @classmethod
-    def sample(cls) -> Iterable[Op]:
-        return (cls(),)
 
 
 class GELU(Activation):
@@ -225,7 +231,7 @@ class ClampedSwiGLU(GatedActivation):
         self.limit, self.alpha, self.glu_linear_offset = limit, alpha, glu_linear_offset
 
     @property
-    def params(self) -> tuple[float, ...]:  # type: ignore[override]
+    def params(self) -> Params:  # type: ignore[override]
         return self.limit, self.alpha, self.glu_linear_offset
 
 
@@ -247,7 +253,7 @@ class SiTUGLU(GatedActivation):
         self.beta1, self.beta2 = beta1, beta2
 
     @property
-    def params(self) -> tuple[float, ...]:  # type: ignore[override]
+    def params(self) -> Params:  # type: ignore[override]
         return self.beta1, self.beta2
 
 

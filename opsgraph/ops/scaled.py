@@ -18,8 +18,10 @@ from .activations import (
     GEGLU,
     QGEGLU,
     Activation,
+    AnyActivation,
     ClampedSwiGLU,
     GatedActivation,
+    Params,
     ReGLU,
     SiTUGLU,
     SReLU,
@@ -45,49 +47,34 @@ class _Scaled(Op):
     def extra_spec(self, name: str, x: Spec) -> Spec | None:
         return Spec((ROWS,), x.dtype, x.device)
 
-    @classmethod
-    def sample(cls) -> Iterable[Op]:
-        return (cls(),)
 
-
-class ScaledGatedActivation(_Scaled, GatedActivation):
-    """A gated activation times a scale for each row."""
+class _ScaledFunction(_Scaled, AnyActivation):
+    """The reference of a function of `kernels/reference/activations.py`, plain or gated."""
 
     def fwd(  # type: ignore[override]
-        self, x: Tensor, scales: Tensor, kernel: str, params: tuple[float, ...],
-        glu_interleave_size: int | None,
+        self, x: Tensor, scales: Tensor, kernel: str, params: Params = (),
+        glu_interleave_size: int | None = None,
     ) -> tuple[Tensor, tuple[()]]:  # fmt: skip
-        y = reference.gated_forward(wide(x), kernel, params, glu_interleave_size)
+        y = reference.activation_forward(wide(x), kernel, params, glu_interleave_size)
         return (y * wide(scales)[:, None]).to(x.dtype), ()
 
     def bwd(  # type: ignore[override]
-        self, dy: Tensor, x: Tensor, scales: Tensor, kernel: str, params: tuple[float, ...],
-        glu_interleave_size: int | None, want: Collection[str],
+        self, dy: Tensor, x: Tensor, scales: Tensor, kernel: str, params: Params = (),
+        glu_interleave_size: int | None = None, *, want: Collection[str],
     ) -> Gradients:  # fmt: skip
-        shape = kernel, params, glu_interleave_size
-        g = wide(dy)
-        scaled = g * wide(scales)[:, None]
-        dx, y = reference.gated_backward_and_y(scaled, wide(x), *shape, "scales" in want)
+        g, function = wide(dy), (kernel, params, glu_interleave_size)
+        dact = g * wide(scales)[:, None]
+        dx, y = reference.activation_backward_and_y(dact, wide(x), *function, "scales" in want)
         dscales = None if y is None else (g * y).sum(-1).to(scales.dtype)
         return dx.to(x.dtype), (dscales,)
 
 
-class ScaledActivation(_Scaled, Activation):
+class ScaledGatedActivation(_ScaledFunction, GatedActivation):
+    """A gated activation times a scale for each row."""
+
+
+class ScaledActivation(_ScaledFunction, Activation):
     """An activation times a scale for each row."""
-
-    def fwd(self, x: Tensor, scales: Tensor, kernel: str) -> tuple[Tensor, tuple[()]]:  # type: ignore[override]
-        y = reference.activation_forward(wide(x), kernel)
-        return (y * wide(scales)[:, None]).to(x.dtype), ()
-
-    def bwd(  # type: ignore[override]
-        self, dy: Tensor, x: Tensor, scales: Tensor, kernel: str, want: Collection[str]
-    ) -> Gradients:
-        g, h = wide(dy), wide(x)
-        dx = reference.activation_backward(g * wide(scales)[:, None], h, kernel)
-        dscales = None
-        if "scales" in want:
-            dscales = (g * reference.activation_forward(h, kernel)).sum(-1).to(scales.dtype)
-        return dx.to(x.dtype), (dscales,)
 
 
 class ScaledSwiGLU(ScaledGatedActivation, SwiGLU):

@@ -27,7 +27,7 @@ from ..errors import PlanError
 from ..fuser import AGAIN, Function, Fuser, Match, Matcher, Name, Reference, reference, registered
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, Spec
-from ..op.functions import passes, verify_backward
+from ..op.functions import family, passes, verify_backward
 from .program import GAP, INPUT, SAVED, Argument, Program
 from .rejection import Rejection
 
@@ -194,7 +194,7 @@ class Space:
         offered: dict[str, list[Fuser]] = {}
         for fuser in fusers:
             offered.setdefault(fuser.backend, []).append(fuser)
-        kinds, known = set(self.program.kinds), backends()
+        kinds, known = set().union(*map(family, self.program.kinds)), backends()
         for name in self.order:
             if name not in known:
                 raise PlanError(f"got backend {name!r}, expected some of {', '.join(known)}")
@@ -214,9 +214,9 @@ class Space:
             for flag, kind in zip(still, program.kinds, strict=True)
         ]
         obstacles = list(map(self._obstacle, range(program.count), still))
-        matcher = Matcher.of(fusers, direction)
+        matcher, kinds = Matcher.of(fusers, direction), list(map(family, program.kinds))
         for start in range(program.count):
-            for match in matcher.at(start, program.kinds, crossed):
+            for match in matcher.at(start, kinds, crossed):
                 if direction == BACKWARD and not program.flows[match.stop]:
                     continue
                 ops = tuple(i for i in match.positions.values() if i is not None)

@@ -45,10 +45,6 @@ def quantizing(fuser: Fuser) -> bool:
     return fuser.quantized or not kinds.isdisjoint((Quantize, QuantizeGrad, QuantizedGroupedLinear))
 
 
-MOST = 32
-"""Of a pattern with more variants than that, only enough are run for each alternative to occur."""
-
-
 def _covering(found: Iterable[Variant]) -> Iterator[Variant]:
     """Variants in which every alternative of every entry of a pattern occurs."""
     seen: set[tuple[str, type[Op] | None]] = set()
@@ -63,7 +59,7 @@ def samples(fuser: Fuser, few: bool = False) -> Iterator[list[Op]]:
 
     Under a recipe a linear layer stands for the Quantize or QuantizeGrad that it brings, and a
     GroupedLinear for what it becomes. few: only enough variants for every alternative to occur, and
-    one sample of each.
+    one sample of each class: a kind of activation has many classes.
     """
     linear = partial(BasicLinear, out_features=QUANTIZED_WIDTH)
 
@@ -71,13 +67,17 @@ def samples(fuser: Fuser, few: bool = False) -> Iterator[list[Op]]:
         groups = issubclass(kind, QuantizedGroupedLinear)
         return GroupedLinear(2, out_features=QUANTIZED_WIDTH) if groups else linear()
 
+    def instances(kind: type[Op]) -> list[Op]:
+        each = list(kind.sample()) or [stand_in(kind)]
+        return list({type(op): op for op in reversed(each)}.values()) if few else each
+
     every = list(variants(fuser.pattern))
-    for variant in _covering(every) if few or len(every) > MOST else every:
+    for variant in _covering(every) if few else every:
         kinds = [kind for _, kind in variant if kind is not None]
         pairs = zip(kinds, [*kinds[1:], None], strict=True)
         kinds = [kind for kind, after in pairs if (kind, after) != (Quantize, BasicLinear)]
-        for k in range(1 if few else max(len(list(kind.sample())) for kind in kinds) or 1):
-            chosen = [list(kind.sample()) or [stand_in(kind)] for kind in kinds]
+        for k in range(max(len(instances(kind)) for kind in kinds)):
+            chosen = [instances(kind) for kind in kinds]
             if fuser.quantized:
                 chosen = [
                     [linear()] if kind is BasicLinear else c

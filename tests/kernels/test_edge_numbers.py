@@ -33,7 +33,7 @@ def forward(backend: str, x: Tensor, kind: str) -> Tensor:
     if backend == "cpu":
         return cpu_activations.activation_forward(x, kind)[0]
     if cpu_activations.KINDS[kind].gated:
-        return activations.gated_forward(x, kind, PARAMS.get(kind, ()))
+        return activations.activation_forward(x, kind, PARAMS.get(kind, ()))
     return activations.activation_forward(x, kind)
 
 
@@ -43,7 +43,7 @@ def backward(backend: str, dy: Tensor, x: Tensor, kind: str) -> Tensor:
         assert dx is not None
         return dx
     if cpu_activations.KINDS[kind].gated:
-        return activations.gated_backward(dy, x, kind, PARAMS.get(kind, ()))
+        return activations.activation_backward(dy, x, kind, PARAMS.get(kind, ()))
     return activations.activation_backward(dy, x, kind)
 
 
@@ -93,10 +93,10 @@ def test_clamped_swiglu_of_any_alpha(alpha: float) -> None:
     a = torch.tensor([[-300.0, -60.0, -1.0, -0.0, 0.5, 3.0, 6.9]]).t().contiguous()
     x, params = torch.cat((a, a.flip(0)), 1), (7.0, alpha, 1.0)
     y = cpu_activations.activation_forward(x, "clamped_swiglu", params)[0]
-    close(y, activations.gated_forward(x.double(), "clamped_swiglu", params))
+    close(y, activations.activation_forward(x.double(), "clamped_swiglu", params))
     dx = cpu_activations.activation_backward(y, x, "clamped_swiglu", params)[0]
     assert dx is not None
-    expected = activations.gated_backward(y.double(), x.double(), "clamped_swiglu", params)
+    expected = activations.activation_backward(y.double(), x.double(), "clamped_swiglu", params)
     close(dx, expected)
 
 

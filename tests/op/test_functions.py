@@ -10,6 +10,9 @@ from torch import Tensor, nn
 import opsgraph as og
 from opsgraph import ops
 from opsgraph.op import arguments
+from opsgraph.op.functions import family
+from opsgraph.ops.activations import Activation, GatedActivation
+from opsgraph.ops.scaled import ScaledGatedActivation
 
 F64 = torch.float64
 
@@ -258,6 +261,32 @@ class Unmade(og.Op):
 def test_an_op_whose_base_was_not_initialized_is_refused(call: Any) -> None:
     with pytest.raises(og.PlanError, match=r"Unmade: its __init__ did not call super\(\).__init__"):
         call()
+
+
+class PresetNorm(ops.RMSNorm):
+    """Another constructor, and another default of a constant."""
+
+    zero_centered_gamma = True
+
+    def __init__(self) -> None:
+        super().__init__(8)
+
+
+class WatchedNorm(ops.RMSNorm):
+    """Overrides what its base says of itself."""
+
+    def out(self, x: og.Spec) -> og.Spec:
+        return super().out(x)
+
+
+def test_a_family_is_the_class_and_the_base_from_which_it_differs_in_constants() -> None:
+    assert family(ops.SwiGLU) == (ops.SwiGLU, GatedActivation)
+    assert family(ops.GELU) == (ops.GELU, Activation)
+    assert family(ops.ScaledGEGLU) == (ops.ScaledGEGLU, ScaledGatedActivation)
+    assert family(PresetNorm) == (PresetNorm, ops.RMSNorm)
+    assert family(Renamed) == (Renamed, HalfSiLU)
+    for kind in (ops.RMSNorm, ops.Linear, GatedActivation, HalfSiLU, Mixed, WatchedNorm, Squared):
+        assert family(kind) == (kind,)
 
 
 def test_borrowing_what_is_not_there_is_refused() -> None:

@@ -1,7 +1,5 @@
 """Fusers over the C++ kernels for the CPU: norms with their residuals, activations with biases."""
 
-from functools import reduce
-from operator import or_
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ from ...backend import Backend, add_backend
 from ...fuser import Fuser, register
 from ...op import Op, Spec
 from ...ops import Add, Bias, LayerNorm, RMSNorm, Tee
-from ...ops.activations import ACTIVATIONS
+from ...ops.activations import Activation, Function, GatedActivation
 from ..lazy import Lazy
 
 build = Lazy("cpu.build")
@@ -21,7 +19,6 @@ activations = Lazy("cpu.activations")
 DTYPES = (torch.float32, torch.bfloat16)
 """What the kernels compute on."""
 Want = tuple[str, ...]
-Activation: Any = reduce(or_, ACTIVATIONS.values())
 
 add_backend(
     Backend("cpu", "C++ kernels, compiled here at first use", ("cpu",), lambda: build.why_not()),
@@ -160,37 +157,34 @@ class _Activation(CPU):
         return reject_activation(act, x)
 
 
-def shape_of(act: Op) -> tuple[Any, ...]:
-    """What the kernels take of an activation: kind, params, interleaving."""
-    return act.kernel, getattr(act, "params", ()), getattr(act, "glu_interleave_size", None)
-
-
 @register
 class ActivationKernel(_Activation):
     """An activation, plain or gated, forward and backward."""
 
-    pattern = dict(act=Activation)
+    pattern = dict(act=Activation | GatedActivation)
 
-    def fwd(self, x: Tensor, act: Op) -> Any:
-        return activations.activation_forward(x, *shape_of(act))[0], ()
+    def fwd(self, x: Tensor, act_function: Function) -> Any:
+        return activations.activation_forward(x, *act_function)[0], ()
 
-    def bwd(self, dy: Tensor, act: Op, act_x: Tensor) -> Any:
-        return activations.activation_backward(dy, act_x, *shape_of(act))[0], ()
+    def bwd(self, dy: Tensor, act_x: Tensor, act_function: Function) -> Any:
+        return activations.activation_backward(dy, act_x, *act_function)[0], ()
 
 
 @register
 class BiasActivation(_Activation):
     """Bias and activation in one pass; hands out the sum. Backward with the bias's sums."""
 
-    pattern, saves, wants = dict(bias=Bias, act=Activation), ("act_x",), dict(bias_bias="bias")
+    pattern, saves = dict(bias=Bias, act=Activation | GatedActivation), ("act_x",)
+    wants = dict(bias_bias="bias")
 
-    def fwd(self, x: Tensor, bias_bias: Tensor, act: Op, want: Want) -> Any:
-        shape = shape_of(act)
-        y, pre = activations.activation_forward(x, *shape, bias_bias, "act_x" in want)
+    def fwd(self, x: Tensor, bias_bias: Tensor, act_function: Function, want: Want) -> Any:
+        kept = "act_x" in want
+        y, pre = activations.activation_forward(x, *act_function, bias_bias, kept)
         return y, (pre,)
 
-    def bwd(self, dy: Tensor, act: Op, act_x: Tensor, bias_bias: Tensor, want: Want) -> Any:
-        dx, _, dbias = activations.activation_backward(
-            dy, act_x, *shape_of(act), want, bias_bias.dtype
-        )
+    def bwd(
+        self, dy: Tensor, act_x: Tensor, act_function: Function, bias_bias: Tensor, want: Want
+    ) -> Any:
+        dtype = bias_bias.dtype
+        dx, _, dbias = activations.activation_backward(dy, act_x, *act_function, want, dtype)
         return dx, (dbias,)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
-from ...op import Op, Spec
+from ...op import Spec
 from ...ops import Add, BasicLinear, Bias, LayerNorm, RMSNorm, Tee
+from ...ops.activations import Activation, Function, GatedActivation
 from ..lazy import Lazy
-from .passes import Activation, reject_dtype, shape_of
+from .passes import reject_dtype
 
 gemm = Lazy("cpu.gemm")
 norms = Lazy("cpu.norms")
@@ -82,23 +83,24 @@ def _one_pass(x: Tensor) -> bool:
     return x.nbytes < memory.LEAST  # type: ignore[no-any-return]
 
 
-def _activated_wgrad(fc: Any, dy: Tensor, act: Op, pre: Tensor, stored: Tensor) -> Tensor | None:
+def _activated_wgrad(
+    fc: Any, dy: Tensor, function: Function, pre: Tensor, stored: Tensor
+) -> Tensor | None:
     """The weight gradient of the linear after an activation, which is computed again."""
     if fc.accumulate_into_main_grad:
-        y = activations.activation_forward(pre, *shape_of(act))[0]
+        y = activations.activation_forward(pre, *function)[0]
         return fc.wgrad(dy, y, stored)  # type: ignore[no-any-return]
-    return fc.weigh(_wgrad_in_parts, dy, act, pre, stored.shape)  # type: ignore[no-any-return]
+    return fc.weigh(_wgrad_in_parts, dy, function, pre, stored.shape)  # type: ignore[no-any-return]
 
 
-def _wgrad_in_parts(dy: Tensor, act: Op, pre: Tensor, shape: torch.Size) -> Tensor:
-    """`dy.T @ act(pre)`, some columns of that at a time.
+def _wgrad_in_parts(dy: Tensor, function: Function, pre: Tensor, shape: torch.Size) -> Tensor:
+    """`dy.T @ function(pre)`, some columns of that at a time.
 
     They are stored as the product wants them, and are never there as a whole.
     """
     rows, (width, depth) = pre.shape[0], shape
-    kind, params, interleave = shape_of(act)
-    forward = partial(activations.activation_forward, pre, kind, params, interleave)
-    unit, parts = interleave or 64, min(PARTS, max(1, depth // COLUMNS))
+    forward = partial(activations.activation_forward, pre, *function)
+    unit, parts = function[-1] or 64, min(PARTS, max(1, depth // COLUMNS))
     step = -(-depth // (parts * unit)) * unit
     dweight: Tensor = memory.empty((width, depth), dy.dtype)
     for k in range(0, depth, step):
@@ -112,15 +114,15 @@ def _wgrad_in_parts(dy: Tensor, act: Op, pre: Tensor, shape: torch.Size) -> Tens
 
 
 def _activation_backward(
-    dy: Tensor, act: Op, pre: Tensor, weight: Tensor, names: frozenset[str], dtype: torch.dtype,
-    dpre: Tensor,
+    dy: Tensor, function: Function, pre: Tensor, weight: Tensor, names: frozenset[str],
+    dtype: torch.dtype, dpre: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dpre and dbias: the linear's data gradient and the activation's pass, some rows at a time.
 
     A block's gradient is still in the cache when the pass reads it, and is never there as a whole.
     dpre: gets the gradient; it may be pre.
     """
-    backward, shape = activations.activation_backward, shape_of(act)
+    backward = activations.activation_backward
     rows, width = pre.shape[0], weight.shape[1]
     inside = pre is not dpre and pre.shape[1] == width
     dbias = torch.zeros(pre.shape[1], device="cpu") if "bias" in names else None
@@ -128,7 +130,7 @@ def _activation_backward(
         part = slice(k, k + ROWS)
         # A plain activation's gradient takes the place of the one that it is made of.
         gradient = gemm.dgrad(dy[part], weight, out=dpre[part] if inside else None)
-        sums = backward(gradient, pre[part], *shape, names, out=dpre[part])[2]
+        sums = backward(gradient, pre[part], *function, names, out=dpre[part])[2]
         del gradient
         if dbias is not None:
             dbias += sums
@@ -143,19 +145,19 @@ class ActivationProductBackward(_Passes):
     the place of the pre-activation if that has no other use.
     """
 
-    pattern = dict(bias=Bias | None, act=Activation, fc2=BasicLinear)
+    pattern = dict(bias=Bias | None, act=Activation | GatedActivation, fc2=BasicLinear)
     consumes, wants = ("act_x",), dict(bias_bias="bias", fc2_weight="y")
 
     def bwd(
-        self, dy: Tensor, act: Op, act_x: list[Tensor], bias_bias: Tensor | None, fc2: Any,
-        fc2_weight: Tensor, fc2_weight_stored: Tensor, want: tuple[str, ...],
+        self, dy: Tensor, act_x: list[Tensor], act_function: Function, bias_bias: Tensor | None,
+        fc2: Any, fc2_weight: Tensor, fc2_weight_stored: Tensor, want: tuple[str, ...],
     ) -> Any:  # fmt: skip
         names, pre = frozenset(want), act_x.pop()
         dtype = torch.float32 if bias_bias is None else bias_bias.dtype
         dpre = dbias = dweight = None
         if _one_pass(pre):
             dpre, y, dbias = activations.activation_backward(
-                gemm.dgrad(dy, fc2_weight), pre, *shape_of(act), names, dtype
+                gemm.dgrad(dy, fc2_weight), pre, *act_function, names, dtype
             )
             dweight = None if y is None else _wgrad(fc2, dy, y, fc2_weight_stored)
         else:
@@ -164,11 +166,13 @@ class ActivationProductBackward(_Passes):
             if "y" in names:
                 # The pass below is the same, to the bit, if a deferred product has a copy to read.
                 read = memory.empty(pre.shape, pre.dtype).copy_(pre) if copied else pre
-                dweight = _activated_wgrad(fc2, dy, act, read, fc2_weight_stored)
+                dweight = _activated_wgrad(fc2, dy, act_function, read, fc2_weight_stored)
                 del read
             if names := names - {"y"}:
                 out = pre if free else memory.empty(pre.shape, pre.dtype)
-                dpre, dbias = _activation_backward(dy, act, pre, fc2_weight, names, dtype, out)
+                dpre, dbias = _activation_backward(
+                    dy, act_function, pre, fc2_weight, names, dtype, out
+                )
         return dpre, (dbias, dweight)
 
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ...fuser import register
 from ...kernels.formats import Copies, Format
-from ...op import Op, Spec
+from ...op import Spec
 from ...ops import Bias, Quantize
+from ...ops.activations import Activation, GatedActivation, Params
 from ...ops.quantized_grouped import QuantizedGroupedLinear
 from ...precision.quantizers import Quantized, Quantizer, RowQuantizer, TensorQuantizer, transposed
 from ..lazy import Lazy
@@ -22,7 +23,7 @@ from ..quantizing import (
     format_of,
 )
 from ..quantizing import quantize as by_rule
-from .passes import CPU, DTYPES, Activation, reject_dtype, shape_of
+from .passes import CPU, DTYPES, reject_dtype
 
 build = Lazy("cpu.build")
 kernels = Lazy("cpu.quantize")
@@ -82,23 +83,22 @@ class QuantizeGradCPU(_Quantizing, QuantizesGradient):
 class ActivationQuantizeCPU(_Quantizing):
     """[Bias,] activation and Quantize: tiles of the activation are quantized out of the cache."""
 
-    pattern, saves = dict(bias=Bias | None, act=Activation, q=Quantize), ("act_x", "q_amax")
-    wants = dict(q_amax="amax")
+    pattern = dict(bias=Bias | None, act=Activation | GatedActivation, q=Quantize)
+    saves, wants = ("act_x", "q_amax"), dict(q_amax="amax")
 
-    def reject(self, act: Op, q: Any, x: Spec) -> str | None:  # type: ignore[override]
+    def reject(self, act: Any, q: Any, x: Spec) -> str | None:  # type: ignore[override]
         if type(q.quantizer) in (RowQuantizer, TensorQuantizer):
             return "its kernel quantizes tiles before the amax of a row or of the tensor is known"
-        if getattr(act, "glu_interleave_size", None):
+        if act.glu_interleave_size:
             return "its kernel does not interleave"
         return super().reject(q, x)
 
     def fwd(
-        self, x: Tensor, bias_bias: Tensor | None, act: Op, q: Any, q_scale: Tensor | None,
-        want: Collection[str],
+        self, x: Tensor, bias_bias: Tensor | None, act_kernel: str, act_params: Params, q: Any,
+        q_scale: Tensor | None, want: Collection[str],
     ) -> Any:  # fmt: skip
-        kind, params, _ = shape_of(act)
         made, pre = kernels.activation_quantize(
-            x, kind, format_of(q.quantizer), params, bias_bias, "act_x" in want, q_scale,
+            x, act_kernel, format_of(q.quantizer), act_params, bias_bias, "act_x" in want, q_scale,
             _names(q.quantizer, want),
         )  # fmt: skip
         found = _found(q.quantizer, made, x.dtype, want)

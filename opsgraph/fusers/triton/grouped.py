@@ -9,21 +9,14 @@ from torch import Tensor
 from ...fuser import register
 from ...kernels.reference import wide
 from ...op import Op, Spec
-from ...ops import (
-    GroupedLinear,
-    ScaledClampedSwiGLU,
-    ScaledGEGLU,
-    ScaledQGEGLU,
-    ScaledReGLU,
-    ScaledSwiGLU,
-)
+from ...ops import GroupedLinear
+from ...ops.activations import Params
 from ...ops.grouped import into_main_grads
+from ...ops.scaled import ScaledGatedActivation
 from ..lazy import Lazy
 from .passes import Triton, activations, reject_activation
 
 grouped = Lazy("triton.grouped")
-
-Scaled = ScaledSwiGLU | ScaledGEGLU | ScaledReGLU | ScaledQGEGLU | ScaledClampedSwiGLU
 
 
 def _offsets(split_sizes: Tensor, x: Tensor) -> Tensor:
@@ -78,7 +71,7 @@ class GroupedLinearKernel(Triton):
 class GroupedMLP(Triton):
     """Grouped linear, scaled gated activation, grouped linear: a step forward and one backward."""
 
-    pattern = dict(fc1=GroupedLinear, act=Scaled, fc2=GroupedLinear)
+    pattern = dict(fc1=GroupedLinear, act=ScaledGatedActivation, fc2=GroupedLinear)
     saves = ("act_x",)
 
     def reject(self, act: Op, x: Spec) -> str | None:  # type: ignore[override]
@@ -86,7 +79,7 @@ class GroupedMLP(Triton):
 
     def fwd(
         self, x: Tensor, fc1_split_sizes: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None,
-        act_kernel: str, act_params: tuple[float, ...], act_scales: Tensor,
+        act_kernel: str, act_params: Params, act_scales: Tensor,
         fc2_split_sizes: Tensor, fc2_weight: Tensor, fc2_bias: Tensor | None,
     ) -> Any:  # fmt: skip
         pre = grouped.grouped_linear(x, fc1_weight, fc1_bias, _offsets(fc1_split_sizes, x))
@@ -98,7 +91,7 @@ class GroupedMLP(Triton):
     def bwd(
         self, dy: Tensor, fc1: Any, fc1_x: Tensor, fc1_split_sizes: Tensor, fc1_weight: Tensor,
         fc1_weight_stored: Tensor, fc1_bias: Tensor | None, act_x: Tensor, act_kernel: str,
-        act_params: tuple[float, ...], act_scales: Tensor, fc2: Any, fc2_split_sizes: Tensor,
+        act_params: Params, act_scales: Tensor, fc2: Any, fc2_split_sizes: Tensor,
         fc2_weight: Tensor, fc2_weight_stored: Tensor, fc2_bias: Tensor | None,
         want: Collection[str],
     ) -> Any:  # fmt: skip

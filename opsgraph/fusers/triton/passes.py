@@ -8,35 +8,13 @@ from torch import Tensor
 
 from ...fuser import Fuser, register
 from ...op import Op, Spec
-from ...ops import (
-    GEGLU,
-    GELU,
-    GLU,
-    QGEGLU,
-    QGELU,
-    Add,
-    BasicLinear,
-    Bias,
-    ClampedSwiGLU,
-    Dropout,
-    LayerNorm,
-    ReGLU,
-    ReLU,
-    RMSNorm,
-    SiLU,
-    SReGLU,
-    SReLU,
-    SwiGLU,
-    Tee,
-)
+from ...ops import Add, BasicLinear, Bias, Dropout, LayerNorm, RMSNorm, Tee
+from ...ops.activations import Activation, GatedActivation, Params
 from ..lazy import Lazy
 
 norms = Lazy("triton.norms")
 activations = Lazy("triton.activations")
 dropouts = Lazy("triton.dropout")
-
-Plain = GELU | QGELU | ReLU | SReLU | SiLU
-Gated = GEGLU | GLU | QGEGLU | ReGLU | SReGLU | SwiGLU | ClampedSwiGLU
 
 
 def _dtype(x: Spec) -> str | None:
@@ -186,9 +164,11 @@ def _layernorm_backward(
     return dx, (dweight, dbias)
 
 
-def reject_activation(act: Op, x: Spec) -> str | None:
+def reject_activation(act: Any, x: Spec) -> str | None:
     """Why the kernels cannot compute an activation, or None."""
-    if getattr(act, "glu_interleave_size", None) is not None:
+    if act.kernel not in activations.KINDS:
+        return f"its kernel has no {act.kernel}"
+    if act.glu_interleave_size is not None:
         return "its kernel takes halves, not interleaved gate and value"
     return _dtype(x)
 
@@ -200,21 +180,17 @@ class _Activation(Triton):
         return reject_activation(act, x)
 
 
-def _params(act: Op) -> tuple[float, ...]:
-    return getattr(act, "params", ())
-
-
 @register
 class ActivationKernel(_Activation):
     """An activation, plain or gated, forward and backward."""
 
-    pattern = dict(act=Plain | Gated)
+    pattern = dict(act=Activation | GatedActivation)
 
-    def fwd(self, act: Op, x: Tensor, act_kernel: str) -> Any:
-        return activations.activation_forward(x, act_kernel, _params(act)), ()
+    def fwd(self, x: Tensor, act_kernel: str, act_params: Params) -> Any:
+        return activations.activation_forward(x, act_kernel, act_params), ()
 
-    def bwd(self, dy: Tensor, act: Op, act_x: Tensor, act_kernel: str) -> Any:
-        dx, _, _ = activations.activation_backward(dy, act_x, act_kernel, _params(act))
+    def bwd(self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params) -> Any:
+        dx, _, _ = activations.activation_backward(dy, act_x, act_kernel, act_params)
         return dx, ()
 
 
@@ -222,14 +198,14 @@ class ActivationKernel(_Activation):
 class BiasActivationBackward(_Activation):
     """Backward of an activation with the sums that the bias before it wants."""
 
-    pattern, wants = dict(bias=Bias, act=Plain | Gated), dict(bias_bias="bias")
+    pattern, wants = dict(bias=Bias, act=Activation | GatedActivation), dict(bias_bias="bias")
 
     def bwd(
-        self, dy: Tensor, act: Op, act_x: Tensor, act_kernel: str, bias_bias: Tensor,
+        self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params, bias_bias: Tensor,
         want: Collection[str],
     ) -> Any:  # fmt: skip
         dx, _, dbias = activations.activation_backward(
-            dy, act_x, act_kernel, _params(act), want, bias_bias.dtype
+            dy, act_x, act_kernel, act_params, want, bias_bias.dtype
         )
         return dx, (dbias,)
 
@@ -241,16 +217,17 @@ class ActivationLinearBackward(_Activation):
     It writes the pre-activation's gradient, the linear's input computed again, and the bias's sums.
     """
 
-    pattern = dict(bias=Bias | None, act=Plain | Gated, fc=BasicLinear)
+    pattern = dict(bias=Bias | None, act=Activation | GatedActivation, fc=BasicLinear)
     wants = dict(bias_bias="bias", fc_weight="y")
 
     def bwd(
-        self, dy: Tensor, act: Op, act_x: Tensor, act_kernel: str, bias_bias: Tensor | None,
-        fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor, want: Collection[str],
+        self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params,
+        bias_bias: Tensor | None, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
+        want: Collection[str],
     ) -> Any:  # fmt: skip
         dtype = None if bias_bias is None else bias_bias.dtype
         dx, y, dbias = activations.activation_backward(
-            dy @ fc_weight, act_x, act_kernel, _params(act), want, dtype
+            dy @ fc_weight, act_x, act_kernel, act_params, want, dtype
         )
         dweight = None if y is None else fc.wgrad(dy, y, fc_weight_stored)
         return dx, (dbias, dweight)

@@ -8,8 +8,6 @@ an H100, with 8192 rows and depths of 1024 and 2048, the library was 1% to 9% fa
 """
 
 from collections.abc import Collection
-from functools import reduce
-from operator import or_
 from typing import Any
 
 import torch
@@ -18,9 +16,10 @@ from torch import Tensor
 from ...backend import interpreting
 from ...fuser import Fuser, register
 from ...op import Op, Spec
-from ...ops import BasicLinear, Bias, SiTUGLU
-from ...ops.activations import ACTIVATIONS
+from ...ops import BasicLinear, Bias
+from ...ops.activations import Activation, GatedActivation, Params
 from ..lazy import Lazy
+from .passes import reject_activation
 
 gemms = Lazy("triton.gemm")
 
@@ -28,14 +27,10 @@ DEPTH = 512
 FP32_DEPTH = 128
 """The longest rows for which the epilogue is taken, and in fp32."""
 
-Activation: Any = reduce(or_, (kind for kind in ACTIVATIONS.values() if kind is not SiTUGLU))
-
 
 def _refusal(act: Op, x: Spec, depth: int) -> str | None:
-    if getattr(act, "glu_interleave_size", None) is not None:
-        return "its kernel takes halves, not interleaved gate and value"
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"its kernel takes fp32, fp16 and bf16, not {x.dtype}"
+    if reason := reject_activation(act, x):
+        return reason
     limit = FP32_DEPTH if x.dtype == torch.float32 else DEPTH
     if x.device.type == "cuda" and depth > limit and not interpreting():
         return (
@@ -44,25 +39,22 @@ def _refusal(act: Op, x: Spec, depth: int) -> str | None:
     return None
 
 
-def _params(act: Op) -> tuple[float, ...]:
-    return getattr(act, "params", ())
-
-
 @register
 class LinearGatedActivation(Fuser):
     """GEMM with bias and activation, plain or gated, in its epilogue; hands out what act reads."""
 
-    backend, pattern = "triton", dict(fc=BasicLinear, bias=Bias | None, act=Activation)
+    backend = "triton"
+    pattern = dict(fc=BasicLinear, bias=Bias | None, act=Activation | GatedActivation)
     saves, wants = ("act_x",), dict(act_x="pre")
 
     def reject(self, act: Op, x: Spec) -> str | None:
         return _refusal(act, x, x.width)
 
     def fwd(
-        self, x: Tensor, act: Op, fc_weight: Tensor, bias_bias: Tensor | None, act_kernel: str,
-        want: Collection[str],
+        self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor | None, act_kernel: str,
+        act_params: Params, want: Collection[str],
     ) -> Any:  # fmt: skip
-        y, pre = gemms.linear_activation(x, fc_weight, bias_bias, act_kernel, _params(act), want)
+        y, pre = gemms.linear_activation(x, fc_weight, bias_bias, act_kernel, act_params, want)
         return y, (pre,)
 
 
@@ -74,19 +66,21 @@ class LinearActivationBackward(Fuser):
     sums; the gradient that arrives at the activation never reaches memory.
     """
 
-    backend, pattern = "triton", dict(bias=Bias | None, act=Activation, fc=BasicLinear)
+    backend = "triton"
+    pattern = dict(bias=Bias | None, act=Activation | GatedActivation, fc=BasicLinear)
     wants = dict(bias_bias="bias", fc_weight="y")
 
     def reject(self, act: Op, fc: Any, x: Spec) -> str | None:
         return _refusal(act, x, fc.local_out_features)
 
     def bwd(
-        self, dy: Tensor, act: Op, act_x: Tensor, act_kernel: str, bias_bias: Tensor | None,
-        fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor, want: Collection[str],
+        self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params,
+        bias_bias: Tensor | None, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
+        want: Collection[str],
     ) -> Any:  # fmt: skip
         dtype = None if bias_bias is None else bias_bias.dtype
         dx, y, dbias = gemms.linear_activation_backward(
-            dy, fc_weight, act_x, act_kernel, _params(act), want, dtype
+            dy, fc_weight, act_x, act_kernel, act_params, want, dtype
         )
         dweight = None if y is None else fc.wgrad(dy, y, fc_weight_stored)
         return dx, (dbias, dweight)

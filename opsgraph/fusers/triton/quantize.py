@@ -11,6 +11,7 @@ from ...fuser import register
 from ...kernels.formats import NVFP4, Format, alike
 from ...op import Op, Spec, Storage
 from ...ops import Add, BasicLinear, Bias, LayerNorm, Quantize, QuantizeGrad, RMSNorm
+from ...ops.activations import Activation, GatedActivation, Params
 from ...precision.quantizers import Quantized, Quantizer, RowQuantizer
 from ..cublaslt.products import (
     reject_gradient_formats,
@@ -27,7 +28,7 @@ from ..quantizing import (
     as_quantized,
     format_of,
 )
-from .passes import Gated, Plain, Triton, _dtype, _params, reject_activation
+from .passes import Triton, _dtype, reject_activation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -149,18 +150,18 @@ class AddLayerNormQuantize(_Quantizing):
 class ActivationQuantize(_Quantizing):
     """An activation, plain or gated, and Quantize; the activation is not stored."""
 
-    pattern, saves = dict(act=Plain | Gated, q=Quantize), ("q_amax",)
+    pattern, saves = dict(act=Activation | GatedActivation, q=Quantize), ("q_amax",)
     wants = dict(q_amax="amax")
 
     def reject(self, act: Op, q: Op, x: Spec) -> str | None:  # type: ignore[override]
         return reject_activation(act, x) or _rejects(q, x)
 
     def fwd(
-        self, x: Tensor, act: Op, act_kernel: str, q: Any, q_scale: Tensor | None,
+        self, x: Tensor, act_kernel: str, act_params: Params, q: Any, q_scale: Tensor | None,
         want: Collection[str],
     ) -> Any:  # fmt: skip
         made = kernels.activation_quantize(
-            x, act_kernel, format_of(q.quantizer), _params(act), scale=q_scale, want=want
+            x, act_kernel, format_of(q.quantizer), act_params, scale=q_scale, want=want
         )
         return as_quantized(q.quantizer, made, x.dtype), (made.amax,)
 
@@ -180,19 +181,19 @@ def reject_backward(q: Any, act: Any, x: Spec) -> str | None:
 class ActivationBackwardQuantize(_Quantizing):
     """Backward of [bias and] activation, quantized for the linear before, with the bias's sums."""
 
-    pattern = dict(q=QuantizeGrad, bias=Bias | None, act=Plain | Gated)
+    pattern = dict(q=QuantizeGrad, bias=Bias | None, act=Activation | GatedActivation)
     wants = dict(q_scale="amax", bias_bias="bias")
 
     def reject(self, q: Any, act: Any, x: Spec) -> str | None:  # type: ignore[override]
         return reject_backward(q, act, x)
 
     def bwd(
-        self, dy: Tensor, q: Any, q_scale: Tensor | None, bias_bias: Tensor | None, act: Op,
-        act_x: Tensor, act_kernel: str, want: Collection[str],
+        self, dy: Tensor, q: Any, q_scale: Tensor | None, bias_bias: Tensor | None, act_x: Tensor,
+        act_kernel: str, act_params: Params, want: Collection[str],
     ) -> Any:  # fmt: skip
         dtype = bias_bias.dtype if bias_bias is not None and "bias" in want else None
         made, _, dbias = backward.activation_backward_quantize(
-            dy, act_x, act_kernel, format_of(q.quantizer), _params(act), q_scale, want, dbias=dtype
+            dy, act_x, act_kernel, format_of(q.quantizer), act_params, q_scale, want, dbias=dtype
         )
         dx = as_quantized(q.quantizer, made, dy.dtype)
         return dx, (made.amax, dbias)
@@ -209,7 +210,11 @@ class ActivationLinearBackwardQuantize(Triton):
 
     quantized = True
     pattern = dict(
-        grad=QuantizeGrad, bias=Bias | None, act=Plain | Gated, q=Quantize, fc=BasicLinear
+        grad=QuantizeGrad,
+        bias=Bias | None,
+        act=Activation | GatedActivation,
+        q=Quantize,
+        fc=BasicLinear,
     )
     wants = dict(grad_scale="amax", bias_bias="bias")
 
@@ -233,14 +238,14 @@ class ActivationLinearBackwardQuantize(Triton):
 
     def bwd(
         self, dy: Quantized, grad: Any, grad_scale: Tensor | None, bias_bias: Tensor | None,
-        act: Op, act_x: Tensor, act_kernel: str, q: Any, q_scale: Tensor | None, fc: Any,
-        fc_weight: Quantized, fc_weight_stored: Tensor, want: Collection[str],
+        act_x: Tensor, act_kernel: str, act_params: Params, q: Any, q_scale: Tensor | None,
+        fc: Any, fc_weight: Quantized, fc_weight_stored: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
         dtype = bias_bias.dtype if bias_bias is not None and "bias" in want else None
         weighs = "fc_weight" in want
         dact = scaled_product(dy.row, fc_weight.col, dy.dtype)
         made, y, dbias = backward.activation_backward_quantize(
-            dact, act_x, act_kernel, format_of(grad.quantizer), _params(act), grad_scale, want,
+            dact, act_x, act_kernel, format_of(grad.quantizer), act_params, grad_scale, want,
             format_of(q.quantizer), q_scale, ("col",) if weighs else (), dtype,
         )  # fmt: skip
         dweight = None

@@ -157,10 +157,7 @@ def _forward_by_formula(
     pre: bool, y_t: Tensor | None, columns: slice | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     x = x if bias is None else x + bias.to(x.dtype)
-    if KINDS[kind].gated:
-        y = reference.gated_forward(x, kind, params, interleave)
-    else:
-        y = reference.activation_forward(x, kind)
+    y = reference.activation_forward(x, kind, params, interleave)
     y = y if columns is None else y[:, columns]
     y = y if y_t is None else y_t.copy_(y.t()).t()
     return y, x if pre and bias is not None else None
@@ -170,11 +167,7 @@ def _backward_by_formula(
     dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...], interleave: int | None,
     want: Collection[str], bias_dtype: torch.dtype, out: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    if KINDS[kind].gated:
-        dx = reference.gated_backward(dy, x, kind, params, interleave)
-    else:
-        dx = reference.activation_backward(dy, x, kind)
-    y = _forward_by_formula(x, kind, params, interleave, None, False, None, None)[0]
+    dx, y = reference.activation_backward_and_y(dy, x, kind, params, interleave, "y" in want)
     dbias = dx.sum(0, dtype=torch.float32).to(bias_dtype) if "bias" in want else None
     dx = dx if out is None else out.copy_(dx)
-    return dx if "x" in want else None, y if "y" in want else None, dbias
+    return dx if "x" in want else None, y, dbias

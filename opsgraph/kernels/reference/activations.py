@@ -136,18 +136,6 @@ def gates(kind: str, params: tuple[float, ...]) -> tuple[Function, Function | No
     return FUNCTIONS[GATED[kind]], None
 
 
-def activation_forward(x: Tensor, kind: str) -> Tensor:
-    """`y = f(x)` in x's dtype."""
-    y = FUNCTIONS[kind].value(wide(x))
-    return y if y.dtype == x.dtype else y.to(x.dtype)
-
-
-def activation_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
-    """`dx = dy * f'(x)` in x's dtype."""
-    dx = FUNCTIONS[kind].gradient(wide(dy), wide(x))
-    return dx if dx.dtype == x.dtype else dx.to(x.dtype)
-
-
 def halves(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
     """Gate and value of `[rows, 2 * width]`: halves, or blocks of `block` columns in turns."""
     if block is None:
@@ -168,34 +156,41 @@ def joined(a: Tensor, b: Tensor, block: int | None) -> Tensor:
     return torch.stack((a.reshape(blocks), b.reshape(blocks)), 2).reshape(rows, 2 * width)
 
 
-def gated_forward(
+def activation_forward(
     x: Tensor, kind: str, params: tuple[float, ...] = (), block: int | None = None
 ) -> Tensor:
-    """`y = f(a) * g(b)`, `[rows, width / 2]` in x's dtype."""
-    f, g = gates(kind, params)
-    a, b = halves(wide(x), block)
-    y = f.value(a) * (b if g is None else g.value(b))
+    """`y = f(x)`, or `f(a) * g(b)` `[rows, width / 2]` of a gated kind, in x's dtype."""
+    if kind in FUNCTIONS:
+        y = FUNCTIONS[kind].value(wide(x))
+    else:
+        f, g = gates(kind, params)
+        a, b = halves(wide(x), block)
+        y = f.value(a) * (b if g is None else g.value(b))
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def gated_backward(
+def activation_backward(
     dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...] = (), block: int | None = None
 ) -> Tensor:
-    """`dx = (dy * g(b) * f'(a), dy * f(a) * g'(b))` in x's dtype."""
-    return gated_backward_and_y(dy, x, kind, params, block, False)[0]
+    """`dx = dy * f'(x)`, or `(dy * g(b) * f'(a), dy * f(a) * g'(b))`, in x's dtype."""
+    return activation_backward_and_y(dy, x, kind, params, block, False)[0]
 
 
-def gated_backward_and_y(
+def activation_backward_and_y(
     dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...], block: int | None,
     want_y: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dx, and y computed again from what both need."""
-    f, g = gates(kind, params)
-    a, b = halves(wide(x), block)
-    line = b if g is None else g.value(b)
-    gate = f.value(a)
-    y = (gate * line).to(x.dtype) if want_y else None
-    dy = wide(dy)
-    db = dy * gate
-    dx = joined(f.gradient(dy * line, a), db if g is None else g.gradient(db, b), block)
+    """dx, and y computed again, of a gated kind from what both need."""
+    y: Tensor | None
+    if kind in FUNCTIONS:
+        dx = FUNCTIONS[kind].gradient(wide(dy), wide(x))
+        y = activation_forward(x, kind) if want_y else None
+    else:
+        f, g = gates(kind, params)
+        a, b = halves(wide(x), block)
+        line, gate = b if g is None else g.value(b), f.value(a)
+        y = (gate * line).to(x.dtype) if want_y else None
+        dy = wide(dy)
+        db = dy * gate
+        dx = joined(f.gradient(dy * line, a), db if g is None else g.gradient(db, b), block)
     return (dx if dx.dtype == x.dtype else dx.to(x.dtype)), y
