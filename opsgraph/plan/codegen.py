@@ -172,8 +172,7 @@ def write_forward(space: Space, cover: Cover, saved: Sequence[str], check: bool)
     """
     writer, program = Writer(space, cover, check), space.program
     copies = Packing(space, cover)
-    parameters = ["ops", "x0", *program.inputs, *program.weight_names.values()]
-    parameters += [name for name, _ in copies.parameters]
+    parameters = ["ops", *program.arguments, *(name for name, _ in copies.parameters)]
     stored = write_preamble(writer, copies, FORWARD, saved)
     used = set(cover.keeper.kept) | space.teed()
     for claim in cover.forward:
@@ -183,7 +182,7 @@ def write_forward(space: Space, cover: Cover, saved: Sequence[str], check: bool)
     values = [program.x(program.count), *(program.x(i) for i in program.run.outputs)]
     # A value that the caller has already, or gets twice, is a view: autograd then refuses to have
     # it changed in place.
-    shared = {n for n in values if values.count(n) > 1 or n == "x0" or n in program.inputs}
+    shared = {n for n in values if values.count(n) > 1 or n in program.activations}
     if not (cover.forward or cover.backward or program.run.outputs):
         shared = set()  # a sequence that does nothing returns its input itself
     outputs = [f"{name}.view_as({name})" if name in shared else name for name in values]
@@ -215,8 +214,8 @@ class _Backward:
         """Take what was saved out of its list: each value the forward made dies after its use."""
         if not self.saved:
             return
-        given = {"x0", *self.program.inputs, *self.program.weight_names.values()}
-        self.writer.add(f"({_commas(self.saved)}) = saved", [], set(self.saved) - given)
+        made = set(self.saved).difference(self.program.arguments)
+        self.writer.add(f"({_commas(self.saved)}) = saved", [], made)
         self.writer.add("saved.clear()")
 
     def arrive(self, name: str, value: str) -> None:
@@ -322,21 +321,18 @@ class _Backward:
 
     def _results(self) -> list[str]:
         """Gradients in the order of forward's inputs, in the dtype of each."""
-        program, wanted = self.program, self.program.request.gradients
-        compute, request = program.request.compute, program.request
-        inputs = {"x0": request.x, **program.extra_specs}
-        inputs |= {v: request.weights[v] for v in program.weight_names.values()}  # type: ignore[misc]
-        found = []
-        wanted = wanted | program.reported
-        for name, spec in inputs.items():
+        program, compute = self.program, self.program.request.compute
+        wanted = program.request.gradients | program.reported
+        results = []
+        for name, spec in program.arguments.items():
             gradient = "dx" if name == "x0" else f"d{name}"
-            if name not in wanted:
+            if spec is None or name not in wanted:
                 gradient = "None"
-            elif compute is not None and spec.dtype != compute and gradient not in program.waits:
+            elif compute not in (None, spec.dtype) and gradient not in program.waits:
                 text = f"None if {gradient} is None else {gradient}.to({spec.dtype})"
                 self.writer.add(f"{gradient} = {text}", [gradient], [gradient], "autocast")
-            found.append(gradient)
-        return found + ["None"] * len(self.copies.parameters)
+            results.append(gradient)
+        return results + ["None"] * len(self.copies.parameters)
 
 
 def write_backward(space: Space, cover: Cover, saved: Sequence[str], check: bool) -> Function:

@@ -153,7 +153,7 @@ def _forward_path(space: Space, live: set[str]) -> list[Claim]:
     costs = [0.0] + [inf] * count
     last: list[Claim | None] = [None] * (count + 1)
     for gap in range(count):
-        if space.program.still_forward[gap] and costs[gap] < costs[gap + 1]:
+        if space.program.still(FORWARD)[gap] and costs[gap] < costs[gap + 1]:
             costs[gap + 1], last[gap + 1] = costs[gap], None
         for claim in space.starting[FORWARD][gap]:
             if not _qualifies(space, claim, local(claim)):

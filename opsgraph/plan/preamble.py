@@ -51,15 +51,11 @@ def _cast(writer: "Writer", direction: str, names: Sequence[str]) -> dict[str, s
     if compute is None:
         return {}
     if direction == FORWARD:
-        for name, spec in {"x0": program.request.x, **program.extra_specs}.items():
-            if (
-                spec.dtype.is_floating_point
-                and name not in program.uncast
-                and spec.dtype != compute
-            ):
+        for name in program.activations:
+            if name in program.casts:
                 writer.add(f"{name} = {name}.to({compute})", [name], [name], "autocast")
     for (i, name), variable in program.weight_names.items():
-        if not program.casts(i, name) or (direction != FORWARD and variable not in names):
+        if variable not in program.casts or (direction != FORWARD and variable not in names):
             continue
         if program.packed(i, name, direction):
             continue

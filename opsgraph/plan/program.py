@@ -1,11 +1,12 @@
-"""What a planner plans: a `Run` of lowered ops, and a `Program`, that run for one kind of call.
+"""`Program`: lowered ops as one kind of call sees them, with a name and a spec for every value.
 
 Values are variables. `x3` is the value before op 3, `rstd1` what op 1 saves, `weight3` its
 parameter, `other5` its extra input, `dx` the gradient that flows, `d0` the one that Tee 0 collects.
-Where ops are dropped, several gaps share one value, named after the first of them.
+Where ops are dropped, several gaps share one value, named after the first of them. Nobody takes a
+name apart: `Program.values` says what it stands for.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from ..op import (
     FORWARD,
     ROWS,
     STORED,
-    Op,
     Spec,
     Storage,
     arguments,
@@ -41,7 +41,7 @@ class Value(NamedTuple):
     """INPUT: x0 or an extra input; GAP: between two ops; SAVED by an op; PRIVATE to a fuser."""
     place: int
     spec: Spec | None
-    """None until somebody asks, of what an op saves."""
+    """As the plan computes with it. Of what an op saves it is None until somebody asks."""
 
 
 HIGH_PRECISION = "high_precision"
@@ -81,124 +81,140 @@ class Program:
     def __init__(self, run: Run, request: Request) -> None:
         self.run, self.request = run, request
         self.kinds, self.ops, self.labels = run.kinds, run.ops, run.labels
-        count = len(self.kinds)
-        training = [request.training[place] for place in run.places]
-        identity = [
-            {d: op_identity(run, i, d, training[i]) for d in (FORWARD, BACKWARD)}
-            for i in range(count)
-        ]
-        self.still_forward = [entry[FORWARD] for entry in identity]
         self.numbers, self.name = run.numbers, run.name
-        self.inputs = [self.name(name, i) for i, name, _ in run.inputs]
-        self.uncast = {self.name(n, i) for i, n, _ in run.inputs if n in self.kinds[i].as_stored}
-        self.uncast |= {self.name(n, i) for i, n, _ in run.inputs if n in promotes(self.kinds[i])}
-        self.uncast |= {"x0"} if run.streams else set()
-        self.extra_specs = dict(zip(self.inputs, request.extras, strict=True))
+        self._still = {d: self._identities(d) for d in (FORWARD, BACKWARD)}
+        names = (self.name(name, i) for i, name, _ in run.inputs)
+        self.activations = {"x0": request.x, **dict(zip(names, request.extras, strict=True))}
+        """x and the extra inputs as they come."""
         self.weight_names = {(i, name): self.name(name, i) for i, name in run.slots}
-        self.canonical = [0] * (count + 1)
-        for gap in range(1, count + 1):
-            still = self.still_forward[gap - 1]
-            self.canonical[gap] = self.canonical[gap - 1] if still else gap
-        self.specs = self._propagate()
+        self.casts = self._casts()
+        """Which of the arguments an active autocast has cast."""
+        self._first = self._shared_gaps()
+        self.specs = list[Spec]()
+        """The spec of x at each gap."""
+        self._propagate()
         self.flows = self._flow()
-        self.gaps = {f"x{run.edges[gap]}": gap for gap in range(count, -1, -1)}
-        self.values = {name: Value(GAP, gap, self.specs[gap]) for name, gap in self.gaps.items()}
-        self.values["x0"] = Value(INPUT, 0, self.specs[0])
-        for name, spec in self.extra_specs.items():
-            self.values[name] = Value(INPUT, 0, spec)
+        self.tapped = self._taps()
         for i, kind in enumerate(self.kinds):
-            for name in kind.saves:
-                self.values[self.name(name, i)] = Value(SAVED, i, None)
+            self._still[BACKWARD][i] |= bool(passes(kind)) or (kind.taps and i not in self.tapped)
+        self.values = self._values()
         self.roots = set(run.name.roots)
         """Roots of all variables, see `names`."""
         self._private: dict[Hashable, str] = {}
         self._resolved: dict[tuple[int, str, str], Argument | None] = {}
-        self.tapped = self._taps()
-        self.still_backward = [
-            entry[BACKWARD] or bool(passes(kind)) or (kind.taps and i not in self.tapped)
-            for i, (entry, kind) in enumerate(zip(identity, self.kinds, strict=True))
-        ]
 
     @property
     def count(self) -> int:
         """The number of lowered ops."""
         return len(self.kinds)
 
+    @property
+    def arguments(self) -> dict[str, Spec | None]:
+        """What the caller hands in: x0, extra inputs and weights, as they come."""
+        return {**self.activations, **self.request.weights}
+
     def still(self, direction: str) -> list[bool]:
         """Which ops do nothing in a pass."""
-        return self.still_forward if direction == FORWARD else self.still_backward
+        return self._still[direction]
 
-    def _propagate(self) -> list[Spec]:
+    def _identities(self, direction: str) -> list[bool]:
+        modes = (self.request.training[place] for place in self.run.places)
+        entries = zip(self.kinds, self.ops, modes, strict=True)
+        return [identity(kind, op, direction, mode) for kind, op, mode in entries]
+
+    def _casts(self) -> frozenset[str]:
+        run, compute = self.run, self.request.compute
+        if compute is None:
+            return frozenset()
+        as_given = {"x0"} if run.streams else set()
+        for i, name in (*run.slots, *(place[:2] for place in run.inputs)):
+            if name in self.kinds[i].as_stored or name in promotes(self.kinds[i]):
+                as_given.add(self.name(name, i))
+        others = ((n, spec) for n, spec in self.arguments.items() if n not in as_given)
+        floats = ((n, spec.dtype) for n, spec in others if spec and spec.dtype.is_floating_point)
+        return frozenset(name for name, dtype in floats if dtype != compute)
+
+    def _shared_gaps(self) -> list[int]:
+        """For each gap, the first one whose value it shares."""
+        first = [0]
+        for gap, still in enumerate(self.still(FORWARD), 1):
+            first.append(first[-1] if still else gap)
+        return first
+
+    def _values(self) -> dict[str, Value]:
+        values: dict[str, Value] = {}
+        for gap, (edge, spec) in enumerate(zip(self.run.edges, self.specs, strict=True)):
+            values.setdefault(f"x{edge}", Value(GAP, gap, spec))
+        for name, spec in self.activations.items():
+            dtype = self.request.compute if name in self.casts else None
+            values[name] = Value(INPUT, 0, replace(spec, dtype=dtype or spec.dtype))
+        for i, kind in enumerate(self.kinds):
+            values |= {self.name(name, i): Value(SAVED, i, None) for name in kind.saves}
+        return values
+
+    # -- specs --
+
+    def _propagate(self) -> None:
+        """Find the spec of every x. Raises OpError where an op cannot take what it is given."""
         x = self.request.x
         if not x.dtype.is_floating_point:
             raise OpError(self.labels[0] if self.labels else "input", f"dtype {x.dtype}", "a float")
-        if self.request.compute is not None and not self.run.streams:
-            x = x.like(dtype=self.request.compute)
-        specs = [x]
+        x = x.like(dtype=self.request.compute) if "x0" in self.casts else x
+        self.specs.append(x)
         for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True)):
             if reason := kind.reject(op, x):
                 raise OpError(self.labels[i], *reason.removeprefix("got ").split(", expected ", 1))
             for name in weights(kind):
-                self._check_weight(i, kind, name, x)
+                self._check_weight(i, name, x)
             for name in kind.extra_inputs:
-                self._check_extra(i, kind, name, x, specs)
-            if not self.still_forward[i]:
-                made = checked_out(kind, op, x, self.labels[i])
-                for dtype in self.promoted(i, specs):
-                    made = made.like(dtype=torch.promote_types(made.dtype, dtype))
-                x = _rows_times(made, self.run.factors[i + 1])
-            specs.append(x)
-        return specs
+                self._check_extra(i, name, x)
+            if not self.still(FORWARD)[i]:
+                y = checked_out(kind, op, x, self.labels[i])
+                for dtype in self.promoted(i):
+                    y = y.like(dtype=torch.promote_types(y.dtype, dtype))
+                x = _in_rows(y, self.run.factors[i + 1])
+            self.specs.append(x)
 
-    def _check_weight(self, i: int, kind: type[Op], name: str, x: Spec) -> None:
-        spec = self.request.weights[self.name(name, i)]
+    def _check_weight(self, i: int, name: str, x: Spec) -> None:
+        spec, label = self.request.weights[self.name(name, i)], self.labels[i]
         if spec is None:
             return
         if spec.device != x.device:
-            raise OpError(self.labels[i], f"input on {x.device}", f"{spec.device}, where {name} is")
-        if name in kind.as_stored or self.request.compute is not None:
+            raise OpError(label, f"input on {x.device}", f"{spec.device}, where {name} is")
+        if name in self.kinds[i].as_stored or self.request.compute is not None:
             return
         if spec.dtype.is_complex or not (spec.dtype.is_floating_point or name not in kind.required):
             raise OpError(self.labels[i], f"{name} dtype {spec.dtype}", "a float")
         if spec.dtype.is_floating_point and spec.dtype != x.dtype:
-            raise OpError(
-                self.labels[i],
-                f"input dtype {x.dtype}",
-                f"{spec.dtype}, the dtype of {name} (or an active autocast)",
-            )
+            expected = f"{spec.dtype}, the dtype of {name} (or an active autocast)"
+            raise OpError(label, f"input dtype {x.dtype}", expected)
 
-    def _check_extra(
-        self, i: int, kind: type[Op], name: str, x: Spec, before: Sequence[Spec]
-    ) -> None:
-        source = self.run.sources.get((i, name))
-        if source is None:
-            spec = _rows_times(self.extra_specs[self.name(name, i)], x.factor)
-            self.extra_specs[self.name(name, i)] = spec
-        else:
-            spec = before[source]
-        expected = kind.extra_spec(self.ops[i], name, x)
+    def _check_extra(self, i: int, name: str, x: Spec) -> None:
+        kind, label, own = self.kinds[i], self.labels[i], self.name(name, i)
+        if own in self.activations:
+            self.activations[own] = _in_rows(self.activations[own], x.factor)
+        spec, expected = self._extra_spec(i, name), kind.extra_spec(self.ops[i], name, x)
         if expected is None:
             return
         if spec.device != x.device:
-            raise OpError(self.labels[i], f"{name} on {spec.device}", str(x.device))
-        expected = _rows_times(expected, x.factor)
+            raise OpError(label, f"{name} on {spec.device}", str(x.device))
+        expected = _in_rows(expected, x.factor)
         if (spec.shape, spec.factor) != (expected.shape, expected.factor):
-            raise OpError(self.labels[i], f"{name} {spec}", str(expected))
-        if name in promotes(kind) and not spec.dtype.is_floating_point:
-            raise OpError(self.labels[i], f"{name} dtype {spec.dtype}", "a float")
-        if name in (*kind.as_stored, *promotes(kind)):
-            return
-        if spec.dtype != expected.dtype and self.request.compute is None:
-            raise OpError(self.labels[i], f"{name} dtype {spec.dtype}", str(expected.dtype))
+            raise OpError(label, f"{name} {spec}", str(expected))
+        if name in promotes(kind):
+            if not spec.dtype.is_floating_point:
+                raise OpError(label, f"{name} dtype {spec.dtype}", "a float")
+        elif name not in kind.as_stored and self.request.compute is None:
+            if spec.dtype != expected.dtype:
+                raise OpError(label, f"{name} dtype {spec.dtype}", str(expected.dtype))
 
-    def promoted(self, i: int, specs: Sequence[Spec] | None = None) -> list[torch.dtype]:
+    def _extra_spec(self, i: int, name: str) -> Spec:
+        source = self.run.sources.get((i, name))
+        return self.activations[self.name(name, i)] if source is None else self.specs[source]
+
+    def promoted(self, i: int) -> list[torch.dtype]:
         """The dtypes with which that of op i's output is promoted."""
-        found = []
-        for name in promotes(self.kinds[i]):
-            source = self.run.sources.get((i, name))
-            spec = self.extra_specs[self.name(name, i)] if source is None else None
-            found.append((spec or (specs or self.specs)[source]).dtype)  # type: ignore[index]
-        return found
+        return [self._extra_spec(i, name).dtype for name in promotes(self.kinds[i])]
 
     def extra_dims(self, i: int, name: str, _: str | None) -> int | None:
         """The dimensions that an extra input has inside the plan; None: it is not flattened."""
@@ -207,25 +223,24 @@ class Program:
 
     def _flow(self) -> list[bool]:
         """For each gap, whether the gradient of its value is needed."""
-        wanted = self.request.gradients
+        wanted, sources = self.request.gradients, self.run.sources
         flows = ["x0" in wanted]
         for i, kind in enumerate(self.kinds):
-            names = (self.name(name, i) for name in weights(kind) + kind.extra_inputs)
-            own = any(name in wanted for name in names)
-            read = any(flows[source] for (j, _), source in self.run.sources.items() if j == i)
-            flows.append(flows[-1] or own or read)
+            needs = any(self.name(name, i) in wanted for name in weights(kind) + kind.extra_inputs)
+            reads = any(flows[sources.get((i, name), 0)] for name in kind.extra_inputs)
+            flows.append(flows[-1] or needs or reads)
         return flows
 
     def _taps(self) -> set[int]:
         """Tees at which a gradient arrives and is needed."""
-        found = {i for i in self.run.outputs if self.flows[i]}
-        return found | {s for s in self.run.sources.values() if self.flows[s]}
+        tees = (*self.run.outputs, *self.run.sources.values())
+        return {i for i in tees if self.flows[i]}
 
     # -- names --
 
     def x(self, gap: int) -> str:
         """The name of the value at a gap."""
-        return f"x{self.run.edges[self.canonical[gap]]}"
+        return f"x{self.run.edges[self._first[gap]]}"
 
     def extra(self, i: int, name: str) -> str:
         """The value of an extra input: a Tee's, or an input of the run."""
@@ -267,16 +282,16 @@ class Program:
             return Argument("literal", text)
         if name in kind.extra_inputs:
             return Argument("value", self.extra(i, name))
-        if name.endswith(STORED) and (i, name.removesuffix(STORED)) in self.weight_names:
-            weight = name.removesuffix(STORED)
-            cast = self.casts(i, weight) and not self.packed(i, weight, direction)
-            return Argument("weight", self.name(weight, i) + (STORED if cast else ""))
-        if (i, name) in self.weight_names:
-            if self.request.weights[self.name(name, i)] is None:
-                return Argument("literal", "None")
-            packed = "q" if self.packed(i, name, direction) else ""
-            return Argument("weight", packed + self.weight_names[i, name])
-        return None
+        weight = name.removesuffix(STORED)
+        own = self.weight_names.get((i, weight))
+        if own is None:
+            return None
+        packed = self.packed(i, weight, direction)
+        if weight != name:
+            return Argument("weight", own + STORED * (own in self.casts and not packed))
+        if self.request.weights[own] is None:
+            return Argument("literal", "None")
+        return Argument("weight", "q" * packed + own)
 
     def packed(self, i: int, name: str, direction: str) -> bool:
         """Whether a weight is quantized in a pass."""
@@ -289,13 +304,6 @@ class Program:
         dy: Any = None if after is None else after.quantizer
         weight = self.run.quantizers[i, "weight"].storage
         return self.specs[i].storage, weight, None if dy is None else dy.storage
-
-    def casts(self, i: int, name: str) -> bool:
-        """Whether an active autocast has a weight cast."""
-        spec, compute = self.request.weights[self.name(name, i)], self.request.compute
-        if spec is None or compute is None or name in self.kinds[i].as_stored:
-            return False
-        return spec.dtype.is_floating_point and spec.dtype != compute
 
     def gradient(self, i: int, name: str) -> str | None:
         """The gradient of what op i calls a name; None if it is not wanted, or there is no such."""
@@ -324,49 +332,45 @@ class Program:
 
     def _delayed(self, name: str) -> list[int]:
         """Ops with delayed scales that save `name`, or whose backward takes it."""
-        return [
-            i
-            for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True))
-            if getattr(getattr(op, "quantizer", None), "delayed", False)
-            and (name in kind.saves or any(name in arguments(f) for f in _by_hand(kind)))
-        ]
+        places = []
+        for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True)):
+            if getattr(getattr(op, "quantizer", None), "delayed", False):
+                bwd = function(kind, "bwd")
+                if name in kind.saves or (bwd is not None and name in arguments(bwd)):
+                    places.append(i)
+        return places
 
     @cached_property
-    def late(self) -> tuple[int, ...]:
-        """Slots of the weights whose gradients `backward_dw` is to compute: matrices of products.
+    def late(self) -> dict[int, str]:
+        """Weights whose gradients `backward_dw` is to compute, by slot.
 
         Their gradients in the backward are calls that wait, or tensors where a step has no other
         way.
         """
-        if self.request.options.get("delay_wgrad_compute"):
-            return tuple(self._factors())
-        return tuple(
-            k for k, i in self._factors().items() if _asks(self.ops[i], "delay_wgrad_compute")
-        )
+        return self._factors("delay_wgrad_compute")
 
     @cached_property
     def accumulated(self) -> dict[int, str]:
-        """Variables of weights whose gradients go into main_grad, by slot."""
-        names, asked = list(self.weight_names.values()), "accumulate_into_main_grad"
-        return {k: names[k] for k, i in self._factors().items() if _asks(self.ops[i], asked)}
+        """Weights whose gradients go into main_grad, by slot."""
+        return self._factors("accumulate_into_main_grad")
 
-    def _factors(self) -> dict[int, int]:
-        """The op of each weight that is a factor of a product and wants a gradient, by slot."""
-        specs, wanted = self.request.weights, self.request.gradients
+    def _factors(self, flag: str) -> dict[int, str]:
+        """Weights that want a gradient and are factors of a product whose op asks for `flag`."""
+        wanted, everywhere = self.request.gradients, bool(self.request.options.get(flag))
         return {
-            k: i
-            for k, ((i, name), variable) in enumerate(self.weight_names.items())
+            k: own
+            for k, ((i, name), own) in enumerate(self.weight_names.items())
             if self.kinds[i].gemm
-            and variable in wanted
-            and specs[variable] is not None
+            and (everywhere or getattr(self.ops[i], flag, False))
+            and own in wanted
+            and self.request.weights[own] is not None
             and (self.kinds[i].wgrad or name == "weight")
         }
 
     @cached_property
     def waits(self) -> set[str]:
-        """The gradients of those weights."""
-        names = list(self.weight_names.values())
-        return {f"d{names[k]}" for k in self.late}
+        """The gradients of the weights that are late."""
+        return {f"d{weight}" for weight in self.late.values()}
 
     def value_spec(self, name: str) -> Spec:
         """The spec of a value by its name."""
@@ -374,7 +378,7 @@ class Program:
         if spec is None:
             x = self.specs[i]
             for own, saved_spec in saved(self.kinds[i], self.ops[i], x).items():
-                value = Value(kind, i, _rows_times(saved_spec, x.factor))
+                value = Value(kind, i, _in_rows(saved_spec, x.factor))
                 self.values[self.name(own, i)] = value
             spec = self.values[name].spec
             assert spec is not None, "an op that saves a value gives its spec"
@@ -392,22 +396,7 @@ class Program:
         self.values[variable] = Value(PRIVATE, place, spec)
 
 
-def _asks(op: Op, flag: str) -> bool:
-    return bool(getattr(op, flag, False))
-
-
-def _rows_times(spec: Spec, factor: Fraction) -> Spec:
-    """The spec of so many rows; ops need not think of it."""
+def _in_rows(spec: Spec, factor: Fraction) -> Spec:
+    """The spec with that many rows for each row of the input; ops need not think of it."""
     fixed = all(size >= 0 for size in spec.shape)
     return spec if fixed or spec.factor == factor else replace(spec, factor=factor)
-
-
-def _by_hand(kind: type[Op]) -> list[Any]:
-    """The `bwd` that a class gives itself, if it does."""
-    bwd = function(kind, "bwd")
-    return [] if bwd is None else [bwd]
-
-
-def op_identity(run: Run, i: int, direction: str, training: bool) -> bool:
-    """Whether op i does nothing in a pass."""
-    return identity(run.kinds[i], run.ops[i], direction, training)

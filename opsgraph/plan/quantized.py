@@ -26,7 +26,7 @@ class Packing:
 
     def quantizer(self, value: str) -> Any:
         """The quantizer of a value."""
-        return self.program.ops[self.program.gaps[value] - 1].quantizer
+        return self.program.ops[self.program.values[value].place - 1].quantizer
 
     @cached_property
     def _remakes(self) -> list[Call]:
@@ -46,7 +46,7 @@ class Packing:
     # -- values --
 
     def _backward_copies(self, value: str) -> list[str]:
-        i = self.program.gaps[value]
+        i = self.program.values[value].place
         forward, backward = self._copies(i)
         wanted = [backward] if self._reads(self._backward, value) else []
         if self._reads(self._remakes, value):
@@ -69,7 +69,7 @@ class Packing:
         for value in sorted(self.cover.keeper.kept):
             spec = self.space.spec(value)
             if spec.storage is not None:
-                copy = self._copies(self.program.gaps[value])[1]
+                copy = self._copies(self.program.values[value].place)[1]
                 specs = self.quantizer(value).part_specs(spec, copy)
                 found[value] = copy, [(f"{value}_{k}", s) for k, s in enumerate(specs)]
         return found

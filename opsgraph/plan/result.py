@@ -221,17 +221,17 @@ def _signature(space: Space, cover: Cover, saved: Mapping[str, Spec]) -> Signatu
     outputs += [Output(space.spec(name), (1, 1)) for name in program.reports]
     steps = (*cover.forward, *cover.backward, *run.outputs)
     identity = not steps and request.x == program.specs[-1] and program.x(program.count) == "x0"
-    kinds = zip(program.kinds, program.still_forward, strict=True)
+    kinds = zip(program.kinds, program.still(FORWARD), strict=True)
     return Signature(
         tuple(inputs),
         tuple(outputs),
         tuple(Saved(name, spec, places.get(name)) for name, spec in saved.items()),
-        first_weight=1 + len(program.inputs),
+        first_weight=len(program.activations),
         same_rows=same_rows,
         taps=tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
         reports=len(program.reports),
         reported=tuple(k for k, argument in enumerate(inputs) if argument.amax),
-        late=program.late,
+        late=tuple(program.late),
         into_main_grad=tuple(
             (values.index(v), k) for k, v in program.accumulated.items() if v in saved
         ),
@@ -245,22 +245,14 @@ def _signature(space: Space, cover: Cover, saved: Mapping[str, Spec]) -> Signatu
 
 def _inputs(program: Program, copies: Packing) -> list[Input]:
     """The forward's arguments, in order."""
-    request, weights = program.request, program.weight_names
-    activations: dict[str, Spec] = {"x0": request.x, **program.extra_specs}
     dims = (2, *(program.extra_dims(*place) for place in program.run.inputs))
-    specs: dict[str, Spec | None] = {**activations}
-    specs |= {variable: request.weights[variable] for variable in weights.values()}
-    specs |= dict(copies.parameters)
-    cast = {
-        name
-        for name, spec in activations.items()
-        if request.compute not in (None, spec.dtype) and name not in program.uncast
-    }
-    inputs = []
-    for (name, spec), size in itertools.zip_longest(specs.items(), dims):
+    arguments = program.arguments | dict(copies.parameters)
+    inputs: list[Input] = []
+    for (name, spec), size in itertools.zip_longest(arguments.items(), dims):
         amax = name in program.reported
-        wanted = name in request.gradients or amax
-        inputs.append(Input(name, spec, size, name in cast, wanted, amax))
+        wanted = name in program.request.gradients or amax
+        cast = name in program.casts and len(inputs) < len(dims)  # a weight is saved as it comes
+        inputs.append(Input(name, spec, size, cast, wanted, amax))
     return inputs
 
 
