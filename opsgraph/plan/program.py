@@ -176,16 +176,17 @@ class Program:
             self.specs.append(x)
 
     def _check_weight(self, i: int, name: str, x: Spec) -> None:
-        spec, label = self.request.weights[self.name(name, i)], self.labels[i]
+        spec, kind, label = self.request.weights[self.name(name, i)], self.kinds[i], self.labels[i]
         if spec is None:
             return
         if spec.device != x.device:
             raise OpError(label, f"input on {x.device}", f"{spec.device}, where {name} is")
-        if name in self.kinds[i].as_stored or self.request.compute is not None:
+        if name in kind.as_stored or self.request.compute is not None:
             return
-        if spec.dtype.is_complex or not (spec.dtype.is_floating_point or name not in kind.required):
-            raise OpError(self.labels[i], f"{name} dtype {spec.dtype}", "a float")
-        if spec.dtype.is_floating_point and spec.dtype != x.dtype:
+        floats = spec.dtype.is_floating_point
+        if spec.dtype.is_complex or (name in kind.required and not floats):
+            raise OpError(label, f"{name} dtype {spec.dtype}", "a float")
+        if floats and spec.dtype != x.dtype:
             expected = f"{spec.dtype}, the dtype of {name} (or an active autocast)"
             raise OpError(label, f"input dtype {x.dtype}", expected)
 
@@ -233,8 +234,7 @@ class Program:
 
     def _taps(self) -> set[int]:
         """Tees at which a gradient arrives and is needed."""
-        tees = (*self.run.outputs, *self.run.sources.values())
-        return {i for i in tees if self.flows[i]}
+        return {i for i in (*self.run.outputs, *self.run.sources.values()) if self.flows[i]}
 
     # -- names --
 
