@@ -2,7 +2,7 @@
 
 A small format is the list of all values its codes have, and rounding is a search in that list: the
 nearest value, and of two that are equally near the one with the even code. fp32 results are fp64
-results rounded once more: a product of two fp32 numbers is exact in fp64, and so is, for rounding
+results rounded again: a product of two fp32 numbers is exact in fp64, and so is, for rounding
 to fp32, a quotient (53 bits are more than twice 24). Blocks are cut out one at a time.
 
 Functions take fp32 arrays `[rows, cols]` and return bytes and scales as numpy arrays.

@@ -1,4 +1,4 @@
-"""What other people write: ops, fusers and their registration, as docs/design.md shows it."""
+"""What other people write: ops, fusers and their registration, as docs/extending.md shows it."""
 
 import sys
 from collections.abc import Iterator

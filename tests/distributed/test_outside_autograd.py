@@ -53,7 +53,7 @@ def averaged(rank: int, size: int) -> None:
 
 
 def ignored(rank: int, size: int) -> None:
-    """Weights that DistributedDataParallel was told to ignore are somebody else's."""
+    """Weights that DistributedDataParallel was told to ignore are another library's."""
     x = torch.randn(size, 4, 8)[rank]
     for options in ({"delay_wgrad_compute": True}, {"fuse_wgrad_accumulation": True}):
         module = mlp(**options)

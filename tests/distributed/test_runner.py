@@ -37,7 +37,7 @@ def pid(rank, size):
 
 
 def subgroup(rank, size):
-    """Leaves a process group and a collective behind that nobody has waited for."""
+    """Leaves a process group and a collective behind that was not waited for."""
     group = dist.new_group([0])
     if rank == 0:
         dist.all_reduce(torch.ones(3), group=group, async_op=True)

@@ -285,7 +285,7 @@ def test_a_compiled_sequence_sees_what_changes() -> None:
     torch.testing.assert_close(compiled(X), expected)
 
 
-# -- what one op tells, and whom --
+# -- what one op tells, and which owners --
 
 
 def test_a_change_of_one_op_makes_no_other_module_prepare_again() -> None:
@@ -325,7 +325,7 @@ def test_an_op_keeps_no_sequence_alive() -> None:
     del module
     gc.collect()
     assert seen() is None
-    op.in_features = 5  # tells nobody
+    op.in_features = 5  # tells no owner
 
 
 def test_copies_tell_their_own_sequences() -> None:

@@ -225,7 +225,7 @@ def test_what_was_modified_meanwhile_is_an_error() -> None:
     assert module.queued_backward_dw() == 1
 
 
-# -- who hears of it --
+# -- which hooks hear of it --
 
 
 def test_hooks_of_parameters_see_the_gradient() -> None:

@@ -14,7 +14,7 @@ from opsgraph import ops
 
 TOLERANCES = {
     torch.float32: (1e-3, 1e-5),  # GEMMs inside
-    torch.float16: (1e-3, 2e-3),  # the scaled value is rounded once more than the formula
+    torch.float16: (1e-3, 2e-3),  # the scaled value is rounded one time more than the formula
     torch.bfloat16: (1.6e-2, 1.6e-2),
 }
 ROWS, SIZES = 12, [5, 0, 7]

@@ -1,4 +1,4 @@
-"""main_grad: which gradient overwrites, who is asked for the buffer, against plain gradients."""
+"""main_grad: which gradient overwrites, where the buffer comes from, against plain gradients."""
 
 import itertools
 from typing import Any

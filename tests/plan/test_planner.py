@@ -339,7 +339,7 @@ def test_the_weight_of_saved_bytes_reaches_the_issues_goal() -> None:
         assert plan.saved_bytes_per_row == 2 * hidden + 4 * ffn + 4
 
 
-# -- what nobody wants is not computed --
+# -- what is not wanted is not computed --
 
 
 def test_frozen_weights_cost_no_line_and_keep_no_value() -> None:

@@ -108,7 +108,7 @@ def test_other_contexts_exchange_nothing(ranks: Ranks) -> None:
     assert len(ranks.sent) == count
     with og.autocast(recipe=recipe), og.autocast(recipe=recipe, amax_reduction_group="group"):
         layer(torch.ones(2, 16))
-    assert len(ranks.sent) == count + 1  # at the end; at the opening nobody had named a group
+    assert len(ranks.sent) == count + 1  # at the end; at the opening no group was named
 
 
 def test_a_rank_may_have_built_more_before(ranks: Ranks) -> None:

@@ -32,7 +32,7 @@ __all__ = ["cold"]
 
 
 class TiedLinear(nn.Module):
-    """One Linear twice in one Sequential, and once more in another."""
+    """One Linear twice in one Sequential, and again in another."""
 
     def __init__(self) -> None:
         super().__init__()

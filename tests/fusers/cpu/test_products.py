@@ -251,7 +251,7 @@ def test_saved_tensors_and_results_outlive_later_calls(chooser: Chooser, monkeyp
 
 @pytest.fixture
 def kept_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor, however small, is in kept memory, and may be overwritten if nobody has it."""
+    """Every tensor, however small, is in kept memory, to be overwritten once it has no owner."""
     monkeypatch.setattr(memory, "LEAST", 1)
     monkeypatch.setattr(cpu_gemm, "COLUMNS", 8)
     monkeypatch.setattr(memory, "pool", memory.Pool())
