@@ -111,8 +111,8 @@ def test_a_wrong_result_of_a_fuser_is_named(bias: bool) -> None:
             module(X)
     with og.register(FusedBackward):
         y = og.Sequential(*ops, fusers=("FusedBackward",))(X.clone().requires_grad_())
-        count = "2" if bias else "1"
-        with pytest.raises(og.OpError, match=rf"FusedBackward \(aten\): got .* tuple of {count}$"):
+        # A gradient for every entry of the pattern, also for a bias that is left out.
+        with pytest.raises(og.OpError, match=r"FusedBackward \(aten\): got .* tuple of 2$"):
             y.sum().backward()
 
 
