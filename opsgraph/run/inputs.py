@@ -81,8 +81,9 @@ def explain(module: nn.Sequential, stages: Sequence[Any], x: Any, extras: Sequen
 
 
 def _weights_of(stage: Any) -> tuple[Sequence[Any], Sequence[tuple[nn.Module, str]]]:
-    """A stage's parameters and where they are; none of a plain module."""
-    return (stage.weights(), stage.slots) if hasattr(stage, "table") else ((), ())
+    """A stage's parameters, None for one that was deleted, and their slots; none of a module."""
+    slots = stage.slots if hasattr(stage, "table") else ()
+    return [getattr(owner, name, None) for owner, name in slots], slots
 
 
 def _run_nested(module: nn.Sequential, x: Tensor, extras: Sequence[Tensor]) -> Any:
