@@ -16,7 +16,7 @@ from ..guards.validation import Checked, Fixed, features, flag, function, place,
 from ..op import Op, Spec
 from .delayed import Queue, TellsOfWeightGradients, mark_delayed, parameters, queue_of
 from .joined import join, pack
-from .main_grad import accumulate, add_to_main_grad
+from .main_grad import add_to_main_grad, weight_gradient
 from .parameters import MarksParameters, empty_parameter
 
 
@@ -267,7 +267,7 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             dx = torch.cat([g @ w for g, w in zip(grads, weight, strict=True)])
         if "weight" in want:
             pairs = [*zip(grads, _pieces(x, split_sizes), strict=True)]
-            dweight = self.weigh(_weight_gradients, self, pairs, weight_stored)
+            dweight = self.weigh(weight_gradients, self, _wgrad, pairs, weight_stored)
         if "bias" in want and bias is not None:
             dbias = torch.stack([g.sum(0, dtype=bias.dtype) for g in grads])
         return dx, (None, dweight, dbias)
@@ -298,18 +298,17 @@ def _is_there(value: Any) -> bool:
     return value is not None
 
 
-def _weight_gradients(
-    fc: Any, pairs: Sequence[tuple[Tensor, Tensor]], stored: Tensor
+def _wgrad(dy: Tensor, x: Tensor) -> Tensor:
+    return dy.t() @ x
+
+
+def weight_gradients(
+    fc: Any, product: Callable[..., Tensor], pairs: Sequence[tuple[Any, Any]], stored: Tensor
 ) -> Tensor | None:
-    """`dy.T @ x` of each group, or into main_grad."""
+    """`weight_gradient` of each group, of its dy and x. stored: the weights as parameters."""
     if not fc.accumulate_into_main_grad:
-        return torch.stack([g.t() @ x for g, x in pairs])
-
-    def add(k: int, weight: Tensor) -> Tensor | None:
-        g, x = pairs[k]
-        return accumulate(g.t(), x, weight, fc.overwrite_main_grad)
-
-    return _each(add, stored)
+        return torch.stack([product(dy, x) for dy, x in pairs])
+    return _each(lambda k, weight: weight_gradient(fc, product, *pairs[k], weight), stored)
 
 
 def into_main_grads(fc: Any, gradient: Callable[[int], Tensor], stored: Tensor) -> Tensor | None:

@@ -40,7 +40,7 @@ from .collectives import (
     group_of,
 )
 from .delayed import Queue, TellsOfWeightGradients, mark_delayed, queue_of
-from .main_grad import accumulate, add_to_main_grad
+from .main_grad import weight_gradient
 from .parameters import MarksParameters, Partition, empty_parameter, shards
 
 if TYPE_CHECKING:
@@ -280,12 +280,14 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
 
     def wgrad(self, dy: Operand, x: Operand, weight_stored: Tensor) -> Any:
         """`dy.T @ x`, or into the weight's main_grad; fusers with a linear inside call it too."""
-        if not self.accumulate_into_main_grad:
-            return scaled.wgrad(dy, x) if isinstance(x, Quantized) else dy.t() @ x
-        if isinstance(x, Quantized):
-            found = scaled.wgrad_sums(dy, x)
-            return add_to_main_grad(found, weight_stored, self.overwrite_main_grad)
-        return accumulate(dy.t(), x, weight_stored, self.overwrite_main_grad)
+        product = scaled.wgrad if isinstance(x, Quantized) else _wgrad
+        return weight_gradient(self, product, dy, x, weight_stored)
+
+    def wgrad_by(
+        self, product: Callable[..., Tensor], dy: Operand, x: Operand, weight_stored: Tensor
+    ) -> Any:
+        """`wgrad` for fusers with a product of their own, see `main_grad.weight_gradient`."""
+        return self.weigh(weight_gradient, self, product, dy, x, weight_stored)
 
     def precede(self, op: nn.Module | None) -> None:
         """Take note of the op after this one: it may have pieces that are split separately."""
@@ -352,6 +354,10 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
     @classmethod
     def sample(cls) -> Iterable[Op]:
         return (cls(out_features=24),)
+
+
+def _wgrad(dy: Tensor, x: Tensor) -> Tensor:
+    return dy.t() @ x
 
 
 class Linear(BasicLinear):

@@ -13,8 +13,9 @@ step, and never what has arrived since:
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,21 @@ def add_to_main_grad(gradient: Tensor, weight: Tensor, overwrite: bool) -> Tenso
     else:
         main.add_(gradient)
     return dummy(weight)
+
+
+def weight_gradient(
+    fc: Any, product: Callable[..., Tensor], dy: Any, x: Any, weight: Tensor
+) -> Tensor | None:
+    """`product(dy, x)`, which is `dy.T @ x`, or that into `weight.main_grad`.
+
+    fc: the layer, which says where it goes. Plain operands are multiplied into main_grad, in its
+    dtype; of others `product(dy, x, True)` is added, the sums as they are before they are rounded.
+    """
+    if not fc.accumulate_into_main_grad:
+        return product(dy, x)
+    if isinstance(dy, Tensor) and isinstance(x, Tensor):
+        return accumulate(dy.t(), x, weight, fc.overwrite_main_grad)
+    return add_to_main_grad(product(dy, x, True), weight, fc.overwrite_main_grad)
 
 
 def _main_grad(weight: Tensor) -> Tensor:

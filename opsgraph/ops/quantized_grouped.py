@@ -10,7 +10,7 @@ from ..op import Op, Placed, Spec
 from ..precision import products as scaled
 from ..precision.quantizers import Quantized, Quantizer
 from ..precision.recipe import Recipe
-from .grouped import GroupedLinear, _pieces, into_main_grads
+from .grouped import GroupedLinear, _pieces, weight_gradients
 
 Quantize = Callable[[Quantizer, Tensor, Collection[str]], Quantized]
 """A function that makes the copies of a tensor whose names it is given."""
@@ -87,7 +87,7 @@ class QuantizedGroupedLinear(GroupedLinear):
         dweight = dbias = None
         if "weight" in want:
             pairs = [operands for _, operands in found]
-            dweight = self.weigh(_weight_gradients, self, pairs, weight_stored)
+            dweight = self.weigh(weight_gradients, self, scaled.wgrad, pairs, weight_stored)
         if "bias" in want and bias is not None:
             grads = _pieces(dy, split_sizes)
             dbias = torch.stack([g.sum(0, dtype=bias.dtype) for g in grads])
@@ -110,15 +110,6 @@ class QuantizedGroupedLinear(GroupedLinear):
     @classmethod
     def sample(cls) -> Sequence[Op]:
         return ()
-
-
-def _weight_gradients(
-    fc: Any, pairs: Sequence[tuple[Any, Quantized]], stored: Tensor
-) -> Tensor | None:
-    """`dy.T @ x` of each group, or, before it is rounded, into main_grad."""
-    if not fc.accumulate_into_main_grad:
-        return torch.stack([scaled.wgrad(*pair) for pair in pairs])
-    return into_main_grads(fc, lambda k: scaled.wgrad_sums(*pairs[k]), stored)
 
 
 def grouped(entry: Placed, recipe: Recipe) -> Iterator[Placed]:

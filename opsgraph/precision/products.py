@@ -54,17 +54,12 @@ def dgrad(dy: Any, weight: Quantized) -> Tensor:
     return product(dy, _copy(weight.row), dy.dtype, flip=True)
 
 
-def wgrad(dy: Any, x: Quantized, dtype: torch.dtype | None = None) -> Tensor:
-    """`dy.T @ x`, in dy's dtype or in another."""
-    dtype = dtype or dy.dtype
+def wgrad(dy: Any, x: Quantized, sums: bool = False) -> Tensor:
+    """`dy.T @ x`; with sums before it is rounded to dy's dtype: fp32, or fp64 of fp64."""
+    dtype = _wide(dy.dtype) if sums else dy.dtype
     if isinstance(dy, Quantized):
         return product(_copy(dy.col), _copy(x.col), dtype)
     return product(dy.t(), _copy(x.row), dtype, flip=True)
-
-
-def wgrad_sums(dy: Any, x: Quantized) -> Tensor:
-    """`wgrad` before it is rounded: fp32, or fp64 of fp64."""
-    return wgrad(dy, x, _wide(dy.dtype))
 
 
 def _copy(copy: Copy | None) -> Copy:

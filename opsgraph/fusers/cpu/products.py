@@ -32,13 +32,6 @@ PARTS, COLUMNS = 2, 1024
 """How many parts an activation is computed again in, if each has so many columns."""
 
 
-def _wgrad(fc: Any, dy: Tensor, x: Tensor, stored: Tensor) -> Tensor | None:
-    """The op's own where it goes into main_grad: that multiplies operands as they are stored."""
-    if fc.accumulate_into_main_grad:
-        return fc.wgrad(dy, x, stored)  # type: ignore[no-any-return]
-    return fc.weigh(gemm.wgrad, dy, x)  # type: ignore[no-any-return]
-
-
 @register
 class LinearProduct(Fuser):
     """`x @ weight.T (+ bias) (+ other)`, the sums inside the product where that is faster."""
@@ -63,7 +56,7 @@ class LinearProductBackward(Fuser):
     ) -> Any:  # fmt: skip
         dx = dweight = None
         if "fc_weight" in want:
-            dweight = _wgrad(fc, dy, fc_x, fc_weight_stored)
+            dweight = fc.wgrad_by(gemm.wgrad, dy, fc_x, fc_weight_stored)
         if "x" in want:
             dx = gemm.dgrad(dy, fc_weight, tee_d)
         return dx, (dweight,)
@@ -159,7 +152,7 @@ class ActivationProductBackward(_Passes):
             dpre, y, dbias = activations.activation_backward(
                 gemm.dgrad(dy, fc2_weight), pre, *act_function, names, dtype
             )
-            dweight = None if y is None else _wgrad(fc2, dy, y, fc2_weight_stored)
+            dweight = None if y is None else fc2.wgrad_by(gemm.wgrad, dy, y, fc2_weight_stored)
         else:
             free = launch.direct(pre) and memory.ours(pre) and pre.is_contiguous()
             copied = free and fc2.deferred and names != {"y"}
@@ -186,14 +179,14 @@ def _norm_backward(
         y = norm(x, want={"y"})[-1]  # whatever the gradient is
         if not fc.accumulate_into_main_grad:
             y = gemm.for_wgrad(y, dy.shape[1])
-        dweight = _wgrad(fc, dy, y, stored)
+        dweight = fc.wgrad_by(gemm.wgrad, dy, y, stored)
         del y
         names -= {"y"}
     # Where no gradient goes through the norm its pass only makes y.
     gradient = gemm.dgrad(dy, weight) if names - {"y"} else x
     *found, y = norm(gradient, want=names, out=gradient if gradient is not x else None)
     del gradient
-    return *found, dweight if y is None else _wgrad(fc, dy, y, stored)
+    return *found, dweight if y is None else fc.wgrad_by(gemm.wgrad, dy, y, stored)
 
 
 def _rmsnorm(

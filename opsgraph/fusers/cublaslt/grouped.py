@@ -5,7 +5,7 @@ that are contracted over to be of 16 rows each, which they rarely are: weight gr
 GEMMs of one group each.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from ...fuser import Fuser, register
 from ...kernels.formats import E4M3, names_of
 from ...op import Spec
-from ...ops.grouped import _pieces, into_main_grads
+from ...ops.grouped import _pieces, weight_gradients
 from ...ops.quantized_grouped import QuantizedGroupedLinear
 from ...precision.quantizers import Copy, Quantizer
 from ..quantizing import quantize
@@ -63,19 +63,15 @@ class ScaledGroupedLinear(Fuser):
                 (_rows(gradient, d.t()), _rows(activation, x.t()))
                 for d, x in zip(grads, _pieces(fc_x, fc_split_sizes), strict=True)
             ]
-            dweight = fc.weigh(_weight_gradients, fc, pairs, dy.dtype, fc_weight_stored)
+            dweight = fc.weigh(weight_gradients, fc, _wgrad, pairs, fc_weight_stored)
         if "fc_bias" in want and fc_bias is not None:
             dbias = torch.stack([grad.sum(0, dtype=fc_bias.dtype) for grad in grads])
         return dx, (None, dweight, dbias)
 
 
-def _weight_gradients(
-    fc: Any, pairs: Sequence[tuple[Copy, Copy]], dtype: torch.dtype, stored: Tensor
-) -> Tensor | None:
-    """`dy.T @ x` of each group, or into main_grad: the library writes bfloat16 alone."""
-    if not fc.accumulate_into_main_grad:
-        return torch.stack([scaled_product(d, x, dtype) for d, x in pairs])
-    return into_main_grads(fc, lambda k: scaled_product(*pairs[k], dtype), stored)
+def _wgrad(dy: Copy, x: Copy, sums: bool = False) -> Tensor:
+    """`dy.T @ x` of a group: the library writes bfloat16 alone."""
+    return scaled_product(dy, x, torch.bfloat16)
 
 
 def _rows(quantizer: Quantizer, x: Tensor) -> Copy:

@@ -16,7 +16,6 @@ from ...kernels.reference.nvfp4 import tensor_multiplier
 from ...kernels.reference.quantize import BLOCK
 from ...op import Op, Spec, Storage
 from ...ops import BasicLinear, Bias
-from ...ops.main_grad import add_to_main_grad
 from ...precision.products import product
 from ...precision.quantizers import Copy, Quantized
 from ..lazy import Lazy
@@ -151,21 +150,12 @@ def scaled_product(a: Copy | None, b: Copy | None, dtype: torch.dtype) -> Tensor
     return product(a, b, dtype)
 
 
-def weight_gradient(dy: Quantized, x: Quantized, fc: Any, weight: Tensor) -> Tensor | None:
-    """`dy.T @ x`, or into the weight's main_grad: not rounded before it is added, if it can be."""
-    if not fc.accumulate_into_main_grad:
-        return fc.weigh(scaled_product, dy.col, x.col, dy.dtype)  # type: ignore[no-any-return]
+def scaled_wgrad(dy: Quantized, x: Quantized, sums: bool = False) -> Tensor:
+    """`dy.T @ x`; with sums not rounded to dy's dtype, where the library can give them so."""
     assert x.col is not None
     family = _family(x.col.quantizer.storage)
-    wide = family is not None and torch.float32 in family.dtypes
-    dtype, overwrite = torch.float32 if wide else dy.dtype, fc.overwrite_main_grad
-    return fc.weigh(_accumulate, dy.col, x.col, dtype, weight, overwrite)  # type: ignore[no-any-return]
-
-
-def _accumulate(
-    dy: Copy, x: Copy, dtype: torch.dtype, weight: Tensor, overwrite: bool
-) -> Tensor | None:
-    return add_to_main_grad(scaled_product(dy, x, dtype), weight, overwrite)
+    wide = sums and family is not None and torch.float32 in family.dtypes
+    return scaled_product(dy.col, x.col, torch.float32 if wide else dy.dtype)
 
 
 class _Scaled(Fuser):
@@ -210,5 +200,6 @@ class ScaledLinearBackward(_Scaled):
         fc_weight_stored: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
         dx = scaled_mm(dy.row, fc_weight.col, dy.dtype) if "x" in want else None
-        weighs = "fc_weight" in want
-        return dx, (weight_gradient(dy, fc_x, fc, fc_weight_stored) if weighs else None,)
+        if "fc_weight" not in want:
+            return dx, (None,)
+        return dx, (fc.wgrad_by(scaled_wgrad, dy, fc_x, fc_weight_stored),)

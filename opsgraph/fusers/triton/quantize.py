@@ -17,7 +17,7 @@ from ..cublaslt.products import (
     reject_gradient_formats,
     reject_product,
     scaled_product,
-    weight_gradient,
+    scaled_wgrad,
 )
 from ..lazy import Lazy
 from ..quantizing import (
@@ -251,6 +251,6 @@ class ActivationLinearBackwardQuantize(Triton):
         dweight = None
         if weighs:
             again = as_quantized(q.quantizer, y, dy.dtype)
-            dweight = weight_gradient(dy, again, fc, fc_weight_stored)
+            dweight = fc.wgrad_by(scaled_wgrad, dy, again, fc_weight_stored)
         dx = as_quantized(grad.quantizer, made, dy.dtype)
         return dx, (made.amax, dbias, None, dweight)
