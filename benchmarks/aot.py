@@ -32,14 +32,12 @@ from opsgraph.kernels.triton.dropout import dropout
 from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
 from opsgraph.kernels.triton.grouped import grouped_dgrad, grouped_linear, grouped_wgrad
 from opsgraph.kernels.triton.norms import (
-    layernorm_backward,
-    layernorm_forward,
-    rmsnorm_backward,
-    rmsnorm_forward,
+    norm_backward,
+    norm_forward,
 )
 from opsgraph.kernels.triton.quantize import activation_quantize
 from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
-from opsgraph.kernels.triton.quantize_norms import layernorm_quantize, rmsnorm_quantize
+from opsgraph.kernels.triton.quantize_norms import norm_quantize
 
 TYPES = {
     torch.float32: "fp32",
@@ -139,14 +137,11 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _norm(width: int, dtype: torch.dtype, center: bool, backward: bool, residual: bool) -> None:
     x, weight = _meta(4096, width, dtype=dtype), _meta(width, dtype=dtype)
     other, statistic = (x if residual else None), _meta(4096, 1)
-    if center and backward:
-        layernorm_backward(x, x, statistic, statistic, weight, dother=other)
-    elif center:
-        layernorm_forward(x, weight, weight, 1e-5, other=other)
-    elif backward:
-        rmsnorm_backward(x, x, statistic, weight, dother=other)
+    if backward:
+        norm_backward(x, x, statistic if center else None, statistic, weight, dother=other)
     else:
-        rmsnorm_forward(x, weight, 1e-5, other=other)
+        bias = weight if center else None
+        norm_forward(x, weight, bias, 1e-5, other=other, center=center)
 
 
 def _activation(kind: str, width: int, dtype: torch.dtype, backward: bool) -> None:
@@ -204,11 +199,10 @@ def _quantize(
     x, vector = _meta(rows, width, dtype=dtype), _meta(width, dtype=dtype)
     if what == "cast":
         quantize.quantize(x, to, scale, want)
-    elif what == "rmsnorm":
-        rmsnorm_quantize(x, vector, 1e-5, to, other=x, scale=scale, want=(*want, "rstd"))
-    elif what == "layernorm":
-        want = (*want, "mean", "rstd")
-        layernorm_quantize(x, vector, vector, 1e-5, to, other=x, scale=scale, want=want)
+    elif what in ("rmsnorm", "layernorm"):
+        center, want = what == "layernorm", (*want, "mean", "rstd")
+        bias = vector if center else None
+        norm_quantize(x, vector, bias, 1e-5, to, False, x, center, scale, want)
     elif what.endswith("backward"):
         kind, y_to = what.split()[0], to
         if isinstance(to, NVFP4):

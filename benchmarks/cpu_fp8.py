@@ -123,7 +123,7 @@ def passes(rows: int, width: int, repeats: int) -> dict[str, float]:
         torch.randn(*shape).to(BF16) for shape in ((rows, width), (rows, width), (width,))
     )
     calls: dict[str, Callable[[], Any]] = {
-        "layernorm": partial(norms.layernorm_forward, x, gamma, gamma, 1e-5),
+        "layernorm": partial(norms.norm_forward, x, gamma, gamma, 1e-5, center=True),
         "gelu": partial(activations.activation_forward, x, "gelu"),
         "gelu backward": partial(
             activations.activation_backward, dy, x, "gelu", want=("x", "bias")

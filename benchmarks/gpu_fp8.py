@@ -58,11 +58,11 @@ def casts(x: Tensor, gamma: Tensor) -> Calls:
     to, both = Format("tensor"), ("row", "col")
     return {
         "copy": lambda: x.clone(),
-        "norm": lambda: norms.rmsnorm_forward(x, gamma, 1e-5, False, want=("rstd",)),
-        "norm+quantize (delayed)": lambda: quantize_norms.rmsnorm_quantize(
-            x, gamma, 1e-5, to, scale=scale
+        "norm": lambda: norms.norm_forward(x, gamma, None, 1e-5, want=("rstd",)),
+        "norm+quantize (delayed)": lambda: quantize_norms.norm_quantize(
+            x, gamma, None, 1e-5, to, scale=scale
         ),
-        "norm+quantize (current)": lambda: quantize_norms.rmsnorm_quantize(x, gamma, 1e-5, to),
+        "norm+quantize (current)": lambda: quantize_norms.norm_quantize(x, gamma, None, 1e-5, to),
         "quantize, both copies (delayed)": lambda: quantize.quantize(x, to, scale, both),
         "quantize, both copies (current)": lambda: quantize.quantize(x, to, None, both),
         "quantize, both copies (mx)": lambda: quantize.quantize(x, Format("mx"), None, both),

@@ -38,7 +38,9 @@ class _Norm(Op):
 
     as_stored = ("weight", "bias")
     lowers_subclasses: ClassVar[bool] = True
-    constants: ClassVar[tuple[str, ...]] = ("eps", "zero_centered_gamma")
+    constants: ClassVar[tuple[str, ...]] = ("eps", "zero_centered_gamma", "center")
+    center: ClassVar[bool]
+    """Whether rows are freed of their mean."""
     names: tuple[str, ...] = ()
     normalized_shape = Checked(_sizes)
     zero_centered_gamma = Checked(flag)
@@ -169,7 +171,7 @@ class RMSNorm(_Norm):
     statistics' dtype, as in nn.RMSNorm. (Zhang and Sennrich, 2019)
     """
 
-    saves = ("rstd",)
+    saves, center = ("rstd",), False
     names = ("weight",)
     eps_by_dtype = True
 
@@ -206,7 +208,7 @@ class LayerNorm(_Norm):
     nn.LayerNorm. (Ba et al., 2016)
     """
 
-    saves = ("mean", "rstd")
+    saves, center = ("mean", "rstd"), True
     names = ("weight", "bias")
 
     def __init__(

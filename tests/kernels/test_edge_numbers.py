@@ -104,19 +104,17 @@ def norm(
     backend: str, x: Tensor, dy: Tensor, weight: Tensor, center: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, dx and dweight."""
-    module: Any = cpu_norms if backend == "cpu" else norms
     found: tuple[Any, ...]
-    if center:
-        y, mean, rstd, *_ = module.layernorm_forward(x, weight, None, 1e-5, False)
-        wanted = ("x", "weight") if backend == "cpu" else (True, True, False)
-        more: Any = {"want": wanted}
-        found = module.layernorm_backward(dy, x, mean, rstd, weight, None, False, **more)
+    if backend == "cpu":
+        y, mean, rstd, _ = cpu_norms.norm_forward(x, weight, None, 1e-5, center=center)
+        found = cpu_norms.norm_backward(dy, x, mean, rstd, weight, want=("x", "weight"))
+    elif center:
+        y, mean, rstd = norms.layernorm_forward(x, weight, None, 1e-5, False)
+        wanted = (True, True, False)
+        found = norms.layernorm_backward(dy, x, mean, rstd, weight, None, False, wanted)
     else:
-        y, rstd, *_ = module.rmsnorm_forward(x, weight, 1e-5, False)
-        more = (
-            {"want": ("x", "weight")} if backend == "cpu" else dict(want_x=True, want_weight=True)
-        )
-        found = module.rmsnorm_backward(dy, x, rstd, weight, False, **more)
+        y, rstd = norms.rmsnorm_forward(x, weight, 1e-5, False)
+        found = norms.rmsnorm_backward(dy, x, rstd, weight, False, True, True)
     return y, found[0], found[1]
 
 

@@ -43,102 +43,38 @@ class CPU(Fuser):
 
 
 @register
-class RMSNormKernel(CPU):
-    """RMSNorm, each row read from memory once."""
+class NormKernel(CPU):
+    """[Residual add and] norm, each row read from memory once; hands out the sum."""
 
-    pattern, saves = dict(norm=RMSNorm), ("norm_rstd",)
-    wants = dict(norm_rstd="rstd")
-
-    def fwd(
-        self, x: Tensor, norm_weight: Tensor | None, norm_eps: float,
-        norm_zero_centered_gamma: bool, want: Want,
-    ) -> Any:  # fmt: skip
-        y, rstd, _ = norms.rmsnorm_forward(
-            x, norm_weight, norm_eps, norm_zero_centered_gamma, None, want
-        )
-        return y, (rstd,)
-
-
-@register
-class AddRMSNorm(CPU):
-    """Residual add and RMSNorm in one pass; hands out the sum."""
-
-    pattern, saves = dict(add=Add, norm=RMSNorm), ("norm_x", "norm_rstd")
-    wants = dict(norm_rstd="rstd")
-
-    def fwd(
-        self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_eps: float,
-        norm_zero_centered_gamma: bool, want: Want,
-    ) -> Any:  # fmt: skip
-        y, rstd, total = norms.rmsnorm_forward(
-            x, norm_weight, norm_eps, norm_zero_centered_gamma, add_other, want
-        )
-        return y, (total, rstd)
-
-
-@register
-class RMSNormBackward(CPU):
-    """Backward of RMSNorm, with the residual's gradient added to dx where there is one."""
-
-    pattern, wants = dict(tee=Tee | None, norm=RMSNorm), dict(norm_weight="weight")
-
-    def bwd(
-        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_rstd: Tensor,
-        norm_weight: Tensor | None, norm_zero_centered_gamma: bool, want: Want,
-    ) -> Any:  # fmt: skip
-        dx, dweight, _ = norms.rmsnorm_backward(
-            dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d, want
-        )
-        return dx, (dweight,)
-
-
-@register
-class LayerNormKernel(CPU):
-    """LayerNorm, each row read from memory once, variance from centred values."""
-
-    pattern, saves = dict(norm=LayerNorm), ("norm_mean", "norm_rstd")
+    pattern = dict(add=Add | None, norm=RMSNorm | LayerNorm)
+    saves = ("norm_x", "norm_mean", "norm_rstd")
     wants = dict(norm_mean="mean", norm_rstd="rstd")
 
     def fwd(
-        self, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
-        norm_zero_centered_gamma: bool, want: Want,
+        self, x: Tensor, add_other: Tensor | None, norm_weight: Tensor | None,
+        norm_bias: Tensor | None, norm_eps: float, norm_zero_centered_gamma: bool,
+        norm_center: bool, want: Want,
     ) -> Any:  # fmt: skip
-        y, mean, rstd, _ = norms.layernorm_forward(
-            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, None, want
-        )
-        return y, (mean, rstd)
-
-
-@register
-class AddLayerNorm(CPU):
-    """Residual add and LayerNorm in one pass; hands out the sum."""
-
-    pattern, saves = dict(add=Add, norm=LayerNorm), ("norm_x", "norm_mean", "norm_rstd")
-    wants = dict(norm_mean="mean", norm_rstd="rstd")
-
-    def fwd(
-        self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        norm_eps: float, norm_zero_centered_gamma: bool, want: Want,
-    ) -> Any:  # fmt: skip
-        y, mean, rstd, total = norms.layernorm_forward(
-            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, want
-        )
+        y, mean, rstd, total = norms.norm_forward(
+            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, norm_center,
+            want,
+        )  # fmt: skip
         return y, (total, mean, rstd)
 
 
 @register
-class LayerNormBackward(CPU):
-    """Backward of LayerNorm, with the residual's gradient added to dx where there is one."""
+class NormBackward(CPU):
+    """Backward of a norm, with the residual's gradient added to dx where there is one."""
 
-    pattern = dict(tee=Tee | None, norm=LayerNorm)
+    pattern = dict(tee=Tee | None, norm=RMSNorm | LayerNorm)
     wants = dict(norm_weight="weight", norm_bias="bias")
 
     def bwd(
-        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor,
+        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor | None,
         norm_rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
         norm_zero_centered_gamma: bool, want: Want,
     ) -> Any:  # fmt: skip
-        dx, dweight, dbias, _ = norms.layernorm_backward(
+        dx, dweight, dbias, _ = norms.norm_backward(
             dy, norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma,
             tee_d, want,
         )  # fmt: skip

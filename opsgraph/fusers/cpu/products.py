@@ -189,58 +189,22 @@ def _norm_backward(
     return *found, dweight if y is None else fc.wgrad_by(gemm.wgrad, dy, y, stored)
 
 
-def _rmsnorm(
-    x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered: bool, dother: Tensor | None
-) -> Callable[..., Any]:
-    backward: Callable[..., Any] = norms.rmsnorm_backward
-    return partial(
-        backward, x=x, rstd=rstd, weight=weight, zero_centered=zero_centered, dother=dother
-    )
-
-
 @register
-class RMSNormProductBackward(_Passes):
-    """Backward of RMSNorm and the linear after it, whose input is made again on the way."""
+class NormProductBackward(_Passes):
+    """Backward of a norm and the linear after it, whose input is made again on the way."""
 
-    pattern = dict(tee=Tee | None, norm=RMSNorm, fc1=BasicLinear)
-    wants = dict(norm_weight="weight", fc1_weight="y")
-
-    def bwd(
-        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_rstd: Tensor,
-        norm_weight: Tensor | None, norm_zero_centered_gamma: bool, fc1: Any, fc1_weight: Tensor,
-        fc1_weight_stored: Tensor, want: tuple[str, ...],
-    ) -> Any:  # fmt: skip
-        norm = _rmsnorm(norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d)
-        dx, *found = _norm_backward(dy, norm, norm_x, fc1, fc1_weight, fc1_weight_stored, want)
-        return dx, tuple(found)
-
-
-def _layernorm(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
-    zero_centered: bool, dother: Tensor | None,
-) -> Callable[..., Any]:  # fmt: skip
-    backward: Callable[..., Any] = norms.layernorm_backward
-    return partial(
-        backward, x=x, mean=mean, rstd=rstd, weight=weight, bias=bias,
-        zero_centered=zero_centered, dother=dother,
-    )  # fmt: skip
-
-
-@register
-class LayerNormProductBackward(_Passes):
-    """Backward of LayerNorm and the linear after it, whose input is made again on the way."""
-
-    pattern = dict(tee=Tee | None, norm=LayerNorm, fc1=BasicLinear)
+    pattern = dict(tee=Tee | None, norm=RMSNorm | LayerNorm, fc1=BasicLinear)
     wants = dict(norm_weight="weight", norm_bias="bias", fc1_weight="y")
 
     def bwd(
-        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor,
+        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor | None,
         norm_rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
         norm_zero_centered_gamma: bool, fc1: Any, fc1_weight: Tensor, fc1_weight_stored: Tensor,
         want: tuple[str, ...],
     ) -> Any:  # fmt: skip
-        norm = _layernorm(
-            norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma, tee_d
-        )
-        dx, *found = _norm_backward(dy, norm, norm_x, fc1, fc1_weight, fc1_weight_stored, want)
-        return dx, tuple(found)
+        norm = partial(
+            norms.norm_backward, x=norm_x, mean=norm_mean, rstd=norm_rstd, weight=norm_weight,
+            bias=norm_bias, zero_centered=norm_zero_centered_gamma, dother=tee_d,
+        )  # fmt: skip
+        dx, *gradients = _norm_backward(dy, norm, norm_x, fc1, fc1_weight, fc1_weight_stored, want)
+        return dx, tuple(gradients)

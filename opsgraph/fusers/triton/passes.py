@@ -33,135 +33,43 @@ class Triton(Fuser):
 
 
 @register
-class RMSNormKernel(Triton):
-    """RMSNorm, each row read once, statistics in registers."""
+class NormKernel(Triton):
+    """[Residual add and] norm, each row read once, statistics in registers; hands out the sum."""
 
-    pattern, saves = dict(norm=RMSNorm), ("norm_rstd",)
-    wants = dict(norm_rstd="rstd", norm_weight="weight")
-
-    def fwd(
-        self, x: Tensor, norm_weight: Tensor | None, norm_eps: float,
-        norm_zero_centered_gamma: bool, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        y, rstd, _ = norms.rmsnorm_forward(
-            x, norm_weight, norm_eps, norm_zero_centered_gamma, want=want
-        )
-        return y, (rstd,)
-
-    def bwd(
-        self, dy: Tensor, norm_x: Tensor, norm_rstd: Tensor, norm_weight: Tensor | None,
-        norm_zero_centered_gamma: bool, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        dx, dweight = norms.rmsnorm_backward(
-            dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, want=want
-        )
-        return dx, (dweight,)
-
-
-@register
-class AddRMSNorm(Triton):
-    """Residual add and RMSNorm in one pass; hands out the sum."""
-
-    pattern, saves = dict(add=Add, norm=RMSNorm), ("norm_x", "norm_rstd")
-    wants = dict(norm_rstd="rstd")
-
-    def fwd(
-        self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_eps: float,
-        norm_zero_centered_gamma: bool, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        y, rstd, total = norms.rmsnorm_forward(
-            x, norm_weight, norm_eps, norm_zero_centered_gamma, add_other, want=want
-        )
-        return y, (total, rstd)
-
-
-@register
-class TeeRMSNorm(Triton):
-    """Backward of RMSNorm with the residual's gradient added to dx."""
-
-    pattern, wants = dict(tee=Tee, norm=RMSNorm), dict(norm_weight="weight")
-
-    def bwd(
-        self, dy: Tensor, tee_d: Tensor, norm_x: Tensor, norm_rstd: Tensor,
-        norm_weight: Tensor | None, norm_zero_centered_gamma: bool, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        dx, dweight = norms.rmsnorm_backward(
-            dy, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d, want
-        )
-        return dx, (dweight,)
-
-
-@register
-class LayerNormKernel(Triton):
-    """LayerNorm, each row read once, variance from centred values."""
-
-    pattern, saves = dict(norm=LayerNorm), ("norm_mean", "norm_rstd")
-    wants = dict(norm_mean="mean", norm_rstd="rstd", norm_weight="weight", norm_bias="bias")
-
-    def fwd(
-        self, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
-        norm_zero_centered_gamma: bool, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        y, mean, rstd, _ = norms.layernorm_forward(
-            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, want=want
-        )
-        return y, (mean, rstd)
-
-    def bwd(
-        self, dy: Tensor, norm_x: Tensor, norm_mean: Tensor, norm_rstd: Tensor,
-        norm_weight: Tensor | None, norm_bias: Tensor | None, norm_zero_centered_gamma: bool,
-        want: Collection[str],
-    ) -> Any:  # fmt: skip
-        return _layernorm_backward(
-            dy, norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma,
-            None, want,
-        )  # fmt: skip
-
-
-@register
-class AddLayerNorm(Triton):
-    """Residual add and LayerNorm in one pass; hands out the sum."""
-
-    pattern, saves = dict(add=Add, norm=LayerNorm), ("norm_x", "norm_mean", "norm_rstd")
+    pattern = dict(add=Add | None, norm=RMSNorm | LayerNorm)
+    saves = ("norm_x", "norm_mean", "norm_rstd")
     wants = dict(norm_mean="mean", norm_rstd="rstd")
 
     def fwd(
-        self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        norm_eps: float, norm_zero_centered_gamma: bool, want: Collection[str],
+        self, x: Tensor, add_other: Tensor | None, norm_weight: Tensor | None,
+        norm_bias: Tensor | None, norm_eps: float, norm_zero_centered_gamma: bool,
+        norm_center: bool, want: Collection[str],
     ) -> Any:  # fmt: skip
-        y, mean, rstd, total = norms.layernorm_forward(
-            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, want
-        )
+        y, mean, rstd, total = norms.norm_forward(
+            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, norm_center,
+            want,
+        )  # fmt: skip
         return y, (total, mean, rstd)
 
 
 @register
-class TeeLayerNorm(Triton):
-    """Backward of LayerNorm with the residual's gradient added to dx."""
+class NormBackward(Triton):
+    """Backward of a norm, with the residual's gradient added to dx where there is one."""
 
-    pattern = dict(tee=Tee, norm=LayerNorm)
+    pattern = dict(tee=Tee | None, norm=RMSNorm | LayerNorm)
     wants = dict(norm_weight="weight", norm_bias="bias")
 
     def bwd(
-        self, dy: Tensor, tee_d: Tensor, norm_x: Tensor, norm_mean: Tensor, norm_rstd: Tensor,
-        norm_weight: Tensor | None, norm_bias: Tensor | None, norm_zero_centered_gamma: bool,
-        want: Collection[str],
+        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor | None,
+        norm_rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+        norm_zero_centered_gamma: bool, want: Collection[str],
     ) -> Any:  # fmt: skip
-        return _layernorm_backward(
-            dy, norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma,
-            tee_d, want,
+        dtype = None if norm_bias is None else norm_bias.dtype
+        dx, dweight, dbias = norms.norm_backward(
+            dy, norm_x, norm_mean, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d, want,
+            dtype,
         )  # fmt: skip
-
-
-def _layernorm_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
-    zero_centered: bool, other: Tensor | None, want: Collection[str],
-) -> Any:  # fmt: skip
-    dtype = None if bias is None else bias.dtype
-    dx, dweight, dbias = norms.layernorm_backward(
-        dy, x, mean, rstd, weight, zero_centered, other, want, dtype
-    )
-    return dx, (dweight, dbias)
+        return dx, (dweight, dbias)
 
 
 def reject_activation(act: Any, x: Spec) -> str | None:

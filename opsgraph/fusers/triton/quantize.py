@@ -72,78 +72,23 @@ class QuantizeGradKernel(_Quantizing, QuantizesGradient):
 
 
 @register
-class RMSNormQuantize(_Quantizing):
-    """RMSNorm and Quantize; the normalized value is not stored."""
+class NormQuantize(_Quantizing):
+    """[Residual add,] norm and Quantize; hands out the sum, the normalized value is not stored."""
 
-    pattern, saves = dict(norm=RMSNorm, q=Quantize), ("norm_rstd", "q_amax")
-    wants = dict(norm_rstd="rstd", q_amax="amax")
-
-    def fwd(
-        self, x: Tensor, norm_weight: Tensor | None, norm_eps: float,
-        norm_zero_centered_gamma: bool, q: Any, q_scale: Tensor | None, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        made, rstd, _ = norm_kernels.rmsnorm_quantize(
-            x, norm_weight, norm_eps, format_of(q.quantizer), norm_zero_centered_gamma, None,
-            q_scale, want,
-        )  # fmt: skip
-        return as_quantized(q.quantizer, made, x.dtype), (rstd, made.amax)
-
-
-@register
-class AddRMSNormQuantize(_Quantizing):
-    """Residual add, RMSNorm and Quantize in one pass; hands out the sum."""
-
-    pattern = dict(add=Add, norm=RMSNorm, q=Quantize)
-    saves = ("norm_x", "norm_rstd", "q_amax")
-    wants = dict(norm_rstd="rstd", q_amax="amax")
-
-    def fwd(
-        self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_eps: float,
-        norm_zero_centered_gamma: bool, q: Any, q_scale: Tensor | None, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        made, rstd, total = norm_kernels.rmsnorm_quantize(
-            x, norm_weight, norm_eps, format_of(q.quantizer), norm_zero_centered_gamma, add_other,
-            q_scale, want,
-        )  # fmt: skip
-        return as_quantized(q.quantizer, made, x.dtype), (total, rstd, made.amax)
-
-
-@register
-class LayerNormQuantize(_Quantizing):
-    """LayerNorm and Quantize; the normalized value is not stored."""
-
-    pattern, saves = dict(norm=LayerNorm, q=Quantize), ("norm_mean", "norm_rstd", "q_amax")
-    wants = dict(norm_mean="mean", norm_rstd="rstd", q_amax="amax")
-
-    def fwd(
-        self, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
-        norm_zero_centered_gamma: bool, q: Any, q_scale: Tensor | None, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        made, mean, rstd, _ = norm_kernels.layernorm_quantize(
-            x, norm_weight, norm_bias, norm_eps, format_of(q.quantizer), norm_zero_centered_gamma,
-            None, q_scale, want,
-        )  # fmt: skip
-        return as_quantized(q.quantizer, made, x.dtype), (mean, rstd, made.amax)
-
-
-@register
-class AddLayerNormQuantize(_Quantizing):
-    """Residual add, LayerNorm and Quantize in one pass; hands out the sum."""
-
-    pattern = dict(add=Add, norm=LayerNorm, q=Quantize)
+    pattern = dict(add=Add | None, norm=RMSNorm | LayerNorm, q=Quantize)
     saves = ("norm_x", "norm_mean", "norm_rstd", "q_amax")
     wants = dict(norm_mean="mean", norm_rstd="rstd", q_amax="amax")
 
     def fwd(
-        self, x: Tensor, add_other: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        norm_eps: float, norm_zero_centered_gamma: bool, q: Any, q_scale: Tensor | None,
-        want: Collection[str],
+        self, x: Tensor, add_other: Tensor | None, norm_weight: Tensor | None,
+        norm_bias: Tensor | None, norm_eps: float, norm_zero_centered_gamma: bool,
+        norm_center: bool, q: Any, q_scale: Tensor | None, want: Collection[str],
     ) -> Any:  # fmt: skip
-        made, mean, rstd, total = norm_kernels.layernorm_quantize(
+        copies, mean, rstd, total = norm_kernels.norm_quantize(
             x, norm_weight, norm_bias, norm_eps, format_of(q.quantizer), norm_zero_centered_gamma,
-            add_other, q_scale, want,
+            add_other, norm_center, q_scale, want,
         )  # fmt: skip
-        return as_quantized(q.quantizer, made, x.dtype), (total, mean, rstd, made.amax)
+        return as_quantized(q.quantizer, copies, x.dtype), (total, mean, rstd, copies.amax)
 
 
 @register

@@ -24,15 +24,24 @@ def _column(x: Tensor) -> Tensor:
     return empty((x.size(0), 1), _FP32)
 
 
-def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: bool,
-    other: Tensor | None, center: bool, want: Collection[str],
+def norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: bool = False,
+    other: Tensor | None = None, center: bool = False, want: Collection[str] = ("mean", "rstd"),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """`y = c * rstd * w + bias` with `rstd = rsqrt(mean(c^2) + eps)` and `t = x`, or `x + other`.
+
+    center: LayerNorm, `c = t - mean`, else RMSNorm, `c = t`. x, other, y, total: `[rows, width]` of
+    x's dtype; the sum is rounded to it before the norm reads it. weight, bias: `[width]` of any
+    float dtype or None; `w = 1 + weight` when zero_centered. mean, rstd: fp32 `[rows, 1]`.
+    Returns (y, mean, rstd, total), None for what is not in want, or not there.
+    """
+    if not direct(x, weight, bias, other):
+        return _forward_by_formula(x, weight, bias, eps, zero_centered, other, center, want)
     shape, dtype = x.shape, x.dtype
     rows, width = shape
     y = empty(shape, dtype)
     total = None if other is None else empty(shape, dtype)
-    mean = _column(x) if "mean" in want else None
+    mean = _column(x) if center and "mean" in want else None
     rstd = _column(x) if "rstd" in want else None
     if not rows or not width:
         zeros = [None if t is None else t.zero_() for t in (mean, rstd)]
@@ -50,11 +59,36 @@ def _forward(
     return y, mean, rstd, total
 
 
-def _backward(
+def _forward_by_formula(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: bool,
+    other: Tensor | None, center: bool, want: Collection[str],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    total = None if other is None else x + other
+    x, mean = x if total is None else total, None
+    if center:
+        y, mean, rstd = reference.layernorm_forward(x, weight, bias, eps, zero_centered)
+    else:
+        y, rstd = reference.rmsnorm_forward(x, weight, eps, zero_centered)
+    return y, mean if "mean" in want else None, rstd if "rstd" in want else None, total
+
+
+def norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
-    bias: Tensor | None, zero_centered: bool, dother: Tensor | None, want: Collection[str],
-    out: Tensor | None,
+    bias: Tensor | None = None, zero_centered: bool = False, dother: Tensor | None = None,
+    want: Collection[str] = ("x", "weight", "bias"), out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of `norm_forward`: with `m = dy * w` and `h = (x - mean) * rstd`,
+    `dx = rstd * (m - mean(m) - h * mean(m * h)) + dother`; without mean(m) for RMSNorm.
+
+    dy, x, dother: `[rows, width]`; x is what the norm read (the total, where there was one). mean:
+    None for RMSNorm. Returns (dx in x's dtype, dweight in weight's, dbias in bias's, y computed
+    again), None for what is not in want ("x", "weight", "bias", "y") or has no parameter. out:
+    contiguous, gets dx; it may be dy itself.
+    """
+    if not direct(dy, x, mean, rstd, weight, bias, dother):
+        return _backward_by_formula(
+            dy, x, mean, rstd, weight, bias, zero_centered, dother, want, out
+        )
     shape, dtype = x.shape, x.dtype
     rows, width = shape
     dx = None
@@ -86,15 +120,34 @@ def _backward(
         for sums in (dweight, dbias):
             if sums is not None:
                 sums.zero_()
-    if dweight is not None and weight is not None and weight.dtype != _FP32:
-        dweight = dweight.to(weight.dtype)
-    return dx, dweight, dbias, y
+    return dx, _like(dweight, weight), _like(dbias, bias), y
 
 
-def _added(dx: Tensor | None, dother: Tensor | None, out: Tensor | None) -> Tensor | None:
-    """The sum of the tensors that are not None, in out if that is given."""
+def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """A parameter's gradient, summed in fp32, in its dtype."""
+    if gradient is None or parameter is None or parameter.dtype == _FP32:
+        return gradient
+    return gradient.to(parameter.dtype)
+
+
+def _backward_by_formula(
+    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
+    bias: Tensor | None, zero_centered: bool, dother: Tensor | None, want: Collection[str],
+    out: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dbias = y = None
+    if mean is None:
+        wanted = "x" in want, "weight" in want, "y" in want
+        dx, dweight, y = reference.rmsnorm_backward(dy, x, rstd, weight, zero_centered, *wanted)
+    else:
+        wanted = "x" in want, "weight" in want, "bias" in want
+        dx, dweight, dbias = reference.layernorm_backward(
+            dy, x, mean, rstd, weight, bias, zero_centered, wanted
+        )
+        if "y" in want:
+            y = _layernorm_again(x, mean, rstd, weight, bias, zero_centered)
     dx = dx if dx is None or dother is None else dx + dother
-    return dx if dx is None or out is None else out.copy_(dx)
+    return dx if dx is None or out is None else out.copy_(dx), dweight, dbias, y
 
 
 def _layernorm_again(
@@ -105,92 +158,3 @@ def _layernorm_again(
     factor = reference.gamma(weight, zero_centered, y)
     y = y if factor is None else y * factor
     return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
-def rmsnorm_forward(
-    x: Tensor, weight: Tensor | None, eps: float, zero_centered: bool = False,
-    other: Tensor | None = None, want: Collection[str] = ("rstd",),
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """`y = t * rstd * w` with `rstd = rsqrt(mean(t^2) + eps)` and `t = x`, or `x + other`.
-
-    x, other, y, total: `[rows, width]` of x's dtype; the sum is rounded to it before the norm reads
-    it. weight: `[width]` of any float dtype or None; `w = 1 + weight` when zero_centered.
-    rstd: fp32 `[rows, 1]`, if "rstd" is in want. Returns (y, rstd, total), None for what is not.
-    """
-    if not direct(x, weight, other):
-        total = None if other is None else x + other
-        y, rstd = reference.rmsnorm_forward(
-            x if total is None else total, weight, eps, zero_centered
-        )
-        return y, rstd if "rstd" in want else None, total
-    y, _, found, total = _forward(x, weight, None, eps, zero_centered, other, False, want)
-    return y, found, total
-
-
-def rmsnorm_backward(
-    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered: bool = False,
-    dother: Tensor | None = None, want: Collection[str] = ("x", "weight"),
-    out: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of `rmsnorm_forward`: with `m = dy * w`,
-    `dx = rstd * (m - x * rstd^2 * mean(m * x)) + dother`.
-
-    dy, x, dother: `[rows, width]`; x is what the norm read (the total, where there was one).
-    Returns (dx in x's dtype, dweight in weight's dtype, y computed again), None for what is not in
-    want ("x", "weight", "y"). out: contiguous, gets dx; it may be dy itself.
-    """
-    if not direct(dy, x, rstd, weight, dother):
-        dx, dweight, y = reference.rmsnorm_backward(
-            dy, x, rstd, weight, zero_centered, "x" in want, "weight" in want, "y" in want
-        )
-        return _added(dx, dother, out), dweight, y
-    dx, dweight, _, y = _backward(dy, x, None, rstd, weight, None, zero_centered, dother, want, out)
-    return dx, dweight, y
-
-
-def layernorm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    zero_centered: bool = False, other: Tensor | None = None,
-    want: Collection[str] = ("mean", "rstd"),
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """`y = (t - mean) * rstd * w + bias`, `rstd = rsqrt(var + eps)`, `t = x`, or `x + other`.
-
-    Shapes and dtypes as in `rmsnorm_forward`; bias like weight; mean fp32 `[rows, 1]`; the variance
-    is the biased one, from centred values. Returns (y, mean, rstd, total), None for what is not in
-    want.
-    """
-    if not direct(x, weight, bias, other):
-        total = None if other is None else x + other
-        y, mean, rstd = reference.layernorm_forward(
-            x if total is None else total, weight, bias, eps, zero_centered
-        )
-        kept = mean if "mean" in want else None, rstd if "rstd" in want else None
-        return y, *kept, total
-    return _forward(x, weight, bias, eps, zero_centered, other, True, want)
-
-
-def layernorm_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
-    zero_centered: bool = False, dother: Tensor | None = None,
-    want: Collection[str] = ("x", "weight", "bias"), out: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of `layernorm_forward`: with `m = dy * w` and `h = (x - mean) * rstd`,
-    `dx = rstd * (m - mean(m) - h * mean(m * h)) + dother`.
-
-    Returns (dx in x's dtype, dweight in weight's, dbias in bias's, y computed again), None for what
-    is not in want ("x", "weight", "bias", "y") or has no parameter. out: as in `rmsnorm_backward`.
-    """
-    if not direct(dy, x, mean, rstd, weight, bias, dother):
-        mask = "x" in want, "weight" in want, "bias" in want
-        dx, dweight, dbias = reference.layernorm_backward(
-            dy, x, mean, rstd, weight, bias, zero_centered, mask
-        )
-        dx = _added(dx, dother, out)
-        y = _layernorm_again(x, mean, rstd, weight, bias, zero_centered) if "y" in want else None
-        return dx, dweight, dbias, y
-    dx, dweight, dbias, y = _backward(
-        dy, x, mean, rstd, weight, bias, zero_centered, dother, want, out
-    )
-    if dbias is not None and bias is not None and bias.dtype != _FP32:
-        dbias = dbias.to(bias.dtype)
-    return dx, dweight, dbias, y

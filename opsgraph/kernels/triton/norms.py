@@ -85,17 +85,24 @@ def _programs_per_multiprocessor(width: int) -> int:
     return 1
 
 
-def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: bool,
-    other: Tensor | None, want: Collection[str], center: bool,
+def norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: bool = False,
+    other: Tensor | None = None, center: bool = False, want: Collection[str] = ("mean", "rstd"),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """y by the formula at the top of this file, of x or of `x + other`.
+
+    center: LayerNorm, else RMSNorm. x, other, y, total: `[rows, width]` of x's dtype; the sum is
+    rounded to it before the norm reads it. weight, bias: `[width]` of any float dtype or None;
+    `1 + weight` counts when zero_centered. mean, rstd: fp32 `[rows, 1]`, the mean of centred values
+    alone. Returns (y, mean, rstd, total), None for what is not in want, or not there.
+    """
     rows, width = x.shape
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     total = torch.empty_like(y) if other is not None else None
     new = torch.empty if y.numel() else torch.zeros
     mean, rstd = (
-        new(rows, 1, dtype=torch.float32, device=x.device) if name in want else None
-        for name in ("mean", "rstd")
+        new(rows, 1, dtype=torch.float32, device=x.device) if there and name in want else None
+        for name, there in (("mean", center), ("rstd", True))
     )
     if not y.numel():
         return y, mean, rstd, total
@@ -117,17 +124,26 @@ def _forward(
     return y, mean, rstd, total
 
 
-def _backward(
+def norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
-    zero_centered: bool, dother: Tensor | None, want: Collection[str], bias_dtype: torch.dtype,
+    zero_centered: bool = False, dother: Tensor | None = None,
+    want: Collection[str] = ("x", "weight", "bias"), bias_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of `norm_forward`, by the formula at the top of this file, plus dother in dx.
+
+    dy, x, dother: `[rows, width]`; x is what the norm read (the total, where there was one). mean:
+    None for RMSNorm, which has no bias. Returns (dx in x's dtype, dweight in weight's, dbias in
+    bias_dtype, by default weight's or x's), None for what is not in want; the last two are
+    `[width]`, summed in fp32 and in a fixed order.
+    """
     rows, width = x.shape
     new = torch.empty if x.numel() else torch.zeros
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device) if "x" in want else None
     dweight = dbias = None
     if "weight" in want and weight is not None:
         dweight = new(width, dtype=weight.dtype, device=x.device)
-    if "bias" in want:
+    if "bias" in want and mean is not None:
+        bias_dtype = bias_dtype or (x if weight is None else weight).dtype
         dbias = new(width, dtype=bias_dtype, device=x.device)
     if not x.numel() or (dx is None and dweight is None and dbias is None):
         return dx, dweight, dbias
@@ -168,63 +184,3 @@ def _backward(
             )  # fmt: skip
         sum_partials(into[0], dweight, into[1], dbias)
     return dx, dweight, dbias
-
-
-def rmsnorm_forward(
-    x: Tensor, weight: Tensor | None, eps: float, zero_centered: bool = False,
-    other: Tensor | None = None, want: Collection[str] = ("rstd",),
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """`y = t * rstd * w` with `rstd = rsqrt(mean(t^2) + eps)` and `t = x`, or `x + other`.
-
-    x, other, y, total: `[rows, width]` of x's dtype; the sum is rounded to it before the norm reads
-    it. weight: `[width]` of any float dtype or None; `w = 1 + weight` when zero_centered.
-    rstd: fp32 `[rows, 1]`, if "rstd" is in want. Returns (y, rstd, total), None for what is not.
-    """
-    y, _, rstd, total = _forward(
-        x, weight, None, eps, zero_centered, other, {"rstd"}.intersection(want), False
-    )
-    return y, rstd, total
-
-
-def rmsnorm_backward(
-    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered: bool = False,
-    dother: Tensor | None = None, want: Collection[str] = ("x", "weight"),
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of `rmsnorm_forward`: with `m = dy * w`,
-    `dx = rstd * m - rstd^3 * mean(m * x) * x + dother`.
-
-    dy, x, dother: `[rows, width]`; x is what the norm read (the total, where there was one).
-    Returns (dx in x's dtype, dweight in weight's dtype, summed in fp32), None for what is not in
-    want.
-    """
-    want = {"x", "weight"}.intersection(want)
-    dx, dweight, _ = _backward(dy, x, None, rstd, weight, zero_centered, dother, want, x.dtype)
-    return dx, dweight
-
-
-def layernorm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    zero_centered: bool = False, other: Tensor | None = None,
-    want: Collection[str] = ("mean", "rstd"),
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """`y = (t - mean) * rstd * w + bias`, `rstd = rsqrt(var + eps)`, `t = x`, or `x + other`.
-
-    Shapes and dtypes as in `rmsnorm_forward`; bias like weight; mean fp32 `[rows, 1]`; the variance
-    is the biased one, from centred values. Returns (y, mean, rstd, total), None for what is not in
-    want.
-    """
-    return _forward(x, weight, bias, eps, zero_centered, other, want, True)
-
-
-def layernorm_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-    zero_centered: bool = False, dother: Tensor | None = None,
-    want: Collection[str] = ("x", "weight", "bias"), bias_dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of `layernorm_forward`, by the formula at the top of this file, plus dother in dx.
-
-    Returns (dx in x's dtype, dweight in weight's, dbias in bias_dtype, by default weight's or x's),
-    None for what is not in want; the last two are `[width]`, summed in fp32 and in a fixed order.
-    """
-    bias_dtype = bias_dtype or (x if weight is None else weight).dtype
-    return _backward(dy, x, mean, rstd, weight, zero_centered, dother, want, bias_dtype)

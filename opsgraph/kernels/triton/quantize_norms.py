@@ -149,11 +149,17 @@ def _read(x: Tensor, other: Tensor | None, norm: _Norm, to: Format, output: Outp
     return read._replace(amax=None if amax is None else amax.amax())
 
 
-def _quantize(
-    x: Tensor, other: Tensor | None, norm: _Norm, to: Target, scale: Tensor | None,
-    want: Collection[str],
-) -> tuple[Copies, _Rows]:  # fmt: skip
+def norm_quantize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, to: Target,
+    zero_centered: bool = False, other: Tensor | None = None, center: bool = False,
+    scale: Tensor | None = None, want: Collection[str] = ("row", "mean", "rstd"),
+) -> tuple[Copies, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """`quantize(y, to, scale, want)` of `y, mean, rstd, total = norm_forward(x, ...)`.
+
+    Returns (copies of y, mean, rstd, total), as those two give them; y is never stored.
+    """
     check(to, scale, want)
+    norm = _Norm(weight, bias, eps, zero_centered, center)
     rows, width = x.shape
     narrow, wanted = width <= NARROW, set(want)
     first = Format("tensor") if isinstance(to, NVFP4) else to  # NVFP4 too needs the amax first
@@ -163,51 +169,9 @@ def _quantize(
         wanted -= {"row"}
     read = _read(x, other, norm, first, output)
     source = Source(
-        "norm", x if read.total is None else read.total, width, norm.bias, norm.weight, read.mean,
-        read.rstd, zero_centered=norm.zero_centered,
+        "norm", x if read.total is None else read.total, width, bias, weight, read.mean,
+        read.rstd, zero_centered=zero_centered,
     )  # fmt: skip
     rest = copies(source, to, scale, wanted, read.amax)
-    return rest._replace(row=output.row or rest.row), read
-
-
-def rmsnorm_quantize(
-    x: Tensor, weight: Tensor | None, eps: float, to: Target, zero_centered: bool = False,
-    other: Tensor | None = None, scale: Tensor | None = None,
-    want: Collection[str] = ("row", "rstd"),
-) -> tuple[Copies, Tensor | None, Tensor | None]:  # fmt: skip
-    """`quantize(y, to, scale, want)` of `y, rstd, total = rmsnorm_forward(x, ...)`.
-
-    Returns (copies of y, rstd, total), as those two give them; y is never stored.
-    """
-    norm = _Norm(weight, None, eps, zero_centered, False)
-    found, read = _quantize(x, other, norm, to, scale, want)
-    return found, read.rstd if "rstd" in want else None, read.total
-
-
-def layernorm_quantize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, to: Target,
-    zero_centered: bool = False, other: Tensor | None = None, scale: Tensor | None = None,
-    want: Collection[str] = ("row", "mean", "rstd"),
-) -> tuple[Copies, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """`quantize(y, to, scale, want)` of `y, mean, rstd, total = layernorm_forward(x, ...)`.
-
-    Returns (copies of y, mean, rstd, total), as those two give them; y is never stored.
-    """
-    norm = _Norm(weight, bias, eps, zero_centered, True)
-    found, read = _quantize(x, other, norm, to, scale, want)
     mean, rstd = read.mean if "mean" in want else None, read.rstd if "rstd" in want else None
-    return found, mean, rstd, read.total
-
-
-def norm_again_quantize(
-    x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
-    to: Target, zero_centered: bool = False, scale: Tensor | None = None,
-    want: Collection[str] = ("col",),
-) -> Copies:  # fmt: skip
-    """The copies of a norm's output made once more from its saved statistics, bit for bit.
-
-    x: what the norm read (the total, where there was one); mean: None for RMSNorm; mean and rstd:
-    fp32 `[rows, 1]`. The rest as in `layernorm_quantize`.
-    """
-    source = Source("norm", x, x.size(1), bias, weight, mean, rstd, zero_centered=zero_centered)
-    return copies(source, to, scale, want)
+    return rest._replace(row=output.row or rest.row), mean, rstd, read.total

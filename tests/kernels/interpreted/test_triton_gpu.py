@@ -16,10 +16,8 @@ from opsgraph.kernels.reference.nvfp4 import quantize_nvfp4
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
 from opsgraph.kernels.triton.dropout import dropout
 from opsgraph.kernels.triton.norms import (
-    layernorm_backward,
-    layernorm_forward,
-    rmsnorm_backward,
-    rmsnorm_forward,
+    norm_backward,
+    norm_forward,
 )
 from opsgraph.kernels.triton.quantize import quantize
 from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
@@ -57,12 +55,12 @@ def stride_past_2_31(width: int) -> Tensor:
 )
 def test_norm_offsets(make: Callable[[int], Tensor], width: int) -> None:
     x = make(width)
-    y, rstd, _ = rmsnorm_forward(x, None, EPS)
+    y, _, rstd, _ = norm_forward(x, None, None, EPS)
     x64 = x[-2:].cpu().double().requires_grad_()
     y64 = norm64(x64, None, None, False, False)
     close(y[-2:], y64.detach())
     del y
-    dx, _ = rmsnorm_backward(x, x, rstd, None, want=("x",))
+    dx, _, _ = norm_backward(x, x, None, rstd, None, want=("x",))
     (dx64,) = torch.autograd.grad(y64, x64, x64.detach())
     close(dx[-2:], dx64, x64.detach())
 
@@ -143,8 +141,8 @@ def test_a_device_that_is_not_the_current_one() -> None:
     for index in (0, 1):
         x = normal(300, 1000, dtype=HALF, device=f"cuda:{index}")
         weight, seed = x[0].clone(), torch.tensor(1, device=x.device)
-        y, mean, rstd, _ = layernorm_forward(x, weight, weight, EPS)
-        gradients = layernorm_backward(x, x, mean, rstd, weight)
+        y, mean, rstd, _ = norm_forward(x, weight, weight, EPS, center=True)
+        gradients = norm_backward(x, x, mean, rstd, weight)
         z = activation_forward(x, "swiglu")
         activation = activation_backward(z, x, "swiglu", want=("x", "y", "bias"))
         outputs = (y, *gradients, z, *activation, dropout(x, seed, 0.5))

@@ -9,10 +9,8 @@ from kernel_checks import DTYPES, INTERPRETING, close, laid_out, normal, twice
 from torch import Tensor
 
 from opsgraph.kernels.triton.norms import (
-    layernorm_backward,
-    layernorm_forward,
-    rmsnorm_backward,
-    rmsnorm_forward,
+    norm_backward,
+    norm_forward,
 )
 
 EPS = 1e-5
@@ -106,11 +104,8 @@ def make(case: Case, device: str) -> Inputs:
 def forward(case: Case, given: Inputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """y, mean, rstd, total"""
     x, other, weight, bias, _, _ = given
-    if case.center:
-        args = x, weight, bias, EPS, case.zero_centered
-        return twice(layernorm_forward, *args, other=other)
-    y, rstd, total = twice(rmsnorm_forward, x, weight, EPS, case.zero_centered, other=other)
-    return y, None, rstd, total
+    args = x, weight, bias if case.center else None, EPS, case.zero_centered, other, case.center
+    return twice(norm_forward, *args)
 
 
 def double(x: Tensor | None) -> Tensor | None:
@@ -135,12 +130,8 @@ def test_forward_and_backward(case: Case, device: str) -> None:
     close(rstd, torch.rsqrt(square + EPS))
 
     dy64 = given.dy.cpu().double()
-    if case.center:
-        args = given.dy, read, mean, rstd, given.weight, case.zero_centered
-        dx, dweight, dbias = twice(layernorm_backward, *args, dother=given.dother)
-    else:
-        args = given.dy, read, rstd, given.weight, case.zero_centered
-        dx, dweight = twice(rmsnorm_backward, *args, dother=given.dother)
+    args = given.dy, read, mean, rstd, given.weight, case.zero_centered
+    dx, dweight, dbias = twice(norm_backward, *args, dother=given.dother)
     (dx64,) = torch.autograd.grad(y64, x64, dy64, retain_graph=True)
     m64 = dy64 if weight64 is None else dy64 * (weight64.detach() + case.zero_centered)
     terms = m64 * rstd.cpu()
@@ -153,6 +144,8 @@ def test_forward_and_backward(case: Case, device: str) -> None:
         assert dweight.dtype == given.weight.dtype
     if case.center:
         close(dbias, dy64.sum(0), dy64.abs().sum(0))
+    else:
+        assert mean is dbias is None
 
 
 SUBSETS = [(), ("x",), ("weight",), ("bias",), ("weight", "bias"), ("x", "bias"), ("x", "weight")]
@@ -167,7 +160,7 @@ def test_backward_computes_what_is_wanted(want: tuple[str, ...], width: int, dev
     x64, weight64, bias64 = double(given.x), double(given.weight), double(given.bias)
     y64 = norm64(x64, weight64, bias64, False, True)
     wanted64 = torch.autograd.grad(y64, (x64, weight64, bias64), given.dy.cpu().double())
-    got = layernorm_backward(
+    got = norm_backward(
         given.dy, given.x, mean, rstd, given.weight, want=want, bias_dtype=torch.bfloat16
     )
     dtypes = torch.float32, torch.float16, torch.bfloat16
@@ -180,21 +173,22 @@ def test_backward_computes_what_is_wanted(want: tuple[str, ...], width: int, dev
             close(value, value64, 20.0)  # sums of three rows of normal values
     if "bias" not in want:
         given_rstd = rstd if want else rstd.clone()
-        dx, dweight = rmsnorm_backward(given.dy, given.x, given_rstd, given.weight, want=want)
+        args = given.dy, given.x, None, given_rstd, given.weight
+        dx, dweight, _ = norm_backward(*args, want=want)
         assert (dx is None, dweight is None) == ("x" not in want, "weight" not in want)
 
 
 @pytest.mark.parametrize("want", [(), ("mean",), ("rstd",), ("mean", "rstd")], ids="+".join)
 def test_forward_saves_what_is_wanted(want: tuple[str, ...], device: str) -> None:
     x = normal(3, 17, dtype=torch.float32, device=device)
-    y, mean, rstd, total = layernorm_forward(x, None, None, EPS, want=want)
-    full = layernorm_forward(x, None, None, EPS)
+    y, mean, rstd, total = norm_forward(x, None, None, EPS, center=True, want=want)
+    full = norm_forward(x, None, None, EPS, center=True)
     assert total is None
     torch.testing.assert_close(y, full[0])
     for key, value, expected in (("mean", mean, full[1]), ("rstd", rstd, full[2])):
         assert (value is None) == (key not in want)
         assert value is None or torch.equal(value, expected)
-    _, rms, _ = rmsnorm_forward(x, None, EPS, want=want)
+    _, _, rms, _ = norm_forward(x, None, None, EPS, want=want)
     assert (rms is None) == ("rstd" not in want)
 
 
@@ -202,7 +196,7 @@ def test_forward_saves_what_is_wanted(want: tuple[str, ...], device: str) -> Non
 def test_large_mean_and_small_deviation(width: int, device: str) -> None:
     """One-pass variance loses every digit here, as does counting columns past the end."""
     x = normal(3, width, dtype=torch.float32, device=device) + 1000
-    y, mean, rstd, _ = twice(layernorm_forward, x, None, None, EPS)
+    y, mean, rstd, _ = twice(norm_forward, x, None, None, EPS, center=True)
     x64 = double(x)
     y64 = norm64(x64, None, None, False, True)
     # The mean of fp32 values is itself rounded to fp32: half a unit in the last place of 1000.
@@ -210,7 +204,7 @@ def test_large_mean_and_small_deviation(width: int, device: str) -> None:
     close(mean, x64.detach().mean(1, keepdim=True), 1000.0)
     close(rstd, torch.rsqrt(x64.detach().var(1, keepdim=True, correction=0) + EPS))
     dy = normal(3, width, dtype=torch.float32, device=device, seed=1)
-    dx, _, _ = layernorm_backward(dy, x, mean, rstd, None, want=("x",))
+    dx, _, _ = norm_backward(dy, x, mean, rstd, None, want=("x",))
     # The saved mean's rounding error shifts xc, which dx multiplies by mean(dy * xc).
     (dx64,) = torch.autograd.grad(y64, x64, dy.cpu().double())
     close(dx, dx64, 1000.0)
@@ -219,10 +213,10 @@ def test_large_mean_and_small_deviation(width: int, device: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 17), (3, 0), (0, 0), (0, 40000)])
 def test_empty(shape: tuple[int, int], device: str) -> None:
     x, weight = torch.empty(*shape, device=device), torch.ones(shape[1], device=device)
-    y, mean, rstd, total = layernorm_forward(x, weight, weight, EPS, other=x)
+    y, mean, rstd, total = norm_forward(x, weight, weight, EPS, other=x, center=True)
     assert y.shape == total.shape == shape
     assert mean.shape == rstd.shape == (shape[0], 1)
-    dx, dweight, dbias = layernorm_backward(x, x, mean, rstd, weight, dother=x)
+    dx, dweight, dbias = norm_backward(x, x, mean, rstd, weight, dother=x)
     assert dx.shape == shape
     assert torch.equal(dweight, torch.zeros_like(weight))
     assert torch.equal(dbias, torch.zeros_like(weight))
@@ -234,11 +228,11 @@ def test_weights_with_a_stride(width: int, device: str) -> None:
     x = normal(2, width, dtype=torch.float32, device=device)
     weight = normal(2 * width, dtype=torch.float32, device=device, seed=1)[::2]
     bias = torch.full((1,), 2.0, device=device).expand(width)
-    y, mean, rstd, _ = twice(layernorm_forward, x, weight, bias, EPS)
+    y, mean, rstd, _ = twice(norm_forward, x, weight, bias, EPS, center=True)
     plain = weight.contiguous(), bias.contiguous()
-    assert torch.equal(y, layernorm_forward(x, *plain, EPS)[0])
-    dx, _, _ = layernorm_backward(x, x, mean, rstd, weight, want=("x",))
-    expected = layernorm_backward(x, x, mean, rstd, plain[0], want=("x",))[0]
+    assert torch.equal(y, norm_forward(x, *plain, EPS, center=True)[0])
+    dx, _, _ = norm_backward(x, x, mean, rstd, weight, want=("x",))
+    expected = norm_backward(x, x, mean, rstd, plain[0], want=("x",))[0]
     assert torch.equal(dx, expected)
 
 
@@ -247,13 +241,13 @@ def test_layernorm_of_equal_values_is_the_bias(width: int, device: str) -> None:
     for dtype, size in ((torch.float32, 1.2345e9), (torch.float32, 3e38), (torch.bfloat16, 3e38)):
         x = torch.full((2, width), size, dtype=dtype, device=device)
         weight, bias = torch.randn(width, device=device), torch.randn(width, device=device)
-        y, mean, rstd, _ = layernorm_forward(x, weight, bias, EPS)
+        y, mean, rstd, _ = norm_forward(x, weight, bias, EPS, center=True)
         assert torch.equal(y, bias.to(dtype).expand(2, width))
         assert mean is not None
         assert rstd is not None
         assert torch.equal(mean, x[:, :1].float())
         dy = torch.rand(2, width, device=device).to(dtype)
-        dx, dweight, _ = layernorm_backward(dy, x, mean, rstd, weight)
+        dx, dweight, _ = norm_backward(dy, x, mean, rstd, weight)
         assert dweight is not None
         assert not dweight.any()
         m = dy.double() * weight.double()

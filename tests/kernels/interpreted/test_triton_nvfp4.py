@@ -12,13 +12,11 @@ from torch import Tensor
 
 from opsgraph.kernels.formats import NVFP4, Copies
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
-from opsgraph.kernels.triton.norms import layernorm_forward, rmsnorm_forward
+from opsgraph.kernels.triton.norms import norm_forward
 from opsgraph.kernels.triton.quantize import activation_quantize, quantize
 from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
 from opsgraph.kernels.triton.quantize_norms import (
-    layernorm_quantize,
-    norm_again_quantize,
-    rmsnorm_quantize,
+    norm_quantize,
 )
 from opsgraph.quantizers import NVFP4Quantizer
 
@@ -95,23 +93,22 @@ def test_empty_and_tiny(to: NVFP4, shape: tuple[int, int], device: str) -> None:
 def test_norms(dtype: torch.dtype, to: NVFP4, device: str) -> None:
     x, other = (normal(33, 200, dtype=dtype, device=device, seed=i) for i in (1, 2))
     weight, bias = (normal(200, dtype=torch.float32, device=device, seed=i) for i in (3, 4))
-    y, rstd, total = rmsnorm_forward(x, weight, EPS, True, other)
+    y, _, rstd, total = norm_forward(x, weight, None, EPS, True, other)
     found = []
 
     def rmsnorm() -> Copies:
-        found[:] = rmsnorm_quantize(x, weight, EPS, to, True, other, want=(*BOTH, "rstd"))
+        found[:] = norm_quantize(x, weight, None, EPS, to, True, other, want=(*BOTH, "rstd"))
         return found[0]
 
     check(rmsnorm, y, to, BOTH)
-    assert torch.equal(found[1], rstd)
-    assert torch.equal(found[2], total)
-    y, mean, rstd, _ = layernorm_forward(x, weight, bias, EPS)
+    assert torch.equal(found[2], rstd)
+    assert torch.equal(found[3], total)
+    y = norm_forward(x, weight, bias, EPS, center=True)[0]
     for want in (("row",), BOTH):
         check(
-            lambda want=want: layernorm_quantize(x, weight, bias, EPS, to, want=want)[0],
+            lambda want=want: norm_quantize(x, weight, bias, EPS, to, center=True, want=want)[0],
             y, to, want,
         )  # fmt: skip
-    check(lambda: norm_again_quantize(x, mean, rstd, weight, bias, to), y, to, ("col",))
 
 
 @pytest.mark.parametrize("to", [NVFP4(), NVFP4(1, True, True)], ids=str)

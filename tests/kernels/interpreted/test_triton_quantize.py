@@ -14,13 +14,11 @@ from torch import Tensor
 from opsgraph.kernels.formats import BLOCKS, E4M3, E5M2, Copies, Format
 from opsgraph.kernels.reference import quantize as reference
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
-from opsgraph.kernels.triton.norms import layernorm_forward, rmsnorm_forward
+from opsgraph.kernels.triton.norms import norm_forward
 from opsgraph.kernels.triton.quantize import activation_quantize, quantize
 from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
 from opsgraph.kernels.triton.quantize_norms import (
-    layernorm_quantize,
-    norm_again_quantize,
-    rmsnorm_quantize,
+    norm_quantize,
 )
 
 HALF, EPS, BOTH = torch.bfloat16, 1e-5, ("row", "col")
@@ -142,35 +140,34 @@ def test_norms(
     weight, bias = (normal(width, dtype=torch.float32, device=device, seed=i) for i in (3, 4))
     scale = None if given is None else torch.tensor(given, device=device)
     want = (*BOTH, "amax") if to.scaling == "tensor" else BOTH
-    y, rstd, total = rmsnorm_forward(x, weight, EPS, True, other)
-    found, rstd_found, total_found = twice(
-        rmsnorm_quantize, x, weight, EPS, to, True, other, scale, (*want, "rstd")
+    y, _, rstd, total = norm_forward(x, weight, None, EPS, True, other)
+    found, no_mean, rstd_found, total_found = twice(
+        norm_quantize, x, weight, None, EPS, to, True, other, False, scale, (*want, "rstd")
     )
+    assert no_mean is None
     check(found, y, to, scale, want)
     assert torch.equal(rstd_found, rstd)
     assert torch.equal(total_found, total)
-    y, mean, rstd, _ = layernorm_forward(x, weight, bias, EPS)
-    row, no_mean, no_rstd, no_total = layernorm_quantize(
-        x, weight, bias, EPS, to, scale=scale, want=("row",)
+    y, mean, rstd, _ = norm_forward(x, weight, bias, EPS, center=True)
+    row, no_mean, no_rstd, no_total = norm_quantize(
+        x, weight, bias, EPS, to, center=True, scale=scale, want=("row",)
     )
     check(row, y, to, scale, ("row",))
     assert no_mean is no_rstd is no_total is None
-    col, mean_found, rstd_found, _ = layernorm_quantize(
-        x, weight, bias, EPS, to, scale=scale, want=("col", "mean", "rstd")
+    col, mean_found, rstd_found, _ = norm_quantize(
+        x, weight, bias, EPS, to, center=True, scale=scale, want=("col", "mean", "rstd")
     )
     check(col, y, to, scale, ("col",))
     assert torch.equal(mean_found, mean)
     assert torch.equal(rstd_found, rstd)
-    again = norm_again_quantize(x, mean, rstd, weight, bias, to, scale=scale, want=want)
-    check(again, y, to, scale, want)
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "rows", "blocks"])
 def test_wide_norms(scaling: str, device: str) -> None:
     x, other = (normal(2, 32801, dtype=HALF, device=device, seed=i) for i in (1, 2))
     to = Format(scaling)
-    y, rstd, total = rmsnorm_forward(x, None, EPS, other=other)
-    found, rstd_found, total_found = rmsnorm_quantize(x, None, EPS, to, other=other)
+    y, _, rstd, total = norm_forward(x, None, None, EPS, other=other)
+    found, _, rstd_found, total_found = norm_quantize(x, None, None, EPS, to, other=other)
     check(found, y, to, None, ("row",))
     assert torch.equal(rstd_found, rstd)
     assert torch.equal(total_found, total)
@@ -242,7 +239,7 @@ def test_empty(shape: tuple[int, int], to: Format, device: str) -> None:
     x = torch.empty(shape, device=device)
     want = (*BOTH, "amax") if to.scaling == "tensor" else BOTH
     check(quantize(x, to, want=want), x, to, None, want)
-    check(rmsnorm_quantize(x, None, EPS, to, want=want)[0], x, to, None, want)
+    check(norm_quantize(x, None, None, EPS, to, want=want)[0], x, to, None, want)
     check(activation_quantize(x, "gelu", to, want=want), x, to, None, want)
     if to.scaling != "rows":
         dx, y, dbias = activation_backward_quantize(
@@ -264,7 +261,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"scale must be fp32 \[\], got torch.float32 \[1\]"):
         quantize(x, Format("tensor"), scale[None])
     with pytest.raises(ValueError, match="'rows' takes no scale and gives no amax"):
-        rmsnorm_quantize(x, None, EPS, Format("rows"), want=("amax",))
+        norm_quantize(x, None, None, EPS, Format("rows"), want=("amax",))
     with pytest.raises(ValueError, match="cannot be scaled by rows"):
         activation_backward_quantize(x, x, "gelu", Format("rows"))
     with pytest.raises(ValueError, match="swiglu has halves of 20 columns, expected a multiple of"):

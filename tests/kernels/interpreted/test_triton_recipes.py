@@ -22,8 +22,8 @@ RECIPES = {
     "dequantized": r.MXFP8BlockScaling(backward_override="dequantized"),
 }
 ALONE = (
-    "QuantizeKernel", "QuantizeGradKernel", "RMSNormKernel", "LayerNormKernel", "AddRMSNorm",
-    "AddLayerNorm", "ActivationKernel", "BiasActivationBackward", "TeeRMSNorm", "TeeLayerNorm",
+    "QuantizeKernel", "QuantizeGradKernel", "NormKernel", "NormBackward",
+    "ActivationKernel", "BiasActivationBackward",
     "ScaledLinear", "ScaledLinearBackward",
 )  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_fused_quantization_gives_the_same_bits(norm: type[og.Op], name: str, de
     with og.autocast(recipe=recipe):
         plan = fused.plan()
     names = {step.name for step in (*plan.forward, *plan.backward)}
-    assert {f"Add{norm.__name__}Quantize", "ActivationQuantize"} <= names
+    assert {"NormQuantize", "ActivationQuantize"} <= names
     absorbs = recipe.backward_override is None and name != "rows"
     absorbing = {"ActivationBackwardQuantize", "ActivationLinearBackwardQuantize"}
     assert bool(absorbing & names) == absorbs
@@ -70,7 +70,7 @@ def test_check_compares_quantized_steps(device: str, monkeypatch: pytest.MonkeyP
     module, x = block(RMSNorm, device), torch.randn(8, 64, device=device).bfloat16()
     with og.autocast(recipe=RECIPES["current"]):
         source = module.plan().forward_source
-    assert "check('forward 0-q3 AddRMSNormQuantize (triton)', 'xq3', xq3, ref_xq3)" in source
+    assert "check('forward 0-q3 NormQuantize (triton)', 'xq3', xq3, ref_xq3)" in source
     results(module, RECIPES["current"], x)
     original = triton_quantize.as_quantized
 
@@ -79,7 +79,7 @@ def test_check_compares_quantized_steps(device: str, monkeypatch: pytest.MonkeyP
         return made._replace(row=made.row._replace(inverse=2 * made.row.inverse))
 
     monkeypatch.setattr(triton_quantize, "as_quantized", wrong)
-    with pytest.raises(og.OpsgraphError, match=r"AddRMSNormQuantize .*: xq3, quantized, differs"):
+    with pytest.raises(og.OpsgraphError, match=r"NormQuantize .*: xq3, quantized, differs"):
         results(module, RECIPES["current"], x)
 
 
@@ -89,7 +89,7 @@ def test_nvfp4_is_the_references(device: str) -> None:
     with og.autocast(recipe=recipe):
         plan = block(RMSNorm, device).plan()
     names = {step.name for step in (*plan.forward, *plan.backward)}
-    assert {"AddRMSNormQuantize", "ActivationQuantize", "ActivationBackwardQuantize"} <= names
+    assert {"NormQuantize", "ActivationQuantize", "ActivationBackwardQuantize"} <= names
     x, found = torch.randn(40, 64, device=device).bfloat16(), []
     for fusers in (("QuantizeKernel", "QuantizeGradKernel"), ()):
         module = block(RMSNorm, device, fusers=fusers)
