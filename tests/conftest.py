@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from opsgraph.plan import verify
+
 # Each pytest-xdist worker is a process of its own and imports this file.
 torch.set_num_threads(1)
 
@@ -41,6 +43,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def verified_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify every function that is generated, as OPSGRAPH_CHECK=1 does."""
+    monkeypatch.setattr(verify, "every", True)
 
 
 @pytest.fixture

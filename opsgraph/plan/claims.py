@@ -69,6 +69,11 @@ class Claim:
         ends = self.program.numbers[self.ops[0]], self.program.numbers[self.ops[-1]]
         return "-".join(dict.fromkeys(ends))
 
+    @property
+    def label(self) -> str:
+        """What errors call the step."""
+        return f"{self.direction} {self.where} {self.fuser.name} ({self.fuser.backend})"
+
     @cached_property
     def needs(self) -> tuple[str, ...]:
         """Values it reads, its input included: names of x's, saved values and extra inputs."""

@@ -6,24 +6,16 @@ import re
 import traceback
 from collections.abc import Callable, Sequence
 from math import inf, nan
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import finalize
 
 import torch
 
 from ..errors import OpError
-from .check import compare_ranks
-from .expected import compare, run_reference
+from .expected import compare, compare_ranks, run_reference
 
 _serial = itertools.count()
 _OP = re.compile(r"ops\[([0-9]+)\]")
-
-
-class Function(NamedTuple):
-    """A generated function."""
-
-    source: str
-    call: Callable[..., Any]
 
 
 def base_namespace() -> dict[str, Any]:
@@ -32,14 +24,15 @@ def base_namespace() -> dict[str, Any]:
     return {"torch": torch, "inf": inf, "nan": nan, **checks}
 
 
-def compiled(name: str, source: str, namespace: dict[str, Any]) -> Function:
+def compiled(name: str, source: str, namespace: dict[str, Any]) -> Callable[..., Any]:
     """The function of that name which the source defines."""
     file = f"<opsgraph plan {next(_serial)} {name}>"
     exec(compile(source, file, "exec"), namespace)
-    made = namespace.pop(name)  # else it would hold itself, and live until the next collection
+    # Else the function would hold itself, and live until the next collection.
+    function: Callable[..., Any] = namespace.pop(name)
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    finalize(made, linecache.cache.pop, file, None).atexit = False
-    return Function(source, made)
+    finalize(function, linecache.cache.pop, file, None).atexit = False
+    return function
 
 
 def place(error: OpError, labels: Sequence[str]) -> None:

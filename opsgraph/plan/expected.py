@@ -194,3 +194,21 @@ def _spec(x: Tensor) -> str:
 
 def _fail(step: str, name: str, what: str) -> None:
     raise OpsgraphError(f"OPSGRAPH_CHECK: {step}: {name} {what}")
+
+
+LINE = 256
+
+
+def compare_ranks(step: str, x: Tensor, group: str, group_size: int) -> None:
+    """Raises OpsgraphError on every rank if ranks differ in the step or in x's shape or dtype.
+
+    Each sends one line of text, cut to `LINE` bytes.
+    """
+    told = f"{tuple(x.shape)} {x.dtype} in {step}".encode().ljust(LINE)[:LINE]
+    mine = torch.frombuffer(bytearray(told), dtype=torch.uint8).to(x.device)
+    ops = torch.ops._c10d_functional
+    lines = ops.wait_tensor(ops.all_gather_into_tensor(mine, group_size, group)).view(-1, LINE)
+    every = [bytes(line).decode(errors="replace").rstrip() for line in lines.tolist()]
+    if len(set(every)) > 1:
+        each = "; ".join(f"rank {rank} has {line}" for rank, line in enumerate(every))
+        raise OpsgraphError(f"OPSGRAPH_CHECK: {step}: the ranks of group {group!r} differ: {each}")

@@ -56,7 +56,7 @@ class Argument(NamedTuple):
     moved: bool = False
     """Whether the callee is handed it in a list of one, from which it takes it."""
     value: Any = None
-    """A constant without a literal, which gets a name in the source's globals."""
+    """A constant; an "object" has no literal, and gets a name in the source's globals."""
 
 
 @dataclass(frozen=True)
@@ -279,19 +279,18 @@ class Program:
             text = literal(value)
             if text is None:
                 return Argument("object", f"<{called(value)}>", value=value)
-            return Argument("literal", text)
+            return Argument("literal", text, value=value)
         if name in kind.extra_inputs:
             return Argument("value", self.extra(i, name))
         weight = name.removesuffix(STORED)
         own = self.weight_names.get((i, weight))
         if own is None:
             return None
-        packed = self.packed(i, weight, direction)
         if weight != name:
-            return Argument("weight", own + STORED * (own in self.casts and not packed))
+            return Argument("weight", own + STORED * (own in self.casts))
         if self.request.weights[own] is None:
             return Argument("literal", "None")
-        return Argument("weight", "q" * packed + own)
+        return Argument("weight", "q" * self.packed(i, weight, direction) + own)
 
     def packed(self, i: int, name: str, direction: str) -> bool:
         """Whether a weight is quantized in a pass."""

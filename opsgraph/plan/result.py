@@ -1,6 +1,5 @@
 """`Plan`: the immutable result of planning, which can be run, printed, drawn and asked why."""
 
-import itertools
 import sys
 import time
 from collections import Counter
@@ -13,14 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..config import Config
 from ..errors import PlanError
 from ..guards.cached import cached_property
-from ..op import BACKWARD, FORWARD, STORED, Spec
+from ..op import BACKWARD, FORWARD, Spec
 from .casting import with_casts
-from .check import reference_calls
 from .claims import Claim, Space
-from .codegen import write_backward, write_forward
+from .codegen import Functions, write
+from .definitions import Input
+from .lines import Line
 from .planner import PLANNERS, Cover
 from .program import Program, Request
-from .quantized import Packing
 from .rejection import Rejection
 from .run import Run
 
@@ -60,6 +59,9 @@ class Plan:
     backward_source: str
     run_forward: Callable[..., Any]
     run_backward: Callable[..., Any]
+    forward_lines: tuple[Line, ...] = field(repr=False, compare=False)
+    """What `run_forward` does, as data."""
+    backward_lines: tuple[Line, ...] = field(repr=False, compare=False)
     specs: "Signature"
     labels: tuple[str, ...]
     """What errors call the op at each position: the one the user wrote."""
@@ -103,22 +105,6 @@ class Plan:
         from .show import table
 
         return table(self)
-
-
-class Input(NamedTuple):
-    """An argument of the forward after `ops`: x, an extra input, a weight, or a part of one."""
-
-    name: str
-    spec: Spec | None
-    """None for a parameter that the module does not have."""
-    dims: int | None
-    """Its dimensions inside the plan; None for as they are."""
-    cast: bool
-    """Whether the plan casts it before all else: what it saves is then not the argument itself."""
-    gradient: bool
-    """Whether the backward returns its gradient."""
-    amax: bool
-    """Whether it returns an amax in that place."""
 
 
 class Output(NamedTuple):
@@ -189,32 +175,10 @@ def _step(claim: Claim, cover: Cover, space: Space) -> Step:
     )
 
 
-def _saved_specs(space: Space, cover: Cover, check: bool) -> dict[str, Spec]:
-    """Kept values by place, then the weights that backward calls read; quantized ones in parts."""
-    program, copies = space.program, Packing(space, cover)
-    found: dict[str, Spec] = {}
-    for name in sorted(cover.keeper.kept, key=lambda n: (space.place(n), n)):
-        found |= dict(copies.kept[name][1]) if name in copies.kept else {name: space.spec(name)}
-    calls = [call for claim in cover.backward for call in claim.calls]
-    calls += [remake.call for remake in cover.keeper.again.values()]
-    if check:
-        calls += [call for claim in cover.backward for call in reference_calls(space, claim)]
-    read = {a.text for c in calls for a in c.arguments if a.category == "weight"}
-    for (i, name), variable in program.weight_names.items():
-        spec = program.request.weights[variable]
-        if spec is not None and not read.isdisjoint((variable, variable + STORED)):
-            found[variable] = spec
-        for parts in copies.weight_parts(i, name, BACKWARD).values():
-            found |= dict(parts)
-    return found
-
-
-def _signature(space: Space, cover: Cover, saved: Mapping[str, Spec]) -> Signature:
-    program, copies = space.program, Packing(space, cover)
-    run, request = program.run, program.request
-    inputs = _inputs(program, copies)
-    places = {argument.name: k for k, argument in enumerate(inputs) if not argument.cast}
-    values = list(saved)
+def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
+    program, definitions = space.program, functions.definitions
+    run, request, inputs = program.run, program.request, definitions.inputs
+    places = {argument.name: k for k, argument in enumerate(inputs)}
     last = (program.count, *run.outputs)
     outputs = [Output(s, s.factor.as_integer_ratio()) for s in (program.specs[g] for g in last)]
     same_rows = all(output.rows == (1, 1) for output in outputs)
@@ -222,38 +186,30 @@ def _signature(space: Space, cover: Cover, saved: Mapping[str, Spec]) -> Signatu
     steps = (*cover.forward, *cover.backward, *run.outputs)
     identity = not steps and request.x == program.specs[-1] and program.x(program.count) == "x0"
     kinds = zip(program.kinds, program.still(FORWARD), strict=True)
+    first = len(program.activations)
+    saved = [Saved(n, definitions.spec(n), places.get(n)) for n in functions.saved]
+    accumulated = {first + k for k in program.accumulated}
     return Signature(
-        tuple(inputs),
+        inputs,
         tuple(outputs),
-        tuple(Saved(name, spec, places.get(name)) for name, spec in saved.items()),
-        first_weight=len(program.activations),
+        tuple(saved),
+        first_weight=first,
         same_rows=same_rows,
         taps=tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
         reports=len(program.reports),
         reported=tuple(k for k, argument in enumerate(inputs) if argument.amax),
         late=tuple(program.late),
         into_main_grad=tuple(
-            (values.index(v), k) for k, v in program.accumulated.items() if v in saved
+            (place, s.argument - first)
+            for place, s in enumerate(saved)
+            if s.argument in accumulated
         ),
-        packed=tuple((run.slots.index((i, name)), which) for i, name, which in copies.weights()),
+        packed=tuple((run.slots.index((i, n)), which) for i, n, which in definitions.weights),
         training=bool(request.gradients) and program.flows[-1] and not identity,
         autocast=request.compute is not None,
         identity=identity,
         random=any(kind.random for kind, still in kinds if not still),
     )
-
-
-def _inputs(program: Program, copies: Packing) -> list[Input]:
-    """The forward's arguments, in order."""
-    dims = (2, *(program.extra_dims(*place) for place in program.run.inputs))
-    arguments = program.arguments | dict(copies.parameters)
-    inputs: list[Input] = []
-    for (name, spec), size in itertools.zip_longest(arguments.items(), dims):
-        amax = name in program.reported
-        wanted = name in program.request.gradients or amax
-        cast = name in program.casts and len(inputs) < len(dims)  # a weight is saved as it comes
-        inputs.append(Input(name, spec, size, cast, wanted, amax))
-    return inputs
 
 
 def make_plan(
@@ -267,9 +223,7 @@ def make_plan(
     program = Program(run, request)
     space = Space(program, order, config.fuel)
     cover = PLANNERS[planner](space)
-    saved = _saved_specs(space, cover, config.check)
-    forward = write_forward(space, cover, list(saved), config.check)
-    backward = write_backward(space, cover, list(saved), config.check)
+    functions = write(space, cover, config.check)
     kept = sorted(cover.keeper.kept, key=lambda n: (space.place(n), n))
     plan = Plan(
         tuple(_step(claim, cover, space) for claim in cover.forward),
@@ -277,11 +231,13 @@ def make_plan(
         tuple(r for r in space.rejected.values() if not _taken(r, cover)),
         {name: space.size(name) for name in kept},
         cover.costs,
-        forward.source,
-        backward.source,
-        forward.call,
-        backward.call,
-        _signature(space, cover, saved),
+        functions.forward.source,
+        functions.backward.source,
+        functions.forward.call,
+        functions.backward.call,
+        functions.forward.lines,
+        functions.backward.lines,
+        _signature(space, cover, functions),
         tuple(run.labels),
         tuple(kind.__name__ for kind in run.kinds),
         tuple(run.numbers),

@@ -135,8 +135,8 @@ def _fake_backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> li
     saved = dict(zip(names, tensors[len(tensors) - len(names) :], strict=True))
     rows = _scaled(tensors[0].shape[0], 1 / plan.specs.outputs[0].spec.factor)
     gradients = []
-    for name, spec, _, _, wanted, amax in plan.specs.inputs:
-        if spec is None or amax or not wanted:
+    for name, spec, _, gradient, amax in plan.specs.inputs:
+        if spec is None or amax or gradient is None:
             continue
         if name in saved and ROWS not in spec.shape:
             like, dense = saved[name], torch.contiguous_format
@@ -187,7 +187,7 @@ class CompiledPlan(torch.autograd.Function):
         gradients = [None] * (1 + count)
         for argument in plan.specs.inputs:
             if argument.spec is not None:
-                wanted = argument.gradient and not argument.amax
+                wanted = argument.gradient is not None and not argument.amax
                 gradients.append(next(made) if wanted else None)
         return tuple(gradients)
 

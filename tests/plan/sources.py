@@ -79,8 +79,8 @@ class Call(NamedTuple):
         training = "training" if self.training else "inference"
         return f"{self.net}-{self.options}-{self.recipe}-{cast}-{training}"
 
-    def text(self) -> str:
-        """The plan as printed, and its functions."""
+    def plan(self) -> Any:
+        """Its plan."""
         module = og.Sequential(*NETS[self.net](), **OPTIONS[self.options])
         if self.options == "frozen":
             for parameter in list(module.parameters())[1:]:
@@ -90,7 +90,11 @@ class Call(NamedTuple):
             og.autocast(enabled=recipe is not None, recipe=recipe),
             torch.autocast("cpu", torch.bfloat16, enabled=self.cast),
         ):
-            plan = module.plan(self.training)
+            return module.plan(self.training)
+
+    def text(self) -> str:
+        """The plan as printed, and its functions."""
+        plan = self.plan()
         return "\n".join((str(plan), "", plan.forward_source, plan.backward_source))
 
 

@@ -441,9 +441,9 @@ def test_whatever_changes_what_is_right_plans_again() -> None:
     with torch.no_grad():
         assert made().backward == ()
     with torch.autocast("cpu", torch.bfloat16):
-        assert "weight0.to(torch.bfloat16)" in made().forward_source
+        assert "weight0_stored.to(torch.bfloat16)" in made().forward_source
     with torch.autocast("cpu", torch.float16):
-        assert "weight0.to(torch.float16)" in made().forward_source
+        assert "weight0_stored.to(torch.float16)" in made().forward_source
     module.double()
     x = x.detach().double()
     assert made().forward[0].edges[0].dtype == torch.float64

@@ -1,0 +1,36 @@
+"""What holds of every pair of generated functions: nothing is read that is not there."""
+
+from collections.abc import Sequence
+
+from ..errors import PlanError
+from .lines import Function, Line
+
+every = False
+"""Whether all functions are verified, not only those under OPSGRAPH_CHECK."""
+
+
+def verify(forward: Function, backward: Function) -> None:
+    """Raises PlanError unless each variable read was given, saved or made, and not let go before.
+
+    The backward has to take out of `saved` what the forward puts there.
+    """
+    for name, function in (("forward", forward), ("backward", backward)):
+        _verify_lines(name, function.parameters, function.lines)
+    saved = forward.lines[-1].arguments[1]
+    taken = next((line.makes for line in backward.lines if "saved" in line.reads), [])
+    if (kept := [argument.text for argument in saved]) != taken:  # type: ignore[union-attr]
+        raise PlanError(f"the backward takes {taken}, expected what the forward saves: {kept}")
+
+
+def _verify_lines(name: str, parameters: Sequence[str], lines: Sequence[Line]) -> None:
+    available, gone = set(parameters), set[str]()
+    for number, line in enumerate(lines, 1):
+        for variable in (*line.reads, *(v for v in line.dead if v not in line.makes)):
+            if variable not in available:
+                why = "was let go before" if variable in gone else "nothing has made"
+                raise PlanError(f"line {number} of {name}, `{line}`, reads {variable}, which {why}")
+        available.update(line.makes)
+        available.difference_update(line.dead)
+        gone.update(line.dead)
+    if not lines or lines[-1].function != "return" or lines[-1].dead:
+        raise PlanError(f"the last line of {name} does not return")
