@@ -1,4 +1,4 @@
-"""`Fuser`: how a run of ops is computed in one step, and the registry of all fusers.
+"""`Fuser`: how a run of ops is computed in one step.
 
 A fuser has the shape of an op. Its `pattern` names the ops it covers; an entry may be a union, and
 `Bias | None` is optional. A class stands for ops of just that class and of those that differ from
@@ -19,20 +19,15 @@ each argument of `fwd` after x that an entry's classes can have a gradient for, 
 `norm_bias` and `fc_weight`. What is not in `want` is ignored.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import count, product
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import product
 from math import inf
-from operator import itemgetter
-from types import NoneType, TracebackType, UnionType
+from types import NoneType, UnionType
 from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
-from . import config
-from .backend import backends
-from .errors import RegisterError
-from .guards.cached import cached_property
-from .op import BACKWARD, FORWARD, STORED, Op, Spec, arguments, differentiable, per_class, weights
-from .op.functions import backward_functions, function, passes
+from ..guards.cached import cached_property
+from ..op import BACKWARD, FORWARD, Op, Spec, arguments, differentiable, per_class
+from ..op.functions import backward_functions, function, passes
 
 AGAIN = "again"
 """Beside the passes: how an op makes its y again in the backward."""
@@ -203,199 +198,3 @@ def variants(pattern: Mapping[str, Any]) -> Iterator[Variant]:
     """Every concrete pattern that a pattern with unions and optional entries stands for."""
     for kinds in product(*map(alternatives, pattern.values())):
         yield tuple(zip(pattern, kinds, strict=True))
-
-
-@per_class
-def vocabulary(kind: type[Op]) -> set[str]:
-    """The names that a fuser may use of an op."""
-    names = {"x", "y", *kind.saves, *kind.constants, *kind.extra_inputs, *weights(kind)}
-    names |= {name + STORED for name in weights(kind)}
-    return names | {"d"} if kind.taps else names
-
-
-def _verify(fuser: Fuser) -> None:
-    """Raises RegisterError if the declaration cannot work."""
-    name = fuser.name
-
-    def fail(message: str) -> None:
-        raise RegisterError(f"{name}: {message}")
-
-    if getattr(fuser, "backend", None) not in backends():
-        known = ", ".join(backends())
-        fail(f"got backend {getattr(fuser, 'backend', None)!r}, expected one of {known}")
-    pattern = getattr(fuser, "pattern", None)
-    if not isinstance(pattern, Mapping):
-        fail(f"got pattern {pattern!r}, expected op classes under names, such as dict(fc=Linear)")
-    if wrong := [k for k in fuser.pattern if not str(k).isidentifier() or k in ARGUMENTS]:
-        fail(f"got {wrong} in pattern, expected names other than {', '.join(sorted(ARGUMENTS))}")
-    priority = fuser.priority
-    if not isinstance(priority, int | float | None) or priority != priority:
-        fail(f"got priority {priority!r}, expected a number or None")
-    for option in ("saves", "consumes"):
-        value = getattr(fuser, option)
-        if isinstance(value, str) or not all(isinstance(n, str) for n in value):
-            fail(f"got {option} = {value!r}, expected a tuple of names")
-    kinds = {key: [k for k in alternatives(e) if k] for key, e in fuser.pattern.items()}
-    flat = [kind for entry in kinds.values() for kind in entry]
-    if not flat or not all(isinstance(kind, type) and issubclass(kind, Op) for kind in flat):
-        fail(f"got pattern {dict(fuser.pattern)!r}, expected op classes under names")
-    if fuser.fwd is None and fuser.bwd is None:
-        fail("it has neither fwd nor bwd")
-    public = {
-        f"{key}_{n}" for key, entry in kinds.items() for kind in entry for n in vocabulary(kind)
-    }
-    private = {name for name in fuser.saves if fuser.split(name)[0] is None} - {"x", "y", "dy"}
-    values = {
-        f"{key}_{n}" for key, entry in kinds.items() for kind in entry for n in ("x", *kind.saves)
-    }
-    values |= {f"{key}_y" for key in kinds}
-    if unknown := set(fuser.saves) - values - private:
-        fail(f"cannot save {sorted(unknown)}; the names there are: {', '.join(sorted(values))}")
-    allowed = {
-        "fwd": {"x", "want", *kinds} | public,
-        "bwd": {"x", "y", "dy", "want", *kinds} | public | private,
-        "reject": {"x", *kinds},
-    }
-    gradients = {
-        f"{key}_{n}" for key, entry in kinds.items() for kind in entry for n in differentiable(kind)
-    }
-    if not isinstance(fuser.wants, Mapping):
-        fail(f"got wants = {fuser.wants!r}, expected the kernel's words under the names here")
-    if strange := set(fuser.wants) - set(fuser.saves) - gradients:
-        fail(f"wants {sorted(strange)}, which it neither saves nor has a gradient for")
-    if fuser.bwd and (strange := set(fuser.consumes) - set(arguments(fuser.bwd))):
-        fail(f"consumes {sorted(strange)}, which bwd does not name")
-    for method, names in allowed.items():
-        function = getattr(fuser, method)
-        if function and (unknown := set(arguments(function)) - names):
-            there = ", ".join(sorted(names))
-            fail(
-                f"{method} needs {sorted(unknown)}, which nobody has; the names there are: {there}"
-            )
-
-
-ARGUMENTS = frozenset({"x", "y", "dy", "want", "self"})
-"""Arguments of a fuser's functions that no key of a pattern may hide."""
-_serial = count(1)
-
-
-class Handle:
-    """A registration: `unregister()` ends it, and so does leaving a `with` block."""
-
-    def __init__(self, fuser: Fuser) -> None:
-        self.fuser = fuser
-
-    def unregister(self) -> None:
-        """Take the fuser out; modules plan again at their next call. Harmless when repeated."""
-        with config.lock:
-            if self.fuser in _registered:
-                _registered.remove(self.fuser)
-                Matcher.of.cache_clear()
-                config.touch()
-
-    def __enter__(self) -> "Handle":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.unregister()
-
-
-_registered: list[Fuser] = []
-
-
-def register(fuser: Fuser | type[Fuser]) -> Handle:
-    """Make a fuser known to every planner. Works as a decorator of a Fuser class.
-
-    Returns a handle with `unregister()`, also a context manager. Raises RegisterError when the
-    declaration names a backend, an op or a value that does not exist.
-    """
-    try:
-        made = fuser() if isinstance(fuser, type) else fuser
-    except TypeError as error:
-        raise RegisterError(
-            f"{getattr(fuser, '__name__', fuser)}: cannot be made: {error}"
-        ) from error
-    if not isinstance(made, Fuser):
-        raise RegisterError(f"got {made!r}, expected a Fuser or a class of one")
-    _verify(made)
-    with config.lock:
-        made.serial = next(_serial)
-        _registered.append(made)
-        config.touch()
-    return Handle(made)
-
-
-def registered() -> list[Fuser]:
-    """All registered fusers, in the order of their registration."""
-    return list(_registered)
-
-
-class Match(NamedTuple):
-    """A place where a fuser's pattern fits: the position under each key (None: left out)."""
-
-    fuser: Fuser
-    positions: dict[str, int | None]
-    start: int
-    stop: int
-
-
-class Matcher:
-    """Finds all places where fusers fit, by the class of their first op."""
-
-    @staticmethod
-    @lru_cache(maxsize=16)
-    def of(fusers: tuple[Fuser, ...], direction: str) -> "Matcher":
-        """The matcher of some fusers, made once."""
-        return Matcher(fusers, direction)
-
-    def __init__(self, fusers: Iterable[Fuser], direction: str) -> None:
-        self.by_first: dict[type[Op], list[tuple[int, Fuser, Variant]]] = {}
-        serving = (fuser for fuser in fusers if fuser.functions(direction))
-        every = ((fuser, variant) for fuser in serving for variant in variants(fuser.pattern))
-        for number, (fuser, variant) in enumerate(every):
-            first = next(kind for _, kind in variant if kind)
-            self.by_first.setdefault(first, []).append((number, fuser, variant))
-
-    def at(
-        self, start: int, kinds: Sequence[tuple[type[Op], ...]], crossed: list[bool]
-    ) -> Iterator[Match]:
-        """Matches that start at an op, in the order of the fusers.
-
-        kinds: each op's `family`. crossed: which ops a pattern may step over.
-        """
-        first = [entry for kind in kinds[start] for entry in self.by_first.get(kind, ())]
-        for _, fuser, variant in sorted(first, key=itemgetter(0)):
-            positions: dict[str, int | None] = {}
-            position = start
-            for key, kind in variant:
-                if kind is None:
-                    positions[key] = None
-                    continue
-                while position > start and position < len(kinds) and kind not in kinds[position]:
-                    if not crossed[position]:
-                        break
-                    position += 1
-                if position == len(kinds) or kind not in kinds[position]:
-                    break
-                positions[key] = position
-                position += 1
-            else:
-                yield Match(fuser, positions, start, position)
-
-
-__all__ = [
-    "BACKWARD",
-    "FORWARD",
-    "Fuser",
-    "Handle",
-    "Match",
-    "Matcher",
-    "Reference",
-    "register",
-    "registered",
-]

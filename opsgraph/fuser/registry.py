@@ -1,0 +1,66 @@
+"""The registry of all fusers."""
+
+from itertools import count
+from types import TracebackType
+
+from .. import config
+from ..errors import RegisterError
+from .base import Fuser
+from .matching import Matcher
+from .verify import verify
+
+_registered: list[Fuser] = []
+_serial = count(1)
+
+
+class Handle:
+    """A registration: `unregister()` ends it, and so does leaving a `with` block."""
+
+    def __init__(self, fuser: Fuser) -> None:
+        self.fuser = fuser
+
+    def unregister(self) -> None:
+        """Take the fuser out; modules plan again at their next call. Harmless when repeated."""
+        with config.lock:
+            if self.fuser in _registered:
+                _registered.remove(self.fuser)
+                Matcher.of.cache_clear()
+                config.touch()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.unregister()
+
+
+def register(fuser: Fuser | type[Fuser]) -> Handle:
+    """Make a fuser known to every planner. Works as a decorator of a Fuser class.
+
+    Returns a handle with `unregister()`, also a context manager. Raises RegisterError when the
+    declaration names a backend, an op or a value that does not exist.
+    """
+    try:
+        made = fuser() if isinstance(fuser, type) else fuser
+    except TypeError as error:
+        raise RegisterError(
+            f"{getattr(fuser, '__name__', fuser)}: cannot be made: {error}"
+        ) from error
+    if not isinstance(made, Fuser):
+        raise RegisterError(f"got {made!r}, expected a Fuser or a class of one")
+    verify(made)
+    with config.lock:
+        made.serial = next(_serial)
+        _registered.append(made)
+        config.touch()
+    return Handle(made)
+
+
+def registered() -> list[Fuser]:
+    """All registered fusers, in the order of their registration."""
+    return list(_registered)
