@@ -24,10 +24,19 @@ def _definer(kind: type[Op], name: str) -> tuple[int, Any]:
     return next(found, (len(kind.__mro__), Op))
 
 
+@per_class
+def _held(kind: type[Op]) -> dict[str, bool]:
+    """What `holds` has found out about a class."""
+    return {}
+
+
 def holds(kind: type[Op], name: str) -> bool:
     """Whether what a class says under a name, perhaps inherited, is about the `fwd` it has."""
-    fwd = getattr(_definer(kind, name)[1], "fwd", None)
-    return fwd is None or fwd is kind.fwd
+    held = _held(kind)
+    if name not in held:
+        fwd = getattr(_definer(kind, name)[1], "fwd", None)
+        held[name] = fwd is None or fwd is kind.fwd
+    return held[name]
 
 
 def function(kind: type[Op], name: str) -> Callable[..., Any] | None:

@@ -5,7 +5,9 @@ import linecache
 import re
 import traceback
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from math import inf, nan
+from types import CodeType, FunctionType
 from typing import Any
 from weakref import finalize
 
@@ -24,12 +26,19 @@ def base_namespace() -> dict[str, Any]:
     return {"torch": torch, "inf": inf, "nan": nan, **checks}
 
 
+@lru_cache(maxsize=256)
+def _code(source: str) -> CodeType:
+    """Compiled once: plans for other widths and dtypes often have the same text."""
+    return compile(source, "<opsgraph>", "exec")
+
+
 def compiled(name: str, source: str, namespace: dict[str, Any]) -> Callable[..., Any]:
     """The function of that name which the source defines."""
     file = f"<opsgraph plan {next(_serial)} {name}>"
-    exec(compile(source, file, "exec"), namespace)
+    exec(_code(source), namespace)
     # Else the function would hold itself, and live until the next collection.
-    function: Callable[..., Any] = namespace.pop(name)
+    function: FunctionType = namespace.pop(name)
+    function.__code__ = function.__code__.replace(co_filename=file)
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     finalize(function, linecache.cache.pop, file, None).atexit = False
     return function

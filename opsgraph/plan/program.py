@@ -94,7 +94,8 @@ class Program:
         """The spec of x at each gap."""
         self._propagate()
         self.flows = self._flow()
-        self.tapped = self._taps()
+        self.tapped = {i for i in (*run.outputs, *run.sources.values()) if self.flows[i]}
+        """Tees at which a gradient arrives and is needed."""
         for i, kind in enumerate(self.kinds):
             self._still[BACKWARD][i] |= bool(passes(kind)) or (kind.taps and i not in self.tapped)
         self.values = self._values()
@@ -146,8 +147,8 @@ class Program:
         for gap, (edge, spec) in enumerate(zip(self.run.edges, self.specs, strict=True)):
             values.setdefault(f"x{edge}", Value(GAP, gap, spec))
         for name, spec in self.activations.items():
-            dtype = self.request.compute if name in self.casts else None
-            values[name] = Value(INPUT, 0, replace(spec, dtype=dtype or spec.dtype))
+            cast = self.request.compute if name in self.casts else None
+            values[name] = Value(INPUT, 0, replace(spec, dtype=cast) if cast else spec)
         for i, kind in enumerate(self.kinds):
             values |= {self.name(name, i): Value(SAVED, i, None) for name in kind.saves}
         return values
@@ -231,10 +232,6 @@ class Program:
             reads = any(flows[sources.get((i, name), 0)] for name in kind.extra_inputs)
             flows.append(flows[-1] or needs or reads)
         return flows
-
-    def _taps(self) -> set[int]:
-        """Tees at which a gradient arrives and is needed."""
-        return {i for i in (*self.run.outputs, *self.run.sources.values()) if self.flows[i]}
 
     # -- names --
 

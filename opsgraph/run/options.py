@@ -87,7 +87,8 @@ class Options:
 
     def verify_fusers(self) -> None:
         """Raises PlanError for a fuser that is not there: one may be registered before planning."""
-        _verify_known("fuser", self.fusers, {fuser.name: None for fuser in registered()})
+        if self.fusers is not None:
+            _verify_known("fuser", self.fusers, {fuser.name: None for fuser in registered()})
 
     def with_(self, **changed: Any) -> Options:
         """The same, but for some; what is queued stays queued."""
