@@ -7,7 +7,8 @@ from .layernorm_mlp import checkpoints
 from .layernorm_mlp.module import LayerNormMLP
 from .op import Op, Spec
 from .plan import Plan
-from .precision.autocast import autocast, checkpoint_contexts
+from .precision.autocast import autocast
+from .precision.recomputed import checkpoint_contexts
 from .precision.weights import quantized_model_init
 from .run.sequential import Sequential
 

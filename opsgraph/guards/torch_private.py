@@ -5,13 +5,12 @@ the test of this file names the versions that were seen to have them all.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad as forward_ad
-from torch.autograd import grad_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -69,11 +68,6 @@ def untraced() -> Iterator[None]:
 has_memory: Callable[[Tensor], bool] = _find("_C._has_storage", lambda tensor: True)
 """Whether a tensor has a storage: wrappers, as the batched ones of vmap are, have none."""
 
-preserve_version: Callable[[Tensor], AbstractContextManager[Any]] = getattr(
-    grad_mode, "_unsafe_preserve_version_counter", lambda tensor: nullcontext()
-)
-"""A context in which writing to a tensor does not count as a change of it."""
-
 storage_uses: Callable[[int], int] | None = _find("_C._storage_Use_Count", None)
 """How many tensors share a storage, of which it takes the address."""
 
@@ -81,7 +75,7 @@ graph_task: Callable[[], int] = _find("_C._current_graph_task_id", lambda: -1)
 """The number of the backward that PyTorch's engine runs on this thread; -1 for none."""
 
 _saved_hooks: Callable[[bool], Any] = _find(
-    "_C._autograd._top_saved_tensors_default_hooks", lambda unless_tracing: None
+    "_C._autograd._top_saved_tensors_default_hooks", lambda unless_tracing: True
 )
 
 

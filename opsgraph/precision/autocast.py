@@ -1,28 +1,29 @@
-"""`autocast`: which recipe is active, for the calling thread."""
+"""`autocast`: which recipe is active, for the calling thread.
+
+Contexts form a stack, and the innermost counts. A delayed recipe has a second count: how many of
+its own contexts are open, whatever is around them or inside. As that goes from 0 to 1 the scales of
+gradients are updated, as it comes back to 0 those of activations and weights (`delayed` has the
+whole). In a checkpoint's recomputation, which is inside a backward, nothing is updated.
+"""
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterable
-from functools import lru_cache, wraps
+from functools import wraps
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointError,
-    CheckpointPolicy,
-    create_selective_checkpoint_contexts,
-)
+from torch import nn
 
 from ..errors import OpsgraphError
-from ..guards.torch_private import dispatch_modes, graph_task, saved_hooks
+from ..guards.torch_private import graph_task
 from ..guards.validation import flag
-from . import amaxes
-from . import delayed as scaling
+from .delayed import Scaling, scaling_of
 from .recipe import DelayedScaling, Recipe, recipe_of
+from .tapes import recomputing
+from .updates import catch_up, serving, update_backward, update_forward
 
 
 class Active(threading.local):
@@ -133,8 +134,6 @@ class autocast:
         active.pop(self)
         if isinstance(self.recipe, DelayedScaling):
             _close(self.recipe)
-            if active.delayed:
-                _return()
 
     def __call__(self, function: Any) -> Any:
         for found in (inspect.isgeneratorfunction, inspect.iscoroutinefunction,
@@ -157,40 +156,36 @@ class autocast:
 
 
 def _open(recipe: DelayedScaling, group: Any) -> None:
-    """Count a context of a delayed recipe; the outermost takes up what backwards saw."""
-    now = active.delayed.get(recipe.key)
-    if now is not None or scaling.recomputing():
-        amaxes.serving(recipe)
-    if now is None:
-        if not scaling.recomputing():
-            amaxes.take_up_backwards(recipe, group)
-        now = active.delayed[recipe.key] = _Open(group)
-    elif now.group is None:
-        now.group = group
-    now.depth += 1
+    """Count a context of a delayed recipe; the outermost updates the scales of gradients."""
+    context, again = active.delayed.get(recipe.key), recomputing()
+    if context is not None or again:
+        serving(recipe)
+    if context is None:
+        if not again:
+            update_backward(recipe, group)
+        context = active.delayed[recipe.key] = _Open(group)
+    elif context.group is None:
+        context.group = group
+    context.depth += 1
 
 
 def _close(recipe: DelayedScaling) -> None:
-    """Forget a context of a delayed recipe; the outermost takes up what forwards saw."""
-    now = active.delayed[recipe.key]
-    now.depth -= 1
-    if now.depth == 0:
+    """Forget a context of a delayed recipe; the outermost updates the scales of forwards."""
+    context = active.delayed[recipe.key]
+    context.depth -= 1
+    if context.depth == 0:
         del active.delayed[recipe.key]
-        if torch.is_grad_enabled() and not scaling.recomputing():
-            amaxes.take_up_forwards(recipe, now.group)
+        if torch.is_grad_enabled() and not recomputing():
+            update_forward(recipe, context.group)
+    if active.delayed and active.key in active.delayed:  # the innermost again
+        serving(recipe_of(active.key))  # type: ignore[arg-type]
 
 
-def _return() -> None:
-    """Have layers serve the delayed recipe that is the innermost again."""
-    if active.key in active.delayed:
-        amaxes.serving(recipe_of(active.key))  # type: ignore[arg-type]
-
-
-def state_for(owner: nn.Module, weight: str, recipe: DelayedScaling, label: str) -> scaling.Scaling:
+def state_for(owner: nn.Module, weight: str, recipe: DelayedScaling, label: str) -> Scaling:
     """The state that a weight has for the recipe that is active, up to date as others are."""
-    state, now = scaling.scaling_of(owner, weight, recipe, label), active.delayed.get(recipe.key)
-    if now is not None and (now.group is None or not recipe.reduce_amax):
-        amaxes.take_up_what_came(state, recipe)
+    state, context = scaling_of(owner, weight, recipe, label), active.delayed.get(recipe.key)
+    if context is not None and (context.group is None or not recipe.reduce_amax):
+        catch_up(state, recipe)
     return state
 
 
@@ -203,115 +198,4 @@ def meet(module: nn.Module, *names: str) -> None:
     if isinstance(recipe, DelayedScaling):
         for name in names:
             if getattr(module, name, None) is not None:  # one that is parametrized, too
-                scaling.scaling_of(module, name, recipe)
-
-
-def follow(last: int | None) -> int | None:
-    """The recipe of a module's last call without grad, after a call in the recipe that is active.
-
-    A reentrant checkpoint's forward is such a call, so its recomputation has to be in that recipe:
-    else raises OpsgraphError. Of a checkpoint that is not reentrant `saved_again` knows exactly.
-    """
-    if not scaling.recomputing():
-        return last if torch.is_grad_enabled() else active.key
-    if last != active.key and scaling.tapes.replaying is None and torch.is_grad_enabled():
-        inside = active.tasks and active.tasks[-1] == graph_task()  # its function has a context
-        if not (inside or saved_hooks()):
-            raise _lost("recipe")
-    return last
-
-
-def _lost(what: str) -> OpsgraphError:
-    return OpsgraphError(
-        f"autocast: got a checkpoint's recomputation without its forward's {what}, expected "
-        "context_fn=og.checkpoint_contexts, use_reentrant=False, or autocast in its function"
-    )
-
-
-_SHIFT = 1 << 32
-
-
-def moment(recipe: int, states: Iterable[scaling.Scaling]) -> Tensor:
-    """What a call under a recipe saves beside its tensors: the recipe, and its scales' updates.
-
-    One number, int64 `[]`, on the CPU. Updates are only ever more, so that sums are the same if all
-    are; a recomputation that replays its forward's scales has 0 for them.
-    """
-    replayed = scaling.tapes.replaying is not None
-    made = recipe * _SHIFT + (0 if replayed else 1 + sum([state.moment for state in states]))
-    return torch.tensor(made, device="cpu") if dispatch_modes() else _number(made)
-
-
-@lru_cache(256)
-def _number(value: int) -> Tensor:
-    return torch.tensor(value, device="cpu")  # never in inference mode, which saves nothing
-
-
-def saved_again(ctx: Any, recipe: int | None) -> list[Tensor]:
-    """The tensors that a call saved, but for its `moment`, which calls under a recipe have.
-
-    Raises OpsgraphError where a checkpoint made them again in another recipe or with other scales.
-    """
-    try:
-        saved = list(ctx.saved_tensors)
-    except CheckpointError as error:
-        if recipe is None and active.key is None:
-            raise
-        raise _lost("recipe") from error
-    if recipe is None:
-        return saved
-    found, was = saved.pop(0), ctx.moment
-    if found is not was and (found.dtype != was.dtype or found.dim()):
-        raise _lost("recipe")
-    if found is not was and (one := int(found)) != (other := int(was)):
-        if one // _SHIFT != other // _SHIFT:
-            raise _lost("recipe")
-        if one % _SHIFT and other % _SHIFT:
-            raise _lost("scales")
-    return saved
-
-
-class _Recompute:
-    """Runs what a checkpoint forgot: with the recipe and the delayed scales of its forward."""
-
-    def __init__(self, key: int | None, tape: scaling.Tape) -> None:
-        self.key, self.tape = key, tape
-        self.before: list[Any] = []
-
-    def __enter__(self) -> None:
-        self.before.append((scaling.tapes.recording, scaling.tapes.replaying))
-        scaling.tapes.recording, scaling.tapes.replaying = (), iter(self.tape.used)
-        active.push(self)
-
-    def __exit__(self, *error: object) -> None:
-        active.pop(self)
-        scaling.tapes.recording, scaling.tapes.replaying = self.before.pop()
-
-
-class _Record:
-    """Notes the delayed scales that a forward uses."""
-
-    def __init__(self, tape: scaling.Tape) -> None:
-        self.tape = tape
-
-    def __enter__(self) -> None:
-        scaling.tapes.recording = (*scaling.tapes.recording, self.tape)
-
-    def __exit__(self, *error: object) -> None:
-        scaling.tapes.recording = scaling.tapes.recording[:-1]
-
-
-def checkpoint_contexts() -> tuple[Any, Any]:
-    """`torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False, context_fn=this)`.
-
-    The recomputation then has the recipe and the delayed scales of the forward, whether autocast is
-    outside of f or in it, and notes no amax and moves no scale. (A module's own `checkpoint=True`
-    needs none.) Checkpoints may stand inside checkpoints.
-    """
-    if torch.compiler.is_compiling():
-        # A checkpoint inside a compiled function takes dispatch modes alone. It needs no more: its
-        # graph has the recipe, and reads scales that no update writes to.
-        policy = CheckpointPolicy.PREFER_RECOMPUTE
-        return create_selective_checkpoint_contexts(lambda *_, **__: policy)  # type: ignore[no-any-return]
-    tape = scaling.Tape()
-    return _Record(tape), _Recompute(active.key, tape)
+                scaling_of(module, name, recipe)

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..errors import PlanError
 from ..guards.torch_private import PassThrough, apply_of, forward_ad, has_memory
 from ..plan import Plan
-from ..precision.autocast import moment, saved_again
 from ..precision.delayed import record_gradient
+from ..precision.recomputed import moment, saved_again
 from .dimensions import as_given, copy_gradients, flat, flattened, released, unflattened
 
 _HERE = nullcontext()
@@ -74,7 +74,7 @@ class PlanFunction(torch.autograd.Function):
             outputs = stage.record(plan, outputs, True)
         if stage.recipe is not None:
             ctx.moment = moment(stage.recipe, stage.states.values())
-            saved = (ctx.moment, *saved)
+            saved = saved if ctx.moment is None else (ctx.moment, *saved)
         if stage.eager_only is not None:
             ctx.watched = stage.unseen.watch(plan, tensors[extras + 1 :])
         if ctx.lead is not None:

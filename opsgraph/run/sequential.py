@@ -20,8 +20,9 @@ from ..ops.delayed import DelaysWeightGradients, Queue
 from ..ops.residual import tell_next
 from ..ops.sizes import infer_sizes
 from ..plan import Plan
-from ..precision.autocast import active, follow
+from ..precision.autocast import active
 from ..precision.interned import drop_forgotten
+from ..precision.recomputed import follow
 from .compiled import CompiledSequence
 from .convert import is_untouched, module_from, op_from
 from .inputs import explain, verify_tensor

@@ -25,10 +25,10 @@ NAMES = [
     "_C._has_storage",
     "_C._storage_Use_Count",
     "_C._current_graph_task_id",
+    "_C._autograd._top_saved_tensors_default_hooks",
     "_C._is_fwd_grad_enabled",
     "_C._will_engine_execute_node",
     "autograd.forward_ad._current_level",
-    "autograd.grad_mode._unsafe_preserve_version_counter",
 ]
 
 
@@ -69,7 +69,7 @@ for name in {NAMES!r}:
     for part in parts:
         owner = getattr(owner, part)
     if last not in {{"_is_tracing", "_get_tracing_state", "_current_graph_task_id",
-                    "_unsafe_preserve_version_counter", "_current_level",
+                    "_current_level",
                     "_are_functorch_transforms_active", "_len_torch_dispatch_stack"}}:
         delattr(owner, last)  # the others PyTorch itself reads
 import opsgraph as og

@@ -180,10 +180,11 @@ def delayed_update(
         amax = algorithm(history)
     else:
         amax = history.amax(0) if algorithm == "max" else history[0]
-    new = (quotient(fp8_max, amax) * 2.0**-margin).clamp_max(FP32_MAX)
-    new = torch.where((amax > 0) & (amax < torch.inf), new, scale)
-    first = torch.zeros_like(history[:1])
-    return torch.cat((first, history.roll(-1, 0)[1:])), new
+    new = quotient(fp8_max, amax)
+    new = (new * 2.0**-margin if margin else new).clamp_max(FP32_MAX)
+    rolled = history.roll(-1, 0)
+    rolled[0] = 0
+    return rolled, torch.where((amax > 0) & (amax < torch.inf), new, scale)
 
 
 def e8m0_of(amax: Tensor, dtype: torch.dtype) -> Tensor:

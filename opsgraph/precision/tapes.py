@@ -1,0 +1,92 @@
+"""Delayed scales as calls read them: recorded for a checkpoint, and replayed in its recomputation.
+
+Two opaque ops stand between compilers and the buffers, so that a checkpoint around compiled
+functions records and replays as well.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import OpsgraphError
+from ..guards.torch_private import graph_task
+
+
+def recomputing() -> bool:
+    """Whether a forward runs inside a backward, as torch.utils.checkpoint has it."""
+    return graph_task() != -1
+
+
+class Tape:
+    """Scales that a checkpointed forward used, for its recomputation."""
+
+    def __init__(self) -> None:
+        self.scales: list[Tensor] = []
+
+
+class _Tapes(threading.local):
+    """The tapes that are running: all that record, and the innermost that replays."""
+
+    recording: tuple[Tape, ...] = ()
+    replaying: Iterator[Tensor] | None = None
+
+
+tapes = _Tapes()
+
+_library = torch.library.Library("opsgraph", "FRAGMENT")
+_library.define("snapshot(Tensor scale, int column) -> Tensor")
+_library.define("seen(Tensor seen, Tensor amax, int column) -> Tensor")
+
+
+def snapshot(scales: Tensor, column: int) -> Tensor:
+    """A copy of a scale, fp32 `[]`, for a plan to keep: an update may come before its backward.
+
+    In a recomputation it is the one that the forward used. Raises OpsgraphError where that took
+    fewer scales.
+    """
+    if tapes.replaying is None:
+        scale = scales.select(0, column).clone()
+    elif (taped := next(tapes.replaying, None)) is not None:
+        scale = taped
+    else:
+        raise OpsgraphError(
+            "checkpoint_contexts: got a recomputation that takes a scale which its forward did not "
+            "take, expected the same calls in both"
+        )
+    for tape in tapes.recording:
+        tape.scales.append(scale)
+    return scale
+
+
+def _opaque_snapshot(scales: Tensor, column: int) -> Tensor:
+    """A copy: compilers may write where an op's result was once they have read it."""
+    return snapshot(scales, column).clone()
+
+
+def _opaque_seen(seen: Tensor, amax: Tensor, column: int) -> Tensor:
+    """`seen`, with an amax in one column unless the forward recorded it already."""
+    result = seen.clone()
+    if tapes.replaying is None:
+        result[column] = torch.maximum(result[column], amax)
+    return result
+
+
+_library.impl("snapshot", _opaque_snapshot, "CompositeExplicitAutograd")
+_library.impl("seen", _opaque_seen, "CompositeExplicitAutograd")
+torch.library.register_fake("opsgraph::snapshot", lambda s, _: s.new_empty(()), lib=_library)
+torch.library.register_fake("opsgraph::seen", lambda s, *_: torch.empty_like(s), lib=_library)
+
+
+def compiled_snapshot(scales: Tensor, column: int) -> Tensor:
+    """`snapshot` inside a compiled function."""
+    scale: Tensor = torch.ops.opsgraph.snapshot(scales, column)
+    return scale
+
+
+def compiled_record(seen: Tensor, amax: Tensor, column: int) -> None:
+    """Note an amax in `seen` inside a compiled function."""
+    seen.copy_(torch.ops.opsgraph.seen(seen, amax, column))
