@@ -45,6 +45,11 @@ class AnyActivation(Op):
     params: Params = ()
     glu_interleave_size: int | None = None
 
+    def __init__(self, *, cache_quantized_input: bool = False) -> None:
+        super().__init__()
+        who = type(self).__name__
+        self.cache_quantized_input = flag(who, "cache_quantized_input", cache_quantized_input)
+
     @property
     def function(self) -> Function:
         """The three together, as kernels take them."""
@@ -72,11 +77,6 @@ class AnyActivation(Op):
 class Activation(AnyActivation):
     """`y = f(x)`, elementwise; `kernel` and `params` name f in every backend."""
 
-    def __init__(self, *, cache_quantized_input: bool = False) -> None:
-        super().__init__()
-        who = type(self).__name__
-        self.cache_quantized_input = flag(who, "cache_quantized_input", cache_quantized_input)
-
     def out(self, x: Spec) -> Spec:
         return x
 
@@ -84,13 +84,10 @@ class Activation(AnyActivation):
 class GatedActivation(AnyActivation):
     """`y = f(a) * g(b)` of `[*, 2 * width]`; `kernel` and `params` name f and g everywhere."""
 
-    def __init__(
-        self, glu_interleave_size: int | None = None, *, cache_quantized_input: bool = False
-    ) -> None:
-        super().__init__()
-        who = type(self).__name__
-        self.glu_interleave_size = size(who, "glu_interleave_size", glu_interleave_size)
-        self.cache_quantized_input = flag(who, "cache_quantized_input", cache_quantized_input)
+    def __init__(self, glu_interleave_size: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        name = "glu_interleave_size"
+        self.glu_interleave_size = size(type(self).__name__, name, glu_interleave_size)
 
     @property
     def pieces(self) -> int:

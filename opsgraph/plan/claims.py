@@ -120,8 +120,8 @@ class Claim:
             return self.private(name.text)
         i = self.positions[name.key]
         value = None if i is None else self.program.resolve(i, name.value)
-        # The value before the run is there already.
-        return None if value is None or value.text == self.program.x(self.start) else value.text
+        ends = self.program.x(self.start), self.program.x(self.stop)  # there in any case
+        return None if value is None or value.text in ends else value.text
 
     def _gradient(self, name: Name) -> str | None:
         i = self.positions[name.key or ""]

@@ -101,8 +101,7 @@ class _Pass(Writer):
         note = f"{claim.where} {claim.fuser.backend}{', again' * again}"
         if call.function == "again":
             return self.after(claim, [self.call(claim, call, (), first, note)], again)
-        # y is bound already, of an op that saves its own output.
-        names = [n if n and n in used and n != first else "_" for n in call.results]
+        names = [n if n and n in used else "_" for n in call.results]
         want = [s for s, n in zip(claim.fuser.saves, names, strict=True) if n != "_"]
         if self.program.specs[claim.stop].storage is not None:
             want += self.definitions.made(y, self.direction)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...backend import Backend, add_backend
 from ...fuser import Fuser, register
-from ...op import Op, Spec
+from ...op import Spec
 from ...ops import Add, Bias, LayerNorm, RMSNorm, Tee
 from ...ops.activations import Activation, Function, GatedActivation
 from ..lazy import Lazy
@@ -81,46 +81,22 @@ class NormBackward(CPU):
         return dx, (dweight, dbias)
 
 
-def reject_activation(act: Op, x: Spec) -> str | None:
-    """Why the kernels cannot compute an activation of x, or None."""
-    return reject_dtype(x)
-
-
-class _Activation(CPU):
-    """What all fusers with an activation refuse."""
-
-    def reject(self, act: Op, x: Spec) -> str | None:  # type: ignore[override]
-        return reject_activation(act, x)
-
-
 @register
-class ActivationKernel(_Activation):
-    """An activation, plain or gated, forward and backward."""
+class ActivationKernel(CPU):
+    """[Bias and] activation in one pass; hands out the sum. Backward with the bias's sums."""
 
-    pattern = dict(act=Activation | GatedActivation)
-
-    def fwd(self, x: Tensor, act_function: Function) -> Any:
-        return activations.activation_forward(x, *act_function)[0], ()
-
-    def bwd(self, dy: Tensor, act_x: Tensor, act_function: Function) -> Any:
-        return activations.activation_backward(dy, act_x, *act_function)[0], ()
-
-
-@register
-class BiasActivation(_Activation):
-    """Bias and activation in one pass; hands out the sum. Backward with the bias's sums."""
-
-    pattern, saves = dict(bias=Bias, act=Activation | GatedActivation), ("act_x",)
+    pattern, saves = dict(bias=Bias | None, act=Activation | GatedActivation), ("act_x",)
     wants = dict(bias_bias="bias")
 
-    def fwd(self, x: Tensor, bias_bias: Tensor, act_function: Function, want: Want) -> Any:
+    def fwd(self, x: Tensor, bias_bias: Tensor | None, act_function: Function, want: Want) -> Any:
         kept = "act_x" in want
         y, pre = activations.activation_forward(x, *act_function, bias_bias, kept)
         return y, (pre,)
 
     def bwd(
-        self, dy: Tensor, act_x: Tensor, act_function: Function, bias_bias: Tensor, want: Want
-    ) -> Any:
-        dtype = bias_bias.dtype
+        self, dy: Tensor, act_x: Tensor, act_function: Function, bias_bias: Tensor | None,
+        want: Want,
+    ) -> Any:  # fmt: skip
+        dtype = torch.float32 if bias_bias is None else bias_bias.dtype
         dx, _, dbias = activations.activation_backward(dy, act_x, *act_function, want, dtype)
         return dx, (dbias,)

@@ -90,30 +90,28 @@ class _Activation(Triton):
 
 @register
 class ActivationKernel(_Activation):
-    """An activation, plain or gated, forward and backward."""
+    """An activation, plain or gated."""
 
     pattern = dict(act=Activation | GatedActivation)
 
     def fwd(self, x: Tensor, act_kernel: str, act_params: Params) -> Any:
         return activations.activation_forward(x, act_kernel, act_params), ()
 
-    def bwd(self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params) -> Any:
-        dx, _, _ = activations.activation_backward(dy, act_x, act_kernel, act_params)
-        return dx, ()
-
 
 @register
-class BiasActivationBackward(_Activation):
-    """Backward of an activation with the sums that the bias before it wants."""
+class ActivationBackward(_Activation):
+    """Backward of [bias and] activation, with the bias's sums."""
 
-    pattern, wants = dict(bias=Bias, act=Activation | GatedActivation), dict(bias_bias="bias")
+    pattern = dict(bias=Bias | None, act=Activation | GatedActivation)
+    wants = dict(bias_bias="bias")
 
     def bwd(
-        self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params, bias_bias: Tensor,
-        want: Collection[str],
+        self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params,
+        bias_bias: Tensor | None, want: Collection[str],
     ) -> Any:  # fmt: skip
+        dtype = None if bias_bias is None else bias_bias.dtype
         dx, _, dbias = activations.activation_backward(
-            dy, act_x, act_kernel, act_params, want, bias_bias.dtype
+            dy, act_x, act_kernel, act_params, want, dtype
         )
         return dx, (dbias,)
 

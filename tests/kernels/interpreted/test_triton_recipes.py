@@ -23,7 +23,7 @@ RECIPES = {
 }
 ALONE = (
     "QuantizeKernel", "QuantizeGradKernel", "NormKernel", "NormBackward",
-    "ActivationKernel", "BiasActivationBackward",
+    "ActivationKernel", "ActivationBackward",
     "ScaledLinear", "ScaledLinearBackward",
 )  # fmt: skip
 
