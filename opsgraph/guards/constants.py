@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from ..errors import OpError
 
-_EXACT = (bool, str, bytes, type(None), type(...), torch.dtype, torch.layout, torch.memory_format)
+_EXACT = frozenset({bool, str, bytes, type(None), type(...)}) | frozenset(
+    {torch.dtype, torch.layout, torch.memory_format}
+)
+_PLAIN = _EXACT | {int, float}
 _LONGEST = 1000  # bits of an int: Python refuses to read far longer ones
 
 
 def plain(value: Any) -> Any:
     """NumPy's numbers, and tensors of no dimension, as Python's; also inside tuples."""
-    if type(value) in (int, float, *_EXACT):
+    if type(value) in _PLAIN:
         return value
     if type(value) is tuple:
         return tuple(map(plain, value))

@@ -63,6 +63,8 @@ def _same(old: Any, new: Any) -> bool:
 
 def mutable(value: Any) -> bool:
     """Whether a value can change in place, as far as plans are made of such values."""
+    if type(value) in _LITERALS:
+        return False
     if isinstance(value, tuple | frozenset):
         return any(map(mutable, value))
     return isinstance(value, list | dict | set | bytearray)

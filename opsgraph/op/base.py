@@ -28,6 +28,9 @@ from .arguments import arguments, constant_under_compile, per_class
 from .spec import ROWS, Spec
 
 FORWARD, BACKWARD = "forward", "backward"
+_NO_SETTINGS = MODULE_ATTRIBUTES.union(
+    ("_runner", "_owners", "_homes", "channels", "strict", "serial")
+)
 
 
 class Lowered(NamedTuple):
@@ -297,9 +300,7 @@ class Op(Watched):
 
     def settings(self) -> dict[str, Any]:
         """All plain attributes: two ops with equal settings share their plans."""
-        skipped = {"_runner", "_owners", "_homes", "channels", "strict", "serial"}
-        skipped |= MODULE_ATTRIBUTES
-        return {key: value for key, value in self.__dict__.items() if key not in skipped}
+        return {key: value for key, value in self.__dict__.items() if key not in _NO_SETTINGS}
 
     def skeleton(self) -> "Op":
         """The op with meta tensors for parameters, for plans that several modules share."""

@@ -395,7 +395,8 @@ class Linear(BasicLinear):
 
     def _product_kind(self) -> type[Op]:
         kind = type(self)
-        own = any(getattr(kind, name) is not getattr(BasicLinear, name) for name in FUNCTIONS)
+        names = FUNCTIONS if kind is not Linear else ()
+        own = any(getattr(kind, name) is not getattr(BasicLinear, name) for name in names)
         return kind if own else BasicLinear
 
     def extra_repr(self) -> str:

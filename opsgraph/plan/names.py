@@ -15,8 +15,7 @@ from itertools import chain, count
 from keyword import iskeyword
 from unicodedata import normalize
 
-from ..errors import PlanError
-from ..op import STORED, Op, weights
+from ..op import STORED, Op, per_class, weights
 
 WORDS = frozenset({"_", "ops", "saved", "torch", "inf", "nan", "check", "check_ranks"}) | frozenset(
     {"run_reference", "forward", "backward", "delayed", "__builtins__"}
@@ -87,24 +86,24 @@ class Names:
         return self.table.get((i, name)) or f"{name}{self.numbers[i]}"
 
 
-def verify_names(kind: type[Op], label: str) -> None:
-    """Raises PlanError for names of an op's values and constants that could mean two things."""
+@per_class
+def wrong_names(kind: type[Op]) -> str | None:
+    """Which names of an op's values and constants could mean two things, or None."""
     inputs = {*weights(kind), *kind.extra_inputs, *kind.constants}
     own = OWN | {"d"} if kind.taps else OWN
     if taken := own & inputs:
-        raise PlanError(
-            f"{label}: parameters, constants and extra inputs cannot be called {sorted(taken)}, "
+        return (
+            f"parameters, constants and extra inputs cannot be called {sorted(taken)}, "
             "which mean the op's own values"
         )
     if taken := (own | {"d"} | inputs).intersection(kind.saves):
-        raise PlanError(f"{label}: it cannot save under the names {sorted(taken)}")
+        return f"it cannot save under the names {sorted(taken)}"
     every = [*weights(kind), *kind.extra_inputs, *kind.constants, *kind.saves]
     stored = {name + STORED for name in weights(kind)}
     if meant := stored.intersection(every):
-        raise PlanError(
-            f"{label}: got {sorted(meant)}, expected other names: they mean parameters as stored"
-        )
+        return f"got {sorted(meant)}, expected other names: they mean parameters as stored"
     if twice := sorted({name for name in every if every.count(name) > 1}):
-        raise PlanError(f"{label}: got {twice} declared twice, expected one meaning for each name")
+        return f"got {twice} declared twice, expected one meaning for each name"
     if wrong := [name for name in every if not str.isidentifier(name) or iskeyword(name)]:
-        raise PlanError(f"{label}: got the names {wrong}, expected identifiers")
+        return f"got the names {wrong}, expected identifiers"
+    return None

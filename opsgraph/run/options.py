@@ -78,12 +78,12 @@ class Options:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> Options:
-        """Options by name."""
+    def of(cls, given: dict[str, Any], queue: Queue | None = None) -> Options:
+        """Options by name. queue: whose the delayed gradients are, where not the module's own."""
         for name in given:
             if name not in NAMES:
                 raise _unknown("an option", name, (*NAMES, *_PLACES), "some of")
-        return cls(**given)
+        return cls(**given, queue=Queue() if queue is None else queue)
 
     def verify_fusers(self) -> None:
         """Raises PlanError for a fuser that is not there: one may be registered before planning."""

@@ -63,8 +63,7 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
         **options: Any,
     ) -> None:
         super().__init__(*args)
-        queue = options.pop("queue", None)  # whose the delayed gradients are, where not its own
-        self._options = Options.of(options).with_(queue=Queue() if queue is None else queue)
+        self._options = Options.of(options, options.pop("queue", None))
         place("Sequential", device, dtype)
         self._stages: list[Stage | nn.Module] = []
         self._plain: list[Stage | nn.Module] = []

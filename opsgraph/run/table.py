@@ -53,7 +53,8 @@ _tables: weakref.WeakValueDictionary[Any, PlanTable] = weakref.WeakValueDictiona
 
 def table_for(run: Run, options: Options) -> PlanTable:
     """The shared table of this structure; one of its own where a setting cannot be compared."""
-    options = options.with_(config=config.read())
+    if (current := config.read()) != options.config:
+        options = options.with_(config=current)
     try:
         parts = []
         for kind, op in zip(run.kinds, run.ops, strict=True):
