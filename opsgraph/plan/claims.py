@@ -26,7 +26,7 @@ from ..backend import backends
 from ..errors import PlanError
 from ..fuser import AGAIN, Function, Fuser, Match, Matcher, Name, Reference, reference, registered
 from ..guards.cached import cached_property
-from ..op import BACKWARD, FORWARD, Spec
+from ..op import BACKWARD, FORWARD
 from ..op.functions import family, passes, verify_backward
 from .program import GAP, INPUT, SAVED, Argument, Program
 from .rejection import Rejection
@@ -160,14 +160,14 @@ class Space:
     """
 
     def __init__(self, program: Program, order: tuple[str, ...], fuel: int | None = None) -> None:
-        self.program, self.order = program, order
-        self.ranks = {name: rank for rank, name in enumerate(order)}
+        self.program = program
         self.rejected: dict[tuple[Rejection, str], Rejection] = {}
         self._sizes: dict[str, int] = {}
         self._fuel = fuel
         self.starting: dict[str, list[list[Claim]]] = {}
         self.ending: dict[str, list[list[Claim]]] = {}
-        fusers = tuple(self._usable())
+        fusers = tuple(self._usable(order))
+        ranks = {name: rank for rank, name in enumerate(order)}
         priorities = {fuser.declaration.priority for fuser in fusers}
         levels = {p: level for level, p in enumerate(sorted(priorities, reverse=True))}
         self.lowest = max(0, len(levels) - 1)
@@ -176,7 +176,7 @@ class Space:
             ending: list[list[Claim]] = [[] for _ in range(program.count + 1)]
             for match in (*self._fused(fusers, direction), *self._references(direction)):
                 level = levels.get(match.fuser.declaration.priority, self.lowest)
-                rank = level * (len(order) + 1) + self.ranks.get(match.fuser.backend, len(order))
+                rank = level * (len(order) + 1) + ranks.get(match.fuser.backend, len(order))
                 claim = Claim(program, match, direction, level, rank)
                 starting[claim.start].append(claim)
                 ending[claim.stop].append(claim)
@@ -184,14 +184,10 @@ class Space:
                     self._add_private(claim)
             self.starting[direction], self.ending[direction] = starting, ending
 
-    @property
-    def roots(self) -> set[str]:
-        """Roots of all variables, see `names`."""
-        return self.program.roots
-
     # -- building claims --
 
-    def _usable(self) -> list[Fuser]:
+    def _usable(self, order: tuple[str, ...]) -> list[Fuser]:
+        """The fusers of the backends that are here; of others it is told why they are not."""
         device, usable = self.program.request.x.device, set[str]()
         # Without a recipe a refusal of what is for recipes would say nothing.
         recipe = bool(self.program.run.quantizers)
@@ -200,7 +196,7 @@ class Space:
         for fuser in fusers:
             offered.setdefault(fuser.backend, []).append(fuser)
         kinds, known = set().union(*map(family, self.program.kinds)), backends()
-        for name in self.order:
+        for name in order:
             if name not in known:
                 raise PlanError(f"got backend {name!r}, expected some of {', '.join(known)}")
             reason = known[name].why_not_on(device)
@@ -300,14 +296,10 @@ class Space:
 
     # -- costs --
 
-    def spec(self, name: str) -> Spec:
-        """The spec of any value, private ones included."""
-        return self.program.value_spec(name)
-
     def size(self, name: str) -> int:
         """Bytes per row of a value."""
         if name not in self._sizes:
-            self._sizes[name] = self.spec(name).bytes_per_row
+            self._sizes[name] = self.program.spec(name).bytes_per_row
         return self._sizes[name]
 
     def place(self, name: str) -> int:
@@ -321,10 +313,8 @@ class Space:
         if claim.direction == FORWARD:
             written = {program.x(claim.stop), *gives}
             return total + sum(map(self.size, written))
-        total += program.specs[claim.stop].bytes_per_row
-        return total + (
-            program.specs[claim.start].bytes_per_row if program.flows[claim.start] else 0
-        )
+        ends = (claim.stop, claim.start) if program.flows[claim.start] else (claim.stop,)
+        return total + sum(program.specs[gap].bytes_per_row for gap in ends)
 
     def read(self, needs: Iterable[str], claim: Claim) -> float:
         """Bytes per row of reading some values and writing a claim's output."""
@@ -336,17 +326,14 @@ class Space:
         A quantized value counts as the plain one, and half of itself for its own traffic: that a
         recipe is active then changes nothing in what is made again.
         """
-        spec = self.spec(name)
-        return (
-            self.size(name) / 2 + spec.stored(None).bytes_per_row
-            if spec.storage
-            else self.size(name)
-        )
+        spec = self.program.spec(name)
+        size = self.size(name)
+        return size / 2 + spec.stored(None).bytes_per_row if spec.storage else size
 
     # -- making again --
 
     def makers(self, name: str, gemms: bool = False) -> Iterator[Claim]:
-        """Forward claims that could make a value once more."""
+        """Forward claims that could make a value again."""
         program, value = self.program, self.program.values[name]
         if value.kind == GAP:
             claims = self.ending[FORWARD][value.place]
@@ -378,9 +365,8 @@ class Space:
 
     def teed(self) -> set[str]:
         """Values that later ops or the caller read, whatever the backward needs."""
-        run = self.program.run
-        found = {self.program.x(i) for i in (*run.sources.values(), *run.outputs)}
-        return found.union(self.program.reports)
+        tees = (*self.program.run.sources.values(), *self.program.run.outputs)
+        return {*map(self.program.x, tees), *self.program.reports}
 
     def partners(self, claim: Claim) -> list[Claim] | None:
         """The forward claims that give a backward one its private needs; None if it has none."""

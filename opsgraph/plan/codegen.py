@@ -193,7 +193,7 @@ class _Backward(_Pass):
             kind = program.specs[i + 1].dtype
             for name, gradient in names:
                 if name in passes(program.kinds[i]) and gradient is not None:
-                    other = program.value_spec(program.extra(i, name)).dtype
+                    other = program.spec(program.extra(i, name)).dtype
                     self.arrive(gradient, "dx", dtype(other) if other != kind else None)
             if program.flows[i] and program.specs[i].dtype != kind:
                 self.add(Line("cast", (*_values(["dx"]), dtype(program.specs[i].dtype)), "dx"))

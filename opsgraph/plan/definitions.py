@@ -57,7 +57,7 @@ class Definitions:
 
     def spec(self, name: str) -> Spec:
         """The spec of a variable that the forward may save."""
-        return self._specs.get(name) or self.space.spec(name)
+        return self._specs.get(name) or self.program.spec(name)
 
     @cached_property
     def _specs(self) -> dict[str, Spec | None]:
@@ -107,7 +107,7 @@ class Definitions:
         """Of each quantized value that is saved, the parts of the copy."""
         kept = {}
         for value in sorted(self.cover.keeper.kept):
-            if (spec := self.space.spec(value)).storage is not None:
+            if (spec := self.program.spec(value)).storage is not None:
                 specs = self._quantizer(value).part_specs(spec, self._kept_copy(value))
                 kept[value] = {f"{value}_{k}": part for k, part in enumerate(specs)}
         return kept
@@ -153,7 +153,7 @@ class Definitions:
             return [self._load(name, quantizer, self.program.specs[i], parts, writer)]
         if direction == BACKWARD and name in self.kept:
             parts = {self._kept_copy(name): self.kept[name]}
-            return [self._load(name, self._quantizer(name), self.space.spec(name), parts, writer)]
+            return [self._load(name, self._quantizer(name), self.program.spec(name), parts, writer)]
         return list(self._keep(name, writer)) if direction == FORWARD else ()
 
     def _load(

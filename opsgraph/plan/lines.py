@@ -168,7 +168,7 @@ class Writer:
 
     def bind(self, name: str, target: Any) -> str:
         """What an object is called in the source; a number is added where two share a name."""
-        for text in free(name, self.space.roots):
+        for text in free(name, self.program.roots):
             if self._bound.setdefault(text, target) is target:
                 self.namespace.setdefault(text, target)
                 return text

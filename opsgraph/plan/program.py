@@ -368,7 +368,7 @@ class Program:
         """The gradients of the weights that are late."""
         return {f"d{weight}" for weight in self.late.values()}
 
-    def value_spec(self, name: str) -> Spec:
+    def spec(self, name: str) -> Spec:
         """The spec of a value by its name."""
         kind, i, spec = self.values[name]
         if spec is None:

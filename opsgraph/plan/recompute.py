@@ -58,17 +58,17 @@ class Keeper:
             if need is None:
                 needs.pop()
                 if waiting:
-                    made, remake = waiting.pop()
-                    self.again[made] = remake
+                    value, remake = waiting.pop()
+                    self.again[value] = remake
                     self._memo.clear()
             elif need not in self.kept and need not in self.again:
-                found = self._best(need)[1]
-                if found is None:
+                best = self._best(need)[1]
+                if best is None:
                     self.kept.add(need)
                     self._memo.clear()
                 else:
-                    waiting.append((need, found))
-                    needs.append(iter(found.needs))
+                    waiting.append((need, best))
+                    needs.append(iter(best.needs))
 
     def _best(self, name: str, depth: int = 0) -> tuple[float, Remake | None]:
         """The least cost of having a value in the backward, and how it is made again."""
@@ -88,9 +88,9 @@ class Keeper:
             for call, needs in space.remakes(claim):
                 if name in needs:
                     continue
-                made = (name,) if call.wants else claim.gives
+                written = (name,) if call.wants else claim.gives
                 again = call.function == "again"
-                moved = space.read(needs, claim) if again else space.moved(claim, made)
+                moved = space.read(needs, claim) if again else space.moved(claim, written)
                 cost = moved + sum(self._best(need, depth + 1)[0] for need in needs)
                 if (cost, claim.rank) < best[:2]:
                     best = (cost, claim.rank, Remake(claim, call, needs, moved))

@@ -19,6 +19,6 @@ class Rejection(_Rejection):
     backend: str
 
     def __new__(cls, *items: Any, backend: str = "") -> "Rejection":
-        made = super().__new__(cls, *items)
-        made.backend = backend
-        return made
+        rejection = super().__new__(cls, *items)
+        rejection.backend = backend
+        return rejection

@@ -182,7 +182,7 @@ def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
     last = (program.count, *run.outputs)
     outputs = [Output(s, s.factor.as_integer_ratio()) for s in (program.specs[g] for g in last)]
     same_rows = all(output.rows == (1, 1) for output in outputs)
-    outputs += [Output(space.spec(name), (1, 1)) for name in program.reports]
+    outputs += [Output(program.spec(name), (1, 1)) for name in program.reports]
     steps = (*cover.forward, *cover.backward, *run.outputs)
     identity = not steps and request.x == program.specs[-1] and program.x(program.count) == "x0"
     kinds = zip(program.kinds, program.still(FORWARD), strict=True)
