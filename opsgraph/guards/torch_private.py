@@ -4,8 +4,10 @@ A name that a version lacks is replaced by a public way where there is one, slow
 the test of this file names the versions that were seen to have them all.
 """
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,6 +84,43 @@ _saved_hooks: Callable[[bool], Any] = _find(
 def saved_hooks() -> bool:
     """Whether hooks of saved tensors are active, as a checkpoint has them that is not reentrant."""
     return _saved_hooks(True) is not None
+
+
+def gradient_hooks(leaf: Tensor) -> tuple[list[Callable[..., Any]], list[Callable[..., Any]]]:
+    """A leaf's hooks of its gradient, and those after the gradient was added; none if unknown."""
+    names = "_backward_hooks", "_post_accumulate_grad_hooks"
+    before, after = (list((getattr(leaf, name, None) or {}).values()) for name in names)
+    return before, after
+
+
+def averaged_parameters() -> set[int] | None:
+    """The ids of those whose gradients the DistributedDataParallel averages that runs a forward.
+
+    None where none does, or it cannot be known.
+    """
+    ddp = getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    return None if ddp is None else {id(p) for p in getattr(ddp, "_module_parameters", ())}
+
+
+def _no_group(name: str) -> Any:
+    raise RuntimeError(f"this PyTorch finds no process group by its name, {name}")
+
+
+resolve_group: Callable[[str], Any] = _find(
+    "_C._distributed_c10d._resolve_process_group", _no_group
+)
+"""The process group of that name; RuntimeError or ValueError if there is none."""
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this CPU has units for bf16; without it fp32 is as fast, and sums are exact."""
+    if not _find("ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)():
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    units = "cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported"
+    return any(_find(name, lambda: False)() for name in units)
 
 
 executes: Callable[[Any], bool] = _find("_C._will_engine_execute_node", lambda node: True)

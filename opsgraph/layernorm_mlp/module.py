@@ -207,10 +207,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
             expected = "layer_norm_bias = None, for it has none"
             raise OpsgraphError(f"{WHO}: got normalization 'RMSNorm', expected {expected}")
         norm = NORMS[self.normalization](
-            self.hidden_size,
-            self.eps,
-            device="meta",
-            zero_centered_gamma=self.zero_centered_gamma,
+            self.hidden_size, self.eps, device="meta", zero_centered_gamma=self.zero_centered_gamma
         )
         fc1, fc2, between = self._exchange(self.return_layernorm_output_gathered)
         options: dict[str, Any] = {"accumulate_into_main_grad": self.fuse_wgrad_accumulation}

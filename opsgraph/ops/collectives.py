@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import OpError, OpsgraphError
+from ..guards.torch_private import resolve_group
 from ..guards.validation import flag
 from ..kernels.exchange import collectives
 from ..op import BACKWARD, FORWARD, Op, Spec
@@ -59,10 +59,10 @@ def group_of(group: "GroupLike | None", who: str) -> Group:
 
 def _by_name(name: str, who: str) -> dist.ProcessGroup:
     try:
-        found: dist.ProcessGroup = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+        group: dist.ProcessGroup = resolve_group(name)
     except (RuntimeError, ValueError) as error:
         raise OpsgraphError(f"{who}: got process group {name!r}, which is not here") from error
-    return found
+    return group
 
 
 def _of_mesh(mesh: Any, who: str) -> dist.ProcessGroup:

@@ -1,8 +1,20 @@
-"""Weight gradients that a backward leaves for later: where they wait, and how they arrive.
+"""Weight gradients that a backward leaves for later, until `backward_dw`.
 
-A backward runs the steps that it would run anyway. Where a step computes a weight gradient, the
-operands are kept instead, with the call to make. So nothing else is held, and the result is the
-same bits. `backward_dw` makes the calls and does for each weight what autograd would have done.
+The way of one, from the backward on:
+
+1. A backward runs the steps that it would run anyway, but on `deferring(op)` in place of the op.
+   That is the only hook: a step computes a weight gradient by `fc.wgrad` or `fc.weigh` and by
+   nothing else, and both now return the call to make, with its operands. So nothing else is held,
+   and the result is the same bits.
+2. The call comes out where the gradient would. It is taken from there into a `Queue` as a `Late`,
+   with the number of the `backward()` that it belongs to; autograd is given nothing.
+3. `backward_dw` of any module around takes what the oldest backward has left in all queues inside.
+   It verifies that every gradient can arrive, then makes the calls and does for each weight what
+   autograd would have done: hooks, `.grad`, hooks. A call whose gradient goes into `main_grad`
+   (`main_grad`) has put it there itself.
+4. Hooks of `register_wgrad_accumulation_and_reduce_hooks` are called, of each module once.
+
+Weights that stand for several parameters (`joined`) hand each its piece.
 """
 
 import itertools
@@ -15,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OpError, OpsgraphError
-from ..guards.torch_private import executes
+from ..guards.torch_private import averaged_parameters, executes, gradient_hooks
 from ..op import Op
 from ..precision.quantizers import Quantized
+from .joined import parameters, parts_of
 from .main_grad import arriving, dummy
 
 _serial = itertools.count()
@@ -44,17 +57,6 @@ def mark_delayed(weight: Tensor | None, delayed: bool) -> None:
     """Tell wrappers by an attribute that a weight's gradient does not come in the backward."""
     for parameter in parameters(weight) if delayed and weight is not None else ():
         parameter.skip_backward_post_hook = True  # type: ignore[attr-defined]
-
-
-def parts_of(weight: Tensor) -> dict[str, Tensor]:
-    """The parameters that a tensor was joined of, by name; empty for a parameter itself."""
-    found: dict[str, Tensor] = getattr(weight, "parts", {})
-    return found
-
-
-def parameters(weight: Tensor) -> list[Tensor]:
-    """The parameters that a tensor was joined of, or the one that it is."""
-    return list(parts_of(weight).values()) or [weight]
 
 
 def unasked(node: Any, weight: Tensor) -> set[int]:
@@ -96,8 +98,8 @@ class Late(NamedTuple):
     ) -> "Late":  # fmt: skip
         """A gradient as a step has given it."""
         read = tensors([gradient]) if isinstance(gradient, partial) else ()
-        kept = [t for t in read if t is not weight and not t.is_inference()]
-        versions = tuple((t, t._version) for t in kept)
+        checked = [t for t in read if t is not weight and not t.is_inference()]
+        versions = tuple((t, t._version) for t in checked)
         return cls(*home, weight, gradient, into_main_grad, unwanted, versions)
 
     def verify(self) -> None:
@@ -108,9 +110,10 @@ class Late(NamedTuple):
                 f"the gradient of {self.name} needs; expected it as it was"
             )
         for name in parts_of(self.weight) or (self.name,):
-            now = self.module._parameters.get(name)
-            if hasattr(now, "placements"):
-                got = f"{name} as a {type(now).__name__}, whose gradient was due in the backward"
+            parameter = self.module._parameters.get(name)
+            if hasattr(parameter, "placements"):
+                kind = type(parameter).__name__
+                got = f"{name} as a {kind}, whose gradient was due in the backward"
                 raise OpError("backward_dw", got, "a plain parameter: FSDP2 does not wait")
 
     def arrive(self) -> None:
@@ -119,9 +122,9 @@ class Late(NamedTuple):
         if gradient is None or self.into_main_grad:
             return
         pieces = gradient.unbind() if parts_of(self.weight) else [gradient]
-        for part, own in zip(parameters(self.weight), pieces, strict=True):
-            if part.requires_grad and id(part) not in self.unwanted:
-                _add(part, own)
+        for parameter, piece in zip(parameters(self.weight), pieces, strict=True):
+            if parameter.requires_grad and id(parameter) not in self.unwanted:
+                _add(parameter, piece)
 
 
 def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -135,17 +138,19 @@ def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors((*value.args, *value.keywords.values()))
 
 
-def _add(weight: Tensor, gradient: Tensor) -> None:
-    gradient = gradient.to(weight.dtype)
-    for hook in list((weight._backward_hooks or {}).values()):
+def _add(parameter: Tensor, gradient: Tensor) -> None:
+    """What autograd does with a leaf's gradient."""
+    gradient = gradient.to(parameter.dtype)
+    before, after = gradient_hooks(parameter)
+    for hook in before:
         changed = hook(gradient)
         gradient = gradient if changed is None else changed
-    if weight.grad is None:
-        weight.grad = gradient
+    if parameter.grad is None:
+        parameter.grad = gradient
     else:
-        weight.grad.add_(gradient)
-    for hook in list((getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values()):
-        hook(weight)
+        parameter.grad.add_(gradient)
+    for hook in after:
+        hook(parameter)
 
 
 class Entry(NamedTuple):
@@ -185,8 +190,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _all_queues(module: nn.Module) -> list[Queue]:
-    found = [getattr(m, "wgrad_queue", None) for m in module.modules()]
-    return [queue for queue in found if queue is not None]
+    queues = [getattr(m, "wgrad_queue", None) for m in module.modules()]
+    return [queue for queue in queues if queue is not None]
 
 
 class DelaysWeightGradients(nn.Module):
@@ -257,18 +262,17 @@ def _tell(gradients: Iterable[Late]) -> None:
 
 def verify_arrival(module: nn.Module, name: str, weight: Tensor, label: str, delayed: bool) -> None:
     """Raises OpError where a weight's gradient, which autograd does not see, would be lost."""
-    parts = parts_of(weight) or {name: weight}
-    what = "delay_wgrad_compute" if delayed else "accumulate_into_main_grad"
-    for own, part in parts.items():
-        if delayed and not part.is_leaf:
-            got = f"{what} and a {own} that is computed (a parametrization, FSDP1 or a DTensor)"
+    by_name = parts_of(weight) or {name: weight}
+    option = "delay_wgrad_compute" if delayed else "accumulate_into_main_grad"
+    for each, parameter in by_name.items():
+        if delayed and not parameter.is_leaf:
+            got = f"{option} and a {each} that is computed (a parametrization, FSDP1 or a DTensor)"
             raise OpError(label, got, "a parameter that is a leaf")
-    wrapper: Any = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    if wrapper is None or (delayed and has_hooks(module)):
+    averaged = averaged_parameters()
+    if averaged is None or (delayed and has_hooks(module)):
         return
-    known = {id(parameter) for parameter in getattr(wrapper, "_module_parameters", ())}
-    if missed := [own for own, part in parts.items() if id(part) in known]:
-        got = f"{what} inside DistributedDataParallel, which would not average {missed[0]}"
+    if missed := [each for each, parameter in by_name.items() if id(parameter) in averaged]:
+        got = f"{option} inside DistributedDataParallel, which would not average {missed[0]}"
         hooks = "register_wgrad_accumulation_and_reduce_hooks, with a hook that does, or " * delayed
         raise OpError(label, got, f"{hooks}a weight that it was told to ignore")
 

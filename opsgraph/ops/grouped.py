@@ -14,8 +14,8 @@ from torch.nn.parameter import UninitializedParameter
 from ..errors import OpError
 from ..guards.validation import Checked, Fixed, features, flag, function, place, whole
 from ..op import Op, Spec
-from .delayed import Queue, TellsOfWeightGradients, mark_delayed, parameters, queue_of
-from .joined import join, pack
+from .delayed import Queue, TellsOfWeightGradients, mark_delayed, queue_of
+from .joined import join, pack, parameters
 from .main_grad import add_to_main_grad, weight_gradient
 from .parameters import MarksParameters, empty_parameter
 

@@ -69,8 +69,7 @@ class Joined(Tensor):
     """Parameters as one tensor: its `.grad` is theirs."""
 
     parts: dict[str, Tensor]
-    # As nn.Parameter has it.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = nn.Parameter.__torch_function__  # none of its own
 
     @property
     def grad(self) -> Tensor | None:
@@ -86,6 +85,17 @@ class Joined(Tensor):
     def grad(self, value: Tensor | None) -> None:
         for k, part in enumerate(self.parts.values()):
             part.grad = None if value is None else value[k]
+
+
+def parts_of(weight: Tensor) -> dict[str, Tensor]:
+    """The parameters that a tensor was joined of, by name; empty for a parameter itself."""
+    parts: dict[str, Tensor] = getattr(weight, "parts", {})
+    return parts
+
+
+def parameters(weight: Tensor) -> list[Tensor]:
+    """The parameters that a tensor was joined of, or the one that it is."""
+    return list(parts_of(weight).values()) or [weight]
 
 
 def _joined(row: bool, tensors: tuple[Tensor, ...]) -> Tensor:

@@ -41,7 +41,7 @@ from .collectives import (
 )
 from .delayed import Queue, TellsOfWeightGradients, mark_delayed, queue_of
 from .main_grad import weight_gradient
-from .parameters import MarksParameters, Partition, empty_parameter, shards
+from .parameters import MarksParameters, Partition, empty_parameter, keys_of_basic_ops, shards
 
 if TYPE_CHECKING:
     from .collectives import GroupLike
@@ -239,17 +239,7 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
             self.reset_parameters()
 
     def _own_keys(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-        """TransformerEngine's Linear saves the parameters of the ops inside it, not its own."""
-        inside, found = f"{prefix}basic_ops.", {}
-        if not any(key.startswith(inside) for key in state_dict):
-            return super()._own_keys(state_dict, prefix)
-        for key, value in state_dict.items():
-            name = key.rpartition(".")[2]
-            if not key.startswith(inside):
-                found[key] = value
-            elif name != "_extra_state":
-                found.setdefault(prefix + name, value)
-        return super()._own_keys(found, prefix)
+        return super()._own_keys(keys_of_basic_ops(state_dict, prefix), prefix)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         state_dict = self._own_keys(state_dict, prefix)

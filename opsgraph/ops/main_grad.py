@@ -1,5 +1,8 @@
 """The main_grad protocol: weight gradients accumulated into a buffer that an optimizer owns.
 
+The hook is `weight_gradient`, by which linear layers compute theirs, at once or when `backward_dw`
+makes the call (`delayed`); `arriving` tells it then to which backward the gradient belongs.
+
 The buffer is the parameter's attribute `main_grad`, or what its `get_main_grad()` returns where it
 has one, of any dtype. A parameter with the attribute `grad_added_to_main_grad` has it set to True
 and gets a dummy gradient from autograd, zeros if it has `zero_out_wgrad`; any other gets none.
@@ -69,11 +72,10 @@ def _overwrites(weight: Tensor, always: bool) -> bool:
     expected = weight.__dict__.pop(EXPECTED, False)
     if not (always or getattr(weight, "overwrite_main_grad", False)):
         return expected  # type: ignore[no-any-return]
-    now = _arriving.backward
-    now = graph_task() if now is None else now
-    before = weight.__dict__.get(LATEST)
-    setattr(weight, LATEST, now)
-    return expected or now < 0 or before != now
+    backward = graph_task() if _arriving.backward is None else _arriving.backward
+    latest = weight.__dict__.get(LATEST)
+    setattr(weight, LATEST, backward)
+    return expected or backward < 0 or backward != latest
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

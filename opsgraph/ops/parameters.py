@@ -1,6 +1,6 @@
 """How ops make their parameters, now or once their size is known, and how ranks split them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +52,23 @@ class Partition(NamedTuple):
         """The whole, of every rank's share."""
         pieces = zip(*(share.chunk(self.stride, self.dim) for share in shares), strict=True)
         return torch.cat([torch.cat(piece, self.dim) for piece in pieces], self.dim)
+
+
+def keys_of_basic_ops(state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """A state dict with a linear layer's own keys, for the layer at that prefix.
+
+    TransformerEngine's saves the parameters of the ops inside it, `basic_ops.0.weight`.
+    """
+    inside, own = f"{prefix}basic_ops.", dict[str, Any]()
+    if not any(key.startswith(inside) for key in state_dict):
+        return state_dict
+    for key, value in state_dict.items():
+        name = key.rpartition(".")[2]
+        if not key.startswith(inside):
+            own[key] = value
+        elif name != "_extra_state":
+            own.setdefault(prefix + name, value)
+    return own
 
 
 _MARKING = frozenset({"sequence_parallel", "delay_wgrad_compute"})

@@ -10,14 +10,13 @@ With a `backward_override` the gradient is a plain tensor, and the backward mult
 that the forward read.
 """
 
-import platform
-from functools import cache
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..guards.torch_private import multiplies_bf16
 from ..kernels.cpu import gemm
 from ..kernels.cpu.launch import direct
 from ..kernels.cpu.memory import empty
@@ -94,19 +93,9 @@ def _units(data: Tensor, dtype: torch.dtype) -> set[str]:
     """Operands with which factors bf16 units multiply here."""
     if data.is_cuda:
         return {"none", "tensor", "rows"}
-    if dtype == BF16 and data.device.type == "cpu" and direct(data) and cpu_units():
+    if dtype == BF16 and data.device.type == "cpu" and direct(data) and multiplies_bf16():
         return {"none", "tensor"}
     return set()
-
-
-@cache
-def cpu_units() -> bool:
-    """Whether this CPU multiplies bf16 itself; without it fp32 is as fast, and sums are exact."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _in_bf16(a: Operand, b: Operand, dtype: torch.dtype, flip: bool) -> Tensor | None:
@@ -117,7 +106,7 @@ def _in_bf16(a: Operand, b: Operand, dtype: torch.dtype, flip: bool) -> Tensor |
     if first.size(0) * first.size(1) * second.size(1) <= SMALL:
         return None
     factors = [factor.item() for factor in (a.factor, b.factor) if factor is not None]
-    return _on_cpu(first, second, prod(factors)) if factors else _stored(first, second)
+    return _on_cpu(first, second, prod(factors)) if factors else _plain_product(first, second)
 
 
 def _on_cuda(
@@ -146,8 +135,8 @@ def _on_cpu(a: Tensor, b: Tensor, factor: float) -> Tensor | None:
     return torch.addmm(y, a, b, beta=0, alpha=factor, out=y)
 
 
-def _stored(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` in the layout that is fastest for operands that are stored so."""
+def _plain_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`, by the call that is fastest for the layouts of both."""
     if not b.is_contiguous():
         return gemm.linear(a, b.t())
     return gemm.dgrad(a, b) if a.is_contiguous() else gemm.wgrad(a.t(), b)

@@ -19,11 +19,11 @@ from ..ops.delayed import (
     deferring,
     delays,
     mark_delayed,
-    parameters,
     queue_of,
     unasked,
     verify_arrival,
 )
+from ..ops.joined import parameters
 from ..ops.main_grad import arriving
 from ..plan import Plan
 from ..plan.run import Run

@@ -30,9 +30,19 @@ NAMES = [
     "_C._will_engine_execute_node",
     "autograd.forward_ad._current_level",
 ]
+AT_USE = [
+    "_C._distributed_c10d._resolve_process_group",
+    "Tensor._backward_hooks",
+    "Tensor._post_accumulate_grad_hooks",
+    "nn.parallel.DistributedDataParallel._active_ddp_module",
+    "ops.mkldnn._is_mkldnn_bf16_supported",
+    "cpu._is_avx512_bf16_supported",
+    "cpu._is_amx_tile_supported",
+]
+"""Those that matter to what few users do; without them it is an error, or it goes unnoticed."""
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + AT_USE)
 def test_a_private_name_is_there(name: str) -> None:
     found = torch
     for part in name.split("."):
@@ -81,6 +91,19 @@ module(torch.randn(2, 6, requires_grad=True)).sum().backward()
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_hooks_of_a_leaf_are_those_that_autograd_calls() -> None:
+    leaf, seen = nn.Parameter(torch.ones(2)), list[str]()
+    assert torch_private.gradient_hooks(leaf) == ([], [])
+    leaf.register_hook(lambda _: seen.append("before"))
+    leaf.register_post_accumulate_grad_hook(lambda _: seen.append("after"))
+    for hooks in torch_private.gradient_hooks(leaf):
+        for hook in hooks:
+            hook(leaf)
+    leaf.sum().backward()
+    assert seen == ["before", "after"] * 2
+    assert torch_private.averaged_parameters() is None
 
 
 def test_dead_wrappers_stand_for_their_tensors() -> None:

@@ -36,9 +36,9 @@ BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
 def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways in which a CPU may compute them."""
     there = request.param == "bf16 units"
-    if there and not scaled_gemm.cpu_units():
+    if there and not scaled_gemm.multiplies_bf16():
         pytest.skip("this CPU has no bf16 units")
-    monkeypatch.setattr(scaled_gemm, "cpu_units", lambda: there)
+    monkeypatch.setattr(scaled_gemm, "multiplies_bf16", lambda: there)
 
 
 def close(found: Tensor, a: Tensor, b: Tensor) -> None:
