@@ -9,8 +9,10 @@ from torch import Tensor
 from ..backend import backends
 from ..fuser import Fuser
 from ..kernels.formats import Target
+from ..op import Spec
 from ..ops import Quantize, QuantizeGrad
 from ..precision.quantizers import Quantized, Quantizer
+from ..precision.weights import QuantizedTensor
 
 
 def format_of(quantizer: Quantizer) -> Target | None:
@@ -41,7 +43,7 @@ class Kernel(NamedTuple):
     quantize: Callable[[Quantizer, Tensor, Tensor | None, Collection[str]], Made]
     why_not: Callable[[], str | None] = lambda: None
 
-    def takes(self, to: Target | None, x: Tensor) -> bool:
+    def takes(self, to: Target | None, x: Spec | Tensor) -> bool:
         """Whether it quantizes such a tensor so."""
         return isinstance(to, self.formats) and x.dtype in self.dtypes and not self.why_not()
 
@@ -50,23 +52,66 @@ KERNELS: dict[str, Kernel] = {}
 """By backend, which runs them on its devices; each adds its own."""
 
 
+def _chosen(
+    order: Sequence[str], quantizer: Quantizer, x: Spec | Tensor
+) -> tuple[str, Callable[..., Made]]:
+    """The first backend in `order` with a kernel for x, or the quantizer's own formulas."""
+    to, known = format_of(quantizer), backends()
+    for name in order:
+        if name in KERNELS and known[name].why_not_on(x.device) is None:
+            if KERNELS[name].takes(to, x):
+                return name, KERNELS[name].quantize
+    return "reference", _by_formulas
+
+
+def _by_formulas(
+    quantizer: Quantizer, x: Tensor, scale: Tensor | None, names: Collection[str]
+) -> Made:
+    amax = quantizer.amax(x) if "amax" in names else None
+    return quantizer(x, names, scale), amax
+
+
 def quantize(
     order: Sequence[str], quantizer: Quantizer, x: Tensor, scale: Tensor | None,
     names: Collection[str],
 ) -> Made:  # fmt: skip
     """The copies of x that are named, and its amax if that is: the same bits, whoever makes them.
 
-    The first backend in `order` with a kernel for x does, and where none has, the quantizer. That
-    is so under torch.compile, too, which sees into the quantizer's formulas.
+    The first backend in `order` with a kernel for x does, and where none has, the quantizer.
     """
-    if not torch.compiler.is_compiling():
-        to, known = format_of(quantizer), backends()
-        for name in order:
-            here = name in KERNELS and known[name].why_not_on(x.device) is None
-            if here and KERNELS[name].takes(to, x):
-                return KERNELS[name].quantize(quantizer, x, scale, names)
-    amax = quantizer.amax(x) if "amax" in names else None
-    return quantizer(x, names, scale), amax
+    return _chosen(order, quantizer, x)[1](quantizer, x, scale, names)
+
+
+def prepare_by(
+    order: Sequence[str], quantizer: Quantizer, weight: Spec, copies: tuple[str, ...]
+) -> tuple[str, Callable[..., tuple[Tensor | None, ...]]]:
+    """What quantizes weights like this one, for a plan to call: see `plan.prepare`.
+
+    A QuantizedTensor in the same layout is taken as it is held, and has no amax. A tuple is what an
+    earlier call returned. Under torch.compile the compiler sees into the quantizer's formulas.
+    """
+    backend, kernel = _chosen(order, quantizer, weight)
+    delayed = quantizer.delayed
+    names = (*copies, "amax") if delayed else copies
+
+    def parts(value: Quantized) -> tuple[Tensor, ...]:
+        if len(copies) == 1:
+            return quantizer.parts(value, copies[0])
+        return (*quantizer.parts(value, copies[0]), *quantizer.parts(value, copies[1]))
+
+    def prepare(weight: Any, scale: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if isinstance(weight, tuple):
+            return weight
+        weight = weight.detach()
+        if isinstance(weight, QuantizedTensor):
+            if (held := weight.copies(quantizer, copies)) is not None:
+                return (*parts(held), None) if delayed else parts(held)
+            weight = weight.dequantize()
+        run = _by_formulas if torch.compiler.is_compiling() else kernel
+        value, amax = run(quantizer, weight, scale, names)
+        return (*parts(value), amax) if delayed else parts(value)
+
+    return backend, prepare
 
 
 class QuantizesValue(Fuser):

@@ -19,6 +19,7 @@ from .codegen import Functions, write
 from .definitions import Input
 from .lines import Line
 from .planner import PLANNERS, Cover
+from .prepare import Bind, Prepared, prepared, write_prepare
 from .program import Program, Request
 from .rejection import Rejection
 from .run import Run
@@ -57,11 +58,16 @@ class Plan:
     """Cost in weighted bytes per row of what each planner would have chosen."""
     forward_source: str
     backward_source: str
+    prepare_source: str
+    """Empty without quantized weights."""
     run_forward: Callable[..., Any]
     run_backward: Callable[..., Any]
+    run_prepare: Callable[..., Any]
+    """Of weights and delayed scales: returns parts of quantized weights, and amaxes."""
     forward_lines: tuple[Line, ...] = field(repr=False, compare=False)
     """What `run_forward` does, as data."""
     backward_lines: tuple[Line, ...] = field(repr=False, compare=False)
+    prepare_lines: tuple[Line, ...] = field(repr=False, compare=False)
     specs: "Signature"
     labels: tuple[str, ...]
     """What errors call the op at each position: the one the user wrote."""
@@ -143,8 +149,8 @@ class Signature(NamedTuple):
     """Which weights' gradients wait for `backward_dw`: places among the weights."""
     into_main_grad: tuple[tuple[int, int], ...]
     """Weights whose gradients go into main_grad: places among what is saved, and the weights."""
-    packed: tuple[tuple[int, tuple[str, ...]], ...]
-    """Weights that are handed in quantized: their places among the weights, and the copies."""
+    prepared: tuple[Prepared, ...]
+    """Weights that are handed in quantized."""
     training: bool
     autocast: bool
     identity: bool
@@ -204,7 +210,7 @@ def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
             for place, s in enumerate(saved)
             if s.argument in accumulated
         ),
-        packed=tuple((run.slots.index((i, n)), which) for i, n, which in definitions.weights),
+        prepared=tuple(prepared(definitions)),
         training=bool(request.gradients) and program.flows[-1] and not identity,
         autocast=request.compute is not None,
         identity=identity,
@@ -213,9 +219,12 @@ def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
 
 
 def make_plan(
-    run: Run, request: Request, order: tuple[str, ...], planner: str, config: Config
+    run: Run, request: Request, order: tuple[str, ...], planner: str, config: Config, bind: Bind
 ) -> Plan:
-    """Plan a run for one kind of call. Raises OpError or PlanError for what cannot be planned."""
+    """Plan a run for one kind of call. Raises OpError or PlanError for what cannot be planned.
+
+    bind: chooses what quantizes a weight, of the backends in `order`.
+    """
     start = time.perf_counter()
     if planner not in PLANNERS:
         raise PlanError(f"got planner {planner!r}, expected one of {', '.join(PLANNERS)}")
@@ -224,6 +233,7 @@ def make_plan(
     space = Space(program, order, config.fuel)
     cover = PLANNERS[planner](space)
     functions = write(space, cover, config.check)
+    prepare = write_prepare(functions.definitions, bind)
     kept = sorted(cover.keeper.kept, key=lambda n: (space.place(n), n))
     plan = Plan(
         tuple(_step(claim, cover, space) for claim in cover.forward),
@@ -233,10 +243,13 @@ def make_plan(
         cover.costs,
         functions.forward.source,
         functions.backward.source,
+        prepare.source,
         functions.forward.call,
         functions.backward.call,
+        prepare.call,
         functions.forward.lines,
         functions.backward.lines,
+        prepare.lines,
         _signature(space, cover, functions),
         tuple(run.labels),
         tuple(kind.__name__ for kind in run.kinds),
@@ -263,7 +276,8 @@ def _log(plan: Plan, config: Config) -> None:
             who = f"{name} of {refused.backend}" if refused.backend else name
             print(f"opsgraph: {ops} {who} ({direction}): {reason}", file=sys.stderr)
     if "code" in config.logs:
-        print(plan.forward_source, plan.backward_source, file=sys.stderr)
+        sources = plan.prepare_source, plan.forward_source, plan.backward_source
+        print(*filter(None, sources), file=sys.stderr)
 
 
 __all__ = ["Plan", "Step", "make_plan"]

@@ -176,7 +176,7 @@ def draw(plan: "Plan", path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = svg(plan)
     if path.suffix == ".html":
-        blocks = (str(plan), plan.forward_source, plan.backward_source)
-        body = "".join(f"<pre>{escape(block)}</pre>" for block in blocks)
+        blocks = (str(plan), plan.prepare_source, plan.forward_source, plan.backward_source)
+        body = "".join(f"<pre>{escape(block)}</pre>" for block in blocks if block)
         text = f"<!doctype html><meta charset=utf-8><title>plan</title>{text}{body}"
     path.write_text(text, encoding="utf-8")

@@ -25,9 +25,9 @@ from ..errors import PlanError
 from ..op import ROWS, Spec, constant_under_compile
 from ..plan import Plan
 from ..precision.autocast import active
-from ..precision.weights import QuantizedTensor
 from .dimensions import flattened, unflattened
-from .eager import note_gradients, run_inference, without_autocast
+from .eager import run_inference, without_autocast
+from .recipes import StageRecipe, note_gradients
 
 _handles: dict[str, tuple[Plan, Any]] = {}
 """Plans and their ops, by the handle that the opaque ops are given."""
@@ -204,12 +204,12 @@ def _run_plan(plan: Plan, stage: Any, extras: int, tensors: Sequence[Tensor | No
     # Dynamo takes no tensor twice, as tied weights would have it.
     there = [t.view_as(t) if any(t is u for u in there[:k]) else t for k, t in enumerate(there)]
     if plan.specs.training:
-        seen = stage.seen_gradients(plan) if plan.specs.reported else []
+        seen = stage.recipe.seen_gradients(plan) if plan.specs.reported else []
         outputs = CompiledPlan.apply(plan, *seen, *there)  # type: ignore[no-untyped-call]
     else:
         outputs = _call_forward(plan, there)[: len(plan.specs.outputs)]
     if plan.specs.reports:
-        outputs = stage.record(plan, outputs, torch.is_grad_enabled())
+        outputs = stage.recipe.record(plan, outputs, torch.is_grad_enabled())
     if len(shape) != 2:
         outputs = unflattened(plan, outputs, shape)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -224,7 +224,7 @@ class Compiled:
     is_followed: Callable[[], bool]
     run_followed: Callable[..., Any]
     ensure: Callable[..., Any]
-    quantize: Callable[..., list[Tensor]]
+    recipe: StageRecipe | None
 
     @constant_under_compile
     def _expose(self, key: Any, extras: int) -> str:
@@ -245,12 +245,9 @@ class Compiled:
         plan: Plan = getattr(self.table.exposed, self._expose(key, len(extras)))
         if self.double_backward:  # traced through, for autograd to see the ops
             return run_inference(plan, self, len(extras), (x, *extras, *weights))
-        if plan.specs.packed:
-            if any(isinstance(weight, QuantizedTensor) for weight in weights):
-                raise PlanError("torch.compile cannot see into weights of quantized_model_init")
-            if active.first_microbatch is not None:
-                raise PlanError("is_first_microbatch keeps weights that torch.compile cannot see")
-            weights = [*weights, *self.quantize(plan, weights)]
+        if self.recipe is not None and plan.specs.prepared:
+            self.recipe.check_traceable(weights)
+            weights = [*weights, *self.recipe.prepare(plan, weights)]
         return _run_plan(plan, self, len(extras), (x, *extras, *weights))
 
 

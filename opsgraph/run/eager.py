@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import PlanError
 from ..guards.torch_private import PassThrough, apply_of, forward_ad, has_memory
 from ..plan import Plan
-from ..precision.delayed import record_gradient
-from ..precision.recomputed import moment, saved_again
+from ..precision.recomputed import saved_again
 from .dimensions import as_given, copy_gradients, flat, flattened, released, unflattened
+from .recipes import note_gradients
 
 _HERE = nullcontext()
 _SEEN_THROUGH = ("cpu", "aten", "reference")
@@ -48,7 +48,7 @@ def see_through(
                 )
     if all(map(has_memory, gradients)):
         return without_autocast(gradients[0].device.type)
-    if plan.specs.packed or any(step.backend not in _SEEN_THROUGH for step in plan.backward):
+    if plan.specs.prepared or any(step.backend not in _SEEN_THROUGH for step in plan.backward):
         raise PlanError(
             "got a batched gradient for a backward of fused kernels, expected a module with "
             "double_backward=True, and no recipe"
@@ -70,10 +70,10 @@ class PlanFunction(torch.autograd.Function):
             inputs = flattened(plan, tensors)
             with without_autocast(x.device.type):
                 outputs, saved = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])
-        if plan.specs.reports:
-            outputs = stage.record(plan, outputs, True)
         if stage.recipe is not None:
-            ctx.moment = moment(stage.recipe, stage.states.values())
+            if plan.specs.reports:
+                outputs = stage.recipe.record(plan, outputs, True)
+            ctx.moment = stage.recipe.moment()
             saved = saved if ctx.moment is None else (ctx.moment, *saved)
         if stage.eager_only is not None:
             ctx.watched = stage.unseen.watch(plan, tensors[extras + 1 :])
@@ -93,7 +93,8 @@ class PlanFunction(torch.autograd.Function):
             )
         plan = ctx.plan
         given = (dy, *[others[k - 1] for k in plan.specs.taps]) if others else (dy,)
-        saved = saved_again(ctx, ctx.stage.recipe)
+        recipe = ctx.stage.recipe
+        saved = saved_again(ctx, None if recipe is None else recipe.number)
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each dies after its use
         plain = has_memory(dy) if len(given) == 1 else all(map(has_memory, given))
         plain = plain and forward_ad._current_level < 0
@@ -106,22 +107,13 @@ class PlanFunction(torch.autograd.Function):
             if ctx.lead is not None:
                 found = as_given(found, ctx.lead, grads, given)
             if plan.specs.reported:
-                found = note_gradients(plan, found, ctx.stage.seen_gradients(plan))
+                found = note_gradients(plan, found, recipe.seen_gradients(plan))
         return None, None, None, *found
 
 
 run_training: Callable[..., Any] = apply_of(PlanFunction)
 """Forward with gradients wanted, `(plan, stage, extra count, x, *extras, *weights)`: tensors of
 which none is left over by a transform."""
-
-
-def note_gradients(plan: Plan, found: Sequence[Any], seen: Sequence[Tensor]) -> list[Any]:
-    """Note the amaxes that stand where scales would have a gradient; returns the gradients."""
-    rest = list(found)
-    for k, buffer in zip(plan.specs.reported, seen, strict=True):
-        record_gradient(buffer, rest[k])
-        rest[k] = None
-    return rest
 
 
 def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
@@ -139,7 +131,7 @@ def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -
         with without_autocast(x.device.type):
             outputs = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])[0]
     if plan.specs.reports:
-        outputs = stage.record(plan, outputs, torch.is_grad_enabled())
+        outputs = stage.recipe.record(plan, outputs, torch.is_grad_enabled())
     if not within:
         views = unflattened(plan, outputs, x.shape)
         own = not (stage.double_backward or torch.is_grad_enabled())

@@ -10,14 +10,13 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from operator import index
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .. import config
 from ..errors import OpError, PlanError
-from ..fusers.quantizing import quantize
+from ..fusers.quantizing import prepare_by
 from ..guards.torch_private import finished, forward_ad, tracing, transforms
 from ..op import ROWS, Op, Spec, row
 from ..ops.quantize import lowered
@@ -26,23 +25,17 @@ from ..plan import Plan, make_plan
 from ..plan.compiled import place
 from ..plan.program import Request
 from ..plan.run import Run
-from ..precision.autocast import active
 from ..precision.delayed import Scaling
-from ..precision.quantizers import COPIES, Quantized
-from ..precision.weights import QuantizedTensor
 from .compiled import Compiled
 from .dtensor import PLAIN, own_part
 from .eager import run_inference, run_training
 from .extras import ExtraInputs
 from .followed import Followed, check_differentiable
 from .options import Options
+from .recipes import StageRecipe
 from .shapes import absent, check_shapes, shape_of, verify_weights
 from .table import Key, table_for
 from .unseen import Unseen
-
-_kept: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], Quantized]] = WeakKeyDictionary()
-"""Quantized weights that a first microbatch made, by the module that has the weight. The plans of
-a LayerNormMLP with and without overwriting main_grad share them; no copy or pickle holds them."""
 
 
 class Stage(Followed, Compiled):
@@ -59,7 +52,7 @@ class Stage(Followed, Compiled):
     ) -> None:
         lower = None if recipe is None else partial(lowered, recipe)
         self.again = partial(Stage, ops, labels, options, known, later, recipe)
-        self.written, self.recipe = tuple(ops), recipe
+        self.written = tuple(ops)
         run = Run(ops, labels, known, later, lower)
         verify_weights(run)
         check_differentiable(run, options, recipe)
@@ -74,80 +67,13 @@ class Stage(Followed, Compiled):
             op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
         ]
         self.real = run.ops
-        self.packers = {run.slots.index(slot): q for slot, q in run.quantizers.items()}
-        self.states: dict[int, Scaling] = {}
-        """The delayed scaling of each quantized weight, and of the layer that it belongs to."""
-        for k, quantizer in self.packers.items():
-            state = run.ops[run.slots[k][0] - 1].home("scale")[0]
-            if quantizer.delayed and isinstance(state, Scaling):
-                self.states[k] = state
+        self.recipe = None if recipe is None else StageRecipe(recipe, run, self.slots)
         self.table = table_for(run, options)
         self.plans = self.table.plans
         self.ops = self.table.ops
         self.double_backward = options.double_backward
         self.unseen = Unseen(run, self.ops, self.slots, options)
         self.eager_only = self.unseen.reason
-
-    def quantize(self, plan: Plan, weights: Sequence[Tensor | None]) -> list[Tensor]:
-        """The parts of the quantized weights that a plan takes, made of the weights as they are."""
-        found: list[Tensor] = []
-        for k, copies in plan.specs.packed:
-            weight, quantizer = weights[k], self.packers[k]
-            assert weight is not None
-            made = self._quantized(k, weight.detach(), copies)
-            for copy in copies:
-                found += quantizer.parts(made, copy)
-        return found
-
-    def _quantized(self, k: int, weight: Tensor, copies: tuple[str, ...]) -> Quantized:
-        """One weight quantized, or what the first microbatch made of it."""
-        first, quantizer = active.first_microbatch, self.packers[k]
-        if isinstance(weight, QuantizedTensor):
-            if (held := weight.copies(quantizer, copies)) is not None:
-                return held
-            weight = weight.dequantize()
-        grad = torch.is_grad_enabled()
-        if first is None:
-            return self._quantized_anew(k, weight, copies, grad)
-        owner, name = self.slots[k]
-        kept = _kept.setdefault(owner, {})
-        if first is False and (found := kept.get((name, quantizer))) is not None:
-            if set(copies) <= {copy for copy in COPIES if getattr(found, copy) is not None}:
-                return found.at(weight.device, weight.dtype)
-        # Training may use them, whatever mode this call is in.
-        with torch.inference_mode(False):
-            made = kept[name, quantizer] = self._quantized_anew(k, weight, copies, grad)
-        return made
-
-    def _quantized_anew(
-        self, k: int, weight: Tensor, copies: tuple[str, ...], grad: bool
-    ) -> Quantized:
-        """One weight quantized as it is now; with grad, delayed scaling notes its amax."""
-        quantizer = self.packers[k]
-        order, state = self.table.options.order, self.states.get(k)
-        if state is None:
-            made, _ = quantize(order, quantizer, weight, None, copies)
-        else:
-            made, amax = quantize(order, quantizer, weight, state.weight, (*copies, "amax"))
-            assert amax is not None
-            state.record("weight", amax, grad)
-        return made
-
-    def record(self, plan: Plan, outputs: Sequence[Tensor], grad: bool) -> Sequence[Tensor]:
-        """Note the amaxes of activations, which follow the outputs; returns these.
-
-        Without grad nothing is noted: what inference sees moves no scale.
-        """
-        count = len(outputs) - plan.specs.reports
-        for state, amax in zip(self.states.values(), outputs[count:], strict=True):
-            state.record("activation", amax, grad)
-        return outputs[:count]
-
-    def seen_gradients(self, plan: Plan) -> list[Tensor]:
-        """Where to note the amaxes of gradients: the layers' `amax_backward`."""
-        first = plan.specs.first_weight
-        states = (self.slots[k - first][0] for k in plan.specs.reported)
-        return [state.amax_backward for state in states]  # type: ignore[misc]
 
     def weights(self) -> list[Tensor | None]:
         """The parameters as they are now; a parametrized one is an attribute only."""
@@ -250,7 +176,8 @@ class Stage(Followed, Compiled):
             key[5],
             options.given(),
         )
-        return make_plan(run, request, options.order, options.planner, options.config)
+        bind = partial(prepare_by, options.order)
+        return make_plan(run, request, options.order, options.planner, options.config, bind)
 
     def plan(self, training: bool, x: Tensor | None) -> Plan:
         """The plan for an example input, by default one in the parameters' dtype and device."""
@@ -295,8 +222,8 @@ class Stage(Followed, Compiled):
             if self.outdated():
                 return self.renewed()(x, extras)
             plan = self.ensure(key, len(extras))
-        if plan.specs.packed:
-            weights = [*weights, *self.quantize(plan, weights)]
+        if self.recipe is not None and plan.specs.prepared:
+            weights = [*weights, *self.recipe.prepare(plan, weights)]
         if plan.specs.training:
             try:
                 return run_training(plan, self, len(extras), x, *extras, *weights)

@@ -95,7 +95,8 @@ class Call(NamedTuple):
     def text(self) -> str:
         """The plan as printed, and its functions."""
         plan = self.plan()
-        return "\n".join((str(plan), "", plan.forward_source, plan.backward_source))
+        prepare = (plan.prepare_source,) if plan.prepare_source else ()
+        return "\n".join((str(plan), "", *prepare, plan.forward_source, plan.backward_source))
 
 
 def calls() -> Iterator[Call]:

@@ -1,0 +1,129 @@
+"""What a stage does under a recipe. The hook is `Stage.recipe`, None for a stage without one.
+
+Before a forward the plan's third function prepares the quantized weights. Delayed scaling hands it
+their scales, and notes the amaxes: of weights at once, of activations after the forward, of
+gradients in the backward. A call under a recipe also saves which scales it had, see `moment`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PlanError
+from ..plan import Plan
+from ..plan.run import Run
+from ..precision.autocast import active
+from ..precision.delayed import Scaling, record_gradient
+from ..precision.quantizers import Quantizer
+from ..precision.recomputed import moment
+from ..precision.weights import QuantizedTensor
+
+Parts = tuple[Tensor, ...]
+
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], dict[str, Parts]]] = WeakKeyDictionary()
+"""The parts of quantized weights that a first microbatch made, by copy, of the module that has the
+weight. The plans of a LayerNormMLP with and without overwriting main_grad share them; no copy or
+pickle holds them. Each first microbatch overwrites them."""
+
+
+class StageRecipe:
+    """The quantizers and the delayed scales of a stage's weights."""
+
+    def __init__(self, number: int, run: Run, slots: Sequence[tuple[nn.Module, str]]) -> None:
+        self.number, self.slots = number, slots
+        self.quantizers: dict[int, Quantizer] = {}
+        """By the weight's place among the stage's weights."""
+        self.states: dict[int, Scaling] = {}
+        """The delayed scaling of each such weight, and of the layer that it belongs to."""
+        for slot, quantizer in run.quantizers.items():
+            k = run.slots.index(slot)
+            self.quantizers[k] = quantizer
+            state = run.ops[slot[0] - 1].home("scale")[0]
+            if quantizer.delayed and isinstance(state, Scaling):
+                self.states[k] = state
+
+    def prepare(self, plan: Plan, weights: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        """The parts of the quantized weights, which the plan's forward takes behind the weights."""
+        prepared, first = plan.specs.prepared, active.first_microbatch
+        operands: list[Any] = [weights[k] for k, _, _ in prepared]
+        grad = torch.is_grad_enabled()
+        if first is None:
+            parts, amaxes = plan.run_prepare(*operands, *self._scales(plan))
+        else:
+            if first is False:
+                operands = self._kept(plan, operands)
+            # Training may use them, whatever mode this call is in.
+            with torch.inference_mode(False):
+                parts, amaxes = plan.run_prepare(*operands, *self._scales(plan))
+            self._keep(plan, operands, parts)
+        if amaxes:
+            states = [self.states[k] for k, _, _ in prepared if k in self.states]
+            for state, amax in zip(states, amaxes, strict=True):
+                if amax is not None:
+                    state.record("weight", amax, grad)
+        return parts  # type: ignore[no-any-return]
+
+    def _scales(self, plan: Plan) -> list[Tensor]:
+        return [self.states[k].weight for k, _, _ in plan.specs.prepared if k in self.states]
+
+    def _kept(self, plan: Plan, weights: Sequence[Any]) -> list[Any]:
+        """In the place of each weight what the first microbatch made of it, if it made enough."""
+        operands = list(weights)
+        for n, (k, copies, _) in enumerate(plan.specs.prepared):
+            (owner, name), weight = self.slots[k], weights[n]
+            quantizer = self.quantizers[k]
+            kept = _kept.get(owner, {}).get((name, quantizer), {})
+            if kept.keys() >= set(copies) and not isinstance(weight, QuantizedTensor):
+                parts = [part.to(weight.device) for copy in copies for part in kept[copy]]
+                operands[n] = (*parts, *[None] * quantizer.delayed)
+        return operands
+
+    def _keep(self, plan: Plan, operands: Sequence[Any], parts: Parts) -> None:
+        rest = iter(parts)
+        for operand, (k, copies, count) in zip(operands, plan.specs.prepared, strict=True):
+            own = {copy: tuple(islice(rest, count)) for copy in copies}
+            if not isinstance(operand, tuple | QuantizedTensor):
+                owner, name = self.slots[k]
+                _kept.setdefault(owner, {})[name, self.quantizers[k]] = own
+
+    def check_traceable(self, weights: Sequence[Tensor | None]) -> None:
+        """Raises PlanError for what torch.compile cannot see."""
+        if any(isinstance(weight, QuantizedTensor) for weight in weights):
+            raise PlanError("torch.compile cannot see into weights of quantized_model_init")
+        if active.first_microbatch is not None:
+            raise PlanError("is_first_microbatch keeps weights that torch.compile cannot see")
+
+    def record(self, plan: Plan, outputs: Sequence[Tensor], grad: bool) -> Sequence[Tensor]:
+        """Note the amaxes of activations, which follow the outputs; returns these.
+
+        Without grad nothing is noted: what inference sees moves no scale.
+        """
+        count = len(outputs) - plan.specs.reports
+        for state, amax in zip(self.states.values(), outputs[count:], strict=True):
+            state.record("activation", amax, grad)
+        return outputs[:count]
+
+    def seen_gradients(self, plan: Plan) -> list[Tensor]:
+        """Where to note the amaxes of gradients: the layers' `amax_backward`."""
+        first = plan.specs.first_weight
+        states = (self.slots[k - first][0] for k in plan.specs.reported)
+        return [state.amax_backward for state in states]  # type: ignore[misc]
+
+    def moment(self) -> Tensor | None:
+        """Which recipe and which scales the call has that is saved."""
+        return moment(self.number, self.states.values())
+
+
+def note_gradients(plan: Plan, gradients: Sequence[Any], seen: Sequence[Tensor]) -> list[Any]:
+    """Note the amaxes that stand where scales would have a gradient; returns the gradients."""
+    rest = list(gradients)
+    for k, buffer in zip(plan.specs.reported, seen, strict=True):
+        record_gradient(buffer, rest[k])
+        rest[k] = None
+    return rest

@@ -1,0 +1,45 @@
+"""The function of a plan that quantizes weights: its text, and that nothing is chosen in a call."""
+
+import pytest
+import torch
+
+import opsgraph as og
+from opsgraph.fusers import quantizing
+from opsgraph.ops import Linear
+
+pytestmark = pytest.mark.usefixtures("without_cpu_backend")
+
+
+def test_a_plan_without_quantized_weights_has_none() -> None:
+    plan = og.Sequential(Linear(32, 32)).plan()
+    assert plan.prepare_source == ""
+    assert plan.run_prepare() == ((), ())
+
+
+def test_one_bound_function_for_weights_of_one_kind() -> None:
+    module = og.Sequential(Linear(32, 64, bias=False), Linear(64, 32, bias=False))
+    with og.autocast(recipe=og.recipe.MXFP8BlockScaling()):
+        source = module.plan(training=True).prepare_source
+        inference = module.plan(training=False).prepare_source
+    assert source.splitlines()[0] == "def prepare(weight0, weight1):"
+    assert source.count("= MXE4M3_row_col(weight") == 2
+    assert inference.count("= MXE4M3_row(weight") == 2
+
+
+def test_delayed_scales_are_arguments_and_amaxes_results() -> None:
+    module = og.Sequential(Linear(32, 64, bias=False))
+    with og.autocast(recipe=og.recipe.DelayedScaling()):
+        plan = module.plan()
+    assert plan.prepare_source.startswith("def prepare(weight0, weight0_scale):")
+    weight = torch.randn(64, 32)
+    parts, (amax,) = plan.run_prepare(weight, torch.tensor(2.0))
+    assert amax == weight.abs().max()
+    assert len(parts) == plan.specs.prepared[0].parts == 3
+
+
+def test_calls_choose_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = og.Sequential(Linear(32, 64)), torch.randn(4, 32)
+    with og.autocast(recipe=og.recipe.Float8CurrentScaling()):
+        y = module(x)
+        monkeypatch.setattr(quantizing, "_chosen", None)
+        assert torch.equal(module(x), y)
