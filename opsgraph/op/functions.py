@@ -62,10 +62,13 @@ def family(kind: type[Op]) -> tuple[type[Op], ...]:
 
 
 def _differs_in_constants(kind: type[Op], base: type[Op]) -> bool:
-    """Whether a class has the base's `fwd`, and changes none of its names but constants."""
+    """Whether a class has the base's `fwd`, and changes constants alone.
+
+    Free are besides a few names that no plan asks for. Any other may be what `fwd` calls.
+    """
     if getattr(base, "fwd", None) is not kind.fwd:
         return False
-    free = {*base.constants, "sample", "extra_repr"}
+    free = {*base.constants, "sample", "extra_repr", "reset_parameters"}
     added = (c for c in kind.__mro__ if c not in base.__mro__)
     changed = {name for c in added for name in vars(c) if hasattr(base, name)} - free
     return all(name.startswith("_") for name in changed)

@@ -272,6 +272,13 @@ class PresetNorm(ops.RMSNorm):
         super().__init__(8)
 
 
+class ZeroNorm(PresetNorm):
+    """Begins elsewhere."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
 class WatchedNorm(ops.RMSNorm):
     """Overrides what its base says of itself."""
 
@@ -284,6 +291,7 @@ def test_a_family_is_the_class_and_the_base_from_which_it_differs_in_constants()
     assert family(ops.GELU) == (ops.GELU, Activation)
     assert family(ops.ScaledGEGLU) == (ops.ScaledGEGLU, ScaledGatedActivation)
     assert family(PresetNorm) == (PresetNorm, ops.RMSNorm)
+    assert family(ZeroNorm) == (ZeroNorm, ops.RMSNorm)
     assert family(Renamed) == (Renamed, HalfSiLU)
     for kind in (ops.RMSNorm, ops.Linear, GatedActivation, HalfSiLU, Mixed, WatchedNorm, Squared):
         assert family(kind) == (kind,)
