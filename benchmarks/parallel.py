@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pipeline import beside, pieced
 from opsgraph.kernels.exchange.pieces import cuts
 
 RESULTS = Path(__file__).parent / "results"
@@ -123,17 +124,6 @@ class Block:
     hidden: int
     ffn: int
     length: int
-
-
-def beside(product: float, collective: float, share: float) -> float:
-    """Seconds of both at once, the collective taking a share of the product's speed."""
-    return max(collective, product + share * collective) if product else collective
-
-
-def pieced(product: float, collective: float, count: int, share: float) -> float:
-    """Seconds of `count` products and collectives, a product beside the other's next piece."""
-    rest = count - 1
-    return product + collective + beside(rest * product, rest * collective, share)
 
 
 def pipelined(machine: Machine, m: int, n: int, k: int, size: float) -> float:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import opsgraph as og
-from benchmarks.parallel import pieced
+from benchmarks.pipeline import pieced
 from benchmarks.timing import alternate, machine
 from opsgraph.kernels.exchange import collectives
 from opsgraph.kernels.exchange.pieces import cuts
