@@ -62,8 +62,8 @@ class Unseen:
 
         The latter is -1 for none. Raises OpError for a weight whose gradient would go astray.
         """
-        late, accumulated = plan.specs.late, [k for _, k in plan.specs.into_main_grad]
-        for k in (*late, *(k for k in accumulated if k not in late)):
+        late = plan.specs.late
+        for k in sorted({*late, *(k for _, k in plan.specs.into_main_grad)}):
             label = self.run.labels[self.run.slots[k][0]]
             verify_arrival(*self.slots[k], weights[k], label, k in late)
         return weights, graph_task()
