@@ -137,5 +137,5 @@ class _Step:
                 self._run(claim, call, results)  # type: ignore[arg-type]
         for name in ("dx", *filter(None, self.claim.results)):
             variable = f"{name}_more" if f"{name}_more" in self.made else name
-            if variable in self.made and name not in self.program.waits:
+            if variable in self.made and name not in self.program.elsewhere.waits:
                 self._compare(name, variable, f"ref_{name}")

@@ -226,7 +226,7 @@ class _Backward(_Pass):
 
     def results(self) -> tuple[Argument, ...]:
         """Gradients in the order of the forward's inputs, in the dtype of each."""
-        compute, waits = self.program.request.compute, self.program.waits
+        compute, waits = self.program.request.compute, self.program.elsewhere.waits
         results = []
         for argument in self.definitions.inputs:
             if (gradient := argument.gradient) is None:

@@ -204,7 +204,7 @@ class Writer:
                 suffix = "" if call.function == "bwd" else f"_{call.function}"
                 spelled = self.bind(f"{target.__name__}_vjp{suffix}", function)
                 target = function
-            if call.function == "wgrad" and call.results[0] in self.program.waits:
+            if call.function == "wgrad" and call.results[0] in self.program.elsewhere.waits:
                 waiting = Argument("object", spelled, value=function)
                 spelled, arguments = f"{arguments[0].text}.weigh", (waiting, *arguments)
         keywords: tuple[tuple[str, Given], ...] = ()

@@ -79,7 +79,6 @@ class Names:
             for name in dict.fromkeys((*weights(kind), *kind.extra_inputs, *kind.saves)):
                 text = self.table[i, name] = variable(name, numbers[i], self.roots)
                 self.roots.add(root(text))
-        self.origins = {text: place for place, text in self.table.items()}
 
     def __call__(self, name: str, i: int) -> str:
         """What something of op i is called."""

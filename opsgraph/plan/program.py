@@ -2,8 +2,23 @@
 
 Values are variables. `x3` is the value before op 3, `rstd1` what op 1 saves, `weight3` its
 parameter, `other5` its extra input, `dx` the gradient that flows, `d0` the one that Tee 0 collects.
-Where ops are dropped, several gaps share one value, named after the first of them. Nobody takes a
-name apart: `Program.values` says what it stands for.
+Where ops are dropped, several gaps share one value, named after the first of them.
+
+The layers, each of which knows those before it:
+
+    names    how variables are called, whatever users call ops and parameters
+    run      the basic ops of a stage, their channels joined: the same for every call
+    program  all that one kind of call adds: specs, which ops do nothing, which gradients flow
+    casting  beforehand, a run with autocast's casts where a residual stream keeps its own dtype
+
+Rules, each of them broken once:
+
+- No name is taken apart: `Program.values` says what it stands for.
+- A spec is checked where it arrives at an op, so that errors name the op that the user wrote.
+- Only x, extra inputs and weights may be cast, once, before all else; what an op wants as it comes
+  (`as_stored`), or promotes with, is not.
+- A gradient flows only where something before needs it. An op that passes its gradient on, and a
+  Tee at which none arrives, are no steps of the backward.
 """
 
 from collections.abc import Hashable, Mapping
@@ -30,6 +45,7 @@ from ..op import (
 from ..op.functions import checked_out, function, identity, passes, promotes, saved
 from .names import root, variable
 from .run import Run
+from .weight_gradients import WeightGradients, weight_gradients
 
 INPUT, GAP, SAVED, PRIVATE = "input", "gap", "saved", "private"
 
@@ -337,36 +353,11 @@ class Program:
         return places
 
     @cached_property
-    def late(self) -> dict[int, str]:
-        """Weights whose gradients `backward_dw` is to compute, by slot.
-
-        Their gradients in the backward are calls that wait, or tensors where a step has no other
-        way.
-        """
-        return self._factors("delay_wgrad_compute")
-
-    @cached_property
-    def accumulated(self) -> dict[int, str]:
-        """Weights whose gradients go into main_grad, by slot."""
-        return self._factors("accumulate_into_main_grad")
-
-    def _factors(self, flag: str) -> dict[int, str]:
-        """Weights that want a gradient and are factors of a product whose op asks for `flag`."""
-        wanted, everywhere = self.request.gradients, bool(self.request.options.get(flag))
-        return {
-            k: own
-            for k, ((i, name), own) in enumerate(self.weight_names.items())
-            if self.kinds[i].gemm
-            and (everywhere or getattr(self.ops[i], flag, False))
-            and own in wanted
-            and self.request.weights[own] is not None
-            and (self.kinds[i].wgrad or name == "weight")
-        }
-
-    @cached_property
-    def waits(self) -> set[str]:
-        """The gradients of the weights that are late."""
-        return {f"d{weight}" for weight in self.late.values()}
+    def elsewhere(self) -> WeightGradients:
+        """Weights whose gradients do not come back from the backward."""
+        present = {name for name, spec in self.request.weights.items() if spec is not None}
+        wanted = present & self.request.gradients
+        return weight_gradients(self.run, wanted, self.request.options)
 
     def spec(self, name: str) -> Spec:
         """The spec of a value by its name."""

@@ -194,7 +194,7 @@ def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
     kinds = zip(program.kinds, program.still(FORWARD), strict=True)
     first = len(program.activations)
     saved = [Saved(n, definitions.spec(n), places.get(n)) for n in functions.saved]
-    accumulated = {first + k for k in program.accumulated}
+    accumulated = {first + k for k in program.elsewhere.accumulated}
     return Signature(
         inputs,
         tuple(outputs),
@@ -204,7 +204,7 @@ def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
         taps=tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
         reports=len(program.reports),
         reported=tuple(k for k, argument in enumerate(inputs) if argument.amax),
-        late=tuple(program.late),
+        late=tuple(program.elsewhere.late),
         into_main_grad=tuple(
             (place, s.argument - first)
             for place, s in enumerate(saved)
