@@ -62,18 +62,20 @@ class First:
     def __init__(self, target: Any, where: str) -> None:
         self.counts: dict[str, set[int]] = {name: set() for name in FUNCTIONS}
         for name in FUNCTIONS:
-            found = getattr(target, name, None)
-            if found is not None:
-                setattr(self, name, self._checked(name, found, where))
+            implementation = getattr(target, name, None)
+            if implementation is not None:
+                setattr(self, name, self._checked(name, implementation, where))
 
-    def _checked(self, name: str, found: Callable[..., Any], where: str) -> Callable[..., Any]:
+    def _checked(
+        self, name: str, implementation: Callable[..., Any], where: str
+    ) -> Callable[..., Any]:
         def first(*args: Any, **kwargs: Any) -> Any:
-            result = verify(found(*args, **kwargs), where, name, tuple(self.counts[name]))
+            result = verify(implementation(*args, **kwargs), where, name, tuple(self.counts[name]))
             value = result[0] if name in _NAMES and isinstance(result, tuple | list) else result
-            what = _NAMES.get(name, "dx" if name == "dgrad" else "y")
+            called = _NAMES.get(name, "dx" if name == "dgrad" else "y")
             if name != "wgrad" and isinstance(value, Tensor) and value.dim() != 2:
-                raise OpError(where, f"{_shown(value)} for {what} from {name}", "[rows, width]")
-            setattr(self, name, found)
+                raise OpError(where, f"{_shown(value)} for {called} from {name}", "[rows, width]")
+            setattr(self, name, implementation)
             return result
 
         return first

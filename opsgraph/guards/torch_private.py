@@ -18,20 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def _find(path: str, otherwise: Any) -> Any:
     """What `torch.<path>` is, or the other thing where there is no such name."""
-    found: Any = torch
+    owner: Any = torch
     for name in path.split("."):
-        found = getattr(found, name, None)
-        if found is None:
+        owner = getattr(owner, name, None)
+        if owner is None:
             return otherwise
-    return found
+    return owner
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` past the look, in Python, for arguments left over by a transform."""
-    made: Callable[..., Any] = getattr(super(torch.autograd.Function, function), "apply", None) or (
-        function.apply
-    )
-    return made
+    apply: Callable[..., Any] = getattr(
+        super(torch.autograd.Function, function), "apply", None
+    ) or (function.apply)
+    return apply
 
 
 finished: Callable[[Tensor], Tensor] = _find("_C._functorch.unwrap_if_dead", lambda tensor: tensor)

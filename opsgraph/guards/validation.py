@@ -33,10 +33,10 @@ def number(
     allowed: Callable[[float], bool] = lambda value: True,
 ) -> float:
     """A float for which `allowed` is true; `expected` says so in words."""
-    found = _plain(who, name, value)
-    if isinstance(found, bool) or not isinstance(found, Real) or not allowed(float(found)):
+    plain = _plain(who, name, value)
+    if isinstance(plain, bool) or not isinstance(plain, Real) or not allowed(float(plain)):
         raise OpError(who, f"{name}={value!r}", expected)
-    return float(found)
+    return float(plain)
 
 
 def positive(who: str, name: str, value: Any) -> float:
@@ -51,10 +51,10 @@ def epsilon(who: str, name: str, value: Any) -> float:
 
 def whole(who: str, name: str, value: Any, least: int = 1, other: str = "") -> int:
     """A whole number, at least `least`. other: what else would do, for the message."""
-    found = _plain(who, name, value)
-    if isinstance(found, bool) or not isinstance(found, Integral | SymInt) or found < least:
+    plain = _plain(who, name, value)
+    if isinstance(plain, bool) or not isinstance(plain, Integral | SymInt) or plain < least:
         raise OpError(who, f"{name}={value!r}", f"a whole number, {least} or above{other}")
-    return int(found)
+    return int(plain)
 
 
 def size(who: str, name: str, value: Any, least: int = 1) -> Any:
@@ -69,10 +69,10 @@ def features(who: str, name: str, value: Any) -> Any:
 
 def flag(who: str, name: str, value: Any) -> bool:
     """True or False; 1 and 0 will do."""
-    found = _plain(who, name, value)
-    if not isinstance(found, Integral) or found not in (0, 1):
+    plain = _plain(who, name, value)
+    if not isinstance(plain, Integral) or plain not in (0, 1):
         raise OpError(who, f"{name}={value!r}", "True or False")
-    return bool(found)
+    return bool(plain)
 
 
 def choice(who: str, name: str, value: Any, known: Collection[str | None]) -> Any:
@@ -95,10 +95,10 @@ def names(who: str, name: str, value: Any) -> tuple[str, ...]:
     """A collection of names, sorted."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise OpError(who, f"{name}={value!r}", "a list of names")
-    found = tuple(value)
-    if not all(isinstance(item, str) for item in found):
+    listed = tuple(value)
+    if not all(isinstance(item, str) for item in listed):
         raise OpError(who, f"{name}={value!r}", "a list of names")
-    return tuple(sorted(found))
+    return tuple(sorted(listed))
 
 
 def function(who: str, name: str, value: Any) -> Any:

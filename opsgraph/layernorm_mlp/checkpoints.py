@@ -43,14 +43,14 @@ def _rearranged(
     who: str, state: Mapping[str, Any], names: Iterable[str], size: int, outer: tuple[int, int]
 ) -> dict[str, Any]:
     block = whole(who, "glu_interleave_size", size)
-    made = dict(state)
+    rearranged = dict(state)
     for name in (names,) if isinstance(names, str) else tuple(names):
-        found = [key for key in state if key == name or key.endswith(f".{name}")]
-        if not found:
+        keys = [key for key in state if key == name or key.endswith(f".{name}")]
+        if not keys:
             raise OpError(who, f"no entry {name!r}", f"one of {_some(state)}")
-        for key in found:
-            made[key] = _exchange(who, key, state[key], block, outer)
-    return made
+        for key in keys:
+            rearranged[key] = _exchange(who, key, state[key], block, outer)
+    return rearranged
 
 
 def _exchange(who: str, key: str, value: Tensor, block: int, outer: tuple[int, int]) -> Tensor:
@@ -60,8 +60,8 @@ def _exchange(who: str, key: str, value: Tensor, block: int, outer: tuple[int, i
         raise OpError(who, f"{key} of shape {tuple(value.shape)}", expected)
     blocks = value.shape[0] // (2 * block)
     split = value.unflatten(0, (*(blocks if n < 0 else n for n in outer), block))
-    made: Tensor = split.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-    return made.flatten(0, 2)
+    exchanged: Tensor = split.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    return exchanged.flatten(0, 2)
 
 
 def join_llama_mlp(
@@ -80,31 +80,31 @@ def join_llama_mlp(
     glu_interleave_size: FC1's rows alternate, as by `interleave_glu`. Raises OpError for an MLP
     that lacks a part, and if there is none.
     """
-    made: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     used: set[str] = set()
     for prefix in _prefixes("join_llama_mlp", state, f"{GATE}weight"):
         for kind in ("weight", "bias"):
             parts = [f"{prefix}{part}{kind}" for part in (GATE, UP, DOWN)]
-            there = [key for key in parts[:2] if key in state]
+            present = [key for key in parts[:2] if key in state]
             if kind == "weight" and not all(key in state for key in parts):
                 missing = next(key for key in parts if key not in state)
                 raise OpError("join_llama_mlp", f"no {missing}", f"it beside {parts[0]}")
-            if len(there) == 1:
+            if len(present) == 1:
                 both = " and ".join(parts[:2])
-                raise OpError("join_llama_mlp", f"{there[0]} alone", f"both {both}")
-            if there:
-                halves = [state[key] for key in there]
+                raise OpError("join_llama_mlp", f"{present[0]} alone", f"both {both}")
+            if present:
+                halves = [state[key] for key in present]
                 if halves[0].shape != halves[1].shape:
                     shapes = " and ".join(str(tuple(half.shape)) for half in halves)
                     raise OpError("join_llama_mlp", f"{prefix}: shapes {shapes}", "two equal ones")
                 joined = torch.cat(halves)
                 if glu_interleave_size is not None:
                     joined = interleave_glu({"": joined}, "", glu_interleave_size)[""]
-                made[f"{prefix}{fc1}{kind}"] = joined
+                merged[f"{prefix}{fc1}{kind}"] = joined
             if parts[2] in state:
-                made[f"{prefix}{fc2}{kind}"] = state[parts[2]]
+                merged[f"{prefix}{fc2}{kind}"] = state[parts[2]]
             used.update(parts)
-    return _replaced(state, used, made)
+    return _replaced(state, used, merged)
 
 
 def split_llama_mlp(
@@ -115,7 +115,7 @@ def split_llama_mlp(
     glu_interleave_size: int | None = None,
 ) -> dict[str, Any]:
     """The inverse of `join_llama_mlp`, with the same arguments."""
-    made: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     used: set[str] = set()
     for prefix in _prefixes("split_llama_mlp", state, f"{fc1}weight", f"{fc2}weight"):
         for kind in ("weight", "bias"):
@@ -128,24 +128,26 @@ def split_llama_mlp(
                     got = f"{first} of shape {tuple(joined.shape)}"
                     raise OpError("split_llama_mlp", got, "an even number of rows")
                 gate, up = (half.clone() for half in joined.chunk(2))
-                made |= {f"{prefix}{GATE}{kind}": gate, f"{prefix}{UP}{kind}": up}
+                parts |= {f"{prefix}{GATE}{kind}": gate, f"{prefix}{UP}{kind}": up}
             if second in state:
-                made[f"{prefix}{DOWN}{kind}"] = state[second]
+                parts[f"{prefix}{DOWN}{kind}"] = state[second]
             used.update((first, second))
-    return _replaced(state, used, made)
+    return _replaced(state, used, parts)
 
 
 def _prefixes(who: str, state: Mapping[str, Any], *names: str) -> list[str]:
     """The names of the modules that have all of these entries, each with its dot."""
-    found = [key.removesuffix(names[0]) for key in state if key.endswith(names[0])]
-    found = [p for p in found if (not p or p.endswith(".")) and all(p + n in state for n in names)]
-    if not found:
+    prefixes = [key.removesuffix(names[0]) for key in state if key.endswith(names[0])]
+    prefixes = [
+        p for p in prefixes if (not p or p.endswith(".")) and all(p + n in state for n in names)
+    ]
+    if not prefixes:
         raise OpError(who, f"no {' with '.join(names)}", f"one of {_some(state)}")
-    return found
+    return prefixes
 
 
-def _replaced(state: Mapping[str, Any], used: set[str], made: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key not in used} | made
+def _replaced(state: Mapping[str, Any], used: set[str], entries: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key not in used} | entries
 
 
 def _some(state: Mapping[str, Any]) -> str:

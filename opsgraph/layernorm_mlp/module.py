@@ -170,13 +170,13 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
 
     def _take(self, given: Mapping[str, Any], tp: Group) -> None:
         """Check the constructor's arguments; keep them and what follows from them."""
-        made = checked(given, tp)
-        kept = {**made, "tp_group": tp.name or None}  # a group itself cannot be pickled
-        self.__dict__.update(attributes(made, tp), _given=kept)
+        arguments = checked(given, tp)
+        kept = {**arguments, "tp_group": tp.name or None}  # a group itself cannot be pickled
+        self.__dict__.update(attributes(arguments, tp), _given=kept)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        made = self.__dict__.get("_given")
-        if made is None or not (name in made or name in FIXED):
+        arguments = self.__dict__.get("_given")
+        if arguments is None or not (name in arguments or name in FIXED):
             super().__setattr__(name, value)
             return
         if name in FIXED:
@@ -248,8 +248,8 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
         }
         self._marks = tuple(sizes)
         for name, shape in sizes.items():
-            made = None if shape is None else nn.Parameter(torch.empty(shape, **place))
-            self.register_parameter(name, made)
+            parameter = None if shape is None else nn.Parameter(torch.empty(shape, **place))
+            self.register_parameter(name, parameter)
 
     def _exchange(self, gathered: bool) -> tuple[dict[str, Any], dict[str, Any], list[Op]]:
         """How FC1 and FC2 are split, and the ops between the norm and FC1."""
@@ -349,8 +349,8 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
 
     def plan(self, training: bool = True, x: Tensor | None = None) -> Plan:
         """The plan, as `Sequential.plan` gives it."""
-        found: Plan = self._built()[0].plan(training, x)
-        return found
+        plan: Plan = self._built()[0].plan(training, x)
+        return plan
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's sequence reads the copy's parameters: it makes its own.
@@ -369,9 +369,9 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """A TransformerEngine checkpoint's pickled `_extra_state` is dropped, never unpickled."""
-        given = {k: v for k, v in state_dict.items() if k != f"{prefix}_extra_state"}
-        before_loading(self, given, prefix)
-        super()._load_from_state_dict(given, prefix, *args)
+        own_keys = {k: v for k, v in state_dict.items() if k != f"{prefix}_extra_state"}
+        before_loading(self, own_keys, prefix)
+        super()._load_from_state_dict(own_keys, prefix, *args)
         unexpected = args[3]
         if f"{prefix}_extra_state" in unexpected:
             unexpected.remove(f"{prefix}_extra_state")

@@ -53,10 +53,10 @@ FIXED = {
 _NOT_KEPT = ("bias", "tp_group", "device", "params_dtype", "tp_size")
 
 
-def known(what: str, got: Any, names: Mapping[str, Any]) -> None:
+def known(argument: str, got: Any, names: Mapping[str, Any]) -> None:
     """Raises OpsgraphError for a value that is none of the names."""
     if not isinstance(got, str) or got not in names:
-        raise OpsgraphError(f"{WHO}: got {what} {got!r}, expected one of {', '.join(names)}")
+        raise OpsgraphError(f"{WHO}: got {argument} {got!r}, expected one of {', '.join(names)}")
 
 
 def activation_of(name: str, params: Mapping[str, Any]) -> Op:
@@ -70,42 +70,42 @@ def activation_of(name: str, params: Mapping[str, Any]) -> Op:
 
 def checked(given: Mapping[str, Any], tp: Group) -> dict[str, Any]:
     """All arguments, checked one by one and together; flags as True or False."""
-    made = dict(given)
-    place(WHO, made["device"], made["params_dtype"])
-    known("normalization", made["normalization"], NORMS)
-    known("activation", made["activation"], ACTIVATIONS)
+    arguments = dict(given)
+    place(WHO, arguments["device"], arguments["params_dtype"])
+    known("normalization", arguments["normalization"], NORMS)
+    known("activation", arguments["activation"], ACTIVATIONS)
     for name in ("hidden_size", "ffn_hidden_size"):
-        made[name] = whole(WHO, name, made[name])
-    if made["eps"] is not None or made["normalization"] == "LayerNorm":
-        made["eps"] = epsilon(WHO, "eps", made["eps"])
+        arguments[name] = whole(WHO, name, arguments[name])
+    if arguments["eps"] is not None or arguments["normalization"] == "LayerNorm":
+        arguments["eps"] = epsilon(WHO, "eps", arguments["eps"])
     for name in FLAGS:
-        made[name] = flag(WHO, name, made[name])
-    _check_overlap(made, tp)
-    check_shares(made["ffn_hidden_size"], tp)
-    if made["symmetric_ar_type"] is not None:
-        known("symmetric_ar_type", made["symmetric_ar_type"], dict.fromkeys(SYMMETRIC))
+        arguments[name] = flag(WHO, name, arguments[name])
+    _check_overlap(arguments, tp)
+    check_shares(arguments["ffn_hidden_size"], tp)
+    if arguments["symmetric_ar_type"] is not None:
+        known("symmetric_ar_type", arguments["symmetric_ar_type"], dict.fromkeys(SYMMETRIC))
     for name in ("seq_length", "micro_batch_size"):
-        made[name] = size(WHO, name, made[name])
-    text(WHO, "name", made["name"])
+        arguments[name] = size(WHO, name, arguments[name])
+    text(WHO, "name", arguments["name"])
     for name in FUNCTIONS:
-        function(WHO, name, made[name])
-    if not isinstance(params := made["activation_params"], Mapping | None):
+        function(WHO, name, arguments[name])
+    if not isinstance(params := arguments["activation_params"], Mapping | None):
         raise OpError(WHO, f"activation_params={params!r}", "a dict of keyword arguments or None")
-    made["activation_params"] = dict(made["activation_params"] or {})
-    made["sequence_parallel"] = made["sequence_parallel"] and tp.size > 1
-    return made
+    arguments["activation_params"] = dict(arguments["activation_params"] or {})
+    arguments["sequence_parallel"] = arguments["sequence_parallel"] and tp.size > 1
+    return arguments
 
 
-def attributes(made: Mapping[str, Any], tp: Group) -> dict[str, Any]:
+def attributes(arguments: Mapping[str, Any], tp: Group) -> dict[str, Any]:
     """The attributes of a module: checked arguments, and what follows from them."""
-    act = activation_of(made["activation"], made["activation_params"])
-    off = {"ub_bulk_dgrad", "ub_bulk_wgrad"} if made["ub_overlap_rs_dgrad"] else set()
-    return {name: value for name, value in made.items() if name not in _NOT_KEPT} | {
-        "use_bias": made["bias"],
+    act = activation_of(arguments["activation"], arguments["activation_params"])
+    off = {"ub_bulk_dgrad", "ub_bulk_wgrad"} if arguments["ub_overlap_rs_dgrad"] else set()
+    return {name: value for name, value in arguments.items() if name not in _NOT_KEPT} | {
+        "use_bias": arguments["bias"],
         "tp_size": tp.size,
-        "size_per_partition": made["ffn_hidden_size"] // tp.size,
-        "overlap": tuple(name for name in OVERLAP if made[name] and name not in off),
-        "halves": 2 if made["activation"] in GATED else 1,
+        "size_per_partition": arguments["ffn_hidden_size"] // tp.size,
+        "overlap": tuple(name for name in OVERLAP if arguments[name] and name not in off),
+        "halves": 2 if arguments["activation"] in GATED else 1,
         "_group": tp.name,
         "_fc1_stride": getattr(act, "pieces", 1),
     }
@@ -149,9 +149,9 @@ def check_shares(ffn: int, tp: Group) -> None:
         raise OpsgraphError(f"{WHO}: got tp_size {tp.size} and no tp_group, expected one")
 
 
-def _check_overlap(given: Mapping[str, Any], tp: Group) -> None:
-    on = [name for name in OVERLAP if given[name]]
-    if on and not (given["sequence_parallel"] and tp.size > 1):
+def _check_overlap(arguments: Mapping[str, Any], tp: Group) -> None:
+    on = [name for name in OVERLAP if arguments[name]]
+    if on and not (arguments["sequence_parallel"] and tp.size > 1):
         raise OpsgraphError(
             f"{WHO}: got {', '.join(on)} without sequence parallelism, expected "
             "sequence_parallel=True and tp_size > 1"

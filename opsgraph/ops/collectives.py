@@ -71,8 +71,8 @@ def _of_mesh(mesh: Any, who: str) -> dist.ProcessGroup:
         raise OpsgraphError(f"{who}: got process group {mesh!r}, expected {expected}")
     if mesh.ndim != 1:
         raise OpsgraphError(f"{who}: got a mesh of {mesh.ndim} dimensions, expected 1")
-    found: dist.ProcessGroup = mesh.get_group()
-    return found
+    group: dist.ProcessGroup = mesh.get_group()
+    return group
 
 
 def process_group(name: str) -> dist.ProcessGroup | None:

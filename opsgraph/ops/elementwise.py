@@ -124,8 +124,8 @@ class Reshape(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        given: Any = shape[0] if len(shape) == 1 and isinstance(shape[0], Iterable) else shape
-        self.shape = tuple(whole("Reshape", "shape", size, -1) for size in given)
+        sizes: Any = shape[0] if len(shape) == 1 and isinstance(shape[0], Iterable) else shape
+        self.shape = tuple(whole("Reshape", "shape", size, -1) for size in sizes)
         if self.shape.count(-1) > 1:
             raise OpError("Reshape", f"shape={self.shape}", "at most one -1")
 

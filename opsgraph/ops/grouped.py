@@ -95,8 +95,8 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         for name in self.weight_names:
             self.register_parameter(name, empty_parameter(shape, device, dtype))
         for name in self.bias_names:
-            made = empty_parameter(shape[:1], device, dtype) if bias else None
-            self.register_parameter(name, made)
+            parameter = empty_parameter(shape[:1], device, dtype) if bias else None
+            self.register_parameter(name, parameter)
         self._pack()
         self.reset_parameters()
 
@@ -110,19 +110,19 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
 
     def _parts(self, name: str) -> list[Any]:
         """The parameters of each group; none if one is not there."""
-        found = [self.own_parameter(part) for part in self.names_of(name)]
-        return [] if any(part is None for part in found) else found
+        members = [self.own_parameter(part) for part in self.names_of(name)]
+        return [] if any(part is None for part in members) else members
 
     def _join(self, name: str) -> Tensor | None:
         names = self.names_of(name)
         own = self._parameters
-        found: Any = [own[part] if part in own else getattr(self, part, None) for part in names]
-        if all(map(_is_there, found)):
-            return join(self, names, tuple(found))
-        if any(map(_is_there, found)):
-            there = [g for g, part in enumerate(found) if part is not None]
+        tensors: Any = [own[part] if part in own else getattr(self, part, None) for part in names]
+        if all(map(_is_there, tensors)):
+            return join(self, names, tuple(tensors))
+        if any(map(_is_there, tensors)):
+            present = [g for g, part in enumerate(tensors) if part is not None]
             expected = "one of each group, or none"
-            raise OpError("GroupedLinear", f"{name} of groups {there} alone", expected)
+            raise OpError("GroupedLinear", f"{name} of groups {present} alone", expected)
         return None
 
     @property
@@ -144,8 +144,10 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             got, expected = f"{name} of shape {tuple(param.shape)}", f"{self.num_groups} groups"
             raise OpError("GroupedLinear", got, expected)
         for g, part in enumerate(self.names_of(name)):
-            own = None if param is None else nn.Parameter(param.detach()[g], param.requires_grad)
-            super().register_parameter(part, own)
+            parameter = (
+                None if param is None else nn.Parameter(param.detach()[g], param.requires_grad)
+            )
+            super().register_parameter(part, parameter)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias") and (value is None or isinstance(value, nn.Parameter)):
@@ -273,18 +275,18 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         return dx, (None, dweight, dbias)
 
     def _own_keys(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-        found = dict(super()._own_keys(state_dict, prefix))
+        split = dict(super()._own_keys(state_dict, prefix))
         for name in ("weight", "bias"):
-            whole = found.get(prefix + name)
+            whole = split.get(prefix + name)
             if isinstance(whole, Tensor) and whole.shape[:1] == (self.num_groups,):
-                del found[prefix + name]
+                del split[prefix + name]
                 parts = zip(
                     self.names_of(name),
                     whole.unbind(),
                     strict=True,
                 )
-                found |= {prefix + part: own for part, own in parts}
-        return found
+                split |= {prefix + part: value for part, value in parts}
+        return split
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.in_features}, {self.out_features}"
@@ -303,30 +305,30 @@ def _wgrad(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def weight_gradients(
-    fc: Any, product: Callable[..., Tensor], pairs: Sequence[tuple[Any, Any]], stored: Tensor
+    fc: Any, product: Callable[..., Tensor], pairs: Sequence[tuple[Any, Any]], weights: Tensor
 ) -> Tensor | None:
-    """`weight_gradient` of each group, of its dy and x. stored: the weights as parameters."""
+    """`weight_gradient` of each group, of its dy and x. weights: as parameters."""
     if not fc.accumulate_into_main_grad:
         return torch.stack([product(dy, x) for dy, x in pairs])
-    return _each(lambda k, weight: weight_gradient(fc, product, *pairs[k], weight), stored)
+    return _each(lambda k, weight: weight_gradient(fc, product, *pairs[k], weight), weights)
 
 
-def into_main_grads(fc: Any, gradient: Callable[[int], Tensor], stored: Tensor) -> Tensor | None:
+def into_main_grads(fc: Any, gradient: Callable[[int], Tensor], weights: Tensor) -> Tensor | None:
     """Each group's weight gradient into its main_grad; returns what autograd is given.
 
-    stored: the weights as parameters. gradient: gives that of a group.
+    weights: as parameters. gradient: gives that of a group.
     """
     overwrite = fc.overwrite_main_grad
-    return _each(lambda k, weight: add_to_main_grad(gradient(k), weight, overwrite), stored)
+    return _each(lambda k, weight: add_to_main_grad(gradient(k), weight, overwrite), weights)
 
 
-def _each(add: Callable[[int, Tensor], Tensor | None], stored: Tensor) -> Tensor | None:
+def _each(add: Callable[[int, Tensor], Tensor | None], weights: Tensor) -> Tensor | None:
     """The dummy gradients of all groups, if there are any."""
-    weights = enumerate(parameters(stored))
-    found = [add(k, weight) if weight.requires_grad else None for k, weight in weights]
-    if all(gradient is None for gradient in found):
+    numbered = enumerate(parameters(weights))
+    dummies = [add(k, weight) if weight.requires_grad else None for k, weight in numbered]
+    if all(gradient is None for gradient in dummies):
         return None
-    return torch.stack([torch.zeros_like(stored[0]) if g is None else g for g in found])
+    return torch.stack([torch.zeros_like(weights[0]) if g is None else g for g in dummies])
 
 
 INTEGERS = {
@@ -340,9 +342,9 @@ def _integers(value: Any, count: int, where: str) -> Tensor:
     expected = f"{count} integers, one for each group: a tensor or a list"
     if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
         raise OpError(where, f"split_sizes {value!r}", expected)
-    given = list(value)
-    if any(isinstance(size, bool) or not hasattr(size, "__index__") for size in given):
-        raise OpError(where, f"split_sizes {given}", expected)
-    if len(given) != count:
-        raise OpError(where, f"{len(given)} split_sizes {given}", expected)
-    return torch.tensor([index(size) for size in given], dtype=torch.int64)
+    sizes = list(value)
+    if any(isinstance(size, bool) or not hasattr(size, "__index__") for size in sizes):
+        raise OpError(where, f"split_sizes {sizes}", expected)
+    if len(sizes) != count:
+        raise OpError(where, f"{len(sizes)} split_sizes {sizes}", expected)
+    return torch.tensor([index(size) for size in sizes], dtype=torch.int64)

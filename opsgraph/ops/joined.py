@@ -78,8 +78,8 @@ class Joined(Tensor):
         if all(grad is None for grad in grads):
             return None
         pairs = zip(self.parts.values(), grads, strict=True)
-        found = tuple(torch.zeros_like(p) if g is None else g for p, g in pairs)
-        return _joined(in_a_row(found), found)
+        gradients = tuple(torch.zeros_like(p) if g is None else g for p, g in pairs)
+        return _joined(in_a_row(gradients), gradients)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
@@ -154,5 +154,5 @@ def pack(parts: Sequence[Any]) -> None:
     if prod(parts[0].shape) and not in_a_row(parts):
         with torch.no_grad():
             whole = torch.stack(tuple(parts))
-        for part, own in zip(parts, whole.unbind(), strict=True):
-            part.data = own
+        for part, row in zip(parts, whole.unbind(), strict=True):
+            part.data = row

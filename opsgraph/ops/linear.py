@@ -386,8 +386,8 @@ class Linear(BasicLinear):
     def _product_kind(self) -> type[Op]:
         kind = type(self)
         names = FUNCTIONS if kind is not Linear else ()
-        own = any(getattr(kind, name) is not getattr(BasicLinear, name) for name in names)
-        return kind if own else BasicLinear
+        overridden = any(getattr(kind, name) is not getattr(BasicLinear, name) for name in names)
+        return kind if overridden else BasicLinear
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.has('bias')}"

@@ -13,8 +13,8 @@ def empty_parameter(
 ) -> nn.Parameter:
     """A parameter to be initialized; an uninitialized one if a size is None."""
     if any(size is None for size in shape):
-        made: Any = UninitializedParameter
-        return made(device=device, dtype=dtype)  # type: ignore[no-any-return]
+        kind: Any = UninitializedParameter
+        return kind(device=device, dtype=dtype)  # type: ignore[no-any-return]
     return nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))  # type: ignore[arg-type]
 
 

@@ -143,17 +143,17 @@ def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     """What ops stand for under the recipe of that number, with their labels."""
     plain = lower_plainly(ops, labels)
     kinds: list[type[Op]] = [Op, *(entry.kind for entry in plain), Op]
-    made: list[Placed] = []
+    run: list[Placed] = []
     for entry, before, after in zip(plain, kinds, kinds[2:], strict=False):
         if quantizable(entry.kind):
-            made += _around(entry, recipe_of(key))
+            run += _around(entry, recipe_of(key))
         elif entry.kind is GroupedLinear:
-            made += grouped(entry, recipe_of(key))
+            run += grouped(entry, recipe_of(key))
         elif isinstance(entry.op, Quantize):
-            made += _rounding(entry, recipe_of(key), quantizable(before), quantizable(after))
+            run += _rounding(entry, recipe_of(key), quantizable(before), quantizable(after))
         else:
-            made.append(entry)
-    return made
+            run.append(entry)
+    return run
 
 
 def _around(entry: Placed, recipe: Recipe) -> Iterator[Placed]:

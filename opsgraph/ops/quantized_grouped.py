@@ -12,7 +12,7 @@ from ..precision.quantizers import Quantized, Quantizer
 from ..precision.recipe import Recipe
 from .grouped import GroupedLinear, _pieces, weight_gradients
 
-Quantize = Callable[[Quantizer, Tensor, Collection[str]], Quantized]
+CopiesOf = Callable[[Quantizer, Tensor, Collection[str]], Quantized]
 """A function that makes the copies of a tensor whose names it is given."""
 
 
@@ -45,8 +45,8 @@ class QuantizedGroupedLinear(GroupedLinear):
         widths = {"in_features": x.width, "out_features": self.out_features or 0}
         for (name, width), quantizer in zip(widths.items(), self.quantizers[::2], strict=True):
             if width % quantizer.multiple:
-                multiple, what = quantizer.multiple, quantizer.storage.name
-                return f"got {name} {width}, expected a multiple of {multiple} for {what}"
+                multiple, name_of_format = quantizer.multiple, quantizer.storage.name
+                return f"got {name} {width}, expected a multiple of {multiple} for {name_of_format}"
         return super().reject(x)
 
     def fwd(
@@ -58,35 +58,38 @@ class QuantizedGroupedLinear(GroupedLinear):
         self, dy: Tensor, x: Tensor, split_sizes: Tensor, weight: Tensor, bias: Tensor | None,
         weight_stored: Tensor, want: Collection[str],
     ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:  # fmt: skip
-        given = dy, x, split_sizes, weight, bias, weight_stored, want
-        return self.backward_by(_by_formula, *given)
+        operands = dy, x, split_sizes, weight, bias, weight_stored, want
+        return self.backward_by(_by_formula, *operands)
 
     def forward_by(
-        self, quantize: Quantize, x: Tensor, split_sizes: Tensor, weight: Tensor,
+        self, copies_of: CopiesOf, x: Tensor, split_sizes: Tensor, weight: Tensor,
         bias: Tensor | None,
     ) -> tuple[Tensor, tuple[()]]:  # fmt: skip
-        """`fwd`, its operands quantized so."""
+        """`fwd`, with copies made so."""
         activation, weights, _ = self.quantizers
         parts = []
         for g, piece in enumerate(_pieces(x, split_sizes)):
-            operands = quantize(activation, piece, ("row",)), quantize(weights, weight[g], ("row",))
+            operands = (
+                copies_of(activation, piece, ("row",)),
+                copies_of(weights, weight[g], ("row",)),
+            )
             y = scaled.forward(*operands)
             parts.append(y if bias is None else y + bias[g])
         return torch.cat(parts), ()
 
     def backward_by(
-        self, quantize: Quantize, dy: Tensor, x: Tensor, split_sizes: Tensor, weight: Tensor,
+        self, copies_of: CopiesOf, dy: Tensor, x: Tensor, split_sizes: Tensor, weight: Tensor,
         bias: Tensor | None, weight_stored: Tensor, want: Collection[str],
     ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:  # fmt: skip
-        """`bwd`, its operands quantized so."""
+        """`bwd`, with copies made so."""
         if self.override == "high_precision":
             return super().bwd(dy, x, split_sizes, weight, bias, weight_stored, want)
         pieces = zip(_pieces(dy, split_sizes), _pieces(x, split_sizes), weight, strict=True)
-        found = [self._group(quantize, d, p, w, want) for d, p, w in pieces]
-        dx = torch.cat([data for data, _ in found]) if "x" in want else None  # type: ignore[misc]
+        groups = [self._group(copies_of, d, p, w, want) for d, p, w in pieces]
+        dx = torch.cat([data for data, _ in groups]) if "x" in want else None  # type: ignore[misc]
         dweight = dbias = None
         if "weight" in want:
-            pairs = [operands for _, operands in found]
+            pairs = [operands for _, operands in groups]
             dweight = self.weigh(weight_gradients, self, scaled.wgrad, pairs, weight_stored)
         if "bias" in want and bias is not None:
             grads = _pieces(dy, split_sizes)
@@ -94,18 +97,18 @@ class QuantizedGroupedLinear(GroupedLinear):
         return dx, (None, dweight, dbias)
 
     def _group(
-        self, quantize: Quantize, dy: Tensor, x: Tensor, weight: Tensor, want: Collection[str]
+        self, copies_of: CopiesOf, dy: Tensor, x: Tensor, weight: Tensor, want: Collection[str]
     ) -> tuple[Tensor | None, tuple[Any, Quantized] | None]:
         """dx of one group, and of what its weight gradient is the product."""
         copies = ("row",) if self.override else ("col",)
         activation, weights, gradient = self.quantizers
-        grad = dy if self.override else quantize(gradient, dy, ("row", "col"))
-        dx = scaled.dgrad(grad, quantize(weights, weight, copies)) if "x" in want else None
+        grad = dy if self.override else copies_of(gradient, dy, ("row", "col"))
+        dx = scaled.dgrad(grad, copies_of(weights, weight, copies)) if "x" in want else None
         if "weight" not in want:
             return dx, None
         if isinstance(grad, Quantized) and grad.col is not None:
             grad = grad._replace(row=None)
-        return dx, (grad, quantize(activation, x, copies))
+        return dx, (grad, copies_of(activation, x, copies))
 
     @classmethod
     def sample(cls) -> Sequence[Op]:

@@ -136,9 +136,9 @@ class autocast:
             _close(self.recipe)
 
     def __call__(self, function: Any) -> Any:
-        for found in (inspect.isgeneratorfunction, inspect.iscoroutinefunction,
+        for runs_later in (inspect.isgeneratorfunction, inspect.iscoroutinefunction,
                       inspect.isasyncgenfunction):  # fmt: skip
-            if found(function):
+            if runs_later(function):
                 name = getattr(function, "__name__", repr(function))
                 raise OpsgraphError(
                     f"autocast: got {name}, which runs after it was called, expected a plain "

@@ -36,15 +36,15 @@ class _Check(NamedTuple):
 _checks: list[_Check] = []
 
 
-def reduce_max(values: Sequence[Tensor], what: Hashable, group: Any) -> list[Tensor]:
+def reduce_max(values: Sequence[Tensor], description: Hashable, group: Any) -> list[Tensor]:
     """The largest value over the ranks of a group, for each of the tensors `[n]`.
 
-    what: says what the values are, and must be the same on every rank. Raises OpsgraphError if it
-    is not; on CUDA a later call does, and this one returns -1 everywhere.
+    description: of the values, the same on every rank. Raises OpsgraphError if it is not; on CUDA a
+    later call does, and this one returns -1 everywhere.
     """
     raise_late()
     device = _device(values, group)
-    header = _header(what, device)
+    header = _header(description, device)
     flat = [header, *(value.to(device) for value in values)]
     count = sum(value.numel() for value in values)
     first = torch.cat([*flat, _padding(max(0, SLOTS - count), device)])
@@ -55,8 +55,8 @@ def reduce_max(values: Sequence[Tensor], what: Hashable, group: Any) -> list[Ten
     if rest.numel():
         rest = rest.clone()
         _reduce(rest, group)
-    found = torch.where(agree, torch.cat((first[header.numel() :], rest))[:count], -1.0)
-    pieces = found.split([value.numel() for value in values])
+    largest = torch.where(agree, torch.cat((first[header.numel() :], rest))[:count], -1.0)
+    pieces = largest.split([value.numel() for value in values])
     return [piece.to(value.device) for piece, value in zip(pieces, values, strict=True)]
 
 
@@ -73,9 +73,9 @@ def _device(values: Sequence[Tensor], group: Any) -> torch.device:
 
 
 @lru_cache(64)
-def _header(what: Hashable, device: torch.device) -> Tensor:
+def _header(description: Hashable, device: torch.device) -> Tensor:
     """A digest in fp32, and its negative: the largest of all are these where all are the same."""
-    digest = sha256(repr(what).encode()).digest()
+    digest = sha256(repr(description).encode()).digest()
     pieces = [float(int.from_bytes(digest[2 * k : 2 * k + 2], "big")) for k in range(_PIECES)]
     return torch.tensor([*pieces, *(-piece for piece in pieces)], device=device)
 

@@ -80,9 +80,9 @@ def key_of(recipe: Any) -> int:
                 return entry.key
         held = tuple(map(_getter, _values(recipe)))
         weak = any(isinstance(get, weakref.ref) for get in held)
-        found = weakref.ref(recipe) if weak else lambda: recipe
+        reference = weakref.ref(recipe) if weak else lambda: recipe
         key = next(_numbers)
-        _entries[key] = _Entry(key, type(recipe), held, found)
+        _entries[key] = _Entry(key, type(recipe), held, reference)
         return key
 
 

@@ -34,9 +34,9 @@ def product(a: Tensor | Copy, b: Tensor | Copy, dtype: torch.dtype, flip: bool =
     if dtype != torch.float64:
         units = _units(a if isinstance(a, Tensor) else a.data, dtype)
         if _factor(a) in units and _factor(b) in (units - {"rows"} if flip else units):
-            found = _in_bf16(_operand(a), _operand(b), dtype, flip)
-            if found is not None:
-                return found
+            y = _in_bf16(_operand(a), _operand(b), dtype, flip)
+            if y is not None:
+                return y
     left, right = _values(a, dtype), _values(b, dtype)
     return (left @ (right if flip else right.t())).to(dtype)
 

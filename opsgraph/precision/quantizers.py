@@ -4,7 +4,7 @@ A GEMM of quantized operands is `a @ b.T`, both contracted over their rows' elem
 scales run. So a value has two copies: `row` for the product that contracts over its width (its own
 pass's GEMM) and `col` for the one that contracts over its rows (the data or weight gradient's).
 `col` is the copy of the transpose, data `[width, rows]`. Where the grid of scales transposes
-exactly the two are one, and `row` alone is stored.
+exactly the two are one, and `row` alone is made.
 
 The arithmetic is `kernels.reference.quantize` and `nvfp4`; the formulas stand there.
 """
@@ -59,12 +59,12 @@ class Copy(NamedTuple):
 
 def _parts(copy: Copy) -> tuple[Tensor, ...]:
     """`copy.parts` for code that is compiled: Dynamo 2.9 sees no property of a NamedTuple."""
-    found = [copy.data, copy.scale]
+    tensors = [copy.data, copy.scale]
     if copy.amax is not None:
-        found.append(copy.amax)
+        tensors.append(copy.amax)
     if copy.quantizer.inverts:
-        found.append(copy.scale.reciprocal() if copy.inverse is None else copy.inverse)
-    return tuple(found)
+        tensors.append(copy.scale.reciprocal() if copy.inverse is None else copy.inverse)
+    return tuple(tensors)
 
 
 class Operand(NamedTuple):
@@ -191,24 +191,24 @@ class Quantizer:
         return Quantized(row, col, x.dtype)
 
     def part_specs(self, spec: Spec, name: str) -> tuple[Spec, ...]:
-        """Specs of what is stored for one copy of a value of that spec."""
+        """Specs of the parts of one copy of a value of that spec."""
         rows, width = spec.shape
         if name == "col" and not self.shared:
             rows, width = width, rows
         return self.specs(rows, width, spec.device)
 
     def parts(self, value: Quantized, name: str) -> tuple[Tensor, ...]:
-        """What is stored for one copy."""
+        """The parts of one copy."""
         copy = value.row if name == "row" else value.col
         assert copy is not None
         return _parts(transposed(copy) if name == "col" and self.shared else copy)
 
     def load(self, dtype: torch.dtype, **parts: Sequence[Tensor]) -> Quantized:
         """The value again from the parts of its copies: `load(dtype, row=(data, scale))`."""
-        made = {name: self.made(*tensors) for name, tensors in parts.items()}
-        if "col" in made and self.shared:
-            made["col"] = transposed(made["col"])
-        return Quantized(made.get("row"), made.get("col"), dtype)
+        copies = {name: self.made(*tensors) for name, tensors in parts.items()}
+        if "col" in copies and self.shared:
+            copies["col"] = transposed(copies["col"])
+        return Quantized(copies.get("row"), copies.get("col"), dtype)
 
 
 def transposed(copy: Copy) -> Copy:

@@ -100,11 +100,11 @@ class Recipe:
             return flag(type(self).__name__, name, value)
         if kind not in _FIELDS:
             return value
-        taken, made, expected = _FIELDS[kind]
+        accepted, convert, expected = _FIELDS[kind]
         value = value.item() if getattr(value, "ndim", None) == 0 else value  # NumPy's and tensors
-        if not isinstance(value, taken) or isinstance(value, bool):
+        if not isinstance(value, accepted) or isinstance(value, bool):
             self._fail(f"{name} {value!r}", expected)
-        return made(value)
+        return convert(value)
 
     def check(self) -> None:
         """Raises OpsgraphError for values that a recipe cannot have, their types being right."""
@@ -302,13 +302,13 @@ class CustomRecipe(Recipe):
             self._fail(f"qfactory {self.qfactory!r}", "a function of a role")
 
     def quantizer(self, role: str) -> Quantizer:
-        made = self.qfactory(role)
-        if not isinstance(made, Quantizer) or made.delayed:
-            got = type(made).__name__
+        quantizer = self.qfactory(role)
+        if not isinstance(quantizer, Quantizer) or quantizer.delayed:
+            got = type(quantizer).__name__
             self._fail(f"{got} for {role}", "a Quantizer of opsgraph.quantizers, not delayed")
-        if role != "gradient" and getattr(made, "stochastic", False):
+        if role != "gradient" and getattr(quantizer, "stochastic", False):
             self._fail(f"stochastic rounding for {role}", "it for gradients alone")
-        return made
+        return quantizer
 
 
 def _check_epsilon(recipe: Recipe, epsilon: float) -> None:
@@ -318,5 +318,5 @@ def _check_epsilon(recipe: Recipe, epsilon: float) -> None:
 
 def recipe_of(key: int) -> Recipe:
     """The recipe with that number."""
-    found: Recipe = interned.recipe_of(key)
-    return found
+    recipe: Recipe = interned.recipe_of(key)
+    return recipe

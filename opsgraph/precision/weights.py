@@ -32,11 +32,11 @@ class QuantizedTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, value: Quantized, shape: torch.Size) -> QuantizedTensor:
         assert value.row is not None
-        made: QuantizedTensor = torch.Tensor._make_wrapper_subclass(
+        tensor: QuantizedTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=value.dtype, device=value.row.data.device
         )
-        made.value = value
-        return made
+        tensor.value = value
+        return tensor
 
     def __init__(self, value: Quantized, shape: torch.Size) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class QuantizedTensor(torch.Tensor):
     def of(cls, x: Tensor, quantizer: Quantizer) -> QuantizedTensor:
         """x, fp32, bf16 or fp16, quantized."""
         with torch.no_grad():
-            return cls(_quantize(x.detach(), quantizer), x.shape)
+            return cls(_copies_of(x.detach(), quantizer), x.shape)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -69,9 +69,9 @@ class QuantizedTensor(torch.Tensor):
 
     def write(self, x: Tensor) -> None:
         """Quantize x into it."""
-        new = _quantize(x, self.quantizer)
-        for old, made in zip(_parts(self.value), _parts(new), strict=True):
-            old.copy_(made)
+        new = _copies_of(x, self.quantizer)
+        for old, part in zip(_parts(self.value), _parts(new), strict=True):
+            old.copy_(part)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantizedTensor({self.quantizer.storage.name}, {tuple(self.shape)}, {self.dtype})"
@@ -129,7 +129,7 @@ _REMADE: dict[Any, Callable[..., Tensor]] = {
 """What gives another QuantizedTensor, and not plain values."""
 
 
-def _quantize(x: Tensor, quantizer: Quantizer) -> Quantized:
+def _copies_of(x: Tensor, quantizer: Quantizer) -> Quantized:
     return quantizer(x, ("row",) if quantizer.shared else ("row", "col"))
 
 
@@ -144,8 +144,8 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[QuantizedTensor]:
     for k, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
-        given = args[k] if k < len(args) else kwargs.get(argument.name)
-        yield from (t for t in tree_flatten(given)[0] if isinstance(t, QuantizedTensor))
+        value = args[k] if k < len(args) else kwargs.get(argument.name)
+        yield from (t for t in tree_flatten(value)[0] if isinstance(t, QuantizedTensor))
 
 
 @contextmanager
