@@ -209,6 +209,18 @@ def test_reject_gives_its_reason() -> None:
         assert plan.rejected[-1].ops == (0, 1)
 
 
+def test_dtypes_give_their_reason() -> None:
+    class Single(LinearSquaredReLU):
+        dtypes = (torch.float32, torch.bfloat16)
+
+    og.register(Single)
+    layers = Linear(16, 8, bias=False, dtype=torch.float64), SquaredReLU()
+    plan = og.Sequential(*layers).plan()
+    reason = "Single takes float32 and bfloat16, not float64"
+    assert refusals(plan, "Single") == {("forward", reason)}
+    assert names(og.Sequential(Linear(16, 8, bias=False), SquaredReLU()).plan()) == ["Single"]
+
+
 def test_refused_where_the_backward_needs_an_inner_value() -> None:
     mlp = og.Sequential(Linear(16, 16), Linear(16, 8), ReLU(), fusers=("LinearReLU",))
     with og.register(LinearReLU):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import opsgraph as og
@@ -68,6 +69,8 @@ def consumes_act(self: Any, dy: Tensor, fc_weight: Tensor) -> Any: ...
         (dict(pattern={"my op": RMSNorm}), r"got \['my op'\] in pattern"),
         (dict(priority="high"), "got priority 'high', expected a number or None"),
         (dict(priority=float("nan")), "got priority nan, expected a number"),
+        (dict(dtypes=torch.float32), "got dtypes = torch.float32, expected a tuple of torch's dty"),
+        (dict(dtypes=("bf16",)), r"got dtypes = \('bf16',\), expected a tuple of torch's dtypes"),
         (dict(saves="fc_x"), "got saves = 'fc_x', expected a tuple of names"),
         (dict(bwd=consumes_act, consumes=("fc_x",)), r"consumes \['fc_x'\], which bwd does not"),
         (dict(wants=("fc_weight",)), "got wants = .*, expected the kernel's words under the names"),

@@ -25,6 +25,8 @@ from math import inf
 from types import NoneType, UnionType
 from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
+import torch
+
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, Op, Spec, arguments, differentiable, per_class
 from ..op.functions import backward_functions, function, passes
@@ -50,6 +52,8 @@ class Fuser:
     wants: ClassVar[Mapping[str, str]] = {}
     """What `want` calls a saved value or a gradient, if its kernel has another word for that:
     `dict(norm_rstd="rstd", fc_weight="y")`. The plan's source has that word already."""
+    dtypes: ClassVar[Collection[torch.dtype] | None] = None
+    """The dtypes that x may have, None for any."""
     quantized: ClassVar[bool] = False
     """Whether it takes an op whose operands a recipe has quantized."""
     reject_formats: Callable[..., str | None] | None = None

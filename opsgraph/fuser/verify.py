@@ -1,6 +1,8 @@
 """What a declaration of a fuser has to be."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+
+import torch
 
 from ..backend import backends
 from ..errors import RegisterError
@@ -41,6 +43,10 @@ def verify(fuser: Fuser) -> None:
         value = getattr(fuser, option)
         if isinstance(value, str) or not all(isinstance(n, str) for n in value):
             fail(f"got {option} = {value!r}, expected a tuple of names")
+    dtypes = fuser.dtypes
+    listed = isinstance(dtypes, Collection) and all(isinstance(d, torch.dtype) for d in dtypes)
+    if dtypes is not None and not listed:
+        fail(f"got dtypes = {dtypes!r}, expected a tuple of torch's dtypes, or None")
     kinds = {key: [k for k in alternatives(e) if k] for key, e in fuser.pattern.items()}
     flat = [kind for entry in kinds.values() for kind in entry]
     if not flat or not all(isinstance(kind, type) and issubclass(kind, Op) for kind in flat):

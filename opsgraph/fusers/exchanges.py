@@ -57,6 +57,7 @@ class _Symmetric(_Exchange):
     """An exchange over symmetric memory, where the linear has `flag` in its `overlap`."""
 
     backend, kernels = "symmetric", symmetric
+    dtypes: ClassVar[Any] = (torch.float32, torch.float16, torch.bfloat16)
     flag: ClassVar[str | None] = None
 
     def reject(self, exchange: Any, fc: Any, x: Spec) -> str | None:
@@ -65,8 +66,6 @@ class _Symmetric(_Exchange):
         here = max(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if exchange.group_size > here:
             return f"its group of {exchange.group_size} ranks is more than the {here} of this node"
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"it takes fp32, fp16 and bf16, not {x.dtype}"
         return super().reject(exchange, fc, x)
 
 
@@ -216,13 +215,12 @@ class SymmetricLinearAllReduce(_Symmetric):
     """Linear and all-reduce: the product is written where the other GPUs read and add it."""
 
     pattern = dict(fc=BasicLinear, exchange=AllReduce)
+    dtypes = (torch.float32, torch.bfloat16)
 
     def reject(self, exchange: Any, fc: Any, x: Spec) -> str | None:
         how = getattr(fc, "symmetric_ar_type", None)
         if how is None:
             return "it takes symmetric_ar_type, which is None"
-        if x.dtype not in (torch.float32, torch.bfloat16):
-            return f"its kernel takes fp32 and bf16, not {x.dtype}"
         if fc.local_out_features * x.dtype.itemsize % 4:
             return f"its kernel takes rows of whole 4 bytes, not {fc.local_out_features} {x.dtype}"
         if how == "multimem_all_reduce" and not symmetric.has_multicast(x.device):

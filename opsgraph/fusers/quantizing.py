@@ -114,7 +114,18 @@ def prepare_by(
     return backend, prepare
 
 
-class QuantizesValue(Fuser):
+class Quantizes(Fuser):
+    """What writes quantized copies, which its backend's kernels have to know how to."""
+
+    def reject(self, q: Any) -> str | None:
+        """Why they do not, or None."""
+        kernel = KERNELS[self.backend]
+        if not isinstance(format_of(q.quantizer), kernel.formats):
+            return f"its kernels do not write {q.quantizer.storage.name}"
+        return kernel.why_not()
+
+
+class QuantizesValue(Quantizes):
     """Quantize by a backend's kernel: one reading of x for both copies."""
 
     pattern, saves, wants = dict(q=Quantize), ("q_amax",), dict(q_amax="amax")
@@ -125,7 +136,7 @@ class QuantizesValue(Fuser):
         return made, (amax,)
 
 
-class QuantizesGradient(Fuser):
+class QuantizesGradient(Quantizes):
     """QuantizeGrad by a backend's kernel."""
 
     pattern, wants = dict(q=QuantizeGrad), dict(q_scale="amax")

@@ -2,7 +2,7 @@
 
 A `Space` holds the claims of one program. For each pass it asks every fuser of the backends that
 there are, at every op: does the pattern fit the classes from here on (`Matcher`), and does anything
-speak against it (`_refusal`)? What is refused is kept with its reason. Each op that does something
+speak against it (`refusal`)? What is refused is kept with its reason. Each op that does something
 is a claim of its own, by its own functions (`Reference`); so there is always a plan.
 
 A `Claim` says where it stands at once. What it needs, gives and calls follows from the names that
@@ -29,7 +29,7 @@ from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD
 from ..op.functions import family, passes, verify_backward
 from .program import GAP, INPUT, SAVED, Argument, Program
-from .rejection import Rejection
+from .rejection import Rejection, obstacle, refusal
 
 
 class Call(NamedTuple):
@@ -214,14 +214,14 @@ class Space:
             flag and not (direction == BACKWARD and passes(kind))
             for flag, kind in zip(still, program.kinds, strict=True)
         ]
-        obstacles = list(map(self._obstacle, range(program.count), still))
+        obstacles = [obstacle(program, i, flag) for i, flag in enumerate(still)]
         matcher, kinds = Matcher.of(fusers, direction), list(map(family, program.kinds))
         for start in range(program.count):
             for match in matcher.at(start, kinds, crossed):
                 if direction == BACKWARD and not program.flows[match.stop]:
                     continue
                 ops = tuple(i for i in match.positions.values() if i is not None)
-                reason = self._refusal(match, ops, direction, obstacles)
+                reason = refusal(program, match, direction, obstacles)
                 if reason is None and self._fuel == 0:
                     reason = "OPSGRAPH_FUEL is used up"
                 if reason is not None:
@@ -252,47 +252,6 @@ class Space:
 
     def _add_rejection(self, rejection: Rejection) -> None:
         self.rejected.setdefault((rejection, rejection.backend), rejection)
-
-    def _obstacle(self, i: int, still: bool) -> str | None:
-        """Why no fuser may cover an op in a pass, or None."""
-        program = self.program
-        if still and program.kinds[i].training_matters:
-            return f"{program.kinds[i].__name__} does nothing in this mode"
-        for dtype in program.promoted(i):
-            if dtype != program.specs[i].dtype:
-                return f"{program.numbers[i]} adds {dtype} to {program.specs[i].dtype}"
-        return None
-
-    def _refusal(
-        self, match: Match, ops: tuple[int, ...], direction: str, obstacles: list[str | None]
-    ) -> str | None:
-        program, fuser = self.program, match.fuser
-        quantized = False
-        for i in ops:
-            if obstacles[i] is not None:
-                return obstacles[i]
-            if not program.packed(i, "weight", direction):
-                continue
-            quantized = True
-            if not fuser.quantized:
-                return "it takes plain values, and the recipe quantizes the linear's"
-            if fuser.reject_formats and (reason := fuser.reject_formats(*program.storages(i))):
-                return reason
-        if direction == BACKWARD:
-            for i in ops:
-                if passes(program.kinds[i]) and i != match.stop - 1:
-                    return f"the gradient that leaves at {program.numbers[i]} is inside it"
-            for key in fuser.declaration.tapped:
-                tee = match.positions.get(key)
-                if tee is not None and tee not in program.tapped:
-                    return f"no gradient arrives at the Tee {program.numbers[tee]}"
-        if fuser.quantized and not quantized:
-            return "it takes quantized values, and these are not"
-        if fuser.reject is None:
-            return None
-        values = {key: None if i is None else program.ops[i] for key, i in match.positions.items()}
-        x = program.specs[match.start]
-        return fuser.reject(*(values.get(name, x) for name in fuser.declaration.rejects))
 
     # -- costs --
 

@@ -165,7 +165,7 @@ def refusals(rank: int, size: int) -> None:
             assert "its group of 2 ranks is more than the 1 of this node" in reasons
         module = mlp(("symmetric", "reference"), "cpu", True, overlap=FLAGS, dtype=torch.float64)
         told = {r.reason for r in module.plan().rejected}
-        assert "it takes fp32, fp16 and bf16, not torch.float64" in told
+        assert "SymmetricLinearScatter takes float32, float16 and bfloat16, not float64" in told
         split = dict(tensor_parallel_mode="row", symmetric_ar_type="one_shot")
         odd = Linear(16, 15, dtype=torch.bfloat16, **split)
         plan = og.Sequential(odd, backends=("symmetric", "reference")).plan()

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ...backend import Backend, add_backend
 from ...fuser import Fuser, register
-from ...op import Spec
 from ...ops import Add, Bias, LayerNorm, RMSNorm, Tee
 from ...ops.activations import Activation, Function, GatedActivation
 from ..lazy import Lazy
@@ -16,8 +15,6 @@ build = Lazy("cpu.build")
 norms = Lazy("cpu.norms")
 activations = Lazy("cpu.activations")
 
-DTYPES = (torch.float32, torch.bfloat16)
-"""What the kernels compute on."""
 Want = tuple[str, ...]
 
 add_backend(
@@ -26,20 +23,10 @@ add_backend(
 )
 
 
-def reject_dtype(x: Spec) -> str | None:
-    """Why the kernels cannot compute on a value, or None."""
-    if x.dtype not in DTYPES:
-        return f"its kernel takes fp32 and bf16, not {x.dtype}"
-    return None
-
-
 class CPU(Fuser):
     """What all fusers over the C++ kernels share."""
 
-    backend = "cpu"
-
-    def reject(self, x: Spec) -> str | None:
-        return reject_dtype(x)
+    backend, dtypes = "cpu", (torch.float32, torch.bfloat16)
 
 
 @register

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
-from ...op import Spec
 from ...ops import Add, BasicLinear, Bias, LayerNorm, RMSNorm, Tee
 from ...ops.activations import Activation, Function, GatedActivation
 from ..lazy import Lazy
-from .passes import reject_dtype
+from .passes import CPU
 
 gemm = Lazy("cpu.gemm")
 norms = Lazy("cpu.norms")
@@ -60,15 +59,6 @@ class LinearProductBackward(Fuser):
         if "x" in want:
             dx = gemm.dgrad(dy, fc_weight, tee_d)
         return dx, (dweight,)
-
-
-class _Passes(Fuser):
-    """What the fusers with a C++ pass inside share."""
-
-    backend = "cpu"
-
-    def reject(self, x: Spec) -> str | None:
-        return reject_dtype(x)
 
 
 def _one_pass(x: Tensor) -> bool:
@@ -131,7 +121,7 @@ def _activation_backward(
 
 
 @register
-class ActivationProductBackward(_Passes):
+class ActivationProductBackward(CPU):
     """Backward of [bias,] activation and linear: one pass between the linear's two products.
 
     It computes the linear's input again, stored as the weight gradient wants it. The gradient takes
@@ -190,7 +180,7 @@ def _norm_backward(
 
 
 @register
-class NormProductBackward(_Passes):
+class NormProductBackward(CPU):
     """Backward of a norm and the linear after it, whose input is made again on the way."""
 
     pattern = dict(tee=Tee | None, norm=RMSNorm | LayerNorm, fc1=BasicLinear)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ...fuser import register
 from ...kernels.formats import Copies, Format
-from ...op import Spec
 from ...ops import Bias, Quantize
 from ...ops.activations import Activation, GatedActivation, Params
 from ...ops.quantized_grouped import QuantizedGroupedLinear
@@ -17,13 +16,14 @@ from ..lazy import Lazy
 from ..quantizing import (
     KERNELS,
     Kernel,
+    Quantizes,
     QuantizesGradient,
     QuantizesValue,
     as_quantized,
     format_of,
 )
 from ..quantizing import quantize as by_rule
-from .passes import CPU, DTYPES, reject_dtype
+from .passes import CPU
 
 build = Lazy("cpu.build")
 kernels = Lazy("cpu.quantize")
@@ -57,41 +57,32 @@ def quantize(
     return _found(quantizer, made, x.dtype, names), made.amax
 
 
-KERNELS["cpu"] = Kernel((Format,), DTYPES, quantize, lambda: build.reason("quantize"))
-
-
-class _Quantizing(CPU):
-    """What both refuse."""
-
-    def reject(self, q: Any, x: Spec) -> str | None:  # type: ignore[override]
-        if not isinstance(format_of(q.quantizer), Format):
-            return f"its kernels do not write {q.quantizer.storage.name}"
-        return reject_dtype(x) or build.reason("quantize")
+KERNELS["cpu"] = Kernel((Format,), CPU.dtypes, quantize, lambda: build.reason("quantize"))
 
 
 @register
-class QuantizeCPU(_Quantizing, QuantizesValue):
+class QuantizeCPU(CPU, QuantizesValue):
     """Quantize alone."""
 
 
 @register
-class QuantizeGradCPU(_Quantizing, QuantizesGradient):
+class QuantizeGradCPU(CPU, QuantizesGradient):
     """QuantizeGrad alone."""
 
 
 @register
-class ActivationQuantizeCPU(_Quantizing):
+class ActivationQuantizeCPU(CPU, Quantizes):
     """[Bias,] activation and Quantize: tiles of the activation are quantized out of the cache."""
 
     pattern = dict(bias=Bias | None, act=Activation | GatedActivation, q=Quantize)
     saves, wants = ("act_x", "q_amax"), dict(q_amax="amax")
 
-    def reject(self, act: Any, q: Any, x: Spec) -> str | None:  # type: ignore[override]
+    def reject(self, act: Any, q: Any) -> str | None:  # type: ignore[override]
         if type(q.quantizer) in (RowQuantizer, TensorQuantizer):
             return "its kernel quantizes tiles before the amax of a row or of the tensor is known"
         if act.glu_interleave_size:
             return "its kernel does not interleave"
-        return super().reject(q, x)
+        return super().reject(q)
 
     def fwd(
         self, x: Tensor, bias_bias: Tensor | None, act_kernel: str, act_params: Params, q: Any,
@@ -111,10 +102,10 @@ class GroupedQuantizeCPU(CPU):
 
     pattern, wants = dict(fc=QuantizedGroupedLinear), dict(fc_weight="weight", fc_bias="bias")
 
-    def reject(self, fc: Any, x: Spec) -> str | None:  # type: ignore[override]
+    def reject(self, fc: Any) -> str | None:
         if not any(isinstance(format_of(q), Format) for q in fc.quantizers):
             return f"its kernels do not write {fc.quantizers[0].storage.name}"
-        return reject_dtype(x) or build.reason("quantize")
+        return KERNELS[self.backend].why_not()
 
     def fwd(
         self, x: Tensor, fc: Any, fc_split_sizes: Tensor, fc_weight: Tensor, fc_bias: Tensor | None

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...fuser import Fuser, register
 from ...kernels.formats import E4M3, names_of
-from ...op import Spec
 from ...ops.grouped import _pieces, weight_gradients
 from ...ops.quantized_grouped import QuantizedGroupedLinear
 from ...precision.quantizers import Copy, Quantizer
@@ -28,8 +27,9 @@ class ScaledGroupedLinear(Fuser):
     """Forward and data gradient in one launch each, without waiting for the split sizes."""
 
     backend, pattern = "cublaslt", dict(fc=QuantizedGroupedLinear)
+    dtypes = GROUPED.dtypes
 
-    def reject(self, fc: Any, x: Spec) -> str | None:
+    def reject(self, fc: Any) -> str | None:
         names = [quantizer.storage.name for quantizer in fc.quantizers]
         if fc.override is not None:
             return "the recipe leaves the gradient in high precision"
@@ -37,7 +37,7 @@ class ScaledGroupedLinear(Fuser):
             return f"groups of {' by '.join(dict.fromkeys(names))} are emulated"
         if reason := GROUPED.why_not():
             return f"groups are emulated: {reason}"
-        return None if x.dtype in GROUPED.dtypes else f"it writes bfloat16, not {x.dtype}"
+        return None
 
     def fwd(
         self, x: Tensor, fc: Any, fc_split_sizes: Tensor, fc_weight: Tensor, fc_bias: Tensor | None

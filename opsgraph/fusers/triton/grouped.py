@@ -8,13 +8,12 @@ from torch import Tensor
 
 from ...fuser import register
 from ...kernels.reference import wide
-from ...op import Op, Spec
 from ...ops import GroupedLinear
 from ...ops.activations import Params
 from ...ops.grouped import into_main_grads
 from ...ops.scaled import ScaledGatedActivation
 from ..lazy import Lazy
-from .passes import Triton, activations, reject_activation
+from .passes import ActivationFuser, Triton, activations
 
 grouped = Lazy("triton.grouped")
 
@@ -68,14 +67,11 @@ class GroupedLinearKernel(Triton):
 
 
 @register
-class GroupedMLP(Triton):
+class GroupedMLP(ActivationFuser):
     """Grouped linear, scaled gated activation, grouped linear: a step forward and one backward."""
 
     pattern = dict(fc1=GroupedLinear, act=ScaledGatedActivation, fc2=GroupedLinear)
     saves = ("act_x",)
-
-    def reject(self, act: Op, x: Spec) -> str | None:  # type: ignore[override]
-        return reject_activation(act, x)
 
     def fwd(
         self, x: Tensor, fc1_split_sizes: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None,

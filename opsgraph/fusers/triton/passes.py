@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
-from ...op import Op, Spec
 from ...ops import Add, BasicLinear, Bias, Dropout, LayerNorm, RMSNorm, Tee
 from ...ops.activations import Activation, GatedActivation, Params
 from ..lazy import Lazy
@@ -17,19 +16,10 @@ activations = Lazy("triton.activations")
 dropouts = Lazy("triton.dropout")
 
 
-def _dtype(x: Spec) -> str | None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"its kernel takes fp32, fp16 and bf16, not {x.dtype}"
-    return None
-
-
 class Triton(Fuser):
     """What all fusers over Triton kernels share."""
 
-    backend = "triton"
-
-    def reject(self, x: Spec) -> str | None:
-        return _dtype(x)
+    backend, dtypes = "triton", (torch.float32, torch.float16, torch.bfloat16)
 
 
 @register
@@ -72,24 +62,20 @@ class NormBackward(Triton):
         return dx, (dweight, dbias)
 
 
-def reject_activation(act: Any, x: Spec) -> str | None:
-    """Why the kernels cannot compute an activation, or None."""
-    if act.kernel not in activations.KINDS:
-        return f"its kernel has no {act.kernel}"
-    if act.glu_interleave_size is not None:
-        return "its kernel takes halves, not interleaved gate and value"
-    return _dtype(x)
-
-
-class _Activation(Triton):
+class ActivationFuser(Triton):
     """What all fusers with an activation refuse."""
 
-    def reject(self, act: Op, x: Spec) -> str | None:  # type: ignore[override]
-        return reject_activation(act, x)
+    def reject(self, act: Any) -> str | None:
+        """Why the kernels cannot compute an activation, or None."""
+        if act.kernel not in activations.KINDS:
+            return f"its kernel has no {act.kernel}"
+        if act.glu_interleave_size is not None:
+            return "its kernel takes halves, not interleaved gate and value"
+        return None
 
 
 @register
-class ActivationKernel(_Activation):
+class ActivationKernel(ActivationFuser):
     """An activation, plain or gated."""
 
     pattern = dict(act=Activation | GatedActivation)
@@ -99,7 +85,7 @@ class ActivationKernel(_Activation):
 
 
 @register
-class ActivationBackward(_Activation):
+class ActivationBackward(ActivationFuser):
     """Backward of [bias and] activation, with the bias's sums."""
 
     pattern = dict(bias=Bias | None, act=Activation | GatedActivation)
@@ -117,7 +103,7 @@ class ActivationBackward(_Activation):
 
 
 @register
-class ActivationLinearBackward(_Activation):
+class ActivationLinearBackward(ActivationFuser):
     """Backward of [bias,] activation and linear: one pass between the linear's two GEMMs.
 
     It writes the pre-activation's gradient, the linear's input computed again, and the bias's sums.

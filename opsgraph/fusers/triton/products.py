@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ...backend import interpreting
-from ...fuser import Fuser, register
-from ...op import Op, Spec
+from ...fuser import register
+from ...op import Spec
 from ...ops import BasicLinear, Bias
 from ...ops.activations import Activation, GatedActivation, Params
 from ..lazy import Lazy
-from .passes import reject_activation
+from .passes import ActivationFuser
 
 gemms = Lazy("triton.gemm")
 
@@ -28,27 +28,26 @@ FP32_DEPTH = 128
 """The longest rows for which the epilogue is taken, and in fp32."""
 
 
-def _refusal(act: Op, x: Spec, depth: int) -> str | None:
-    if reason := reject_activation(act, x):
-        return reason
-    limit = FP32_DEPTH if x.dtype == torch.float32 else DEPTH
-    if x.device.type == "cuda" and depth > limit and not interpreting():
-        return (
-            f"a GEMM of depth {depth} is faster in the library, the epilogue is taken up to {limit}"
-        )
-    return None
+class _Epilogue(ActivationFuser):
+    """A GEMM with an activation in its epilogue."""
+
+    def reject(self, act: Any, fc: Any, x: Spec) -> str | None:  # type: ignore[override]
+        if reason := super().reject(act):
+            return reason
+        depth = x.width if self.bwd is None else fc.local_out_features
+        limit = FP32_DEPTH if x.dtype == torch.float32 else DEPTH
+        if x.device.type == "cuda" and depth > limit and not interpreting():
+            library = f"a GEMM of depth {depth} is faster in the library"
+            return f"{library}, the epilogue is taken up to {limit}"
+        return None
 
 
 @register
-class LinearGatedActivation(Fuser):
+class LinearGatedActivation(_Epilogue):
     """GEMM with bias and activation, plain or gated, in its epilogue; hands out what act reads."""
 
-    backend = "triton"
     pattern = dict(fc=BasicLinear, bias=Bias | None, act=Activation | GatedActivation)
     saves, wants = ("act_x",), dict(act_x="pre")
-
-    def reject(self, act: Op, x: Spec) -> str | None:
-        return _refusal(act, x, x.width)
 
     def fwd(
         self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor | None, act_kernel: str,
@@ -59,19 +58,15 @@ class LinearGatedActivation(Fuser):
 
 
 @register
-class LinearActivationBackward(Fuser):
+class LinearActivationBackward(_Epilogue):
     """Backward of [bias,] activation and linear, the activation's gradient in the linear's dgrad.
 
     One GEMM writes the pre-activation's gradient, the linear's input computed again, and the bias's
     sums; the gradient that arrives at the activation never reaches memory.
     """
 
-    backend = "triton"
     pattern = dict(bias=Bias | None, act=Activation | GatedActivation, fc=BasicLinear)
     wants = dict(bias_bias="bias", fc_weight="y")
-
-    def reject(self, act: Op, fc: Any, x: Spec) -> str | None:
-        return _refusal(act, x, fc.local_out_features)
 
     def bwd(
         self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params,

@@ -3,13 +3,12 @@
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...backend import backends, interpreting
 from ...fuser import register
 from ...kernels.formats import NVFP4, Format, alike
-from ...op import Op, Spec, Storage
+from ...op import Spec, Storage
 from ...ops import Add, BasicLinear, Bias, LayerNorm, Quantize, QuantizeGrad, RMSNorm
 from ...ops.activations import Activation, GatedActivation, Params
 from ...precision.quantizers import Quantized, Quantizer, RowQuantizer
@@ -23,14 +22,13 @@ from ..lazy import Lazy
 from ..quantizing import (
     KERNELS,
     Kernel,
+    Quantizes,
     QuantizesGradient,
     QuantizesValue,
     as_quantized,
     format_of,
 )
-from .passes import Triton, _dtype, reject_activation
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from .passes import ActivationFuser, Triton
 
 kernels = Lazy("triton.quantize")
 norm_kernels = Lazy("triton.quantize_norms")
@@ -45,34 +43,21 @@ def quantize(
     return as_quantized(quantizer, made, x.dtype), made.amax
 
 
-KERNELS["triton"] = Kernel((Format, NVFP4), DTYPES, quantize)
-
-
-def _rejects(q: Any, x: Spec) -> str | None:
-    if format_of(q.quantizer) is None:
-        return f"its kernels do not write {q.quantizer.storage.name}"
-    return _dtype(x)
-
-
-class _Quantizing(Triton):
-    """What all of them refuse."""
-
-    def reject(self, q: Op, x: Spec) -> str | None:  # type: ignore[override]
-        return _rejects(q, x)
+KERNELS["triton"] = Kernel((Format, NVFP4), Triton.dtypes, quantize)
 
 
 @register
-class QuantizeKernel(_Quantizing, QuantizesValue):
+class QuantizeKernel(Triton, QuantizesValue):
     """Quantize alone."""
 
 
 @register
-class QuantizeGradKernel(_Quantizing, QuantizesGradient):
+class QuantizeGradKernel(Triton, QuantizesGradient):
     """QuantizeGrad alone."""
 
 
 @register
-class NormQuantize(_Quantizing):
+class NormQuantize(Triton, Quantizes):
     """[Residual add,] norm and Quantize; hands out the sum, the normalized value is not stored."""
 
     pattern = dict(add=Add | None, norm=RMSNorm | LayerNorm, q=Quantize)
@@ -92,14 +77,14 @@ class NormQuantize(_Quantizing):
 
 
 @register
-class ActivationQuantize(_Quantizing):
+class ActivationQuantize(ActivationFuser, Quantizes):
     """An activation, plain or gated, and Quantize; the activation is not stored."""
 
     pattern, saves = dict(act=Activation | GatedActivation, q=Quantize), ("q_amax",)
     wants = dict(q_amax="amax")
 
-    def reject(self, act: Op, q: Op, x: Spec) -> str | None:  # type: ignore[override]
-        return reject_activation(act, x) or _rejects(q, x)
+    def reject(self, act: Any, q: Any) -> str | None:  # type: ignore[override]
+        return ActivationFuser.reject(self, act) or Quantizes.reject(self, q)
 
     def fwd(
         self, x: Tensor, act_kernel: str, act_params: Params, q: Any, q_scale: Tensor | None,
@@ -111,41 +96,42 @@ class ActivationQuantize(_Quantizing):
         return as_quantized(q.quantizer, made, x.dtype), (made.amax,)
 
 
-def reject_backward(q: Any, act: Any, x: Spec) -> str | None:
-    """Why the kernel of an activation's gradient cannot quantize it, or None."""
-    if reason := reject_activation(act, x) or _rejects(q, x):
-        return reason
-    if isinstance(q.quantizer, RowQuantizer):
-        return "its kernel does not scale by rows"
-    if act.out(x).width != x.width and x.width // 2 % 128:
-        return f"its kernel wants halves of a multiple of 128, not {x.width // 2}"
-    return None
+class _BackwardQuantize(ActivationFuser, Quantizes):
+    """What quantizes an activation's gradient."""
+
+    def reject(self, grad: Any, act: Any, x: Spec) -> str | None:  # type: ignore[override]
+        """Why its kernel cannot, or None."""
+        if reason := ActivationFuser.reject(self, act) or Quantizes.reject(self, grad):
+            return reason
+        if isinstance(grad.quantizer, RowQuantizer):
+            return "its kernel does not scale by rows"
+        if act.out(x).width != x.width and x.width // 2 % 128:
+            return f"its kernel wants halves of a multiple of 128, not {x.width // 2}"
+        return None
 
 
 @register
-class ActivationBackwardQuantize(_Quantizing):
+class ActivationBackwardQuantize(_BackwardQuantize):
     """Backward of [bias and] activation, quantized for the linear before, with the bias's sums."""
 
-    pattern = dict(q=QuantizeGrad, bias=Bias | None, act=Activation | GatedActivation)
-    wants = dict(q_scale="amax", bias_bias="bias")
-
-    def reject(self, q: Any, act: Any, x: Spec) -> str | None:  # type: ignore[override]
-        return reject_backward(q, act, x)
+    pattern = dict(grad=QuantizeGrad, bias=Bias | None, act=Activation | GatedActivation)
+    wants = dict(grad_scale="amax", bias_bias="bias")
 
     def bwd(
-        self, dy: Tensor, q: Any, q_scale: Tensor | None, bias_bias: Tensor | None, act_x: Tensor,
-        act_kernel: str, act_params: Params, want: Collection[str],
+        self, dy: Tensor, grad: Any, grad_scale: Tensor | None, bias_bias: Tensor | None,
+        act_x: Tensor, act_kernel: str, act_params: Params, want: Collection[str],
     ) -> Any:  # fmt: skip
         dtype = bias_bias.dtype if bias_bias is not None and "bias" in want else None
         made, _, dbias = backward.activation_backward_quantize(
-            dy, act_x, act_kernel, format_of(q.quantizer), act_params, q_scale, want, dbias=dtype
-        )
-        dx = as_quantized(q.quantizer, made, dy.dtype)
+            dy, act_x, act_kernel, format_of(grad.quantizer), act_params, grad_scale, want,
+            dbias=dtype,
+        )  # fmt: skip
+        dx = as_quantized(grad.quantizer, made, dy.dtype)
         return dx, (made.amax, dbias)
 
 
 @register
-class ActivationLinearBackwardQuantize(Triton):
+class ActivationLinearBackwardQuantize(_BackwardQuantize):
     """Backward of [bias,] activation and linear, with the linear's input made again on the way.
 
     Between the two scaled GEMMs one pass reads the pre-activation once: it writes that gradient,
@@ -171,7 +157,7 @@ class ActivationLinearBackwardQuantize(Triton):
         self, grad: Any, act: Any, q: Any, fc: Any, x: Spec
     ) -> str | None:
         stored = x.stored(q.quantizer.storage)
-        if reason := reject_backward(grad, act, x) or reject_product(fc, stored):
+        if reason := super().reject(grad, act, x) or reject_product(fc, stored):
             return reason
         first, second = format_of(grad.quantizer), format_of(q.quantizer)
         if first is None or second is None or not alike(first, second):
