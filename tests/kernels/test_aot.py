@@ -27,7 +27,6 @@ KERNELS = {
     "rows_kernel",
     "activation_backward_kernel",
     "norm_quantize_kernel",
-    "norm_statistics_wide_kernel",
     "nvfp4_backward_kernel",
     "nvfp4_kernel",
 }

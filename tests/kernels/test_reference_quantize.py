@@ -276,7 +276,6 @@ def test_hadamard(cols: int) -> None:
     expected = torch.from_numpy(oracle.hadamard(whole.numpy(), SIGNS))
     assert torch.equal(nvfp4.hadamard(whole).double(), expected)
     x, y = torch.randn(6, cols, generator=generator), torch.randn(6, cols, generator=generator)
-    torch.testing.assert_close(nvfp4.inverse_hadamard(nvfp4.hadamard(x), cols), x)
     torch.testing.assert_close(nvfp4.hadamard(x) @ nvfp4.hadamard(y).t(), x @ y.t())
     assert sorted(SIGNS) == [-1.0] * 8 + [1.0] * 8
 

@@ -136,12 +136,6 @@ def hadamard(x: Tensor) -> Tensor:
     return _butterflies(value.view(-1, BLOCK) * signs).view(value.shape)
 
 
-def inverse_hadamard(y: Tensor, cols: int) -> Tensor:
-    """x of `hadamard`, up to rounding: fp32 `[rows, cols]`."""
-    signs = _signs(y.device)
-    return (_butterflies(y.view(-1, BLOCK)) * signs).view(y.shape)[:, :cols]
-
-
 def _butterflies(blocks: Tensor) -> Tensor:
     for distance in (8, 4, 2, 1):
         pairs = blocks.view(-1, BLOCK // (2 * distance), 2, distance)

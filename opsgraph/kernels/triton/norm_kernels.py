@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-_STRIDES = ["rows", "x_stride", "other_stride"]
+STRIDES = ["rows", "x_stride", "other_stride"]
 _BACKWARD_STRIDES = ["rows", "dy_stride", "x_stride", "dother_stride"]
 
 
@@ -51,24 +51,24 @@ def mean_of(value, first, mask, count, AXIS: tl.constexpr):
     return first + tl.sum(tl.where(mask, value - first, 0.0), AXIS, keep_dims=AXIS == 1) / count
 
 
-@triton.jit(do_not_specialize=_STRIDES)
-def forward_kernel(
-    x, other, weight, bias, y, total, mean, rstd, rows, x_stride, other_stride,
-    UNIT: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-    CENTER: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit
+def normalized(
+    x, other, weight, bias, total, mean, rstd, row, rows, x_stride, other_stride,
+    WIDTH: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CENTER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """y of whole rows in fp32, having stored the sum with other, the mean and rstd."""
     cols = tl.arange(0, BLOCK)[None, :]
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = row < rows
     mask = inside & (cols < WIDTH)
-    value = _load(x, row * x_stride * UNIT + cols, mask)
+    value = _load(x, row * x_stride + cols, mask)
     if other is not None:
-        value += _load(other, row * other_stride * UNIT + cols, mask)
+        value += _load(other, row * other_stride + cols, mask)
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + row * WIDTH + cols, rounded, mask)
         value = rounded.to(tl.float32)
     if CENTER:
-        first = load_first(x, other, row, x_stride * UNIT, other_stride * UNIT, inside)
+        first = load_first(x, other, row, x_stride, other_stride, inside)
         center = mean_of(value, first, cols < WIDTH, WIDTH, 1)
         value = tl.where(cols < WIDTH, value - center, 0.0)
         if mean is not None:
@@ -76,8 +76,22 @@ def forward_kernel(
     scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / WIDTH + EPS)
     if rstd is not None:
         tl.store(rstd + row, scale, inside)
-    out = _affine(value, scale, weight, bias, cols, cols < WIDTH, ZERO_CENTERED)
-    tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
+    return _affine(value, scale, weight, bias, cols, cols < WIDTH, ZERO_CENTERED)
+
+
+@triton.jit(do_not_specialize=STRIDES)
+def forward_kernel(
+    x, other, weight, bias, y, total, mean, rstd, rows, x_stride, other_stride,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    CENTER: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK)[None, :]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    out = normalized(
+        x, other, weight, bias, total, mean, rstd, row, rows, x_stride * UNIT, other_stride * UNIT,
+        WIDTH, EPS, ZERO_CENTERED, CENTER, BLOCK,
+    )  # fmt: skip
+    tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), (row < rows) & (cols < WIDTH))
 
 
 @triton.jit
@@ -113,17 +127,18 @@ def _wide_statistics(
     return center, squares / WIDTH
 
 
-@triton.jit(do_not_specialize=_STRIDES)
+@triton.jit(do_not_specialize=STRIDES)
 def forward_wide_kernel(
     x, other, weight, bias, y, total, mean, rstd, rows, x_stride, other_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
     CENTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One row, read twice. Without y: the statistics, and the sum with other."""
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride * UNIT
     if other is not None:
         other += row * other_stride * UNIT
-    center, variance = _wide_statistics(x, other, WIDTH, CENTER, BLOCK, y.dtype.element_ty)
+    center, variance = _wide_statistics(x, other, WIDTH, CENTER, BLOCK, x.dtype.element_ty)
     scale = tl.rsqrt(variance + EPS)
     if mean is not None:
         tl.store(mean + row, center)
@@ -132,11 +147,12 @@ def forward_wide_kernel(
     for start in tl.range(0, WIDTH, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = cols < WIDTH
-        value = _load_total(x, other, cols, mask, y.dtype.element_ty)
+        value = _load_total(x, other, cols, mask, x.dtype.element_ty)
         if total is not None:
             tl.store(total + row * WIDTH + cols, value.to(total.dtype.element_ty), mask)
-        out = _affine(value - center, scale, weight, bias, cols, mask, ZERO_CENTERED)
-        tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
+        if y is not None:
+            out = _affine(value - center, scale, weight, bias, cols, mask, ZERO_CENTERED)
+            tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=_BACKWARD_STRIDES)

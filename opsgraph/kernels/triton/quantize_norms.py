@@ -17,22 +17,14 @@ from torch import Tensor
 
 from ..formats import BLOCKS, NVFP4, Copies, Format, Target, check
 from .launch import ceil_div, launch, on_device_of, packed, row_major, stride_unit
-from .norm_kernels import (
-    _STRIDES,
-    _affine,
-    _load,
-    _load_total,
-    _wide_statistics,
-    load_first,
-    mean_of,
-)
+from .norm_kernels import STRIDES, forward_wide_kernel, normalized
 from .norms import FUSION, NARROW, forward_config
 from .quantize import Output, constants, copies, new_output
 from .quantize_kernels import store_amax, store_copies
 from .source import Source
 
 
-@triton.jit(do_not_specialize=_STRIDES)
+@triton.jit(do_not_specialize=STRIDES)
 def norm_quantize_kernel(
     x, other, weight, bias, total, mean, rstd, data, scale, given, amax,
     rows, x_stride, other_stride,
@@ -41,28 +33,15 @@ def norm_quantize_kernel(
     BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """`norm_kernels.forward_kernel` in the same arithmetic, but for what becomes of its output."""
+    """`norm_kernels.forward_kernel`, but for what becomes of its output."""
     cols = tl.arange(0, C)[None, :]
     first_row = tl.program_id(0) * R
     row = first_row.to(tl.int64) + tl.arange(0, R)[:, None]
-    inside = row < rows
-    mask = inside & (cols < WIDTH)
-    value = _load(x, row * x_stride * UNIT + cols, mask)
-    if other is not None:
-        value += _load(other, row * other_stride * UNIT + cols, mask)
-        rounded = value.to(total.dtype.element_ty)
-        tl.store(total + row * WIDTH + cols, rounded, mask)
-        value = rounded.to(tl.float32)
-    if CENTER:
-        first = load_first(x, other, row, x_stride * UNIT, other_stride * UNIT, inside)
-        center = mean_of(value, first, cols < WIDTH, WIDTH, 1)
-        value = tl.where(cols < WIDTH, value - center, 0.0)
-        if mean is not None:
-            tl.store(mean + row, center, inside)
-    factor = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / WIDTH + NORM_EPS)
-    if rstd is not None:
-        tl.store(rstd + row, factor, inside)
-    value = _affine(value, factor, weight, bias, cols, cols < WIDTH, ZERO_CENTERED)
+    value = normalized(
+        x, other, weight, bias, total, mean, rstd, row, rows, x_stride * UNIT, other_stride * UNIT,
+        WIDTH, NORM_EPS, ZERO_CENTERED, CENTER, C,
+    )  # fmt: skip
+    mask = (row < rows) & (cols < WIDTH)
     value = tl.where(mask, value.to(x.dtype.element_ty).to(tl.float32), 0.0)
     if amax is not None:
         store_amax(value, amax + tl.program_id(0))
@@ -70,28 +49,6 @@ def norm_quantize_kernel(
         value, first_row, 0, rows, WIDTH, WIDTH, data, scale, None, None, given,
         R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_STRIDES)
-def norm_statistics_wide_kernel(
-    x, other, total, mean, rstd, rows, x_stride, other_stride,
-    UNIT: tl.constexpr, WIDTH: tl.constexpr, NORM_EPS: tl.constexpr, CENTER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The statistics of one wide row, as `norm_kernels.forward_wide_kernel` finds them."""
-    row = tl.program_id(0).to(tl.int64)
-    x += row * x_stride * UNIT
-    if other is not None:
-        other += row * other_stride * UNIT
-    center, variance = _wide_statistics(x, other, WIDTH, CENTER, BLOCK, x.dtype.element_ty)
-    if mean is not None:
-        tl.store(mean + row, center)
-    tl.store(rstd + row, tl.rsqrt(variance + NORM_EPS))
-    if other is not None:
-        for start in tl.range(0, WIDTH, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            value = _load_total(x, other, cols, cols < WIDTH, x.dtype.element_ty)
-            tl.store(total + row * WIDTH + cols, value.to(x.dtype.element_ty), cols < WIDTH)
 
 
 class _Norm(NamedTuple):
@@ -125,12 +82,15 @@ def _read(x: Tensor, other: Tensor | None, norm: _Norm, to: Format, output: Outp
     x, other = row_major(x), None if other is None else row_major(other)
     unit, config = stride_unit(x, other), forward_config(width, x.element_size())
     strides = x.stride(0) // unit, 0 if other is None else other.stride(0) // unit
-    flags = {"UNIT": unit, "WIDTH": width, "NORM_EPS": norm.eps, "CENTER": norm.center}
+    flags = dict(
+        UNIT=unit, WIDTH=width, ZERO_CENTERED=norm.zero_centered, CENTER=norm.center, **FUSION
+    )
     if width > NARROW:
         with on_device_of(x):
             launch(
-                norm_statistics_wide_kernel, (rows,),
-                x, other, *read[:3], rows, *strides, **flags, **config, **FUSION,
+                forward_wide_kernel, (rows,),
+                x, other, None, None, None, *read[:3], rows, *strides, EPS=norm.eps, **flags,
+                **config,
             )  # fmt: skip
         return read
     programs = ceil_div(rows, config["ROWS"])
@@ -140,11 +100,11 @@ def _read(x: Tensor, other: Tensor | None, norm: _Norm, to: Format, output: Outp
         launch(
             norm_quantize_kernel, (programs,),
             x, other, packed(norm.weight), packed(norm.bias), *read[:3],
-            *output.operands(None)[:2], output.given, amax, rows, *strides, **flags,
-            ZERO_CENTERED=norm.zero_centered, C=whole, R=config["ROWS"],
+            *output.operands(None)[:2], output.given, amax, rows, *strides, NORM_EPS=norm.eps,
+            C=whole, R=config["ROWS"],
             SCALING="blocks" if to.scaling == "rows" else to.scaling,
             BLOCK=whole if to.scaling == "rows" else min(BLOCKS[to.scaling], whole),
-            num_warps=config["num_warps"], **constants(to, x.device), **FUSION,
+            num_warps=config["num_warps"], **constants(to, x.device), **flags,
         )  # fmt: skip
     return read._replace(amax=None if amax is None else amax.amax())
 
