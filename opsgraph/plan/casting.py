@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..op import FORWARD, Op, Placed, Spec
 from ..op.functions import identity, promotes
+from .basic_ops import BasicOps
 from .names import root
 from .program import Request
-from .run import Run
 
 
 class Cast(Op):
@@ -41,7 +41,7 @@ class Cast(Op):
         return dy.to(back), ()
 
 
-def with_casts(run: Run, request: Request) -> Run:
+def with_casts(run: BasicOps, request: Request) -> BasicOps:
     """The run with a Cast wherever a stream of another dtype is computed on."""
     compute = request.compute
     if compute is None or not any(kind.taps or promotes(kind) for kind in run.kinds):
@@ -57,7 +57,7 @@ def with_casts(run: Run, request: Request) -> Run:
     return run.with_entries(entries, streams=True)
 
 
-def _casts(run: Run, request: Request, compute: torch.dtype) -> tuple[dict[int, Cast], bool]:
+def _casts(run: BasicOps, request: Request, compute: torch.dtype) -> tuple[dict[int, Cast], bool]:
     """Casts by the op that they stand before, and whether any stream is in another dtype."""
     extras = {
         (i, name): spec.dtype for (i, name, _), spec in zip(run.inputs, request.extras, strict=True)
@@ -76,13 +76,13 @@ def _casts(run: Run, request: Request, compute: torch.dtype) -> tuple[dict[int, 
     return casts, stream
 
 
-def _roots(prefix: str, run: Run, casts: Mapping[int, Cast]) -> set[str]:
+def _roots(prefix: str, run: BasicOps, casts: Mapping[int, Cast]) -> set[str]:
     """The roots of what casts add to the source."""
     numbers = [f"{prefix}{run.edges[i]}" for i in casts]
     return {root(f"{word}{number}") for number in numbers for word in ("x", "d", "dy")}
 
 
-def _prefix(run: Run, casts: Mapping[int, Cast]) -> str:
+def _prefix(run: BasicOps, casts: Mapping[int, Cast]) -> str:
     """What stands before a cast's number: "c", or more of them where a name has that already."""
     prefix = "c"
     while not run.name.roots.isdisjoint(_roots(prefix, run, casts)):

@@ -1,4 +1,4 @@
-"""`Program`: lowered ops as one kind of call sees them, with a name and a spec for every value.
+"""`Program`: basic ops as one kind of call sees them, with a name and a spec for every value.
 
 Values are variables. `x3` is the value before op 3, `rstd1` what op 1 saves, `weight3` its
 parameter, `other5` its extra input, `dx` the gradient that flows, `d0` the one that Tee 0 collects.
@@ -6,10 +6,10 @@ Where ops are dropped, several gaps share one value, named after the first of th
 
 The layers, each of which knows those before it:
 
-    names    how variables are called, whatever users call ops and parameters
-    run      the basic ops of a stage, their channels joined: the same for every call
-    program  all that one kind of call adds: specs, which ops do nothing, which gradients flow
-    casting  beforehand, a run with autocast's casts where a residual stream keeps its own dtype
+    names      how variables are called, whatever users call ops and parameters
+    basic_ops  a stage's ops as they are planned, channels joined: the same for every call
+    program    all that one kind of call adds: specs, which ops do nothing, which gradients flow
+    casting    beforehand, autocast's casts among the ops where a stream keeps a dtype of its own
 
 Rules, each of them broken once:
 
@@ -43,8 +43,8 @@ from ..op import (
     weights,
 )
 from ..op.functions import checked_out, function, identity, passes, promotes, saved
+from .basic_ops import BasicOps
 from .names import root, variable
-from .run import Run
 from .weight_gradients import WeightGradients, weight_gradients
 
 INPUT, GAP, SAVED, PRIVATE = "input", "gap", "saved", "private"
@@ -94,7 +94,7 @@ class Request:
 class Program:
     """A run as one request sees it: specs, dropped ops, and what every name means."""
 
-    def __init__(self, run: Run, request: Request) -> None:
+    def __init__(self, run: BasicOps, request: Request) -> None:
         self.run, self.request = run, request
         self.kinds, self.ops, self.labels = run.kinds, run.ops, run.labels
         self.numbers, self.name = run.numbers, run.name

@@ -13,6 +13,7 @@ from ..config import Config
 from ..errors import PlanError
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, Spec
+from .basic_ops import BasicOps
 from .casting import with_casts
 from .claims import Claim, Space
 from .codegen import Functions, write
@@ -22,7 +23,6 @@ from .planner import PLANNERS, Cover
 from .prepare import Bind, Prepared, prepared, write_prepare
 from .program import Program, Request
 from .rejection import Rejection
-from .run import Run
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -219,7 +219,12 @@ def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
 
 
 def make_plan(
-    run: Run, request: Request, order: tuple[str, ...], planner: str, config: Config, bind: Bind
+    run: BasicOps,
+    request: Request,
+    order: tuple[str, ...],
+    planner: str,
+    config: Config,
+    bind: Bind,
 ) -> Plan:
     """Plan a run for one kind of call. Raises OpError or PlanError for what cannot be planned.
 

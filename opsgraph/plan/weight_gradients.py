@@ -9,7 +9,7 @@ product and want a gradient; the op asks for them, or its Sequential for all.
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from .run import Run
+from .basic_ops import BasicOps
 
 
 class WeightGradients(NamedTuple):
@@ -21,7 +21,7 @@ class WeightGradients(NamedTuple):
 
 
 def weight_gradients(
-    run: Run, wanted: Collection[str], options: Mapping[str, Any]
+    run: BasicOps, wanted: Collection[str], options: Mapping[str, Any]
 ) -> WeightGradients:
     """Which weights' gradients go another way. wanted: the weights that need gradients."""
 

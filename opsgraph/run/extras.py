@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import OpError
 from ..op import row
 from ..op.functions import verify_trailing
-from ..plan.run import Run
+from ..plan.basic_ops import BasicOps
 
 
 def _lead(lead: torch.Size, ratio: tuple[int, int]) -> torch.Size:
@@ -22,7 +22,7 @@ def _lead(lead: torch.Size, ratio: tuple[int, int]) -> torch.Size:
     return torch.Size((lead[0] * up // down, *lead[1:]))
 
 
-def _dims(run: Run, i: int, name: str) -> int | None:
+def _dims(run: BasicOps, i: int, name: str) -> int | None:
     edge = row(1, torch.float32, torch.device("cpu"))
     spec = run.kinds[i].extra_spec(run.ops[i], name, edge)
     return None if spec is None else len(spec.shape)
@@ -31,7 +31,7 @@ def _dims(run: Run, i: int, name: str) -> int | None:
 class ExtraInputs:
     """Those of a run."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: BasicOps) -> None:
         self.run = run
         self.dims = [_dims(run, i, name) for i, name, _ in run.inputs]
         """Of each: 2 for `[*, width]`, 1 for `[*]`, None where the op checks itself."""

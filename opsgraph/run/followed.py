@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import PlanError
 from ..guards.torch_private import followed, top_transform, untraced
 from ..op import constant_under_compile
-from ..plan.run import Run
+from ..plan.basic_ops import BasicOps
 from .eager import run_inference
 from .options import Options
 
@@ -66,7 +66,7 @@ class Followed:
             )
 
 
-def check_differentiable(run: Run, options: Options, recipe: int | None) -> None:
+def check_differentiable(run: BasicOps, options: Options, recipe: int | None) -> None:
     """Raises PlanError for what PyTorch's own autograd has no derivative of."""
     if not options.double_backward:
         return

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..plan import Plan
-from ..plan.run import Run
+from ..plan.basic_ops import BasicOps
 from ..precision.autocast import active
 from ..precision.delayed import Scaling, record_gradient
 from ..precision.quantizers import Quantizer
@@ -35,7 +35,7 @@ pickle holds them. Each first microbatch overwrites them."""
 class StageRecipe:
     """The quantizers and the delayed scales of a stage's weights."""
 
-    def __init__(self, number: int, run: Run, slots: Sequence[tuple[nn.Module, str]]) -> None:
+    def __init__(self, number: int, run: BasicOps, slots: Sequence[tuple[nn.Module, str]]) -> None:
         self.number, self.slots = number, slots
         self.quantizers: dict[int, Quantizer] = {}
         """By the weight's place among the stage's weights."""

@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..errors import OpError, PlanError
 from ..op import Op
-from ..plan.run import Run
+from ..plan.basic_ops import BasicOps
 
 
 def shape_of(weight: Tensor | None) -> Any:
@@ -21,7 +21,7 @@ def shape_of(weight: Tensor | None) -> Any:
 
 
 def check_shapes(
-    run: Run,
+    run: BasicOps,
     ops: Sequence[Op],
     places: Sequence[tuple[nn.Module, str]],
     weights: Sequence[Tensor | None],
@@ -52,7 +52,7 @@ def joined_by(op: Op) -> Collection[str]:
     return joined
 
 
-def absent(run: Run) -> list[tuple[nn.Module, str]]:
+def absent(run: BasicOps) -> list[tuple[nn.Module, str]]:
     """Where parameters may appear that no op of the run reads, for they were not there."""
     read = {(run.ops[i], name) for i, name in run.slots}
     places = (
@@ -65,7 +65,7 @@ def absent(run: Run) -> list[tuple[nn.Module, str]]:
     return list(dict.fromkeys(gone))
 
 
-def verify_weights(run: Run) -> None:
+def verify_weights(run: BasicOps) -> None:
     """Raises PlanError unless `fwd` names just what the op has: all parameters, no other."""
     for i, name in run.slots:
         if not hasattr(*run.ops[i].home(name)):

@@ -22,9 +22,9 @@ from ..op import ROWS, Op, Spec, row
 from ..ops.quantize import lowered
 from ..ops.sizes import width_between
 from ..plan import Plan, make_plan
+from ..plan.basic_ops import BasicOps
 from ..plan.compiled import place
 from ..plan.program import Request
-from ..plan.run import Run
 from ..precision.delayed import Scaling
 from .compiled import Compiled
 from .dtensor import PLAIN, own_part
@@ -53,7 +53,7 @@ class Stage(Followed, Compiled):
         lower = None if recipe is None else partial(lowered, recipe)
         self.again = partial(Stage, ops, labels, options, known, later, recipe)
         self.written = tuple(ops)
-        run = Run(ops, labels, known, later, lower)
+        run = BasicOps(ops, labels, known, later, lower)
         verify_weights(run)
         check_differentiable(run, options, recipe)
         self.inputs, self.outputs = run.inputs, run.outputs

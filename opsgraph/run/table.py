@@ -15,7 +15,7 @@ from ..guards.constants import key as plan_key
 from ..guards.watched import mutable
 from ..op import weights
 from ..plan import Plan
-from ..plan.run import Run
+from ..plan.basic_ops import BasicOps
 from ..precision.delayed import Scaling
 from .compiled import retire
 from .options import Options
@@ -40,7 +40,7 @@ class Plans(dict[Key, Plan]):
 class PlanTable:
     """Plans by key, for all modules whose ops have the same classes, settings and channels."""
 
-    def __init__(self, run: Run, options: Options) -> None:
+    def __init__(self, run: BasicOps, options: Options) -> None:
         self.run, self.options, self.ops = run, options, tuple(run.ops)
         self.plans: dict[Key, Plan] = Plans()
         self.exposed = SimpleNamespace()
@@ -51,7 +51,7 @@ class PlanTable:
 _tables: weakref.WeakValueDictionary[Any, PlanTable] = weakref.WeakValueDictionary()
 
 
-def table_for(run: Run, options: Options) -> PlanTable:
+def table_for(run: BasicOps, options: Options) -> PlanTable:
     """The shared table of this structure; one of its own where a setting cannot be compared."""
     if (current := config.read()) != options.config:
         options = options.with_(config=current)

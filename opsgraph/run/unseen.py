@@ -26,7 +26,7 @@ from ..ops.delayed import (
 from ..ops.joined import parameters
 from ..ops.main_grad import arriving
 from ..plan import Plan
-from ..plan.run import Run
+from ..plan.basic_ops import BasicOps
 from .options import Options
 
 
@@ -37,7 +37,11 @@ class Unseen:
     """
 
     def __init__(
-        self, run: Run, ops: Sequence[Op], slots: Sequence[tuple[nn.Module, str]], options: Options
+        self,
+        run: BasicOps,
+        ops: Sequence[Op],
+        slots: Sequence[tuple[nn.Module, str]],
+        options: Options,
     ) -> None:
         self.run, self.slots, self.options = run, slots, options
         waits = [

@@ -26,10 +26,10 @@ from opsgraph.ops import (
     SwiGLU,
     Tee,
 )
+from opsgraph.plan.basic_ops import BasicOps
 from opsgraph.plan.claims import Space
 from opsgraph.plan.program import Program, Request
 from opsgraph.plan.recompute import Keeper
-from opsgraph.plan.run import Run
 
 pytestmark = pytest.mark.usefixtures("without_cpu_backend")
 
@@ -258,7 +258,7 @@ def test_a_thousand_ops() -> None:
 
 
 def keeper_of(ops: Sequence[og.Op], needs: Sequence[str], width: int) -> Keeper:
-    run = Run(ops, [type(op).__name__ for op in ops])
+    run = BasicOps(ops, [type(op).__name__ for op in ops])
     weights = {
         run.name(name, i): og.Spec(tuple(getattr(run.ops[i], name).shape), torch.float32, CPU)
         for i, name in run.slots

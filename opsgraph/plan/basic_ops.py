@@ -1,4 +1,4 @@
-"""Lowered ops in a row, with their channels joined: what a plan is made for, whatever the call."""
+"""`BasicOps`: a run of basic ops with their channels joined, the same for every kind of call."""
 
 from collections.abc import Iterable, Sequence
 from copy import copy
@@ -11,8 +11,8 @@ from ..op.functions import verify_kind
 from .names import Names, wrong_names
 
 
-class Run:
-    """Lowered ops with their channels resolved; knows neither parameters' values nor dtypes.
+class BasicOps:
+    """What the ops of a stage lower to, in a row; knows neither parameters' values nor dtypes.
 
     labels: what errors call each op ("0:Linear"). inputs: `(position, name, channel)` of every
     extra input that no earlier Tee of the run provides; outputs: positions of Tees handed to the
@@ -112,14 +112,14 @@ class Run:
         read = i in self.sources.values()
         return not read or op.channels.get("d") in self._later or getattr(op, "to_caller", False)
 
-    def with_ops(self, ops: Sequence[Op]) -> "Run":
-        """The same run over other modules."""
+    def with_ops(self, ops: Sequence[Op]) -> "BasicOps":
+        """The same over other modules."""
         other = copy(self)
         pairs = zip(self.entries, ops, strict=True)
         other.ops, other.entries = list(ops), [entry._replace(op=op) for entry, op in pairs]
         return other
 
-    def with_entries(self, entries: Sequence[Placed], streams: bool) -> "Run":
+    def with_entries(self, entries: Sequence[Placed], streams: bool) -> "BasicOps":
         """A run of more entries; its ops are connected, and their values called, as in this one."""
         other = copy(self)
         other.streams = streams
