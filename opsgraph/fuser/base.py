@@ -5,11 +5,11 @@ A fuser has the shape of an op. Its `pattern` names the ops it covers; an entry 
 it in their constants alone (`op.functions.family`): `GatedActivation` for SwiGLU, GEGLU and a
 user's with another `kernel`, but `SwiGLU` for SwiGLU.
 
-Arguments of `fwd`, `bwd` and `reject` are the pattern's keys (the ops), `x` and `y` (the value
-before and after the run; in `reject` x is its Spec), `dy`, and `KEY_NAME` for what the op under
-that key calls NAME: `fc_weight`, `act_x`, `norm_rstd`, `norm_eps`, `tee_d`.
-`saves` lists values that `fwd` can hand out: inner values and what inner ops save, or private names
-of its own, which only its own `bwd` may take.
+Arguments of `fwd`, `bwd` and `reject` are the pattern's names (the ops), `x` and `y` (the values
+before and after the run; in `reject` x is its Spec), `dy`, and `ENTRY_NAME` for what the op of that
+entry calls NAME: `fc_weight`, `act_x`, `norm_rstd`, `norm_eps`, `tee_d`. `saves` lists values that
+`fwd` can hand out: inner values and what inner ops save, or private names of the fuser, which only
+its own `bwd` may take.
 
 One class may serve ops that differ. What the op in a place lacks is None, in arguments and in
 results, and so is all of an entry that is left out. `fwd` returns `(y, saved)`, saved as `saves`

@@ -75,9 +75,9 @@ def quantize(
     order: Sequence[str], quantizer: Quantizer, x: Tensor, scale: Tensor | None,
     names: Collection[str],
 ) -> Made:  # fmt: skip
-    """The copies of x that are named, and its amax if that is: the same bits, whoever makes them.
+    """The copies of x that are named, and its amax if that is named: the same bits in any backend.
 
-    The first backend in `order` with a kernel for x does, and where none has, the quantizer.
+    The first backend in `order` with a kernel for x makes them; if none has one, the quantizer does.
     """
     return _chosen(order, quantizer, x)[1](quantizer, x, scale, names)
 

@@ -28,7 +28,7 @@ ROWS = 1024
 """Rows of a gradient between a product and the pass after it that are there at the same time: the
 library packs the weight once for each such block."""
 PARTS, COLUMNS = 2, 1024
-"""How many parts an activation is computed again in, if each has so many columns."""
+"""How many parts an activation is computed again in, if each has at least `COLUMNS` columns."""
 
 
 @register
