@@ -77,7 +77,7 @@ def quantize(
 ) -> Made:  # fmt: skip
     """The copies of x that are named, and its amax if that is named: the same bits in any backend.
 
-    The first backend in `order` with a kernel for x makes them; if none has one, the quantizer does.
+    The first backend in `order` with a kernel for x makes them, else the quantizer.
     """
     return _chosen(order, quantizer, x)[1](quantizer, x, scale, names)
 
