@@ -15,7 +15,7 @@ import opsgraph.fusers  # registers the built-in ones
 import opsgraph.ops
 
 from .backend import backends
-from .fuser import registered
+from .fuser import BACKWARD, FORWARD, Fuser, registered
 from .fusers.cublaslt.products import FAMILIES, Family
 from .kernels.cpu import build, product
 
@@ -63,7 +63,12 @@ def ops() -> Iterable[str]:
 def fusers() -> Iterable[str]:
     """List the registered fusers by backend, with the passes and the ops that each covers."""
     rows = [
-        (fuser.backend, fuser.name, _passes(fuser.fwd, fuser.bwd), _pattern(fuser.pattern))
+        (
+            fuser.backend,
+            fuser.name,
+            _passes(fuser),
+            _pattern(fuser.pattern),
+        )
         for fuser in registered()
     ]
     return _table(sorted(rows, key=lambda row: row[0]))
@@ -111,8 +116,9 @@ def _summary(documented: object) -> str:
     return (inspect.getdoc(documented) or "").partition("\n")[0]
 
 
-def _passes(fwd: object, bwd: object) -> str:
-    return "both" if fwd and bwd else "forward" if fwd else "backward"
+def _passes(fuser: Fuser) -> str:
+    passes = [name for name in (FORWARD, BACKWARD) if fuser.functions(name)]
+    return passes[0] if len(passes) == 1 else "both"
 
 
 def _pattern(pattern: Mapping[str, object]) -> str:

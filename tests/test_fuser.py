@@ -573,3 +573,78 @@ def test_a_consumed_argument_has_no_other_variable_unless_it_is_needed() -> None
     alone, retained, alone_at_last = fuser.others
     assert alone == alone_at_last == 0
     assert retained >= 0
+
+
+# -- weight gradients as steps of their own --
+
+
+class InTwo(og.Fuser):
+    """The backward of a linear layer in two steps."""
+
+    backend, pattern = "aten", dict(fc=BasicLinear)
+
+    def wgrad(self, dy: Tensor, fc_x: Tensor) -> Any:
+        return dy.t() @ fc_x
+
+    def dgrad(self, dy: Tensor, fc_weight: Tensor) -> Any:
+        return dy @ fc_weight
+
+
+class GivesInput(og.Fuser):
+    """Makes the linear layer's input again on the way."""
+
+    backend, pattern, gives = "aten", dict(act=ReLU, fc=BasicLinear), ("fc_x",)
+
+    def bwd(self, dy: Tensor, act_x: Tensor, fc_weight: Tensor, want: Any) -> Any:
+        return (dy @ fc_weight) * (act_x > 0), (act_x.relu() if "fc_weight" in want else None,)
+
+
+def backward_of_two(*fusers: str, frozen: bool = False, **options: Any) -> Any:
+    """The plan, and the gradients of x and, unless frozen, of two layers' weights."""
+    torch.manual_seed(0)
+    layers = BasicLinear(8, 8), ReLU(), BasicLinear(8, 8)
+    module = og.Sequential(*layers, fusers=fusers, **options).requires_grad_(not frozen)
+    x = torch.randn(4, 8, requires_grad=True)
+    plan = module.plan(x=x)
+    assert bool(fusers) == any(step.name in fusers for step in plan.backward)
+    module(x).sum().backward()
+    if options.get("delay_wgrad_compute"):
+        assert module[0].weight.grad is None
+        module.backward_dw()
+    return plan, [x.grad, *(p.grad for p in module.parameters() if not frozen)]
+
+
+@pytest.mark.parametrize("kind", [InTwo, GivesInput])
+@pytest.mark.parametrize("planner", ["greedy", "optimal"])
+def test_a_weight_gradient_is_a_step_of_its_own(kind: type[og.Fuser], planner: str) -> None:
+    expected = backward_of_two(planner=planner)[1]
+    with og.register(kind) as handle:
+        for late in (False, True):
+            options = dict(planner=planner, delay_wgrad_compute=late)
+            plan, found = backward_of_two(handle.fuser.name, **options)
+            assert all(map(torch.equal, found, expected))
+            assert ("weigh(" in plan.backward_source) == late
+        plan, found = backward_of_two(handle.fuser.name, planner=planner, frozen=True)
+        assert "wgrad" not in plan.backward_source
+        assert {"x0", "x2"}.isdisjoint(plan.saved)
+        assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("kind", [InTwo, GivesInput])
+@pytest.mark.parametrize("check", ["0", "1"])
+def test_such_a_weight_gradient_goes_into_main_grad(
+    kind: type[og.Fuser], check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPSGRAPH_CHECK", check)
+    layers = BasicLinear(8, 8), ReLU(), BasicLinear(8, 8)
+    x = torch.randn(4, 8)
+    og.Sequential(*layers)(x).sum().backward()
+    for layer in (layers[0], layers[2]):
+        layer.accumulate_into_main_grad = True
+        layer.weight.main_grad = torch.ones(8, 8)
+    with og.register(kind) as handle:
+        module = og.Sequential(*layers, fusers=(handle.fuser.name,))
+        assert handle.fuser.name in [step.name for step in module.plan().backward]
+        module(x).sum().backward()
+    for layer in (layers[0], layers[2]):
+        torch.testing.assert_close(layer.weight.main_grad, 1 + layer.weight.grad)

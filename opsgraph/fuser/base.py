@@ -61,6 +61,14 @@ class Fuser:
     is None where a recipe leaves the gradient as it is."""
     fwd: Callable[..., Any] | None = None
     bwd: Callable[..., Any] | None = None
+    wgrad: Callable[..., Any] | None = None
+    dgrad: Callable[..., Any] | None = None
+    """`bwd` in two steps, of which a plan runs what it needs: `wgrad(dy, fc_x, ...)` is the product
+    that gives the only gradient after dx, a linear layer's weight's, and `dgrad` gives dx. Where
+    the weight gradient goes is the plan's business."""
+    gives: ClassVar[tuple[str, ...]] = ()
+    """`("fc_x",)`: in the place of the weight gradient of the last op, a linear layer, `bwd`
+    returns that op's input, which it has made again. The weight gradient is a step of its own."""
     reject: Callable[..., str | None] | None = None
     """`reject(self, KEY, ..., x)`: a reason not to use it here, or None."""
 
@@ -89,7 +97,8 @@ class Fuser:
 
     def functions(self, direction: str) -> dict[str, Callable[..., Any]]:
         """The functions to call in that pass, in order; none if it does not serve the pass."""
-        functions = {FORWARD: {"fwd": self.fwd}, BACKWARD: {"bwd": self.bwd}}.get(direction, {})
+        names = {FORWARD: ("fwd",), BACKWARD: ("wgrad", "dgrad", "bwd")}.get(direction, ())
+        functions = {name: getattr(self, name) for name in names}
         return {name: function for name, function in functions.items() if function}
 
 
@@ -129,6 +138,7 @@ class Declaration:
         """What it saves that is no value of an op."""
         self.gradients = tuple(_gradients(fuser))
         """What follows dx in the results of `bwd`."""
+        self.gives = tuple(Name(name, *fuser.split(name)) for name in fuser.gives)
         self.rejects = arguments(fuser.reject) if fuser.reject else ()
         named = [name for function in self.functions[BACKWARD] for name in function.arguments]
         self.tapped = tuple(name.key for name in named if name.key and name.value == "d")

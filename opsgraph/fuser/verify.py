@@ -6,7 +6,7 @@ import torch
 
 from ..backend import backends
 from ..errors import RegisterError
-from ..op import STORED, Op, arguments, differentiable, per_class, weights
+from ..op import BACKWARD, STORED, Op, arguments, differentiable, per_class, weights
 from .base import Fuser, alternatives
 
 ARGUMENTS = frozenset({"x", "y", "dy", "want", "self"})
@@ -39,7 +39,7 @@ def verify(fuser: Fuser) -> None:
     priority = fuser.priority
     if not isinstance(priority, int | float | None) or priority != priority:
         fail(f"got priority {priority!r}, expected a number or None")
-    for option in ("saves", "consumes"):
+    for option in ("saves", "consumes", "gives"):
         value = getattr(fuser, option)
         if isinstance(value, str) or not all(isinstance(n, str) for n in value):
             fail(f"got {option} = {value!r}, expected a tuple of names")
@@ -51,8 +51,11 @@ def verify(fuser: Fuser) -> None:
     flat = [kind for entry in kinds.values() for kind in entry]
     if not flat or not all(isinstance(kind, type) and issubclass(kind, Op) for kind in flat):
         fail(f"got pattern {dict(fuser.pattern)!r}, expected op classes under names")
-    if fuser.fwd is None and fuser.bwd is None:
+    backward = [*fuser.functions(BACKWARD)]
+    if fuser.fwd is None and not backward:
         fail("it has neither fwd nor bwd")
+    if backward not in ([], ["bwd"], ["wgrad", "dgrad"]):
+        fail(f"got {' and '.join(backward)}, expected bwd, or wgrad and dgrad")
     public = {
         f"{key}_{n}" for key, entry in kinds.items() for kind in entry for n in _vocabulary(kind)
     }
@@ -63,14 +66,23 @@ def verify(fuser: Fuser) -> None:
     values |= {f"{key}_y" for key in kinds}
     if unknown := set(fuser.saves) - values - private:
         fail(f"cannot save {sorted(unknown)}; the names there are: {', '.join(sorted(values))}")
+    *_, last = kinds
+    products = {f"{last}_x"} if all(kind.wgrad for kind in kinds[last]) else set()
+    if strange := set(fuser.gives) - products or (fuser.gives if not fuser.bwd else ()):
+        fail(f"gives {sorted(strange)}, expected the input of a linear layer, last, from bwd")
+    step = {"x", "y", "dy", *kinds} | public
     allowed = {
         "fwd": {"x", "want", *kinds} | public,
-        "bwd": {"x", "y", "dy", "want", *kinds} | public | private,
+        "bwd": {"want"} | step | private,
+        "wgrad": step,
+        "dgrad": step,
         "reject": {"x", *kinds},
     }
     gradients = {
         f"{key}_{n}" for key, entry in kinds.items() for kind in entry for n in differentiable(kind)
     }
+    if fuser.wgrad and len(gradients) != 1:
+        fail(f"got wgrad and the gradients {sorted(gradients)}, expected one, or bwd")
     if not isinstance(fuser.wants, Mapping):
         fail(f"got wants = {fuser.wants!r}, expected the kernel's words under the names here")
     if strange := set(fuser.wants) - set(fuser.saves) - gradients:

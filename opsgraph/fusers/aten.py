@@ -80,16 +80,11 @@ class LinearScaleBackward(Fuser):
             return "the weight gradient goes into main_grad"
         return None
 
-    def bwd(
-        self, dy: Tensor, fc: Any, fc_x: Tensor, fc_weight: Tensor, scale_scale: float,
-        want: Collection[str],
-    ) -> Any:  # fmt: skip
-        dx = dweight = None
-        if "x" in want:
-            dx = _scaled_product(dy, fc_weight, scale_scale)
-        if "fc_weight" in want:
-            dweight = fc.weigh(_scaled_product, dy.t(), fc_x, scale_scale)
-        return dx, (dweight,)
+    def wgrad(self, dy: Tensor, fc_x: Tensor, scale_scale: float) -> Any:
+        return _scaled_product(dy.t(), fc_x, scale_scale)
+
+    def dgrad(self, dy: Tensor, fc_weight: Tensor, scale_scale: float) -> Any:
+        return _scaled_product(dy, fc_weight, scale_scale)
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -102,19 +97,18 @@ class TeeLinearBackward(Fuser):
 
     backend, pattern = "aten", dict(tee=Tee, fc=BasicLinear)
 
-    def bwd(
-        self, dy: Tensor, tee_d: Tensor, fc: Any, fc_x: Tensor, fc_weight: Tensor,
-        fc_weight_stored: Tensor, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        dx = torch.addmm(tee_d, dy, fc_weight) if "x" in want else None
-        return dx, (fc.wgrad(dy, fc_x, fc_weight_stored) if "fc_weight" in want else None,)
+    def wgrad(self, dy: Tensor, fc_x: Tensor) -> Any:
+        return dy.t() @ fc_x
+
+    def dgrad(self, dy: Tensor, tee_d: Tensor, fc_weight: Tensor) -> Any:
+        return torch.addmm(tee_d, dy, fc_weight)
 
 
 @register
 class RMSNormLinearBackward(Fuser):
     """Backward of RMSNorm and the linear after it, whose input is made again on the way."""
 
-    backend, pattern = "aten", dict(norm=RMSNorm, fc=BasicLinear)
+    backend, pattern, gives = "aten", dict(norm=RMSNorm, fc=BasicLinear), ("fc_x",)
 
     def reject(self, x: Spec) -> str | None:
         if x.device.type != "cpu":
@@ -123,14 +117,13 @@ class RMSNormLinearBackward(Fuser):
 
     def bwd(
         self, dy: Tensor, norm_x: Tensor, norm_rstd: Tensor, norm_weight: Tensor | None,
-        norm_zero_centered_gamma: bool, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
-        want: Collection[str],
+        norm_zero_centered_gamma: bool, fc_weight: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
         wanted = "x" in want, "norm_weight" in want, "fc_weight" in want
         dx, dnorm, y = norms.rmsnorm_backward(
             dy @ fc_weight, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, *wanted
         )
-        return dx, (dnorm, None if y is None else fc.wgrad(dy, y, fc_weight_stored))
+        return dx, (dnorm, y)
 
 
 @register
@@ -140,12 +133,12 @@ class GatedLinearBackward(Fuser):
     The linear's input is computed again in the pass that computes the activation's gradient.
     """
 
-    backend, pattern = "aten", dict(act=GatedActivation, fc=BasicLinear)
+    backend, pattern, gives = "aten", dict(act=GatedActivation, fc=BasicLinear), ("fc_x",)
 
     def bwd(
-        self, dy: Tensor, fc: Any, act_x: Tensor, fc_weight: Tensor, fc_weight_stored: Tensor,
-        act_function: Function, want: Collection[str],
+        self, dy: Tensor, act_x: Tensor, fc_weight: Tensor, act_function: Function,
+        want: Collection[str],
     ) -> Any:  # fmt: skip
-        weighs = "fc_weight" in want
-        dx, y = activations.activation_backward_and_y(dy @ fc_weight, act_x, *act_function, weighs)
-        return dx, (None if y is None else fc.wgrad(dy, y, fc_weight_stored),)
+        gives = "fc_weight" in want
+        dx, y = activations.activation_backward_and_y(dy @ fc_weight, act_x, *act_function, gives)
+        return dx, (y,)

@@ -106,6 +106,18 @@ class Claim:
         return tuple(self._call(f, self.results) for f in functions if f.name not in unwanted)
 
     @cached_property
+    def weighed(self) -> dict[str, tuple[str, "Claim"]]:
+        """Weight gradients that are steps of their own: the value that it gives them, the step."""
+        steps = {}
+        for name in self.fuser.declaration.gives:
+            i = self.positions[name.key or ""]
+            if i is not None and (gradient := self.program.gradient(i, "weight")):
+                match = Match(reference(self.program.kinds[i]), {"op": i}, i, i + 1)
+                step = Claim(self.program, match, BACKWARD, self.level, self.rank)
+                steps[gradient] = self._argument(name).text, step
+        return steps
+
+    @cached_property
     def again(self) -> Call | None:
         """The call that makes y again of what `again` names, if its op has one."""
         functions = self.fuser.declaration.functions[AGAIN]

@@ -204,11 +204,15 @@ class _Backward(_Pass):
         sums = []
         dx = "dx" if self.program.flows[claim.start] else "_"
         gradients = claim.fuser.declaration.gradients
+        weighed, dy = claim.weighed, f"d{self.program.x(claim.stop)}"
+        if weighed:
+            lines.append(Line("bind", _values(["dx"]), dy))
         for call in claim.calls:
             names = [name or "_" for name in call.results]
             bound = [
                 f"{name}_more" if name in self.sums & self.available else name for name in names
             ]
+            bound = [weighed[name][0] if name in weighed else name for name in bound]
             want = ["x"] * (dx == "dx")
             want += [g.text for g, n in zip(gradients, names, strict=True) if n != "_"]
             want += self.definitions.gradient(claim.start)
@@ -219,7 +223,12 @@ class _Backward(_Pass):
                 continue
             note = f"{claim.where} {claim.fuser.backend}"
             lines.append(self.call(claim, call, want, results, note))
-            sums += [(n, b) for n, b in zip(names, bound, strict=True) if n != b]
+            sums += [(n, b) for n, b in zip(names, bound, strict=True) if b == f"{n}_more"]
+        for gradient, (_, product) in weighed.items():
+            (call,) = (call for call in product.calls if call.function == "wgrad")
+            given = (a._replace(text=dy) if a.text == "dx" else a for a in call.arguments)
+            call, note = call._replace(arguments=tuple(given)), f"{product.where} reference"
+            lines.append(self.call(product, call, (), gradient, note))
         self.add(*self.after(claim, lines))
         for name, value in sums:
             self.arrive(name, value)

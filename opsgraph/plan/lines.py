@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from ..guards.results import First
-from ..op import BACKWARD
+from ..op import BACKWARD, STORED
 from ..op.functions import backward_functions
 from .claims import Call, Claim, Space
 from .compiled import base_namespace, compiled
@@ -198,20 +198,34 @@ class Writer:
         if isinstance(bound := self.namespace[name], First):
             bound.counts[call.function].add(len(call.results))
         spelled, arguments = f"{name}.{call.function}", tuple(map(self._named, call.arguments))
+        function = getattr(target, call.function)
         if claim.is_reference and claim.direction == BACKWARD:
-            function = backward_functions(target)[call.function]
-            if function is not getattr(target, call.function):  # derived from fwd
+            given, function = function, backward_functions(target)[call.function]
+            if function is not given:  # derived from fwd
                 suffix = "" if call.function == "bwd" else f"_{call.function}"
                 spelled = self.bind(f"{target.__name__}_vjp{suffix}", function)
                 target = function
-            if call.function == "wgrad" and call.results[0] in self.program.elsewhere.waits:
-                waiting = Argument("object", spelled, value=function)
-                spelled, arguments = f"{arguments[0].text}.weigh", (waiting, *arguments)
+        if call.function == "wgrad":
+            product = Argument("object", spelled, value=function)
+            spelled, arguments = self._weighed(claim, call, product, arguments)
         keywords: tuple[tuple[str, Given], ...] = ()
         if call.wants:
             words = tuple(claim.fuser.wants.get(word, word) for word in want)
             keywords = (("want", Argument("literal", repr(words), value=words)),)
         return Line(spelled, arguments, results, target, keywords, note)
+
+    def _weighed(
+        self, claim: Claim, call: Call, product: Argument, arguments: tuple[Argument, ...]
+    ) -> tuple[str, tuple[Argument, ...]]:
+        """The call of a weight gradient's product: by the op, if the gradient goes elsewhere."""
+        gradient, program = call.results[0], self.program
+        (i,) = (i for i in claim.ops if gradient in program.gradient_names(i))
+        op, stored = program.resolve(i, ""), program.resolve(i, "weight" + STORED)
+        if gradient in program.elsewhere.added and stored and not claim.is_reference:
+            return f"{op.text}.wgrad_by", (product, *arguments, stored)  # type: ignore[union-attr]
+        if gradient in program.elsewhere.waits:
+            return f"{op.text}.weigh", (product, *arguments)  # type: ignore[union-attr]
+        return product.text, arguments
 
     def _named(self, argument: Argument) -> Argument:
         """An argument with the text that stands for it in the source."""

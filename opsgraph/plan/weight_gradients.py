@@ -13,11 +13,12 @@ from .basic_ops import BasicOps
 
 
 class WeightGradients(NamedTuple):
-    """The names of such weights, by slot. `waits`: the names of the gradients that are delayed."""
+    """The names of such weights, by slot. `waits`, `added`: the names of their gradients."""
 
     late: dict[int, str]
     accumulated: dict[int, str]
     waits: frozenset[str]
+    added: frozenset[str]
 
 
 def weight_gradients(
@@ -37,4 +38,7 @@ def weight_gradients(
         }
 
     late, accumulated = asked("delay_wgrad_compute"), asked("accumulate_into_main_grad")
-    return WeightGradients(late, accumulated, frozenset(f"d{name}" for name in late.values()))
+    waits, added = (
+        frozenset(f"d{name}" for name in found.values()) for found in (late, accumulated)
+    )
+    return WeightGradients(late, accumulated, waits, added)

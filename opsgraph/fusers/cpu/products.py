@@ -49,16 +49,11 @@ class LinearProductBackward(Fuser):
 
     backend, pattern = "cpu", dict(tee=Tee | None, fc=BasicLinear)
 
-    def bwd(
-        self, dy: Tensor, tee_d: Tensor | None, fc: Any, fc_x: Tensor, fc_weight: Tensor,
-        fc_weight_stored: Tensor, want: tuple[str, ...],
-    ) -> Any:  # fmt: skip
-        dx = dweight = None
-        if "fc_weight" in want:
-            dweight = fc.wgrad_by(gemm.wgrad, dy, fc_x, fc_weight_stored)
-        if "x" in want:
-            dx = gemm.dgrad(dy, fc_weight, tee_d)
-        return dx, (dweight,)
+    def wgrad(self, dy: Tensor, fc_x: Tensor) -> Any:
+        return gemm.wgrad(dy, fc_x)
+
+    def dgrad(self, dy: Tensor, fc_weight: Tensor, tee_d: Tensor | None) -> Any:
+        return gemm.dgrad(dy, fc_weight, tee_d)
 
 
 def _one_pass(x: Tensor) -> bool:

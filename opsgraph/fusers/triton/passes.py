@@ -110,19 +110,17 @@ class ActivationLinearBackward(ActivationFuser):
     """
 
     pattern = dict(bias=Bias | None, act=Activation | GatedActivation, fc=BasicLinear)
-    wants = dict(bias_bias="bias", fc_weight="y")
+    gives, wants = ("fc_x",), dict(bias_bias="bias", fc_weight="y")
 
     def bwd(
         self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params,
-        bias_bias: Tensor | None, fc: Any, fc_weight: Tensor, fc_weight_stored: Tensor,
-        want: Collection[str],
+        bias_bias: Tensor | None, fc_weight: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
         dtype = None if bias_bias is None else bias_bias.dtype
         dx, y, dbias = activations.activation_backward(
             dy @ fc_weight, act_x, act_kernel, act_params, want, dtype
         )
-        dweight = None if y is None else fc.wgrad(dy, y, fc_weight_stored)
-        return dx, (dbias, dweight)
+        return dx, (dbias, y)
 
 
 @register
