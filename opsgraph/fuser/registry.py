@@ -46,19 +46,19 @@ def register(fuser: Fuser | type[Fuser]) -> Handle:
     declaration names a backend, an op or a value that does not exist.
     """
     try:
-        made = fuser() if isinstance(fuser, type) else fuser
+        instance = fuser() if isinstance(fuser, type) else fuser
     except TypeError as error:
         raise RegisterError(
             f"{getattr(fuser, '__name__', fuser)}: cannot be made: {error}"
         ) from error
-    if not isinstance(made, Fuser):
-        raise RegisterError(f"got {made!r}, expected a Fuser or a class of one")
-    verify(made)
+    if not isinstance(instance, Fuser):
+        raise RegisterError(f"got {instance!r}, expected a Fuser or a class of one")
+    verify(instance)
     with config.lock:
-        made.serial = next(_serial)
-        _registered.append(made)
+        instance.serial = next(_serial)
+        _registered.append(instance)
         config.touch()
-    return Handle(made)
+    return Handle(instance)
 
 
 def registered() -> list[Fuser]:

@@ -92,7 +92,7 @@ def verify(fuser: Fuser) -> None:
     for method, names in allowed.items():
         function = getattr(fuser, method)
         if function and (unknown := set(arguments(function)) - names):
-            there = ", ".join(sorted(names))
+            known = ", ".join(sorted(names))
             fail(
-                f"{method} needs {sorted(unknown)}, which nobody has; the names there are: {there}"
+                f"{method} needs {sorted(unknown)}, which nobody has; the names there are: {known}"
             )

@@ -31,9 +31,11 @@ class LinearBiasActivation(Fuser):
     backend, pattern = "aten", dict(fc=BasicLinear, bias=Bias, act=GELU | ReLU)
 
     def reject(self, fc: Op, bias: Op, act: Op, x: Spec) -> str | None:
-        there = "gelu" if x.device.type == "cuda" else "gelu_erf"  # found by trying, see the tests
-        if act.kernel not in ("relu", there):
-            return f"on {x.device.type} the library's epilogue is {there}, not {act.kernel}"
+        epilogue = (
+            "gelu" if x.device.type == "cuda" else "gelu_erf"
+        )  # found by trying, see the tests
+        if act.kernel not in ("relu", epilogue):
+            return f"on {x.device.type} the library's epilogue is {epilogue}, not {act.kernel}"
         if x.device.type == "cuda" and x.dtype == torch.float64:
             return "cublasLt has no such epilogue in fp64"
         return None

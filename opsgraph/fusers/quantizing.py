@@ -132,8 +132,8 @@ class QuantizesValue(Quantizes):
 
     def fwd(self, x: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
         kernel = KERNELS[self.backend]
-        made, amax = kernel.quantize(q.quantizer, x, q_scale, want)
-        return made, (amax,)
+        value, amax = kernel.quantize(q.quantizer, x, q_scale, want)
+        return value, (amax,)
 
 
 class QuantizesGradient(Quantizes):
@@ -143,5 +143,5 @@ class QuantizesGradient(Quantizes):
 
     def bwd(self, dy: Tensor, q: Any, q_scale: Tensor | None, want: Collection[str]) -> Any:
         kernel = KERNELS[self.backend]
-        made, amax = kernel.quantize(q.quantizer, dy, q_scale, want)
-        return made, (amax,)
+        value, amax = kernel.quantize(q.quantizer, dy, q_scale, want)
+        return value, (amax,)

@@ -169,9 +169,9 @@ def _norm_backward(
         names -= {"y"}
     # Where no gradient goes through the norm its pass only makes y.
     gradient = gemm.dgrad(dy, weight) if names - {"y"} else x
-    *found, y = norm(gradient, want=names, out=gradient if gradient is not x else None)
+    *gradients, y = norm(gradient, want=names, out=gradient if gradient is not x else None)
     del gradient
-    return *found, dweight if y is None else fc.wgrad_by(gemm.wgrad, dy, y, stored)
+    return *gradients, dweight if y is None else fc.wgrad_by(gemm.wgrad, dy, y, stored)
 
 
 @register

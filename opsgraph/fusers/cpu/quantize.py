@@ -39,22 +39,22 @@ def _names(quantizer: Quantizer, names: Collection[str]) -> Collection[str]:
     return {"row", *names} - {"col"} if both else names
 
 
-def _found(
-    quantizer: Quantizer, made: Copies, dtype: torch.dtype, names: Collection[str]
+def _quantized(
+    quantizer: Quantizer, copies: Copies, dtype: torch.dtype, names: Collection[str]
 ) -> Quantized:
     """The value with the copies that are named."""
-    found = as_quantized(quantizer, made, dtype)
-    if quantizer.shared and "col" in names and found.row is not None:
-        found = found._replace(col=transposed(found.row))
-    return found
+    value = as_quantized(quantizer, copies, dtype)
+    if quantizer.shared and "col" in names and value.row is not None:
+        value = value._replace(col=transposed(value.row))
+    return value
 
 
 def quantize(
     quantizer: Quantizer, x: Tensor, scale: Tensor | None, names: Collection[str]
 ) -> tuple[Quantized, Tensor | None]:
     """The copies of x that are named, and its amax."""
-    made = kernels.quantize(x, format_of(quantizer), scale, _names(quantizer, names))
-    return _found(quantizer, made, x.dtype, names), made.amax
+    copies = kernels.quantize(x, format_of(quantizer), scale, _names(quantizer, names))
+    return _quantized(quantizer, copies, x.dtype, names), copies.amax
 
 
 KERNELS["cpu"] = Kernel((Format,), CPU.dtypes, quantize, lambda: build.reason("quantize"))
@@ -88,12 +88,11 @@ class ActivationQuantizeCPU(CPU, Quantizes):
         self, x: Tensor, bias_bias: Tensor | None, act_kernel: str, act_params: Params, q: Any,
         q_scale: Tensor | None, want: Collection[str],
     ) -> Any:  # fmt: skip
-        made, pre = kernels.activation_quantize(
+        copies, pre = kernels.activation_quantize(
             x, act_kernel, format_of(q.quantizer), act_params, bias_bias, "act_x" in want, q_scale,
             _names(q.quantizer, want),
         )  # fmt: skip
-        found = _found(q.quantizer, made, x.dtype, want)
-        return found, (pre, made.amax)
+        return _quantized(q.quantizer, copies, x.dtype, want), (pre, copies.amax)
 
 
 @register
@@ -116,8 +115,9 @@ class GroupedQuantizeCPU(CPU):
         self, dy: Tensor, fc: Any, fc_x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor,
         fc_bias: Tensor | None, fc_weight_stored: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
-        given = dy, fc_x, fc_split_sizes, fc_weight, fc_bias, fc_weight_stored, want
-        return fc.backward_by(_by_kernel, *given)
+        return fc.backward_by(
+            _by_kernel, dy, fc_x, fc_split_sizes, fc_weight, fc_bias, fc_weight_stored, want
+        )
 
 
 def _by_kernel(quantizer: Quantizer, x: Tensor, copies: Collection[str]) -> Quantized:

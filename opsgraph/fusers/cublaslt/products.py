@@ -119,8 +119,8 @@ def scaled_mm(
     assert a is not None and b is not None  # noqa: PT018
     rows, cols = a.data.size(0), b.data.size(0)
     if not a.data.numel() * cols:
-        made = torch.zeros(rows, cols, dtype=dtype, device=a.data.device)
-        return made if bias is None else made + bias
+        zeros = torch.zeros(rows, cols, dtype=dtype, device=a.data.device)
+        return zeros if bias is None else zeros + bias
     if a.quantizer.storage.block:
         return native.multiply(_blocks(a), _blocks(b), rows, dtype)  # type: ignore[no-any-return]
     left, right = (native.filled(copy.data, 1, ALIGNMENT) for copy in (a, b))

@@ -39,8 +39,8 @@ def quantize(
     quantizer: Quantizer, x: Tensor, scale: Tensor | None, names: Collection[str]
 ) -> tuple[Quantized, Tensor | None]:
     """The copies of x that are named, and its amax."""
-    made = kernels.quantize(x, format_of(quantizer), scale, tuple(names))
-    return as_quantized(quantizer, made, x.dtype), made.amax
+    copies = kernels.quantize(x, format_of(quantizer), scale, tuple(names))
+    return as_quantized(quantizer, copies, x.dtype), copies.amax
 
 
 KERNELS["triton"] = Kernel((Format, NVFP4), Triton.dtypes, quantize)
@@ -90,10 +90,10 @@ class ActivationQuantize(ActivationFuser, Quantizes):
         self, x: Tensor, act_kernel: str, act_params: Params, q: Any, q_scale: Tensor | None,
         want: Collection[str],
     ) -> Any:  # fmt: skip
-        made = kernels.activation_quantize(
+        copies = kernels.activation_quantize(
             x, act_kernel, format_of(q.quantizer), act_params, scale=q_scale, want=want
         )
-        return as_quantized(q.quantizer, made, x.dtype), (made.amax,)
+        return as_quantized(q.quantizer, copies, x.dtype), (copies.amax,)
 
 
 class _BackwardQuantize(ActivationFuser, Quantizes):
@@ -122,12 +122,12 @@ class ActivationBackwardQuantize(_BackwardQuantize):
         act_x: Tensor, act_kernel: str, act_params: Params, want: Collection[str],
     ) -> Any:  # fmt: skip
         dtype = bias_bias.dtype if bias_bias is not None and "bias" in want else None
-        made, _, dbias = backward.activation_backward_quantize(
+        copies, _, dbias = backward.activation_backward_quantize(
             dy, act_x, act_kernel, format_of(grad.quantizer), act_params, grad_scale, want,
             dbias=dtype,
         )  # fmt: skip
-        dx = as_quantized(grad.quantizer, made, dy.dtype)
-        return dx, (made.amax, dbias)
+        dx = as_quantized(grad.quantizer, copies, dy.dtype)
+        return dx, (copies.amax, dbias)
 
 
 @register
@@ -175,7 +175,7 @@ class ActivationLinearBackwardQuantize(_BackwardQuantize):
         dtype = bias_bias.dtype if bias_bias is not None and "bias" in want else None
         weighs = "fc_weight" in want
         dact = scaled_product(dy.row, fc_weight.col, dy.dtype)
-        made, y, dbias = backward.activation_backward_quantize(
+        copies, y, dbias = backward.activation_backward_quantize(
             dact, act_x, act_kernel, format_of(grad.quantizer), act_params, grad_scale, want,
             format_of(q.quantizer), q_scale, ("col",) if weighs else (), dtype,
         )  # fmt: skip
@@ -183,5 +183,5 @@ class ActivationLinearBackwardQuantize(_BackwardQuantize):
         if weighs:
             again = as_quantized(q.quantizer, y, dy.dtype)
             dweight = fc.wgrad_by(scaled_wgrad, dy, again, fc_weight_stored)
-        dx = as_quantized(grad.quantizer, made, dy.dtype)
-        return dx, (made.amax, dbias, None, dweight)
+        dx = as_quantized(grad.quantizer, copies, dy.dtype)
+        return dx, (copies.amax, dbias, None, dweight)
