@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ...backend import Backend, add_backend
 from ...fuser import Fuser, register
-from ...ops import Add, Bias, LayerNorm, RMSNorm, Tee
+from ...ops import Bias
 from ...ops.activations import Activation, Function, GatedActivation
 from ..lazy import Lazy
+from ..norms import NormForward, NormGradients
 
 build = Lazy("cpu.build")
 norms = Lazy("cpu.norms")
@@ -30,42 +31,17 @@ class CPU(Fuser):
 
 
 @register
-class NormKernel(CPU):
+class NormKernel(CPU, NormForward):
     """[Residual add and] norm, each row read from memory once; hands out the sum."""
 
-    pattern = dict(add=Add | None, norm=RMSNorm | LayerNorm)
-    saves = ("norm_x", "norm_mean", "norm_rstd")
-    wants = dict(norm_mean="mean", norm_rstd="rstd")
-
-    def fwd(
-        self, x: Tensor, add_other: Tensor | None, norm_weight: Tensor | None,
-        norm_bias: Tensor | None, norm_eps: float, norm_zero_centered_gamma: bool,
-        norm_center: bool, want: Want,
-    ) -> Any:  # fmt: skip
-        y, mean, rstd, total = norms.norm_forward(
-            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, norm_center,
-            want,
-        )  # fmt: skip
-        return y, (total, mean, rstd)
+    kernels = norms
 
 
 @register
-class NormBackward(CPU):
+class NormBackward(CPU, NormGradients):
     """Backward of a norm, with the residual's gradient added to dx where there is one."""
 
-    pattern = dict(tee=Tee | None, norm=RMSNorm | LayerNorm)
-    wants = dict(norm_weight="weight", norm_bias="bias")
-
-    def bwd(
-        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor | None,
-        norm_rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        norm_zero_centered_gamma: bool, want: Want,
-    ) -> Any:  # fmt: skip
-        dx, dweight, dbias, _ = norms.norm_backward(
-            dy, norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma,
-            tee_d, want,
-        )  # fmt: skip
-        return dx, (dweight, dbias)
+    kernels = norms
 
 
 @register

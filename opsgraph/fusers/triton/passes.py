@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
-from ...ops import Add, BasicLinear, Bias, Dropout, LayerNorm, RMSNorm, Tee
+from ...ops import Add, BasicLinear, Bias, Dropout
 from ...ops.activations import Activation, GatedActivation, Params
 from ..lazy import Lazy
+from ..norms import NormForward, NormGradients
 
 norms = Lazy("triton.norms")
 activations = Lazy("triton.activations")
@@ -23,43 +24,17 @@ class Triton(Fuser):
 
 
 @register
-class NormKernel(Triton):
+class NormKernel(Triton, NormForward):
     """[Residual add and] norm, each row read once, statistics in registers; hands out the sum."""
 
-    pattern = dict(add=Add | None, norm=RMSNorm | LayerNorm)
-    saves = ("norm_x", "norm_mean", "norm_rstd")
-    wants = dict(norm_mean="mean", norm_rstd="rstd")
-
-    def fwd(
-        self, x: Tensor, add_other: Tensor | None, norm_weight: Tensor | None,
-        norm_bias: Tensor | None, norm_eps: float, norm_zero_centered_gamma: bool,
-        norm_center: bool, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        y, mean, rstd, total = norms.norm_forward(
-            x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, norm_center,
-            want,
-        )  # fmt: skip
-        return y, (total, mean, rstd)
+    kernels = norms
 
 
 @register
-class NormBackward(Triton):
+class NormBackward(Triton, NormGradients):
     """Backward of a norm, with the residual's gradient added to dx where there is one."""
 
-    pattern = dict(tee=Tee | None, norm=RMSNorm | LayerNorm)
-    wants = dict(norm_weight="weight", norm_bias="bias")
-
-    def bwd(
-        self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor | None,
-        norm_rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        norm_zero_centered_gamma: bool, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        dtype = None if norm_bias is None else norm_bias.dtype
-        dx, dweight, dbias = norms.norm_backward(
-            dy, norm_x, norm_mean, norm_rstd, norm_weight, norm_zero_centered_gamma, tee_d, want,
-            dtype,
-        )  # fmt: skip
-        return dx, (dweight, dbias)
+    kernels = norms
 
 
 class ActivationFuser(Triton):

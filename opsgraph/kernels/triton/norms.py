@@ -126,14 +126,14 @@ def norm_forward(
 
 def norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
-    zero_centered: bool = False, dother: Tensor | None = None,
-    want: Collection[str] = ("x", "weight", "bias"), bias_dtype: torch.dtype | None = None,
+    bias: Tensor | None = None, zero_centered: bool = False, dother: Tensor | None = None,
+    want: Collection[str] = ("x", "weight", "bias"),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of `norm_forward`, by the formula at the top of this file, plus dother in dx.
 
     dy, x, dother: `[rows, width]`; x is what the norm read (the total, where there was one). mean:
     None for RMSNorm, which has no bias. Returns (dx in x's dtype, dweight in weight's, dbias in
-    bias_dtype, by default weight's or x's), None for what is not in want; the last two are
+    bias's, without one in weight's or x's), None for what is not in want; the last two are
     `[width]`, summed in fp32 and in a fixed order.
     """
     rows, width = x.shape
@@ -143,8 +143,8 @@ def norm_backward(
     if "weight" in want and weight is not None:
         dweight = new(width, dtype=weight.dtype, device=x.device)
     if "bias" in want and mean is not None:
-        bias_dtype = bias_dtype or (x if weight is None else weight).dtype
-        dbias = new(width, dtype=bias_dtype, device=x.device)
+        like = next(t for t in (bias, weight, x) if t is not None)
+        dbias = new(width, dtype=like.dtype, device=x.device)
     if not x.numel() or (dx is None and dweight is None and dbias is None):
         return dx, dweight, dbias
     dy, x, rstd = row_major(dy), row_major(x), rstd.contiguous()

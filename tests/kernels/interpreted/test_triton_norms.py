@@ -130,7 +130,7 @@ def test_forward_and_backward(case: Case, device: str) -> None:
     close(rstd, torch.rsqrt(square + EPS))
 
     dy64 = given.dy.cpu().double()
-    args = given.dy, read, mean, rstd, given.weight, case.zero_centered
+    args = given.dy, read, mean, rstd, given.weight, None, case.zero_centered
     dx, dweight, dbias = twice(norm_backward, *args, dother=given.dother)
     (dx64,) = torch.autograd.grad(y64, x64, dy64, retain_graph=True)
     m64 = dy64 if weight64 is None else dy64 * (weight64.detach() + case.zero_centered)
@@ -161,7 +161,7 @@ def test_backward_computes_what_is_wanted(want: tuple[str, ...], width: int, dev
     y64 = norm64(x64, weight64, bias64, False, True)
     wanted64 = torch.autograd.grad(y64, (x64, weight64, bias64), given.dy.cpu().double())
     got = norm_backward(
-        given.dy, given.x, mean, rstd, given.weight, want=want, bias_dtype=torch.bfloat16
+        given.dy, given.x, mean, rstd, given.weight, given.bias.bfloat16(), want=want
     )
     dtypes = torch.float32, torch.float16, torch.bfloat16
     for key, value, value64, dtype in zip(
