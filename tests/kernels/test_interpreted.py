@@ -21,13 +21,8 @@ FUSERS = ROOT / "tests" / "fusers" / "test_fusers.py"
     "target, chosen",
     [
         pytest.param(FOLDER, "", id="kernels"),
-        pytest.param(FUSERS, "not torch.float16 and not torch.float32", id="fusers"),
-        pytest.param(
-            FUSERS,
-            "torch.float16 or torch.float32",
-            id="fusers, other dtypes",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(FUSERS, "torch.bfloat16", id="fusers"),
+        pytest.param(FUSERS, "not torch.bfloat16", id="fusers, all else", marks=pytest.mark.slow),
     ],
 )
 def test_under_the_interpreter(target: Path, chosen: str) -> None:
