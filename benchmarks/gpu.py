@@ -28,7 +28,7 @@ from opsgraph.ops import GELU, LayerNorm, Linear, RMSNorm, SwiGLU
 
 SIZES = ((8192, 1024, 3584), (8192, 2048, 5632), (8192, 4096, 14336))
 SMALL = (64, 1024, 3584)
-EPILOGUES = ("LinearGatedActivation", "LinearActivationBackward")
+EPILOGUES = ("LinearActivation", "ActivationEpilogueBackward")
 """Fusers that put an activation into a Triton GEMM; "library GEMMs" is opsgraph without them."""
 
 

@@ -43,7 +43,7 @@ class _Epilogue(ActivationFuser):
 
 
 @register
-class LinearGatedActivation(_Epilogue):
+class LinearActivation(_Epilogue):
     """GEMM with bias and activation, plain or gated, in its epilogue; hands out what act reads."""
 
     pattern = dict(fc=BasicLinear, bias=Bias | None, act=Activation | GatedActivation)
@@ -58,7 +58,7 @@ class LinearGatedActivation(_Epilogue):
 
 
 @register
-class LinearActivationBackward(_Epilogue):
+class ActivationEpilogueBackward(_Epilogue):
     """Backward of [bias,] activation and linear, the activation's gradient in the linear's dgrad.
 
     One GEMM writes the pre-activation's gradient, the linear's input computed again, and the bias's
