@@ -112,6 +112,9 @@ class Recipe:
         if not (override is None or (isinstance(override, str) and override in OVERRIDES)):
             known = ", ".join(map(repr, OVERRIDES))
             self._fail(f"backward_override {override!r}", f"one of {known}")
+        epsilon = getattr(self, "amax_epsilon", 0.0)
+        if isinstance(epsilon, float) and not 0 <= epsilon < math.inf:
+            self._fail(f"amax_epsilon {epsilon}", "a finite number, at least 0")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in interned.names_of(type(self))}
@@ -224,10 +227,6 @@ class Float8CurrentScaling(Recipe):
     use_power_2_scales: bool = False
     amax_epsilon: float = 0.0
 
-    def check(self) -> None:
-        super().check()
-        _check_epsilon(self, self.amax_epsilon)
-
     def quantizer(self, role: str) -> Quantizer:
         kind = RowQuantizer if self.row_wise else TensorQuantizer
         return kind(self.fp8_format.of(role), self.amax_epsilon, self.use_power_2_scales)
@@ -243,10 +242,6 @@ class Float8BlockScaling(Recipe):
     fp8_format: Format = Format.E4M3
     use_f32_scales: bool = False
     amax_epsilon: float = 0.0
-
-    def check(self) -> None:
-        super().check()
-        _check_epsilon(self, self.amax_epsilon)
 
     def quantizer(self, role: str) -> Quantizer:
         height = 128 if role == "weight" else 1
@@ -309,11 +304,6 @@ class CustomRecipe(Recipe):
         if role != "gradient" and getattr(quantizer, "stochastic", False):
             self._fail(f"stochastic rounding for {role}", "it for gradients alone")
         return quantizer
-
-
-def _check_epsilon(recipe: Recipe, epsilon: float) -> None:
-    if not 0 <= epsilon < math.inf:
-        recipe._fail(f"amax_epsilon {epsilon}", "a finite number, at least 0")
 
 
 def recipe_of(key: int) -> Recipe:

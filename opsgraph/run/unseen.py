@@ -1,6 +1,7 @@
 """What a stage does for weights whose gradients autograd does not see.
 
-They go into `main_grad`, or wait for `backward_dw`; `ops.main_grad` and `ops.delayed` say how.
+They go into `main_grad`, or wait for `backward_dw`; `ops.main_grad` and `ops.delayed` say how. A
+stage hands its backward `Unseen.ops` in place of its own, and takes out of the result what waits.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Unseen:
         return weights, graph_task()
 
     def run_backward(self, plan: Plan, ctx: Any, grads: Sequence[Tensor], saved: list[Any]) -> Any:
-        """The backward; what waits is queued."""
+        """The backward; calls that come where gradients would are queued, for `backward_dw`."""
         weights, backward = ctx.watched
         if backward < 0:
             backward = graph_task()
@@ -81,19 +82,19 @@ class Unseen:
         for place, k in plan.specs.into_main_grad:
             saved[place] = weights[k]
         first = plan.specs.first_weight
-        there = [0, *accumulate(argument.spec is not None for argument in plan.specs.inputs)]
-        unwanted: set[int] = set()
         into_main_grad = {k for _, k in plan.specs.into_main_grad}
+        edges = [0, *accumulate(argument.spec is not None for argument in plan.specs.inputs)]
+        unwanted: set[int] = set()
         for k in {*plan.specs.late, *into_main_grad}:
-            unwanted |= unasked(ctx.next_functions[there[first + k]][0], weights[k])
+            unwanted |= unasked(ctx.next_functions[edges[first + k]][0], weights[k])
         with arriving(backward, frozenset(unwanted)):
-            found = list(plan.run_backward(self.ops, *grads, saved))
-        everywhere = self.options.delay_wgrad_compute
+            gradients = list(plan.run_backward(self.ops, *grads, saved))
         for k in reversed(plan.specs.late):
-            gradient, found[first + k] = found[first + k], None
-            if gradient is not None and not unwanted.issuperset(map(id, parameters(weights[k]))):
-                home, stored = self.slots[k], k in into_main_grad
+            call, gradients[first + k] = gradients[first + k], None
+            if call is not None and not unwanted.issuperset(map(id, parameters(weights[k]))):
+                home, unasked_for = self.slots[k], frozenset(unwanted)
+                late = Late.of(home, weights[k], call, k in into_main_grad, unasked_for)
+                everywhere = self.options.delay_wgrad_compute
                 queue = self.options.queue if everywhere else queue_of(home[0])
-                made = Late.of(home, weights[k], gradient, stored, frozenset(unwanted))
-                queue.leave(backward, made)
-        return found
+                queue.leave(backward, late)
+        return gradients
