@@ -36,11 +36,8 @@ class _Quantizing(Op):
         return out_width
 
     def reject(self, x: Spec) -> str | None:
-        if x.width % self.quantizer.multiple:
-            name, multiple = self.quantizer.storage.name, self.quantizer.multiple
-            side = "out" if self.role == "gradient" else "in"
-            return f"got {side}_features {x.width}, expected a multiple of {multiple} for {name}"
-        return None
+        side = "out" if self.role == "gradient" else "in"
+        return self.quantizer.reject(f"{side}_features", x.width)
 
     @classmethod
     def sample(cls) -> Sequence[Op]:

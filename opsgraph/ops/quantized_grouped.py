@@ -44,9 +44,8 @@ class QuantizedGroupedLinear(GroupedLinear):
     def reject(self, x: Spec) -> str | None:
         widths = {"in_features": x.width, "out_features": self.out_features or 0}
         for (name, width), quantizer in zip(widths.items(), self.quantizers[::2], strict=True):
-            if width % quantizer.multiple:
-                multiple, name_of_format = quantizer.multiple, quantizer.storage.name
-                return f"got {name} {width}, expected a multiple of {multiple} for {name_of_format}"
+            if reason := quantizer.reject(name, width):
+                return reason
         return super().reject(x)
 
     def fwd(

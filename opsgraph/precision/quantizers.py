@@ -172,6 +172,12 @@ class Quantizer:
         data = Spec((rows, cols), to.dtype, device)
         return (data, number, number) if to.scaling == "tensor" else (data, scale)
 
+    def reject(self, name: str, width: int) -> str | None:
+        """Why it quantizes no value of that width, which errors call `name`; or None."""
+        if width % self.multiple == 0:
+            return None
+        return f"got {name} {width}, expected a multiple of {self.multiple} for {self.storage.name}"
+
     def amax(self, x: Tensor) -> Tensor:
         """x's largest magnitude, fp32 `[]`, NaN if there is one."""
         return quantize.amax_of(x)
