@@ -18,14 +18,14 @@ def per_class(function: Callable[[type], T]) -> Callable[[type], T]:
     key = f"_opsgraph_{function.__name__}"
 
     @wraps(function)
-    def found(kind: type) -> T:
+    def cached(kind: type) -> T:
         try:
             return kind.__dict__[key]  # type: ignore[no-any-return]
         except KeyError:
-            setattr(kind, key, made := function(kind))
-            return made
+            setattr(kind, key, result := function(kind))
+            return result
 
-    return found
+    return cached
 
 
 def constant_under_compile(function: F) -> F:
@@ -40,9 +40,9 @@ _arguments: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
 def arguments(function: Callable[..., Any]) -> tuple[str, ...]:
     """Argument names of a method, bound or not, without `self`."""
     plain = getattr(function, "__func__", function)  # a bound method would keep its object
-    found = _arguments.get(plain)
-    if found is None:
+    names = _arguments.get(plain)
+    if names is None:
         declared = getattr(function, "declared_arguments", None)
         names = tuple(inspect.signature(plain).parameters)[1:] if declared is None else declared
-        found = _arguments[plain] = tuple(names)
-    return found
+        names = _arguments[plain] = tuple(names)
+    return names

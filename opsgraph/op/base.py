@@ -224,16 +224,16 @@ class Op(Watched):
                     return x.empty(rows, "meta")
                 if name in self.constants:
                     return self.constant(name, x)
-                given = getattr(self, name)
-                if not isinstance(given, Tensor):
-                    return given
+                held = getattr(self, name)
+                if not isinstance(held, Tensor):
+                    return held
                 # As the plan takes them: the op may stand for others, of another dtype.
-                cast = given.is_floating_point() and name not in self.as_stored
-                return given.to("meta", x.dtype if cast else given.dtype)
+                cast = held.is_floating_point() and name not in self.as_stored
+                return held.to("meta", x.dtype if cast else held.dtype)
 
             names = [name for name in arguments(type(self).fwd) if name != "want"]
-            made = self.fwd(*(value(name) for name in names))
-            y, saved = verify(made, type(self).__name__, "fwd", (len(self.saves),))
+            results = self.fwd(*(value(name) for name in names))
+            y, saved = verify(results, type(self).__name__, "fwd", (len(self.saves),))
             return [y, *(s for s in saved if s is not None)]
 
         def spec(few: Tensor, many: Tensor) -> Spec:
@@ -326,10 +326,10 @@ class Op(Watched):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         state_dict = self._own_keys(state_dict, prefix)
         for name, parameter in self._parameters.items():
-            given = state_dict.get(prefix + name)
-            if isinstance(parameter, UninitializedParameter) and isinstance(given, Tensor):
-                parameter.materialize(given.shape)
-                self.sizes_from(name, given.shape)
+            loaded = state_dict.get(prefix + name)
+            if isinstance(parameter, UninitializedParameter) and isinstance(loaded, Tensor):
+                parameter.materialize(loaded.shape)
+                self.sizes_from(name, loaded.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

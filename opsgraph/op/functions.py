@@ -5,23 +5,22 @@ gradients, how y is made again, which spec y has, when the op does nothing. An a
 without a `fwd`, speaks for all subclasses.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import OpError, OpsgraphError, PlanError
+from ..errors import OpError, OpsgraphError
 from .arguments import arguments, per_class
-from .base import Op, differentiable, is_names
+from .base import Op
 from .spec import ROWS, Spec
 
 
-def _definer(kind: type[Op], name: str) -> tuple[int, Any]:
+def definer(kind: type[Op], name: str) -> tuple[int, Any]:
     """The class from which a name comes, and its place in the method resolution order."""
-    found = ((k, c) for k, c in enumerate(kind.__mro__) if name in c.__dict__)
-    return next(found, (len(kind.__mro__), Op))
+    definers = ((k, c) for k, c in enumerate(kind.__mro__) if name in c.__dict__)
+    return next(definers, (len(kind.__mro__), Op))
 
 
 @per_class
@@ -34,15 +33,15 @@ def holds(kind: type[Op], name: str) -> bool:
     """Whether what a class says under a name, perhaps inherited, is about the `fwd` it has."""
     held = _held(kind)
     if name not in held:
-        fwd = getattr(_definer(kind, name)[1], "fwd", None)
+        fwd = getattr(definer(kind, name)[1], "fwd", None)
         held[name] = fwd is None or fwd is kind.fwd
     return held[name]
 
 
 def function(kind: type[Op], name: str) -> Callable[..., Any] | None:
     """`bwd`, `dgrad`, `wgrad` or `again` of a class, if it has one that is about its `fwd`."""
-    found: Callable[..., Any] | None = getattr(kind, name)
-    return found if found is not None and holds(kind, name) else None
+    method: Callable[..., Any] | None = getattr(kind, name)
+    return method if method is not None and holds(kind, name) else None
 
 
 def quantizable(kind: type[Op]) -> bool:
@@ -94,13 +93,13 @@ def backward_functions(kind: type[Op]) -> dict[str, Callable[..., Any]]:
     Where a class has all three, those of the more derived class count.
     """
     bwd, dgrad, wgrad = (function(kind, name) for name in ("bwd", "dgrad", "wgrad"))
-    depths = [_definer(kind, name)[0] for name in ("dgrad", "wgrad") if getattr(kind, name)]
-    if bwd and (not (dgrad and wgrad) or _definer(kind, "bwd")[0] < min(depths)):
+    depths = [definer(kind, name)[0] for name in ("dgrad", "wgrad") if getattr(kind, name)]
+    if bwd and (not (dgrad and wgrad) or definer(kind, "bwd")[0] < min(depths)):
         return {"bwd": bwd}
     if dgrad or wgrad:
         return {
-            "wgrad": wgrad or _part(kind, lambda found: found[1][0]),
-            "dgrad": dgrad or _part(kind, lambda found: found[0]),
+            "wgrad": wgrad or _part(kind, lambda results: results[1][0]),
+            "dgrad": dgrad or _part(kind, lambda results: results[0]),
         }
     return {"bwd": derived_backward(kind)}
 
@@ -122,8 +121,8 @@ def derived_backward(kind: type[Op]) -> Callable[..., Any]:
                 full[i] = tensor
             return kind.fwd(op, *full)[0]
 
-        found = torch.func.vjp(fwd, *(values[i] for i in moving))[1](dy)
-        gradients = dict(zip(moving, found, strict=True))
+        cotangents = torch.func.vjp(fwd, *(values[i] for i in moving))[1](dy)
+        gradients = dict(zip(moving, cotangents, strict=True))
         return gradients.get(0), tuple(gradients.get(i) for i in active[1:])
 
     bwd.declared_arguments = ("dy", *names)  # type: ignore[attr-defined]
@@ -196,92 +195,3 @@ def checked_out(kind: type[Op], op: Op, x: Spec, label: str) -> Spec:
         sizes = ", ".join("*" if size == ROWS else str(size) for size in y.shape)
         raise OpError(label, f"an output of shape [{sizes}]", "[*, width], a row for each of x's")
     return y
-
-
-_FUNCTIONS = tuple(
-    name for name in vars(Op) if not name.startswith("_") and callable(getattr(Op, name))
-) + ("fwd", "bwd", "dgrad", "wgrad", "again")
-"""The functions that plans and sequences call, some of which a class may lack."""
-
-
-@per_class
-def _uncallable(kind: type[Op]) -> str | None:
-    """Why plans cannot call a function of a class, with an op and values in order; or None."""
-    for name in _FUNCTIONS:
-        found = inspect.getattr_static(kind, name, None)
-        if found is not None and not callable(getattr(kind, name)):
-            return f"got {name} = {found!r}, expected a method"
-    for name in ("fwd", "bwd", "dgrad", "wgrad", "again"):
-        found = inspect.getattr_static(kind, name, None)
-        if isinstance(found, staticmethod | classmethod):
-            return f"got {name} as a {type(found).__name__}, expected a method, with self first"
-        if not inspect.isfunction(found):
-            continue
-        given = inspect.signature(found).parameters.values()
-        named = [p.name for p in given if p.kind is p.KEYWORD_ONLY and p.name != "want"]
-        if named:
-            return f"got the keyword-only arguments {named} of {name}, expected them before any *"
-    return None
-
-
-@per_class
-def verify(kind: type[Op]) -> str | None:
-    """What is wrong with a class, or None."""
-    if getattr(kind, "fwd", None) is None:
-        return "got no fwd, expected one that returns (y, saved)"
-    if wrong := _uncallable(kind):
-        return wrong
-    for name in ("saves", "constants", "extra_inputs", "passes", "as_stored", "promotes"):
-        value = getattr(kind, name)
-        if not is_names(value):
-            return f"got {name} = {value!r}, expected a tuple of names"
-    if strange := set(kind.passes) - set(kind.extra_inputs):
-        return f"got passes = {sorted(strange)}, expected some of extra_inputs"
-    absent = [name for name in kind.extra_inputs if name not in arguments(kind.fwd)]
-    if absent:
-        return f"got the extra inputs {absent}, which fwd does not name"
-    if kind.taps and function(kind, "bwd") is None:
-        return "got an op that taps without a bwd for its fwd, expected bwd(self, dy, d)"
-    halves = [name for name in ("dgrad", "wgrad") if function(kind, name)]
-    if len(halves) == 1 and function(kind, "bwd"):
-        if _definer(kind, halves[0])[0] < _definer(kind, "bwd")[0]:
-            return f"got {halves[0]} beside an inherited bwd, expected bwd, or dgrad and wgrad"
-    if halves and len(differentiable(kind)) > 1 and "bwd" not in backward_functions(kind):
-        return f"got {halves[0]} and {len(differentiable(kind))} parameters, expected bwd"
-    return None
-
-
-def verify_kind(kind: type[Op], label: str) -> None:
-    """Raises PlanError for a class that cannot be planned, whatever the input."""
-    if reason := verify(kind):
-        raise PlanError(f"{label}: {reason}")
-
-
-def verify_added(module: Any, name: str = "") -> None:
-    """Raises PlanError for a module that cannot stand in a sequence, under that name."""
-    if not isinstance(module, Op):
-        return
-    label = f"{name}:{type(module).__name__}" if name else type(module).__name__
-    if "_homes" not in module.__dict__:
-        raise PlanError(f"{label}: its __init__ did not call super().__init__()")
-    if reason := _uncallable(type(module)):
-        raise PlanError(f"{label}: {reason}")
-    for entry in module.lower():
-        verify_kind(entry.kind, label)
-
-
-def verify_backward(kind: type[Op], label: str) -> None:
-    """Raises PlanError for an op whose gradients cannot be computed."""
-    functions = backward_functions(kind)
-    if kind.random and functions == {"bwd": derived_backward(kind)}:
-        raise PlanError(
-            f"{label}: got a random fwd and no bwd for it, expected one that takes the saved seed"
-        )
-
-
-def verify_trailing(op: Op, label: str, shape: torch.Size) -> None:
-    """Raises OpError for an input whose last dimensions are not those that the op works on."""
-    sizes = op.trailing()
-    if sizes and tuple(shape[-1 - len(sizes) : -1]) != sizes:
-        expected = ", ".join(map(str, (*sizes, op.in_width)))
-        raise OpError(label, f"input of shape {tuple(shape)}", f"[*, {expected}]")

@@ -14,7 +14,7 @@ from ..errors import OpError, PlanError
 from ..guards.validation import Checked, flag, text
 from ..guards.watched import Watched, whole
 from ..op import Lowered, Op, Spec
-from ..op.functions import verify_added
+from ..op.verify import verify_added
 from .linear import BasicLinear
 from .sizes import infer_sizes, width_between
 

@@ -7,8 +7,8 @@ from fractions import Fraction
 from ..errors import PlanError
 from ..guards.constants import plain, verify
 from ..op import Lower, Op, Placed, lower_plainly, weights
-from ..op.functions import verify_kind
-from .names import Names, wrong_names
+from ..op.verify import verify_kind
+from .names import Names
 
 
 class BasicOps:
@@ -35,8 +35,6 @@ class BasicOps:
         entries = (lower or lower_plainly)(ops, labels)
         for entry in entries:
             verify_kind(entry.kind, entry.label)
-            if reason := wrong_names(entry.kind):
-                raise PlanError(f"{entry.label}: {reason}")
             _verify_constants(entry)
         self._fill(entries)
 

@@ -27,7 +27,8 @@ from ..errors import PlanError
 from ..fuser import AGAIN, Function, Fuser, Match, Matcher, Name, Reference, reference, registered
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD
-from ..op.functions import family, passes, verify_backward
+from ..op.functions import family, passes
+from ..op.verify import verify_backward
 from .program import GAP, INPUT, SAVED, Argument, Program
 from .rejection import Rejection, obstacle, refusal
 
@@ -151,18 +152,18 @@ class Claim:
         program = self.program
         if key is not None:
             i = self.positions[key]
-            given = None if i is None else program.resolve(i, value, self.direction)
-            if given is None and self.is_reference:
+            argument = None if i is None else program.resolve(i, value, self.direction)
+            if argument is None and self.is_reference:
                 label, kind = program.labels[self.start], program.kinds[self.start]
                 raise PlanError(f"{label}: {kind.__name__} has no {value!r}")
-            given = given or Argument("literal", "None")
+            argument = argument or Argument("literal", "None")
         elif text == "dy":
-            given = Argument("gradient", "dx")
+            argument = Argument("gradient", "dx")
         elif text in ("x", "y"):
-            given = Argument("value", program.x(self.start if text == "x" else self.stop))
+            argument = Argument("value", program.x(self.start if text == "x" else self.stop))
         else:
-            given = Argument("value", self.private(text))
-        return given._replace(moved=True) if moved else given
+            argument = Argument("value", self.private(text))
+        return argument._replace(moved=True) if moved else argument
 
 
 class Space:

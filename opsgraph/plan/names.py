@@ -2,8 +2,8 @@
 
 A value of op 3 that its class calls `rstd` is `rstd3`, and `rstd1_3` if the class calls it `rstd1`.
 The source decorates such a name: `d`, `q` and `ref_` stand before it, `_stored`, `_more`, `_row0`
-and `_col0` after it. `root` takes all decorations off. A name is given only if nobody has its root,
-so no decorated name is another's. That a root is the same with more decorations follows from their
+and `_col0` after it. `root` takes all decorations off. A name is taken only if its root is free, so
+no decorated name is another's. That a root is the same with more decorations follows from their
 shapes: those in front have no digit and start with three letters that differ, while names end in
 their number; those behind have one underscore, at their start.
 """
@@ -15,14 +15,12 @@ from itertools import chain, count
 from keyword import iskeyword
 from unicodedata import normalize
 
-from ..op import STORED, Op, per_class, weights
+from ..op import STORED, Op, weights
 
 WORDS = frozenset({"_", "ops", "saved", "torch", "inf", "nan", "check", "check_ranks"}) | frozenset(
     {"run_reference", "forward", "backward", "delayed", "__builtins__"}
 )
 """Names that generated source uses for itself."""
-OWN = frozenset({"x", "y", "dy", "want", "self"})
-"""Arguments that have a meaning in every op, so that no value can be called so."""
 
 _BEFORE = re.compile("(?:ref_|d|q)*")
 _AFTER = re.compile(rf"(?:{STORED}|_more|_(?:row|col)[0-9]+)*$")
@@ -83,26 +81,3 @@ class Names:
     def __call__(self, name: str, i: int) -> str:
         """What something of op i is called."""
         return self.table.get((i, name)) or f"{name}{self.numbers[i]}"
-
-
-@per_class
-def wrong_names(kind: type[Op]) -> str | None:
-    """Which names of an op's values and constants could mean two things, or None."""
-    inputs = {*weights(kind), *kind.extra_inputs, *kind.constants}
-    own = OWN | {"d"} if kind.taps else OWN
-    if taken := own & inputs:
-        return (
-            f"parameters, constants and extra inputs cannot be called {sorted(taken)}, "
-            "which mean the op's own values"
-        )
-    if taken := (own | {"d"} | inputs).intersection(kind.saves):
-        return f"it cannot save under the names {sorted(taken)}"
-    every = [*weights(kind), *kind.extra_inputs, *kind.constants, *kind.saves]
-    stored = {name + STORED for name in weights(kind)}
-    if meant := stored.intersection(every):
-        return f"got {sorted(meant)}, expected other names: they mean parameters as stored"
-    if twice := sorted({name for name in every if every.count(name) > 1}):
-        return f"got {twice} declared twice, expected one meaning for each name"
-    if wrong := [name for name in every if not str.isidentifier(name) or iskeyword(name)]:
-        return f"got the names {wrong}, expected identifiers"
-    return None

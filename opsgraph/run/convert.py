@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..op import Op, arguments, row
-from ..op.functions import verify_trailing
+from ..op.verify import verify_trailing
 from ..ops.activations import GELU, ReLU, SiLU
 from ..ops.elementwise import Dropout, Identity
 from ..ops.linear import Linear

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from ..op import row
-from ..op.functions import verify_trailing
+from ..op.verify import verify_trailing
 from ..plan.basic_ops import BasicOps
 
 

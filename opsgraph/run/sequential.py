@@ -15,7 +15,7 @@ from ..errors import OpError, PlanError
 from ..guards.validation import place
 from ..guards.watched import Watched, contents, mutable, own_state, whole
 from ..op import Op, constant_under_compile
-from ..op.functions import verify_added
+from ..op.verify import verify_added
 from ..ops.delayed import DelaysWeightGradients, Queue
 from ..ops.residual import tell_next
 from ..ops.sizes import infer_sizes
