@@ -5,20 +5,12 @@ that names it. Before every exchange between ranks these compare what they are a
 exchange of tensors that do not fit would hang.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..op import BACKWARD, FORWARD, differentiable
 from .claims import Call, Claim
-from .lines import Line, Results, Writer
+from .lines import Line, Writer, literal, value
 from .program import Argument
-
-
-def _literal(value: object) -> Argument:
-    return Argument("literal", repr(value), value=value)
-
-
-def _value(name: str) -> Argument:
-    return Argument("value", name)
 
 
 class Checks:
@@ -36,7 +28,7 @@ class Checks:
         if claim.direction == FORWARD:
             step.forward()
         else:
-            before.append(Line("bind", (_value("dx"),), "ref_dx", note="check"))
+            before.append(Line("bind", (value("dx"),), "ref_dx", note="check"))
             step.backward()
         return [*before, *lines, *step.lines]
 
@@ -44,41 +36,41 @@ class Checks:
 class _Step:
     """The reference ops of one claim; `known` maps names to the variables that have their values.
 
-    made: the variables that the step makes.
+    makes: the variables that the step makes.
     """
 
-    def __init__(self, writer: Writer, claim: Claim, made: set[str]) -> None:
-        self.writer, self.claim, self.made = writer, claim, made
+    def __init__(self, writer: Writer, claim: Claim, makes: set[str]) -> None:
+        self.writer, self.claim, self.makes = writer, claim, makes
         self.space, self.program = writer.space, writer.program
         self.known = {name: name for name in claim.needs} | {"dx": "ref_dx"}
         self.lines: list[Line] = []
 
-    def ranks(self) -> Sequence[Line]:
+    def ranks(self) -> Iterator[Line]:
         """Compares ranks before a step that exchanges tensors."""
         program, claim = self.program, self.claim
         still = program.still(claim.direction)
         talks = [program.ops[i] for i in claim.ops if program.kinds[i].collective and not still[i]]
-        x = program.x(claim.start) if claim.direction == FORWARD else "dx"
-        step = f"{claim.label} {program.specs[claim.stop]}"
-        given = [_literal(step), _value(x)]
-        given += [_literal(v) for op in talks[:1] for v in (op.group, op.group_size)]
-        return [Line("check_ranks", tuple(given), note="check")] if talks else []
+        for op in talks[:1]:
+            step = literal(f"{claim.label} {program.specs[claim.stop]}")
+            x = value(program.x(claim.start) if claim.direction == FORWARD else "dx")
+            group = literal(op.group), literal(op.group_size)
+            yield Line("check_ranks", (step, x, *group), note="check")
 
     def _reference(self, direction: str, i: int) -> Claim | None:
         claims = self.space.starting[direction][i]
         return next((claim for claim in claims if claim.is_reference), None)
 
-    def _run(self, claim: Claim, call: Call, results: Results) -> None:
-        """Run a reference call on what is known."""
-        named = [a._replace(text=self.known.get(a.text, a.text)) for a in call.arguments]
+    def _run(self, claim: Claim, call: Call, first: str) -> Sequence[str]:
+        """Run a reference call on what is known. Returns the variables of what follows y or dx."""
+        known = [a._replace(text=self.known.get(a.text, a.text)) for a in call.arguments]
+        call = call._replace(arguments=tuple(known))
         gradients = differentiable(self.program.kinds[claim.start])
-        want = ("x", "row", "col", *claim.fuser.saves, *gradients)
-        line = self.writer.call(
-            claim, call._replace(arguments=tuple(named)), want, results, "check"
-        )
-        function = Argument("object", line.function, value=line.target)
-        given = (function, *line.arguments)
-        self.lines.append(line._replace(function="run_reference", arguments=given, target=None))
+        want = "x", "row", "col", *claim.fuser.saves, *gradients
+        names = [f"ref_{name}" if name else "_" for name in call.results]
+        line = self.writer.call(claim, call, want, first, names, "check")
+        every = Argument("object", line.function, value=line.target), *line.arguments
+        self.lines.append(line._replace(function="run_reference", arguments=every, target=None))
+        return names
 
     def _forward(self, i: int) -> None:
         """One op forward, unless a value that it needs is not at hand."""
@@ -90,20 +82,15 @@ class _Step:
         call, needs = repeated if random and repeated else (claim.calls[0], claim.needs)
         if (random and not repeated) or any(need not in self.known for need in needs):
             return
-        made = tuple(f"ref_{name}" if name else "_" for name in call.results)
-        if call.function == "again":
-            self._run(claim, call, f"ref_{y}")
-        else:
-            self._run(claim, call, (f"ref_{y}", made or "_"))
-            for name, variable in zip(call.results, made, strict=True):
-                if name is not None:
-                    self.known.setdefault(name, variable)
+        for name, variable in zip(call.results, self._run(claim, call, f"ref_{y}"), strict=True):
+            if name is not None:
+                self.known.setdefault(name, variable)
         self.known.setdefault(y, f"ref_{y}")
 
     def _compare(self, name: str, variable: str, expected: str) -> None:
         if expected != variable:
-            given = _literal(self.claim.label), _literal(name), _value(variable), _value(expected)
-            self.lines.append(Line("check", given, note="check"))
+            labels, pair = map(literal, (self.claim.label, name)), map(value, (variable, expected))
+            self.lines.append(Line("check", (*labels, *pair), note="check"))
 
     def forward(self) -> None:
         """Compare a forward step: its output and what it handed out."""
@@ -113,7 +100,7 @@ class _Step:
             self.known |= {name: name for name in seeds}
             self._forward(i)
         y = self.program.x(self.claim.stop)
-        for name in sorted((self.made & self.claim.gives) | {y}):
+        for name in sorted((self.makes & self.claim.gives) | {y}):
             self._compare(name, name, self.known.get(name, name))
 
     def backward(self) -> None:
@@ -130,12 +117,8 @@ class _Step:
                     note = f"{self.claim.label} is not checked: {values} needed"
                     self.lines.append(Line("pass", note=note))
                     return
-                made = tuple(f"ref_{name}" if name else "_" for name in call.results)
-                results: Results = "ref_dx", made or "_"
-                if call.function in ("dgrad", "wgrad"):
-                    results = "ref_dx" if call.function == "dgrad" else made[0]
-                self._run(claim, call, results)  # type: ignore[arg-type]
+                self._run(claim, call, "ref_dx")  # type: ignore[arg-type]
         for name in ("dx", *filter(None, self.claim.results)):
-            variable = f"{name}_more" if f"{name}_more" in self.made else name
-            if variable in self.made and name not in self.program.elsewhere.waits:
+            variable = f"{name}_more" if f"{name}_more" in self.makes else name
+            if variable in self.makes and name not in self.program.elsewhere.waits:
                 self._compare(name, variable, f"ref_{name}")

@@ -1,4 +1,4 @@
-"""Two straight-line Python functions for a cover, as text that tracebacks and pdb show.
+"""Two straight-line Python functions for a cover, as text that tracebacks and pdb can show.
 
 The contract:
 
@@ -11,70 +11,76 @@ weight gradient that waits for `backward_dw` is the call that gives it (`weigh`)
 The layers, each a file that knows those before it:
 
     planner      a Cover: which calls, in which order, what is kept and what is made again
-    lines        a Line is one call as data; a Writer collects those of a function, prints them
+    lines        a Line is one call as data; a Writer collects those of a function and prints them
     definitions  what variables mean that no step makes: casts, quantized values and their parts
     check        under OPSGRAPH_CHECK, the lines that compare a step with the reference ops
-    codegen      the steps of both passes, what flows between them, what comes back
     verify       each variable that is read was made, and not let go before
+    prepare      a third function, which quantizes the weights that both are handed in parts
+    codegen      the steps of both passes, what flows between them, what comes back
 
 There is one way to have a variable. `Writer.need` has it defined when the first line reads it: by
-the call that makes it again, a cast, a load. What nothing defines is free, and the free variables
-of the backward are what the forward saves. So the backward is written first.
+the call that makes it again, by a cast, by a load. What nothing defines is free, and the free
+variables of the backward are what the forward saves. So the backward is written first.
 
 Rules, each of them broken once:
 
-- A variable is made once, but for gradients: `dx` flows from step to step, and what several steps
-  read collects a sum (`d3`). The first gradient that arrives binds it.
-- What the caller has, or gets twice, is returned as a view: autograd refuses to have it changed in
-  place.
-- `saved` is emptied, for a list would hold every value until the end; each variable is let go after
-  its last use. Inputs and weights are not: the caller holds them, so nothing may overwrite them.
-- What a step is handed to consume it takes from a list of one. Only if the variable dies there is
-  the list the only one to have it.
+- A variable is made once, but for gradients: `dx` flows from step to step, and `d3` adds up what
+  arrives for the value that Tee 3 hands out. The first gradient that arrives binds it.
+- What the caller has already, or gets twice, is returned as a view: autograd then refuses to have
+  it changed in place.
+- `saved` is emptied, for the list would hold every value until the end. Each variable is let go
+  after its last use, but for inputs and weights: the caller holds them anyway, and nothing may
+  overwrite them.
+- A callee takes what it consumes from a list of one. The variable goes only if nothing reads it
+  afterwards; the callee may then overwrite the value.
 - Chains of values that are made again may be thousands long: no recursion.
 - An op that passes its gradient on is no step of the backward: each of its inputs gets the gradient
   in its own dtype.
 - Users name ops, values and parameters. `names` keeps them apart from all that the source adds.
+- A plan outlives the modules that it was made for: lines hold no op and no program.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+import torch
 
 from ..op import BACKWARD, FORWARD, differentiable
 from ..op.functions import passes
 from . import verify as verifying
 from .check import Checks
 from .claims import Call, Claim, Space
-from .definitions import Definitions, dtype
-from .lines import Function, Line, Results, Writer
+from .definitions import Definitions
+from .lines import Function, Line, Writer, literal, value, values
 from .planner import Cover
+from .prepare import Bind, write_prepare
 from .program import Argument
 
 
 class Functions(NamedTuple):
-    """Both functions of a plan, the variables that are saved, and what else is defined."""
+    """All functions of a plan, the variables that are saved, and what else is defined."""
 
     forward: Function
     backward: Function
+    prepare: Function
     saved: tuple[str, ...]
     definitions: Definitions
 
 
-def write(space: Space, cover: Cover, check: bool) -> Functions:
-    """The functions of a cover. check: with lines that compare every step with the reference."""
+def write(space: Space, cover: Cover, check: bool, bind: Bind) -> Functions:
+    """The functions of a cover. check: with lines that compare every step with the reference.
+
+    bind: chooses what quantizes a weight.
+    """
     definitions = Definitions(space, cover)
     backward = _Backward(definitions, check)
     backward_function = backward.written()
     saved = tuple(backward.free)
-    forward = _Forward(definitions, saved, check)
-    functions = Functions(forward.written(), backward_function, saved, definitions)
+    forward_function = _Forward(definitions, saved, check).written()
+    prepare_function = write_prepare(definitions, bind)
     if check or verifying.every:
-        verifying.verify(functions.forward, functions.backward)
-    return functions
-
-
-def _values(names: Iterable[str], category: str = "value") -> tuple[Argument, ...]:
-    return tuple(Argument(category, name) for name in names)
+        verifying.verify(forward_function, backward_function, prepare_function)
+    return Functions(forward_function, backward_function, prepare_function, saved, definitions)
 
 
 class _Pass(Writer):
@@ -86,35 +92,27 @@ class _Pass(Writer):
         super().__init__(definitions.space, parameters)
         self.definitions, self.cover = definitions, definitions.cover
         self.direction = direction
-        checks = Checks(self) if check else None
-        self.after: Callable[..., Sequence[Line]] = checks.after if checks else _unchecked
+        self.checks = Checks(self) if check else None
 
     def define(self, name: str) -> Sequence[Line]:
         return self.definitions.define(name, self.direction, self)
+
+    def after(self, claim: Claim, lines: Sequence[Line], again: bool = False) -> Sequence[Line]:
+        """The lines of a step with what comes after it, or before, to check it."""
+        return self.checks.after(claim, lines, again) if self.checks else lines
 
     def forward_step(
         self, claim: Claim, call: Call, used: Iterable[str], again: bool = False
     ) -> Sequence[Line]:
         """The lines of a forward claim; of what it can hand out only `used` is bound."""
         y = self.program.x(claim.stop)
+        names = [name if name and name in used else "_" for name in call.results]
+        want = [saved for saved, name in zip(claim.fuser.saves, names, strict=False) if name != "_"]
+        if self.program.specs[claim.stop].storage is not None:
+            want += self.definitions.wanted(y, self.direction)
         first = "_" if again and y not in used else y
         note = f"{claim.where} {claim.fuser.backend}{', again' * again}"
-        if call.function == "again":
-            return self.after(claim, [self.call(claim, call, (), first, note)], again)
-        names = [n if n and n in used else "_" for n in call.results]
-        want = [s for s, n in zip(claim.fuser.saves, names, strict=True) if n != "_"]
-        if self.program.specs[claim.stop].storage is not None:
-            want += self.definitions.made(y, self.direction)
-        results: Results = first, _unless_empty(names)
-        return self.after(claim, [self.call(claim, call, want, results, note)], again)
-
-
-def _unchecked(claim: Claim, lines: Sequence[Line], again: bool = False) -> Sequence[Line]:
-    return lines
-
-
-def _unless_empty(names: Sequence[str]) -> Results:
-    return tuple(names) if set(names) - {"_"} else "_"
+        return self.after(claim, [self.call(claim, call, want, first, names, note)], again)
 
 
 class _Forward(_Pass):
@@ -133,8 +131,8 @@ class _Forward(_Pass):
         if not (self.cover.forward or self.cover.backward or run.outputs):
             shared = set()  # a sequence that does nothing returns its input itself
         returned = [Argument("view" if name in shared else "value", name) for name in outputs]
-        returned += _values(program.reports)
-        return self.finish("forward", tuple(returned), _values(self.saved))
+        returned += values(program.reports)
+        return self.finish("forward", tuple(returned), values(self.saved))
 
 
 class _Backward(_Pass):
@@ -165,23 +163,22 @@ class _Backward(_Pass):
         self.cross(range(gap))
         results = self.results()
         if self.free:
-            unpack = Line("bind", _values(["saved"]), tuple(self.free))
-            self.lines[:0] = unpack, Line("clear", _values(["saved"]))
-        names = (argument.name for argument in self.definitions.inputs)
-        held = [name for name in names if name not in self.definitions.parts]
-        return self.finish("backward", results, held=held)
+            unpack = Line("bind", (value("saved"),), tuple(self.free))
+            self.lines[:0] = unpack, Line("clear", (value("saved"),))
+        arguments = self.definitions.inputs[: len(self.program.arguments)]  # but for parts
+        return self.finish("backward", results, held=[argument.name for argument in arguments])
 
-    def arrive(self, name: str, value: str, kind: Argument | None = None) -> None:
-        """A gradient `value` for `name`, in the dtype `kind`: added to what arrived before."""
+    def arrive(self, name: str, gradient: str, kind: torch.dtype | None = None) -> None:
+        """A gradient for `name`, in the dtype `kind`: added to what arrived before."""
         first = name not in self.available
         if kind is not None:
             cast = name if first else f"{name}_more"
-            self.add(Line("cast", (*_values([value]), kind), cast))
-            value = cast
+            self.add(Line("cast", (value(gradient), literal(kind)), cast))
+            gradient = cast
         if not first:
-            self.add(Line("add", _values([name, value]), name))
-        elif value != name:
-            self.add(Line("bind", _values([value]), name))
+            self.add(Line("add", (value(name), value(gradient)), name))
+        elif gradient != name:
+            self.add(Line("bind", (value(gradient),), name))
 
     def cross(self, ops: Sequence[int]) -> None:
         """Pass ops that are no steps: each input gets the gradient in its dtype."""
@@ -194,44 +191,39 @@ class _Backward(_Pass):
             for name, gradient in names:
                 if name in passes(program.kinds[i]) and gradient is not None:
                     other = program.spec(program.extra(i, name)).dtype
-                    self.arrive(gradient, "dx", dtype(other) if other != kind else None)
+                    self.arrive(gradient, "dx", other if other != kind else None)
             if program.flows[i] and program.specs[i].dtype != kind:
-                self.add(Line("cast", (*_values(["dx"]), dtype(program.specs[i].dtype)), "dx"))
+                self.add(Line("cast", (value("dx"), literal(program.specs[i].dtype)), "dx"))
 
     def step(self, claim: Claim) -> None:
         """Run a backward claim."""
-        lines: list[Line] = []
-        sums = []
+        lines, sums = list[Line](), dict[str, str]()
         dx = "dx" if self.program.flows[claim.start] else "_"
-        gradients = claim.fuser.declaration.gradients
         weighed, dy = claim.weighed, f"d{self.program.x(claim.stop)}"
         if weighed:
-            lines.append(Line("bind", _values(["dx"]), dy))
+            lines.append(Line("bind", (value("dx"),), dy))
         for call in claim.calls:
             names = [name or "_" for name in call.results]
-            bound = [
-                f"{name}_more" if name in self.sums & self.available else name for name in names
-            ]
-            bound = [weighed[name][0] if name in weighed else name for name in bound]
-            want = ["x"] * (dx == "dx")
-            want += [g.text for g, n in zip(gradients, names, strict=True) if n != "_"]
-            want += self.definitions.gradient(claim.start)
-            results: Results = dx, _unless_empty(bound)
-            if call.function in ("dgrad", "wgrad"):
-                results = "dx" if call.function == "dgrad" else bound[0]
-            elif results == ("_", "_"):
+            sums |= {name: f"{name}_more" for name in names if name in self.sums & self.available}
+            others = sums | {name: variable for name, (variable, _) in weighed.items()}
+            bound = [others.get(name, name) for name in names]
+            if {dx, *bound} == {"_"}:
                 continue
+            gradients = zip(claim.fuser.declaration.gradients, names, strict=True)
+            want = ["x"] * (dx == "dx") + [g.text for g, name in gradients if name != "_"]
+            want += self.definitions.gradient(claim.start)
             note = f"{claim.where} {claim.fuser.backend}"
-            lines.append(self.call(claim, call, want, results, note))
-            sums += [(n, b) for n, b in zip(names, bound, strict=True) if b == f"{n}_more"]
+            lines.append(self.call(claim, call, want, dx, bound, note))
         for gradient, (_, product) in weighed.items():
             (call,) = (call for call in product.calls if call.function == "wgrad")
-            given = (a._replace(text=dy) if a.text == "dx" else a for a in call.arguments)
-            call, note = call._replace(arguments=tuple(given)), f"{product.where} reference"
-            lines.append(self.call(product, call, (), gradient, note))
+            arguments = (a._replace(text=dy) if a.text == "dx" else a for a in call.arguments)
+            call, note = call._replace(arguments=tuple(arguments)), f"{product.where} reference"
+            lines.append(self.call(product, call, (), "_", [gradient], note))
         self.add(*self.after(claim, lines))
-        for name, value in sums:
-            self.arrive(name, value)
+        makes = {name for line in lines for name in line.makes}
+        for name, gradient in sums.items():
+            if gradient in makes:
+                self.arrive(name, gradient)
 
     def results(self) -> tuple[Argument, ...]:
         """Gradients in the order of the forward's inputs, in the dtype of each."""
@@ -243,7 +235,7 @@ class _Backward(_Pass):
                 continue
             assert argument.spec is not None
             if compute not in (None, argument.spec.dtype) and gradient not in waits:
-                given = (*_values([gradient]), dtype(argument.spec.dtype))
-                self.add(Line("cast unless None", given, gradient, note="autocast"))
-            results.append(Argument("value", gradient))
+                cast = value(gradient), literal(argument.spec.dtype)
+                self.add(Line("cast unless None", cast, gradient, note="autocast"))
+            results.append(value(gradient))
         return tuple(results)

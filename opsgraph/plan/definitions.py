@@ -7,15 +7,14 @@ argument in another dtype is `weight2_stored`, and `weight2` is its cast.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from itertools import count, zip_longest
 from typing import Any, NamedTuple
 
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, STORED, Spec
 from .claims import Space
-from .lines import Line, Writer
+from .lines import Line, Writer, literal, value, values
 from .planner import Cover
-from .program import Argument
 
 
 class Input(NamedTuple):
@@ -33,13 +32,70 @@ class Input(NamedTuple):
     """Whether that is an amax."""
 
 
+class Operand(NamedTuple):
+    """A quantized weight or kept value, of which a pass has the parts of its copies."""
+
+    quantizer: Any
+    spec: Spec
+    """Of what the linear layer reads: its dtype is the one that the copies stand for."""
+    layer: int
+    """The position of that layer."""
+    copies: dict[str, dict[str, Spec]]
+    """Of each copy the parts: their variables and specs."""
+
+
+class Prepared(NamedTuple):
+    """A weight that is handed in quantized: its place among the weights, its copies."""
+
+    place: int
+    copies: tuple[str, ...]
+    parts: int
+    """How many tensors each copy is made of."""
+
+
 class Definitions:
-    """Defines variables in both passes of a cover; knows the arguments and the specs of all."""
+    """Defines variables in both passes of a cover; knows the arguments and the specs of all.
+
+    prepared: the weights that are handed in quantized, in the order of arguments.
+    """
 
     def __init__(self, space: Space, cover: Cover) -> None:
         self.space, self.cover, self.program = space, cover, space.program
-        slots = self.program.weight_names.items()
-        self._packed = {f"q{n}": slot for slot, n in slots if slot in self.program.run.quantizers}
+        self.operands: dict[str, Operand] = {}
+        self.parts: dict[str, Spec] = {}
+        """The parts of all weights, in the order in which they are handed in."""
+        self._kept: dict[str, tuple[str, str, Spec]] = {}
+        """Of each part of a value that is saved: the value, the copy and the part's spec."""
+        self.prepared = tuple(self._weights())
+        for name in sorted(cover.keeper.kept):
+            if self.program.spec(name).storage is not None:
+                self._keep(name)
+
+    def _weights(self) -> Iterator[Prepared]:
+        program = self.program
+        for k, ((i, name), variable) in enumerate(program.weight_names.items()):
+            if (quantizer := program.run.quantizers.get((i, name))) is None:
+                continue
+            copies: dict[str, dict[str, Spec]] = {}
+            for copy in dict.fromkeys(("row", *self._copies(f"q{variable}", i, BACKWARD))):
+                # Where one is the transpose of the other, both have the parts of the rows.
+                stem = f"{variable}_{'row' if quantizer.shared else copy}"
+                specs = quantizer.part_specs(program.request.weights[variable], copy)
+                copies[copy] = {f"{stem}{part}": spec for part, spec in enumerate(specs)}
+                self.parts |= copies[copy]
+            self.operands[f"q{variable}"] = Operand(quantizer, program.specs[i], i, copies)
+            names = ("row",) if quantizer.shared else tuple(copies)
+            yield Prepared(k, names, len(copies["row"]))
+
+    def _keep(self, name: str) -> None:
+        layer, spec = self.program.values[name].place, self.program.spec(name)
+        quantizer: Any = self.program.ops[layer - 1].quantizer
+        number, copies = count(), dict[str, dict[str, Spec]]()
+        for copy in self._copies(name, layer, BACKWARD):
+            specs = quantizer.part_specs(spec, copy)
+            copies[copy] = {f"{name}_{next(number)}": part for part in specs}
+            self._kept |= {part: (name, copy, spec) for part, spec in copies[copy].items()}
+        self.operands[name] = Operand(quantizer, spec, layer, copies)
 
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
@@ -57,12 +113,13 @@ class Definitions:
 
     def spec(self, name: str) -> Spec:
         """The spec of a variable that the forward may save."""
-        return self._specs.get(name) or self.program.spec(name)
+        if name in self._kept:
+            return self._kept[name][2]
+        return self._arguments.get(name) or self.program.spec(name)
 
     @cached_property
-    def _specs(self) -> dict[str, Spec | None]:
-        specs = {argument.name: argument.spec for argument in self.inputs}
-        return specs | {part: spec for parts in self.kept.values() for part, spec in parts.items()}
+    def _arguments(self) -> dict[str, Spec | None]:
+        return {argument.name: argument.spec for argument in self.inputs}
 
     # -- copies of quantized values --
 
@@ -74,19 +131,21 @@ class Definitions:
         first, second = ({a.text for c in some for a in c.arguments} for some in (calls, again))
         return first, second
 
-    def _copies(self, name: str, i: int, direction: str) -> list[str]:
-        """The copies of an operand of the quantized linear layer i that a pass reads."""
+    def _copies(self, name: str, layer: int, direction: str) -> list[str]:
+        """The copies that a pass reads of an operand: a forward multiplies rows."""
         if direction == FORWARD:
             return ["row"]
         backward, again = self._reads
-        row = name in again or (name in backward and i in self.program.run.overrides)
-        return ["row"] * row + ["col"] * (name in backward and i not in self.program.run.overrides)
+        rows = name in again or (name in backward and layer in self.program.run.overrides)
+        columns = name in backward and layer not in self.program.run.overrides
+        return ["row"] * rows + ["col"] * columns
 
-    def made(self, value: str, direction: str) -> list[str]:
-        """The copies of a quantized value that a pass has made."""
-        copies = self._copies(value, self.program.values[value].place, direction)
-        kept = direction == FORWARD and value in self.kept
-        return list(dict.fromkeys((*copies, *[self._kept_copy(value)] * kept)))
+    def wanted(self, name: str, direction: str) -> list[str]:
+        """The copies of a quantized value that the step which makes it in a pass hands out."""
+        copies = self._copies(name, self.program.values[name].place, direction)
+        if direction == FORWARD and name in self.operands:
+            copies += self.operands[name].copies
+        return list(dict.fromkeys(copies))
 
     def gradient(self, gap: int) -> list[str]:
         """The copies of the gradient at a gap that the linear layer before it reads."""
@@ -96,89 +155,26 @@ class Definitions:
         wanted = ["row"] if program.flows[gap - 1] else []
         return wanted + ["col"] * any(program.gradient_names(gap - 1))
 
-    def _kept_copy(self, value: str) -> str:
-        return "row" if self.program.values[value].place in self.program.run.overrides else "col"
-
-    def _quantizer(self, value: str) -> Any:
-        return self.program.ops[self.program.values[value].place - 1].quantizer
-
-    @cached_property
-    def kept(self) -> dict[str, dict[str, Spec]]:
-        """Of each quantized value that is saved, the parts of the copy."""
-        kept = {}
-        for value in sorted(self.cover.keeper.kept):
-            if (spec := self.program.spec(value)).storage is not None:
-                specs = self._quantizer(value).part_specs(spec, self._kept_copy(value))
-                kept[value] = {f"{value}_{k}": part for k, part in enumerate(specs)}
-        return kept
-
-    def _weight_parts(self, i: int, name: str, copy: str) -> dict[str, Spec]:
-        """The parts of a copy of a weight; of one that is shared those of either copy."""
-        variable = self.program.weight_names[i, name]
-        quantizer = self.program.run.quantizers[i, name]
-        stem = f"{variable}_{'row' if quantizer.shared else copy}"
-        specs = quantizer.part_specs(self.program.request.weights[variable], copy)
-        return {f"{stem}{k}": spec for k, spec in enumerate(specs)}
-
-    @cached_property
-    def weights(self) -> list[tuple[int, str, tuple[str, ...]]]:
-        """Quantized weights with the copies that the passes read, in the order of arguments."""
-        weights = []
-        for variable, (i, name) in self._packed.items():
-            copies = ["row", *self._copies(variable, i, BACKWARD)]
-            if self.program.run.quantizers[i, name].shared:
-                copies = ["row"]
-            weights.append((i, name, tuple(dict.fromkeys(copies))))
-        return weights
-
-    @cached_property
-    def parts(self) -> dict[str, Spec]:
-        """The parts of all quantized weights, in the order in which they are handed in."""
-        slots = ((i, name, copy) for i, name, copies in self.weights for copy in copies)
-        return {part: spec for slot in slots for part, spec in self._weight_parts(*slot).items()}
-
     # -- lines --
 
     def define(self, name: str, direction: str, writer: Writer) -> Sequence[Line]:
         """The line that makes a variable in a pass, if it is defined here."""
-        activations = self.program.activations  # the forward casts them, and saves the result
-        if name in self.program.casts and (direction == FORWARD or name not in activations):
-            given = Argument("weight", name + STORED), dtype(self.program.request.compute)
-            return [Line("cast", given, name, note="autocast")]
-        if name in self._packed:
-            i, weight = self._packed[name]
-            copies = self._copies(name, i, direction)
-            parts = {copy: self._weight_parts(i, weight, copy) for copy in copies}
-            quantizer = self.program.run.quantizers[i, weight]
-            return [self._load(name, quantizer, self.program.specs[i], parts, writer)]
-        if direction == BACKWARD and name in self.kept:
-            parts = {self._kept_copy(name): self.kept[name]}
-            return [self._load(name, self._quantizer(name), self.program.spec(name), parts, writer)]
-        return list(self._keep(name, writer)) if direction == FORWARD else ()
-
-    def _load(
-        self,
-        name: str,
-        quantizer: Any,
-        spec: Spec,
-        parts: dict[str, dict[str, Spec]],
-        writer: Writer,
-    ) -> Line:
-        """A quantized value put together from the parts of its copies."""
-        function, target = writer.quantizer(quantizer)
-        words = tuple((c, tuple(Argument("value", p) for p in ps)) for c, ps in parts.items())
-        return Line(f"{function}.load", (dtype(spec.dtype),), name, target, words, "load")
-
-    def _keep(self, name: str, writer: Writer) -> Iterator[Line]:
-        """A quantized value taken apart."""
-        for value, parts in self.kept.items():
-            if name in parts:
-                function, target = writer.quantizer(self._quantizer(value))
-                copy = self._kept_copy(value)
-                given = Argument("value", value), Argument("literal", repr(copy), value=copy)
-                yield Line(f"{function}.parts", given, tuple(parts), target, note="keep")
-
-
-def dtype(kind: Any) -> Argument:
-    """A dtype as an argument."""
-    return Argument("literal", str(kind), value=kind)
+        program, forward = self.program, direction == FORWARD
+        # Activations are cast by the forward alone, which saves the cast.
+        if name in program.casts and (forward or name not in program.activations):
+            arguments = value(name + STORED), literal(program.request.compute)
+            return [Line("cast", arguments, name, note="autocast")]
+        if (operand := self.operands.get(name)) is not None:
+            function, target = writer.quantizer(operand.quantizer)
+            words = [
+                (copy, values(operand.copies[copy]))
+                for copy in self._copies(name, operand.layer, direction)
+            ]
+            kind = literal(operand.spec.dtype)
+            return [Line(f"{function}.load", (kind,), name, target, tuple(words), "load")]
+        if forward and name in self._kept:
+            owner, copy, _ = self._kept[name]
+            function, target = writer.quantizer(self.operands[owner].quantizer)
+            arguments, parts = (value(owner), literal(copy)), self.operands[owner].copies[copy]
+            return [Line(f"{function}.parts", arguments, tuple(parts), target, note="keep")]
+        return ()

@@ -15,7 +15,7 @@ from .compiled import base_namespace, compiled
 from .names import free
 from .program import Argument
 
-Given: TypeAlias = "Argument | tuple[Given, ...]"
+Nested: TypeAlias = "Argument | tuple[Nested, ...]"
 Results: TypeAlias = "str | tuple[Results, ...]"
 
 EXPRESSIONS = {
@@ -25,6 +25,7 @@ EXPRESSIONS = {
     "add": "{0} + {1}",
     "clear": "{0}.clear()",
     "pass": "pass",
+    "return": "return {every}",
 }
 """What is no call in the source."""
 _VARIABLES = frozenset({"value", "weight", "gradient", "view"})
@@ -35,80 +36,86 @@ class Line(NamedTuple):
     """One statement: `results = function(arguments)`, after which some variables are let go."""
 
     function: str
-    """As the source spells it, `RMSNormKernel.fwd`; "return", or one of `EXPRESSIONS`."""
-    arguments: tuple[Given, ...] = ()
+    """As the source spells it, `RMSNormKernel.fwd`, or one of `EXPRESSIONS`."""
+    arguments: tuple[Nested, ...] = ()
     results: Results = ()
     """The variables of what it returns, in that form; "_" for what nothing reads."""
     target: Any = None
     """The fuser, class of ops or quantizer whose function it is, or the function itself."""
-    keywords: tuple[tuple[str, Given], ...] = ()
+    keywords: tuple[tuple[str, Nested], ...] = ()
     note: str = ""
     dead: tuple[str, ...] = ()
-    """What is let go after it. An argument that is `moved` and dead is the callee's alone, which
-    may overwrite it."""
+    """What is let go after it."""
 
     @property
     def reads(self) -> list[str]:
-        """Its variables on the right, in order."""
-        given = [*_flat(self.arguments), *_flat(value for _, value in self.keywords)]
-        return [a.text for a in given if a.category in _VARIABLES]
+        """The variables that it reads, in order."""
+        every = _leaves((self.arguments, [argument for _, argument in self.keywords]))
+        return [argument.text for argument in every if argument.category in _VARIABLES]
 
     @property
     def makes(self) -> list[str]:
-        """Its variables on the left, in order."""
-        return [name for name in _names(self.results) if name != "_"]
+        """The variables that it makes, in order."""
+        return [name for name in _leaves(self.results) if name != "_"]
+
+    @property
+    def overwrites(self) -> list[str]:
+        """What the callee may overwrite: it is handed over, and nothing reads it afterwards."""
+        moved = (argument.text for argument in _leaves(self.arguments) if argument.moved)
+        return [name for name in moved if name in self.dead]
 
     def __str__(self) -> str:
-        given = [self._spelled(argument) for argument in self.arguments]
-        given += [f"{name}={self._spelled(value)}" for name, value in self.keywords]
-        if self.function == "return":
-            return f"return {', '.join(given)}"
-        expression = EXPRESSIONS.get(self.function)
-        right = expression.format(*given) if expression else f"{self.function}({', '.join(given)})"
+        arguments = [_spelled(argument, self.dead) for argument in self.arguments]
+        arguments += [f"{name}={_spelled(argument)}" for name, argument in self.keywords]
+        every, form = ", ".join(arguments), EXPRESSIONS.get(self.function)
+        text = form.format(*arguments, every=every) if form else f"{self.function}({every})"
         if not self.results:
-            return right
-        left = self.results if isinstance(self.results, str) else _tuple(self.results)[1:-1]
-        return f"{left.removesuffix(',') if len(self.results) > 1 else left} = {right}"
-
-    def _spelled(self, given: Given) -> str:
-        if not isinstance(given, Argument):
-            return f"({_commas(map(self._spelled, given))})"
-        if given.category == "view":
-            return f"{given.text}.view_as({given.text})"
-        return f"[{given.text}]" if given.moved and given.text not in self.dead else given.text
+            return text
+        left = _spelled(self.results)
+        if isinstance(self.results, tuple) and len(self.results) > 1:
+            left = left[1:-2]
+        return f"{left} = {text}"
 
     def text(self) -> Iterator[str]:
         """Its lines of source."""
-        for given in self.arguments:  # so that the list alone has it
-            if isinstance(given, Argument) and given.moved and given.text in self.dead:
-                yield f"    {given.text} = [{given.text}]"
+        for name in self.overwrites:  # so that the list alone has it
+            yield f"    {name} = [{name}]"
         yield f"{f'    {self}':<70}  # {self.note}" if self.note else f"    {self}"
         if self.dead:
             yield f"    del {', '.join(self.dead)}"
 
 
-def _flat(given: Iterable[Given]) -> Iterator[Argument]:
-    for item in given:
-        if isinstance(item, Argument):
-            yield item
-        else:
-            yield from _flat(item)
+def value(name: str) -> Argument:
+    """A variable as an argument."""
+    return Argument("value", name)
 
 
-def _names(results: Results) -> Iterator[str]:
-    if isinstance(results, str):
-        yield results
+def values(names: Iterable[str]) -> tuple[Argument, ...]:
+    """Variables as arguments."""
+    return tuple(map(value, names))
+
+
+def literal(constant: Any) -> Argument:
+    """A constant as an argument, which its repr spells."""
+    return Argument("literal", repr(constant), value=constant)
+
+
+def _leaves(nested: Any) -> Iterator[Any]:
+    if isinstance(nested, str | Argument):
+        yield nested
     else:
-        for item in results:
-            yield from _names(item)
+        for item in nested:
+            yield from _leaves(item)
 
 
-def _commas(items: Iterable[str]) -> str:
-    return "".join(f"{item}, " for item in items).strip()
-
-
-def _tuple(results: Results) -> str:
-    return results if isinstance(results, str) else f"({_commas(map(_tuple, results))})"
+def _spelled(nested: Any, dead: Sequence[str] = ()) -> str:
+    if isinstance(nested, str):
+        return nested
+    if not isinstance(nested, Argument):
+        return f"({''.join(f'{_spelled(item)}, ' for item in nested).strip()})"
+    if nested.category == "view":
+        return f"{nested.text}.view_as({nested.text})"
+    return f"[{nested.text}]" if nested.moved and nested.text not in dead else nested.text
 
 
 class Function(NamedTuple):
@@ -158,7 +165,7 @@ class Writer:
                 lines = self.define(name)
                 if not lines:
                     self.free[name] = None
-                makes = {made for line in lines for made in line.makes}
+                makes = {variable for line in lines for variable in line.makes}
                 self.available |= makes
                 waiting.append(lines)
                 reads = [read for line in lines for read in line.reads if read not in makes]
@@ -190,9 +197,18 @@ class Writer:
         return name
 
     def call(
-        self, claim: Claim, call: Call, want: Iterable[str], results: Results, note: str = ""
+        self,
+        claim: Claim,
+        call: Call,
+        want: Iterable[str],
+        first: str,
+        names: Sequence[str],
+        note: str = "",
     ) -> Line:
-        """The line of a claim's call. want: what it is to hand out, by the names it declares."""
+        """The line of a claim's call. want: what it is to hand out, by the names it declares.
+
+        first: the variable of y or dx; names: those of what follows, "_" for what nothing reads.
+        """
         target: Any = claim.fuser.kind if claim.is_reference else claim.fuser  # type: ignore[attr-defined]
         name = self._name_of(claim, target)
         if isinstance(bound := self.namespace[name], First):
@@ -208,10 +224,13 @@ class Writer:
         if call.function == "wgrad":
             product = Argument("object", spelled, value=function)
             spelled, arguments = self._weighed(claim, call, product, arguments)
-        keywords: tuple[tuple[str, Given], ...] = ()
+        keywords: tuple[tuple[str, Nested], ...] = ()
         if call.wants:
             words = tuple(claim.fuser.wants.get(word, word) for word in want)
             keywords = (("want", Argument("literal", repr(words), value=words)),)
+        results: Results = first, tuple(names) if set(names) - {"_"} else "_"
+        if call.function in ("again", "dgrad", "wgrad"):  # they return one thing
+            results = names[0] if call.function == "wgrad" else first
         return Line(spelled, arguments, results, target, keywords, note)
 
     def _weighed(
@@ -244,13 +263,13 @@ class Writer:
         """
         self.add(Line("return", results))
         last: dict[str, int] = {}
-        made: set[str] = set()
+        every: set[str] = set()
         for number, line in enumerate(self.lines):
             makes = line.makes
-            made.update(makes)
+            every.update(makes)
             last |= dict.fromkeys((*line.reads, *makes), number)
         dying: dict[int, list[str]] = {}
-        for variable in sorted(made.difference(held)):
+        for variable in sorted(every.difference(held)):
             dying.setdefault(last[variable], []).append(variable)
         dying.pop(len(self.lines) - 1, None)
         lines = [line._replace(dead=tuple(dying.get(k, ()))) for k, line in enumerate(self.lines)]

@@ -72,7 +72,7 @@ class Argument(NamedTuple):
     moved: bool = False
     """Whether the callee is handed it in a list of one, from which it takes it."""
     value: Any = None
-    """A constant; an "object" has no literal, and gets a name in the source's globals."""
+    """A constant, or an op's place. An "object" has no literal, but a name in the globals."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ class Program:
         if name == "x" and direction == BACKWARD and self.run.overrides.get(i) == HIGH_PRECISION:
             return Argument("value", self.x(i - 1))  # what its Quantize read
         if name == "":
-            return Argument("op", f"ops[{self.run.places[i]}]")
+            return Argument("op", f"ops[{self.run.places[i]}]", value=self.run.places[i])
         if name == "x":
             return Argument("value", self.x(i))
         if name == "y":

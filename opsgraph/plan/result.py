@@ -1,13 +1,12 @@
-"""`Plan`: the immutable result of planning, which can be run, printed, drawn and asked why."""
+"""`make_plan` and `Plan`: the immutable result of planning, which runs, and shows what it does."""
 
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..config import Config
 from ..errors import PlanError
@@ -17,71 +16,29 @@ from .basic_ops import BasicOps
 from .casting import with_casts
 from .claims import Claim, Space
 from .codegen import Functions, write
-from .definitions import Input
+from .definitions import Input, Prepared
 from .lines import Line
 from .planner import PLANNERS, Cover
-from .prepare import Bind, Prepared, prepared, write_prepare
+from .prepare import Bind
 from .program import Program, Request
 from .rejection import Rejection
-
-if TYPE_CHECKING:
-    import networkx as nx
+from .show import Shown, Step
 
 _handles: Counter[str] = Counter()
 
 
-class Step(NamedTuple):
-    """One step of a plan. `ops` are the positions it covers; `again` maps remade needs to ops."""
-
-    name: str
-    backend: str
-    direction: str
-    ops: tuple[int, ...]
-    needs: tuple[str, ...]
-    saves: tuple[str, ...]
-    again: Mapping[str, tuple[int, ...]]
-    edges: tuple[Spec, Spec]
-    where: str
-    """The ops as plans show them: `3`, `3-5`, `1-q2`."""
-
-
 @dataclass(frozen=True)
-class Plan:
-    """What runs, forward and backward, what is saved, and what was refused and why."""
+class Plan(Shown):
+    """What a plan shows, its functions, and what these do as data."""
 
-    forward: tuple[Step, ...]
-    backward: tuple[Step, ...]
-    rejected: tuple[Rejection, ...]
-    saved: Mapping[str, int]
-    """Bytes per row of every value that the forward keeps; parameters are not counted."""
-    costs: Mapping[str, float]
-    """Cost in weighted bytes per row of what each planner would have chosen."""
-    forward_source: str
-    backward_source: str
-    prepare_source: str
-    """Empty without quantized weights."""
     run_forward: Callable[..., Any]
     run_backward: Callable[..., Any]
     run_prepare: Callable[..., Any]
     """Of weights and delayed scales: returns parts of quantized weights, and amaxes."""
     forward_lines: tuple[Line, ...] = field(repr=False, compare=False)
-    """What `run_forward` does, as data."""
     backward_lines: tuple[Line, ...] = field(repr=False, compare=False)
     prepare_lines: tuple[Line, ...] = field(repr=False, compare=False)
     specs: "Signature"
-    labels: tuple[str, ...]
-    """What errors call the op at each position: the one the user wrote."""
-    kinds: tuple[str, ...]
-    """The class of the basic op at each position."""
-    numbers: tuple[str, ...]
-    """What plans and sources call each op: its number, or "q2", "g2" for what a recipe adds."""
-    planning_seconds: float = field(compare=False)
-    """How long planning took, with the source written and compiled."""
-
-    @property
-    def saved_bytes_per_row(self) -> int:
-        """Bytes kept for the backward, for each row of the input."""
-        return sum(self.saved.values())
 
     @cached_property
     def handle(self) -> str:
@@ -93,24 +50,6 @@ class Plan:
         digest = sha256(content.encode()).hexdigest()[:16]
         _handles[digest] += 1
         return f"{digest}-{_handles[digest]}"
-
-    @property
-    def graph(self) -> "nx.MultiDiGraph[Any]":
-        """Gaps as nodes, an edge for every claim taken or refused."""
-        from .show import graph
-
-        return graph(self)
-
-    def draw(self, path: str | Path) -> None:
-        """Write a picture: ops, steps taken, steps refused. The ending (.svg, .html) decides."""
-        from .show import draw
-
-        draw(self, Path(path))
-
-    def __str__(self) -> str:
-        from .show import table
-
-        return table(self)
 
 
 class Output(NamedTuple):
@@ -210,7 +149,7 @@ def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
             for place, s in enumerate(saved)
             if s.argument in accumulated
         ),
-        prepared=tuple(prepared(definitions)),
+        prepared=definitions.prepared,
         training=bool(request.gradients) and program.flows[-1] and not identity,
         autocast=request.compute is not None,
         identity=identity,
@@ -237,29 +176,29 @@ def make_plan(
     program = Program(run, request)
     space = Space(program, order, config.fuel)
     cover = PLANNERS[planner](space)
-    functions = write(space, cover, config.check)
-    prepare = write_prepare(functions.definitions, bind)
+    functions = write(space, cover, config.check, bind)
     kept = sorted(cover.keeper.kept, key=lambda n: (space.place(n), n))
+    forward, backward, prepare = functions[:3]
     plan = Plan(
-        tuple(_step(claim, cover, space) for claim in cover.forward),
-        tuple(_step(claim, cover, space) for claim in cover.backward),
-        tuple(r for r in space.rejected.values() if not _taken(r, cover)),
-        {name: space.size(name) for name in kept},
-        cover.costs,
-        functions.forward.source,
-        functions.backward.source,
-        prepare.source,
-        functions.forward.call,
-        functions.backward.call,
-        prepare.call,
-        functions.forward.lines,
-        functions.backward.lines,
-        prepare.lines,
-        _signature(space, cover, functions),
-        tuple(run.labels),
-        tuple(kind.__name__ for kind in run.kinds),
-        tuple(run.numbers),
-        time.perf_counter() - start,
+        forward=tuple(_step(claim, cover, space) for claim in cover.forward),
+        backward=tuple(_step(claim, cover, space) for claim in cover.backward),
+        rejected=tuple(r for r in space.rejected.values() if not _taken(r, cover)),
+        saved={name: space.size(name) for name in kept},
+        costs=cover.costs,
+        forward_source=forward.source,
+        backward_source=backward.source,
+        prepare_source=prepare.source,
+        labels=tuple(run.labels),
+        kinds=tuple(kind.__name__ for kind in run.kinds),
+        numbers=tuple(run.numbers),
+        run_forward=forward.call,
+        run_backward=backward.call,
+        run_prepare=prepare.call,
+        forward_lines=forward.lines,
+        backward_lines=backward.lines,
+        prepare_lines=prepare.lines,
+        specs=_signature(space, cover, functions),
+        planning_seconds=time.perf_counter() - start,
     )
     _log(plan, config)
     return plan

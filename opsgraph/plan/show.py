@@ -1,23 +1,80 @@
 """A plan for the eye: the table that `print(plan)` shows, the networkx graph, and a picture."""
 
-from html import escape
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..op import FORWARD
+from ..op import FORWARD, Spec
+from .rejection import Rejection
 
 if TYPE_CHECKING:
     import networkx as nx
 
-    from .result import Plan, Step
+
+class Step(NamedTuple):
+    """One step of a plan. `ops` are the positions it covers; `again` maps remade needs to ops."""
+
+    name: str
+    backend: str
+    direction: str
+    ops: tuple[int, ...]
+    needs: tuple[str, ...]
+    saves: tuple[str, ...]
+    again: Mapping[str, tuple[int, ...]]
+    edges: tuple[Spec, Spec]
+    where: str
+    """The ops as plans show them: `3`, `3-5`, `1-q2`."""
 
 
-def positions(ops: tuple[int, ...], plan: "Plan") -> str:
+@dataclass(frozen=True)
+class Shown:
+    """What a plan shows: what runs in both passes, what is saved, and what was refused and why."""
+
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    rejected: tuple[Rejection, ...]
+    saved: Mapping[str, int]
+    """Bytes per row of every value that the forward keeps; parameters are not counted."""
+    costs: Mapping[str, float]
+    """Cost in weighted bytes per row of what each planner would have chosen."""
+    forward_source: str
+    backward_source: str
+    prepare_source: str
+    """Empty without quantized weights."""
+    labels: tuple[str, ...]
+    """What errors call the op at each position: the one the user wrote."""
+    kinds: tuple[str, ...]
+    """The class of the basic op at each position."""
+    numbers: tuple[str, ...]
+    """What plans and sources call each op: its number, or "q2", "g2" for what a recipe adds."""
+    planning_seconds: float = field(compare=False)
+    """How long planning took, with the source written and compiled."""
+
+    @property
+    def saved_bytes_per_row(self) -> int:
+        """Bytes kept for the backward, for each row of the input."""
+        return sum(self.saved.values())
+
+    @property
+    def graph(self) -> "nx.MultiDiGraph[Any]":
+        """Gaps as nodes, an edge for every claim taken or refused."""
+        return graph(self)
+
+    def draw(self, path: str | Path) -> None:
+        """Write a picture: ops, steps taken, steps refused. The ending (.svg, .html) decides."""
+        draw(self, Path(path))
+
+    def __str__(self) -> str:
+        return table(self)
+
+
+def positions(ops: tuple[int, ...], plan: Shown) -> str:
     """What a plan calls the first and the last of some ops: `3`, `3-5` or `1-q2`."""
     return "-".join(dict.fromkeys((plan.numbers[ops[0]], plan.numbers[ops[-1]])))
 
 
-def _row(step: "Step", plan: "Plan", width: int = 24) -> str:
+def _row(step: Step, plan: Shown, width: int = 24) -> str:
     before, after = step.edges
     text = f"  {step.where:>5}  {step.name:<{width}} {step.backend:<10}"
     if step.direction == FORWARD:
@@ -30,7 +87,7 @@ def _row(step: "Step", plan: "Plan", width: int = 24) -> str:
     return text + (f" needs {', '.join(needs)}" if needs else "")
 
 
-def table(plan: "Plan") -> str:
+def table(plan: Shown) -> str:
     """Steps forward and backward, refusals, saved values, and costs where planners differ."""
     names = [step.name for step in (*plan.forward, *plan.backward)]
     names += [refused.name for refused in plan.rejected]
@@ -54,7 +111,7 @@ def table(plan: "Plan") -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def graph(plan: "Plan") -> "nx.MultiDiGraph[Any]":
+def graph(plan: Shown) -> "nx.MultiDiGraph[Any]":
     """Nodes: gaps `("forward", 3)`; edges: steps taken, and refused ones with their reason."""
     import networkx as nx
 
@@ -76,6 +133,8 @@ def graph(plan: "Plan") -> "nx.MultiDiGraph[Any]":
     return made
 
 
+_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
+"""For HTML; the module `html` is slow to import."""
 _COLORS = {"reference": "#9aa5b1", "aten": "#3b82c4", "triton": "#2e9e6b", "cpu": "#c4713b"}
 _COLUMN, _LEFT, _HEIGHT = 140, 92, 34
 
@@ -84,23 +143,24 @@ def _box(x: float, y: float, width: float, text: str, color: str, dashed: bool, 
     style = 'fill="none" stroke-dasharray="4 3"' if dashed else f'fill="{color}"'
     ink = "#8a4b4b" if dashed else "#ffffff"
     return (
-        f"<g><title>{escape(title)}</title>"
+        f"<g><title>{title.translate(_ESCAPES)}</title>"
         f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="26" rx="5" {style} '
         f'stroke="{"#b06a6a" if dashed else color}"/>'
         f'<text x="{x + width / 2:.0f}" y="{y + 17:.0f}" fill="{ink}" text-anchor="middle">'
-        f"{escape(text[: max(4, int(width / 6.6))])}</text></g>"
+        f"{text[: max(4, int(width / 6.6))].translate(_ESCAPES)}</text></g>"
     )
 
 
 def _label(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.0f}" y="{y:.0f}" fill="#334" text-anchor="{anchor}">{escape(text)}</text>'
+    place = f'x="{x:.0f}" y="{y:.0f}" fill="#334" text-anchor="{anchor}"'
+    return f"<text {place}>{text.translate(_ESCAPES)}</text>"
 
 
 def _span(ops: tuple[int, ...]) -> tuple[float, float]:
     return _LEFT + ops[0] * _COLUMN + 4, (ops[-1] - ops[0] + 1) * _COLUMN - 8
 
 
-def _refused_rows(plan: "Plan", direction: str, y: float) -> tuple[list[str], float]:
+def _refused_rows(plan: Shown, direction: str, y: float) -> tuple[list[str], float]:
     """Refused steps, packed into as few rows as they need."""
     ends: list[float] = []
     parts = []
@@ -119,7 +179,7 @@ def _refused_rows(plan: "Plan", direction: str, y: float) -> tuple[list[str], fl
     return parts, y + len(ends) * _HEIGHT
 
 
-def _legend(plan: "Plan", y: float) -> list[str]:
+def _legend(plan: Shown, y: float) -> list[str]:
     parts = [_label(8, y + 17, "backends")]
     backends = dict.fromkeys(step.backend for step in (*plan.forward, *plan.backward))
     for k, name in enumerate(backends):
@@ -133,7 +193,7 @@ def _color(backend: str) -> str:
     return _COLORS.get(backend, "#7b5cb8")
 
 
-def svg(plan: "Plan") -> str:
+def svg(plan: Shown) -> str:
     """The picture as SVG text: a row of ops, then taken and refused steps of both passes."""
     width = max(_LEFT + len(plan.kinds) * _COLUMN + 60, 620)
     parts, y = [], 40.0
@@ -169,7 +229,7 @@ def svg(plan: "Plan") -> str:
     return "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *parts, "</svg>"])
 
 
-def draw(plan: "Plan", path: Path) -> None:
+def draw(plan: Shown, path: Path) -> None:
     """Write the picture as `.svg`, or as `.html` with the table and the generated source."""
     if path.suffix not in (".svg", ".html"):
         raise ValueError(f"draw: got {path.name!r}, expected a name ending in .svg or .html")
@@ -177,6 +237,6 @@ def draw(plan: "Plan", path: Path) -> None:
     text = svg(plan)
     if path.suffix == ".html":
         blocks = (str(plan), plan.prepare_source, plan.forward_source, plan.backward_source)
-        body = "".join(f"<pre>{escape(block)}</pre>" for block in blocks if block)
+        body = "".join(f"<pre>{block.translate(_ESCAPES)}</pre>" for block in blocks if block)
         text = f"<!doctype html><meta charset=utf-8><title>plan</title>{text}{body}"
     path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What holds of every pair of generated functions: nothing is read that is not there."""
+"""What holds of all generated functions: nothing is read that is not there."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,15 @@ every = False
 """Whether all functions are verified, not only those under OPSGRAPH_CHECK."""
 
 
-def verify(forward: Function, backward: Function) -> None:
+def verify(forward: Function, backward: Function, prepare: Function | None = None) -> None:
     """Raises PlanError unless each variable read was given, saved or made, and not let go before.
 
     The backward has to take out of `saved` what the forward puts there.
     """
-    for name, function in (("forward", forward), ("backward", backward)):
+    functions = {"forward": forward, "backward": backward}
+    if prepare is not None and prepare.lines:
+        functions["prepare"] = prepare
+    for name, function in functions.items():
         _verify_lines(name, function.parameters, function.lines)
     saved = forward.lines[-1].arguments[1]
     taken = next((line.makes for line in backward.lines if "saved" in line.reads), [])
