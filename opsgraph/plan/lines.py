@@ -17,6 +17,7 @@ from .program import Argument
 
 Nested: TypeAlias = "Argument | tuple[Nested, ...]"
 Results: TypeAlias = "str | tuple[Results, ...]"
+_LEAF = (str, Argument)
 
 EXPRESSIONS = {
     "bind": "{0}",
@@ -50,19 +51,19 @@ class Line(NamedTuple):
     @property
     def reads(self) -> list[str]:
         """The variables that it reads, in order."""
-        every = _leaves((self.arguments, [argument for _, argument in self.keywords]))
-        return [argument.text for argument in every if argument.category in _VARIABLES]
+        every = (*self.arguments, *(argument for _, argument in self.keywords))
+        return [leaf.text for leaf in _leaves(every) if leaf.category in _VARIABLES]
 
     @property
     def makes(self) -> list[str]:
         """The variables that it makes, in order."""
-        return [name for name in _leaves(self.results) if name != "_"]
+        return [name for name in _leaves((self.results,)) if name != "_"]
 
     @property
     def overwrites(self) -> list[str]:
         """What the callee may overwrite: it is handed over, and nothing reads it afterwards."""
-        moved = (argument.text for argument in _leaves(self.arguments) if argument.moved)
-        return [name for name in moved if name in self.dead]
+        leaves = _leaves(self.arguments) if self.dead else ()
+        return [leaf.text for leaf in leaves if leaf.moved and leaf.text in self.dead]
 
     def __str__(self) -> str:
         arguments = [_spelled(argument, self.dead) for argument in self.arguments]
@@ -100,12 +101,14 @@ def literal(constant: Any) -> Argument:
     return Argument("literal", repr(constant), value=constant)
 
 
-def _leaves(nested: Any) -> Iterator[Any]:
-    if isinstance(nested, str | Argument):
-        yield nested
-    else:
-        for item in nested:
-            yield from _leaves(item)
+def _leaves(nested: Iterable[Any]) -> list[Any]:
+    leaves = []
+    for item in nested:
+        if isinstance(item, _LEAF):
+            leaves.append(item)
+        else:
+            leaves += _leaves(item)
+    return leaves
 
 
 def _spelled(nested: Any, dead: Sequence[str] = ()) -> str:
@@ -272,8 +275,9 @@ class Writer:
         for variable in sorted(every.difference(held)):
             dying.setdefault(last[variable], []).append(variable)
         dying.pop(len(self.lines) - 1, None)
-        lines = [line._replace(dead=tuple(dying.get(k, ()))) for k, line in enumerate(self.lines)]
+        for number, dead in dying.items():
+            self.lines[number] = self.lines[number]._replace(dead=tuple(dead))
         head = f"def {name}({', '.join(self.parameters)}):"
-        source = "\n".join((head, *(text for line in lines for text in line.text()))) + "\n"
+        source = "\n".join((head, *(text for line in self.lines for text in line.text()))) + "\n"
         call = compiled(name, source, self.namespace)
-        return Function(source, call, tuple(self.parameters), tuple(lines))
+        return Function(source, call, tuple(self.parameters), tuple(self.lines))
