@@ -8,7 +8,6 @@ amax (which the first reading gives), blocks of 128 x 128, and rows wider than `
 """
 
 from collections.abc import Collection
-from typing import NamedTuple
 
 import torch
 import triton
@@ -51,62 +50,43 @@ def norm_quantize_kernel(
     )  # fmt: skip
 
 
-class _Norm(NamedTuple):
-    """What both norms' functions are given."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    zero_centered: bool
-    center: bool
-
-
-class _Rows(NamedTuple):
-    """What one reading of x gives."""
-
-    total: Tensor | None
-    mean: Tensor | None
-    rstd: Tensor
-    amax: Tensor | None
-
-
-def _read(x: Tensor, other: Tensor | None, norm: _Norm, to: Format, output: Output) -> _Rows:
-    """The statistics, and of rows up to NARROW the row copy of output and its amax."""
+def _read(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: bool,
+    other: Tensor | None, center: bool, to: Format, output: Output,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """The sum, mean and rstd; of rows up to NARROW the row copy of output, and its amax as well."""
     rows, width = x.shape
     new = torch.empty if x.numel() else torch.zeros
     total = None if other is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
     mean, rstd = (new(rows, 1, dtype=torch.float32, device=x.device) for _ in range(2))
-    read = _Rows(total, mean if norm.center else None, rstd, None)
+    read = total, mean if center else None, rstd
     if not x.numel():
-        return read
+        return *read, None
     x, other = row_major(x), None if other is None else row_major(other)
     unit, config = stride_unit(x, other), forward_config(width, x.element_size())
     strides = x.stride(0) // unit, 0 if other is None else other.stride(0) // unit
-    flags = dict(
-        UNIT=unit, WIDTH=width, ZERO_CENTERED=norm.zero_centered, CENTER=norm.center, **FUSION
-    )
+    flags = dict(UNIT=unit, WIDTH=width, ZERO_CENTERED=zero_centered, CENTER=center, **FUSION)
     if width > NARROW:
         with on_device_of(x):
             launch(
                 forward_wide_kernel, (rows,),
-                x, other, None, None, None, *read[:3], rows, *strides, EPS=norm.eps, **flags,
-                **config,
+                x, other, None, None, None, *read, rows, *strides, EPS=eps, **flags, **config,
             )  # fmt: skip
-        return read
+        return *read, None
     programs = ceil_div(rows, config["ROWS"])
     amax = torch.empty(programs, dtype=torch.float32, device=x.device) if output.amax else None
     whole = config["BLOCK"]
     with on_device_of(x):
         launch(
             norm_quantize_kernel, (programs,),
-            x, other, packed(norm.weight), packed(norm.bias), *read[:3],
-            *output.operands(None)[:2], output.given, amax, rows, *strides, NORM_EPS=norm.eps,
+            x, other, packed(weight), packed(bias), *read,
+            *output.operands(None)[:2], output.given, amax, rows, *strides, NORM_EPS=eps,
             C=whole, R=config["ROWS"],
             SCALING="blocks" if to.scaling == "rows" else to.scaling,
             BLOCK=whole if to.scaling == "rows" else min(BLOCKS[to.scaling], whole),
             num_warps=config["num_warps"], **constants(to, x.device), **flags,
         )  # fmt: skip
-    return read._replace(amax=None if amax is None else amax.amax())
+    return *read, None if amax is None else amax.amax()
 
 
 def norm_quantize(
@@ -119,7 +99,6 @@ def norm_quantize(
     Returns (copies of y, mean, rstd, total), as those two give them; y is never stored.
     """
     check(to, scale, want)
-    norm = _Norm(weight, bias, eps, zero_centered, center)
     rows, width = x.shape
     narrow, wanted = width <= NARROW, set(want)
     first = Format("tensor") if isinstance(to, NVFP4) else to  # NVFP4 too needs the amax first
@@ -127,11 +106,13 @@ def norm_quantize(
     if narrow and (scale is not None or first.scaling in ("rows", "blocks", "mx")):
         output = new_output(rows, width, first, x, scale, wanted & {"row", "amax"}, None)
         wanted -= {"row"}
-    read = _read(x, other, norm, first, output)
+    total, mean, rstd, amax = _read(
+        x, weight, bias, eps, zero_centered, other, center, first, output
+    )
     source = Source(
-        "norm", x if read.total is None else read.total, width, bias, weight, read.mean,
-        read.rstd, zero_centered=zero_centered,
+        "norm", x if total is None else total, width, bias, weight, mean, rstd,
+        zero_centered=zero_centered,
     )  # fmt: skip
-    rest = copies(source, to, scale, wanted, read.amax)
-    mean, rstd = read.mean if "mean" in want else None, read.rstd if "rstd" in want else None
-    return rest._replace(row=output.row or rest.row), mean, rstd, read.total
+    rest = copies(source, to, scale, wanted, amax)
+    statistics = mean if "mean" in want else None, rstd if "rstd" in want else None
+    return rest._replace(row=output.row or rest.row), *statistics, total
