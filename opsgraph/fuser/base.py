@@ -13,8 +13,9 @@ its own `bwd` may take.
 
 One class may serve ops that differ. What the op in a place lacks is None, in arguments and in
 results, and so is all of an entry that is left out. `fwd` returns `(y, saved)`, saved as `saves`
-lists them: what the op there does not save is ignored. `bwd` returns `(dx, gradients)`, one for
-each argument of `fwd` after x that an entry's classes can have a gradient for, entry by entry: with
+lists them: what the op there does not save is ignored, and so is x, which the plan has already.
+`bwd` returns `(dx, gradients)`, one for each argument of an op's `fwd` after x that an entry's
+classes can have a gradient for, entry by entry: with
 `dict(tee=Tee | None, norm=RMSNorm | LayerNorm, fc=BasicLinear)` those are `norm_weight`,
 `norm_bias` and `fc_weight`. What is not in `want` is ignored.
 """
