@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from ..op import BACKWARD, FORWARD, differentiable
 from .claims import Call, Claim
-from .lines import Line, Writer, literal, value
+from .lines import Line, literal, value
 from .program import Argument
+from .writer import Writer
 
 
 class Checks:
@@ -112,6 +113,8 @@ class _Step:
         for i in reversed(range(self.claim.start, self.claim.stop)):
             claim = self._reference(BACKWARD, i)
             for call in claim.calls if claim else ():
+                if call.function == "wgrad" and call.results[0] in self.program.elsewhere.waits:
+                    continue
                 values = [a.text for a in call.arguments if a.category == "value"]
                 if any(name not in self.known for name in values):
                     note = f"{self.claim.label} is not checked: {values} needed"

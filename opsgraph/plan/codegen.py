@@ -11,7 +11,8 @@ weight gradient that waits for `backward_dw` is the call that gives it (`weigh`)
 The layers, each a file that knows those before it:
 
     planner      a Cover: which calls, in which order, what is kept and what is made again
-    lines        a Line is one call as data; a Writer collects those of a function and prints them
+    lines        a Line is one call as data, from which its text is printed
+    writer       collects the lines of a function; has every variable defined that one reads
     definitions  what variables mean that no step makes: casts, quantized values and their parts
     check        under OPSGRAPH_CHECK, the lines that compare a step with the reference ops
     verify       each variable that is read was made, and not let go before
@@ -51,10 +52,11 @@ from . import verify as verifying
 from .check import Checks
 from .claims import Call, Claim, Space
 from .definitions import Definitions
-from .lines import Function, Line, Writer, literal, value, values
+from .lines import Function, Line, literal, value, values
 from .planner import Cover
 from .prepare import Bind, write_prepare
 from .program import Argument
+from .writer import Writer
 
 
 class Functions(NamedTuple):

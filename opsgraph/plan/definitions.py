@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, STORED, Spec
 from .claims import Space
-from .lines import Line, Writer, literal, value, values
+from .lines import Line, literal, value, values
 from .planner import Cover
+from .writer import Writer
 
 
 class Input(NamedTuple):

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..op import Spec
 from .definitions import Definitions
-from .lines import Function, Line, Writer, values
+from .lines import Function, Line, values
+from .writer import Writer
 
 Bind = Callable[[Any, Spec, tuple[str, ...]], tuple[str, Callable[..., Any]]]
 """Chooses for a quantizer, a weight and its copies: the function, and the backend that it is of."""

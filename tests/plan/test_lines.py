@@ -40,7 +40,7 @@ def replay(lines: Sequence[Line], ops: Any, variables: dict[str, Any]) -> Any:
     for line in lines:
         given = [there(argument, line.dead) for argument in line.arguments]
         words = {name: there(argument, ()) for name, argument in line.keywords}
-        result = run(line, ops, given, words)
+        result = run(line, given, words)
         if line.function == "return":
             return result
         bind(line.results, result)
@@ -49,20 +49,20 @@ def replay(lines: Sequence[Line], ops: Any, variables: dict[str, Any]) -> Any:
     raise AssertionError("it does not return")
 
 
-def run(line: Line, ops: Any, given: list[Any], words: dict[str, Any]) -> Any:
+def run(line: Line, given: list[Any], words: dict[str, Any]) -> Any:
     owner, _, name = line.function.rpartition(".")
     expressions = {
         "bind": lambda x: x,
         "cast": lambda x, dtype: x.to(dtype),
         "cast unless None": lambda x, dtype: None if x is None else x.to(dtype),
         "add": lambda x, y: x + y,
+        "weigh": lambda op, *rest: op.weigh(*rest),
+        "wgrad_by": lambda op, *rest: op.wgrad_by(*rest),
         "clear": lambda x: x.clear() or (),
         "return": lambda *results: results,
     }
     if line.function in expressions:
         return expressions[line.function](*given)
-    if name in ("weigh", "wgrad_by"):
-        return getattr(ops[int(owner[4:-1])], name)(*given)
     return (getattr(line.target, name) if owner else line.target)(*given, **words)
 
 
@@ -74,9 +74,17 @@ NETS = {
 }
 
 
+OPTIONS = (
+    {},
+    {"checkpoint": True},
+    {"backends": ("reference",)},
+    {"delay_wgrad_compute": True, "recompute": False},
+)
+
+
 def cases() -> Iterator[Any]:
     for net in NETS:
-        for options in ({}, {"checkpoint": True}, {"backends": ("reference",)}):
+        for options in OPTIONS:
             for cast in (False, True):
                 yield pytest.param(net, options, cast, id=f"{net}-{[*options]}-{cast}")
 

@@ -1,0 +1,171 @@
+"""`Writer` collects the lines of one generated function.
+
+It has every variable defined that a line reads, gives objects names in the source, spells calls,
+and lets go of each variable after its last use.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..guards.results import First
+from ..op import BACKWARD, STORED
+from ..op.functions import backward_functions
+from .claims import Call, Claim, Space
+from .compiled import base_namespace, compiled
+from .lines import Function, Line, Nested, Results
+from .names import free
+from .program import Argument
+
+
+class Writer:
+    """Writes one function. `free`: the variables that it reads and that nothing defines, in order.
+
+    A subclass says in `define` what defines a variable.
+    """
+
+    def __init__(self, space: Space, parameters: Sequence[str]) -> None:
+        self.space, self.program = space, space.program
+        self.parameters = parameters
+        self.lines: list[Line] = []
+        self.available = set(parameters)
+        self.free: dict[str, None] = {}
+        self.namespace = base_namespace()
+        self._bound: dict[str, Any] = {}
+
+    def define(self, name: str) -> Sequence[Line]:
+        """The lines that make a variable; none: it is free."""
+        raise NotImplementedError
+
+    def add(self, *lines: Line) -> None:
+        """Append lines, each after what defines its variables."""
+        for line in lines:
+            self.need(line.reads)
+            self.lines.append(line)
+            self.available.update(line.makes)
+
+    def need(self, names: Iterable[str]) -> None:
+        """Have variables available. On a stack of its own, for what defines them may go deep."""
+        waiting: list[str | Sequence[Line]] = [*reversed([*names])]
+        while waiting:
+            name = waiting.pop()
+            if not isinstance(name, str):
+                self.lines += name
+            elif name not in self.available:
+                self.available.add(name)
+                lines = self.define(name)
+                if not lines:
+                    self.free[name] = None
+                makes = {variable for line in lines for variable in line.makes}
+                self.available |= makes
+                waiting.append(lines)
+                reads = [read for line in lines for read in line.reads if read not in makes]
+                waiting += reversed(reads)
+
+    # -- what objects are called --
+
+    def bind(self, name: str, target: Any) -> str:
+        """What an object is called in the source; a number is added where two share a name."""
+        for text in free(name, self.program.roots):
+            if self._bound.setdefault(text, target) is target:
+                self.namespace.setdefault(text, target)
+                return text
+        raise AssertionError
+
+    def quantizer(self, quantizer: Any) -> tuple[str, Any]:
+        """A quantizer's name in the source, and the first one that is equal."""
+        same = (known for known in self._bound.values() if type(known) is type(quantizer))
+        target = next((known for known in same if known == quantizer), quantizer)
+        return self.bind(quantizer.storage.name.upper(), target), target
+
+    def _name_of(self, claim: Claim, target: Any) -> str:
+        """A fuser's name in the source. The first results of a user's are checked."""
+        name = self.bind(claim.fuser.name, target)
+        module = target.__module__ if claim.is_reference else type(target).__module__
+        if self.namespace[name] is target and not module.startswith("opsgraph."):
+            where = self.program.labels[claim.start] if claim.is_reference else claim.label
+            self.namespace[name] = First(target, where)
+        return name
+
+    def call(
+        self,
+        claim: Claim,
+        call: Call,
+        want: Iterable[str],
+        first: str,
+        names: Sequence[str],
+        note: str = "",
+    ) -> Line:
+        """The line of a claim's call. want: what it is to hand out, by the names it declares.
+
+        first: the variable of y or dx; names: those of what follows, "_" for what nothing reads.
+        """
+        target: Any = claim.fuser.kind if claim.is_reference else claim.fuser  # type: ignore[attr-defined]
+        name = self._name_of(claim, target)
+        if isinstance(bound := self.namespace[name], First):
+            bound.counts[call.function].add(len(call.results))
+        spelled, arguments = f"{name}.{call.function}", tuple(map(self._named, call.arguments))
+        function = getattr(target, call.function)
+        if claim.is_reference and claim.direction == BACKWARD:
+            given, function = function, backward_functions(target)[call.function]
+            if function is not given:  # derived from fwd
+                suffix = "" if call.function == "bwd" else f"_{call.function}"
+                spelled = self.bind(f"{target.__name__}_vjp{suffix}", function)
+                target = function
+        if call.function == "wgrad":
+            product = Argument("object", spelled, value=function)
+            spelled, arguments = self._weighed(claim, call, product, arguments)
+        keywords: tuple[tuple[str, Nested], ...] = ()
+        if call.wants:
+            words = tuple(claim.fuser.wants.get(word, word) for word in want)
+            keywords = (("want", Argument("literal", repr(words), value=words)),)
+        results: Results = first, tuple(names) if set(names) - {"_"} else "_"
+        if call.function in ("again", "dgrad", "wgrad"):  # they return one thing
+            results = names[0] if call.function == "wgrad" else first
+        return Line(spelled, arguments, results, target, keywords, note)
+
+    def _weighed(
+        self, claim: Claim, call: Call, product: Argument, arguments: tuple[Argument, ...]
+    ) -> tuple[str, tuple[Argument, ...]]:
+        """The call of a weight gradient's product: by the op, if the gradient goes elsewhere."""
+        gradient, program = call.results[0], self.program
+        (i,) = (i for i in claim.ops if gradient in program.gradient_names(i))
+        op, stored = program.resolve(i, ""), program.resolve(i, "weight" + STORED)
+        assert op is not None
+        if gradient in program.elsewhere.added and stored and not claim.is_reference:
+            return "wgrad_by", (op, product, *arguments, stored)
+        if gradient in program.elsewhere.waits:
+            return "weigh", (op, product, *arguments)
+        return product.text, arguments
+
+    def _named(self, argument: Argument) -> Argument:
+        """An argument with the text that stands for it in the source."""
+        if argument.category != "object":
+            return argument
+        return argument._replace(text=self.bind(argument.text.strip("<>"), argument.value))
+
+    # -- the end --
+
+    def finish(
+        self, name: str, *results: tuple[Argument, ...], held: Iterable[str] = ()
+    ) -> Function:
+        """The function, which returns `results`. Each variable is let go after its last use.
+
+        held: variables that the caller holds in any case.
+        """
+        self.add(Line("return", results))
+        last: dict[str, int] = {}
+        every: set[str] = set()
+        for number, line in enumerate(self.lines):
+            makes = line.makes
+            every.update(makes)
+            last |= dict.fromkeys((*line.reads, *makes), number)
+        dying: dict[int, list[str]] = {}
+        for variable in sorted(every.difference(held)):
+            dying.setdefault(last[variable], []).append(variable)
+        dying.pop(len(self.lines) - 1, None)
+        for number, dead in dying.items():
+            self.lines[number] = self.lines[number]._replace(dead=tuple(dead))
+        head = f"def {name}({', '.join(self.parameters)}):"
+        source = "\n".join((head, *(text for line in self.lines for text in line.text()))) + "\n"
+        call = compiled(name, source, self.namespace)
+        return Function(source, call, tuple(self.parameters), tuple(self.lines))
