@@ -1,6 +1,6 @@
 """What a declaration of a fuser has to be."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -23,76 +23,97 @@ def _vocabulary(kind: type[Op]) -> set[str]:
 
 def verify(fuser: Fuser) -> None:
     """Raises RegisterError if the declaration cannot work."""
-    name = fuser.name
+    for problem in _problems(fuser):
+        raise RegisterError(f"{fuser.name}: {problem}")
 
-    def fail(message: str) -> None:
-        raise RegisterError(f"{name}: {message}")
 
+Kinds = Mapping[str, Sequence[type[Op]]]
+"""The classes of each entry of a pattern."""
+
+
+def _problems(fuser: Fuser) -> Iterator[str]:
+    """What is wrong, the first thing first: what follows it may not be asked."""
     if getattr(fuser, "backend", None) not in backends():
         known = ", ".join(backends())
-        fail(f"got backend {getattr(fuser, 'backend', None)!r}, expected one of {known}")
+        yield f"got backend {getattr(fuser, 'backend', None)!r}, expected one of {known}"
+    yield from _of_pattern(fuser)
+    yield from _of_options(fuser)
+    kinds = {key: [k for k in alternatives(e) if k] for key, e in fuser.pattern.items()}
+    yield from _of_results(fuser, kinds)
+    yield from _of_arguments(fuser, kinds)
+
+
+def _of_pattern(fuser: Fuser) -> Iterator[str]:
     pattern = getattr(fuser, "pattern", None)
     if not isinstance(pattern, Mapping):
-        fail(f"got pattern {pattern!r}, expected op classes under names, such as dict(fc=Linear)")
+        yield f"got pattern {pattern!r}, expected op classes under names, such as dict(fc=Linear)"
     if wrong := [k for k in fuser.pattern if not str(k).isidentifier() or k in ARGUMENTS]:
-        fail(f"got {wrong} in pattern, expected names other than {', '.join(sorted(ARGUMENTS))}")
-    priority = fuser.priority
+        yield f"got {wrong} in pattern, expected names other than {', '.join(sorted(ARGUMENTS))}"
+    kinds = [kind for entry in fuser.pattern.values() for kind in alternatives(entry) if kind]
+    if not kinds or not all(isinstance(kind, type) and issubclass(kind, Op) for kind in kinds):
+        yield f"got pattern {dict(fuser.pattern)!r}, expected op classes under names"
+
+
+def _of_options(fuser: Fuser) -> Iterator[str]:
+    priority, dtypes = fuser.priority, fuser.dtypes
     if not isinstance(priority, int | float | None) or priority != priority:
-        fail(f"got priority {priority!r}, expected a number or None")
+        yield f"got priority {priority!r}, expected a number or None"
     for option in ("saves", "consumes", "gives"):
         value = getattr(fuser, option)
         if isinstance(value, str) or not all(isinstance(n, str) for n in value):
-            fail(f"got {option} = {value!r}, expected a tuple of names")
-    dtypes = fuser.dtypes
+            yield f"got {option} = {value!r}, expected a tuple of names"
     listed = isinstance(dtypes, Collection) and all(isinstance(d, torch.dtype) for d in dtypes)
     if dtypes is not None and not listed:
-        fail(f"got dtypes = {dtypes!r}, expected a tuple of torch's dtypes, or None")
-    kinds = {key: [k for k in alternatives(e) if k] for key, e in fuser.pattern.items()}
-    flat = [kind for entry in kinds.values() for kind in entry]
-    if not flat or not all(isinstance(kind, type) and issubclass(kind, Op) for kind in flat):
-        fail(f"got pattern {dict(fuser.pattern)!r}, expected op classes under names")
+        yield f"got dtypes = {dtypes!r}, expected a tuple of torch's dtypes, or None"
+    if not isinstance(fuser.wants, Mapping):
+        yield f"got wants = {fuser.wants!r}, expected the kernel's words under the names here"
     backward = [*fuser.functions(BACKWARD)]
     if fuser.fwd is None and not backward:
-        fail("it has neither fwd nor bwd")
+        yield "it has neither fwd nor bwd"
     if backward not in ([], ["bwd"], ["wgrad", "dgrad"]):
-        fail(f"got {' and '.join(backward)}, expected bwd, or wgrad and dgrad")
-    public = {
-        f"{key}_{n}" for key, entry in kinds.items() for kind in entry for n in _vocabulary(kind)
+        yield f"got {' and '.join(backward)}, expected bwd, or wgrad and dgrad"
+
+
+def _named(kinds: Kinds, names: Callable[[type[Op]], Iterable[str]]) -> set[str]:
+    """`KEY_NAME` for each of the names of each class."""
+    return {
+        f"{key}_{name}" for key, entry in kinds.items() for kind in entry for name in names(kind)
     }
-    private = {name for name in fuser.saves if fuser.split(name)[0] is None} - {"x", "y", "dy"}
-    values = {
-        f"{key}_{n}" for key, entry in kinds.items() for kind in entry for n in ("x", *kind.saves)
-    }
-    values |= {f"{key}_y" for key in kinds}
-    if unknown := set(fuser.saves) - values - private:
-        fail(f"cannot save {sorted(unknown)}; the names there are: {', '.join(sorted(values))}")
+
+
+def _of_results(fuser: Fuser, kinds: Kinds) -> Iterator[str]:
+    values = _named(kinds, lambda kind: ("x", "y", *kind.saves))
+    if unknown := set(fuser.saves) - values - _private(fuser):
+        yield f"cannot save {sorted(unknown)}; the names there are: {', '.join(sorted(values))}"
     *_, last = kinds
     products = {f"{last}_x"} if all(kind.wgrad for kind in kinds[last]) else set()
     if strange := set(fuser.gives) - products or (fuser.gives if not fuser.bwd else ()):
-        fail(f"gives {sorted(strange)}, expected the input of a linear layer, last, from bwd")
-    step = {"x", "y", "dy", *kinds} | public
+        yield f"gives {sorted(strange)}, expected the input of a linear layer, last, from bwd"
+    gradients = _named(kinds, differentiable)
+    if fuser.wgrad and len(gradients) != 1:
+        yield f"got wgrad and the gradients {sorted(gradients)}, expected one, or bwd"
+    if strange := set(fuser.wants) - set(fuser.saves) - gradients:
+        yield f"wants {sorted(strange)}, which it neither saves nor has a gradient for"
+
+
+def _private(fuser: Fuser) -> set[str]:
+    return {name for name in fuser.saves if fuser.split(name)[0] is None} - {"x", "y", "dy"}
+
+
+def _of_arguments(fuser: Fuser, kinds: Kinds) -> Iterator[str]:
+    if fuser.bwd and (strange := set(fuser.consumes) - set(arguments(fuser.bwd))):
+        yield f"consumes {sorted(strange)}, which bwd does not name"
+    names = {"x", *kinds} | _named(kinds, _vocabulary)
+    step = {"y", "dy"} | names
     allowed = {
-        "fwd": {"x", "want", *kinds} | public,
-        "bwd": {"want"} | step | private,
+        "fwd": {"want"} | names,
+        "bwd": {"want"} | step | _private(fuser),
         "wgrad": step,
         "dgrad": step,
         "reject": {"x", *kinds},
     }
-    gradients = {
-        f"{key}_{n}" for key, entry in kinds.items() for kind in entry for n in differentiable(kind)
-    }
-    if fuser.wgrad and len(gradients) != 1:
-        fail(f"got wgrad and the gradients {sorted(gradients)}, expected one, or bwd")
-    if not isinstance(fuser.wants, Mapping):
-        fail(f"got wants = {fuser.wants!r}, expected the kernel's words under the names here")
-    if strange := set(fuser.wants) - set(fuser.saves) - gradients:
-        fail(f"wants {sorted(strange)}, which it neither saves nor has a gradient for")
-    if fuser.bwd and (strange := set(fuser.consumes) - set(arguments(fuser.bwd))):
-        fail(f"consumes {sorted(strange)}, which bwd does not name")
-    for method, names in allowed.items():
+    for method, known in allowed.items():
         function = getattr(fuser, method)
-        if function and (unknown := set(arguments(function)) - names):
-            known = ", ".join(sorted(names))
-            fail(
-                f"{method} needs {sorted(unknown)}, which nobody has; the names there are: {known}"
-            )
+        if function and (unknown := set(arguments(function)) - known):
+            there = "which nobody has; the names there are"
+            yield f"{method} needs {sorted(unknown)}, {there}: {', '.join(sorted(known))}"
