@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..config import Config
 from ..errors import PlanError
 from ..guards.cached import cached_property
-from ..op import BACKWARD, FORWARD, Spec
+from ..op import BACKWARD, FORWARD, Op, Spec
 from .basic_ops import BasicOps
 from .casting import with_casts
 from .claims import Claim, Space
@@ -31,6 +31,8 @@ _handles: Counter[str] = Counter()
 class Plan(Shown):
     """What a plan shows, its functions, and what these do as data."""
 
+    ops: tuple[Op, ...] = field(repr=False, compare=False)
+    """What the functions call `ops`: skeletons that hold no parameters."""
     run_forward: Callable[..., Any]
     run_backward: Callable[..., Any]
     run_prepare: Callable[..., Any]
@@ -172,7 +174,7 @@ def make_plan(
     start = time.perf_counter()
     if planner not in PLANNERS:
         raise PlanError(f"got planner {planner!r}, expected one of {', '.join(PLANNERS)}")
-    run = with_casts(run, request)
+    ops, run = tuple(run.ops), with_casts(run, request)
     program = Program(run, request)
     space = Space(program, order, config.fuel)
     cover = PLANNERS[planner](space)
@@ -198,6 +200,7 @@ def make_plan(
         backward_lines=backward.lines,
         prepare_lines=prepare.lines,
         specs=_signature(space, cover, functions),
+        ops=ops,
         planning_seconds=time.perf_counter() - start,
     )
     _log(plan, config)

@@ -29,8 +29,8 @@ from .dimensions import flattened, unflattened
 from .eager import run_inference, without_autocast
 from .recipes import StageRecipe, note_gradients
 
-_handles: dict[str, tuple[Plan, Any]] = {}
-"""Plans and their ops, by the handle that the opaque ops are given."""
+_handles: dict[str, Plan] = {}
+"""Plans by the handle that the opaque ops are given."""
 
 
 KEPT = 256
@@ -45,8 +45,8 @@ def retire(handles: Mapping[str, Plan]) -> None:
         _handles.pop(_retired.popleft(), None)
 
 
-def _found(handle: str) -> tuple[Plan, Any]:
-    """A plan and its ops by handle."""
+def _found(handle: str) -> Plan:
+    """A plan by its handle."""
     if handle not in _handles:
         raise RuntimeError(
             "opsgraph: a compiled graph was called whose module is gone, and more than "
@@ -84,9 +84,9 @@ def _distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tenso
 
 
 def _forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
-    plan, ops = _found(handle)
-    with torch.no_grad(), without_autocast(tensors[0].device.type):
-        outputs, saved = plan.run_forward(ops, *_with_missing(plan, tensors))
+    plan = _found(handle)
+    with torch.no_grad(), without_autocast(tensors[0]):
+        outputs, saved = plan.run_forward(plan.ops, *_with_missing(plan, tensors))
         return _distinct([*outputs, *(saved[k] for k in _made(plan))], tensors)
 
 
@@ -101,10 +101,10 @@ def _with_missing(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
-    plan, ops = _found(handle)
+    plan = _found(handle)
     count = 1 + len(plan.specs.taps)
-    with torch.no_grad(), without_autocast(tensors[0].device.type):
-        made = plan.run_backward(ops, *tensors[:count], tensors[count:])
+    with torch.no_grad(), without_autocast(tensors[0]):
+        made = plan.run_backward(plan.ops, *tensors[:count], tensors[count:])
         found = note_gradients(plan, made, seen)
         return _distinct([g for g in found if g is not None], tensors)
 
@@ -120,7 +120,7 @@ def _scaled(rows: Any, factor: Fraction) -> Any:
 
 
 def _fake_forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
-    plan = _found(handle)[0]
+    plan = _found(handle)
     made = [value.spec for value in plan.specs.saved if value.argument is None]
     return _fakes([*(y.spec for y in plan.specs.outputs), *made], tensors[0].shape[0])
 
@@ -130,7 +130,7 @@ def _fake_forward_random(handle: str, tensors: list[Tensor], call: Tensor) -> li
 
 
 def _fake_backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
-    plan = _found(handle)[0]
+    plan = _found(handle)
     names = [value.name for value in plan.specs.saved]
     saved = dict(zip(names, tensors[len(tensors) - len(names) :], strict=True))
     rows = _scaled(tensors[0].shape[0], 1 / plan.specs.outputs[0].spec.factor)
@@ -230,7 +230,7 @@ class Compiled:
     def _expose(self, key: Any, extras: int) -> str:
         """Plan while Dynamo traces. A method: Dynamo guards which object a function is given."""
         plan: Plan = self.ensure(key, extras)
-        _handles[plan.handle] = plan, self.table.ops
+        _handles[plan.handle] = plan
         setattr(self.table.exposed, plan.handle, plan)
         return plan.handle
 

@@ -1,8 +1,8 @@
 """Parameters that are DTensors: the part that a plan computes with, and its gradient.
 
-Plans take plain tensors. Of a DTensor they take this rank's share, as `Linear` and its like split
-it, or the whole where every rank has it. Nothing of torch.distributed.tensor is imported here: that
-takes longer than all of opsgraph.
+The hook is `own_part`, where a stage reads its parameters. Plans take plain tensors. Of a DTensor
+they take this rank's share, as `Linear` and its like split it, or the whole where every rank has
+it. Nothing of torch.distributed.tensor is imported here: that takes longer than all of opsgraph.
 """
 
 from typing import Any

@@ -24,10 +24,11 @@ _SEEN_THROUGH = ("cpu", "aten", "reference")
 """Backends that leave the work to PyTorch's ops while a dispatch mode is active."""
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """A context with autocast off; free where it is off already."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context with autocast off, for x's device; free where it is off already."""
+    kind = "cpu" if x.is_cpu else x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return _HERE
 
 
@@ -47,7 +48,7 @@ def see_through(
                     "of it too, or a module with double_backward=True"
                 )
     if all(map(has_memory, gradients)):
-        return without_autocast(gradients[0].device.type)
+        return without_autocast(gradients[0])
     if plan.specs.prepared or any(step.backend not in _SEEN_THROUGH for step in plan.backward):
         raise PlanError(
             "got a batched gradient for a backward of fused kernels, expected a module with "
@@ -61,14 +62,14 @@ class PlanFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, stage: Any, extras: int, *tensors: Tensor) -> Any:
-        x, ops = tensors[0], stage.ops
+        x, ops = tensors[0], plan.ops
         ctx.plan, ctx.stage = plan, stage
         ctx.lead = None if x.dim() == 2 else [t.shape for t in tensors[: extras + 1]]
         if ctx.lead is None and not plan.specs.autocast:
             outputs, saved = plan.run_forward(ops, *tensors)
         else:
             inputs = flattened(plan, tensors)
-            with without_autocast(x.device.type):
+            with without_autocast(x):
                 outputs, saved = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])
         if stage.recipe is not None:
             if plan.specs.reports:
@@ -98,12 +99,12 @@ class PlanFunction(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each dies after its use
         plain = has_memory(dy) if len(given) == 1 else all(map(has_memory, given))
         plain = plain and forward_ad._current_level < 0
-        with without_autocast(dy.device.type) if plain else see_through(plan, given, saved):
+        with without_autocast(dy) if plain else see_through(plan, given, saved):
             grads = given if ctx.lead is None else [flat(g, 2) for g in given]
             if ctx.stage.eager_only is not None:
                 found = ctx.stage.unseen.run_backward(plan, ctx, grads, saved)
             else:
-                found = plan.run_backward(ctx.stage.ops, *grads, saved)
+                found = plan.run_backward(plan.ops, *grads, saved)
             if ctx.lead is not None:
                 found = as_given(found, ctx.lead, grads, given)
             if plan.specs.reported:
@@ -118,7 +119,7 @@ which none is left over by a transform."""
 
 def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
     """The forward alone, no gradient being wanted."""
-    x, ops = tensors[0], stage.ops
+    x, ops = tensors[0], plan.ops
     within = x.dim() == 2
     if within and not plan.specs.autocast:
         outputs = plan.run_forward(ops, *tensors)[0]
@@ -128,7 +129,7 @@ def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -
         inputs = flattened(plan, tensors)
         if stage.double_backward:
             copy_gradients(inputs)
-        with without_autocast(x.device.type):
+        with without_autocast(x):
             outputs = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])[0]
     if plan.specs.reports:
         outputs = stage.recipe.record(plan, outputs, torch.is_grad_enabled())

@@ -2,6 +2,7 @@
 
 None of them sees what a Function or a kernel of ours computes. For them another stage stands in, of
 the same ops, which runs the reference under PyTorch's own autograd, as `double_backward` has it.
+The hook is `run_followed`, which a stage asks before it looks for a plan.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """`op_kwargs` of a Sequential's forward: memory of the caller's for a result and a gradient.
 
+The hook is `run_with`, which calls the module again with what it has put around it.
+
 TransformerEngine hands an op keywords so: `op_kwargs={op or index: {"output": buffer}}`. Which
 keywords an op knows, its class says in `takes_buffers`.
 """

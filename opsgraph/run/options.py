@@ -105,11 +105,6 @@ class Options:
             return ("reference",)
         return self.backends or self.config.backends or tuple(known_backends())
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """All of it, hashable."""
-        return (self.order, *self.given().values(), self.config)
-
 
 NAMES = tuple(f.name for f in fields(Options) if f.name not in ("config", "stands_in", "queue"))
 _PLACES = ("device", "dtype")

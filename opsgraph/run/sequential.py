@@ -29,8 +29,7 @@ from .inputs import explain, verify_tensor
 from .op_kwargs import run_with
 from .options import NAMES, Options
 from .stage import Stage
-from .stages import Entry, Plans, make_stages, spread
-from .wiring import read_later, unmatched
+from .stages import Entry, Plans, make_stages, read_later, spread, unmatched
 
 
 class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
@@ -65,16 +64,22 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
         super().__init__(*args)
         self._options = Options.of(options, options.pop("queue", None))
         place("Sequential", device, dtype)
-        self._stages: list[Stage | nn.Module] = []
         self._plain: list[Stage | nn.Module] = []
-        """The stages for no recipe; `_stages` is empty after calls under one."""
-        self._last: int | None = None  # the recipe of the last call without grad
+        """The stages for no recipe. `_prepare` makes them anew where an op or the epoch changed."""
         self._recipes: dict[int, list[Stage | nn.Module]] = {}
-        """Stages for each recipe in which the module has run, by the recipe's number."""
-        self._epoch = self._prepared = -1
-        """The epochs for which calls, and what was prepared, need no second look."""
+        """Those for each recipe that the module has run in, by its number. Emptied with `_plain`;
+        recipes that nobody holds any more are dropped when one is added."""
+        self._stages: list[Stage | nn.Module] = []
+        """`_plain` while calls are under no recipe, else empty: a call then asks `_current`."""
+        self._last: int | None = None
+        """The recipe of the last call without grad, for checkpoints; see `follow`."""
+        self._prepared = -1
+        """The epoch for which `_plain` was made; -1 after a change of the module (`_forget`)."""
+        self._epoch = -1
+        """The same for calls, which compare it without the lock; -1 while there are containers."""
         self._containers: list[tuple[Op, str, Any]] = []
-        """Lists and their like that ops hold, with what was in them: they change without a word."""
+        """Lists and their like that ops hold, with what was in them: they change without a word.
+        Found anew with `_plain`."""
         with config.lock:
             infer_sizes(self._present())
             tell_next(self._present())
@@ -176,6 +181,9 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
             if self._epoch != config.epoch:
                 self._prepare(input.shape[-1] if input.dim() or self._lazy() else None)
             stages = self._stages if active.key is None else self._current()
+            if len(stages) == 1 and type(stage := stages[0]) is Stage:  # the usual case
+                if len(extra_inputs) == len(stage.inputs):
+                    return stage(input, extra_inputs)
             return self._run(stages, input, extra_inputs, False)
         except Exception:
             if (found := explain(self, self._stages, input, extra_inputs)) is None:
@@ -229,7 +237,7 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
             for i, name, value in zip(stage.outputs, stage.output_names, more, strict=True):
                 if name is not None and name in later:
                     made[name] = value
-                if name not in made or getattr(stage.real[i], "to_caller", False):
+                if name not in made or getattr(stage.ops[i], "to_caller", False):
                     outputs.append(value)
         return (x, *outputs) if outputs else x
 

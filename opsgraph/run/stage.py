@@ -1,14 +1,49 @@
 """A stage: consecutive ops of a Sequential with their parameters; it finds a plan and runs it.
 
-A call's key is a tuple of dtypes, sizes and flags: all that changes what is right. Parameters are
-read from the modules at each call.
+The path of one eager call:
+
+    Sequential.forward   has an op changed? the stages for the active recipe
+    Stage.__call__       extra inputs are verified, parameters read, the key is made (`key`)
+    table.plans          the plan of that key; a new one is planned, under a lock
+    recipes              the plan quantizes the weights, amaxes are noted
+    eager                `[rows, width]`, autocast off, one autograd.Function
+    plan.run_forward     the generated function, whose lines call kernels
+
+Who holds what: a Sequential its stages, and a list of stages for each recipe. A stage has the ops
+that the user wrote, and in `slots` the module and the name of each parameter. A table, which all
+stages of equal structure share, has the plans. A plan has skeletons of the ops, and no parameter.
+
+What is made anew, and when:
+
+- a plan for a new key: another dtype, width, device, or another set of gradients that are wanted;
+- a stage when a parameter appeared, disappeared or got another shape (`renewed`). Calls see that by
+  a key that is new, or in `absent`;
+- all stages of a Sequential when an op of it changed, or a fuser was registered (its `_prepare`).
+
+What not every call needs is a file with one hook:
+
+    recipes     quantized weights and scales         Stage.recipe
+    unseen      gradients past autograd              Stage.unseen, where Stage.eager_only is set
+    followed    torch.func, forward-mode AD, traces  Stage.run_followed
+    compiled    torch.compile                        Stage.run_compiled, Sequential._run_compiled
+    dtensor     parameters that are DTensors         own_part, in Stage.weights
+    op_kwargs   the caller's buffers                 run_with, in Sequential.forward
+    inputs      what no stage could take             explain, in Sequential.forward
+
+Rules, each of them broken once:
+
+- Parameters are read from their modules at each call: others may stand there, for a while or from
+  now on, and `.data` may have another dtype.
+- All that a plan bakes in is in its key or in its table's; what cannot be compared has a table of
+  its own.
+- A stage may be used by several threads: a call leaves nothing on it.
+- An op's error names the op that the user wrote (`place`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from operator import index
 from typing import Any
 
 import torch
@@ -18,23 +53,23 @@ from .. import config
 from ..errors import OpError, PlanError
 from ..fusers.quantizing import prepare_by
 from ..guards.torch_private import finished, forward_ad, tracing, transforms
-from ..op import ROWS, Op, Spec, row
+from ..op import Op
 from ..ops.quantize import lowered
 from ..ops.sizes import width_between
 from ..plan import Plan, make_plan
 from ..plan.basic_ops import BasicOps
 from ..plan.compiled import place
-from ..plan.program import Request
 from ..precision.delayed import Scaling
 from .compiled import Compiled
 from .dtensor import PLAIN, own_part
 from .eager import run_inference, run_training
 from .extras import ExtraInputs
 from .followed import Followed, check_differentiable
+from .key import PlainKey, key_of, request_of
 from .options import Options
 from .recipes import StageRecipe
 from .shapes import absent, check_shapes, shape_of, verify_weights
-from .table import Key, table_for
+from .table import table_for
 from .unseen import Unseen
 
 
@@ -66,13 +101,12 @@ class Stage(Followed, Compiled):
         self.modes = [
             op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
         ]
-        self.real = run.ops
+        self.ops = run.ops
         self.recipe = None if recipe is None else StageRecipe(recipe, run, self.slots)
         self.table = table_for(run, options)
         self.plans = self.table.plans
-        self.ops = self.table.ops
         self.double_backward = options.double_backward
-        self.unseen = Unseen(run, self.ops, self.slots, options)
+        self.unseen = Unseen(run, self.table.run.ops, self.slots, options)
         self.eager_only = self.unseen.reason
 
     def weights(self) -> list[Tensor | None]:
@@ -100,37 +134,19 @@ class Stage(Followed, Compiled):
         )
 
     def renewed(self) -> Stage:
-        """The same ops as they are now; whoever holds them looks again at the next call."""
+        """The same ops as they are now; every Sequential of theirs looks again at its next call."""
         for op in self.written:
             op.touch()
         made: Stage = self.again()
         return made
 
-    def key(self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Key:
+    def key(
+        self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
+    ) -> PlainKey:
         """All that changes what is right for a call."""
-        grad = torch.is_grad_enabled() and not self.double_backward
-        device = x.device
-        kind = device.type
-        autocast = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-        compute = torch.get_autocast_dtype(kind) if autocast else None
-        # index(): under torch.compile a width that varied is symbolic, and no part of a key.
-        width = index(x.shape[-1])
-        parts = [x.dtype, width, kind, device.index, grad and x.requires_grad, compute]
-        for w in weights:
-            if w is None:
-                parts.append(None)
-            else:
-                same = w.is_cpu if kind == "cpu" else w.device == device
-                parts += (w.dtype, w.shape, grad and w.requires_grad, same)
-        for e in extras:
-            last = index(e.shape[-1]) if e.dim() else 0
-            same = e.device == device
-            parts += (e.dtype, e.dim() - x.dim(), last, grad and e.requires_grad, same)
-        for op in self.modes:
-            parts.append(op.training)
-        return tuple(parts)
+        return key_of(x, extras, weights, self.modes, self.double_backward)
 
-    def ensure(self, key: Key, extras: int) -> Plan:
+    def ensure(self, key: PlainKey, extras: int) -> Plan:
         """The plan for a key, made unless that was done."""
         with config.lock:
             plan: Plan | None = self.plans.get(key)
@@ -138,46 +154,14 @@ class Stage(Followed, Compiled):
                 plan = self.plans[key] = self._make(key, extras)
             return plan
 
-    def _make(self, key: Key, extras: int) -> Plan:
-        run, options = self.table.run, self.table.options
-        device = torch.device(key[2], key[3])
-        gradients = {"x0"} if key[4] else set()
-        rest = iter(key[6:])
-        found: dict[str, Spec | None] = {}
-        check_shapes(run, self.real, self.slots, self.weights())
+    def _make(self, key: PlainKey, extras: int) -> Plan:
+        table, options, weights = self.table, self.table.options, self.weights()
+        check_shapes(table.run, self.ops, self.slots, weights)
         options.verify_fusers()
-        for (i, name), weight in zip(run.slots, self.weights(), strict=True):
-            dtype, variable = next(rest), run.name(name, i)
-            found[variable] = None
-            if dtype is None:
-                continue
-            assert weight is not None
-            shape, wanted, same = (next(rest) for _ in range(3))
-            there = device if same else weight.device
-            found[variable] = Spec(tuple(shape), dtype, there)
-            if wanted:
-                gradients.add(variable)
-        specs = []
-        for (i, name, _), dims in zip(run.inputs[:extras], self.extras.dims, strict=False):
-            dtype, more, last, wanted, same = (next(rest) for _ in range(5))
-            shape = {0: (ROWS, last), -1: (ROWS,)}.get(more, (last,))
-            if dims is None:
-                shape = (last,)
-            specs.append(Spec(shape, dtype, device if same else torch.device("meta")))
-            if wanted:
-                gradients.add(run.name(name, i))
-        modes = {id(op): next(rest) for op in self.modes}
-        request = Request(
-            row(key[1], key[0], device),
-            tuple(specs),
-            found,
-            frozenset(gradients),
-            tuple(modes.get(id(op), False) for op in self.real),
-            key[5],
-            options.given(),
-        )
+        dims = self.extras.dims[:extras]
+        request = request_of(key, table.run, dims, weights, self.modes, self.ops, options)
         bind = partial(prepare_by, options.order)
-        return make_plan(run, request, options.order, options.planner, options.config, bind)
+        return make_plan(table.run, request, options.order, options.planner, options.config, bind)
 
     def plan(self, training: bool, x: Tensor | None) -> Plan:
         """The plan for an example input, by default one in the parameters' dtype and device."""
@@ -195,7 +179,7 @@ class Stage(Followed, Compiled):
         return self.ensure(key, len(extras))
 
     def _example(self, weights: Sequence[Tensor | None]) -> Tensor:
-        width = width_between(self.real)
+        width = width_between(self.ops)
         if width is None:
             raise PlanError(f"{self.table.run.labels[0]}: got no width to plan for, expected x")
         there = [w for w in weights if w is not None]
@@ -209,7 +193,7 @@ class Stage(Followed, Compiled):
             if module._parameters.get(name) is not None:
                 return self.renewed()(x, extras, compiling)
         weights = self.weights()
-        key = self.key(x, extras, weights)
+        key = key_of(x, extras, weights, self.modes, self.double_backward)
         if compiling:
             return self.run_compiled(key, x, extras, weights)
         if transforms() or forward_ad._current_level >= 0 or tracing():

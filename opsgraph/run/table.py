@@ -18,20 +18,18 @@ from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..precision.delayed import Scaling
 from .compiled import retire
+from .key import PlainKey
 from .options import Options
 from .shapes import shape_of
-
-Key = tuple[Any, ...]
-
 
 MOST = 1024
 """Plans of one table: beyond that the oldest is made again if it is needed again."""
 
 
-class Plans(dict[Key, Plan]):
+class Plans(dict[PlainKey, Plan]):
     """Plans by key, of which the oldest go where there are many: some ops have any width."""
 
-    def __setitem__(self, key: Key, plan: Plan) -> None:
+    def __setitem__(self, key: PlainKey, plan: Plan) -> None:
         super().__setitem__(key, plan)
         if len(self) > MOST:
             del self[next(iter(self))]
@@ -41,8 +39,8 @@ class PlanTable:
     """Plans by key, for all modules whose ops have the same classes, settings and channels."""
 
     def __init__(self, run: BasicOps, options: Options) -> None:
-        self.run, self.options, self.ops = run, options, tuple(run.ops)
-        self.plans: dict[Key, Plan] = Plans()
+        self.run, self.options = run, options
+        self.plans: dict[PlainKey, Plan] = Plans()
         self.exposed = SimpleNamespace()
         """Plans by handle, as attributes: a dict that a trace has read once is not read again."""
         weakref.finalize(self, retire, self.exposed.__dict__).atexit = False
@@ -68,7 +66,7 @@ def table_for(run: BasicOps, options: Options) -> PlanTable:
         wiring = (tuple(run.sources.items()), tuple(i[:2] for i in run.inputs), tuple(run.outputs))
         fusers = tuple(fuser.serial for fuser in registered())
         recipe = (tuple(run.quantizers.items()), tuple(run.overrides.items()))
-        key = (tuple(parts), wiring, recipe, tuple(run.labels), options.key, fusers)
+        key = (tuple(parts), wiring, recipe, tuple(run.labels), options, options.order, fusers)
     except TypeError:
         proxies: list[Any] = [weakref.proxy(op) for op in run.ops]
         return PlanTable(run.with_ops(proxies), options)

@@ -245,7 +245,7 @@ def test_a_thousand_ops() -> None:
         ops[-6].channels["d"] = ops[-1].channels["other"] = f"r{len(ops)}"
     module = og.Sequential(*ops)
     plan = module.plan()
-    assert len(module._stages[0].real) == 875
+    assert len(module._stages[0].ops) == 875
     covered = [i for step in plan.forward for i in step.ops]
     assert covered == [i for i in range(875) if i % 7]
     back = [i for step in plan.backward for i in reversed(step.ops)]
