@@ -39,7 +39,6 @@ class Plan(Shown):
     """Of weights and delayed scales: returns parts of quantized weights, and amaxes."""
     forward_lines: tuple[Line, ...] = field(repr=False, compare=False)
     backward_lines: tuple[Line, ...] = field(repr=False, compare=False)
-    prepare_lines: tuple[Line, ...] = field(repr=False, compare=False)
     specs: "Signature"
 
     @cached_property

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..op import FORWARD, Spec
+from .lines import Line
 from .rejection import Rejection
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Shown:
     backward_source: str
     prepare_source: str
     """Empty without quantized weights."""
+    prepare_lines: tuple[Line, ...] = field(repr=False, compare=False)
     labels: tuple[str, ...]
     """What errors call the op at each position: the one the user wrote."""
     kinds: tuple[str, ...]
@@ -88,11 +90,15 @@ def _row(step: Step, plan: Shown, width: int = 24) -> str:
 
 
 def table(plan: Shown) -> str:
-    """Steps forward and backward, refusals, saved values, and costs where planners differ."""
+    """Weights quantized, steps, refusals, saved values, and costs where planners differ."""
     names = [step.name for step in (*plan.forward, *plan.backward)]
     names += [refused.name for refused in plan.rejected]
     width = max((24, *map(len, names)))
-    lines = ["forward", *(_row(step, plan, width) for step in plan.forward)]
+    lines = ["prepare"] if plan.prepare_lines else []
+    for line in plan.prepare_lines[:-1]:
+        where, backend = line.note.split()
+        lines.append(f"  {where:>5}  {line.function:<{width}} {backend:<10} {line.reads[0]}")
+    lines += ["forward", *(_row(step, plan, width) for step in plan.forward)]
     if plan.backward:
         lines += ["backward", *(_row(step, plan, width) for step in plan.backward)]
     if plan.rejected:

@@ -32,7 +32,6 @@ from .recipes import StageRecipe, note_gradients
 _handles: dict[str, Plan] = {}
 """Plans by the handle that the opaque ops are given."""
 
-
 KEPT = 256
 """Plans that are kept after their modules: a compiled graph, or one backward of it, may live on."""
 _retired: deque[str] = deque()
@@ -45,7 +44,7 @@ def retire(handles: Mapping[str, Plan]) -> None:
         _handles.pop(_retired.popleft(), None)
 
 
-def _found(handle: str) -> Plan:
+def _plan(handle: str) -> Plan:
     """A plan by its handle."""
     if handle not in _handles:
         raise RuntimeError(
@@ -66,51 +65,43 @@ _library.define(
 _library.define("backward(str handle, Tensor[] tensors, Tensor[] seen) -> Tensor[]")
 
 
-def _made(plan: Plan) -> list[int]:
+def _fresh(plan: Plan) -> list[int]:
     """Which saved values the forward makes, inputs and weights being there already."""
     return [k for k, value in enumerate(plan.specs.saved) if value.argument is None]
 
 
 def _distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Results without storage in common with each other or the inputs."""
-    seen = {t.untyped_storage().data_ptr() for t in inputs if t.numel()}
-    found = []
+    taken = {t.untyped_storage().data_ptr() for t in inputs if t.numel()}
+    distinct = []
     for tensor in results:
-        pointer = tensor.untyped_storage().data_ptr()
+        shared = tensor.untyped_storage().data_ptr() in taken
         dense = torch.contiguous_format
-        found.append(tensor.clone(memory_format=dense) if pointer in seen else tensor.contiguous())
-        seen.add(found[-1].untyped_storage().data_ptr())
-    return found
+        distinct.append(tensor.clone(memory_format=dense) if shared else tensor.contiguous())
+        taken.add(distinct[-1].untyped_storage().data_ptr())
+    return distinct
 
 
-def _forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
-    plan = _found(handle)
-    with torch.no_grad(), without_autocast(tensors[0]):
-        outputs, saved = plan.run_forward(plan.ops, *_with_missing(plan, tensors))
-        return _distinct([*outputs, *(saved[k] for k in _made(plan))], tensors)
-
-
-def _forward_random(handle: str, tensors: list[Tensor], call: Tensor) -> list[Tensor]:
-    return _forward(handle, tensors)
-
-
-def _with_missing(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+def _arguments(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """The tensors as the plan's arguments: weights that are None have no tensor."""
     rest = iter(tensors)
     return [None if argument.spec is None else next(rest) for argument in plan.specs.inputs]
 
 
+def _forward(handle: str, tensors: list[Tensor], call: Tensor | None = None) -> list[Tensor]:
+    plan = _plan(handle)
+    with torch.no_grad(), without_autocast(tensors[0]):
+        outputs, saved = plan.run_forward(plan.ops, *_arguments(plan, tensors))
+        return _distinct([*outputs, *(saved[k] for k in _fresh(plan))], tensors)
+
+
 def _backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
-    plan = _found(handle)
+    plan = _plan(handle)
     count = 1 + len(plan.specs.taps)
     with torch.no_grad(), without_autocast(tensors[0]):
-        made = plan.run_backward(plan.ops, *tensors[:count], tensors[count:])
-        found = note_gradients(plan, made, seen)
-        return _distinct([g for g in found if g is not None], tensors)
-
-
-def _fakes(specs: Sequence[Spec], rows: Any) -> list[Tensor]:
-    return [spec.empty(_scaled(rows, spec.factor)) for spec in specs]
+        results = plan.run_backward(plan.ops, *tensors[:count], tensors[count:])
+        gradients = note_gradients(plan, results, seen)
+        return _distinct([g for g in gradients if g is not None], tensors)
 
 
 def _scaled(rows: Any, factor: Fraction) -> Any:
@@ -119,18 +110,19 @@ def _scaled(rows: Any, factor: Fraction) -> Any:
     return rows * up if down == 1 else rows * up // down
 
 
-def _fake_forward(handle: str, tensors: list[Tensor]) -> list[Tensor]:
-    plan = _found(handle)
-    made = [value.spec for value in plan.specs.saved if value.argument is None]
-    return _fakes([*(y.spec for y in plan.specs.outputs), *made], tensors[0].shape[0])
+def _fake(spec: Spec, rows: Any) -> Tensor:
+    return spec.empty(_scaled(rows, spec.factor))
 
 
-def _fake_forward_random(handle: str, tensors: list[Tensor], call: Tensor) -> list[Tensor]:
-    return _fake_forward(handle, tensors)
+def _fake_forward(handle: str, tensors: list[Tensor], call: Tensor | None = None) -> list[Tensor]:
+    plan, rows = _plan(handle), tensors[0].shape[0]
+    specs = [output.spec for output in plan.specs.outputs]
+    specs += [plan.specs.saved[k].spec for k in _fresh(plan)]
+    return [_fake(spec, rows) for spec in specs]
 
 
 def _fake_backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
-    plan = _found(handle)
+    plan = _plan(handle)
     names = [value.name for value in plan.specs.saved]
     saved = dict(zip(names, tensors[len(tensors) - len(names) :], strict=True))
     rows = _scaled(tensors[0].shape[0], 1 / plan.specs.outputs[0].spec.factor)
@@ -142,16 +134,17 @@ def _fake_backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> li
             like, dense = saved[name], torch.contiguous_format
             gradients.append(torch.empty_like(like, dtype=spec.dtype, memory_format=dense))
         else:
-            gradients += _fakes([spec], rows)
+            gradients.append(_fake(spec, rows))
     return gradients
 
 
-_library.impl("forward", _forward, "CompositeExplicitAutograd")
-_library.impl("forward_random", _forward_random, "CompositeExplicitAutograd")
-_library.impl("backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("opsgraph::forward", _fake_forward, lib=_library)
-torch.library.register_fake("opsgraph::forward_random", _fake_forward_random, lib=_library)
-torch.library.register_fake("opsgraph::backward", _fake_backward, lib=_library)
+for _name, _call, _meta in (
+    ("forward", _forward, _fake_forward),
+    ("forward_random", _forward, _fake_forward),
+    ("backward", _backward, _fake_backward),
+):
+    _library.impl(_name, _call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"opsgraph::{_name}", _meta, lib=_library)
 
 
 def _call_forward(plan: Plan, tensors: Sequence[Tensor]) -> Any:
@@ -166,29 +159,29 @@ class CompiledPlan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> Any:
         seen, tensors = tensors[: len(plan.specs.reported)], tensors[len(plan.specs.reported) :]
-        made = _call_forward(plan, tensors)
+        results = _call_forward(plan, tensors)
         count = len(plan.specs.outputs)
-        rest = iter(made[count:])
-        arguments = _with_missing(plan, tensors)
+        rest = iter(results[count:])
+        arguments = _arguments(plan, tensors)
         places = (value.argument for value in plan.specs.saved)
         saved = [next(rest) if place is None else arguments[place] for place in places]
         ctx.plan = plan
         ctx.save_for_backward(*seen, *saved)
-        return tuple(made[:count])
+        return tuple(results[:count])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *dys: Tensor) -> Any:
         plan = ctx.plan
-        taken = [grads[0], *(grads[k] for k in plan.specs.taps)]
+        arriving = [dys[0], *(dys[k] for k in plan.specs.taps)]
         count = len(plan.specs.reported)
         seen, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        made = iter(torch.ops.opsgraph.backward(plan.handle, [*taken, *saved], list(seen)))
+        results = iter(torch.ops.opsgraph.backward(plan.handle, [*arriving, *saved], list(seen)))
         gradients = [None] * (1 + count)
         for argument in plan.specs.inputs:
             if argument.spec is not None:
                 wanted = argument.gradient is not None and not argument.amax
-                gradients.append(next(made) if wanted else None)
+                gradients.append(next(results) if wanted else None)
         return tuple(gradients)
 
 
@@ -200,14 +193,14 @@ def _run_plan(plan: Plan, stage: Any, extras: int, tensors: Sequence[Tensor | No
         return x
     shape = x.shape
     inputs = flattened(plan, tensors[: extras + 1])  # type: ignore[arg-type]
-    there = [*inputs, *(t for t in tensors[extras + 1 :] if t is not None)]
+    flats = [*inputs, *(t for t in tensors[extras + 1 :] if t is not None)]
     # Dynamo takes no tensor twice, as tied weights would have it.
-    there = [t.view_as(t) if any(t is u for u in there[:k]) else t for k, t in enumerate(there)]
+    flats = [t.view_as(t) if any(t is u for u in flats[:k]) else t for k, t in enumerate(flats)]
     if plan.specs.training:
         seen = stage.recipe.seen_gradients(plan) if plan.specs.reported else []
-        outputs = CompiledPlan.apply(plan, *seen, *there)  # type: ignore[no-untyped-call]
+        outputs = CompiledPlan.apply(plan, *seen, *flats)  # type: ignore[no-untyped-call]
     else:
-        outputs = _call_forward(plan, there)[: len(plan.specs.outputs)]
+        outputs = _call_forward(plan, flats)[: len(plan.specs.outputs)]
     if plan.specs.reports:
         outputs = stage.recipe.record(plan, outputs, torch.is_grad_enabled())
     if len(shape) != 2:

@@ -41,18 +41,15 @@ def flattened(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor]:
 def unflattened(plan: Plan, outputs: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
     """Outputs with the leading dimensions of the input; the first one counts the ranks' rows."""
     if plan.specs.same_rows:
-        y, lead = outputs[0], shape[:-1]
-        found = [y.view(*lead, y.shape[-1])]
-        if len(outputs) > 1:
-            found += [y.view(*lead, y.shape[-1]) for y in outputs[1:]]
-        return found
-    found = []
+        lead = shape[:-1]
+        return [y.view(*lead, y.shape[-1]) for y in outputs]
+    views = []
     for y, (_, (up, down)) in zip(outputs, plan.specs.outputs, strict=False):
         if len(shape) < 2 or shape[0] * up % down:
             sizes = f"[rows, *, {shape[-1]}], rows a multiple of {down}"
             raise OpError(plan.labels[0], f"input of shape {tuple(shape)}", sizes)
-        found.append(y.view(shape[0] * up // down, *shape[1:-1], y.shape[-1]))
-    return found
+        views.append(y.view(shape[0] * up // down, *shape[1:-1], y.shape[-1]))
+    return views
 
 
 def _memory(tensor: Tensor) -> int:
@@ -60,10 +57,10 @@ def _memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def released(views: Sequence[Tensor], inner: Sequence[Tensor], given: Sequence[Any]) -> Any:
+def released(views: Sequence[Tensor], inner: Sequence[Tensor], inputs: Sequence[Any]) -> Any:
     """Outputs that a caller may change in place: what is nobody else's is no view for autograd.
 
-    views: the outputs; inner: what they show, as the plan made it; given: its inputs. The version
+    views: the outputs; inner: what they show, as the plan made it; inputs: the plan's. The version
     of an output stays that of what was saved, so a change of it is noticed. An output that another
     one or an input shares memory with remains a view, for which PyTorch refuses the change.
     """
@@ -71,12 +68,12 @@ def released(views: Sequence[Tensor], inner: Sequence[Tensor], given: Sequence[A
         return (views[0].detach(),)
     places: list[int] = []
     if any(y._is_view() for y in inner):
-        places = [_memory(t) for t in (*inner, *given) if t is not None]
+        places = [_memory(t) for t in (*inner, *inputs) if t is not None]
     return [y if not y._is_view() or places.count(_memory(y)) > 1 else y.detach() for y in views]
 
 
 def as_given(
-    found: Sequence[Any],
+    gradients: Sequence[Any],
     shapes: Sequence[torch.Size],
     flats: Sequence[Tensor],
     whole: Sequence[Any],
@@ -85,22 +82,22 @@ def as_given(
 
     What was one tensor remains one, for autograd copies a gradient that somebody else has.
     """
-    found = list(found)
+    gradients = list(gradients)
     if len(shapes) == len(flats) == 1:
-        dx, (shape,) = found[0], shapes
+        dx, (shape,) = gradients[0], shapes
         if dx is not None:
             same = dx is flats[0] and whole[0].shape == shape
-            found[0] = whole[0] if same else dx.view(shape)
-        return found
-    known = {id(flat): tensor for flat, tensor in zip(flats, whole, strict=True)}
+            gradients[0] = whole[0] if same else dx.view(shape)
+        return gradients
+    shaped = {id(flat): tensor for flat, tensor in zip(flats, whole, strict=True)}
     for k, shape in enumerate(shapes):
-        gradient = found[k]
+        gradient = gradients[k]
         if gradient is not None:
-            made = known.get(id(gradient))
-            if made is None or made.shape != shape:
-                made = known[id(gradient)] = gradient.view(shape)
-            found[k] = made
-    return found
+            view = shaped.get(id(gradient))
+            if view is None or view.shape != shape:
+                view = shaped[id(gradient)] = gradient.view(shape)
+            gradients[k] = view
+    return gradients
 
 
 def copy_gradients(flats: Sequence[Tensor]) -> None:

@@ -19,7 +19,7 @@ from ..precision.recomputed import saved_again
 from .dimensions import as_given, copy_gradients, flat, flattened, released, unflattened
 from .recipes import note_gradients
 
-_HERE = nullcontext()
+_UNCHANGED = nullcontext()
 _SEEN_THROUGH = ("cpu", "aten", "reference")
 """Backends that leave the work to PyTorch's ops while a dispatch mode is active."""
 
@@ -29,7 +29,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     kind = "cpu" if x.is_cpu else x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
-    return _HERE
+    return _UNCHANGED
 
 
 def see_through(
@@ -92,24 +92,23 @@ class PlanFunction(torch.autograd.Function):
                 "opsgraph: a plan's backward has no derivative of its own; build the module with "
                 "Sequential(..., double_backward=True) to differentiate twice"
             )
-        plan = ctx.plan
-        given = (dy, *[others[k - 1] for k in plan.specs.taps]) if others else (dy,)
-        recipe = ctx.stage.recipe
+        plan, stage, recipe = ctx.plan, ctx.stage, ctx.stage.recipe
+        whole = (dy, *[others[k - 1] for k in plan.specs.taps]) if others else (dy,)
         saved = saved_again(ctx, None if recipe is None else recipe.number)
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each dies after its use
-        plain = has_memory(dy) if len(given) == 1 else all(map(has_memory, given))
+        plain = has_memory(dy) if len(whole) == 1 else all(map(has_memory, whole))
         plain = plain and forward_ad._current_level < 0
-        with without_autocast(dy) if plain else see_through(plan, given, saved):
-            grads = given if ctx.lead is None else [flat(g, 2) for g in given]
-            if ctx.stage.eager_only is not None:
-                found = ctx.stage.unseen.run_backward(plan, ctx, grads, saved)
+        with without_autocast(dy) if plain else see_through(plan, whole, saved):
+            flats = whole if ctx.lead is None else [flat(gradient, 2) for gradient in whole]
+            if stage.eager_only is not None:
+                gradients = stage.unseen.run_backward(plan, ctx, flats, saved)
             else:
-                found = plan.run_backward(plan.ops, *grads, saved)
+                gradients = plan.run_backward(plan.ops, *flats, saved)
             if ctx.lead is not None:
-                found = as_given(found, ctx.lead, grads, given)
+                gradients = as_given(gradients, ctx.lead, flats, whole)
             if plan.specs.reported:
-                found = note_gradients(plan, found, recipe.seen_gradients(plan))
-        return None, None, None, *found
+                gradients = note_gradients(plan, gradients, recipe.seen_gradients(plan))
+        return None, None, None, *gradients
 
 
 run_training: Callable[..., Any] = apply_of(PlanFunction)
@@ -120,8 +119,8 @@ which none is left over by a transform."""
 def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
     """The forward alone, no gradient being wanted."""
     x, ops = tensors[0], plan.ops
-    within = x.dim() == 2
-    if within and not plan.specs.autocast:
+    flat_already = x.dim() == 2
+    if flat_already and not plan.specs.autocast:
         outputs = plan.run_forward(ops, *tensors)[0]
     elif plan.specs.identity:
         return x
@@ -133,8 +132,8 @@ def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -
             outputs = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])[0]
     if plan.specs.reports:
         outputs = stage.recipe.record(plan, outputs, torch.is_grad_enabled())
-    if not within:
+    if not flat_already:
         views = unflattened(plan, outputs, x.shape)
-        own = not (stage.double_backward or torch.is_grad_enabled())
-        outputs = released(views, outputs, tensors) if own else views
+        followed = stage.double_backward or torch.is_grad_enabled()
+        outputs = views if followed else released(views, outputs, tensors)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)

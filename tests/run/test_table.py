@@ -108,7 +108,7 @@ def test_plans_of_compiled_graphs_are_kept_a_while(monkeypatch: pytest.MonkeyPat
     left = [handle for handle in handles if handle in compiled._handles]
     assert left == handles[2:]
     with pytest.raises(RuntimeError, match="a compiled graph was called whose module is gone"):
-        compiled._found(handles[0])
+        compiled._plan(handles[0])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
