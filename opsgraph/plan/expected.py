@@ -40,7 +40,7 @@ def run_reference(function: Callable[..., Any], *given: Any, **want: Any) -> Any
     """What a reference function returns, with `Expected` in the place of tensors.
 
     Without `Expected` where operands are quantized, or fp64 is beyond the function. None of a
-    function that adds into main_grad: it would add once more.
+    function that adds into main_grad: it would add again.
     """
     if any(getattr(a, "accumulate_into_main_grad", False) for a in given):
         if any(name.endswith(STORED) for name in arguments(function)):

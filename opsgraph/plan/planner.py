@@ -143,7 +143,7 @@ def _lowered(cover: Cover) -> int:
 
 
 def _weight(claim: Claim, moved: float) -> float:
-    """What a claim that moves so many bytes per row adds to a path's length."""
+    """What a claim that moves `moved` bytes per row adds to a path's length."""
     return moved + 1e-3 * claim.rank + LEVEL * claim.level * len(claim.ops)
 
 

@@ -57,7 +57,7 @@ class Value(NamedTuple):
     """INPUT: x0 or an extra input; GAP: between two ops; SAVED by an op; PRIVATE to a fuser."""
     place: int
     spec: Spec | None
-    """As the plan computes with it. Of what an op saves it is None until somebody asks."""
+    """As the plan computes with it. Of what an op saves it is None until it is asked for."""
 
 
 HIGH_PRECISION = "high_precision"
@@ -384,6 +384,6 @@ class Program:
 
 
 def _in_rows(spec: Spec, factor: Fraction) -> Spec:
-    """The spec with that many rows for each row of the input; ops need not think of it."""
+    """The spec with `factor` rows for each row of the input, which ops need not handle."""
     fixed = all(size >= 0 for size in spec.shape)
     return spec if fixed or spec.factor == factor else replace(spec, factor=factor)

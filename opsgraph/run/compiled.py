@@ -2,7 +2,8 @@
 
 Traced through, AOTAutograd would merge or hoist whatever depends on saved values alone, and lose
 the recomputation that a plan is for. So a plan is two calls, `opsgraph::forward` and
-`opsgraph::backward`, with fakes made from specs: no mutation and no results that alias.
+`opsgraph::backward`, with fakes made from specs. Their results alias nothing. A gradient's amax is
+written to a buffer past its version, so the compiler sees no mutation.
 
 Dynamo plans in methods that are marked constant, which return a plan's handle. A compiled graph
 knows the plan by that handle alone. `Compiled` is the hook: what a stage does while Dynamo traces.

@@ -1,7 +1,7 @@
 """Any number of dimensions outside of a plan, two inside it, and no memory that is shared unasked.
 
 A plan computes on `[rows, width]`. Around it inputs are flattened, outputs and gradients get their
-dimensions back, and autograd is told the truth: an output is no view unless somebody else has its
+dimensions back, and autograd is told the truth: an output is no view unless another tensor has its
 memory, and a gradient that goes to two places is one tensor, which autograd copies where it must.
 """
 
@@ -58,7 +58,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def released(views: Sequence[Tensor], inner: Sequence[Tensor], inputs: Sequence[Any]) -> Any:
-    """Outputs that a caller may change in place: what is nobody else's is no view for autograd.
+    """Outputs that a caller may change in place: no views, where no other tensor has the memory.
 
     views: the outputs; inner: what they show, as the plan made it; inputs: the plan's. The version
     of an output stays that of what was saved, so a change of it is noticed. An output that another
@@ -80,7 +80,7 @@ def as_given(
 ) -> list[Any]:
     """Gradients in the shapes of the inputs. flats: those that came, flattened; whole: unchanged.
 
-    What was one tensor remains one, for autograd copies a gradient that somebody else has.
+    What was one tensor remains one, for autograd copies a gradient that has another owner.
     """
     gradients = list(gradients)
     if len(shapes) == len(flats) == 1:

@@ -60,7 +60,7 @@ class Options:
     """The only fusers that may be taken, by name; None: all that are registered."""
     config: config.Config = field(default_factory=config.read)
     stands_in: bool = False
-    """Whether the reference ops run because somebody follows them, and not because it was asked."""
+    """Whether the reference ops run for a transform that follows them, not because of an option."""
     queue: Queue = field(default_factory=Queue, compare=False, repr=False)
     """Weight gradients that `backward_dw` has yet to compute."""
 

@@ -122,7 +122,7 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
             self.__dict__["_epoch"] = -1 if self._containers else epoch
 
     def _watch(self) -> list[tuple[Op, str, Any]]:
-        """Be told of changes; returns what nobody tells of."""
+        """Have ops tell of changes; returns the containers in them, which tell nothing."""
         ops = [op for op in self._modules.values() if isinstance(op, Op)]
         inner = [m for op in ops for m in op.modules()]
         homes = [m for op in inner if isinstance(op, Op) for m, _ in op._homes.values()]

@@ -134,7 +134,7 @@ class Stage(Followed, Compiled):
         )
 
     def renewed(self) -> Stage:
-        """The same ops as they are now; every Sequential of theirs looks again at its next call."""
+        """A stage of the same ops as they are now; the modules with them look again when called."""
         for op in self.written:
             op.touch()
         made: Stage = self.again()
