@@ -44,8 +44,9 @@ class Fuser:
     pattern: ClassVar[Mapping[str, Any]]
     priority: ClassVar[float | None] = None
     """Of fusers that could take an op the one of the highest priority does, whatever its backend.
-    Of equals the order of the backends decides, then the number of ops. None stands for 1, and for
-    0 in opsgraph's own: a fuser that a user registers goes before those, and with 0 among them."""
+    Of equals the order of the backends decides, then the number of ops, then which was registered
+    first. None stands for 1, and for 0 in opsgraph's own: a fuser that a user registers goes before
+    those, and with 0 among them."""
     saves: ClassVar[tuple[str, ...]] = ()
     consumes: ClassVar[tuple[str, ...]] = ()
     """Arguments of `bwd` that come in a list of one. What `bwd` pops from it has no other variable

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
-from ...ops import Add, BasicLinear, Bias, Dropout
+from ...ops import Add, Bias, Dropout
 from ...ops.activations import Activation, GatedActivation, Params
 from ..lazy import Lazy
 from ..norms import NormForward, NormGradients
@@ -75,27 +75,6 @@ class ActivationBackward(ActivationFuser):
             dy, act_x, act_kernel, act_params, want, dtype
         )
         return dx, (dbias,)
-
-
-@register
-class ActivationLinearBackward(ActivationFuser):
-    """Backward of [bias,] activation and linear: one pass between the linear's two GEMMs.
-
-    It writes the pre-activation's gradient, the linear's input computed again, and the bias's sums.
-    """
-
-    pattern = dict(bias=Bias | None, act=Activation | GatedActivation, fc=BasicLinear)
-    gives, wants = ("fc_x",), dict(bias_bias="bias", fc_weight="y")
-
-    def bwd(
-        self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params,
-        bias_bias: Tensor | None, fc_weight: Tensor, want: Collection[str],
-    ) -> Any:  # fmt: skip
-        dtype = None if bias_bias is None else bias_bias.dtype
-        dx, y, dbias = activations.activation_backward(
-            dy @ fc_weight, act_x, act_kernel, act_params, want, dtype
-        )
-        return dx, (dbias, y)
 
 
 @register

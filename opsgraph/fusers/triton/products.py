@@ -1,10 +1,10 @@
-"""Fusers over Triton GEMMs with an activation in the epilogue, taken where they may pay.
+"""Fusers with a matrix product and an activation: in one Triton GEMM, or a pass beside a library's.
 
-cuBLAS has the faster main loop, the epilogue saves one pass over the pre-activation: the shorter
-the main loop, the more that pass counts. So on CUDA each declines beyond a depth (the length of the
-rows that its GEMM multiplies), and leaves the run to the library's GEMM and a pointwise kernel. On
-an H100, with 8192 rows and depths of 1024 and 2048, the library was 1% to 9% faster
-(`benchmarks/gpu.py`).
+cuBLAS has the faster main loop, an activation in the epilogue saves one pass over the
+pre-activation: the shorter the main loop, the more that pass counts. So on CUDA each epilogue
+declines beyond a depth (the length of the rows that its GEMM multiplies), and leaves the run to the
+library's GEMM and a pointwise kernel. On an H100, with 8192 rows and depths of 1024 and 2048, the
+library was 1% to 9% faster (`benchmarks/gpu.py`).
 """
 
 from collections.abc import Collection
@@ -19,7 +19,7 @@ from ...op import Spec
 from ...ops import BasicLinear, Bias
 from ...ops.activations import Activation, GatedActivation, Params
 from ..lazy import Lazy
-from .passes import ActivationFuser
+from .passes import ActivationFuser, activations
 
 gemms = Lazy("triton.gemm")
 
@@ -75,5 +75,27 @@ class ActivationEpilogueBackward(_Epilogue):
         dtype = None if bias_bias is None else bias_bias.dtype
         dx, y, dbias = gemms.linear_activation_backward(
             dy, fc_weight, act_x, act_kernel, act_params, want, dtype
+        )
+        return dx, (dbias, y)
+
+
+@register
+class ActivationLinearBackward(ActivationFuser):
+    """Backward of [bias,] activation and linear: one pass between the linear's two GEMMs.
+
+    It writes the pre-activation's gradient, the linear's input computed again, and the bias's sums.
+    ActivationEpilogueBackward, registered before it, is taken where it may pay.
+    """
+
+    pattern = dict(bias=Bias | None, act=Activation | GatedActivation, fc=BasicLinear)
+    gives, wants = ("fc_x",), dict(bias_bias="bias", fc_weight="y")
+
+    def bwd(
+        self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params,
+        bias_bias: Tensor | None, fc_weight: Tensor, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        dtype = None if bias_bias is None else bias_bias.dtype
+        dx, y, dbias = activations.activation_backward(
+            dy @ fc_weight, act_x, act_kernel, act_params, want, dtype
         )
         return dx, (dbias, y)
