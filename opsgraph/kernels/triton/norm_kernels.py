@@ -88,8 +88,8 @@ def forward_kernel(
     cols = tl.arange(0, BLOCK)[None, :]
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     out = normalized(
-        x, other, weight, bias, total, mean, rstd, row, rows, x_stride * UNIT, other_stride * UNIT,
-        WIDTH, EPS, ZERO_CENTERED, CENTER, BLOCK,
+        x, other, weight, bias, total, mean, rstd, row, rows, x_stride.to(tl.int64) * UNIT,
+        other_stride.to(tl.int64) * UNIT, WIDTH, EPS, ZERO_CENTERED, CENTER, BLOCK,
     )  # fmt: skip
     tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), (row < rows) & (cols < WIDTH))
 

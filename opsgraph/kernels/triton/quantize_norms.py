@@ -37,8 +37,8 @@ def norm_quantize_kernel(
     first_row = tl.program_id(0) * R
     row = first_row.to(tl.int64) + tl.arange(0, R)[:, None]
     value = normalized(
-        x, other, weight, bias, total, mean, rstd, row, rows, x_stride * UNIT, other_stride * UNIT,
-        WIDTH, NORM_EPS, ZERO_CENTERED, CENTER, C,
+        x, other, weight, bias, total, mean, rstd, row, rows, x_stride.to(tl.int64) * UNIT,
+        other_stride.to(tl.int64) * UNIT, WIDTH, NORM_EPS, ZERO_CENTERED, CENTER, C,
     )  # fmt: skip
     mask = (row < rows) & (cols < WIDTH)
     value = tl.where(mask, value.to(x.dtype.element_ty).to(tl.float32), 0.0)
