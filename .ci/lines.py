@@ -34,6 +34,9 @@ def main() -> int:
     over += lines(longest) > table["module"]
     name = str(longest.relative_to(ROOT / "opsgraph"))
     print(f"{'longest: ' + name:34}{lines(longest):8}{table['module']:8}")
+    entries = {path.name for path in (ROOT / "opsgraph").iterdir()} - {"__pycache__"}
+    over += len(entries) > table["entries"]
+    print(f"{'entries of the package':34}{len(entries):8}{table['entries']:8}")
     return int(over > 0)
 
 
