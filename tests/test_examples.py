@@ -29,6 +29,7 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # `make demo` trains it for longer
 def test_byte_lm(tmp_path: Path) -> None:
     sizes = "--steps 12 --hidden 32 --layers 1 --context 32 --batch 4 --every 5 --sample 10"
     out = run("byte_lm", *sizes.split(), "--device", "cpu", "--out", str(tmp_path))

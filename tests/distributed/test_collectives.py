@@ -126,7 +126,7 @@ def compiled(rank: int, size: int) -> None:
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_every_op_and_its_dual(ranks: Ranks, size: int) -> None:
     ranks.run(every_op, size, timeout=300)
 

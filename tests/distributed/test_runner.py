@@ -88,7 +88,7 @@ def gone(pids):
     return False
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_results_come_back_by_rank(ranks, size):
     found = ranks.run(total, size, torch.arange(3.0))
     whole = torch.arange(3.0) * sum(range(1, size + 1))

@@ -1,5 +1,6 @@
 """Which kernel quantizes a weight, and that the bits are the quantizer's whichever does."""
 
+import gc
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -55,6 +56,7 @@ Call = tuple[Quantizer, tuple[int, ...]]
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """The quantizers for which the CPU's kernel has run, and the shapes of what it read."""
+    gc.collect()  # modules of other tests, whose plans have chosen their kernels already
     found: list[Call] = []
     real = KERNELS["cpu"]
 
