@@ -1,7 +1,7 @@
 """opsgraph: declare a run of basic ops, have it planned, fused and run, forward and backward."""
 
 from . import fusers, ops, quantizers, recipe
-from .errors import OpError, OpsgraphError, PlanError, RegisterError
+from .base.errors import OpError, OpsgraphError, PlanError, RegisterError
 from .fuser import Fuser, register
 from .layernorm_mlp import checkpoints
 from .layernorm_mlp.module import LayerNormMLP

@@ -14,7 +14,7 @@ import torch
 import opsgraph.fusers  # registers the built-in ones
 import opsgraph.ops
 
-from .backend import backends
+from .base.backend import backends
 from .fuser import BACKWARD, FORWARD, Fuser, registered
 from .fusers.cublaslt.products import FAMILIES, Family
 from .kernels.cpu import build, product

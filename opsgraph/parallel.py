@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from .errors import OpsgraphError
+from .base.errors import OpsgraphError
 from .kernels.exchange import collectives
 from .layernorm_mlp.module import LayerNormMLP
 from .op import Op

@@ -10,7 +10,7 @@ import torch
 import opsgraph.ops
 from opsgraph import backend
 from opsgraph.__main__ import main
-from opsgraph.backend import backends
+from opsgraph.base.backend import backends
 from opsgraph.fuser import Fuser, register, registered
 from opsgraph.fusers.cublaslt import products as cublaslt
 from opsgraph.kernels.cpu import build, product

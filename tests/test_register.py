@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import opsgraph as og
-from opsgraph.backend import backends
+from opsgraph.base.backend import backends
 from opsgraph.fuser import registered
 from opsgraph.ops import BasicLinear, RMSNorm
 

@@ -3,8 +3,8 @@
 from itertools import count
 from types import TracebackType
 
-from .. import config
-from ..errors import RegisterError
+from ..base import config
+from ..base.errors import RegisterError
 from .base import Fuser
 from .matching import Matcher
 from .verify import verify

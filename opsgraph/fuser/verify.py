@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 import torch
 
-from ..backend import backends
-from ..errors import RegisterError
+from ..base.backend import backends
+from ..base.errors import RegisterError
 from ..op import BACKWARD, STORED, Op, arguments, differentiable, per_class, weights
 from .base import Fuser, alternatives
 

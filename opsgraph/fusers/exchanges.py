@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import OpError
+from ..base.errors import OpError
 from ..fuser import Fuser, register
 from ..kernels.exchange import collectives, pieces
 from ..op import Op, Spec

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import backends
+from ..base.backend import backends
 from ..fuser import Fuser
 from ..kernels.formats import Target
 from ..op import Spec

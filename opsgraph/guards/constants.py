@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OpError
+from ..base.errors import OpError
 
 _EXACT = frozenset({bool, str, bytes, type(None), type(...)}) | frozenset(
     {torch.dtype, torch.layout, torch.memory_format}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import OpError
+from ..base.errors import OpError
 
 _NAMES = {"fwd": "y", "bwd": "dx"}
 """What comes first of the results of functions that return more than one."""

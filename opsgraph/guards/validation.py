@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import SymInt, Tensor
 
-from ..errors import OpError
+from ..base.errors import OpError
 
 
 def _plain(who: str, name: str, value: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
-from .. import config
+from ..base import config
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OpError
+from ..base.errors import OpError
 from ..guards.validation import whole
 
 GATE, UP, DOWN = "gate_proj.", "up_proj.", "down_proj."

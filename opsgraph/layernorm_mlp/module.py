@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import config
-from ..errors import OpsgraphError
+from ..base import config
+from ..base.errors import OpsgraphError
+from ..features.dtensor import own_part
 from ..guards.validation import flag
 from ..guards.watched import Watched
 from ..op import Op, constant_under_compile
@@ -26,7 +27,6 @@ from ..plan import Plan
 from ..precision.autocast import active, meet, microbatch
 from ..precision.delayed import before_loading
 from ..precision.weights import hold
-from ..run.dtensor import own_part
 from ..run.sequential import Sequential
 from .settings import (
     FIXED,

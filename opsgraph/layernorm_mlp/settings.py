@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils._device import DeviceContext
 
-from ..errors import OpError, OpsgraphError
+from ..base.errors import OpError, OpsgraphError
 from ..guards.validation import epsilon, flag, function, place, size, text, whole
 from ..op import Op
 from ..ops import LayerNorm, RMSNorm

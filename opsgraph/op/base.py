@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .. import config
-from ..errors import OpError, PlanError
+from ..base import config
+from ..base.errors import OpError, PlanError
 from ..guards.constants import plain
 from ..guards.results import verify
 from ..guards.validation import text

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OpError, OpsgraphError
+from ..base.errors import OpError, OpsgraphError
 from .arguments import arguments, per_class
 from .base import Op
 from .spec import ROWS, Spec

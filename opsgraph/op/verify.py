@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import OpError, PlanError
+from ..base.errors import OpError, PlanError
 from .arguments import STORED, arguments, per_class
 from .base import Op, differentiable, is_names, weights
 from .functions import backward_functions, definer, derived_backward, function

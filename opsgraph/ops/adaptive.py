@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import OpError
+from ..base.errors import OpError
 from ..kernels.reference import wide
 from ..op import Lowered, Op, Spec
 from .norms import LayerNorm, RMSNorm

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..errors import OpError
+from ..base.errors import OpError
 from ..guards.validation import Checked, Fixed, features, flag, place
 from ..guards.validation import size as valid_size
 from ..op import Op, Spec

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import OpError, OpsgraphError
+from ..base.errors import OpError, OpsgraphError
 from ..guards.torch_private import resolve_group
 from ..guards.validation import flag
 from ..kernels.exchange import collectives

@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..errors import OpError, OpsgraphError
+from ..base.errors import OpError, OpsgraphError
 from ..guards.torch_private import averaged_parameters, executes, gradient_hooks
 from ..op import Op
 from ..precision.quantizers import Quantized

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OpError
+from ..base.errors import OpError
 from ..guards.validation import number, whole
 from ..kernels.reference.dropout import keep_mask
 from ..op import Op, Spec, without_extra_state

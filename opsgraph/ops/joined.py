@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..errors import OpError
+from ..base.errors import OpError
 from ..guards.torch_private import followed
 
 PLAIN = (Tensor, nn.Parameter)

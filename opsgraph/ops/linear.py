@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..errors import OpError
+from ..base.errors import OpError
 from ..guards.validation import (
     Checked,
     Fixed,

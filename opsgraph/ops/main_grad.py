@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OpsgraphError
+from ..base.errors import OpsgraphError
 from ..guards.torch_private import forward_gradients, graph_task
 
 EXPECTED = "main_grad_to_overwrite"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from ..errors import OpError
+from ..base.errors import OpError
 from ..guards.validation import Checked, epsilon, flag, place, size, whole
 from ..kernels.reference import norms
 from ..op import ROWS, Lowered, Op, Spec

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import OpError, PlanError
+from ..base.errors import OpError, PlanError
 from ..guards.validation import Checked, flag, text
 from ..guards.watched import Watched, whole
 from ..op import Lowered, Op, Spec

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..errors import OpsgraphError
+from ..base.errors import OpsgraphError
 from ..op import Op, row
 
 

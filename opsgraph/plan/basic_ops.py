@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from fractions import Fraction
 
-from ..errors import PlanError
+from ..base.errors import PlanError
 from ..guards.constants import plain, verify
 from ..op import Lower, Op, Placed, lower_plainly, weights
 from ..op.verify import verify_kind

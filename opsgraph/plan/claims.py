@@ -22,8 +22,8 @@ Costs are bytes per row of the input, read and written; rows differ where ranks 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ..backend import backends
-from ..errors import PlanError
+from ..base.backend import backends
+from ..base.errors import PlanError
 from ..fuser import AGAIN, Function, Fuser, Match, Matcher, Name, Reference, reference, registered
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD

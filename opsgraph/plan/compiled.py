@@ -13,7 +13,7 @@ from weakref import finalize
 
 import torch
 
-from ..errors import OpError
+from ..base.errors import OpError
 from .expected import compare, compare_ranks, run_reference
 
 _serial = itertools.count()

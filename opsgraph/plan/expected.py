@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OpsgraphError
+from ..base.errors import OpsgraphError
 from ..op import STORED, arguments
 
 _MANY = 64

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import OpError
+from ..base.errors import OpError
 from ..guards.cached import cached_property
 from ..guards.constants import called, literal, plain
 from ..op import (

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from ..config import Config
-from ..errors import PlanError
+from ..base.config import Config
+from ..base.errors import PlanError
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, Op, Spec
 from .basic_ops import BasicOps

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..errors import PlanError
+from ..base.errors import PlanError
 from .lines import Function, Line
 
 every = False

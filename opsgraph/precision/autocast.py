@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import OpsgraphError
+from ..base.errors import OpsgraphError
 from ..guards.torch_private import graph_task
 from ..guards.validation import flag
 from .delayed import Scaling, scaling_of

@@ -48,8 +48,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import config
-from ..errors import OpsgraphError
+from ..base import config
+from ..base.errors import OpsgraphError
 from ..kernels.reference.quantize import FP32_MAX
 from . import interned
 from .quantizers import ROLES

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import OpsgraphError
+from ..base.errors import OpsgraphError
 
 SLOTS = 4096
 """Amaxes in the first collective: more, of some thousand layers, follow in a second one."""

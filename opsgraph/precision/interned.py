@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from .. import config
+from ..base import config
 from ..op import constant_under_compile
 
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import OpsgraphError
+from ..base.errors import OpsgraphError
 from ..guards.cached import cached_property
 from ..guards.validation import flag
 from ..kernels.reference.quantize import FP8_MAX

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ..errors import OpsgraphError
+from ..base.errors import OpsgraphError
 from ..guards.torch_private import dispatch_modes, graph_task, saved_hooks
 from .autocast import active
 from .delayed import Scaling

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..errors import OpsgraphError
+from ..base.errors import OpsgraphError
 from ..guards.torch_private import graph_task
 
 

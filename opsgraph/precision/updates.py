@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import config
-from ..errors import OpsgraphError
+from ..base import config
+from ..base.errors import OpsgraphError
 from ..kernels.reference.quantize import FP8_MAX, delayed_update
 from .delayed import BACKWARD, FORWARD, Scaling, states_of
 from .exchange import reduce_max

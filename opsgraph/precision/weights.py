@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ..errors import OpsgraphError
+from ..base.errors import OpsgraphError
 from .autocast import active
 from .quantizers import Copy, Quantized, Quantizer, transposed
 from .recipe import DelayedScaling, Recipe, recipe_of

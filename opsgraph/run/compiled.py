@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import config
-from ..errors import PlanError
+from ..base import config
+from ..base.errors import PlanError
+from ..features.recipes import StageRecipe, note_gradients
 from ..op import ROWS, Spec, constant_under_compile
 from ..plan import Plan
 from ..precision.autocast import active
 from .dimensions import flattened, unflattened
 from .eager import run_inference, without_autocast
-from .recipes import StageRecipe, note_gradients
 
 _handles: dict[str, Plan] = {}
 """Plans by the handle that the opaque ops are given."""

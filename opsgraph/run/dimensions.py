@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OpError
+from ..base.errors import OpError
 from ..guards.torch_private import followed
 from ..plan import Plan
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PlanError
+from ..base.errors import PlanError
+from ..features.recipes import note_gradients
 from ..guards.torch_private import PassThrough, apply_of, forward_ad, has_memory
 from ..plan import Plan
 from ..precision.recomputed import saved_again
 from .dimensions import as_given, copy_gradients, flat, flattened, released, unflattened
-from .recipes import note_gradients
 
 _UNCHANGED = nullcontext()
 _SEEN_THROUGH = ("cpu", "aten", "reference")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PlanError
+from ..base.errors import PlanError
 from ..guards.torch_private import followed, top_transform, untraced
 from ..op import constant_under_compile
 from ..plan.basic_ops import BasicOps

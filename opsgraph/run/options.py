@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-from .. import config
-from ..backend import backends as known_backends
-from ..errors import PlanError
+from ..base import config
+from ..base.backend import backends as known_backends
+from ..base.errors import PlanError
 from ..fuser import registered
 from ..guards.validation import flag
 from ..ops.delayed import Queue

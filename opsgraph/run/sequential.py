@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .. import config
-from ..errors import OpError, PlanError
+from ..base import config
+from ..base.errors import OpError, PlanError
+from ..features.convert import is_untouched, module_from, op_from
+from ..features.inputs import explain, verify_tensor
+from ..features.op_kwargs import run_with
 from ..guards.validation import place
 from ..guards.watched import Watched, contents, mutable, own_state, whole
 from ..op import Op, constant_under_compile
@@ -24,9 +27,6 @@ from ..precision.autocast import active
 from ..precision.interned import drop_forgotten
 from ..precision.recomputed import follow
 from .compiled import CompiledSequence
-from .convert import is_untouched, module_from, op_from
-from .inputs import explain, verify_tensor
-from .op_kwargs import run_with
 from .options import NAMES, Options
 from .stage import Stage
 from .stages import Entry, Plans, make_stages, read_later, spread, unmatched

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..errors import OpError, PlanError
+from ..base.errors import OpError, PlanError
 from ..op import Op
 from ..plan.basic_ops import BasicOps
 

@@ -49,8 +49,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import config
-from ..errors import OpError, PlanError
+from ..base import config
+from ..base.errors import OpError, PlanError
+from ..features.dtensor import PLAIN, own_part
+from ..features.extras import ExtraInputs
+from ..features.recipes import StageRecipe
+from ..features.unseen import Unseen
 from ..fusers.quantizing import prepare_by
 from ..guards.torch_private import finished, forward_ad, tracing, transforms
 from ..op import Op
@@ -61,16 +65,12 @@ from ..plan.basic_ops import BasicOps
 from ..plan.compiled import place
 from ..precision.delayed import Scaling
 from .compiled import Compiled
-from .dtensor import PLAIN, own_part
 from .eager import run_inference, run_training
-from .extras import ExtraInputs
 from .followed import Followed, check_differentiable
 from .key import PlainKey, key_of, request_of
 from .options import Options
-from .recipes import StageRecipe
 from .shapes import absent, check_shapes, shape_of, verify_weights
 from .table import table_for
-from .unseen import Unseen
 
 
 class Stage(Followed, Compiled):

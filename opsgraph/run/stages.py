@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import PlanError
+from ..base.errors import PlanError
 from ..guards.watched import HOOKS, serving
 from ..op import Op
 from ..plan import Plan

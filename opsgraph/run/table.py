@@ -9,7 +9,7 @@ import weakref
 from types import SimpleNamespace
 from typing import Any
 
-from .. import config
+from ..base import config
 from ..fuser import registered
 from ..guards.constants import key as plan_key
 from ..guards.watched import mutable

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opsgraph as og
-from opsgraph import config
+from opsgraph.base import config
 from opsgraph.fuser import registered
 from opsgraph.ops import (
     AllGather,

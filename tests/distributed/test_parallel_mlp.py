@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import opsgraph as og
-from opsgraph import config
+from opsgraph.base import config
 from opsgraph.testing.distributed import Ranks
 from tests.layernorm_mlp.test_module import Setting, formula
 

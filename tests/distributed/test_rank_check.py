@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import opsgraph as og
-from opsgraph import config
+from opsgraph.base import config
 from opsgraph.ops import AllGather, AllReduce, Linear, ReduceScatter, SiLU
 from opsgraph.testing.distributed import Ranks
 

@@ -12,7 +12,8 @@ import torch.distributed._symmetric_memory as memory
 from torch import Tensor, nn
 
 import opsgraph as og
-from opsgraph import backend, config, fusers
+from opsgraph import fusers
+from opsgraph.base import backend, config
 from opsgraph.kernels.exchange import symmetric
 from opsgraph.ops import AllGather, BasicLinear, Linear, SwiGLU, Tee
 from opsgraph.testing.distributed import Ranks

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from opsgraph.backend import backends
+from opsgraph.base.backend import backends
 from opsgraph.fuser import Fuser, registered
 from opsgraph.testing import check_fuser, exchanges
 

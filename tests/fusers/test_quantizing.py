@@ -10,7 +10,7 @@ from recipe_cases import FP8, mlp
 from torch import Tensor
 
 import opsgraph as og
-from opsgraph.backend import backends
+from opsgraph.base.backend import backends
 from opsgraph.fusers import quantizing
 from opsgraph.fusers.quantizing import KERNELS, quantize
 from opsgraph.kernels.formats import E4M3, E5M2

@@ -10,7 +10,7 @@ from saved_bytes import saved_bytes
 from torch import Tensor
 
 import opsgraph as og
-from opsgraph import config
+from opsgraph.base import config
 from opsgraph.ops import GroupedLinear, Linear, Quantize, RMSNorm, SiLU
 from opsgraph.precision import recipe as r
 from opsgraph.quantizers import Copy, Quantizer, Storage

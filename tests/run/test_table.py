@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import opsgraph as og
-from opsgraph import config
+from opsgraph.base import config
 from opsgraph.fuser import registered
 from opsgraph.kernels.cpu import build
 from opsgraph.ops import Linear, SiLU

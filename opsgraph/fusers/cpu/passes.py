@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backend import Backend, add_backend
+from ...base.backend import Backend, add_backend
 from ...fuser import Fuser, register
 from ...ops import Bias
 from ...ops.activations import Activation, Function, GatedActivation

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backend import interpreting
+from ...base.backend import interpreting
 from ...fuser import register
 from ...op import Spec
 from ...ops import BasicLinear, Bias

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...backend import backends, interpreting
+from ...base.backend import backends, interpreting
 from ...fuser import register
 from ...kernels.formats import NVFP4, Format, alike
 from ...op import Spec, Storage

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OpError, PlanError
+from ..base.errors import OpError, PlanError
 from ..op import Op
 
 OUTPUT, GRAD_INPUT = "output", "grad_input"

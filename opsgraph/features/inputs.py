@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OpError
+from ..base.errors import OpError
 from ..op import Op
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import opsgraph as og
+from opsgraph.features.convert import PlainOp
 from opsgraph.ops import GELU, Add, LayerNorm, Linear, RMSNorm, SwiGLU, Tee
-from opsgraph.run.convert import PlainOp
 
 
 def _model() -> nn.Sequential:

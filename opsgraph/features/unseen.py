@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import PlanError
+from ..base.errors import PlanError
 from ..guards.torch_private import graph_task
 from ..op import Op
 from ..ops.delayed import (
@@ -28,7 +28,6 @@ from ..ops.joined import parameters
 from ..ops.main_grad import arriving
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
-from .options import Options
 
 
 class Unseen:
@@ -42,7 +41,7 @@ class Unseen:
         run: BasicOps,
         ops: Sequence[Op],
         slots: Sequence[tuple[nn.Module, str]],
-        options: Options,
+        options: Any,
     ) -> None:
         self.run, self.slots, self.options = run, slots, options
         waits = [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OpError
+from ..base.errors import OpError
 from ..op import row
 from ..op.verify import verify_trailing
 from ..plan.basic_ops import BasicOps

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import PlanError
+from ..base.errors import PlanError
 from ..op import Op, arguments, row
 from ..op.verify import verify_trailing
 from ..ops.activations import GELU, ReLU, SiLU

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OpsgraphError
+from ..base.errors import OpsgraphError
 from ..kernels.exchange import collectives
 
 PLAIN = (Tensor, nn.Parameter)

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..errors import PlanError
+from ..base.errors import PlanError
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..precision.autocast import active

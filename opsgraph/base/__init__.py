@@ -1,0 +1,1 @@
+"""What all of opsgraph stands on: the environment, the backends, the one error family."""

@@ -1,0 +1,1 @@
+"""What not every call or plan needs: each feature is one file, and one hook in what it serves."""
