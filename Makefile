@@ -9,8 +9,8 @@ APART := examples/__init__.py examples/byte_lm.py examples/tensor_parallel.py \
 	examples/fp8_training.py
 EXAMPLES := $(filter-out $(APART),$(wildcard examples/*.py))
 VERSIONS ?= 2.9 2.11 2.14 2.15
-SMOKE := $(patsubst %,tests/%.py,test_versions test_errors test_main plan/test_planner \
-	run/test_sequential run/test_autograd run/test_compile precision/test_recipe \
+SMOKE := $(patsubst %,tests/%.py,test_versions base/test_errors test_main plan/test_planner \
+	run/test_sequential run/test_autograd features/test_compile precision/test_recipe \
 	precision/test_recipes_compile precision/test_delayed precision/test_weights \
 	layernorm_mlp/test_module layernorm_mlp/test_interface fusers/cublaslt/test_products ops/test_ops \
 	ops/test_extra_ops kernels/test_reference_quantize kernels/test_scaled_mm kernels/test_cpu_kernels)

@@ -6,7 +6,7 @@ the test of this file names the versions that were seen to have them all.
 
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -142,6 +142,17 @@ class PassThrough(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:  # fmt: skip
         return func(*args, **(kwargs or {}))
+
+
+_UNCHANGED = nullcontext()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context with autocast off, for x's device; free where it is off already."""
+    kind = "cpu" if x.is_cpu else x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return _UNCHANGED
 
 
 def followed() -> bool:

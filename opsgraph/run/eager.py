@@ -1,4 +1,4 @@
-"""Running a plan eagerly: the one autograd.Function, and the forward alone.
+"""Running a plan: the one autograd.Function, the forward alone, and what Dynamo traces.
 
 A plan computes on `[rows, width]` with autocast off, and knows nothing of autograd. Around it stand
 the leading dimensions (`dimensions`), what autograd saves, and the amaxes that a recipe notes.
@@ -6,30 +6,28 @@ Gradients that are no memory of a kernel's are told apart in the backward, see `
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..base.errors import PlanError
+from ..features.compiled import call_traced
 from ..features.recipes import note_gradients
-from ..guards.torch_private import PassThrough, apply_of, forward_ad, has_memory
+from ..guards.torch_private import (
+    PassThrough,
+    apply_of,
+    forward_ad,
+    has_memory,
+    without_autocast,
+)
 from ..plan import Plan
 from ..precision.recomputed import saved_again
 from .dimensions import as_given, copy_gradients, flat, flattened, released, unflattened
 
-_UNCHANGED = nullcontext()
 _SEEN_THROUGH = ("cpu", "aten", "reference")
 """Backends that leave the work to PyTorch's ops while a dispatch mode is active."""
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context with autocast off, for x's device; free where it is off already."""
-    kind = "cpu" if x.is_cpu else x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return _UNCHANGED
 
 
 def see_through(
@@ -136,4 +134,18 @@ def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -
         views = unflattened(plan, outputs, x.shape)
         followed = stage.double_backward or torch.is_grad_enabled()
         outputs = views if followed else released(views, outputs, tensors)
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def run_traced(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
+    """Forward and backward under torch.compile, which calls the plan and does not see into it."""
+    x = tensors[0]
+    if plan.specs.identity:
+        return x
+    weights = [t for t in tensors[extras + 1 :] if t is not None]
+    outputs = call_traced(plan, stage, [*flattened(plan, tensors), *weights])
+    if plan.specs.reports:
+        outputs = stage.recipe.record(plan, outputs, torch.is_grad_enabled())
+    if x.dim() != 2:
+        outputs = unflattened(plan, outputs, x.shape)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)

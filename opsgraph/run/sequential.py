@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..base import config
 from ..base.errors import OpError, PlanError
+from ..features.compiled import CompiledSequence
 from ..features.convert import is_untouched, module_from, op_from
 from ..features.inputs import explain, verify_tensor
 from ..features.op_kwargs import run_with
@@ -26,7 +27,6 @@ from ..plan import Plan
 from ..precision.autocast import active
 from ..precision.interned import drop_forgotten
 from ..precision.recomputed import follow
-from .compiled import CompiledSequence
 from .options import NAMES, Options
 from .stage import Stage
 from .stages import Entry, Plans, make_stages, read_later, spread, unmatched

@@ -51,8 +51,10 @@ from torch import Tensor, nn
 
 from ..base import config
 from ..base.errors import OpError, PlanError
+from ..features.compiled import Compiled
 from ..features.dtensor import PLAIN, own_part
 from ..features.extras import ExtraInputs
+from ..features.followed import Followed, check_differentiable
 from ..features.recipes import StageRecipe
 from ..features.unseen import Unseen
 from ..fusers.quantizing import prepare_by
@@ -64,9 +66,7 @@ from ..plan import Plan, make_plan
 from ..plan.basic_ops import BasicOps
 from ..plan.compiled import place
 from ..precision.delayed import Scaling
-from .compiled import Compiled
-from .eager import run_inference, run_training
-from .followed import Followed, check_differentiable
+from .eager import run_inference, run_traced, run_training
 from .key import PlainKey, key_of, request_of
 from .options import Options
 from .shapes import absent, check_shapes, shape_of, verify_weights
@@ -75,6 +75,8 @@ from .table import table_for
 
 class Stage(Followed, Compiled):
     """A run of consecutive ops of a Sequential, with the parameters it reads."""
+
+    run_inference, run_traced = staticmethod(run_inference), staticmethod(run_traced)
 
     def __init__(
         self,

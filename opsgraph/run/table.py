@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..base import config
+from ..features.compiled import retire
 from ..fuser import registered
 from ..guards.constants import key as plan_key
 from ..guards.watched import mutable
@@ -17,7 +18,6 @@ from ..op import weights
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..precision.delayed import Scaling
-from .compiled import retire
 from .key import PlainKey
 from .options import Options
 from .shapes import shape_of

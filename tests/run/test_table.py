@@ -14,10 +14,10 @@ from torch import Tensor
 
 import opsgraph as og
 from opsgraph.base import config
+from opsgraph.features import compiled
 from opsgraph.fuser import registered
 from opsgraph.kernels.cpu import build
 from opsgraph.ops import Linear, SiLU
-from opsgraph.run import compiled
 from opsgraph.run.table import Plans
 
 pytestmark = pytest.mark.usefixtures("without_cpu_backend")

@@ -24,11 +24,10 @@ from torch.autograd.function import once_differentiable
 from ..base import config
 from ..base.errors import PlanError
 from ..features.recipes import StageRecipe, note_gradients
+from ..guards.torch_private import without_autocast
 from ..op import ROWS, Spec, constant_under_compile
 from ..plan import Plan
 from ..precision.autocast import active
-from .dimensions import flattened, unflattened
-from .eager import run_inference, without_autocast
 
 _handles: dict[str, Plan] = {}
 """Plans by the handle that the opaque ops are given."""
@@ -186,27 +185,14 @@ class CompiledPlan(torch.autograd.Function):
         return tuple(gradients)
 
 
-def _run_plan(plan: Plan, stage: Any, extras: int, tensors: Sequence[Tensor | None]) -> Any:
-    """The plan under torch.compile."""
-    x = tensors[0]
-    assert x is not None
-    if plan.specs.identity:
-        return x
-    shape = x.shape
-    inputs = flattened(plan, tensors[: extras + 1])  # type: ignore[arg-type]
-    flats = [*inputs, *(t for t in tensors[extras + 1 :] if t is not None)]
+def call_traced(plan: Plan, stage: Any, flats: Sequence[Tensor]) -> Any:
+    """The plan's outputs, of its inputs and of the weights that are there."""
     # Dynamo takes no tensor twice, as tied weights would have it.
     flats = [t.view_as(t) if any(t is u for u in flats[:k]) else t for k, t in enumerate(flats)]
-    if plan.specs.training:
-        seen = stage.recipe.seen_gradients(plan) if plan.specs.reported else []
-        outputs = CompiledPlan.apply(plan, *seen, *flats)  # type: ignore[no-untyped-call]
-    else:
-        outputs = _call_forward(plan, flats)[: len(plan.specs.outputs)]
-    if plan.specs.reports:
-        outputs = stage.recipe.record(plan, outputs, torch.is_grad_enabled())
-    if len(shape) != 2:
-        outputs = unflattened(plan, outputs, shape)
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    if not plan.specs.training:
+        return _call_forward(plan, flats)[: len(plan.specs.outputs)]
+    seen = stage.recipe.seen_gradients(plan) if plan.specs.reported else []
+    return CompiledPlan.apply(plan, *seen, *flats)  # type: ignore[no-untyped-call]
 
 
 class Compiled:
@@ -219,6 +205,8 @@ class Compiled:
     run_followed: Callable[..., Any]
     ensure: Callable[..., Any]
     recipe: StageRecipe | None
+    run_inference: Callable[..., Any]
+    run_traced: Callable[..., Any]
 
     @constant_under_compile
     def _expose(self, key: Any, extras: int) -> str:
@@ -238,11 +226,11 @@ class Compiled:
             raise PlanError(self.eager_only)
         plan: Plan = getattr(self.table.exposed, self._expose(key, len(extras)))
         if self.double_backward:  # traced through, for autograd to see the ops
-            return run_inference(plan, self, len(extras), (x, *extras, *weights))
+            return self.run_inference(plan, self, len(extras), (x, *extras, *weights))
         if self.recipe is not None and plan.specs.prepared:
             self.recipe.check_traceable(weights)
             weights = [*weights, *self.recipe.prepare(plan, weights)]
-        return _run_plan(plan, self, len(extras), (x, *extras, *weights))
+        return self.run_traced(plan, self, len(extras), (x, *extras, *weights))
 
 
 class CompiledSequence:

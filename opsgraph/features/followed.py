@@ -7,7 +7,7 @@ The hook is `run_followed`, which a stage asks before it looks for a plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,8 +18,6 @@ from ..base.errors import PlanError
 from ..guards.torch_private import followed, top_transform, untraced
 from ..op import constant_under_compile
 from ..plan.basic_ops import BasicOps
-from .eager import run_inference
-from .options import Options
 
 
 class Followed:
@@ -28,6 +26,7 @@ class Followed:
     again: partial[Any]
     eager_only: str | None
     double_backward: bool
+    run_inference: Callable[..., Any]
 
     @cached_property
     def stand_in(self) -> Any:
@@ -51,7 +50,7 @@ class Followed:
             if key not in other.plans and other.outdated():
                 return other.renewed()(x, extras)
             plan = other.ensure(key, len(extras))
-        return run_inference(plan, other, len(extras), (x, *extras, *weights))
+        return self.run_inference(plan, other, len(extras), (x, *extras, *weights))
 
     @constant_under_compile
     def is_followed(self) -> bool:
@@ -67,7 +66,7 @@ class Followed:
             )
 
 
-def check_differentiable(run: BasicOps, options: Options, recipe: int | None) -> None:
+def check_differentiable(run: BasicOps, options: Any, recipe: int | None) -> None:
     """Raises PlanError for what PyTorch's own autograd has no derivative of."""
     if not options.double_backward:
         return
