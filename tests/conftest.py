@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from opsgraph.plan import verify
+from opsgraph.features import verify
 
 # Each pytest-xdist worker is a process of its own and imports this file.
 torch.set_num_threads(1)

@@ -13,11 +13,11 @@ The layers, each a file that knows those before it:
     planner      a Cover: which calls, in which order, what is kept and what is made again
     lines        a Line is one call as data, from which its text is printed
     writer       collects the lines of a function; has every variable defined that one reads
-    definitions  what variables mean that no step makes: casts, quantized values and their parts
-    check        under OPSGRAPH_CHECK, the lines that compare a step with the reference ops
-    verify       each variable that is read was made, and not let go before
-    prepare      a third function, which quantizes the weights that both are handed in parts
+    definitions  what variables mean that no step makes
     codegen      the steps of both passes, what flows between them, what comes back
+
+A recipe has definitions of its own: of quantized values, and of a third function, `prepare`, which
+quantizes the weights that both are handed in parts. `After` adds lines to those of a step.
 
 There is one way to have a variable. `Writer.need` has it defined when the first line reads it: by
 the call that makes it again, by a cast, by a load. What nothing defines is free, and the free
@@ -41,22 +41,21 @@ Rules, each of them broken once:
 - A plan outlives the modules that it was made for: lines hold no op and no program.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from ..op import BACKWARD, FORWARD, differentiable
 from ..op.functions import passes
-from . import verify as verifying
-from .check import Checks
-from .claims import Call, Claim, Space
+from .claims import Call, Claim
 from .definitions import Definitions
 from .lines import Function, Line, literal, value, values
-from .planner import Cover
-from .prepare import Bind, write_prepare
 from .program import Argument
 from .writer import Writer
+
+After: TypeAlias = Callable[[Writer, Claim, Sequence[Line], bool], Sequence[Line]]
+"""The lines of a step with others around them. The last argument: whether it makes values again."""
 
 
 class Functions(NamedTuple):
@@ -69,39 +68,33 @@ class Functions(NamedTuple):
     definitions: Definitions
 
 
-def write(space: Space, cover: Cover, check: bool, bind: Bind) -> Functions:
-    """The functions of a cover. check: with lines that compare every step with the reference.
-
-    bind: chooses what quantizes a weight.
-    """
-    definitions = Definitions(space, cover)
-    backward = _Backward(definitions, check)
-    backward_function = backward.written()
+def write(definitions: Definitions, after: After | None) -> Functions:
+    """The functions of a cover."""
+    backward = _Backward(definitions, after)
+    function = backward.written()
     saved = tuple(backward.free)
-    forward_function = _Forward(definitions, saved, check).written()
-    prepare_function = write_prepare(definitions, bind)
-    if check or verifying.every:
-        verifying.verify(forward_function, backward_function, prepare_function)
-    return Functions(forward_function, backward_function, prepare_function, saved, definitions)
+    forward = _Forward(definitions, saved, after).written()
+    return Functions(forward, function, definitions.prepare(), saved, definitions)
 
 
 class _Pass(Writer):
     """What both functions have in common."""
 
     def __init__(
-        self, definitions: Definitions, direction: str, parameters: Sequence[str], check: bool
-    ) -> None:
+        self, definitions: Definitions, direction: str, parameters: Sequence[str],
+        after: After | None,
+    ) -> None:  # fmt: skip
         super().__init__(definitions.space, parameters)
         self.definitions, self.cover = definitions, definitions.cover
         self.direction = direction
-        self.checks = Checks(self) if check else None
+        self._after = after
 
     def define(self, name: str) -> Sequence[Line]:
         return self.definitions.define(name, self.direction, self)
 
     def after(self, claim: Claim, lines: Sequence[Line], again: bool = False) -> Sequence[Line]:
-        """The lines of a step with what comes after it, or before, to check it."""
-        return self.checks.after(claim, lines, again) if self.checks else lines
+        """The lines of a step with what a feature adds."""
+        return self._after(self, claim, lines, again) if self._after else lines
 
     def forward_step(
         self, claim: Claim, call: Call, used: Iterable[str], again: bool = False
@@ -118,9 +111,9 @@ class _Pass(Writer):
 
 
 class _Forward(_Pass):
-    def __init__(self, definitions: Definitions, saved: Sequence[str], check: bool) -> None:
+    def __init__(self, definitions: Definitions, saved: Sequence[str], after: After | None) -> None:
         arguments = [argument.name for argument in definitions.inputs]
-        super().__init__(definitions, FORWARD, ["ops", *arguments], check)
+        super().__init__(definitions, FORWARD, ["ops", *arguments], after)
         self.saved = saved
 
     def written(self) -> Function:
@@ -138,10 +131,10 @@ class _Forward(_Pass):
 
 
 class _Backward(_Pass):
-    def __init__(self, definitions: Definitions, check: bool) -> None:
+    def __init__(self, definitions: Definitions, after: After | None) -> None:
         program = definitions.program
         outs = [program.tee(i) for i in program.run.outputs if i in program.tapped]
-        super().__init__(definitions, BACKWARD, ["ops", "dx", *outs, "saved"], check)
+        super().__init__(definitions, BACKWARD, ["ops", "dx", *outs, "saved"], after)
         self.sums = {program.tee(i) for i in program.tapped}
         """Gradients of what several steps read."""
         self.together: dict[int, set[str]] = {}
@@ -229,7 +222,7 @@ class _Backward(_Pass):
 
     def results(self) -> tuple[Argument, ...]:
         """Gradients in the order of the forward's inputs, in the dtype of each."""
-        compute, waits = self.program.request.compute, self.program.elsewhere.waits
+        compute, waits = self.program.request.compute, self.program.request.elsewhere.waits
         results = []
         for argument in self.definitions.inputs:
             if (gradient := argument.gradient) is None:

@@ -2,28 +2,13 @@
 
 import itertools
 import linecache
-import re
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from math import inf, nan
 from types import CodeType, FunctionType
 from typing import Any
 from weakref import finalize
 
-import torch
-
-from ..base.errors import OpError
-from .expected import compare, compare_ranks, run_reference
-
 _serial = itertools.count()
-_OP = re.compile(r"ops\[([0-9]+)\]")
-
-
-def base_namespace() -> dict[str, Any]:
-    """What generated code may name besides its fusers."""
-    checks = {"check": compare, "check_ranks": compare_ranks, "run_reference": run_reference}
-    return {"torch": torch, "inf": inf, "nan": nan, **checks}
 
 
 @lru_cache(maxsize=256)
@@ -42,12 +27,3 @@ def compiled(name: str, source: str, namespace: dict[str, Any]) -> Callable[...,
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     finalize(function, linecache.cache.pop, file, None).atexit = False
     return function
-
-
-def place(error: OpError, labels: Sequence[str]) -> None:
-    """Give an error that an op raised as it ran the op's position, by the line that called it."""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        file = frame.f_code.co_filename
-        called = file.startswith("<opsgraph plan") and _OP.search(linecache.getline(file, line))
-        if called and str(error.args[0]).isidentifier():
-            error.args = (labels[int(called[1])], *error.args[1:])

@@ -45,7 +45,6 @@ from ..op import (
 from ..op.functions import checked_out, function, identity, passes, promotes, saved
 from .basic_ops import BasicOps
 from .names import root, variable
-from .weight_gradients import WeightGradients, weight_gradients
 
 INPUT, GAP, SAVED, PRIVATE = "input", "gap", "saved", "private"
 
@@ -75,6 +74,19 @@ class Argument(NamedTuple):
     """A constant, or an op's place. An "object" has no literal, but a name in the globals."""
 
 
+class WeightGradients(NamedTuple):
+    """Weights, by slot, whose gradients do not come back from the backward.
+
+    late: they wait for `backward_dw`; accumulated: they go into main_grad. waits, added: the names
+    of these gradients.
+    """
+
+    late: Mapping[int, str] = {}
+    accumulated: Mapping[int, str] = {}
+    waits: frozenset[str] = frozenset()
+    added: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True)
 class Request:
     """What distinguishes one kind of call from another: all that changes what is right."""
@@ -89,6 +101,7 @@ class Request:
     compute: torch.dtype | None = None
     """The dtype of an active autocast."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    elsewhere: WeightGradients = field(default_factory=WeightGradients)
 
 
 class Program:
@@ -351,13 +364,6 @@ class Program:
                 if name in kind.saves or (bwd is not None and name in arguments(bwd)):
                     places.append(i)
         return places
-
-    @cached_property
-    def elsewhere(self) -> WeightGradients:
-        """Weights whose gradients do not come back from the backward."""
-        present = {name for name, spec in self.request.weights.items() if spec is not None}
-        wanted = present & self.request.gradients
-        return weight_gradients(self.run, wanted, self.request.options)
 
     def spec(self, name: str) -> Spec:
         """The spec of a value by its name."""

@@ -1,36 +1,64 @@
-"""`make_plan` and `Plan`: the immutable result of planning, which runs, and shows what it does."""
+"""`make_plan` and `Plan`: the immutable result of planning."""
 
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from ..base.config import Config
-from ..base.errors import PlanError
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, Op, Spec
 from .basic_ops import BasicOps
-from .casting import with_casts
 from .claims import Claim, Space
-from .codegen import Functions, write
-from .definitions import Input, Prepared
+from .codegen import After, Functions, write
+from .definitions import Definitions, Input
 from .lines import Line
-from .planner import PLANNERS, Cover
-from .prepare import Bind
+from .planner import Cover, Planner
 from .program import Program, Request
 from .rejection import Rejection
-from .show import Shown, Step
 
 _handles: Counter[str] = Counter()
 
 
-@dataclass(frozen=True)
-class Plan(Shown):
-    """What a plan shows, its functions, and what these do as data."""
+class Step(NamedTuple):
+    """One step of a plan. `ops` are the positions it covers; `again` maps remade needs to ops."""
 
+    name: str
+    backend: str
+    direction: str
+    ops: tuple[int, ...]
+    needs: tuple[str, ...]
+    saves: tuple[str, ...]
+    again: Mapping[str, tuple[int, ...]]
+    edges: tuple[Spec, Spec]
+    where: str
+    """The ops as plans show them: `3`, `3-5`, `1-q2`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs in both passes, what is saved, what was refused and why; the functions as data."""
+
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    rejected: tuple[Rejection, ...]
+    saved: Mapping[str, int]
+    """Bytes per row of every value that the forward keeps; parameters are not counted."""
+    costs: Mapping[str, float]
+    """Cost in weighted bytes per row of what each planner would have chosen."""
+    forward_source: str
+    backward_source: str
+    prepare_source: str
+    """Empty without quantized weights."""
+    labels: tuple[str, ...]
+    """What errors call the op at each position: the one the user wrote."""
+    kinds: tuple[str, ...]
+    """The class of the basic op at each position."""
+    numbers: tuple[str, ...]
+    """What plans and sources call each op: its number, or "q2", "g2" for what a recipe adds."""
+    planning_seconds: float = field(compare=False)
+    """How long planning took, with the source written and compiled."""
     ops: tuple[Op, ...] = field(repr=False, compare=False)
     """What the functions call `ops`: skeletons that hold no parameters."""
     run_forward: Callable[..., Any]
@@ -39,7 +67,21 @@ class Plan(Shown):
     """Of weights and delayed scales: returns parts of quantized weights, and amaxes."""
     forward_lines: tuple[Line, ...] = field(repr=False, compare=False)
     backward_lines: tuple[Line, ...] = field(repr=False, compare=False)
+    prepare_lines: tuple[Line, ...] = field(repr=False, compare=False)
     specs: "Signature"
+
+    table: ClassVar[Callable[["Plan"], str]]
+    draw: ClassVar[Callable[..., None]]
+    graph: ClassVar[Any]
+    """What `str` gives, a picture, a networkx graph: the room that shows plans sets them."""
+
+    def __str__(self) -> str:
+        return self.table()
+
+    @property
+    def saved_bytes_per_row(self) -> int:
+        """Bytes kept for the backward, for each row of the input."""
+        return sum(self.saved.values())
 
     @cached_property
     def handle(self) -> str:
@@ -89,7 +131,7 @@ class Signature(NamedTuple):
     """Which weights' gradients wait for `backward_dw`: places among the weights."""
     into_main_grad: tuple[tuple[int, int], ...]
     """Weights whose gradients go into main_grad: places among what is saved, and the weights."""
-    prepared: tuple[Prepared, ...]
+    prepared: tuple[Any, ...]
     """Weights that are handed in quantized."""
     training: bool
     autocast: bool
@@ -134,7 +176,7 @@ def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
     kinds = zip(program.kinds, program.still(FORWARD), strict=True)
     first = len(program.activations)
     saved = [Saved(n, definitions.spec(n), places.get(n)) for n in functions.saved]
-    accumulated = {first + k for k in program.elsewhere.accumulated}
+    accumulated = {first + k for k in request.elsewhere.accumulated}
     return Signature(
         inputs,
         tuple(outputs),
@@ -144,7 +186,7 @@ def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
         taps=tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
         reports=len(program.reports),
         reported=tuple(k for k, argument in enumerate(inputs) if argument.amax),
-        late=tuple(program.elsewhere.late),
+        late=tuple(request.elsewhere.late),
         into_main_grad=tuple(
             (place, s.argument - first)
             for place, s in enumerate(saved)
@@ -162,25 +204,24 @@ def make_plan(
     run: BasicOps,
     request: Request,
     order: tuple[str, ...],
-    planner: str,
-    config: Config,
-    bind: Bind,
+    planner: Planner,
+    fuel: int | None = None,
+    definitions: Callable[[Space, Cover], Definitions] = Definitions,
+    after: After | None = None,
 ) -> Plan:
     """Plan a run for one kind of call. Raises OpError or PlanError for what cannot be planned.
 
-    bind: chooses what quantizes a weight, of the backends in `order`.
+    order: backends, the preferred one first. fuel: how many fused claims may be admitted.
+    definitions, after: what features have to say, see `codegen`.
     """
     start = time.perf_counter()
-    if planner not in PLANNERS:
-        raise PlanError(f"got planner {planner!r}, expected one of {', '.join(PLANNERS)}")
-    ops, run = tuple(run.ops), with_casts(run, request)
     program = Program(run, request)
-    space = Space(program, order, config.fuel)
-    cover = PLANNERS[planner](space)
-    functions = write(space, cover, config.check, bind)
+    space = Space(program, order, fuel)
+    cover = planner(space)
+    functions = write(definitions(space, cover), after)
     kept = sorted(cover.keeper.kept, key=lambda n: (space.place(n), n))
     forward, backward, prepare = functions[:3]
-    plan = Plan(
+    return Plan(
         forward=tuple(_step(claim, cover, space) for claim in cover.forward),
         backward=tuple(_step(claim, cover, space) for claim in cover.backward),
         rejected=tuple(r for r in space.rejected.values() if not _taken(r, cover)),
@@ -199,11 +240,9 @@ def make_plan(
         backward_lines=backward.lines,
         prepare_lines=prepare.lines,
         specs=_signature(space, cover, functions),
-        ops=ops,
+        ops=tuple(dict(zip(run.places, run.ops, strict=True)).values()),
         planning_seconds=time.perf_counter() - start,
     )
-    _log(plan, config)
-    return plan
 
 
 def _taken(rejection: Rejection, cover: Cover) -> bool:
@@ -211,19 +250,3 @@ def _taken(rejection: Rejection, cover: Cover) -> bool:
     steps = cover.forward if rejection.direction == FORWARD else cover.backward
     which = rejection.ops, rejection.name, rejection.backend
     return any((c.ops, c.fuser.name, c.fuser.backend) == which for c in steps)
-
-
-def _log(plan: Plan, config: Config) -> None:
-    if "plan" in config.logs:
-        print(f"{plan}\nplanned in {plan.planning_seconds * 1e3:.1f} ms", file=sys.stderr)
-    if "reject" in config.logs:
-        for refused in plan.rejected:
-            ops, name, direction, reason = refused
-            who = f"{name} of {refused.backend}" if refused.backend else name
-            print(f"opsgraph: {ops} {who} ({direction}): {reason}", file=sys.stderr)
-    if "code" in config.logs:
-        sources = plan.prepare_source, plan.forward_source, plan.backward_source
-        print(*filter(None, sources), file=sys.stderr)
-
-
-__all__ = ["Plan", "Step", "make_plan"]

@@ -5,13 +5,16 @@ and lets go of each variable after its last use.
 """
 
 from collections.abc import Iterable, Sequence
+from math import inf, nan
 from typing import Any
+
+import torch
 
 from ..guards.results import First
 from ..op import BACKWARD, STORED
 from ..op.functions import backward_functions
 from .claims import Call, Claim, Space
-from .compiled import base_namespace, compiled
+from .compiled import compiled
 from .lines import Function, Line, Nested, Results
 from .names import free
 from .program import Argument
@@ -29,8 +32,9 @@ class Writer:
         self.lines: list[Line] = []
         self.available = set(parameters)
         self.free: dict[str, None] = {}
-        self.namespace = base_namespace()
-        self._bound: dict[str, Any] = {}
+        self.namespace: dict[str, Any] = {"torch": torch, "inf": inf, "nan": nan}
+        self.bound: dict[str, Any] = {}
+        """Objects by what the source calls them."""
 
     def define(self, name: str) -> Sequence[Line]:
         """The lines that make a variable; none: it is free."""
@@ -66,16 +70,10 @@ class Writer:
     def bind(self, name: str, target: Any) -> str:
         """What an object is called in the source; a number is added where two share a name."""
         for text in free(name, self.program.roots):
-            if self._bound.setdefault(text, target) is target:
+            if self.bound.setdefault(text, target) is target:
                 self.namespace.setdefault(text, target)
                 return text
         raise AssertionError
-
-    def quantizer(self, quantizer: Any) -> tuple[str, Any]:
-        """A quantizer's name in the source, and the first one that is equal."""
-        same = (known for known in self._bound.values() if type(known) is type(quantizer))
-        target = next((known for known in same if known == quantizer), quantizer)
-        return self.bind(quantizer.storage.name.upper(), target), target
 
     def _name_of(self, claim: Claim, target: Any) -> str:
         """A fuser's name in the source. The first results of a user's are checked."""
@@ -128,12 +126,13 @@ class Writer:
     ) -> tuple[str, tuple[Argument, ...]]:
         """The call of a weight gradient's product: by the op, if the gradient goes elsewhere."""
         gradient, program = call.results[0], self.program
+        elsewhere = program.request.elsewhere
         (i,) = (i for i in claim.ops if gradient in program.gradient_names(i))
         op, stored = program.resolve(i, ""), program.resolve(i, "weight" + STORED)
         assert op is not None
-        if gradient in program.elsewhere.added and stored and not claim.is_reference:
+        if gradient in elsewhere.added and stored and not claim.is_reference:
             return "wgrad_by", (op, product, *arguments, stored)
-        if gradient in program.elsewhere.waits:
+        if gradient in elsewhere.waits:
             return "weigh", (op, product, *arguments)
         return product.text, arguments
 

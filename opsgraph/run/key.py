@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..features.weight_gradients import weight_gradients
 from ..op import ROWS, Op, Spec, row
 from ..plan.basic_ops import BasicOps
 from ..plan.program import Request
@@ -127,4 +128,5 @@ def request_of(
         tuple(trains.get(id(op), False) for op in ops),
         key.compute,
         options.given(),
+        weight_gradients(run, gradients, options.given()),
     )

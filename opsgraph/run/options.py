@@ -10,10 +10,10 @@ from typing import Any
 from ..base import config
 from ..base.backend import backends as known_backends
 from ..base.errors import PlanError
+from ..features.optimal import PLANNERS
 from ..fuser import registered
 from ..guards.validation import flag
 from ..ops.delayed import Queue
-from ..plan.planner import PLANNERS
 
 WHO = "Sequential"
 

@@ -30,6 +30,9 @@ What not every call needs is a file with one hook:
     op_kwargs   the caller's buffers                 run_with, in Sequential.forward
     inputs      what no stage could take             explain, in Sequential.forward
 
+What not every plan needs is a file, too, which meets the plan in `Stage._make`: `weight_gradients`,
+`casting`, `optimal`, `quantized`, `check`; then `verify` and `show`.
+
 Rules, each of them broken once:
 
 - Parameters are read from their modules at each call: others may stand there, for a while or from
@@ -51,12 +54,19 @@ from torch import Tensor, nn
 
 from ..base import config
 from ..base.errors import OpError, PlanError
+from ..features.casting import with_casts
+from ..features.check import checked
 from ..features.compiled import Compiled
 from ..features.dtensor import PLAIN, own_part
 from ..features.extras import ExtraInputs
 from ..features.followed import Followed, check_differentiable
+from ..features.optimal import PLANNERS
+from ..features.quantized import QuantizedDefinitions
+from ..features.raised import place
 from ..features.recipes import StageRecipe
+from ..features.show import told
 from ..features.unseen import Unseen
+from ..features.verify import verified
 from ..fusers.quantizing import prepare_by
 from ..guards.torch_private import finished, forward_ad, tracing, transforms
 from ..op import Op
@@ -64,7 +74,6 @@ from ..ops.quantize import lowered
 from ..ops.sizes import width_between
 from ..plan import Plan, make_plan
 from ..plan.basic_ops import BasicOps
-from ..plan.compiled import place
 from ..precision.delayed import Scaling
 from .eager import run_inference, run_traced, run_training
 from .key import PlainKey, key_of, request_of
@@ -162,8 +171,16 @@ class Stage(Followed, Compiled):
         options.verify_fusers()
         dims = self.extras.dims[:extras]
         request = request_of(key, table.run, dims, weights, self.modes, self.ops, options)
-        bind = partial(prepare_by, options.order)
-        return make_plan(table.run, request, options.order, options.planner, options.config, bind)
+        plan = make_plan(
+            with_casts(table.run, request),
+            request,
+            options.order,
+            PLANNERS[options.planner],
+            options.config.fuel,
+            partial(QuantizedDefinitions, partial(prepare_by, options.order)),
+            checked if options.config.check else None,
+        )
+        return told(verified(plan, options.config.check), options.config)
 
     def plan(self, training: bool, x: Tensor | None) -> Plan:
         """The plan for an example input, by default one in the parameters' dtype and device."""

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 
 import opsgraph as og
+from opsgraph.features.verify import verify
 from opsgraph.plan.lines import Function, Line
 from opsgraph.plan.program import Argument
-from opsgraph.plan.verify import verify
 from tests.plan.sources import Call
 
 

@@ -1,12 +1,32 @@
-"""What holds of all generated functions: nothing is read that is not there."""
+"""What holds of all generated functions: nothing is read that is not there.
+
+The hook is in `Stage`, after a plan is made.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..base.errors import PlanError
-from .lines import Function, Line
+from ..plan import Plan
+from ..plan.lines import Function, Line
 
 every = False
 """Whether all functions are verified, not only those under OPSGRAPH_CHECK."""
+
+
+def verified(plan: Plan, asked: bool) -> Plan:
+    """The plan, its functions verified if that is asked for."""
+    if not (asked or every):
+        return plan
+
+    def function(call: Any, lines: tuple[Line, ...]) -> Function:
+        code = call.__code__
+        return Function("", call, code.co_varnames[: code.co_argcount], lines)
+
+    forward = function(plan.run_forward, plan.forward_lines)
+    backward = function(plan.run_backward, plan.backward_lines)
+    verify(forward, backward, function(plan.run_prepare, plan.prepare_lines))
+    return plan
 
 
 def verify(forward: Function, backward: Function, prepare: Function | None = None) -> None:

@@ -4,21 +4,15 @@ With `delay_wgrad_compute` the backward returns a call in a gradient's place, or
 step has no other way, and `backward_dw` makes use of it. With `accumulate_into_main_grad` the
 product adds to a buffer that an optimizer owns. Both count for weights that are factors of a
 product and want a gradient; the op asks for them, or its Sequential for all.
+
+The hook is `Request.elsewhere`.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from .basic_ops import BasicOps
-
-
-class WeightGradients(NamedTuple):
-    """The names of such weights, by slot. `waits`, `added`: the names of their gradients."""
-
-    late: dict[int, str]
-    accumulated: dict[int, str]
-    waits: frozenset[str]
-    added: frozenset[str]
+from ..plan.basic_ops import BasicOps
+from ..plan.program import WeightGradients
 
 
 def weight_gradients(

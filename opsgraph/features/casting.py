@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..op import FORWARD, Op, Placed, Spec
 from ..op.functions import identity, promotes
-from .basic_ops import BasicOps
-from .names import root
-from .program import Request
+from ..plan.basic_ops import BasicOps
+from ..plan.names import root
+from ..plan.program import Request
 
 
 class Cast(Op):

@@ -1,82 +1,27 @@
-"""A plan for the eye: the table that `print(plan)` shows, the networkx graph, and a picture."""
+"""A plan for the eye: the table that `print(plan)` shows, the networkx graph, and a picture.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+The hooks are `Plan.table`, `Plan.graph` and `Plan.draw`.
+"""
+
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from ..op import FORWARD, Spec
-from .lines import Line
-from .rejection import Rejection
+from ..base.config import Config
+from ..op import FORWARD
+from ..plan import Plan
+from ..plan.result import Step
 
 if TYPE_CHECKING:
     import networkx as nx
 
 
-class Step(NamedTuple):
-    """One step of a plan. `ops` are the positions it covers; `again` maps remade needs to ops."""
-
-    name: str
-    backend: str
-    direction: str
-    ops: tuple[int, ...]
-    needs: tuple[str, ...]
-    saves: tuple[str, ...]
-    again: Mapping[str, tuple[int, ...]]
-    edges: tuple[Spec, Spec]
-    where: str
-    """The ops as plans show them: `3`, `3-5`, `1-q2`."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What a plan shows: what runs in both passes, what is saved, and what was refused and why."""
-
-    forward: tuple[Step, ...]
-    backward: tuple[Step, ...]
-    rejected: tuple[Rejection, ...]
-    saved: Mapping[str, int]
-    """Bytes per row of every value that the forward keeps; parameters are not counted."""
-    costs: Mapping[str, float]
-    """Cost in weighted bytes per row of what each planner would have chosen."""
-    forward_source: str
-    backward_source: str
-    prepare_source: str
-    """Empty without quantized weights."""
-    prepare_lines: tuple[Line, ...] = field(repr=False, compare=False)
-    labels: tuple[str, ...]
-    """What errors call the op at each position: the one the user wrote."""
-    kinds: tuple[str, ...]
-    """The class of the basic op at each position."""
-    numbers: tuple[str, ...]
-    """What plans and sources call each op: its number, or "q2", "g2" for what a recipe adds."""
-    planning_seconds: float = field(compare=False)
-    """How long planning took, with the source written and compiled."""
-
-    @property
-    def saved_bytes_per_row(self) -> int:
-        """Bytes kept for the backward, for each row of the input."""
-        return sum(self.saved.values())
-
-    @property
-    def graph(self) -> "nx.MultiDiGraph[Any]":
-        """Gaps as nodes, an edge for every claim taken or refused."""
-        return graph(self)
-
-    def draw(self, path: str | Path) -> None:
-        """Write a picture: ops, steps taken, steps refused. The ending (.svg, .html) decides."""
-        draw(self, Path(path))
-
-    def __str__(self) -> str:
-        return table(self)
-
-
-def positions(ops: tuple[int, ...], plan: Shown) -> str:
+def positions(ops: tuple[int, ...], plan: Plan) -> str:
     """What a plan calls the first and the last of some ops: `3`, `3-5` or `1-q2`."""
     return "-".join(dict.fromkeys((plan.numbers[ops[0]], plan.numbers[ops[-1]])))
 
 
-def _row(step: Step, plan: Shown, width: int = 24) -> str:
+def _row(step: Step, plan: Plan, width: int = 24) -> str:
     before, after = step.edges
     text = f"  {step.where:>5}  {step.name:<{width}} {step.backend:<10}"
     if step.direction == FORWARD:
@@ -89,7 +34,7 @@ def _row(step: Step, plan: Shown, width: int = 24) -> str:
     return text + (f" needs {', '.join(needs)}" if needs else "")
 
 
-def table(plan: Shown) -> str:
+def table(plan: Plan) -> str:
     """Weights quantized, steps, refusals, saved values, and costs where planners differ."""
     names = [step.name for step in (*plan.forward, *plan.backward)]
     names += [refused.name for refused in plan.rejected]
@@ -117,7 +62,7 @@ def table(plan: Shown) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def graph(plan: Shown) -> "nx.MultiDiGraph[Any]":
+def graph(plan: Plan) -> "nx.MultiDiGraph[Any]":
     """Nodes: gaps `("forward", 3)`; edges: steps taken, and refused ones with their reason."""
     import networkx as nx
 
@@ -166,7 +111,7 @@ def _span(ops: tuple[int, ...]) -> tuple[float, float]:
     return _LEFT + ops[0] * _COLUMN + 4, (ops[-1] - ops[0] + 1) * _COLUMN - 8
 
 
-def _refused_rows(plan: Shown, direction: str, y: float) -> tuple[list[str], float]:
+def _refused_rows(plan: Plan, direction: str, y: float) -> tuple[list[str], float]:
     """Refused steps, packed into as few rows as they need."""
     ends: list[float] = []
     parts = []
@@ -185,7 +130,7 @@ def _refused_rows(plan: Shown, direction: str, y: float) -> tuple[list[str], flo
     return parts, y + len(ends) * _HEIGHT
 
 
-def _legend(plan: Shown, y: float) -> list[str]:
+def _legend(plan: Plan, y: float) -> list[str]:
     parts = [_label(8, y + 17, "backends")]
     backends = dict.fromkeys(step.backend for step in (*plan.forward, *plan.backward))
     for k, name in enumerate(backends):
@@ -199,7 +144,7 @@ def _color(backend: str) -> str:
     return _COLORS.get(backend, "#7b5cb8")
 
 
-def svg(plan: Shown) -> str:
+def svg(plan: Plan) -> str:
     """The picture as SVG text: a row of ops, then taken and refused steps of both passes."""
     width = max(_LEFT + len(plan.kinds) * _COLUMN + 60, 620)
     parts, y = [], 40.0
@@ -235,8 +180,12 @@ def svg(plan: Shown) -> str:
     return "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *parts, "</svg>"])
 
 
-def draw(plan: Shown, path: Path) -> None:
-    """Write the picture as `.svg`, or as `.html` with the table and the generated source."""
+def draw(plan: Plan, path: str | Path) -> None:
+    """Write a picture: ops, steps taken, steps refused, as `.svg`.
+
+    As `.html` also the table and the generated source.
+    """
+    path = Path(path)
     if path.suffix not in (".svg", ".html"):
         raise ValueError(f"draw: got {path.name!r}, expected a name ending in .svg or .html")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,3 +195,21 @@ def draw(plan: Shown, path: Path) -> None:
         body = "".join(f"<pre>{block.translate(_ESCAPES)}</pre>" for block in blocks if block)
         text = f"<!doctype html><meta charset=utf-8><title>plan</title>{text}{body}"
     path.write_text(text, encoding="utf-8")
+
+
+def told(plan: Plan, config: Config) -> Plan:
+    """The plan, after what OPSGRAPH_LOGS asks for is on stderr."""
+    if "plan" in config.logs:
+        print(f"{plan}\nplanned in {plan.planning_seconds * 1e3:.1f} ms", file=sys.stderr)
+    if "reject" in config.logs:
+        for refused in plan.rejected:
+            ops, name, direction, reason = refused
+            who = f"{name} of {refused.backend}" if refused.backend else name
+            print(f"opsgraph: {ops} {who} ({direction}): {reason}", file=sys.stderr)
+    if "code" in config.logs:
+        sources = plan.prepare_source, plan.forward_source, plan.backward_source
+        print(*filter(None, sources), file=sys.stderr)
+    return plan
+
+
+Plan.table, Plan.draw, Plan.graph = table, draw, property(graph)

@@ -8,30 +8,31 @@ exchange of tensors that do not fit would hang.
 from collections.abc import Iterator, Sequence
 
 from ..op import BACKWARD, FORWARD, differentiable
-from .claims import Call, Claim
-from .lines import Line, literal, value
-from .program import Argument
-from .writer import Writer
+from ..plan.claims import Call, Claim
+from ..plan.lines import Line, literal, value
+from ..plan.program import Argument
+from ..plan.writer import Writer
+from .expected import compare, compare_ranks, run_reference
+
+_NAMES = {"check": compare, "check_ranks": compare_ranks, "run_reference": run_reference}
+"""What the lines that are added call."""
 
 
-class Checks:
-    """Adds the lines that check a step."""
-
-    def __init__(self, writer: Writer) -> None:
-        self.writer = writer
-
-    def after(self, claim: Claim, lines: Sequence[Line], again: bool = False) -> Sequence[Line]:
-        """The lines of a step with those that check it."""
-        step = _Step(self.writer, claim, {name for line in lines for name in line.makes})
-        before = list(step.ranks())
-        if again or claim.is_reference or not lines:
-            return [*before, *lines]
-        if claim.direction == FORWARD:
-            step.forward()
-        else:
-            before.append(Line("bind", (value("dx"),), "ref_dx", note="check"))
-            step.backward()
-        return [*before, *lines, *step.lines]
+def checked(
+    writer: Writer, claim: Claim, lines: Sequence[Line], again: bool = False
+) -> Sequence[Line]:
+    """The lines of a step with those that check it; the hook is `make_plan(after=checked)`."""
+    writer.namespace |= _NAMES
+    step = _Step(writer, claim, {name for line in lines for name in line.makes})
+    before = list(step.ranks())
+    if again or claim.is_reference or not lines:
+        return [*before, *lines]
+    if claim.direction == FORWARD:
+        step.forward()
+    else:
+        before.append(Line("bind", (value("dx"),), "ref_dx", note="check"))
+        step.backward()
+    return [*before, *lines, *step.lines]
 
 
 class _Step:
@@ -110,10 +111,11 @@ class _Step:
             # Of a quantized weight the backward has but the copy for its own product.
             if not self.program.packed(i, "weight", FORWARD):
                 self._forward(i)
+        waits = self.program.request.elsewhere.waits
         for i in reversed(range(self.claim.start, self.claim.stop)):
             claim = self._reference(BACKWARD, i)
             for call in claim.calls if claim else ():
-                if call.function == "wgrad" and call.results[0] in self.program.elsewhere.waits:
+                if call.function == "wgrad" and call.results[0] in waits:
                     continue
                 values = [a.text for a in call.arguments if a.category == "value"]
                 if any(name not in self.known for name in values):
@@ -123,5 +125,5 @@ class _Step:
                 self._run(claim, call, "ref_dx")  # type: ignore[arg-type]
         for name in ("dx", *filter(None, self.claim.results)):
             variable = f"{name}_more" if f"{name}_more" in self.makes else name
-            if variable in self.makes and name not in self.program.elsewhere.waits:
+            if variable in self.makes and name not in waits:
                 self._compare(name, variable, f"ref_{name}")
