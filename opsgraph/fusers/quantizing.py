@@ -85,7 +85,7 @@ def quantize(
 def prepare_by(
     order: Sequence[str], quantizer: Quantizer, weight: Spec, copies: tuple[str, ...]
 ) -> tuple[str, Callable[..., tuple[Tensor | None, ...]]]:
-    """What quantizes weights like this one, for a plan to call: see `plan.prepare`.
+    """What quantizes weights like this one, for the `prepare` of a plan to call.
 
     A QuantizedTensor in the same layout is taken as it is held, and has no amax. A tuple is what an
     earlier call returned. Under torch.compile the compiler sees into the quantizer's formulas.
