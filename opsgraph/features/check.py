@@ -50,11 +50,11 @@ class _Step:
     def ranks(self) -> Iterator[Line]:
         """Compares ranks before a step that exchanges tensors."""
         program, claim = self.program, self.claim
-        still = program.still(claim.direction)
+        still = program.still[claim.direction]
         talks = [program.ops[i] for i in claim.ops if program.kinds[i].collective and not still[i]]
         for op in talks[:1]:
             step = literal(f"{claim.label} {program.specs[claim.stop]}")
-            x = value(program.x(claim.start) if claim.direction == FORWARD else "dx")
+            x = value(program.x[claim.start] if claim.direction == FORWARD else "dx")
             group = literal(op.group), literal(op.group_size)
             yield Line("check_ranks", (step, x, *group), note="check")
 
@@ -78,7 +78,7 @@ class _Step:
         """One op forward, unless a value that it needs is not at hand."""
         if (claim := self._reference(FORWARD, i)) is None:
             return
-        y = self.program.x(i + 1)
+        y = self.program.x[i + 1]
         random = self.program.kinds[i].random
         repeated = next(self.space.remakes(claim), None)
         call, needs = repeated if random and repeated else (claim.calls[0], claim.needs)
@@ -101,7 +101,7 @@ class _Step:
             seeds = [self.program.name(n, i) for n in kind.saves if kind.random]
             self.known |= {name: name for name in seeds}
             self._forward(i)
-        y = self.program.x(self.claim.stop)
+        y = self.program.x[self.claim.stop]
         for name in sorted((self.makes & self.claim.gives) | {y}):
             self._compare(name, name, self.known.get(name, name))
 
@@ -111,7 +111,7 @@ class _Step:
             # Of a quantized weight the backward has but the copy for its own product.
             if not self.program.packed(i, "weight", FORWARD):
                 self._forward(i)
-        waits = self.program.request.elsewhere.waits
+        waits = self.program.request.late
         for i in reversed(range(self.claim.start, self.claim.stop)):
             claim = self._reference(BACKWARD, i)
             for call in claim.calls if claim else ():

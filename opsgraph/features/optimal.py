@@ -38,7 +38,7 @@ def optimal(space: Space) -> Cover:
 
 def _cost(space: Space, cover: Cover) -> float:
     """Weighted bytes per row of a cover."""
-    handed = cover.keeper.kept | space.teed()
+    handed = cover.keeper.kept | space.program.teed
     cost = cover.keeper.cost + sum(map(space.moved, cover.backward))
     return cost + sum(space.moved(claim, handed & claim.gives) for claim in cover.forward)
 
@@ -59,7 +59,7 @@ def _forward_path(space: Space, live: set[str]) -> list[Claim]:
     costs = [0.0] + [inf] * count
     last: list[Claim | None] = [None] * (count + 1)
     for gap in range(count):
-        if space.program.still(FORWARD)[gap] and costs[gap] < costs[gap + 1]:
+        if space.program.still[FORWARD][gap] and costs[gap] < costs[gap + 1]:
             costs[gap + 1], last[gap + 1] = costs[gap], None
         for claim in space.starting[FORWARD][gap]:
             if not qualifies(claim):
@@ -116,7 +116,7 @@ def _pair_path(space: Space) -> list[Claim]:
     @cache
     def advance(gap: int, direction: str) -> list[tuple[Claim | None, int, float]]:
         steps: list[tuple[Claim | None, int, float]] = []
-        if program.still(direction)[gap] or (direction == BACKWARD and not program.flows[gap + 1]):
+        if program.still[direction][gap] or (direction == BACKWARD and not program.flows[gap + 1]):
             steps.append((None, gap + 1, 0.0))
         for claim in space.starting[direction][gap]:
             if direction == BACKWARD and not space.admitted(claim):

@@ -5,34 +5,27 @@ step has no other way, and `backward_dw` makes use of it. With `accumulate_into_
 product adds to a buffer that an optimizer owns. Both count for weights that are factors of a
 product and want a gradient; the op asks for them, or its Sequential for all.
 
-The hook is `Request.elsewhere`.
+The hooks are `Request.late` and `Request.accumulated`.
 """
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..plan.basic_ops import BasicOps
-from ..plan.program import WeightGradients
 
 
 def weight_gradients(
-    run: BasicOps, wanted: Collection[str], options: Mapping[str, Any]
-) -> WeightGradients:
-    """Which weights' gradients go another way. wanted: the weights that need gradients."""
+    flag: str, run: BasicOps, wanted: Collection[str], options: Mapping[str, Any]
+) -> frozenset[str]:
+    """The names of gradients that go the way which a flag asks for.
 
-    def asked(flag: str) -> dict[int, str]:
-        everywhere, names = bool(options.get(flag)), (run.name(name, i) for i, name in run.slots)
-        return {
-            k: variable
-            for k, ((i, name), variable) in enumerate(zip(run.slots, names, strict=True))
-            if variable in wanted
-            and (everywhere or getattr(run.ops[i], flag, False))
-            and run.kinds[i].gemm
-            and (run.kinds[i].wgrad or name == "weight")
-        }
-
-    late, accumulated = asked("delay_wgrad_compute"), asked("accumulate_into_main_grad")
-    waits, added = (
-        frozenset(f"d{name}" for name in found.values()) for found in (late, accumulated)
-    )
-    return WeightGradients(late, accumulated, waits, added)
+    wanted: what needs gradients, weights among it.
+    """
+    asked = [
+        run.name(name, i)
+        for i, name in run.slots
+        if (options.get(flag) or getattr(run.ops[i], flag, False))
+        and run.kinds[i].gemm
+        and (run.kinds[i].wgrad or name == "weight")
+    ]
+    return frozenset(f"d{name}" for name in asked if name in wanted)

@@ -29,7 +29,7 @@ from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD
 from ..op.functions import family, passes
 from ..op.verify import verify_backward
-from .program import GAP, INPUT, SAVED, Argument, Program
+from .program import GAP, INPUT, PRIVATE, SAVED, Argument, Program, Value
 from .rejection import Rejection, obstacle, refusal
 
 
@@ -79,7 +79,7 @@ class Claim:
     def needs(self) -> tuple[str, ...]:
         """Values it reads, its input included: names of x's, saved values and extra inputs."""
         read = [a.text for call in self.calls for a in call.arguments if a.category == "value"]
-        first = [self.program.x(self.start)] if self.direction == FORWARD else []
+        first = [self.program.x[self.start]] if self.direction == FORWARD else []
         return tuple(dict.fromkeys(first + read))
 
     @cached_property
@@ -133,7 +133,7 @@ class Claim:
             return self.private(name.text)
         i = self.positions[name.key]
         value = None if i is None else self.program.resolve(i, name.value)
-        ends = self.program.x(self.start), self.program.x(self.stop)  # there in any case
+        ends = self.program.x[self.start], self.program.x[self.stop]  # there in any case
         return None if value is None or value.text in ends else value.text
 
     def _gradient(self, name: Name) -> str | None:
@@ -160,7 +160,7 @@ class Claim:
         elif text == "dy":
             argument = Argument("gradient", "dx")
         elif text in ("x", "y"):
-            argument = Argument("value", program.x(self.start if text == "x" else self.stop))
+            argument = Argument("value", program.x[self.start if text == "x" else self.stop])
         else:
             argument = Argument("value", self.private(text))
         return argument._replace(moved=True) if moved else argument
@@ -222,7 +222,7 @@ class Space:
 
     def _fused(self, fusers: tuple[Fuser, ...], direction: str) -> Iterator[Match]:
         program = self.program
-        still = program.still(direction)
+        still = program.still[direction]
         crossed = [
             flag and not (direction == BACKWARD and passes(kind))
             for flag, kind in zip(still, program.kinds, strict=True)
@@ -246,7 +246,7 @@ class Space:
 
     def _references(self, direction: str) -> Iterator[Match]:
         program = self.program
-        still = program.still(direction)
+        still = program.still[direction]
         for i, kind in enumerate(program.kinds):
             if not still[i] and (direction == FORWARD or program.flows[i + 1]):
                 if direction == BACKWARD:
@@ -257,7 +257,7 @@ class Space:
         """Tell the program of the private values that a forward claim gives."""
         ops = {k: None if i is None else self.program.ops[i] for k, i in claim.positions.items()}
         for name, spec in claim.fuser.saved(ops, self.program.specs[claim.start]).items():
-            self.program.add_private(claim.private(name), claim.start, spec)
+            self.program.values[claim.private(name)] = Value(PRIVATE, claim.start, spec)
 
     def reject(self, ops: tuple[int, ...], fuser: Fuser, direction: str, reason: str) -> None:
         """Record a refusal once."""
@@ -283,7 +283,7 @@ class Space:
         program = self.program
         total = sum(map(self.size, claim.needs))
         if claim.direction == FORWARD:
-            written = {program.x(claim.stop), *gives}
+            written = {program.x[claim.stop], *gives}
             return total + sum(map(self.size, written))
         ends = (claim.stop, claim.start) if program.flows[claim.start] else (claim.stop,)
         return total + sum(program.specs[gap].bytes_per_row for gap in ends)
@@ -332,13 +332,8 @@ class Space:
         if value.kind == INPUT or name in claim.gives:
             return False
         if value.kind == GAP:
-            return claim.start < value.place < claim.stop and name != self.program.x(claim.stop)
+            return claim.start < value.place < claim.stop and name != self.program.x[claim.stop]
         return claim.start <= value.place < claim.stop
-
-    def teed(self) -> set[str]:
-        """Values that later ops or the caller read, whatever the backward needs."""
-        tees = (*self.program.run.sources.values(), *self.program.run.outputs)
-        return {*map(self.program.x, tees), *self.program.reports}
 
     def partners(self, claim: Claim) -> list[Claim] | None:
         """The forward claims that give a backward one its private needs; None if it has none."""
@@ -356,5 +351,5 @@ class Space:
         partners = self.partners(claim)
         if partners is None:
             return True
-        wanted = {*claim.needs, *self.teed()}
+        wanted = {*claim.needs, *self.program.teed}
         return any(not any(self.hides(other, name) for name in wanted) for other in partners)

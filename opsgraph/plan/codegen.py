@@ -100,7 +100,7 @@ class _Pass(Writer):
         self, claim: Claim, call: Call, used: Iterable[str], again: bool = False
     ) -> Sequence[Line]:
         """The lines of a forward claim; of what it can hand out only `used` is bound."""
-        y = self.program.x(claim.stop)
+        y = self.program.x[claim.stop]
         names = [name if name and name in used else "_" for name in call.results]
         want = [saved for saved, name in zip(claim.fuser.saves, names, strict=False) if name != "_"]
         if self.program.specs[claim.stop].storage is not None:
@@ -118,10 +118,10 @@ class _Forward(_Pass):
 
     def written(self) -> Function:
         program, run = self.program, self.program.run
-        used = {*self.saved, *self.space.teed()}
+        used = {*self.saved, *self.program.teed}
         for claim in self.cover.forward:
             self.add(*self.forward_step(claim, claim.calls[0], used))
-        outputs = [program.x(program.count), *(program.x(i) for i in run.outputs)]
+        outputs = [program.x[program.count], *(program.x[i] for i in run.outputs)]
         shared = {n for n in outputs if outputs.count(n) > 1 or n in program.activations}
         if not (self.cover.forward or self.cover.backward or run.outputs):
             shared = set()  # a sequence that does nothing returns its input itself
@@ -194,7 +194,7 @@ class _Backward(_Pass):
         """Run a backward claim."""
         lines, sums = list[Line](), dict[str, str]()
         dx = "dx" if self.program.flows[claim.start] else "_"
-        weighed, dy = claim.weighed, f"d{self.program.x(claim.stop)}"
+        weighed, dy = claim.weighed, f"d{self.program.x[claim.stop]}"
         if weighed:
             lines.append(Line("bind", (value("dx"),), dy))
         for call in claim.calls:
@@ -222,7 +222,7 @@ class _Backward(_Pass):
 
     def results(self) -> tuple[Argument, ...]:
         """Gradients in the order of the forward's inputs, in the dtype of each."""
-        compute, waits = self.program.request.compute, self.program.request.elsewhere.waits
+        compute, waits = self.program.request.compute, self.program.request.late
         results = []
         for argument in self.definitions.inputs:
             if (gradient := argument.gradient) is None:

@@ -4,11 +4,10 @@ Under autocast an argument in another dtype is `weight2_stored`, and `weight2` i
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from ..guards.cached import cached_property
-from ..op import FORWARD, STORED, Spec
+from ..op import FORWARD, ROWS, STORED, Spec
 from .claims import Space
 from .lines import Function, Line, literal, value
 from .planner import Cover
@@ -46,13 +45,17 @@ class Definitions:
 
     def _inputs(self) -> Iterator[Input]:
         program = self.program
-        dims = (2, *(program.extra_dims(*place) for place in program.run.inputs))
-        for (name, spec), size in zip_longest(program.arguments.items(), dims):
+        dims = {"x0": 2}
+        for i, name, _ in program.run.inputs:
+            inside = program.kinds[i].extra_spec(program.ops[i], name, program.specs[i])
+            if inside is not None and ROWS in inside.shape:
+                dims[program.name(name, i)] = len(inside.shape)
+        for name, spec in program.arguments.items():
             amax = name in program.reported
             wanted = amax or (spec is not None and name in program.request.gradients)
             gradient = None if not wanted else "dx" if name == "x0" else f"d{name}"
             variable = name + STORED * (name in program.casts)
-            yield Input(variable, spec, size, gradient, amax)
+            yield Input(variable, spec, dims.get(name), gradient, amax)
 
     @cached_property
     def _arguments(self) -> dict[str, Spec | None]:

@@ -45,7 +45,7 @@ def keeper_of(space: Space) -> Keeper:
 def settled(space: Space, backward: list[Claim]) -> tuple[Keeper, set[str]]:
     """What is kept or made again for these claims, and which values are live then."""
     keeper = keeper_of(space).settle(need for claim in backward for need in claim.needs)
-    return keeper, keeper.kept | space.teed()
+    return keeper, keeper.kept | space.program.teed
 
 
 def qualifying(space: Space, live: Iterable[str]) -> Callable[[Claim], bool]:

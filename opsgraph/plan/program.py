@@ -29,20 +29,18 @@ from typing import Any, NamedTuple
 import torch
 
 from ..base.errors import OpError
-from ..guards.cached import cached_property
 from ..guards.constants import called, literal, plain
 from ..op import (
     BACKWARD,
     FORWARD,
-    ROWS,
     STORED,
+    Op,
     Spec,
     Storage,
-    arguments,
     differentiable,
     weights,
 )
-from ..op.functions import checked_out, function, identity, passes, promotes, saved
+from ..op.functions import checked_out, identity, passes, promotes, saved
 from .basic_ops import BasicOps
 from .names import root, variable
 
@@ -74,19 +72,6 @@ class Argument(NamedTuple):
     """A constant, or an op's place. An "object" has no literal, but a name in the globals."""
 
 
-class WeightGradients(NamedTuple):
-    """Weights, by slot, whose gradients do not come back from the backward.
-
-    late: they wait for `backward_dw`; accumulated: they go into main_grad. waits, added: the names
-    of these gradients.
-    """
-
-    late: Mapping[int, str] = {}
-    accumulated: Mapping[int, str] = {}
-    waits: frozenset[str] = frozenset()
-    added: frozenset[str] = frozenset()
-
-
 @dataclass(frozen=True)
 class Request:
     """What distinguishes one kind of call from another: all that changes what is right."""
@@ -101,7 +86,10 @@ class Request:
     compute: torch.dtype | None = None
     """The dtype of an active autocast."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    elsewhere: WeightGradients = field(default_factory=WeightGradients)
+    late: frozenset[str] = frozenset()
+    """Names of weight gradients that wait for `backward_dw`."""
+    accumulated: frozenset[str] = frozenset()
+    """Names of those that go into main_grad."""
 
 
 class Program:
@@ -110,42 +98,45 @@ class Program:
     def __init__(self, run: BasicOps, request: Request) -> None:
         self.run, self.request = run, request
         self.kinds, self.ops, self.labels = run.kinds, run.ops, run.labels
-        self.numbers, self.name = run.numbers, run.name
-        self._still = {d: self._identities(d) for d in (FORWARD, BACKWARD)}
-        names = (self.name(name, i) for i, name, _ in run.inputs)
-        self.activations = {"x0": request.x, **dict(zip(names, request.extras, strict=True))}
+        self.numbers, self.name, self.count = run.numbers, run.name, len(run.kinds)
+        self.still = {d: self._identities(d) for d in (FORWARD, BACKWARD)}
+        """Which ops do nothing in a pass."""
+        extras = zip(run.inputs, request.extras, strict=True)
+        given = {self.name(n, i): _in_rows(spec, run.factors[i]) for (i, n, _), spec in extras}
+        self.activations = {"x0": request.x, **given}
         """x and the extra inputs as they come."""
+        self.arguments: dict[str, Spec | None] = {**self.activations, **request.weights}
+        """What the caller hands in: x0, extra inputs and weights, as they come."""
         self.weight_names = {(i, name): self.name(name, i) for i, name in run.slots}
         self.casts = self._casts()
         """Which of the arguments an active autocast has cast."""
-        self._first = self._shared_gaps()
+        self.x = [f"x{run.edges[0]}"]
+        """The name of the value at each gap: behind an op that does nothing that before it."""
+        for edge, still in zip(run.edges[1:], self.still[FORWARD], strict=True):
+            self.x.append(self.x[-1] if still else f"x{edge}")
         self.specs = list[Spec]()
         """The spec of x at each gap."""
         self._propagate()
         self.flows = self._flow()
+        """For each gap, whether the gradient of its value is needed."""
         self.tapped = {i for i in (*run.outputs, *run.sources.values()) if self.flows[i]}
         """Tees at which a gradient arrives and is needed."""
         for i, kind in enumerate(self.kinds):
-            self._still[BACKWARD][i] |= bool(passes(kind)) or (kind.taps and i not in self.tapped)
+            passed = passes(kind) or (kind.taps and i not in self.tapped)
+            self.still[BACKWARD][i] |= bool(passed)
+        delayed = [i for i, op in enumerate(self.ops) if _delayed(op)]
+        self.reports = [self.name("amax", i) for i in delayed if "amax" in self.kinds[i].saves]
+        """amaxes that the forward hands out after its outputs."""
+        packing = [i for i in delayed if self.kinds[i].packs_gradient and self.flows[i + 1]]
+        self.reported = {self.name("scale", i) for i in packing}
+        """Scales in whose place the backward returns the amax that it saw."""
+        self.teed = {*(self.x[i] for i in (*run.sources.values(), *run.outputs)), *self.reports}
+        """Values that later ops or the caller read, whatever the backward needs."""
         self.values = self._values()
         self.roots = set(run.name.roots)
         """Roots of all variables, see `names`."""
         self._private: dict[Hashable, str] = {}
         self._resolved: dict[tuple[int, str, str], Argument | None] = {}
-
-    @property
-    def count(self) -> int:
-        """The number of lowered ops."""
-        return len(self.kinds)
-
-    @property
-    def arguments(self) -> dict[str, Spec | None]:
-        """What the caller hands in: x0, extra inputs and weights, as they come."""
-        return {**self.activations, **self.request.weights}
-
-    def still(self, direction: str) -> list[bool]:
-        """Which ops do nothing in a pass."""
-        return self._still[direction]
 
     def _identities(self, direction: str) -> list[bool]:
         modes = (self.request.training[place] for place in self.run.places)
@@ -163,13 +154,6 @@ class Program:
         others = ((n, spec) for n, spec in self.arguments.items() if n not in as_given)
         floats = ((n, spec.dtype) for n, spec in others if spec and spec.dtype.is_floating_point)
         return frozenset(name for name, dtype in floats if dtype != compute)
-
-    def _shared_gaps(self) -> list[int]:
-        """For each gap, the first one whose value it shares."""
-        first = [0]
-        for gap, still in enumerate(self.still(FORWARD), 1):
-            first.append(first[-1] if still else gap)
-        return first
 
     def _values(self) -> dict[str, Value]:
         values: dict[str, Value] = {}
@@ -198,7 +182,7 @@ class Program:
                 self._check_weight(i, name, x)
             for name in kind.extra_inputs:
                 self._check_extra(i, name, x)
-            if not self.still(FORWARD)[i]:
+            if not self.still[FORWARD][i]:
                 y = checked_out(kind, op, x, self.labels[i])
                 for dtype in self.promoted(i):
                     y = y.like(dtype=torch.promote_types(y.dtype, dtype))
@@ -221,9 +205,7 @@ class Program:
             raise OpError(label, f"input dtype {x.dtype}", expected)
 
     def _check_extra(self, i: int, name: str, x: Spec) -> None:
-        kind, label, own = self.kinds[i], self.labels[i], self.name(name, i)
-        if own in self.activations:
-            self.activations[own] = _in_rows(self.activations[own], x.factor)
+        kind, label = self.kinds[i], self.labels[i]
         spec, expected = self._extra_spec(i, name), kind.extra_spec(self.ops[i], name, x)
         if expected is None:
             return
@@ -247,13 +229,7 @@ class Program:
         """The dtypes with which that of op i's output is promoted."""
         return [self._extra_spec(i, name).dtype for name in promotes(self.kinds[i])]
 
-    def extra_dims(self, i: int, name: str, _: str | None) -> int | None:
-        """The dimensions that an extra input has inside the plan; None: it is not flattened."""
-        spec = self.kinds[i].extra_spec(self.ops[i], name, self.specs[i])
-        return None if spec is None or ROWS not in spec.shape else len(spec.shape)
-
     def _flow(self) -> list[bool]:
-        """For each gap, whether the gradient of its value is needed."""
         wanted, sources = self.request.gradients, self.run.sources
         flows = ["x0" in wanted]
         for i, kind in enumerate(self.kinds):
@@ -264,14 +240,10 @@ class Program:
 
     # -- names --
 
-    def x(self, gap: int) -> str:
-        """The name of the value at a gap."""
-        return f"x{self.run.edges[self._first[gap]]}"
-
     def extra(self, i: int, name: str) -> str:
         """The value of an extra input: a Tee's, or an input of the run."""
         source = self.run.sources.get((i, name))
-        return self.name(name, i) if source is None else self.x(source)
+        return self.name(name, i) if source is None else self.x[source]
 
     def tee(self, i: int) -> str:
         """The gradient that a Tee collects."""
@@ -287,13 +259,13 @@ class Program:
     def _resolve(self, i: int, name: str, direction: str) -> Argument | None:
         kind, op = self.kinds[i], self.ops[i]
         if name == "x" and direction == BACKWARD and self.run.overrides.get(i) == HIGH_PRECISION:
-            return Argument("value", self.x(i - 1))  # what its Quantize read
+            return Argument("value", self.x[i - 1])  # what its Quantize read
         if name == "":
             return Argument("op", f"ops[{self.run.places[i]}]", value=self.run.places[i])
         if name == "x":
-            return Argument("value", self.x(i))
+            return Argument("value", self.x[i])
         if name == "y":
-            return Argument("value", self.x(i + 1))
+            return Argument("value", self.x[i + 1])
         if name == "dy":
             return Argument("gradient", "dx")
         if name == "d" and kind.taps:
@@ -345,26 +317,6 @@ class Program:
         """Names of op i's gradients after dx, in `bwd`'s order; None for those not wanted."""
         return [self.gradient(i, name) for name in differentiable(self.kinds[i])]
 
-    @cached_property
-    def reports(self) -> list[str]:
-        """amaxes that the forward hands out after its outputs."""
-        return [self.name("amax", i) for i in self._delayed("amax")]
-
-    @cached_property
-    def reported(self) -> set[str]:
-        """Scales in whose place the backward returns the amax that it saw."""
-        return {self.name("scale", i) for i in self._delayed("dy") if self.flows[i + 1]}
-
-    def _delayed(self, name: str) -> list[int]:
-        """Ops with delayed scales that save `name`, or whose backward takes it."""
-        places = []
-        for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True)):
-            if getattr(getattr(op, "quantizer", None), "delayed", False):
-                bwd = function(kind, "bwd")
-                if name in kind.saves or (bwd is not None and name in arguments(bwd)):
-                    places.append(i)
-        return places
-
     def spec(self, name: str) -> Spec:
         """The spec of a value by its name."""
         kind, i, spec = self.values[name]
@@ -384,9 +336,10 @@ class Program:
             self.roots.add(root(text))
         return self._private[owner]
 
-    def add_private(self, variable: str, place: int, spec: Spec) -> None:
-        """Have a private value in the table."""
-        self.values[variable] = Value(PRIVATE, place, spec)
+
+def _delayed(op: Op) -> bool:
+    """Whether it quantizes by a scale that is delayed."""
+    return getattr(getattr(op, "quantizer", None), "delayed", False)
 
 
 def _in_rows(spec: Spec, factor: Fraction) -> Spec:

@@ -148,7 +148,7 @@ def _step(claim: Claim, cover: Cover, space: Space) -> Step:
         if claim.direction == BACKWARD and name in cover.keeper.again
     }
     program = space.program
-    start, stop = program.x(claim.start), program.x(claim.stop)
+    start, stop = program.x[claim.start], program.x[claim.stop]
     named = {start, stop} if claim.direction == FORWARD else set()
     return Step(
         claim.fuser.name,
@@ -172,11 +172,14 @@ def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
     same_rows = all(output.rows == (1, 1) for output in outputs)
     outputs += [Output(program.spec(name), (1, 1)) for name in program.reports]
     steps = (*cover.forward, *cover.backward, *run.outputs)
-    identity = not steps and request.x == program.specs[-1] and program.x(program.count) == "x0"
-    kinds = zip(program.kinds, program.still(FORWARD), strict=True)
+    identity = not steps and request.x == program.specs[-1] and program.x[program.count] == "x0"
+    kinds = zip(program.kinds, program.still[FORWARD], strict=True)
     first = len(program.activations)
     saved = [Saved(n, definitions.spec(n), places.get(n)) for n in functions.saved]
-    accumulated = {first + k for k in request.elsewhere.accumulated}
+    late, accumulated = (
+        [k for k, name in enumerate(request.weights) if f"d{name}" in names]
+        for names in (request.late, request.accumulated)
+    )
     return Signature(
         inputs,
         tuple(outputs),
@@ -186,11 +189,11 @@ def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
         taps=tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
         reports=len(program.reports),
         reported=tuple(k for k, argument in enumerate(inputs) if argument.amax),
-        late=tuple(request.elsewhere.late),
+        late=tuple(late),
         into_main_grad=tuple(
             (place, s.argument - first)
             for place, s in enumerate(saved)
-            if s.argument in accumulated
+            if s.argument is not None and s.argument - first in accumulated
         ),
         prepared=definitions.prepared,
         training=bool(request.gradients) and program.flows[-1] and not identity,

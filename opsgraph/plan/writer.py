@@ -126,13 +126,12 @@ class Writer:
     ) -> tuple[str, tuple[Argument, ...]]:
         """The call of a weight gradient's product: by the op, if the gradient goes elsewhere."""
         gradient, program = call.results[0], self.program
-        elsewhere = program.request.elsewhere
         (i,) = (i for i in claim.ops if gradient in program.gradient_names(i))
         op, stored = program.resolve(i, ""), program.resolve(i, "weight" + STORED)
         assert op is not None
-        if gradient in elsewhere.added and stored and not claim.is_reference:
+        if gradient in program.request.accumulated and stored and not claim.is_reference:
             return "wgrad_by", (op, product, *arguments, stored)
-        if gradient in elsewhere.waits:
+        if gradient in program.request.late:
             return "weigh", (op, product, *arguments)
         return product.text, arguments
 

@@ -119,6 +119,7 @@ def request_of(
         extras.append(Spec(sizes, dtype, device if here else torch.device("meta")))
         if wanted:
             gradients.add(run.name(name, i))
+    given = options.given()
     trains = dict(zip(map(id, modes), key.modes, strict=True))
     return Request(
         row(key.width, key.dtype, device),
@@ -127,6 +128,7 @@ def request_of(
         frozenset(gradients),
         tuple(trains.get(id(op), False) for op in ops),
         key.compute,
-        options.given(),
-        weight_gradients(run, gradients, options.given()),
+        given,
+        weight_gradients("delay_wgrad_compute", run, gradients, given),
+        weight_gradients("accumulate_into_main_grad", run, gradients, given),
     )
