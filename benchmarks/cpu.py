@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import opsgraph as og
 from benchmarks import memory
-from benchmarks.overhead import TorchSwiGLU
+from benchmarks.peers import TorchSwiGLU
 from benchmarks.timing import alternate, machine
 from opsgraph.ops import GELU, LayerNorm, Linear, RMSNorm, SwiGLU
 

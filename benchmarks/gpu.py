@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import opsgraph as og
+from benchmarks.peers import TorchSwiGLU
 from benchmarks.timing import alternate
 from opsgraph.fuser import registered
 from opsgraph.ops import GELU, LayerNorm, Linear, RMSNorm, SwiGLU
@@ -30,15 +30,6 @@ SIZES = ((8192, 1024, 3584), (8192, 2048, 5632), (8192, 4096, 14336))
 SMALL = (64, 1024, 3584)
 EPILOGUES = ("LinearActivation", "ActivationEpilogueBackward")
 """Fusers that put an activation into a Triton GEMM; "library GEMMs" is opsgraph without them."""
-
-
-class Gate(nn.Module):
-    """silu(a) * b in plain PyTorch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: `[*, 2 * width]`."""
-        a, b = x.chunk(2, -1)
-        return F.silu(a) * b
 
 
 def models(kind: str, hidden: int, ffn: int) -> dict[str, nn.Module]:
@@ -51,7 +42,7 @@ def models(kind: str, hidden: int, ffn: int) -> dict[str, nn.Module]:
         plain = nn.Sequential(
             nn.RMSNorm(hidden, eps=1e-5),
             nn.Linear(hidden, 2 * ffn, False),
-            Gate(),
+            TorchSwiGLU(),
             nn.Linear(ffn, hidden, False),
         ).to(**place)
     else:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import opsgraph as og
+from benchmarks.calls import Captured
 from benchmarks.timing import alternate
 from opsgraph.fusers.cublaslt.products import scaled_mm
 from opsgraph.kernels.formats import NVFP4, Format
@@ -97,23 +98,6 @@ def blocks(x: Tensor, ffn: int) -> tuple[Calls, dict[str, str]]:
     return {name: (lambda c=c: step(c)) for name, c in RECIPES.items()}, plans  # type: ignore[misc]
 
 
-def graphs(steps: Calls) -> Calls:
-    """Each step captured, after it ran on a stream of its own."""
-    captured = {}
-    for name, step in steps.items():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        captured[name] = graph.replay
-    return captured
-
-
 def measure(rows: int, hidden: int, ffn: int, rounds: int) -> dict[str, Any]:
     """All figures for one size, in milliseconds; printed as they come."""
     x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16)
@@ -123,7 +107,7 @@ def measure(rows: int, hidden: int, ffn: int, rounds: int) -> dict[str, Any]:
         "gemm": gemms(x, weight),
         "cast": casts(x, gamma),
         "block": calls,
-        "graph": graphs(calls),
+        "graph": {name: Captured(call) for name, call in calls.items()},
     }
     result: dict[str, Any] = {"rows": rows, "hidden": hidden, "ffn": ffn, "plans": plans}
     for part, candidates in parts.items():

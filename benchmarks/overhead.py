@@ -1,99 +1,55 @@
-"""What the host pays: an MLP too small for arithmetic to matter, beside the same in torch.nn.
+"""What the host pays: RMSNorm, Linear, SwiGLU, Linear without biases, beside other libraries.
 
-RMSNorm, Linear, SwiGLU, Linear without biases; 4 rows, H=64, F=128, fp32, one thread, in
-alternation. Also the time that planning takes. Prints a table and writes it as JSON.
+On a CPU: an MLP too small for arithmetic to matter (4 rows, H=64, F=128, fp32, one thread) and one
+of 16 rows in bf16, beside torch.nn; and the time that planning takes. On a GPU: training and
+inference beside PyTorch, torch.compile, Liger and TransformerEngine where they can be imported, in
+bf16 and under every recipe that the device has; split over GPUs with --ranks. opsgraph runs its
+passes from Python (OPSGRAPH_REPLAY=0), replayed, and as a CUDA graph. All take turns in one run.
 
     python -m benchmarks.overhead [--repeats 60] [--inner 200] [--out FILE]
+    python -m benchmarks.overhead --device cuda [--sizes 64x256x512,...] [--recipes none,...]
+    python -m benchmarks.overhead --device cuda --ranks 2
 """
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 import opsgraph as og
+from benchmarks import overhead_device as device_cases
+from benchmarks import tables
+from benchmarks.calls import FORWARD, INFERENCE, TRAINING, Clock, case_of, prepare, samples_of
+from benchmarks.peers import CANDIDATES, ON_CPU, ON_RANKS, RECIPES, Block
 from benchmarks.timing import alternate, machine
+from opsgraph.base import config
 from opsgraph.ops import Linear, RMSNorm, SiLU, SwiGLU
 
-ROWS, HIDDEN, FFN = 4, 64, 128
+CPU = torch.device("cpu")
+TINY = Block(4, 64, 128, torch.float32, CPU)
+FEW_ROWS = Block(16, 1024, 3584, torch.bfloat16, CPU)
 HOST_LIMIT = 1.1  # times nn.Sequential
 PLANNING_LIMITS = {"MLP, greedy": 2e-3, "MLP, optimal": 2e-3, "1,000 ops, greedy": 0.5}
-
-
-class TorchSwiGLU(nn.Module):
-    """silu(a) * b of the two halves, as one writes it in PyTorch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
-        return F.silu(a) * b
-
-
-def make_ours(planner: str = "greedy") -> og.Sequential:
-    """The MLP in opsgraph."""
-    return og.Sequential(
-        RMSNorm(HIDDEN, eps=1e-5),
-        Linear(HIDDEN, 2 * FFN, bias=False),
-        SwiGLU(),
-        Linear(FFN, HIDDEN, bias=False),
-        planner=planner,
-    )
-
-
-def make_theirs(ours: og.Sequential) -> nn.Sequential:
-    """The MLP in torch.nn, from the same weights."""
-    theirs = nn.Sequential(
-        nn.RMSNorm(HIDDEN, eps=1e-5),
-        nn.Linear(HIDDEN, 2 * FFN, bias=False),
-        TorchSwiGLU(),
-        nn.Linear(FFN, HIDDEN, bias=False),
-    )
-    with torch.no_grad():
-        for to, source in zip(theirs.parameters(), ours.parameters(), strict=True):
-            to.copy_(source)
-    return theirs
-
-
-def forward_without_grad(module: nn.Module, x: Tensor) -> Tensor:
-    """Inference."""
-    with torch.no_grad():
-        return module(x)
-
-
-def forward_and_backward(
-    module: nn.Module, parameters: list[nn.Parameter], x: Tensor, dy: Tensor
-) -> None:
-    """A training step without an optimizer, its gradients made anew."""
-    x.grad = None
-    for parameter in parameters:
-        parameter.grad = None
-    module(x).backward(dy)
+RESULTS = Path(__file__).parent / "results"
 
 
 def host_cases() -> dict[str, dict[str, Callable[[], Any]]]:
-    """For every kind of call, the same call of both modules."""
-    torch.manual_seed(0)
-    ours = make_ours()
-    modules = {"opsgraph": ours, "nn.Sequential": make_theirs(ours)}
-    x = torch.randn(ROWS, HIDDEN, requires_grad=True)
-    dy = torch.randn(ROWS, HIDDEN)
-    torch.testing.assert_close(*(module(x) for module in modules.values()))
-    return {
-        "forward, no_grad": {n: partial(forward_without_grad, m, x) for n, m in modules.items()},
-        "forward, grad": {n: partial(m, x) for n, m in modules.items()},
-        "forward + backward": {
-            n: partial(forward_and_backward, m, list(m.parameters()), x, dy)
-            for n, m in modules.items()
-        },
+    """For every kind of call of the tiny MLP, the same call of all modules."""
+    kinds = {
+        "forward, no_grad": INFERENCE,
+        "forward, grad": FORWARD,
+        "forward + backward": TRAINING,
     }
+    prepared = prepare(ON_CPU, TINY, tuple(kinds.values()))
+    return {name: prepared.calls[kind] for name, kind in kinds.items()}
 
 
 def plan_afresh(module: og.Sequential) -> Callable[[], Any]:
@@ -107,69 +63,186 @@ def plan_afresh(module: og.Sequential) -> Callable[[], Any]:
     return partial(stage._make, key, len(stage.inputs))
 
 
+def mlp(planner: str) -> og.Sequential:
+    """The tiny MLP, by one of the planners."""
+    return og.Sequential(
+        RMSNorm(TINY.hidden),
+        Linear(TINY.hidden, 2 * TINY.ffn, bias=False),
+        SwiGLU(),
+        Linear(TINY.ffn, TINY.hidden, bias=False),
+        planner=planner,
+    )
+
+
 def planning_cases() -> dict[str, Callable[[], Any]]:
     """Plans to make: the MLP's with both planners, and that of a long run of ops."""
     layers = [layer for _ in range(500) for layer in (Linear(8, 8, bias=False), SiLU())]
     return {
-        "MLP, greedy": plan_afresh(make_ours("greedy")),
-        "MLP, optimal": plan_afresh(make_ours("optimal")),
+        "MLP, greedy": plan_afresh(mlp("greedy")),
+        "MLP, optimal": plan_afresh(mlp("optimal")),
         "1,000 ops, greedy": plan_afresh(og.Sequential(*layers)),
     }
 
 
-def measure(repeats: int, inner: int) -> dict[str, Any]:
-    """All timings in seconds, with where and when they were taken."""
-    host = {name: alternate(pair, repeats, inner) for name, pair in host_cases().items()}
+def planning_seconds(repeats: int) -> dict[str, float]:
+    """Medians of the time that plans take."""
     planning = planning_cases()
     short = {name: call for name, call in planning.items() if name.startswith("MLP")}
     long = {name: call for name, call in planning.items() if name not in short}
+    return alternate(short, repeats, 5) | alternate(long, 3, 1)
+
+
+def cpu_cases(clock: Clock, threads: int) -> Iterator[dict[str, Any]]:
+    """Records of the tiny MLP on one thread, then of that of few rows on `threads`."""
+    before = torch.get_num_threads()
+    settings = (
+        (TINY, (INFERENCE, FORWARD, TRAINING), clock, 1),
+        (FEW_ROWS, (INFERENCE, TRAINING), few_calls(clock), threads),
+    )
+    try:
+        for block, kinds, each, count in settings:
+            torch.set_num_threads(count)
+            prepared = prepare(ON_CPU, block, kinds)
+            for kind in kinds:
+                samples = samples_of(prepared, kind, each)
+                case = case_of(block, kind, samples, prepared.refused[kind], prepared.plans[kind])
+                yield case | {"threads": count}
+    finally:
+        torch.set_num_threads(before)
+
+
+def few_calls(clock: Clock) -> Clock:
+    """The same with a 40th of the calls in a sample, for what takes milliseconds."""
+    return Clock(clock.repeats, max(1, clock.host // 40), clock.wall)
+
+
+def facts() -> dict[str, Any]:
+    """Where and when, and with which versions."""
+    versions = {}
+    for name in ("triton", "transformer_engine", "liger_kernel"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "opsgraph": og.__version__,
-        "shape": {"rows": ROWS, "hidden": HIDDEN, "ffn": FFN, "dtype": "float32"},
-        "method": f"medians of {repeats} samples of {inner} calls, candidates in alternation",
-        "host_seconds": host,
-        "planning_seconds": alternate(short, repeats, 5) | alternate(long, 3, 1),
+        "replays": "replay" in config.Config._fields,
+        "others": versions,
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results for the eye."""
-    lines = [results["machine"], f"{'':<22}{'opsgraph':>12}{'nn.Sequential':>16}{'ratio':>8}"]
-    for name, pair in results["host_seconds"].items():
-        ours, theirs = pair["opsgraph"], pair["nn.Sequential"]
-        times = f"{ours * 1e6:>9.1f} us{theirs * 1e6:>13.1f} us"
-        lines.append(f"{name:<22}{times}{ours / theirs:>8.2f}")
-    lines += ["", f"{'planning':<22}{'time':>12}{'limit':>16}"]
-    for name, seconds in results["planning_seconds"].items():
-        lines.append(f"{name:<22}{seconds * 1e3:>9.2f} ms{PLANNING_LIMITS[name] * 1e3:>13.0f} ms")
-    return "\n".join(lines)
-
-
 def misses(results: dict[str, Any]) -> list[str]:
-    """What is above its limit."""
-    host, planning = results["host_seconds"], results["planning_seconds"]
-    slow = [n for n, p in host.items() if p["opsgraph"] > HOST_LIMIT * p["nn.Sequential"]]
+    """What is above its limit, on a CPU: the tiny MLP's calls, and planning."""
+    slow = []
+    for case in results["cases"]:
+        own, other = (case["seconds"][name]["host"] for name in ("opsgraph", "nn.Sequential"))
+        if case["rows"] == TINY.rows and own["median"] > HOST_LIMIT * other["median"]:
+            slow.append(case["kind"])
+    planning = results["planning_seconds"]
     return slow + [name for name, seconds in planning.items() if seconds > PLANNING_LIMITS[name]]
 
 
-def main() -> int:
+def planning_table(seconds: dict[str, float]) -> str:
+    """Planning for the eye."""
+    lines = [f"{'planning':<22}{'time':>12}{'limit':>16}"]
+    for name, found in seconds.items():
+        lines.append(f"{name:<22}{found * 1e3:>9.2f} ms{PLANNING_LIMITS[name] * 1e3:>13.0f} ms")
+    return "\n".join(lines)
+
+
+def sizes_of(text: str) -> list[tuple[int, int, int]]:
+    """`64x256x512,8192x1024x3584`: rows, hidden and ffn of each."""
+    sizes = []
+    for part in text.split(","):
+        rows, hidden, ffn = (int(number) for number in part.split("x"))
+        sizes.append((rows, hidden, ffn))
+    return sizes
+
+
+def names_of(text: str, known: Iterable[str]) -> list[str]:
+    """The names in a text, with commas. Raises SystemExit for one that is not known."""
+    names, known = [name.strip() for name in text.split(",") if name.strip()], list(known)
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"got {name!r}, expected some of {', '.join(known)}")
+    return names
+
+
+def found_cases(args: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]:
+    """What was asked for, as it comes."""
+    device = torch.device(args.device)
+    if device.type == "cpu" and args.ranks == 1:
+        yield from cpu_cases(clock, args.threads)
+        return
+    known = ON_RANKS if args.ranks > 1 else CANDIDATES
+    without = names_of(args.without, known)
+    names = [name for name in known if name not in without]
+    recipes, lacking = device_cases.able(device)
+    if args.recipes:
+        recipes = names_of(args.recipes, RECIPES)
+    for recipe, reason in lacking.items():
+        if recipe not in recipes:
+            print(f"{RECIPES[recipe]} is left out: {reason}\n")
+    usual = device_cases.SIZES if args.ranks == 1 else device_cases.SIZES_ON_RANKS
+    sizes = sizes_of(args.sizes) if args.sizes else usual
+    if args.ranks == 1:
+        yield from device_cases.cases(sizes, recipes, names, clock, device)
+    else:
+        yield from device_cases.cases_on_ranks(sizes, recipes, names, clock, device, args.ranks)
+
+
+def clock_of(args: argparse.Namespace) -> Clock:
+    """The clocks for a device; on GPUs a sample has few calls, and they are not waited for."""
+    if args.device == "cpu":
+        return Clock(args.repeats or 60, args.inner or 200, wall=0)
+    synchronize = torch.cuda.synchronize
+    return Clock(args.repeats or 30, args.inner or 5, args.steps, synchronize=synchronize)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs to split the block over")
+    parser.add_argument("--repeats", type=int, help="samples; 60 on a CPU, 30 on GPUs")
+    parser.add_argument("--inner", type=int, help="calls in a sample of the host; 200, on GPUs 5")
+    parser.add_argument("--steps", type=int, default=20, help="calls in a sample of wall time")
+    parser.add_argument("--threads", type=int, default=2, help="for the CPU's larger MLP")
+    parser.add_argument("--sizes", default="", help="rows, hidden, ffn: 64x256x512,...")
+    parser.add_argument("--recipes", default="", help=f"some of {', '.join(RECIPES)}")
+    parser.add_argument("--without", default="", help="columns to leave out: Liger,te.ops")
+    parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--check", action="store_true", help="on a CPU: 1 if a limit is missed")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; 1 if a limit is missed and --check was given."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--inner", type=int, default=200, help="calls in a sample")
-    default = Path(__file__).parent / "results" / "overhead.json"
-    parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--check", action="store_true", help="fail if a limit is missed")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    results = measure(args.repeats, args.inner)
-    print(table(results))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=2) + "\n")
+    args = parse(arguments)
+    if args.device == "cuda" and torch.cuda.device_count() < args.ranks:
+        print(f"got {torch.cuda.device_count()} CUDA devices, expected {args.ranks}")
+        return 1
+    on_cpu = args.device == "cpu" and args.ranks == 1
+    name = "overhead" + ("" if on_cpu else "_cuda") + ("_ranks" if args.ranks > 1 else "")
+    out = args.out or RESULTS / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    clock = clock_of(args)
+    results: dict[str, Any] = {**facts(), "method": clock.method(), "cases": []}
+    told = "" if results["replays"] else "; nothing is replayed by this build"
+    print(f"{results['machine']}; {results['method']}{told}\n")
+    for case in found_cases(args, clock):
+        results["cases"].append(case)
+        tables.show(case)
+        out.write_text(json.dumps(results, indent=1) + "\n")  # what is there survives a crash
+    if not on_cpu:
+        return 0
+    results["planning_seconds"] = planning_seconds(clock.repeats)
+    print(planning_table(results["planning_seconds"]))
+    out.write_text(json.dumps(results, indent=1) + "\n")
     missed = misses(results)
     if missed:
         print(f"above the limit: {', '.join(missed)}")

@@ -3,12 +3,15 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from opsgraph.kernels.cpu.choices import cpu_model
+
+T = TypeVar("T")
 
 
 def alternate(
@@ -19,27 +22,50 @@ def alternate(
 ) -> dict[str, float]:
     """Median seconds of one call of each function, over `repeats` samples of `inner` calls.
 
-    In every repeat each function is sampled once, starting from the next one, so that a change of
-    the machine's speed meets all of them, and none always follows the same other. Python's garbage
-    collector is off meanwhile. `synchronize` is called before the clock is read
+    They take turns (`take_turns`). `synchronize` is called before the clock is read
     (`torch.cuda.synchronize` where the work is on a GPU).
     """
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
     for function in functions.values():  # warm up: plan, allocate, compile
         function()
+    samplers = {
+        name: partial(_sample, function, inner, synchronize) for name, function in functions.items()
+    }
+    found = take_turns(samplers, repeats)
+    return {name: statistics.median(samples) for name, samples in found.items()}
+
+
+def take_turns(samplers: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
+    """`repeats` samples of each.
+
+    In every repeat each is asked once, starting from the next one, so that a change of the
+    machine's speed meets all of them, and none always follows the same other. Python's garbage
+    collector is off meanwhile, and collects between repeats what these have left.
+    """
+    samples: dict[str, list[T]] = {name: [] for name in samplers}
+    names = list(samplers)
     collected = gc.isenabled()
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         for repeat in range(repeats):
-            turn = repeat % len(names)
+            turn = repeat % len(names) if names else 0
             for name in names[turn:] + names[:turn]:
-                samples[name].append(_sample(functions[name], inner, synchronize))
+                samples[name].append(samplers[name]())
+            gc.collect()
     finally:
+        gc.unfreeze()
         if collected:
             gc.enable()
-    return {name: statistics.median(found) for name, found in samples.items()}
+    return samples
+
+
+def spread(samples: Sequence[float]) -> dict[str, float]:
+    """The median, and the quartiles around it."""
+    if len(samples) == 1:
+        return dict.fromkeys(("median", "low", "high"), samples[0])
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
 
 
 def _sample(function: Callable[[], Any], inner: int, synchronize: Callable[[], Any]) -> float:
