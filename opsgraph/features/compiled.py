@@ -236,12 +236,12 @@ class Compiled:
 class CompiledSequence:
     """What a Sequential does under torch.compile."""
 
-    _plain: list[Any]
+    _stages: list[Any]
     _recipes: dict[int, list[Any]]
     _prepared: int
     _prepare: Callable[..., None]
     _make_stages: Callable[[int], list[Any]]
-    _run: Callable[..., Any]
+    run_stages: Callable[..., Any]
 
     @constant_under_compile
     def _refresh(self, recipe: int | None, width: int) -> None:
@@ -254,5 +254,5 @@ class CompiledSequence:
         """The call while Dynamo traces."""
         self._refresh(active.key, index(x.shape[-1]) if x.dim() else 0)
         assert self._prepared == config.epoch  # for Dynamo to guard both
-        stages = self._plain if active.key is None else self._recipes[active.key]
-        return self._run(stages, x, extras, True)
+        stages = self._stages if active.key is None else self._recipes[active.key]
+        return self.run_stages(stages, x, extras)

@@ -1,5 +1,6 @@
 """Between torch.nn and opsgraph: modules as ops and back, sharing the parameters."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -153,3 +154,43 @@ def module_from(module: nn.Module, label: str) -> nn.Module:
     if not isinstance(made, PlainOp):
         _share(module, made)
     return made.train(module.training)
+
+
+Places = dict[nn.Module | None, nn.Module | None]
+"""What each module has become, for one that occurs again."""
+
+
+def from_torch(module: nn.Module, ours: Any, kind: Any, options: dict[str, Any]) -> Any:
+    """A nn.Sequential as one of `kind`. ours: the class whose `forward` runs modules in order."""
+    if not isinstance(module, nn.Sequential):
+        raise PlanError(f"from_torch: got {type(module).__name__}, expected nn.Sequential")
+    own = type(module).forward not in (nn.Sequential.forward, ours.forward)
+    if own or "forward" in module.__dict__:
+        got = f"a {type(module).__name__} with a forward of its own"
+        raise PlanError(f"from_torch: got {got}, expected one that runs its modules in order")
+    return _converted(module, kind, options, {None: None})
+
+
+def _converted(module: nn.Module, kind: Any, options: dict[str, Any], made: Places) -> Any:
+    for child in module._modules.values():
+        if child is not None and child not in made:
+            nested = type(child) is nn.Sequential and is_untouched(child)
+            made[child] = _converted(child, kind, options, made) if nested else op_from(child)
+    return _rebuilt(module, made, kind, options)
+
+
+def _rebuilt(module: nn.Module, made: Places, kind: Any, options: dict[str, Any]) -> Any:
+    found = kind(OrderedDict((n, made[m]) for n, m in module._modules.items()), **options)
+    found.training = module.training  # its own alone: the modules inside have theirs
+    return found
+
+
+def to_torch(module: nn.Module, ours: Any) -> Any:
+    """A plain nn.Sequential for one of the class `ours`."""
+    made: Places = {None: None}
+    for name, child in module._modules.items():
+        if child is not None and child not in made:
+            label = f"{name}:{type(child).__name__}"
+            nested = isinstance(child, ours)
+            made[child] = to_torch(child, ours) if nested else module_from(child, label)
+    return _rebuilt(module, made, nn.Sequential, {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,13 +12,14 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..base import config
 from ..base.errors import OpError, PlanError
+from ..features import convert
+from ..features.called import Entry, spread
 from ..features.compiled import CompiledSequence
-from ..features.convert import is_untouched, module_from, op_from
-from ..features.inputs import explain, verify_tensor
+from ..features.inputs import explain
 from ..features.op_kwargs import run_with
 from ..guards.validation import place
 from ..guards.watched import Watched, contents, mutable, own_state, whole
-from ..op import Op, constant_under_compile
+from ..op import Op
 from ..op.verify import verify_added
 from ..ops.delayed import DelaysWeightGradients, Queue
 from ..ops.residual import tell_next
@@ -29,7 +30,7 @@ from ..precision.interned import drop_forgotten
 from ..precision.recomputed import follow
 from .options import NAMES, Options
 from .stage import Stage
-from .stages import Entry, Plans, make_stages, read_later, spread, unmatched
+from .stages import Plans, make_stages, run_stages
 
 
 class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
@@ -53,6 +54,7 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
     """
 
     _called = False
+    run_stages = staticmethod(run_stages)
 
     def __init__(
         self,
@@ -64,22 +66,21 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
         super().__init__(*args)
         self._options = Options.of(options, options.pop("queue", None))
         place("Sequential", device, dtype)
-        self._plain: list[Stage | nn.Module] = []
-        """The stages for no recipe. `_prepare` makes them anew where an op or the epoch changed."""
-        self._recipes: dict[int, list[Stage | nn.Module]] = {}
-        """Those for each recipe that the module has run in, by its number. Emptied with `_plain`;
+        self._stages: list[Any] = []
+        """Those for no recipe. `_prepare` makes them anew where an op or the epoch changed."""
+        self._recipes: dict[int, list[Any]] = {}
+        """Those for each recipe that the module has run in, by its number. Emptied with `_stages`;
         recipes that nobody holds any more are dropped when one is added."""
-        self._stages: list[Stage | nn.Module] = []
-        """`_plain` while calls are under no recipe, else empty: a call then asks `_current`."""
         self._last: int | None = None
         """The recipe of the last call without grad, for checkpoints; see `follow`."""
         self._prepared = -1
-        """The epoch for which `_plain` was made; -1 after a change of the module (`_forget`)."""
+        """The epoch for which `_stages` was made; -1 after a change of the module (`_forget`)."""
         self._epoch = -1
-        """The same for calls, which compare it without the lock; -1 while there are containers."""
+        """The same for calls, which compare it without the lock. -1 has each ask `_prepare`: while
+        there are containers, and after a call in a recipe that another has to `follow`."""
         self._containers: list[tuple[Op, str, Any]] = []
         """Lists and their like that ops hold, with what was in them: they change without a word.
-        Found anew with `_plain`."""
+        Found anew with `_stages`."""
         with config.lock:
             infer_sizes(self._present())
             tell_next(self._present())
@@ -107,19 +108,20 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
     def _prepare(self, width: int | None = None) -> None:
         """Find the stages again, unless nothing has changed; width: the input's, if it is known."""
         with config.lock:
-            if self._prepared == config.epoch and not self._container_changed():
-                return
-            if width is not None:
-                self._complete(width)
-            epoch = config.epoch
-            tell_next(self._present())
-            self.__dict__["_recipes"] = {}
-            made = self.__dict__["_plain"] = self._make_stages(None)
-            self.__dict__["_stages"] = made if self._last is None else []
-            self.__dict__["_containers"] = self._watch()
-            self.__dict__["_prepared"] = epoch
-            # The last, for threads that ask without the lock; -1 asks at every call.
-            self.__dict__["_epoch"] = -1 if self._containers else epoch
+            if self._prepared != config.epoch or self._container_changed():
+                if width is not None:
+                    self._complete(width)
+                epoch = config.epoch
+                tell_next(self._present())
+                self.__dict__["_recipes"] = {}
+                self.__dict__["_stages"] = self._make_stages(None)
+                self.__dict__["_containers"] = self._watch()
+                self.__dict__["_prepared"] = epoch
+            if active.key is None and self._last is not None:
+                self.__dict__["_last"] = follow(self._last)
+            # The last, for threads that ask without the lock.
+            asks = self._containers or self._last is not None
+            self.__dict__["_epoch"] = -1 if asks else self._prepared
 
     def _watch(self) -> list[tuple[Op, str, Any]]:
         """Have ops tell of changes; returns the containers in them, which tell nothing."""
@@ -145,25 +147,20 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
         given = [name for op in ops for name in op.channels.values() if name]
         return make_stages(self._entries(), self._options, recipe, given, CalledSequential)
 
-    def _current(self) -> list[Stage | nn.Module]:
+    def _current(self) -> list[Any]:
         """The stages for the active recipe."""
         key = active.key
         if key is None:
-            return self._stages or self._return()
+            return self._stages
         found = self._recipes.get(key)
         if found is None:
             with config.lock:
                 found = self._recipes[key] = self._make_stages(key)
                 drop_forgotten(self._recipes)
-        self.__dict__["_last"], self.__dict__["_stages"] = follow(self._last), []
+        if (last := follow(self._last)) != self._last:
+            with config.lock:
+                self.__dict__["_last"], self.__dict__["_epoch"] = last, -1
         return found
-
-    def _return(self) -> list[Stage | nn.Module]:
-        """The stages for no recipe, put aside by calls under one: only then is there a question."""
-        last = self.__dict__["_last"] = follow(self._last)
-        if last is None:
-            self.__dict__["_stages"] = self._plain
-        return self._plain
 
     # -- running --
 
@@ -184,21 +181,11 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
             if len(stages) == 1 and type(stage := stages[0]) is Stage:  # the usual case
                 if len(extra_inputs) == len(stage.inputs):
                     return stage(input, extra_inputs)
-            return self._run(stages, input, extra_inputs, False)
+            return run_stages(stages, input, extra_inputs)
         except Exception:
             if (found := explain(self, self._stages, input, extra_inputs)) is None:
                 raise
             return found
-
-    def _run(self, stages: Any, x: Tensor, extras: Sequence[Tensor], compiling: bool) -> Any:
-        if len(stages) == 1 and isinstance(stages[0], Stage):
-            stage = stages[0]
-            if len(extras) != len(stage.inputs):
-                self._wrong_count(len(extras), [name for _, name, _ in stage.inputs])
-            if compiling:
-                verify_tensor(x, "input")
-            return stage(x, extras, compiling)
-        return self._run_stages(stages, x, extras)
 
     def _complete(self, x: Tensor | int) -> None:
         """Make parameters whose sizes were left out, from an input or its width."""
@@ -208,38 +195,6 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
             for label, module in self._labelled():
                 if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
                     raise OpError(label, "no size for it", "one given, or told by a neighbour")
-
-    @constant_under_compile
-    def _wrong_count(self, got: int, names: list[str]) -> None:
-        wanted = f"{len(names)} ({', '.join(names)})" if names else "none"
-        raise OpError("Sequential", f"{got} extra inputs", wanted)
-
-    def _run_stages(
-        self, stages: list[Stage | nn.Module], x: Tensor, extra_inputs: Sequence[Tensor]
-    ) -> Any:
-        stages = stages or (self._return() if self._plain else [])
-        made: dict[str, Tensor] = {}
-        given, outputs = list(extra_inputs), []
-        needed = [n for s in stages if isinstance(s, Stage) for n in unmatched(stages, s)]
-        if len(given) != len(needed):
-            self._wrong_count(len(given), needed)
-        for stage in stages:
-            if not isinstance(stage, Stage):
-                x = stage(x)
-                continue
-            verify_tensor(x, f"input of {stage.table.run.labels[0]}")
-            extras = [
-                made[channel] if channel in made else given.pop(0) for _, _, channel in stage.inputs
-            ]
-            result = stage(x, extras, torch.compiler.is_compiling())
-            x, *more = result if isinstance(result, tuple) else (result,)
-            later = read_later(stages, stage)
-            for i, name, value in zip(stage.outputs, stage.output_names, more, strict=True):
-                if name is not None and name in later:
-                    made[name] = value
-                if name not in made or getattr(stage.ops[i], "to_caller", False):
-                    outputs.append(value)
-        return (x, *outputs) if outputs else x
 
     @property
     def wgrad_queue(self) -> Queue | None:
@@ -261,12 +216,12 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
                 made = stage.plan(training, x)
                 found += made if isinstance(made, Plans) else [made]
                 x = found[-1].specs.outputs[0].spec.empty(2)  # as far as is known, the next one's
-        called = [entry for entry in self._entries() if entry[2] is not None]
+        called = [entry.shown for entry in self._entries() if entry.called]
         if not found and not called:
             raise PlanError("there are no ops to plan")
         if len(found) == 1 and not called:
             return found[0]
-        return Plans(found, [f"{label}: called as a module, for {why}" for label, _, why in called])
+        return Plans(found, called)
 
     def example_extras(self, x: Tensor) -> list[Tensor]:
         """Uninitialized extra inputs of the right shapes for x, where all ops are planned."""
@@ -287,40 +242,11 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
         two places. options: as the constructor's. Raises PlanError for what is no nn.Sequential,
         or one with a forward of its own.
         """
-        if not isinstance(module, nn.Sequential):
-            raise PlanError(f"from_torch: got {type(module).__name__}, expected nn.Sequential")
-        own = type(module).forward not in (nn.Sequential.forward, Sequential.forward)
-        if own or "forward" in module.__dict__:
-            got = f"a {type(module).__name__} with a forward of its own"
-            raise PlanError(f"from_torch: got {got}, expected one that runs its modules in order")
-        return cls._converted(module, options, {})
-
-    @classmethod
-    def _converted(
-        cls, module: nn.Sequential, options: dict[str, Any], made: dict[nn.Module, nn.Module]
-    ) -> Sequential:
-        """made: what each module has become, for one that occurs again."""
-        for child in module._modules.values():
-            if child is None or child in made:
-                continue
-            nested = type(child) is nn.Sequential and is_untouched(child)
-            made[child] = cls._converted(child, options, made) if nested else op_from(child)  # type: ignore[arg-type]
-        places = {n: None if m is None else made[m] for n, m in module._modules.items()}
-        found = cls(OrderedDict(places), **options)
-        found.training = module.training  # its own alone: the modules inside have theirs
-        return found
+        return convert.from_torch(module, Sequential, cls, options)  # type: ignore[no-any-return]
 
     def to_torch(self) -> nn.Sequential:
         """A plain nn.Sequential that computes the same, sharing the parameters."""
-        made: dict[nn.Module | None, Any] = {None: None}
-        for label, module in self._labelled():
-            if module not in made:
-                nested = isinstance(module, Sequential)
-                made[module] = module.to_torch() if nested else module_from(module, label)  # type: ignore[operator]
-        places = {name: made[module] for name, module in self._modules.items()}
-        found = nn.Sequential(OrderedDict(places))
-        found.training = self.training
-        return found
+        return convert.to_torch(self, Sequential)  # type: ignore[no-any-return]
 
     # -- the list protocol, where nn.Sequential would return or forget something else --
 
@@ -386,7 +312,7 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
         return replica
 
 
-_UNPREPARED = dict(_stages=[], _plain=[], _recipes={}, _epoch=-1, _prepared=-1, _containers=[])
+_UNPREPARED = dict(_stages=[], _recipes={}, _epoch=-1, _prepared=-1, _containers=[])
 
 
 class CalledSequential(Sequential):
