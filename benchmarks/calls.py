@@ -141,7 +141,7 @@ def prepare(
                     continue
                 made.calls[kind][name] = call
                 if isinstance(found.module, og.Sequential):
-                    made.plans[kind][name] = _plan_of(found, kind)
+                    made.plans[kind][name] = _plan_of(found, kind, x)
                     made.epochs.add(config.epoch)
     return made
 
@@ -171,23 +171,28 @@ def _ready(
     """
     for _ in range(WARM):
         result = call()
-    value = result.detach().float()
-    error = relative_error(value, expected.setdefault(kind, value.clone()))
+    expected.setdefault(kind, result.detach().clone())
     limit = LIMITS[block.dtype] if block.recipe == "none" else QUANTIZED_LIMIT
+    verify(result, expected[kind], limit)
+    if not candidate.graph:
+        return call
+    graph = Captured(call)
+    verify(graph(), expected[kind], limit)
+    return graph
+
+
+def verify(found: Tensor, expected: Tensor, limit: float) -> None:
+    """Raises ValueError where the norm of the difference is more than `limit` of the norm."""
+    found, expected = found.detach().float(), expected.float()
+    error = float((found - expected).norm() / expected.norm())
     if not error <= limit:
         raise ValueError(f"the result is wrong: relative error {error:.3g}, at most {limit} is due")
-    return Captured(call) if candidate.graph else call
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The norm of the difference by the norm."""
-    return float((found - expected).norm() / expected.norm())
-
-
-def _plan_of(peer: Peer, kind: str) -> str:
+def _plan_of(peer: Peer, kind: str, x: Tensor) -> str:
     """What a module of opsgraph runs."""
     with peer.context() if peer.context else nullcontext():
-        return str(peer.module.plan(training=kind != INFERENCE))
+        return str(peer.module.plan(kind != INFERENCE, x))
 
 
 class Sample(NamedTuple):

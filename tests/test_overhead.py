@@ -126,6 +126,18 @@ def test_what_cannot_be_made_or_is_wrong_is_left_out_with_its_reason() -> None:
         assert "ValueError: the result is wrong" in found.refused[kind]["doubled"]
 
 
+@pytest.mark.parametrize("factor", [1, 2])
+def test_what_a_graph_computes_is_compared_too(
+    monkeypatch: pytest.MonkeyPatch, factor: int
+) -> None:
+    monkeypatch.setattr(calls, "Captured", lambda call: lambda: factor * call())
+    columns = COLUMNS | {"graph": Candidate(peers.ours, graph=True)}
+    found = calls.prepare(columns, SMALL)
+    for kind in calls.KINDS:
+        assert ("graph" in found.calls[kind]) == (factor == 1)
+        assert ("the result is wrong" in found.refused[kind].get("graph", "")) == (factor == 2)
+
+
 def test_a_candidate_that_another_rank_cannot_run_is_left_out() -> None:
     answers = iter([True] + [False] * 8)  # the first candidate's building failed elsewhere
     found = calls.prepare(COLUMNS, SMALL, agree=lambda failed: next(answers))
