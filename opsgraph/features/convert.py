@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from ..base.errors import PlanError
 from ..op import Op, arguments, row
-from ..op.verify import verify_trailing
 from ..ops.activations import GELU, ReLU, SiLU
 from ..ops.elementwise import Dropout, Identity
 from ..ops.linear import Linear
 from ..ops.norms import LayerNorm, RMSNorm
+from .extras import verify_trailing
 
 
 def _linear(module: nn.Linear) -> Op:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import OpError
-from ..op import row
-from ..op.verify import verify_trailing
+from ..op import Op, row
 from ..plan.basic_ops import BasicOps
 
 
@@ -79,3 +78,11 @@ class ExtraInputs:
             got = f"{name} of shape {tuple(extra.shape)}"
             raise OpError(self.run.labels[i], got, f"{expected}")
         return extras
+
+
+def verify_trailing(op: Op, label: str, shape: torch.Size) -> None:
+    """Raises OpError for an input whose last dimensions are not those that the op works on."""
+    sizes = op.trailing()
+    if sizes and tuple(shape[-1 - len(sizes) : -1]) != sizes:
+        expected = ", ".join(map(str, (*sizes, op.in_width)))
+        raise OpError(label, f"input of shape {tuple(shape)}", f"[*, {expected}]")

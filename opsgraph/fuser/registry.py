@@ -1,5 +1,6 @@
 """The registry of all fusers."""
 
+from collections.abc import Callable
 from itertools import count
 from types import TracebackType
 
@@ -7,10 +8,11 @@ from ..base import config
 from ..base.errors import RegisterError
 from .base import Fuser
 from .matching import Matcher
-from .verify import verify
 
 _registered: list[Fuser] = []
 _serial = count(1)
+checks: list[Callable[[Fuser], None]] = []
+"""Raise RegisterError for a wrong declaration; the room that checks declarations adds to them."""
 
 
 class Handle:
@@ -53,7 +55,8 @@ def register(fuser: Fuser | type[Fuser]) -> Handle:
         ) from error
     if not isinstance(instance, Fuser):
         raise RegisterError(f"got {instance!r}, expected a Fuser or a class of one")
-    verify(instance)
+    for check in checks:
+        check(instance)
     with config.lock:
         instance.serial = next(_serial)
         _registered.append(instance)

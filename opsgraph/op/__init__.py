@@ -4,7 +4,6 @@ from .arguments import STORED, arguments, constant_under_compile, per_class
 from .base import (
     BACKWARD,
     FORWARD,
-    Lower,
     Lowered,
     Op,
     Placed,
@@ -20,7 +19,6 @@ __all__ = [
     "FORWARD",
     "ROWS",
     "STORED",
-    "Lower",
     "Lowered",
     "Op",
     "Placed",

@@ -112,6 +112,8 @@ class Op(Watched):
 
     alone: ClassVar[Callable[["Op"], Callable[..., Any]]]
     """Makes a sequence of one op, for `forward`; the room that runs sequences sets it."""
+    verify_added: ClassVar[Callable[..., None]]
+    """Raises PlanError for an op that cannot be planned; the room that checks ops sets it."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -252,6 +254,10 @@ class Op(Watched):
         """The shape that a parameter must have (None in it: any size); None leaves it to `fwd`."""
         return None
 
+    def joined(self) -> Collection[str]:
+        """Parameters that are no arguments of `fwd`, for it joins them to one that is."""
+        return ()
+
     def parts(self) -> "Sequence[Op] | None":
         """The ops that it stands for, one after the other, where each could also be called."""
         return None
@@ -356,9 +362,6 @@ def differentiable(kind: type[Op]) -> tuple[str, ...]:
     """The arguments of `fwd` after x that can have a gradient, in order."""
     skipped = {"x", "want", *kind.constants}
     return tuple(name for name in arguments(kind.fwd) if name not in skipped)
-
-
-Lower = Callable[[Sequence[Op], Sequence[str]], Sequence[Placed]]
 
 
 def lower_plainly(ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:

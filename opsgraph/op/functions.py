@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.errors import OpError, OpsgraphError
+from ..base.errors import OpError, OpsgraphError, PlanError
 from .arguments import arguments, per_class
 from .base import Op
 from .spec import ROWS, Spec
@@ -127,6 +127,15 @@ def derived_backward(kind: type[Op]) -> Callable[..., Any]:
 
     bwd.declared_arguments = ("dy", *names)  # type: ignore[attr-defined]
     return bwd
+
+
+def verify_backward(kind: type[Op], label: str) -> None:
+    """Raises PlanError for an op whose gradients cannot be computed."""
+    functions = backward_functions(kind)
+    if kind.random and functions == {"bwd": derived_backward(kind)}:
+        raise PlanError(
+            f"{label}: got a random fwd and no bwd for it, expected one that takes the saved seed"
+        )
 
 
 def _part(kind: type[Op], part: Callable[[Any], Any]) -> Callable[..., Any]:

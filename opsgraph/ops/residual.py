@@ -14,7 +14,6 @@ from ..base.errors import OpError, PlanError
 from ..guards.validation import Checked, flag, text
 from ..guards.watched import Watched, whole
 from ..op import Lowered, Op, Spec
-from ..op.verify import verify_added
 from .linear import BasicLinear
 from .sizes import infer_sizes, width_between
 
@@ -143,7 +142,7 @@ def _checked(module: Any) -> Any:
     if isinstance(module, nn.Module) and not isinstance(module, Op):
         raise PlanError(f"Residual: got {type(module).__name__}, expected ops of opsgraph")
     if module is not None:
-        verify_added(module)
+        Op.verify_added(module)
     return module
 
 

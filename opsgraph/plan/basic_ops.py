@@ -5,37 +5,29 @@ from copy import copy
 from fractions import Fraction
 
 from ..base.errors import PlanError
-from ..guards.constants import plain, verify
-from ..op import Lower, Op, Placed, lower_plainly, weights
-from ..op.verify import verify_kind
+from ..op import Op, Placed, weights
 from .names import Names
 
 
 class BasicOps:
     """What the ops of a stage lower to, in a row; knows neither parameters' values nor dtypes.
 
-    labels: what errors call each op ("0:Linear"). inputs: `(position, name, channel)` of every
-    extra input that no earlier Tee of the run provides; outputs: positions of Tees handed to the
-    caller. lower: how ops become basic ones, where a recipe adds some. numbers: what names and
-    plans call the ops; one that a recipe or autocast adds shares the number of the op that it is
-    for ("q2", "g2", "c2"), so that no other number changes.
+    entries: basic ops that were verified. labels: what errors call each of them ("0:Linear").
+    inputs: `(position, name, channel)` of every extra input that no earlier Tee of the run
+    provides; outputs: positions of Tees handed to the caller. numbers: what names and plans call
+    the ops; one that a recipe or autocast adds shares the number of the op that it is for ("q2",
+    "g2", "c2"), so that no other number changes.
     """
 
     def __init__(
         self,
-        ops: Sequence[Op],
-        labels: Sequence[str],
+        entries: Sequence[Placed],
         known: Iterable[str] = (),
         later: Iterable[str | None] = (),
-        lower: Lower | None = None,
     ) -> None:
         self._known, self._later = frozenset(known), frozenset(later)
         self.streams = False
         """Whether the input is left uncast under autocast, for casts that stand in the run."""
-        entries = (lower or lower_plainly)(ops, labels)
-        for entry in entries:
-            verify_kind(entry.kind, entry.label)
-            _verify_constants(entry)
         self._fill(entries)
 
     def _fill(self, entries: Sequence[Placed]) -> None:
@@ -123,10 +115,3 @@ class BasicOps:
         other.streams = streams
         other._fill(entries)
         return other
-
-
-def _verify_constants(entry: Placed) -> None:
-    for name in entry.kind.constants:
-        if not hasattr(entry.op, name):
-            raise PlanError(f"{entry.label}: got no {name!r}, which its constants name")
-        verify(plain(getattr(entry.op, name)), entry.label, name)

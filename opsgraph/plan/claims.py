@@ -27,8 +27,7 @@ from ..base.errors import PlanError
 from ..fuser import AGAIN, Function, Fuser, Match, Matcher, Name, Reference, reference, registered
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD
-from ..op.functions import family, passes
-from ..op.verify import verify_backward
+from ..op.functions import family, passes, verify_backward
 from .program import GAP, INPUT, PRIVATE, SAVED, Argument, Program, Value
 from .rejection import Rejection, obstacle, refusal
 

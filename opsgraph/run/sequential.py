@@ -15,12 +15,12 @@ from ..base.errors import OpError, PlanError
 from ..features import convert
 from ..features.called import Entry, spread
 from ..features.compiled import CompiledSequence
+from ..features.declared_ops import verify_added
 from ..features.inputs import explain
 from ..features.op_kwargs import run_with
 from ..guards.validation import place
 from ..guards.watched import Watched, contents, mutable, own_state, whole
 from ..op import Op
-from ..op.verify import verify_added
 from ..ops.delayed import DelaysWeightGradients, Queue
 from ..ops.residual import tell_next
 from ..ops.sizes import infer_sizes

@@ -26,7 +26,7 @@ What not every call needs is a file with one hook:
     unseen      gradients past autograd              Stage.unseen, where Stage.eager_only is set
     followed    torch.func, forward-mode AD, traces  Stage.run_followed
     compiled    torch.compile                        Stage.run_compiled, Sequential._run_compiled
-    dtensor     parameters that are DTensors         own_part, in Stage.weights
+    dtensor     parameters that are DTensors         own_part, in Parameters.weights
     op_kwargs   the caller's buffers                 run_with, in Sequential.forward
     inputs      what no stage could take             explain, in Sequential.forward
 
@@ -50,14 +50,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base import config
 from ..base.errors import OpError, PlanError
 from ..features.casting import with_casts
 from ..features.check import checked
 from ..features.compiled import Compiled
-from ..features.dtensor import PLAIN, own_part
+from ..features.declared_ops import check_shapes, verify_entries, verify_weights
 from ..features.extras import ExtraInputs
 from ..features.followed import Followed, check_differentiable
 from ..features.optimal import PLANNERS
@@ -69,20 +69,19 @@ from ..features.unseen import Unseen
 from ..features.verify import verified
 from ..fusers.quantizing import prepare_by
 from ..guards.torch_private import finished, forward_ad, tracing, transforms
-from ..op import Op
+from ..op import Op, lower_plainly
 from ..ops.quantize import lowered
 from ..ops.sizes import width_between
 from ..plan import Plan, make_plan
 from ..plan.basic_ops import BasicOps
-from ..precision.delayed import Scaling
 from .eager import run_inference, run_traced, run_training
 from .key import PlainKey, key_of, request_of
 from .options import Options
-from .shapes import absent, check_shapes, shape_of, verify_weights
+from .parameters import Parameters
 from .table import table_for
 
 
-class Stage(Followed, Compiled):
+class Stage(Parameters, Followed, Compiled):
     """A run of consecutive ops of a Sequential, with the parameters it reads."""
 
     run_inference, run_traced = staticmethod(run_inference), staticmethod(run_traced)
@@ -96,19 +95,18 @@ class Stage(Followed, Compiled):
         later: Iterable[str | None] = (),
         recipe: int | None = None,
     ) -> None:
-        lower = None if recipe is None else partial(lowered, recipe)
         self.again = partial(Stage, ops, labels, options, known, later, recipe)
         self.written = tuple(ops)
-        run = BasicOps(ops, labels, known, later, lower)
+        lower = lower_plainly if recipe is None else partial(lowered, recipe)
+        verify_entries(entries := lower(ops, labels))
+        run = BasicOps(entries, known, later)
         verify_weights(run)
         check_differentiable(run, options, recipe)
+        super().__init__(run)
         self.inputs, self.outputs = run.inputs, run.outputs
         self.extras = ExtraInputs(run)
         self.trailing = self.extras.trailing
         self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
-        self.slots = [run.ops[i].home(name) for i, name in run.slots]
-        self.absent = absent(run)
-        self.shapes = self._shapes()
         self.modes = [
             op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
         ]
@@ -119,30 +117,6 @@ class Stage(Followed, Compiled):
         self.double_backward = options.double_backward
         self.unseen = Unseen(run, self.table.run.ops, self.slots, options)
         self.eager_only = self.unseen.reason
-
-    def weights(self) -> list[Tensor | None]:
-        """The parameters as they are now; a parametrized one is an attribute only."""
-        found: list[Tensor | None] = []
-        for module, name in self.slots:
-            weight: Tensor | None = module._parameters.get(name)
-            if type(weight) is not nn.Parameter:
-                if weight is None:
-                    weight = getattr(module, name)
-                if type(weight) not in PLAIN and weight is not None:
-                    weight = own_part(module, name, weight)
-            found.append(weight)
-        return found
-
-    def _shapes(self) -> list[Any]:
-        """The parameters' shapes as they are now, None for those that are not there."""
-        places = (slot for slot in self.slots if not isinstance(slot[0], Scaling))
-        return [shape_of(getattr(*place)) for place in places]
-
-    def outdated(self) -> bool:
-        """Whether parameters are there, gone or of other shapes than when the stage was made."""
-        return self._shapes() != self.shapes or any(
-            getattr(*place, None) is not None for place in self.absent
-        )
 
     def renewed(self) -> Stage:
         """A stage of the same ops as they are now; the modules with them look again when called."""

@@ -20,7 +20,7 @@ from ..plan.basic_ops import BasicOps
 from ..precision.delayed import Scaling
 from .key import PlainKey
 from .options import Options
-from .shapes import shape_of
+from .parameters import shape_of
 
 MOST = 1024
 """Plans of one table: beyond that the oldest is made again if it is needed again."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import opsgraph as og
-from opsgraph.op.spec import row
+from opsgraph.op import lower_plainly, row
 from opsgraph.ops import (
     GELU,
     Add,
@@ -258,7 +258,7 @@ def test_a_thousand_ops() -> None:
 
 
 def keeper_of(ops: Sequence[og.Op], needs: Sequence[str], width: int) -> Keeper:
-    run = BasicOps(ops, [type(op).__name__ for op in ops])
+    run = BasicOps(lower_plainly(ops, [type(op).__name__ for op in ops]))
     weights = {
         run.name(name, i): og.Spec(tuple(getattr(run.ops[i], name).shape), torch.float32, CPU)
         for i, name in run.slots

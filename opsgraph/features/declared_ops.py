@@ -1,15 +1,22 @@
-"""What is wrong with a class of ops, a module or an input: told before anything is planned."""
+"""What is wrong with a class of ops, an op or its parameters: told before anything is planned.
+
+Stages verify what they are made of. The other hook is `Op.verify_added`, for ops inside of ops.
+"""
 
 import inspect
+from collections.abc import Sequence
 from keyword import iskeyword
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
 from ..base.errors import OpError, PlanError
-from .arguments import STORED, arguments, per_class
-from .base import Op, differentiable, is_names, weights
-from .functions import backward_functions, definer, derived_backward, function
+from ..guards.constants import plain
+from ..guards.constants import verify as verify_constant
+from ..op import STORED, Op, Placed, arguments, differentiable, per_class, weights
+from ..op.base import is_names
+from ..op.functions import backward_functions, definer, function
+from ..plan.basic_ops import BasicOps
 
 OWN = frozenset({"x", "y", "dy", "want", "self"})
 """Arguments that have a meaning in every op, so that no value can be called so."""
@@ -88,10 +95,15 @@ def _wrong_names(kind: type[Op]) -> str | None:
     return None
 
 
-def verify_kind(kind: type[Op], label: str) -> None:
-    """Raises PlanError for a class that cannot be planned, whatever the input."""
-    if reason := verify(kind):
-        raise PlanError(f"{label}: {reason}")
+def verify_entries(entries: Sequence[Placed]) -> None:
+    """Raises PlanError for an op whose class cannot be planned, or that lacks a constant."""
+    for kind, op, label, *_ in entries:
+        if reason := verify(kind):
+            raise PlanError(f"{label}: {reason}")
+        for name in kind.constants:
+            if not hasattr(op, name):
+                raise PlanError(f"{label}: got no {name!r}, which its constants name")
+            verify_constant(plain(getattr(op, name)), label, name)
 
 
 def verify_added(module: Any, name: str = "") -> None:
@@ -104,21 +116,51 @@ def verify_added(module: Any, name: str = "") -> None:
     if reason := _uncallable(type(module)):
         raise PlanError(f"{label}: {reason}")
     for entry in module.lower():
-        verify_kind(entry.kind, label)
+        if reason := verify(entry.kind):
+            raise PlanError(f"{label}: {reason}")
 
 
-def verify_backward(kind: type[Op], label: str) -> None:
-    """Raises PlanError for an op whose gradients cannot be computed."""
-    functions = backward_functions(kind)
-    if kind.random and functions == {"bwd": derived_backward(kind)}:
-        raise PlanError(
-            f"{label}: got a random fwd and no bwd for it, expected one that takes the saved seed"
-        )
+Op.verify_added = staticmethod(verify_added)
 
 
-def verify_trailing(op: Op, label: str, shape: torch.Size) -> None:
-    """Raises OpError for an input whose last dimensions are not those that the op works on."""
-    sizes = op.trailing()
-    if sizes and tuple(shape[-1 - len(sizes) : -1]) != sizes:
-        expected = ", ".join(map(str, (*sizes, op.in_width)))
-        raise OpError(label, f"input of shape {tuple(shape)}", f"[*, {expected}]")
+def verify_weights(run: BasicOps) -> None:
+    """Raises PlanError unless `fwd` names just what the op has: all parameters, no other."""
+    for i, name in run.slots:
+        if not hasattr(*run.ops[i].home(name)):
+            raise PlanError(
+                f"{run.labels[i]}: got no {name!r}, which its fwd names, expected a parameter "
+                "or buffer of that name, or a constant or extra input"
+            )
+    for i, op in enumerate(run.ops):
+        named = {name for j, name in run.slots if run.ops[j] is op}
+        held = {name for name in (*op._parameters, *op._homes) if op.has(name)}
+        # What a hook reads before the op runs is no argument of fwd.
+        if (missing := held - named - set(op.joined())) and not op._forward_pre_hooks:
+            raise PlanError(
+                f"{run.labels[i]}: parameters {sorted(missing)} are not arguments of fwd"
+            )
+
+
+def check_shapes(
+    run: BasicOps,
+    ops: Sequence[Op],
+    places: Sequence[tuple[nn.Module, str]],
+    weights: Sequence[Tensor | None],
+) -> None:
+    """Raises OpError for a parameter of another shape than its op says, by its owner's name."""
+    for (i, name), (_, shown), weight in zip(run.slots, places, weights, strict=True):
+        expected = run.kinds[i].shape_of(ops[i], name)
+        if weight is None and name in run.kinds[i].required:
+            shape = "" if expected is None else f" of shape {_text(expected)}"
+            raise OpError(run.labels[i], f"{shown}=None", f"a parameter{shape}")
+        if weight is None or expected is None:
+            continue
+        got = tuple(weight.shape)
+        fits = (e in (None, g) for e, g in zip(expected, got, strict=False))
+        if len(got) != len(expected) or not all(fits):
+            raise OpError(run.labels[i], f"{shown} of shape {got}", _text(expected))
+
+
+def _text(shape: Sequence[int | None]) -> str:
+    sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    return f"({sizes},)" if len(shape) == 1 else f"({sizes})"

@@ -1,4 +1,7 @@
-"""What a declaration of a fuser has to be."""
+"""What a declaration of a fuser has to be. The hook is `registry.checks`, which `register` calls.
+
+The fusers of opsgraph itself are registered before this file is there: a test verifies them.
+"""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -6,8 +9,10 @@ import torch
 
 from ..base.backend import backends
 from ..base.errors import RegisterError
+from ..fuser import Fuser
+from ..fuser.base import alternatives
+from ..fuser.registry import checks
 from ..op import BACKWARD, STORED, Op, arguments, differentiable, per_class, weights
-from .base import Fuser, alternatives
 
 ARGUMENTS = frozenset({"x", "y", "dy", "want", "self"})
 """Arguments of a fuser's functions that no key of a pattern may hide."""
@@ -117,3 +122,6 @@ def _of_arguments(fuser: Fuser, kinds: Kinds) -> Iterator[str]:
         if function and (unknown := set(arguments(function)) - known):
             there = "which nobody has; the names there are"
             yield f"{method} needs {sorted(unknown)}, {there}: {', '.join(sorted(known))}"
+
+
+checks.append(verify)

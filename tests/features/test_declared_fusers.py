@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import opsgraph as og
 from opsgraph.base.backend import backends
+from opsgraph.features.declared_fusers import verify
 from opsgraph.fuser import registered
 from opsgraph.ops import BasicLinear, RMSNorm
 
@@ -88,6 +89,12 @@ def test_register_says_what_is_wrong_with_options(attributes: dict[str, Any], me
     with pytest.raises(og.RegisterError, match=f"^Wrong: .*{message}"):
         og.register(declared(**attributes))
     assert registered() == before
+
+
+def test_the_built_in_fusers_are_declared_as_they_should() -> None:
+    """They are registered before anything verifies them."""
+    for fuser in registered():
+        verify(fuser)
 
 
 def test_a_fuser_without_pattern_is_refused() -> None:
