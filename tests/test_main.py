@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import opsgraph.ops
-from opsgraph import backend
 from opsgraph.__main__ import main
+from opsgraph.base import backend
 from opsgraph.base.backend import backends
 from opsgraph.fuser import Fuser, register, registered
 from opsgraph.fusers.cublaslt import products as cublaslt

@@ -1,47 +1,10 @@
 """The backends, and the devices that each is for; an absent one has a reason."""
 
-import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-
-
-def _always() -> None:
-    return None
-
-
-def _triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if interpreting() or torch.cuda.is_available():
-        return None
-    return "no CUDA device (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
-
-
-def _overlap() -> str | None:
-    return None if torch.distributed.is_available() else "this PyTorch has no torch.distributed"
-
-
-def _symmetric() -> str | None:
-    if torch.distributed.is_available() and torch.cuda.is_available():
-        return None
-    return _overlap() or "no CUDA device, whose memory other ranks could read"
-
-
-def _cublaslt() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA device; recipes are emulated exactly"
-    if torch.cuda.get_device_capability() < (8, 9):
-        return "the device has no FP8 units (sm_89 has); recipes are emulated exactly"
-    return None
-
-
-def interpreting() -> bool:
-    """Whether Triton was told to run its kernels in its interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @dataclass(frozen=True)
@@ -51,7 +14,9 @@ class Backend:
     name: str
     about: str
     devices: tuple[str, ...] | None = None
-    probe: Callable[[], str | None] = _always
+    probe: Callable[[], str | None] = lambda: None
+    emulated: Callable[[], bool] = lambda: False
+    """Whether an interpreter runs it on any device."""
 
     @cache  # noqa: B019  backends live as long as the process
     def why_not(self) -> str | None:
@@ -62,27 +27,16 @@ class Backend:
         """Why it cannot run on that device, or None when it can."""
         reason = self.why_not()
         if reason is None and self.devices and device.type not in self.devices:
-            if self.name == "triton" and interpreting():
-                return None
-            return f"runs on {' or '.join(self.devices)}, not on {device.type}"
+            if not self.emulated():
+                return f"runs on {' or '.join(self.devices)}, not on {device.type}"
         return reason
 
 
-_BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend("symmetric", "PyTorch's symmetric memory over NVLink", ("cuda",), _symmetric),
-        Backend("overlap", "collectives in pieces, behind matrix products", None, _overlap),
-        Backend("triton", "Triton kernels", ("cuda",), _triton),
-        Backend("cublaslt", "scaled GEMMs of cuBLASLt, under recipes", ("cuda",), _cublaslt),
-        Backend("aten", "PyTorch's own fused calls (cublasLt, oneDNN)"),
-        Backend("reference", "plain PyTorch, one op at a time"),
-    )
-}
+_BACKENDS = {"reference": Backend("reference", "plain PyTorch, one op at a time")}
 
 
 def backends() -> dict[str, Backend]:
-    """Every backend by name."""
+    """Every backend by name, in order of preference."""
     return dict(_BACKENDS)
 
 

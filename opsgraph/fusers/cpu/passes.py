@@ -5,23 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base.backend import Backend, add_backend
 from ...fuser import Fuser, register
 from ...ops import Bias
 from ...ops.activations import Activation, Function, GatedActivation
 from ..lazy import Lazy
 from ..norms import NormForward, NormGradients
 
-build = Lazy("cpu.build")
 norms = Lazy("cpu.norms")
 activations = Lazy("cpu.activations")
 
 Want = tuple[str, ...]
-
-add_backend(
-    Backend("cpu", "C++ kernels, compiled here at first use", ("cpu",), lambda: build.why_not()),
-    before="aten",
-)
 
 
 class CPU(Fuser):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base.backend import interpreting
 from ...fuser import register
+from ...kernels.triton import interpreting
 from ...op import Spec
 from ...ops import BasicLinear, Bias
 from ...ops.activations import Activation, GatedActivation, Params

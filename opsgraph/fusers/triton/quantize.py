@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...base.backend import backends, interpreting
+from ...base.backend import backends
 from ...fuser import register
 from ...kernels.formats import NVFP4, Format, alike
+from ...kernels.triton import interpreting
 from ...op import Spec, Storage
 from ...ops import Add, BasicLinear, Bias, LayerNorm, Quantize, QuantizeGrad, RMSNorm
 from ...ops.activations import Activation, GatedActivation, Params

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...base.backend import interpreting
+from . import interpreting
 from .activations import (
     _backward,
     _gate,

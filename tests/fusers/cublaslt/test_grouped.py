@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import opsgraph as og
-from opsgraph import backend
+from opsgraph.base import backend
 from opsgraph.fusers.cublaslt import grouped as cublaslt_grouped
 from opsgraph.fusers.cublaslt import products as cublaslt
 from opsgraph.ops import GroupedLinear

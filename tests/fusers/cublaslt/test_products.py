@@ -8,7 +8,7 @@ from recipe_cases import RECIPES, example, mlp, results
 from torch import Tensor
 
 import opsgraph as og
-from opsgraph import backend
+from opsgraph.base import backend
 from opsgraph.fuser import registered
 from opsgraph.fusers.cublaslt import products as cublaslt
 from opsgraph.fusers.cublaslt.products import FAMILIES, scaled_mm

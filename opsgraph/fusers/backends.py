@@ -1,0 +1,48 @@
+"""The backends that come with opsgraph, in order of preference, and what each needs."""
+
+import importlib.util
+
+import torch
+
+from ..base.backend import Backend, add_backend
+from ..kernels.triton import interpreting
+from .lazy import Lazy
+
+build = Lazy("cpu.build")
+
+
+def _triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return "no CUDA device (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
+
+
+def _overlap() -> str | None:
+    return None if torch.distributed.is_available() else "this PyTorch has no torch.distributed"
+
+
+def _symmetric() -> str | None:
+    if torch.distributed.is_available() and torch.cuda.is_available():
+        return None
+    return _overlap() or "no CUDA device, whose memory other ranks could read"
+
+
+def _cublaslt() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device; recipes are emulated exactly"
+    if torch.cuda.get_device_capability() < (8, 9):
+        return "the device has no FP8 units (sm_89 has); recipes are emulated exactly"
+    return None
+
+
+for _backend in (
+    Backend("symmetric", "PyTorch's symmetric memory over NVLink", ("cuda",), _symmetric),
+    Backend("overlap", "collectives in pieces, behind matrix products", None, _overlap),
+    Backend("triton", "Triton kernels", ("cuda",), _triton, interpreting),
+    Backend("cublaslt", "scaled GEMMs of cuBLASLt, under recipes", ("cuda",), _cublaslt),
+    Backend("cpu", "C++ kernels, compiled here at first use", ("cpu",), lambda: build.why_not()),
+    Backend("aten", "PyTorch's own fused calls (cublasLt, oneDNN)"),
+):
+    add_backend(_backend)
