@@ -2,7 +2,7 @@
 
 A `Space` holds the claims of one program. For each pass it asks every fuser of the backends that
 there are, at every op: does the pattern fit the classes from here on (`Matcher`), and does anything
-speak against it (`refusal`)? What is refused is kept with its reason. Each op that does something
+speak against it (`reasons`)? What is refused is kept with its reason. Each op that does something
 is a claim of its own, by its own functions (`Reference`); so there is always a plan.
 
 A `Claim` says where it stands at once. What it needs, gives and calls follows from the names that
@@ -29,7 +29,7 @@ from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD
 from ..op.functions import family, passes, verify_backward
 from .program import GAP, INPUT, PRIVATE, SAVED, Argument, Program, Value
-from .rejection import Rejection, obstacle, refusal
+from .rejection import Rejection, obstacle, reasons
 
 
 class Call(NamedTuple):
@@ -57,11 +57,8 @@ class Claim:
         self.fuser, self.positions, self.start, self.stop = match
         self.ops = tuple(i for i in match.positions.values() if i is not None)
         """The positions that it covers, dropped ops left out."""
-
-    @property
-    def is_reference(self) -> bool:
+        self.is_reference = isinstance(match.fuser, Reference)
         """Whether it is an op's own function."""
-        return isinstance(self.fuser, Reference)
 
     @property
     def where(self) -> str:
@@ -173,7 +170,8 @@ class Space:
 
     def __init__(self, program: Program, order: tuple[str, ...], fuel: int | None = None) -> None:
         self.program = program
-        self.rejected: dict[tuple[Rejection, str], Rejection] = {}
+        self.rejected: dict[Rejection, None] = {}
+        """What was refused, each once, in order."""
         self._sizes: dict[str, int] = {}
         self._fuel = fuel
         self.starting: dict[str, list[list[Claim]]] = {}
@@ -215,7 +213,7 @@ class Space:
             if reason is None:
                 usable.add(name)
             elif any(fuser.declaration.fits(kinds) for fuser in offered.get(name, ())):
-                self._add_rejection(Rejection((), name, "both", reason))
+                self.rejected[Rejection((), name, "both", reason)] = None
         only = self.program.request.options.get("fusers")
         return [f for f in fusers if f.backend in usable and (only is None or f.name in only)]
 
@@ -232,12 +230,10 @@ class Space:
             for match in matcher.at(start, kinds, crossed):
                 if direction == BACKWARD and not program.flows[match.stop]:
                     continue
-                ops = tuple(i for i in match.positions.values() if i is not None)
-                reason = refusal(program, match, direction, obstacles)
-                if reason is None and self._fuel == 0:
-                    reason = "OPSGRAPH_FUEL is used up"
+                spent = "OPSGRAPH_FUEL is used up" if self._fuel == 0 else None
+                reason = next(reasons(program, match, direction, obstacles), spent)
                 if reason is not None:
-                    self.reject(ops, match.fuser, direction, reason)
+                    self.reject(match, direction, reason)
                     continue
                 if self._fuel:
                     self._fuel -= 1
@@ -258,12 +254,11 @@ class Space:
         for name, spec in claim.fuser.saved(ops, self.program.specs[claim.start]).items():
             self.program.values[claim.private(name)] = Value(PRIVATE, claim.start, spec)
 
-    def reject(self, ops: tuple[int, ...], fuser: Fuser, direction: str, reason: str) -> None:
-        """Record a refusal once."""
-        self._add_rejection(Rejection(ops, fuser.name, direction, reason, backend=fuser.backend))
-
-    def _add_rejection(self, rejection: Rejection) -> None:
-        self.rejected.setdefault((rejection, rejection.backend), rejection)
+    def reject(self, where: Match | Claim, direction: str, reason: str) -> None:
+        """Record why a fuser is refused at a place."""
+        ops = tuple(i for i in where.positions.values() if i is not None)
+        fuser = where.fuser
+        self.rejected[Rejection(ops, fuser.name, direction, reason, fuser.backend)] = None
 
     # -- costs --
 

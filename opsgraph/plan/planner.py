@@ -58,7 +58,7 @@ def qualifying(space: Space, live: Iterable[str]) -> Callable[[Claim], bool]:
         local = {name for i in range(claim.start, claim.stop) for name in near.get(i, ())}
         hidden = sorted(name for name in local if space.hides(claim, name))
         if hidden:
-            space.reject(claim.ops, claim.fuser, FORWARD, f"backward needs {', '.join(hidden)}")
+            space.reject(claim, FORWARD, f"backward needs {', '.join(hidden)}")
         return not hidden
 
     return qualifies

@@ -1,31 +1,23 @@
 """`Rejection`: why a fuser, or a backend, is not used somewhere."""
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from ..fuser import BACKWARD, Match
 from ..op.functions import passes
 from .program import Program
 
 
-class _Rejection(NamedTuple):
+class Rejection(NamedTuple):
+    """Why a fuser that fits somewhere is not used there."""
+
     ops: tuple[int, ...]
+    """() where a whole backend, whose name it has, is refused."""
     name: str
     direction: str
     reason: str
-
-
-class Rejection(_Rejection):
-    """Why a fuser that fits somewhere is not used there.
-
-    backend: the fuser's; empty where the whole backend is refused. No item of the tuple.
-    """
-
-    backend: str
-
-    def __new__(cls, *items: Any, backend: str = "") -> "Rejection":
-        rejection = super().__new__(cls, *items)
-        rejection.backend = backend
-        return rejection
+    backend: str = ""
+    """The fuser's."""
 
 
 def obstacle(program: Program, i: int, still: bool) -> str | None:
@@ -38,50 +30,35 @@ def obstacle(program: Program, i: int, still: bool) -> str | None:
     return None
 
 
-def refusal(
+def reasons(
     program: Program, match: Match, direction: str, obstacles: list[str | None]
-) -> str | None:
-    """What speaks against a fuser at a place, or None. obstacles: of each op of the program."""
-    ops = [i for i in match.positions.values() if i is not None]
-    reason = next((r for i in ops if (r := obstacles[i])), None)
-    reason = reason or _of_formats(program, match, ops, direction)
-    if reason is None and direction == BACKWARD:
-        reason = _of_gradients(program, match, ops)
-    return reason or _of_the_fuser(program, match)
-
-
-def _of_formats(program: Program, match: Match, ops: list[int], direction: str) -> str | None:
-    """That a recipe's quantized operands and the fuser do not go together."""
-    fuser, packed = match.fuser, [i for i in ops if program.packed(i, "weight", direction)]
-    for i in packed:
-        if not fuser.quantized:
-            return "it takes plain values, and the recipe quantizes the linear's"
-        if fuser.reject_formats and (reason := fuser.reject_formats(*program.storages(i))):
-            return reason
-    alone = fuser.quantized and not packed
-    return "it takes quantized values, and these are not" if alone else None
-
-
-def _of_gradients(program: Program, match: Match, ops: list[int]) -> str | None:
-    """That a gradient leaves inside the run, or that none arrives where the fuser takes one."""
-    for i in ops:
-        if passes(program.kinds[i]) and i != match.stop - 1:
-            return f"the gradient that leaves at {program.numbers[i]} is inside it"
-    for key in match.fuser.declaration.tapped:
-        tee = match.positions.get(key)
-        if tee is not None and tee not in program.tapped:
-            return f"no gradient arrives at the Tee {program.numbers[tee]}"
-    return None
-
-
-def _of_the_fuser(program: Program, match: Match) -> str | None:
-    """What the fuser itself says: its `dtypes`, its `reject`."""
+) -> Iterator[str]:
+    """What speaks against a fuser at a place. obstacles: of each op of the program."""
     fuser, x = match.fuser, program.specs[match.start]
+    ops = [i for i in match.positions.values() if i is not None]
+    yield from (reason for i in ops if (reason := obstacles[i]))
+    packed = [i for i in ops if program.packed(i, "weight", direction)]
+    if packed and not fuser.quantized:
+        yield "it takes plain values, and the recipe quantizes the linear's"
+    if fuser.quantized and not packed:
+        yield "it takes quantized values, and these are not"
+    for i in packed:
+        if fuser.reject_formats and (reason := fuser.reject_formats(*program.storages(i))):
+            yield reason
+    if direction == BACKWARD:
+        for i in ops:
+            if passes(program.kinds[i]) and i != match.stop - 1:
+                yield f"the gradient that leaves at {program.numbers[i]} is inside it"
+        for key in fuser.declaration.tapped:
+            tee = match.positions.get(key)
+            if tee is not None and tee not in program.tapped:
+                yield f"no gradient arrives at the Tee {program.numbers[tee]}"
     if fuser.dtypes is not None and x.dtype not in fuser.dtypes:
         *most, last = (str(dtype).removeprefix("torch.") for dtype in fuser.dtypes)
         taken = f"{', '.join(most)} and {last}" if most else last
-        return f"{fuser.name} takes {taken}, not {str(x.dtype).removeprefix('torch.')}"
-    if fuser.reject is None:
-        return None
-    values = {key: None if i is None else program.ops[i] for key, i in match.positions.items()}
-    return fuser.reject(*(values.get(name, x) for name in fuser.declaration.rejects))
+        yield f"{fuser.name} takes {taken}, not {str(x.dtype).removeprefix('torch.')}"
+    if fuser.reject is not None:
+        values = {key: None if i is None else program.ops[i] for key, i in match.positions.items()}
+        reason = fuser.reject(*(values.get(name, x) for name in fuser.declaration.rejects))
+        if reason is not None:
+            yield reason

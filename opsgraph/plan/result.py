@@ -227,7 +227,7 @@ def make_plan(
     return Plan(
         forward=tuple(_step(claim, cover, space) for claim in cover.forward),
         backward=tuple(_step(claim, cover, space) for claim in cover.backward),
-        rejected=tuple(r for r in space.rejected.values() if not _taken(r, cover)),
+        rejected=tuple(r for r in space.rejected if not _taken(r, cover)),
         saved={name: space.size(name) for name in kept},
         costs=cover.costs,
         forward_source=forward.source,
