@@ -11,9 +11,10 @@ knows the plan by that handle alone. `Compiled` is the hook: what a stage does w
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from hashlib import sha256
 from operator import index
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from ..base import config
 from ..base.errors import PlanError
 from ..features.recipes import StageRecipe, note_gradients
+from ..guards.cached import cached_property
 from ..guards.torch_private import without_autocast
 from ..op import ROWS, Spec, constant_under_compile
 from ..plan import Plan
@@ -35,6 +37,24 @@ _handles: dict[str, Plan] = {}
 KEPT = 256
 """Plans that are kept after their modules: a compiled graph, or one backward of it, may live on."""
 _retired: deque[str] = deque()
+
+
+_serial: Counter[str] = Counter()
+
+
+def _handle(plan: Plan) -> str:
+    """What the plan is, and which of those that are the same.
+
+    Compilers keep graphs on disk, for other processes.
+    """
+    content = repr((plan.kinds, plan.forward_source, plan.backward_source, plan.specs))
+    digest = sha256(content.encode()).hexdigest()[:16]
+    _serial[digest] += 1
+    return f"{digest}-{_serial[digest]}"
+
+
+Plan.handle = cached_property(_handle)  # type: ignore[assignment]
+Plan.__dict__["handle"].__set_name__(Plan, "handle")
 
 
 def retire(handles: Mapping[str, Plan]) -> None:
@@ -116,16 +136,15 @@ def _fake(spec: Spec, rows: Any) -> Tensor:
 
 def _fake_forward(handle: str, tensors: list[Tensor], call: Tensor | None = None) -> list[Tensor]:
     plan, rows = _plan(handle), tensors[0].shape[0]
-    specs = [output.spec for output in plan.specs.outputs]
-    specs += [plan.specs.saved[k].spec for k in _fresh(plan)]
-    return [_fake(spec, rows) for spec in specs]
+    made = (plan.specs.saved[k].spec for k in _fresh(plan))
+    return [_fake(spec, rows) for spec in (*plan.specs.outputs, *made)]
 
 
 def _fake_backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
     plan = _plan(handle)
     names = [value.name for value in plan.specs.saved]
     saved = dict(zip(names, tensors[len(tensors) - len(names) :], strict=True))
-    rows = _scaled(tensors[0].shape[0], 1 / plan.specs.outputs[0].spec.factor)
+    rows = _scaled(tensors[0].shape[0], 1 / plan.specs.outputs[0].factor)
     gradients = []
     for name, spec, _, gradient, amax in plan.specs.inputs:
         if spec is None or amax or gradient is None:

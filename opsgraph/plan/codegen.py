@@ -42,7 +42,7 @@ Rules, each of them broken once:
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -58,23 +58,13 @@ After: TypeAlias = Callable[[Writer, Claim, Sequence[Line], bool], Sequence[Line
 """The lines of a step with others around them. The last argument: whether it makes values again."""
 
 
-class Functions(NamedTuple):
-    """All functions of a plan, the variables that are saved, and what else is defined."""
-
-    forward: Function
-    backward: Function
-    prepare: Function
-    saved: tuple[str, ...]
-    definitions: Definitions
-
-
-def write(definitions: Definitions, after: After | None) -> Functions:
-    """The functions of a cover."""
+def write(
+    definitions: Definitions, after: After | None
+) -> tuple[Function, Function, tuple[str, ...]]:
+    """The forward and the backward of a cover, and the variables that are saved."""
     backward = _Backward(definitions, after)
-    function = backward.written()
-    saved = tuple(backward.free)
-    forward = _Forward(definitions, saved, after).written()
-    return Functions(forward, function, definitions.prepare(), saved, definitions)
+    function, saved = backward.written(), tuple(backward.free)
+    return _Forward(definitions, saved, after).written(), function, saved
 
 
 class _Pass(Writer):

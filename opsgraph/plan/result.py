@@ -1,24 +1,19 @@
 """`make_plan` and `Plan`: the immutable result of planning."""
 
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any, ClassVar, NamedTuple
 
-from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, Op, Spec
 from .basic_ops import BasicOps
 from .claims import Claim, Space
-from .codegen import After, Functions, write
+from .codegen import After, write
 from .definitions import Definitions, Input
 from .lines import Line
 from .planner import Cover, Planner
 from .program import Program, Request
 from .rejection import Rejection
-
-_handles: Counter[str] = Counter()
 
 
 class Step(NamedTuple):
@@ -70,10 +65,11 @@ class Plan:
     prepare_lines: tuple[Line, ...] = field(repr=False, compare=False)
     specs: "Signature"
 
+    # Features set these: what `str` gives, a picture, a networkx graph; its name to torch.compile.
     table: ClassVar[Callable[["Plan"], str]]
     draw: ClassVar[Callable[..., None]]
     graph: ClassVar[Any]
-    """What `str` gives, a picture, a networkx graph: the room that shows plans sets them."""
+    handle: ClassVar[str]
 
     def __str__(self) -> str:
         return self.table()
@@ -82,25 +78,6 @@ class Plan:
     def saved_bytes_per_row(self) -> int:
         """Bytes kept for the backward, for each row of the input."""
         return sum(self.saved.values())
-
-    @cached_property
-    def handle(self) -> str:
-        """By which the opaque ops of torch.compile find the plan.
-
-        It tells what the plan is: compilers keep graphs on disk, for other processes.
-        """
-        content = repr((self.kinds, self.forward_source, self.backward_source, self.specs))
-        digest = sha256(content.encode()).hexdigest()[:16]
-        _handles[digest] += 1
-        return f"{digest}-{_handles[digest]}"
-
-
-class Output(NamedTuple):
-    """A result of the forward: y, an extra output, or an amax that a recipe wants."""
-
-    spec: Spec
-    rows: tuple[int, int]
-    """Its rows for rows of the input."""
 
 
 class Saved(NamedTuple):
@@ -115,7 +92,8 @@ class Signature(NamedTuple):
     """What the generated functions take and return, for those who must know before they run."""
 
     inputs: tuple[Input, ...]
-    outputs: tuple[Output, ...]
+    outputs: tuple[Spec, ...]
+    """y, the extra outputs, the amaxes that a recipe wants."""
     saved: tuple[Saved, ...]
     first_weight: int
     """Where the weights begin among the inputs."""
@@ -142,58 +120,48 @@ class Signature(NamedTuple):
 
 
 def _step(claim: Claim, cover: Cover, space: Space) -> Step:
-    again = {
-        name: cover.keeper.again[name].claim.ops
-        for name in claim.needs
-        if claim.direction == BACKWARD and name in cover.keeper.again
-    }
-    program = space.program
-    start, stop = program.x[claim.start], program.x[claim.stop]
-    named = {start, stop} if claim.direction == FORWARD else set()
+    program, backward = space.program, claim.direction == BACKWARD
+    again = cover.keeper.again if backward else {}
+    ends = set() if backward else {program.x[claim.start], program.x[claim.stop]}
     return Step(
         claim.fuser.name,
         claim.fuser.backend,
         claim.direction,
         claim.ops,
-        tuple(n for n in claim.needs if n not in named),
+        tuple(name for name in claim.needs if name not in ends),
         tuple(sorted(claim.gives & cover.keeper.kept)),
-        again,
+        {name: again[name].claim.ops for name in claim.needs if name in again},
         (program.specs[claim.start], program.specs[claim.stop]),
         claim.where,
     )
 
 
-def _signature(space: Space, cover: Cover, functions: Functions) -> Signature:
-    program, definitions = space.program, functions.definitions
-    run, request, inputs = program.run, program.request, definitions.inputs
+def _signature(definitions: Definitions, taken: Sequence[str]) -> Signature:
+    """taken: the variables that are saved."""
+    program, inputs, cover = definitions.program, definitions.inputs, definitions.cover
+    run, request, first = program.run, program.request, len(program.activations)
     places = {argument.name: k for k, argument in enumerate(inputs)}
-    last = (program.count, *run.outputs)
-    outputs = [Output(s, s.factor.as_integer_ratio()) for s in (program.specs[g] for g in last)]
-    same_rows = all(output.rows == (1, 1) for output in outputs)
-    outputs += [Output(program.spec(name), (1, 1)) for name in program.reports]
+    outputs = [program.specs[gap] for gap in (program.count, *run.outputs)]
     steps = (*cover.forward, *cover.backward, *run.outputs)
-    identity = not steps and request.x == program.specs[-1] and program.x[program.count] == "x0"
+    identity = not steps and request.x == program.specs[-1] and program.x[-1] == "x0"
+    saved = [Saved(name, definitions.spec(name), places.get(name)) for name in taken]
+    gradients = dict(enumerate(f"d{name}" for name in request.weights))
     kinds = zip(program.kinds, program.still[FORWARD], strict=True)
-    first = len(program.activations)
-    saved = [Saved(n, definitions.spec(n), places.get(n)) for n in functions.saved]
-    late, accumulated = (
-        [k for k, name in enumerate(request.weights) if f"d{name}" in names]
-        for names in (request.late, request.accumulated)
-    )
     return Signature(
         inputs,
-        tuple(outputs),
+        (*outputs, *map(program.spec, program.reports)),
         tuple(saved),
         first_weight=first,
-        same_rows=same_rows,
+        same_rows=all(spec.factor == 1 for spec in outputs),
         taps=tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
         reports=len(program.reports),
         reported=tuple(k for k, argument in enumerate(inputs) if argument.amax),
-        late=tuple(late),
+        late=tuple(k for k, gradient in gradients.items() if gradient in request.late),
         into_main_grad=tuple(
-            (place, s.argument - first)
-            for place, s in enumerate(saved)
-            if s.argument is not None and s.argument - first in accumulated
+            (place, value.argument - first)
+            for place, value in enumerate(saved)
+            if value.argument is not None
+            and gradients.get(value.argument - first) in request.accumulated
         ),
         prepared=definitions.prepared,
         training=bool(request.gradients) and program.flows[-1] and not identity,
@@ -221,9 +189,10 @@ def make_plan(
     program = Program(run, request)
     space = Space(program, order, fuel)
     cover = planner(space)
-    functions = write(definitions(space, cover), after)
+    defined = definitions(space, cover)
+    forward, backward, saved = write(defined, after)
+    prepare = defined.prepare()
     kept = sorted(cover.keeper.kept, key=lambda n: (space.place(n), n))
-    forward, backward, prepare = functions[:3]
     return Plan(
         forward=tuple(_step(claim, cover, space) for claim in cover.forward),
         backward=tuple(_step(claim, cover, space) for claim in cover.backward),
@@ -242,7 +211,7 @@ def make_plan(
         forward_lines=forward.lines,
         backward_lines=backward.lines,
         prepare_lines=prepare.lines,
-        specs=_signature(space, cover, functions),
+        specs=_signature(defined, saved),
         ops=tuple(dict(zip(run.places, run.ops, strict=True)).values()),
         planning_seconds=time.perf_counter() - start,
     )

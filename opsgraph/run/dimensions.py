@@ -44,7 +44,8 @@ def unflattened(plan: Plan, outputs: Sequence[Tensor], shape: torch.Size) -> lis
         lead = shape[:-1]
         return [y.view(*lead, y.shape[-1]) for y in outputs]
     views = []
-    for y, (_, (up, down)) in zip(outputs, plan.specs.outputs, strict=False):
+    for y, spec in zip(outputs, plan.specs.outputs, strict=False):
+        up, down = spec.factor.as_integer_ratio()
         if len(shape) < 2 or shape[0] * up % down:
             sizes = f"[rows, *, {shape[-1]}], rows a multiple of {down}"
             raise OpError(plan.labels[0], f"input of shape {tuple(shape)}", sizes)
