@@ -69,7 +69,7 @@ class _Step:
         gradients = differentiable(self.program.kinds[claim.start])
         want = "x", "row", "col", *claim.fuser.saves, *gradients
         names = [f"ref_{name}" if name else "_" for name in call.results]
-        line = self.writer.call(claim, call, want, first, names, "check")
+        line = self.writer.call(claim, call, want, first, names)._replace(note="check")
         every = Argument("object", line.function, value=line.target), *line.arguments
         self.lines.append(line._replace(function="run_reference", arguments=every, target=None))
         return names

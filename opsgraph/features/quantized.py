@@ -67,6 +67,7 @@ class QuantizedDefinitions(Definitions):
         self._kept: dict[str, tuple[str, str, Spec]] = {}
         """Of each part of a value that is saved: the value, the copy and the part's spec."""
         self.prepared = tuple(self._weights())
+        self.specs |= self.parts
         self.inputs += tuple(Input(n, spec, None, None, False) for n, spec in self.parts.items())
         for name in sorted(cover.keeper.kept):
             if self.program.spec(name).storage is not None:
@@ -106,7 +107,10 @@ class QuantizedDefinitions(Definitions):
         """The variables that backward calls read, and those that what is made again reads."""
         calls = [call for claim in self.cover.backward for call in claim.calls]
         again = [remake.call for remake in self.cover.keeper.again.values()]
-        first, second = ({a.text for c in some for a in c.arguments} for some in (calls, again))
+        first, second = (
+            {a.text for c in some for a in c.arguments if a.category != "object"}
+            for some in (calls, again)
+        )
         return first, second
 
     def _copies(self, name: str, layer: int, direction: str) -> list[str]:
@@ -120,6 +124,8 @@ class QuantizedDefinitions(Definitions):
 
     def wanted(self, name: str, direction: str) -> list[str]:
         """The copies of a quantized value that the step which makes it in a pass hands out."""
+        if self.program.spec(name).storage is None:
+            return []
         copies = self._copies(name, self.program.values[name].place, direction)
         if direction == FORWARD and name in self.operands:
             copies += self.operands[name].copies

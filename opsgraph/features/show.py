@@ -48,9 +48,10 @@ def table(plan: Plan) -> str:
         lines += ["backward", *(_row(step, plan, width) for step in plan.backward)]
     if plan.rejected:
         lines.append("rejected")
-        for ops, name, direction, reason, backend in plan.rejected:
+        for refused in plan.rejected:
+            ops, name, direction, reason = refused
             where = positions(ops, plan) if ops else "all"
-            fuser = f"{name:<{width}} {backend:<10}"
+            fuser = f"{name:<{width}} {refused.backend:<10}"
             lines.append(f"  {where:>5}  {fuser} {direction}: {reason}")
     if plan.backward:
         each = "  ".join(f"{name} {size}" for name, size in plan.saved.items())
@@ -71,12 +72,15 @@ def graph(plan: Plan) -> "nx.MultiDiGraph[Any]":
         if step.direction != FORWARD:
             ends.reverse()
         made.add_edge(*ends, name=step.name, backend=step.backend, ops=step.ops, taken=True)
-    for ops, name, direction, reason, backend in plan.rejected:
+    for refused in plan.rejected:
+        ops, name, direction, reason = refused
         if ops:
             ends = [(direction, ops[0]), (direction, ops[-1] + 1)]
             if direction != FORWARD:
                 ends.reverse()
-            made.add_edge(*ends, name=name, backend=backend, ops=ops, taken=False, reason=reason)
+            made.add_edge(
+                *ends, name=name, backend=refused.backend, ops=ops, taken=False, reason=reason
+            )
     return made
 
 
@@ -111,14 +115,17 @@ def _refused_rows(plan: Plan, direction: str, y: float) -> tuple[list[str], floa
     """Refused steps, packed into as few rows as they need."""
     ends: list[float] = []
     parts = []
-    for ops, name, way, reason, backend in plan.rejected:
+    for refused in plan.rejected:
+        ops, name, way, reason = refused
         if not ops or way != direction:
             continue
         x, width = _span(ops)
         level = next((k for k, end in enumerate(ends) if end <= x), len(ends))
         ends[level : level + 1] = [x + width]
         parts.append(
-            _box(x, y + level * _HEIGHT, width, name, "", True, f"{name} {backend}: {reason}")
+            _box(
+                x, y + level * _HEIGHT, width, name, "", True, f"{name} {refused.backend}: {reason}"
+            )
         )
     return parts, y + len(ends) * _HEIGHT
 
@@ -195,8 +202,9 @@ def told(plan: Plan, config: Config) -> Plan:
     if "plan" in config.logs:
         print(f"{plan}\nplanned in {plan.planning_seconds * 1e3:.1f} ms", file=sys.stderr)
     if "reject" in config.logs:
-        for ops, name, direction, reason, backend in plan.rejected:
-            who = f"{name} of {backend}" if backend else name
+        for refused in plan.rejected:
+            ops, name, direction, reason = refused
+            who = f"{name} of {refused.backend}" if refused.backend else name
             print(f"opsgraph: {ops} {who} ({direction}): {reason}", file=sys.stderr)
     if "code" in config.logs:
         sources = plan.prepare_source, plan.forward_source, plan.backward_source

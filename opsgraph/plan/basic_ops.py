@@ -86,12 +86,11 @@ class BasicOps:
                 self.inputs.append((i, name, channel))
             channel = op.channels.get("d") if kind.taps else None
             if channel is not None:
+                where = f"{self.labels[i]}: channel {channel!r}"
                 if channel in {wanted for _, _, wanted in self.inputs}:
-                    raise PlanError(
-                        f"{self.labels[i]}: channel {channel!r} is read before it is provided"
-                    )
+                    raise PlanError(f"{where} is read before it is provided")
                 if channel in producers:
-                    raise PlanError(f"{self.labels[i]}: channel {channel!r} has two producers")
+                    raise PlanError(f"{where} has two producers")
                 producers[channel] = i
                 known.add(channel)
         self.outputs = [i for i, kind in enumerate(self.kinds) if kind.taps and self._leaves(i)]

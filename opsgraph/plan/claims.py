@@ -170,7 +170,7 @@ class Space:
 
     def __init__(self, program: Program, order: tuple[str, ...], fuel: int | None = None) -> None:
         self.program = program
-        self.rejected: dict[Rejection, None] = {}
+        self.rejected: dict[tuple[Rejection, str], Rejection] = {}
         """What was refused, each once, in order."""
         self._sizes: dict[str, int] = {}
         self._fuel = fuel
@@ -213,7 +213,8 @@ class Space:
             if reason is None:
                 usable.add(name)
             elif any(fuser.declaration.fits(kinds) for fuser in offered.get(name, ())):
-                self.rejected[Rejection((), name, "both", reason)] = None
+                backend = Rejection((), name, "both", reason)
+                self.rejected[backend, ""] = backend
         only = self.program.request.options.get("fusers")
         return [f for f in fusers if f.backend in usable and (only is None or f.name in only)]
 
@@ -257,8 +258,9 @@ class Space:
     def reject(self, where: Match | Claim, direction: str, reason: str) -> None:
         """Record why a fuser is refused at a place."""
         ops = tuple(i for i in where.positions.values() if i is not None)
-        fuser = where.fuser
-        self.rejected[Rejection(ops, fuser.name, direction, reason, fuser.backend)] = None
+        name, backend = where.fuser.name, where.fuser.backend
+        refused = Rejection(ops, name, direction, reason, backend=backend)
+        self.rejected.setdefault((refused, backend), refused)
 
     # -- costs --
 
@@ -268,33 +270,17 @@ class Space:
             self._sizes[name] = self.program.spec(name).bytes_per_row
         return self._sizes[name]
 
-    def place(self, name: str) -> int:
-        """Where a value comes into being: a position, for an order of the values."""
-        return self.program.values[name].place
-
-    def moved(self, claim: Claim, gives: Iterable[str] = ()) -> float:
+    def moved(
+        self, claim: Claim, gives: Iterable[str] = (), needs: Iterable[str] | None = None
+    ) -> float:
         """Bytes per row that a claim reads and writes, `gives` being what it hands out as well."""
         program = self.program
-        total = sum(map(self.size, claim.needs))
+        total = sum(map(self.size, claim.needs if needs is None else needs))
         if claim.direction == FORWARD:
             written = {program.x[claim.stop], *gives}
             return total + sum(map(self.size, written))
         ends = (claim.stop, claim.start) if program.flows[claim.start] else (claim.stop,)
         return total + sum(program.specs[gap].bytes_per_row for gap in ends)
-
-    def read(self, needs: Iterable[str], claim: Claim) -> float:
-        """Bytes per row of reading some values and writing a claim's output."""
-        return sum(map(self.size, needs)) + self.program.specs[claim.stop].bytes_per_row
-
-    def keeping(self, name: str) -> float:
-        """Bytes per row of keeping a value, as a planner weighs them against making it again.
-
-        A quantized value counts as the plain one, and half of itself for its own traffic: that a
-        recipe is active then changes nothing in what is made again.
-        """
-        spec = self.program.spec(name)
-        size = self.size(name)
-        return size / 2 + spec.stored(None).bytes_per_row if spec.storage else size
 
     # -- making again --
 

@@ -5,8 +5,7 @@ The contract:
     forward(ops, x0, extra inputs, weights, parts of quantized weights) -> (outputs, saved)
     backward(ops, dx, gradients of extra outputs, saved) -> a gradient for each input, or None
 
-Amaxes that a recipe wants follow the outputs, and stand where their scales have no gradient. A
-weight gradient that waits for `backward_dw` is the call that gives it (`weigh`).
+Amaxes that a recipe wants follow the outputs, and stand where their scales have no gradient.
 
 The layers, each a file that knows those before it:
 
@@ -17,7 +16,7 @@ The layers, each a file that knows those before it:
     codegen      the steps of both passes, what flows between them, what comes back
 
 A recipe has definitions of its own: of quantized values, and of a third function, `prepare`, which
-quantizes the weights that both are handed in parts. `After` adds lines to those of a step.
+quantizes the weights that both are handed in parts. `After` changes the lines of a step.
 
 There is one way to have a variable. `Writer.need` has it defined when the first line reads it: by
 the call that makes it again, by a cast, by a load. What nothing defines is free, and the free
@@ -55,16 +54,16 @@ from .program import Argument
 from .writer import Writer
 
 After: TypeAlias = Callable[[Writer, Claim, Sequence[Line], bool], Sequence[Line]]
-"""The lines of a step with others around them. The last argument: whether it makes values again."""
+"""Makes other lines of those of a step. The last argument: whether it makes values again."""
 
 
 def write(
-    definitions: Definitions, after: After | None
+    definitions: Definitions, after: Sequence[After]
 ) -> tuple[Function, Function, tuple[str, ...]]:
     """The forward and the backward of a cover, and the variables that are saved."""
     backward = _Backward(definitions, after)
     function, saved = backward.written(), tuple(backward.free)
-    return _Forward(definitions, saved, after).written(), function, saved
+    return _forward(definitions, saved, after), function, saved
 
 
 class _Pass(Writer):
@@ -72,7 +71,7 @@ class _Pass(Writer):
 
     def __init__(
         self, definitions: Definitions, direction: str, parameters: Sequence[str],
-        after: After | None,
+        after: Sequence[After],
     ) -> None:  # fmt: skip
         super().__init__(definitions.space, parameters)
         self.definitions, self.cover = definitions, definitions.cover
@@ -83,8 +82,10 @@ class _Pass(Writer):
         return self.definitions.define(name, self.direction, self)
 
     def after(self, claim: Claim, lines: Sequence[Line], again: bool = False) -> Sequence[Line]:
-        """The lines of a step with what a feature adds."""
-        return self._after(self, claim, lines, again) if self._after else lines
+        """The lines of a step as features have them."""
+        for change in self._after:
+            lines = change(self, claim, lines, again)
+        return lines
 
     def forward_step(
         self, claim: Claim, call: Call, used: Iterable[str], again: bool = False
@@ -93,35 +94,30 @@ class _Pass(Writer):
         y = self.program.x[claim.stop]
         names = [name if name and name in used else "_" for name in call.results]
         want = [saved for saved, name in zip(claim.fuser.saves, names, strict=False) if name != "_"]
-        if self.program.specs[claim.stop].storage is not None:
-            want += self.definitions.wanted(y, self.direction)
+        want += self.definitions.wanted(y, self.direction)
         first = "_" if again and y not in used else y
-        note = f"{claim.where} {claim.fuser.backend}{', again' * again}"
-        return self.after(claim, [self.call(claim, call, want, first, names, note)], again)
+        line = self.call(claim, call, want, first, names)
+        line = line._replace(note=f"{line.note}, again") if again else line
+        return self.after(claim, [line], again)
 
 
-class _Forward(_Pass):
-    def __init__(self, definitions: Definitions, saved: Sequence[str], after: After | None) -> None:
-        arguments = [argument.name for argument in definitions.inputs]
-        super().__init__(definitions, FORWARD, ["ops", *arguments], after)
-        self.saved = saved
-
-    def written(self) -> Function:
-        program, run = self.program, self.program.run
-        used = {*self.saved, *self.program.teed}
-        for claim in self.cover.forward:
-            self.add(*self.forward_step(claim, claim.calls[0], used))
-        outputs = [program.x[program.count], *(program.x[i] for i in run.outputs)]
-        shared = {n for n in outputs if outputs.count(n) > 1 or n in program.activations}
-        if not (self.cover.forward or self.cover.backward or run.outputs):
-            shared = set()  # a sequence that does nothing returns its input itself
-        returned = [Argument("view" if name in shared else "value", name) for name in outputs]
-        returned += values(program.reports)
-        return self.finish("forward", tuple(returned), values(self.saved))
+def _forward(definitions: Definitions, saved: Sequence[str], after: Sequence[After]) -> Function:
+    program, cover, run = definitions.program, definitions.cover, definitions.program.run
+    arguments = [argument.name for argument in definitions.inputs]
+    writer = _Pass(definitions, FORWARD, ["ops", *arguments], after)
+    used = {*saved, *program.teed}
+    for claim in cover.forward:
+        writer.add(*writer.forward_step(claim, claim.calls[0], used))
+    outputs = [program.x[-1], *(program.x[i] for i in run.outputs)]
+    shared = {n for n in outputs if outputs.count(n) > 1 or n in program.activations}
+    if not (cover.forward or cover.backward or run.outputs):
+        shared = set()  # a sequence that does nothing returns its input itself
+    returned = [Argument("view" if name in shared else "value", name) for name in outputs]
+    return writer.finish("forward", (*returned, *values(program.reports)), values(saved))
 
 
 class _Backward(_Pass):
-    def __init__(self, definitions: Definitions, after: After | None) -> None:
+    def __init__(self, definitions: Definitions, after: Sequence[After]) -> None:
         program = definitions.program
         outs = [program.tee(i) for i in program.run.outputs if i in program.tapped]
         super().__init__(definitions, BACKWARD, ["ops", "dx", *outs, "saved"], after)
@@ -197,13 +193,12 @@ class _Backward(_Pass):
             gradients = zip(claim.fuser.declaration.gradients, names, strict=True)
             want = ["x"] * (dx == "dx") + [g.text for g, name in gradients if name != "_"]
             want += self.definitions.gradient(claim.start)
-            note = f"{claim.where} {claim.fuser.backend}"
-            lines.append(self.call(claim, call, want, dx, bound, note))
+            lines.append(self.call(claim, call, want, dx, bound))
         for gradient, (_, product) in weighed.items():
             (call,) = (call for call in product.calls if call.function == "wgrad")
             arguments = (a._replace(text=dy) if a.text == "dx" else a for a in call.arguments)
-            call, note = call._replace(arguments=tuple(arguments)), f"{product.where} reference"
-            lines.append(self.call(product, call, (), "_", [gradient], note))
+            call = call._replace(arguments=tuple(arguments))
+            lines.append(self.call(product, call, (), "_", [gradient]))
         self.add(*self.after(claim, lines))
         makes = {name for line in lines for name in line.makes}
         for name, gradient in sums.items():

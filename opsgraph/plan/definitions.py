@@ -6,7 +6,6 @@ Under autocast an argument in another dtype is `weight2_stored`, and `weight2` i
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..guards.cached import cached_property
 from ..op import FORWARD, ROWS, STORED, Spec
 from .claims import Space
 from .lines import Function, Line, literal, value
@@ -42,6 +41,7 @@ class Definitions:
         self.space, self.cover, self.program = space, cover, space.program
         self.inputs = tuple(self._inputs())
         """The arguments of the forward after `ops`."""
+        self.specs = {argument.name: argument.spec for argument in self.inputs}
 
     def _inputs(self) -> Iterator[Input]:
         program = self.program
@@ -57,13 +57,9 @@ class Definitions:
             variable = name + STORED * (name in program.casts)
             yield Input(variable, spec, dims.get(name), gradient, amax)
 
-    @cached_property
-    def _arguments(self) -> dict[str, Spec | None]:
-        return {argument.name: argument.spec for argument in self.inputs}
-
     def spec(self, name: str) -> Spec:
         """The spec of a variable that the forward may save."""
-        return self._arguments.get(name) or self.program.spec(name)
+        return self.specs.get(name) or self.program.spec(name)
 
     def define(self, name: str, direction: str, writer: Writer) -> Sequence[Line]:
         """The line that makes a variable in a pass, if it is defined here."""

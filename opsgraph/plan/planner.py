@@ -52,7 +52,7 @@ def qualifying(space: Space, live: Iterable[str]) -> Callable[[Claim], bool]:
     """Tells whether a forward claim hands out all live values that it spans; records if not."""
     near: dict[int, set[str]] = {}  # by position, so that a claim is compared with those alone
     for name in live:
-        near.setdefault(space.place(name), set()).add(name)
+        near.setdefault(space.program.values[name].place, set()).add(name)
 
     def qualifies(claim: Claim) -> bool:
         local = {name for i in range(claim.start, claim.stop) for name in near.get(i, ())}

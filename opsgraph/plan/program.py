@@ -34,7 +34,6 @@ from ..op import (
     BACKWARD,
     FORWARD,
     STORED,
-    Op,
     Spec,
     Storage,
     differentiable,
@@ -99,7 +98,11 @@ class Program:
         self.run, self.request = run, request
         self.kinds, self.ops, self.labels = run.kinds, run.ops, run.labels
         self.numbers, self.name, self.count = run.numbers, run.name, len(run.kinds)
-        self.still = {d: self._identities(d) for d in (FORWARD, BACKWARD)}
+        modes = [request.training[place] for place in run.places]
+        ops = list(zip(self.kinds, self.ops, modes, strict=True))
+        self.still = {
+            way: [identity(k, op, way, mode) for k, op, mode in ops] for way in (FORWARD, BACKWARD)
+        }
         """Which ops do nothing in a pass."""
         extras = zip(run.inputs, request.extras, strict=True)
         given = {self.name(n, i): _in_rows(spec, run.factors[i]) for (i, n, _), spec in extras}
@@ -124,10 +127,11 @@ class Program:
         for i, kind in enumerate(self.kinds):
             passed = passes(kind) or (kind.taps and i not in self.tapped)
             self.still[BACKWARD][i] |= bool(passed)
-        delayed = [i for i, op in enumerate(self.ops) if _delayed(op)]
-        self.reports = [self.name("amax", i) for i in delayed if "amax" in self.kinds[i].saves]
+        quantizers = [getattr(op, "quantizer", None) for op in self.ops]
+        delayed = [(i, self.kinds[i]) for i, q in enumerate(quantizers) if q and q.delayed]
+        self.reports = [self.name("amax", i) for i, kind in delayed if "amax" in kind.saves]
         """amaxes that the forward hands out after its outputs."""
-        packing = [i for i in delayed if self.kinds[i].packs_gradient and self.flows[i + 1]]
+        packing = (i for i, kind in delayed if kind.packs_gradient and self.flows[i + 1])
         self.reported = {self.name("scale", i) for i in packing}
         """Scales in whose place the backward returns the amax that it saw."""
         self.teed = {*(self.x[i] for i in (*run.sources.values(), *run.outputs)), *self.reports}
@@ -137,11 +141,6 @@ class Program:
         """Roots of all variables, see `names`."""
         self._private: dict[Hashable, str] = {}
         self._resolved: dict[tuple[int, str, str], Argument | None] = {}
-
-    def _identities(self, direction: str) -> list[bool]:
-        modes = (self.request.training[place] for place in self.run.places)
-        entries = zip(self.kinds, self.ops, modes, strict=True)
-        return [identity(kind, op, direction, mode) for kind, op, mode in entries]
 
     def _casts(self) -> frozenset[str]:
         run, compute = self.run, self.request.compute
@@ -274,9 +273,8 @@ class Program:
             return Argument("value", self.name(name, i))
         if name in kind.constants:
             value = plain(op.constant(name, self.specs[i]))
-            text = literal(value)
-            if text is None:
-                return Argument("object", f"<{called(value)}>", value=value)
+            if (text := literal(value)) is None:
+                return Argument("object", called(value), value=value)
             return Argument("literal", text, value=value)
         if name in kind.extra_inputs:
             return Argument("value", self.extra(i, name))
@@ -297,10 +295,10 @@ class Program:
 
     def storages(self, i: int) -> tuple[Storage | None, ...]:
         """How x, the weight and the gradient of a quantized linear layer are stored."""
-        after = self.ops[i + 1] if i + 1 < self.count and self.kinds[i + 1].packs_gradient else None
-        dy: Any = None if after is None else after.quantizer
+        packs = i + 1 < self.count and self.kinds[i + 1].packs_gradient
+        after: Any = self.ops[i + 1] if packs else None
         weight = self.run.quantizers[i, "weight"].storage
-        return self.specs[i].storage, weight, None if dy is None else dy.storage
+        return self.specs[i].storage, weight, after and after.quantizer.storage
 
     def gradient(self, i: int, name: str) -> str | None:
         """The gradient of what op i calls a name; None if it is not wanted, or there is no such."""
@@ -335,11 +333,6 @@ class Program:
             text = self._private[owner] = variable(name, self.numbers[place], self.roots)
             self.roots.add(root(text))
         return self._private[owner]
-
-
-def _delayed(op: Op) -> bool:
-    """Whether it quantizes by a scale that is delayed."""
-    return getattr(getattr(op, "quantizer", None), "delayed", False)
 
 
 def _in_rows(spec: Spec, factor: Fraction) -> Spec:

@@ -39,7 +39,8 @@ class Keeper:
 
     def settle(self, needs: Iterable[str]) -> "Keeper":
         """Decide for all these values, the earliest first, so that later ones find them live."""
-        for name in sorted(set(needs), key=lambda name: (self.space.place(name), name)):
+        values = self.space.program.values
+        for name in sorted(set(needs), key=lambda name: (values[name].place, name)):
             self._settle(name)
         return self
 
@@ -83,14 +84,17 @@ class Keeper:
         size, makers = space.size(name), list(space.makers(name, self.gemms))
         if not size or not makers or depth >= DEPTH:
             return SAVED * size, None
-        best: tuple[float, int, Remake | None] = (self.saved * space.keeping(name), -1, None)
+        # A quantized value counts as the plain one, and half of itself for its own traffic: that a
+        # recipe is active then changes nothing in what is made again.
+        spec = space.program.spec(name)
+        keeping = size / 2 + spec.stored(None).bytes_per_row if spec.storage else size
+        best: tuple[float, int, Remake | None] = (self.saved * keeping, -1, None)
         for claim in makers:
             for call, needs in space.remakes(claim):
                 if name in needs:
                     continue
-                written = (name,) if call.wants else claim.gives
-                again = call.function == "again"
-                moved = space.read(needs, claim) if again else space.moved(claim, written)
+                written = () if call is claim.again else (name,) if call.wants else claim.gives
+                moved = space.moved(claim, written, needs)
                 cost = moved + sum(self._best(need, depth + 1)[0] for need in needs)
                 if (cost, claim.rank) < best[:2]:
                     best = (cost, claim.rank, Remake(claim, call, needs, moved))

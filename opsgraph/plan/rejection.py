@@ -1,23 +1,32 @@
 """`Rejection`: why a fuser, or a backend, is not used somewhere."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..fuser import BACKWARD, Match
 from ..op.functions import passes
 from .program import Program
 
 
-class Rejection(NamedTuple):
-    """Why a fuser that fits somewhere is not used there."""
-
+class _Rejection(NamedTuple):
     ops: tuple[int, ...]
-    """() where a whole backend, whose name it has, is refused."""
     name: str
     direction: str
     reason: str
-    backend: str = ""
-    """The fuser's."""
+
+
+class Rejection(_Rejection):
+    """Why a fuser that fits somewhere is not used there.
+
+    backend: the fuser's; empty where the whole backend is refused. No item of the tuple.
+    """
+
+    backend: str
+
+    def __new__(cls, *items: Any, backend: str = "") -> "Rejection":
+        rejection = super().__new__(cls, *items)
+        rejection.backend = backend
+        return rejection
 
 
 def obstacle(program: Program, i: int, still: bool) -> str | None:

@@ -178,7 +178,7 @@ def make_plan(
     planner: Planner,
     fuel: int | None = None,
     definitions: Callable[[Space, Cover], Definitions] = Definitions,
-    after: After | None = None,
+    after: Sequence[After] = (),
 ) -> Plan:
     """Plan a run for one kind of call. Raises OpError or PlanError for what cannot be planned.
 
@@ -192,11 +192,11 @@ def make_plan(
     defined = definitions(space, cover)
     forward, backward, saved = write(defined, after)
     prepare = defined.prepare()
-    kept = sorted(cover.keeper.kept, key=lambda n: (space.place(n), n))
+    kept = sorted(cover.keeper.kept, key=lambda name: (program.values[name].place, name))
     return Plan(
         forward=tuple(_step(claim, cover, space) for claim in cover.forward),
         backward=tuple(_step(claim, cover, space) for claim in cover.backward),
-        rejected=tuple(r for r in space.rejected if not _taken(r, cover)),
+        rejected=tuple(r for r in space.rejected.values() if not _taken(r, cover)),
         saved={name: space.size(name) for name in kept},
         costs=cover.costs,
         forward_source=forward.source,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..guards.results import First
-from ..op import BACKWARD, STORED
+from ..op import BACKWARD
 from ..op.functions import backward_functions
 from .claims import Call, Claim, Space
 from .compiled import compiled
@@ -75,13 +75,15 @@ class Writer:
                 return text
         raise AssertionError
 
-    def _name_of(self, claim: Claim, target: Any) -> str:
+    def _name_of(self, claim: Claim, call: Call, target: Any) -> str:
         """A fuser's name in the source. The first results of a user's are checked."""
         name = self.bind(claim.fuser.name, target)
-        module = target.__module__ if claim.is_reference else type(target).__module__
-        if self.namespace[name] is target and not module.startswith("opsgraph."):
-            where = self.program.labels[claim.start] if claim.is_reference else claim.label
-            self.namespace[name] = First(target, where)
+        kind = target if claim.is_reference else type(target)
+        if not kind.__module__.startswith("opsgraph."):
+            if self.namespace[name] is target:
+                where = self.program.labels[claim.start] if claim.is_reference else claim.label
+                self.namespace[name] = First(target, where)
+            self.namespace[name].counts[call.function].add(len(call.results))
         return name
 
     def call(
@@ -91,27 +93,23 @@ class Writer:
         want: Iterable[str],
         first: str,
         names: Sequence[str],
-        note: str = "",
     ) -> Line:
         """The line of a claim's call. want: what it is to hand out, by the names it declares.
 
         first: the variable of y or dx; names: those of what follows, "_" for what nothing reads.
         """
         target: Any = claim.fuser.kind if claim.is_reference else claim.fuser  # type: ignore[attr-defined]
-        name = self._name_of(claim, target)
-        if isinstance(bound := self.namespace[name], First):
-            bound.counts[call.function].add(len(call.results))
-        spelled, arguments = f"{name}.{call.function}", tuple(map(self._named, call.arguments))
-        function = getattr(target, call.function)
+        spelled = f"{self._name_of(claim, call, target)}.{call.function}"
         if claim.is_reference and claim.direction == BACKWARD:
-            given, function = function, backward_functions(target)[call.function]
-            if function is not given:  # derived from fwd
+            function = backward_functions(target)[call.function]
+            if function is not getattr(target, call.function):  # derived from fwd
                 suffix = "" if call.function == "bwd" else f"_{call.function}"
                 spelled = self.bind(f"{target.__name__}_vjp{suffix}", function)
                 target = function
-        if call.function == "wgrad":
-            product = Argument("object", spelled, value=function)
-            spelled, arguments = self._weighed(claim, call, product, arguments)
+        arguments = tuple(
+            a._replace(text=self.bind(a.text, a.value)) if a.category == "object" else a
+            for a in call.arguments
+        )
         keywords: tuple[tuple[str, Nested], ...] = ()
         if call.wants:
             words = tuple(claim.fuser.wants.get(word, word) for word in want)
@@ -119,27 +117,8 @@ class Writer:
         results: Results = first, tuple(names) if set(names) - {"_"} else "_"
         if call.function in ("again", "dgrad", "wgrad"):  # they return one thing
             results = names[0] if call.function == "wgrad" else first
+        note = f"{claim.where} {claim.fuser.backend}"
         return Line(spelled, arguments, results, target, keywords, note)
-
-    def _weighed(
-        self, claim: Claim, call: Call, product: Argument, arguments: tuple[Argument, ...]
-    ) -> tuple[str, tuple[Argument, ...]]:
-        """The call of a weight gradient's product: by the op, if the gradient goes elsewhere."""
-        gradient, program = call.results[0], self.program
-        (i,) = (i for i in claim.ops if gradient in program.gradient_names(i))
-        op, stored = program.resolve(i, ""), program.resolve(i, "weight" + STORED)
-        assert op is not None
-        if gradient in program.request.accumulated and stored and not claim.is_reference:
-            return "wgrad_by", (op, product, *arguments, stored)
-        if gradient in program.request.late:
-            return "weigh", (op, product, *arguments)
-        return product.text, arguments
-
-    def _named(self, argument: Argument) -> Argument:
-        """An argument with the text that stands for it in the source."""
-        if argument.category != "object":
-            return argument
-        return argument._replace(text=self.bind(argument.text.strip("<>"), argument.value))
 
     # -- the end --
 

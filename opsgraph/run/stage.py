@@ -67,6 +67,7 @@ from ..features.recipes import StageRecipe
 from ..features.show import told
 from ..features.unseen import Unseen
 from ..features.verify import verified
+from ..features.weight_gradients import send_elsewhere
 from ..fusers.quantizing import prepare_by
 from ..guards.torch_private import finished, forward_ad, tracing, transforms
 from ..op import Op, lower_plainly
@@ -152,7 +153,7 @@ class Stage(Parameters, Followed, Compiled):
             PLANNERS[options.planner],
             options.config.fuel,
             partial(QuantizedDefinitions, partial(prepare_by, options.order)),
-            checked if options.config.check else None,
+            (send_elsewhere, checked) if options.config.check else (send_elsewhere,),
         )
         return told(verified(plan, options.config.check), options.config)
 
