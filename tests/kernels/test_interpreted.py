@@ -29,7 +29,8 @@ def test_under_the_interpreter(target: Path, chosen: str) -> None:
     # Not pytest's own variables: a worker's would make this process report to that worker's run.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", str(target), "-q", "-n0", "-k", chosen]
+    plugin = "tests.kernels.interpreted.quick_interpreter"
+    command = [sys.executable, "-m", "pytest", str(target), "-q", "-n0", "-k", chosen, "-p", plugin]
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, timeout=600,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
