@@ -8,6 +8,7 @@ The hook is `run_followed`, which a stage asks before it looks for a plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,9 +16,46 @@ import torch
 from torch import Tensor
 
 from ..base.errors import PlanError
-from ..guards.torch_private import followed, top_transform, untraced
+from ..guards.torch_private import (
+    PassThrough,
+    followed,
+    forward_ad,
+    has_memory,
+    top_transform,
+    untraced,
+    without_autocast,
+)
 from ..op import constant_under_compile
+from ..plan import Plan
 from ..plan.basic_ops import BasicOps
+
+_SEEN_THROUGH = ("cpu", "aten", "reference")
+"""Backends that leave the work to PyTorch's ops while a dispatch mode is active."""
+
+
+def see_through(
+    plan: Plan, gradients: Sequence[Tensor], saved: Sequence[Tensor]
+) -> AbstractContextManager[Any]:
+    """A context for a backward whose gradients may be no memory that a kernel can read.
+
+    Batched ones, of `is_grads_batched`, are left to PyTorch's ops. Raises PlanError for tangents of
+    forward-mode AD, which only a forward inside of it can follow, and where kernels do not yield.
+    """
+    if forward_ad._current_level >= 0:
+        for tensor in (*gradients, *saved):
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise PlanError(
+                    "got a tangent of forward-mode AD in a backward, expected the forward inside "
+                    "of it too, or a module with double_backward=True"
+                )
+    if all(map(has_memory, gradients)):
+        return without_autocast(gradients[0])
+    if plan.specs.prepared or any(step.backend not in _SEEN_THROUGH for step in plan.backward):
+        raise PlanError(
+            "got a batched gradient for a backward of fused kernels, expected a module with "
+            "double_backward=True, and no recipe"
+        )
+    return PassThrough()  # type: ignore[no-untyped-call]
 
 
 class Followed:
@@ -82,3 +120,19 @@ def check_differentiable(run: BasicOps, options: Any, recipe: int | None) -> Non
             f"{run.labels[i]}: it exchanges tensors with other ranks, and has no second "
             f"derivative, which {others} want too; expected double_backward=False and none of them"
         )
+
+
+def copy_gradients(flats: Sequence[Tensor]) -> None:
+    """Have flattened inputs get gradients of their own, where ops run under plain autograd.
+
+    A view's gradient is a view of what came, and PyTorch takes it into `.grad` without a copy.
+    """
+    if not (torch.compiler.is_compiling() or followed()):
+        for flat in flats:
+            if flat.requires_grad and not flat.is_leaf:
+                flat.register_hook(_copy)
+
+
+def _copy(gradient: Tensor | None) -> Tensor | None:
+    """A hook, which also sees gradients that are undefined."""
+    return None if gradient is None else gradient.clone()

@@ -1,8 +1,8 @@
 """The registry of all fusers."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import count
-from types import TracebackType
 
 from ..base import config
 from ..base.errors import RegisterError
@@ -15,7 +15,7 @@ checks: list[Callable[[Fuser], None]] = []
 """Raise RegisterError for a wrong declaration; the room that checks declarations adds to them."""
 
 
-class Handle:
+class Handle(AbstractContextManager["Handle"]):
     """A registration: `unregister()` ends it, and so does leaving a `with` block."""
 
     def __init__(self, fuser: Fuser) -> None:
@@ -29,15 +29,7 @@ class Handle:
                 Matcher.of.cache_clear()
                 config.touch()
 
-    def __enter__(self) -> "Handle":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.unregister()
 
 

@@ -5,6 +5,7 @@ raises OpError, which names the op, what came and what was expected.
 """
 
 from collections.abc import Callable, Collection, Iterable
+from difflib import get_close_matches
 from math import isfinite
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import SymInt, Tensor
 
-from ..base.errors import OpError
+from ..base.errors import OpError, PlanError
 
 
 def _plain(who: str, name: str, value: Any) -> Any:
@@ -99,6 +100,34 @@ def names(who: str, name: str, value: Any) -> tuple[str, ...]:
     if not all(isinstance(item, str) for item in listed):
         raise OpError(who, f"{name}={value!r}", "a list of names")
     return tuple(sorted(listed))
+
+
+def listed(who: str, name: str, value: Any) -> tuple[str, ...] | None:
+    """A collection of names in their order, or None."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Collection):
+        one = value if isinstance(value, str) else "name"
+        raise PlanError(
+            f'{who}: got {name}={value!r}, expected a tuple of names: {name}=("{one}",)'
+        )
+    return tuple(value)
+
+
+def known(
+    who: str,
+    what: str,
+    names: Collection[Any] | None,
+    there: Collection[str],
+    expected: str = "some of",
+) -> None:
+    """Raises PlanError for a name that is not there, with the nearest that is."""
+    for name in names or ():
+        if not isinstance(name, str) or name not in there:
+            near = get_close_matches(str(name), there, 1)
+            nearest = f" (the nearest is {near[0]!r})" if near else ""
+            all_there = f"{', '.join(there)}{nearest}"
+            raise PlanError(f"{who}: got {what} {name!r}, expected {expected} {all_there}")
 
 
 def function(who: str, name: str, value: Any) -> Any:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..base.errors import OpError
-from ..guards.torch_private import followed
 from ..plan import Plan
 
 
@@ -99,19 +98,3 @@ def as_given(
                 view = shaped[id(gradient)] = gradient.view(shape)
             gradients[k] = view
     return gradients
-
-
-def copy_gradients(flats: Sequence[Tensor]) -> None:
-    """Have flattened inputs get gradients of their own, where ops run under plain autograd.
-
-    A view's gradient is a view of what came, and PyTorch takes it into `.grad` without a copy.
-    """
-    if not (torch.compiler.is_compiling() or followed()):
-        for flat in flats:
-            if flat.requires_grad and not flat.is_leaf:
-                flat.register_hook(_copy)
-
-
-def _copy(gradient: Tensor | None) -> Tensor | None:
-    """A hook, which also sees gradients that are undefined."""
-    return None if gradient is None else gradient.clone()

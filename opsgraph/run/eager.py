@@ -6,17 +6,15 @@ Gradients that are no memory of a kernel's are told apart in the backward, see `
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base.errors import PlanError
 from ..features.compiled import call_traced
+from ..features.followed import copy_gradients, see_through
 from ..features.recipes import note_gradients
 from ..guards.torch_private import (
-    PassThrough,
     apply_of,
     forward_ad,
     has_memory,
@@ -24,35 +22,7 @@ from ..guards.torch_private import (
 )
 from ..plan import Plan
 from ..precision.recomputed import saved_again
-from .dimensions import as_given, copy_gradients, flat, flattened, released, unflattened
-
-_SEEN_THROUGH = ("cpu", "aten", "reference")
-"""Backends that leave the work to PyTorch's ops while a dispatch mode is active."""
-
-
-def see_through(
-    plan: Plan, gradients: Sequence[Tensor], saved: Sequence[Tensor]
-) -> AbstractContextManager[Any]:
-    """A context for a backward whose gradients may be no memory that a kernel can read.
-
-    Batched ones, of `is_grads_batched`, are left to PyTorch's ops. Raises PlanError for tangents of
-    forward-mode AD, which only a forward inside of it can follow, and where kernels do not yield.
-    """
-    if forward_ad._current_level >= 0:
-        for tensor in (*gradients, *saved):
-            if forward_ad.unpack_dual(tensor).tangent is not None:
-                raise PlanError(
-                    "got a tangent of forward-mode AD in a backward, expected the forward inside "
-                    "of it too, or a module with double_backward=True"
-                )
-    if all(map(has_memory, gradients)):
-        return without_autocast(gradients[0])
-    if plan.specs.prepared or any(step.backend not in _SEEN_THROUGH for step in plan.backward):
-        raise PlanError(
-            "got a batched gradient for a backward of fused kernels, expected a module with "
-            "double_backward=True, and no recipe"
-        )
-    return PassThrough()  # type: ignore[no-untyped-call]
+from .dimensions import as_given, flat, flattened, released, unflattened
 
 
 class PlanFunction(torch.autograd.Function):

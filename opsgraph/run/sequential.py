@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,29 +10,29 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..base import config
-from ..base.errors import OpError, PlanError
+from ..base.errors import OpError
 from ..features import convert
 from ..features.called import Entry, spread
 from ..features.compiled import CompiledSequence
-from ..features.declared_ops import verify_added
+from ..features.examples import SequenceExamples
 from ..features.inputs import explain
+from ..features.listed import Listed
 from ..features.op_kwargs import run_with
 from ..guards.validation import place
-from ..guards.watched import Watched, contents, mutable, own_state, whole
+from ..guards.watched import Watched, contents, mutable, own_state
 from ..op import Op
 from ..ops.delayed import DelaysWeightGradients, Queue
 from ..ops.residual import tell_next
 from ..ops.sizes import infer_sizes
-from ..plan import Plan
 from ..precision.autocast import active
 from ..precision.interned import drop_forgotten
 from ..precision.recomputed import follow
 from .options import NAMES, Options
 from .stage import Stage
-from .stages import Plans, make_stages, run_stages
+from .stages import make_stages, run_stages
 
 
-class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
+class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, Listed):
     """Ops in sequence, planned as one; plain nn.Modules may stand between them.
 
     `forward(x, *extra_inputs)` returns y, or `(y, *extra_outputs)` where there are any. x is
@@ -200,6 +199,7 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
     def wgrad_queue(self) -> Queue | None:
         return self._options.queue if self._options.delay_wgrad_compute else None
 
+<<<<<<< HEAD
     # -- looking --
 
     def plan(self, training: bool = True, x: Tensor | None = None) -> Any:
@@ -231,6 +231,8 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
         assert isinstance(stage, Stage)
         return stage.extras.example(x)
 
+=======
+>>>>>>> edd6714 (Lists of modules, plans for an example, batched gradients: features, each with one hook)
     # -- torch.nn and back --
 
     @classmethod
@@ -248,23 +250,10 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
         """A plain nn.Sequential that computes the same, sharing the parameters."""
         return convert.to_torch(self, Sequential)  # type: ignore[no-any-return]
 
-    # -- the list protocol, where nn.Sequential would return or forget something else --
+    # -- options and copies --
 
     def _like(self, *modules: Any) -> Sequential:
         return Sequential(*modules, **self._options.given())
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self._like(OrderedDict(list(self._modules.items())[index]))
-        return super().__getitem__(index)
-
-    def __add__(self, other: nn.Sequential) -> Sequential:
-        return self._like(*super().__add__(other))
-
-    def __mul__(self, count: int) -> Sequential:
-        return self._like(*super().__mul__(count))
-
-    __rmul__ = __mul__
 
     def __getattr__(self, name: str) -> Any:
         """Options are attributes, and may be set later."""
@@ -276,31 +265,6 @@ class Sequential(CompiledSequence, DelaysWeightGradients, nn.Sequential):
             self._forget()
             return
         super().__setattr__(name, value)
-        if isinstance(value, nn.Module) or name in self.__dict__.get("_modules", {}):
-            self._forget()
-
-    def __delattr__(self, name: str) -> None:
-        super().__delattr__(name)
-        self._forget()
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        verify_added(module, name)
-        super().add_module(name, module)
-        self._forget()
-
-    def insert(self, index: int, module: nn.Module) -> Sequential:
-        verify_added(module, str(index))
-        self._insert(index, module)
-        return self
-
-    _insert = whole(nn.Sequential.insert)
-    append = whole(nn.Sequential.append)
-    extend = whole(nn.Sequential.extend)
-    pop = whole(nn.Sequential.pop)
-    __setitem__ = whole(nn.Sequential.__setitem__)
-    __delitem__ = whole(nn.Sequential.__delitem__)
-    __iadd__ = whole(nn.Sequential.__iadd__)
-    __imul__ = whole(nn.Sequential.__imul__)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_options": self._options.with_(queue=Queue())}

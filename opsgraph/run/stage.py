@@ -29,6 +29,9 @@ What not every call needs is a file with one hook:
     dtensor     parameters that are DTensors         own_part, in Parameters.weights
     op_kwargs   the caller's buffers                 run_with, in Sequential.forward
     inputs      what no stage could take             explain, in Sequential.forward
+    called      ops with hooks                       spread, in Sequential._entries
+    examples    plans without a call                 Stage.plan, Sequential.plan
+    listed      the list protocol of nn.Sequential   a base of Sequential
 
 What not every plan needs is a file, too, which meets the plan in `Stage._make`: `weight_gradients`,
 `casting`, `optimal`, `quantized`, `check`; then `verify` and `show`.
@@ -49,15 +52,15 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..base import config
-from ..base.errors import OpError, PlanError
+from ..base.errors import OpError
 from ..features.casting import with_casts
 from ..features.check import checked
 from ..features.compiled import Compiled
 from ..features.declared_ops import check_shapes, verify_entries, verify_weights
+from ..features.examples import StageExamples
 from ..features.extras import ExtraInputs
 from ..features.followed import Followed, check_differentiable
 from ..features.optimal import PLANNERS
@@ -72,7 +75,6 @@ from ..fusers.quantizing import prepare_by
 from ..guards.torch_private import finished, forward_ad, tracing, transforms
 from ..op import Op, lower_plainly
 from ..ops.quantize import lowered
-from ..ops.sizes import width_between
 from ..plan import Plan, make_plan
 from ..plan.basic_ops import BasicOps
 from .eager import run_inference, run_traced, run_training
@@ -82,7 +84,7 @@ from .parameters import Parameters
 from .table import table_for
 
 
-class Stage(Parameters, Followed, Compiled):
+class Stage(Parameters, StageExamples, Followed, Compiled):
     """A run of consecutive ops of a Sequential, with the parameters it reads."""
 
     run_inference, run_traced = staticmethod(run_inference), staticmethod(run_traced)
@@ -156,29 +158,6 @@ class Stage(Parameters, Followed, Compiled):
             (send_elsewhere, checked) if options.config.check else (send_elsewhere,),
         )
         return told(verified(plan, options.config.check), options.config)
-
-    def plan(self, training: bool, x: Tensor | None) -> Plan:
-        """The plan for an example input, by default one in the parameters' dtype and device."""
-        if self.outdated():
-            return self.renewed().plan(training, x)
-        weights = self.weights()
-        if x is None:
-            x = self._example(weights)
-        x = x.detach().requires_grad_(training)
-        extras = self.extras.example(x)
-        for extra in extras:
-            extra.requires_grad_(training and extra.is_floating_point())
-        with torch.set_grad_enabled(training):
-            key = self.key(x, extras, weights)
-        return self.ensure(key, len(extras))
-
-    def _example(self, weights: Sequence[Tensor | None]) -> Tensor:
-        width = width_between(self.ops)
-        if width is None:
-            raise PlanError(f"{self.table.run.labels[0]}: got no width to plan for, expected x")
-        there = [w for w in weights if w is not None]
-        like = next((w for w in there if w.dim() > 1), there[0] if there else torch.empty(0))
-        return torch.empty(2, width, dtype=like.dtype, device=like.device)
 
     def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
         if extras or self.trailing:

@@ -14,25 +14,8 @@ from ..base.errors import OpError
 from ..features.called import Called, CalledOp, Entry, is_wired
 from ..features.inputs import verify_tensor
 from ..op import Op, constant_under_compile
-from ..plan import Plan
 from .options import Options
 from .stage import Stage
-
-
-class Plans(tuple[Plan, ...]):
-    """The plans of a Sequential with plain modules, or ops that are called, between its ops."""
-
-    called: tuple[str, ...]
-    """Ops that are called as modules, and why."""
-
-    def __new__(cls, plans: Iterable[Plan], called: Iterable[str] = ()) -> Plans:
-        """All plans in order."""
-        made = super().__new__(cls, plans)
-        made.called = tuple(called)
-        return made
-
-    def __str__(self) -> str:
-        return "\n\n".join([*map(str, self), *self.called])
 
 
 class CalledStage(Called, Stage):
