@@ -89,7 +89,7 @@ class SequenceExamples:
             if isinstance(stage, StageExamples):
                 made = stage.plan(training, x)
                 found += made if isinstance(made, Plans) else [made]
-                x = found[-1].specs.outputs[0].spec.empty(2)  # as far as is known, the next one's
+                x = found[-1].specs.outputs[0].empty(2)  # as far as is known, the next one's
         called = [entry.shown for entry in self._entries() if entry.called]
         if not found and not called:
             raise PlanError("there are no ops to plan")

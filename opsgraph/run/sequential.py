@@ -199,40 +199,6 @@ class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, List
     def wgrad_queue(self) -> Queue | None:
         return self._options.queue if self._options.delay_wgrad_compute else None
 
-<<<<<<< HEAD
-    # -- looking --
-
-    def plan(self, training: bool = True, x: Tensor | None = None) -> Any:
-        """The plan for a call in training or inference: what runs, what is saved, and why.
-
-        x: an example input; by default one in the parameters' dtype and device. Returns a Plan, or
-        `Plans`, a tuple of them, where plain modules stand between ops.
-        """
-        if self._epoch != config.epoch:
-            self._prepare(None if x is None else x.shape[-1])
-        found: list[Plan] = []
-        for stage in self._current():
-            if isinstance(stage, Stage):
-                made = stage.plan(training, x)
-                found += made if isinstance(made, Plans) else [made]
-                x = found[-1].specs.outputs[0].empty(2)  # as far as is known, the next one's
-        called = [entry.shown for entry in self._entries() if entry.called]
-        if not found and not called:
-            raise PlanError("there are no ops to plan")
-        if len(found) == 1 and not called:
-            return found[0]
-        return Plans(found, called)
-
-    def example_extras(self, x: Tensor) -> list[Tensor]:
-        """Uninitialized extra inputs of the right shapes for x, where all ops are planned."""
-        if self._epoch != config.epoch:
-            self._prepare(x.shape[-1])
-        (stage,) = self._current()
-        assert isinstance(stage, Stage)
-        return stage.extras.example(x)
-
-=======
->>>>>>> edd6714 (Lists of modules, plans for an example, batched gradients: features, each with one hook)
     # -- torch.nn and back --
 
     @classmethod
