@@ -18,7 +18,7 @@ The layers, each a file that knows those before it:
 A recipe has definitions of its own: of quantized values, and of a third function, `prepare`, which
 quantizes the weights that both are handed in parts. `After` changes the lines of a step.
 
-There is one way to have a variable. `Writer.need` has it defined when the first line reads it: by
+There is one way to have a variable. `Writer.add` has it defined when the first line reads it: by
 the call that makes it again, by a cast, by a load. What nothing defines is free, and the free
 variables of the backward are what the forward saves. So the backward is written first.
 

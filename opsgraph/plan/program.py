@@ -117,6 +117,12 @@ class Program:
         """The name of the value at each gap: behind an op that does nothing that before it."""
         for edge, still in zip(run.edges[1:], self.still[FORWARD], strict=True):
             self.x.append(self.x[-1] if still else f"x{edge}")
+        self.values: dict[str, Value] = {}
+        for name, spec in self.activations.items():
+            cast = request.compute if name in self.casts else None
+            self.values[name] = Value(INPUT, 0, replace(spec, dtype=cast) if cast else spec)
+        for i, kind in enumerate(self.kinds):
+            self.values |= {self.name(name, i): Value(SAVED, i, None) for name in kind.saves}
         self.specs = list[Spec]()
         """The spec of x at each gap."""
         self._propagate()
@@ -136,7 +142,6 @@ class Program:
         """Scales in whose place the backward returns the amax that it saw."""
         self.teed = {*(self.x[i] for i in (*run.sources.values(), *run.outputs)), *self.reports}
         """Values that later ops or the caller read, whatever the backward needs."""
-        self.values = self._values()
         self.roots = set(run.name.roots)
         """Roots of all variables, see `names`."""
         self._private: dict[Hashable, str] = {}
@@ -154,17 +159,6 @@ class Program:
         floats = ((n, spec.dtype) for n, spec in others if spec and spec.dtype.is_floating_point)
         return frozenset(name for name, dtype in floats if dtype != compute)
 
-    def _values(self) -> dict[str, Value]:
-        values: dict[str, Value] = {}
-        for gap, (edge, spec) in enumerate(zip(self.run.edges, self.specs, strict=True)):
-            values.setdefault(f"x{edge}", Value(GAP, gap, spec))
-        for name, spec in self.activations.items():
-            cast = self.request.compute if name in self.casts else None
-            values[name] = Value(INPUT, 0, replace(spec, dtype=cast) if cast else spec)
-        for i, kind in enumerate(self.kinds):
-            values |= {self.name(name, i): Value(SAVED, i, None) for name in kind.saves}
-        return values
-
     # -- specs --
 
     def _propagate(self) -> None:
@@ -172,7 +166,7 @@ class Program:
         x = self.request.x
         if not x.dtype.is_floating_point:
             raise OpError(self.labels[0] if self.labels else "input", f"dtype {x.dtype}", "a float")
-        x = x.like(dtype=self.request.compute) if "x0" in self.casts else x
+        x = self.spec("x0")
         self.specs.append(x)
         for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True)):
             if reason := kind.reject(op, x):
@@ -187,6 +181,7 @@ class Program:
                     y = y.like(dtype=torch.promote_types(y.dtype, dtype))
                 x = _in_rows(y, self.run.factors[i + 1])
             self.specs.append(x)
+            self.values.setdefault(self.x[i + 1], Value(GAP, i + 1, x))
 
     def _check_weight(self, i: int, name: str, x: Spec) -> None:
         spec, kind, label = self.request.weights[self.name(name, i)], self.kinds[i], self.labels[i]
@@ -205,7 +200,7 @@ class Program:
 
     def _check_extra(self, i: int, name: str, x: Spec) -> None:
         kind, label = self.kinds[i], self.labels[i]
-        spec, expected = self._extra_spec(i, name), kind.extra_spec(self.ops[i], name, x)
+        spec, expected = self.spec(self.extra(i, name)), kind.extra_spec(self.ops[i], name, x)
         if expected is None:
             return
         if spec.device != x.device:
@@ -220,13 +215,9 @@ class Program:
             if spec.dtype != expected.dtype:
                 raise OpError(label, f"{name} dtype {spec.dtype}", str(expected.dtype))
 
-    def _extra_spec(self, i: int, name: str) -> Spec:
-        source = self.run.sources.get((i, name))
-        return self.activations[self.name(name, i)] if source is None else self.specs[source]
-
     def promoted(self, i: int) -> list[torch.dtype]:
         """The dtypes with which that of op i's output is promoted."""
-        return [self._extra_spec(i, name).dtype for name in promotes(self.kinds[i])]
+        return [self.spec(self.extra(i, name)).dtype for name in promotes(self.kinds[i])]
 
     def _flow(self) -> list[bool]:
         wanted, sources = self.request.gradients, self.run.sources

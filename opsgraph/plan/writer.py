@@ -41,29 +41,25 @@ class Writer:
         raise NotImplementedError
 
     def add(self, *lines: Line) -> None:
-        """Append lines, each after what defines its variables."""
-        for line in lines:
-            self.need(line.reads)
-            self.lines.append(line)
-            self.available.update(line.makes)
+        """Append lines, each after what defines its variables.
 
-    def need(self, names: Iterable[str]) -> None:
-        """Have variables available. On a stack of its own, for what defines them may go deep."""
-        waiting: list[str | Sequence[Line]] = [*reversed([*names])]
-        while waiting:
-            name = waiting.pop()
-            if not isinstance(name, str):
-                self.lines += name
-            elif name not in self.available:
-                self.available.add(name)
-                lines = self.define(name)
-                if not lines:
-                    self.free[name] = None
-                makes = {variable for line in lines for variable in line.makes}
-                self.available |= makes
-                waiting.append(lines)
-                reads = [read for line in lines for read in line.reads if read not in makes]
-                waiting += reversed(reads)
+        On a stack of its own, for what defines a variable may go deep.
+        """
+        for line in lines:
+            waiting: list[str | Sequence[Line]] = [(line,), *reversed(line.reads)]
+            while waiting:
+                need = waiting.pop()
+                if not isinstance(need, str):
+                    self.lines += need
+                elif need not in self.available:
+                    defined = self.define(need)
+                    if not defined:
+                        self.free[need] = None
+                    makes = {variable for line in defined for variable in line.makes}
+                    self.available |= makes | {need}
+                    reads = (read for line in defined for read in line.reads if read not in makes)
+                    waiting += defined, *reversed([*reads])
+            self.available.update(line.makes)
 
     # -- what objects are called --
 
