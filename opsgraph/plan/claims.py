@@ -174,48 +174,43 @@ class Space:
         """What was refused, each once, in order."""
         self._sizes: dict[str, int] = {}
         self._fuel = fuel
-        self.starting: dict[str, list[list[Claim]]] = {}
-        self.ending: dict[str, list[list[Claim]]] = {}
+        gaps, ways = range(program.count + 1), (BACKWARD, FORWARD)
+        self.starting: dict[str, list[list[Claim]]] = {way: [[] for _ in gaps] for way in ways}
+        self.ending: dict[str, list[list[Claim]]] = {way: [[] for _ in gaps] for way in ways}
         fusers = tuple(self._usable(order))
         ranks = {name: rank for rank, name in enumerate(order)}
         priorities = {fuser.declaration.priority for fuser in fusers}
         levels = {p: level for level, p in enumerate(sorted(priorities, reverse=True))}
         self.lowest = max(0, len(levels) - 1)
-        for direction in (BACKWARD, FORWARD):
-            starting: list[list[Claim]] = [[] for _ in range(program.count + 1)]
-            ending: list[list[Claim]] = [[] for _ in range(program.count + 1)]
-            for match in (*self._fused(fusers, direction), *self._references(direction)):
+        for way in ways:
+            for match in (*self._fused(fusers, way), *self._references(way)):
                 level = levels.get(match.fuser.declaration.priority, self.lowest)
                 rank = level * (len(order) + 1) + ranks.get(match.fuser.backend, len(order))
-                claim = Claim(program, match, direction, level, rank)
-                starting[claim.start].append(claim)
-                ending[claim.stop].append(claim)
-                if direction == FORWARD and claim.fuser.declaration.private:
+                claim = Claim(program, match, way, level, rank)
+                self.starting[way][claim.start].append(claim)
+                self.ending[way][claim.stop].append(claim)
+                if way == FORWARD and claim.fuser.declaration.private:
                     self._add_private(claim)
-            self.starting[direction], self.ending[direction] = starting, ending
 
     # -- building claims --
 
     def _usable(self, order: tuple[str, ...]) -> list[Fuser]:
         """The fusers of the backends that are here; of others it is told why they are not."""
-        device, usable = self.program.request.x.device, set[str]()
+        request, usable = self.program.request, set[str]()
         # Without a recipe a refusal of what is for recipes would say nothing.
         recipe = bool(self.program.run.quantizers)
         fusers = [f for f in registered() if recipe or not f.quantized]
-        offered: dict[str, list[Fuser]] = {}
-        for fuser in fusers:
-            offered.setdefault(fuser.backend, []).append(fuser)
         kinds, known = set().union(*map(family, self.program.kinds)), backends()
         for name in order:
             if name not in known:
                 raise PlanError(f"got backend {name!r}, expected some of {', '.join(known)}")
-            reason = known[name].why_not_on(device)
+            reason = known[name].why_not_on(request.x.device)
             if reason is None:
                 usable.add(name)
-            elif any(fuser.declaration.fits(kinds) for fuser in offered.get(name, ())):
+            elif any(f.backend == name and f.declaration.fits(kinds) for f in fusers):
                 backend = Rejection((), name, "both", reason)
                 self.rejected[backend, ""] = backend
-        only = self.program.request.options.get("fusers")
+        only = request.options.get("fusers")
         return [f for f in fusers if f.backend in usable and (only is None or f.name in only)]
 
     def _fused(self, fusers: tuple[Fuser, ...], direction: str) -> Iterator[Match]:
