@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from ..op import BACKWARD, FORWARD
 from ..plan.claims import Claim, Space
-from ..plan.planner import Cover, greedy, keeper_of, qualifying, settled
-from ..plan.recompute import SAVED
+from ..plan.planner import Cover, greedy, qualifying, settled
+from ..plan.recompute import SAVED, Keeper
 
 LEVEL = 1e9
 """Bytes per row that an op is worth which a fuser of the next higher priority takes."""
@@ -101,7 +101,7 @@ def _pair_path(space: Space) -> list[Claim]:
 
     def keeping(name: str) -> tuple[float, frozenset[str]]:
         if name not in estimate:
-            keeper = keeper_of(space).settle(["x0", name])
+            keeper = Keeper(space).settle(["x0", name])
             free = 0.0 if name == "x0" else SAVED * space.size("x0")
             estimate[name] = keeper.cost - free, frozenset(keeper.kept)
         return estimate[name]

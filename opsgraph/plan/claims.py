@@ -279,18 +279,14 @@ class Space:
 
     # -- making again --
 
-    def makers(self, name: str, gemms: bool = False) -> Iterator[Claim]:
-        """Forward claims that could make a value again."""
-        program, value = self.program, self.program.values[name]
+    def makers(self, name: str, gemms: bool) -> list[Claim]:
+        """Forward claims that could make a value again. gemms: also by a matrix product."""
+        kinds, value, claims = self.program.kinds, self.program.values[name], list[Claim]()
         if value.kind == GAP:
             claims = self.ending[FORWARD][value.place]
         elif value.kind == SAVED:
             claims = [c for c in self.starting[FORWARD][value.place] if name in c.gives]
-        else:
-            return
-        for claim in claims:
-            if gemms or not any(program.kinds[i].gemm for i in claim.ops):
-                yield claim
+        return [c for c in claims if gemms or not any(kinds[i].gemm for i in c.ops)]
 
     def remakes(self, claim: Claim) -> Iterator[tuple[Call, tuple[str, ...]]]:
         """The calls that repeat a forward claim, each with the values that it needs."""

@@ -13,12 +13,11 @@ The planner knows no concrete op.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
-from math import inf
 from typing import NamedTuple, TypeAlias
 
 from ..op import BACKWARD, FORWARD
 from .claims import Claim, Space
-from .recompute import SAVED, Keeper
+from .recompute import Keeper
 
 
 class Cover(NamedTuple):
@@ -34,17 +33,9 @@ class Cover(NamedTuple):
 Planner: TypeAlias = Callable[[Space], Cover]
 
 
-def keeper_of(space: Space) -> Keeper:
-    """A Keeper as the options have it, for which nothing is settled."""
-    options = space.program.request.options
-    checkpoint = bool(options.get("checkpoint"))
-    saved = SAVED if options.get("recompute", True) else 0.0
-    return Keeper(space, inf if checkpoint else saved, gemms=checkpoint)
-
-
 def settled(space: Space, backward: list[Claim]) -> tuple[Keeper, set[str]]:
     """What is kept or made again for these claims, and which values are live then."""
-    keeper = keeper_of(space).settle(need for claim in backward for need in claim.needs)
+    keeper = Keeper(space).settle(need for claim in backward for need in claim.needs)
     return keeper, keeper.kept | space.program.teed
 
 

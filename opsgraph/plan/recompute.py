@@ -5,6 +5,7 @@ than `SAVED` times those that keeping it costs.
 """
 
 from collections.abc import Iterable
+from math import inf
 from typing import NamedTuple
 
 from .claims import Call, Claim, Space
@@ -27,12 +28,14 @@ class Remake(NamedTuple):
 class Keeper:
     """Decides for every value that the backward needs whether to keep it or to make it again.
 
-    saved: what a saved byte costs; gemms: whether matrix products may be run again as well. With
-    inf and True nothing is kept but inputs and random values: that is `checkpoint`.
+    With `checkpoint` nothing is kept but inputs and random values: a saved byte costs inf, and
+    matrix products may be run again as well.
     """
 
-    def __init__(self, space: Space, saved: float = SAVED, gemms: bool = False) -> None:
-        self.space, self.saved, self.gemms = space, saved, gemms
+    def __init__(self, space: Space) -> None:
+        self.space, options = space, space.program.request.options
+        self.gemms = bool(options.get("checkpoint"))
+        self.saved = inf if self.gemms else SAVED if options.get("recompute", True) else 0.0
         self.kept: set[str] = set()
         self.again: dict[str, Remake] = {}
         self._memo: dict[str, tuple[float, Remake | None]] = {}
@@ -81,7 +84,7 @@ class Keeper:
 
     def _compare(self, name: str, depth: int) -> tuple[float, Remake | None]:
         space = self.space
-        size, makers = space.size(name), list(space.makers(name, self.gemms))
+        size, makers = space.size(name), space.makers(name, self.gemms)
         if not size or not makers or depth >= DEPTH:
             return SAVED * size, None
         # A quantized value counts as the plain one, and half of itself for its own traffic: that a

@@ -126,18 +126,12 @@ class Writer:
         held: variables that the caller holds in any case.
         """
         self.add(Line("return", results))
-        last: dict[str, int] = {}
-        every: set[str] = set()
-        for number, line in enumerate(self.lines):
-            makes = line.makes
-            every.update(makes)
-            last |= dict.fromkeys((*line.reads, *makes), number)
-        dying: dict[int, list[str]] = {}
-        for variable in sorted(every.difference(held)):
-            dying.setdefault(last[variable], []).append(variable)
-        dying.pop(len(self.lines) - 1, None)
-        for number, dead in dying.items():
-            self.lines[number] = self.lines[number]._replace(dead=tuple(dead))
+        living = {name for line in self.lines for name in line.makes}
+        living = living.difference(held, self.lines[-1].reads)
+        for number, line in reversed([*enumerate(self.lines[:-1])]):
+            if dead := living.intersection((*line.reads, *line.makes)):
+                self.lines[number] = line._replace(dead=tuple(sorted(dead)))
+                living -= dead
         head = f"def {name}({', '.join(self.parameters)}):"
         source = "\n".join((head, *(text for line in self.lines for text in line.text()))) + "\n"
         call = compiled(name, source, self.namespace)
