@@ -45,7 +45,7 @@ from typing import TypeAlias
 
 import torch
 
-from ..op import BACKWARD, FORWARD, differentiable
+from ..op import BACKWARD, FORWARD
 from ..op.functions import passes
 from .claims import Call, Claim
 from .definitions import Definitions
@@ -119,9 +119,9 @@ def _forward(definitions: Definitions, saved: Sequence[str], after: Sequence[Aft
 class _Backward(_Pass):
     def __init__(self, definitions: Definitions, after: Sequence[After]) -> None:
         program = definitions.program
-        outs = [program.tee(i) for i in program.run.outputs if i in program.tapped]
+        outs = [program.name("d", i) for i in program.run.outputs if i in program.tapped]
         super().__init__(definitions, BACKWARD, ["ops", "dx", *outs, "saved"], after)
-        self.sums = {program.tee(i) for i in program.tapped}
+        self.sums = {program.name("d", i) for i in program.tapped}
         """Gradients of what several steps read."""
         self.together: dict[int, set[str]] = {}
         """What each call makes again."""
@@ -167,10 +167,9 @@ class _Backward(_Pass):
         for i in reversed(ops):
             if not passes(program.kinds[i]) or not program.flows[i + 1]:
                 continue
-            names = zip(differentiable(program.kinds[i]), program.gradient_names(i), strict=True)
             kind = program.specs[i + 1].dtype
-            for name, gradient in names:
-                if name in passes(program.kinds[i]) and gradient is not None:
+            for name in passes(program.kinds[i]):
+                if (gradient := program.gradient(i, name)) is not None:
                     other = program.spec(program.extra(i, name)).dtype
                     self.arrive(gradient, "dx", other if other != kind else None)
             if program.flows[i] and program.specs[i].dtype != kind:
@@ -208,14 +207,9 @@ class _Backward(_Pass):
     def results(self) -> tuple[Argument, ...]:
         """Gradients in the order of the forward's inputs, in the dtype of each."""
         compute, waits = self.program.request.compute, self.program.request.late
-        results = []
-        for argument in self.definitions.inputs:
-            if (gradient := argument.gradient) is None:
-                results.append(Argument("literal", "None"))
-                continue
-            assert argument.spec is not None
-            if compute not in (None, argument.spec.dtype) and gradient not in waits:
-                cast = value(gradient), literal(argument.spec.dtype)
+        inputs = [(argument.gradient, argument.spec) for argument in self.definitions.inputs]
+        for gradient, spec in inputs if compute else ():
+            if gradient and spec and spec.dtype != compute and gradient not in waits:
+                cast = value(gradient), literal(spec.dtype)
                 self.add(Line("cast unless None", cast, gradient, note="autocast"))
-            results.append(value(gradient))
-        return tuple(results)
+        return tuple(value(gradient) if gradient else literal(None) for gradient, _ in inputs)

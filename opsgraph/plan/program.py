@@ -235,10 +235,6 @@ class Program:
         source = self.run.sources.get((i, name))
         return self.name(name, i) if source is None else self.x[source]
 
-    def tee(self, i: int) -> str:
-        """The gradient that a Tee collects."""
-        return self.name("d", i)
-
     def resolve(self, i: int, name: str, direction: str = FORWARD) -> Argument | None:
         """What a name of op i stands for in a pass; None if its class has no such name."""
         place = i, name, direction
@@ -259,7 +255,7 @@ class Program:
         if name == "dy":
             return Argument("gradient", "dx")
         if name == "d" and kind.taps:
-            return Argument("gradient", self.tee(i))
+            return Argument("gradient", self.name("d", i))
         if name in kind.saves:
             return Argument("value", self.name(name, i))
         if name in kind.constants:
@@ -297,7 +293,7 @@ class Program:
             return None
         source = self.run.sources.get((i, name))
         if source is not None:
-            return self.tee(source) if source in self.tapped else None
+            return self.name("d", source) if source in self.tapped else None
         value = self.name(name, i)
         wanted = value in self.request.gradients or value in self.reported
         return f"d{value}" if wanted else None
