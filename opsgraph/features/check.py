@@ -21,7 +21,7 @@ _NAMES = {"check": compare, "check_ranks": compare_ranks, "run_reference": run_r
 def checked(
     writer: Writer, claim: Claim, lines: Sequence[Line], again: bool = False
 ) -> Sequence[Line]:
-    """The lines of a step with those that check it; the hook is `make_plan(after=checked)`."""
+    """The lines of a step with those that check it; the hook is `Definitions.after`."""
     writer.namespace |= _NAMES
     step = _Step(writer, claim, {name for line in lines for name in line.makes})
     before = list(step.ranks())

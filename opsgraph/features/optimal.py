@@ -33,7 +33,17 @@ def optimal(space: Space) -> Cover:
     costs = [_cost(space, cover) for cover in (first, second)]
     ranked = (_lowered(first), costs[0], first), (_lowered(second), costs[1], second)
     _, cost, best = min(ranked, key=itemgetter(0, 1))
+    _forget_taken(space, best)
     return best._replace(costs={"greedy": costs[0], "optimal": cost})
+
+
+def _forget_taken(space: Space, cover: Cover) -> None:
+    """A claim that was refused on the way and taken in the end is no refusal."""
+    steps = (*cover.forward, *cover.backward)
+    taken = {(c.ops, c.fuser.name, c.direction, c.fuser.backend) for c in steps}
+    for key, refused in [*space.rejected.items()]:
+        if (*refused[:3], refused.backend) in taken:
+            del space.rejected[key]
 
 
 def _cost(space: Space, cover: Cover) -> float:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, Spec
 from ..plan.claims import Space
-from ..plan.definitions import Definitions, Input
+from ..plan.definitions import After, Definitions, Input
 from ..plan.lines import Function, Line, literal, value, values
 from ..plan.planner import Cover
 from ..plan.writer import Writer
@@ -58,8 +58,8 @@ class QuantizedDefinitions(Definitions):
     bind: chooses what quantizes a weight.
     """
 
-    def __init__(self, bind: Bind, space: Space, cover: Cover) -> None:
-        super().__init__(space, cover)
+    def __init__(self, bind: Bind, after: Sequence[After], space: Space, cover: Cover) -> None:
+        super().__init__(space, cover, after)
         self._bind = bind
         self.operands: dict[str, Operand] = {}
         self.parts: dict[str, Spec] = {}

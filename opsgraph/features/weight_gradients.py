@@ -5,7 +5,7 @@ step has no other way, and `backward_dw` makes use of it. With `accumulate_into_
 product adds to a buffer that an optimizer owns. Both count for weights that are factors of a
 product and want a gradient; the op asks for them, or its Sequential for all.
 
-The hooks are `Request.late`, `Request.accumulated` and `make_plan(after=...)`.
+The hooks are `Request.late`, `Request.accumulated` and `Definitions.after`.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -40,8 +40,7 @@ Rules, each of them broken once:
 - A plan outlives the modules that it was made for: lines hold no op and no program.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -53,37 +52,28 @@ from .lines import Function, Line, literal, value, values
 from .program import Argument
 from .writer import Writer
 
-After: TypeAlias = Callable[[Writer, Claim, Sequence[Line], bool], Sequence[Line]]
-"""Makes other lines of those of a step. The last argument: whether it makes values again."""
 
-
-def write(
-    definitions: Definitions, after: Sequence[After]
-) -> tuple[Function, Function, tuple[str, ...]]:
+def write(definitions: Definitions) -> tuple[Function, Function, tuple[str, ...]]:
     """The forward and the backward of a cover, and the variables that are saved."""
-    backward = _Backward(definitions, after)
+    backward = _Backward(definitions)
     function, saved = backward.written(), tuple(backward.free)
-    return _forward(definitions, saved, after), function, saved
+    return _forward(definitions, saved), function, saved
 
 
 class _Pass(Writer):
     """What both functions have in common."""
 
-    def __init__(
-        self, definitions: Definitions, direction: str, parameters: Sequence[str],
-        after: Sequence[After],
-    ) -> None:  # fmt: skip
+    def __init__(self, definitions: Definitions, direction: str, *parameters: str) -> None:
         super().__init__(definitions.space, parameters)
         self.definitions, self.cover = definitions, definitions.cover
         self.direction = direction
-        self._after = after
 
     def define(self, name: str) -> Sequence[Line]:
         return self.definitions.define(name, self.direction, self)
 
     def after(self, claim: Claim, lines: Sequence[Line], again: bool = False) -> Sequence[Line]:
         """The lines of a step as features have them."""
-        for change in self._after:
+        for change in self.definitions.after:
             lines = change(self, claim, lines, again)
         return lines
 
@@ -101,10 +91,10 @@ class _Pass(Writer):
         return self.after(claim, [line], again)
 
 
-def _forward(definitions: Definitions, saved: Sequence[str], after: Sequence[After]) -> Function:
+def _forward(definitions: Definitions, saved: Sequence[str]) -> Function:
     program, cover, run = definitions.program, definitions.cover, definitions.program.run
     arguments = [argument.name for argument in definitions.inputs]
-    writer = _Pass(definitions, FORWARD, ["ops", *arguments], after)
+    writer = _Pass(definitions, FORWARD, "ops", *arguments)
     used = {*saved, *program.teed}
     for claim in cover.forward:
         writer.add(*writer.forward_step(claim, claim.calls[0], used))
@@ -117,10 +107,10 @@ def _forward(definitions: Definitions, saved: Sequence[str], after: Sequence[Aft
 
 
 class _Backward(_Pass):
-    def __init__(self, definitions: Definitions, after: Sequence[After]) -> None:
+    def __init__(self, definitions: Definitions) -> None:
         program = definitions.program
         outs = [program.name("d", i) for i in program.run.outputs if i in program.tapped]
-        super().__init__(definitions, BACKWARD, ["ops", "dx", *outs, "saved"], after)
+        super().__init__(definitions, BACKWARD, "ops", "dx", *outs, "saved")
         self.sums = {program.name("d", i) for i in program.tapped}
         """Gradients of what several steps read."""
         self.together: dict[int, set[str]] = {}

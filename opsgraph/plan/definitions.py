@@ -3,15 +3,17 @@
 Under autocast an argument in another dtype is `weight2_stored`, and `weight2` is its cast.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from ..op import FORWARD, ROWS, STORED, Spec
-from .claims import Space
+from .claims import Claim, Space
 from .lines import Function, Line, literal, value
 from .planner import Cover
 from .writer import Writer
 
+After: TypeAlias = Callable[[Writer, Claim, Sequence[Line], bool], Sequence[Line]]
+"""Makes other lines of those of a step. The last argument: whether it makes values again."""
 NOTHING = Function("", lambda: ((), ()), (), ())
 """The function `prepare` of a plan without quantized weights."""
 
@@ -37,8 +39,10 @@ class Definitions:
     prepared: tuple[Any, ...] = ()
     """Weights that are handed in quantized."""
 
-    def __init__(self, space: Space, cover: Cover) -> None:
+    def __init__(self, space: Space, cover: Cover, after: Sequence[After] = ()) -> None:
         self.space, self.cover, self.program = space, cover, space.program
+        self.after = after
+        """What makes other lines of those of a step."""
         self.inputs = tuple(self._inputs())
         """The arguments of the forward after `ops`."""
         self.specs = {argument.name: argument.spec for argument in self.inputs}

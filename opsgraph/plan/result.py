@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from ..op import BACKWARD, FORWARD, Op, Spec
 from .basic_ops import BasicOps
 from .claims import Claim, Space
-from .codegen import After, write
+from .codegen import write
 from .definitions import Definitions, Input
 from .lines import Line
 from .planner import Cover, Planner
@@ -178,25 +178,24 @@ def make_plan(
     planner: Planner,
     fuel: int | None = None,
     definitions: Callable[[Space, Cover], Definitions] = Definitions,
-    after: Sequence[After] = (),
 ) -> Plan:
     """Plan a run for one kind of call. Raises OpError or PlanError for what cannot be planned.
 
     order: backends, the preferred one first. fuel: how many fused claims may be admitted.
-    definitions, after: what features have to say, see `codegen`.
+    definitions: with what features have to say, see `codegen`.
     """
     start = time.perf_counter()
     program = Program(run, request)
     space = Space(program, order, fuel)
     cover = planner(space)
     defined = definitions(space, cover)
-    forward, backward, saved = write(defined, after)
+    forward, backward, saved = write(defined)
     prepare = defined.prepare()
     kept = sorted(cover.keeper.kept, key=lambda name: (program.values[name].place, name))
     return Plan(
         forward=tuple(_step(claim, cover, space) for claim in cover.forward),
         backward=tuple(_step(claim, cover, space) for claim in cover.backward),
-        rejected=tuple(r for r in space.rejected.values() if not _taken(r, cover)),
+        rejected=tuple(space.rejected.values()),
         saved={name: space.size(name) for name in kept},
         costs=cover.costs,
         forward_source=forward.source,
@@ -215,10 +214,3 @@ def make_plan(
         ops=tuple(dict(zip(run.places, run.ops, strict=True)).values()),
         planning_seconds=time.perf_counter() - start,
     )
-
-
-def _taken(rejection: Rejection, cover: Cover) -> bool:
-    """A claim that was refused on the way and taken in the end is no refusal."""
-    steps = cover.forward if rejection.direction == FORWARD else cover.backward
-    which = rejection.ops, rejection.name, rejection.backend
-    return any((c.ops, c.fuser.name, c.fuser.backend) == which for c in steps)

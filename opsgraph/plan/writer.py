@@ -83,12 +83,7 @@ class Writer:
         return name
 
     def call(
-        self,
-        claim: Claim,
-        call: Call,
-        want: Iterable[str],
-        first: str,
-        names: Sequence[str],
+        self, claim: Claim, call: Call, want: Iterable[str], first: str, names: Sequence[str]
     ) -> Line:
         """The line of a claim's call. want: what it is to hand out, by the names it declares.
 

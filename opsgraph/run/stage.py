@@ -148,14 +148,14 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         options.verify_fusers()
         dims = self.extras.dims[:extras]
         request = request_of(key, table.run, dims, weights, self.modes, self.ops, options)
+        after = (send_elsewhere, checked) if options.config.check else (send_elsewhere,)
         plan = make_plan(
             with_casts(table.run, request),
             request,
             options.order,
             PLANNERS[options.planner],
             options.config.fuel,
-            partial(QuantizedDefinitions, partial(prepare_by, options.order)),
-            (send_elsewhere, checked) if options.config.check else (send_elsewhere,),
+            partial(QuantizedDefinitions, partial(prepare_by, options.order), after),
         )
         return told(verified(plan, options.config.check), options.config)
 
