@@ -26,8 +26,8 @@ from ..base import config
 from ..base.errors import PlanError
 from ..features.recipes import StageRecipe, note_gradients
 from ..guards.cached import cached_property
-from ..guards.torch_private import without_autocast
-from ..op import ROWS, Spec, constant_under_compile
+from ..guards.torch_private import constant_under_compile, without_autocast
+from ..op import ROWS, Spec
 from ..plan import Plan
 from ..precision.autocast import active
 

@@ -12,7 +12,8 @@ from ..base.errors import RegisterError
 from ..fuser import Fuser
 from ..fuser.base import alternatives
 from ..fuser.registry import checks
-from ..op import BACKWARD, STORED, Op, arguments, differentiable, per_class, weights
+from ..guards.cached import per_class
+from ..op import BACKWARD, STORED, Op, arguments, differentiable, weights
 
 ARGUMENTS = frozenset({"x", "y", "dy", "want", "self"})
 """Arguments of a fuser's functions that no key of a pattern may hide."""

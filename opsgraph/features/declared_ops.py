@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.errors import OpError, PlanError
+from ..guards.cached import per_class
 from ..guards.constants import plain
 from ..guards.constants import verify as verify_constant
-from ..op import STORED, Op, Placed, arguments, differentiable, per_class, weights
+from ..op import STORED, Op, Placed, arguments, differentiable, weights
 from ..op.base import is_names
 from ..op.functions import backward_functions, definer, function
 from ..plan.basic_ops import BasicOps

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..base.errors import PlanError
 from ..guards.torch_private import (
     PassThrough,
+    constant_under_compile,
     followed,
     forward_ad,
     has_memory,
@@ -25,7 +26,6 @@ from ..guards.torch_private import (
     untraced,
     without_autocast,
 )
-from ..op import constant_under_compile
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 

@@ -28,8 +28,8 @@ from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
 import torch
 
-from ..guards.cached import cached_property
-from ..op import BACKWARD, FORWARD, Op, Spec, arguments, differentiable, per_class
+from ..guards.cached import cached_property, per_class
+from ..op import BACKWARD, FORWARD, Op, Spec, arguments, differentiable
 from ..op.functions import backward_functions, function, passes
 
 AGAIN = "again"

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ..base import config
 from ..base.errors import OpsgraphError
 from ..features.dtensor import own_part
+from ..guards.torch_private import constant_under_compile
 from ..guards.validation import flag
 from ..guards.watched import Watched
-from ..op import Op, constant_under_compile
+from ..op import Op
 from ..ops import AllGather, Linear, Tee
 from ..ops.collectives import Group, group_of, process_group
 from ..ops.delayed import Queue, TellsOfWeightGradients, mark_delayed

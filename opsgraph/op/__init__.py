@@ -1,6 +1,6 @@
 """`Op`: what is computed. `Spec`: what is known of a value before it exists."""
 
-from .arguments import STORED, arguments, constant_under_compile, per_class
+from .arguments import STORED, arguments
 from .base import (
     BACKWARD,
     FORWARD,
@@ -10,7 +10,6 @@ from .base import (
     differentiable,
     lower_plainly,
     weights,
-    without_extra_state,
 )
 from .spec import ROWS, Spec, Storage, row
 
@@ -25,11 +24,8 @@ __all__ = [
     "Spec",
     "Storage",
     "arguments",
-    "constant_under_compile",
     "differentiable",
     "lower_plainly",
-    "per_class",
     "row",
     "weights",
-    "without_extra_state",
 ]

@@ -20,11 +20,14 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..base import config
 from ..base.errors import OpError, PlanError
+from ..guards.cached import per_class
 from ..guards.constants import plain
 from ..guards.results import verify
+from ..guards.state_dicts import StateDicts
+from ..guards.torch_private import constant_under_compile
 from ..guards.validation import text
-from ..guards.watched import MODULE_ATTRIBUTES, Watched, serving
-from .arguments import arguments, constant_under_compile, per_class
+from ..guards.watched import MODULE_ATTRIBUTES, serving
+from .arguments import arguments
 from .spec import ROWS, Spec
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -64,7 +67,7 @@ def is_names(value: Any) -> bool:
     return collection and all(isinstance(name, str) for name in value)
 
 
-class Op(Watched):
+class Op(StateDicts):
     """A basic op. Subclasses write `fwd` and, unless autograd's derivative will do, `bwd`."""
 
     saves: ClassVar[tuple[str, ...]] = ()
@@ -325,30 +328,6 @@ class Op(Watched):
             bare.__dict__.pop(name, None)
         return bare
 
-    def _own_keys(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-        """A state dict without the pickled `_extra_state` that TransformerEngine's ops save."""
-        return without_extra_state(state_dict, prefix)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        state_dict = self._own_keys(state_dict, prefix)
-        for name, parameter in self._parameters.items():
-            loaded = state_dict.get(prefix + name)
-            if isinstance(parameter, UninitializedParameter) and isinstance(loaded, Tensor):
-                parameter.materialize(loaded.shape)
-                self.sizes_from(name, loaded.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, True)
-        for name in self._parameters:
-            value = destination.get(prefix + name)
-            if (
-                value is not None
-                and not keep_vars
-                and not isinstance(value, UninitializedParameter)
-            ):
-                destination[prefix + name] = value.detach()
-
 
 @per_class
 def weights(kind: type[Op]) -> tuple[str, ...]:
@@ -368,11 +347,3 @@ def lower_plainly(ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     """What ops stand for, each basic op with the label of the one that it came from."""
     named = zip(ops, labels, strict=True)
     return [Placed(kind, basic, label) for op, label in named for kind, basic in op.lower()]
-
-
-def without_extra_state(state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-    """The state dict for a module at that prefix, which keeps nothing that is pickled."""
-    extra = f"{prefix}_extra_state"
-    if extra not in state_dict:
-        return state_dict
-    return {key: value for key, value in state_dict.items() if key != extra}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..base.errors import OpError, OpsgraphError, PlanError
-from .arguments import arguments, per_class
+from ..guards.cached import per_class
+from .arguments import arguments
 from .base import Op
 from .spec import ROWS, Spec
 

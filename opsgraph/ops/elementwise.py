@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import OpError
+from ..guards.state_dicts import without_extra_state
 from ..guards.validation import number, whole
 from ..kernels.reference.dropout import keep_mask
-from ..op import Op, Spec, without_extra_state
+from ..op import Op, Spec
 
 
 class Identity(Op):

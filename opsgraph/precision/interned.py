@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from ..base import config
-from ..op import constant_under_compile
+from ..guards.torch_private import constant_under_compile
 
 
 class _Entry(NamedTuple):

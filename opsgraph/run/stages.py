@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..base.errors import OpError
 from ..features.called import Called, CalledOp, Entry, is_wired
 from ..features.inputs import verify_tensor
-from ..op import Op, constant_under_compile
+from ..guards.torch_private import constant_under_compile
+from ..op import Op
 from .options import Options
 from .stage import Stage
 
