@@ -7,7 +7,9 @@ are called anyway. The hook is `spread`, through which a Sequential looks at its
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -85,12 +87,6 @@ class CalledOp:
             serving.stages = before
 
 
-def is_wired(op: Op, why: str) -> bool:
-    """Whether a called op may have extra inputs and outputs, so that it has to be planned too."""
-    kinds = [entry.kind for entry in op.lower()] if hasattr(op, "fwd") else []
-    return why == "hooks" or any(kind.taps or kind.extra_inputs for kind in kinds)
-
-
 class Called:
     """What a stage of one op does that is called. inner: the sequence of that op alone."""
 
@@ -103,3 +99,26 @@ class Called:
 
     def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
         return self.call(x, *extras)
+
+
+def called(
+    op: Op, why: str, kind: type[Any], arguments: tuple[Any, ...], alone: Callable[..., Any]
+) -> Any:
+    """A stage that calls an op. arguments: of `kind`, the class of such stages.
+
+    One that may have extra inputs and outputs is planned too. One with a forward of its own may
+    have no plan; `alone` makes the sequence that it runs once that forward asks for it.
+    """
+    _, (label,), options, *_ = arguments
+
+    @cache
+    def inner() -> Any:
+        name = label.split(":")[0]  # for the same label
+        return alone(OrderedDict({name: op}), **options.given(), queue=options.queue)
+
+    kinds = [entry.kind for entry in op.lower()] if hasattr(op, "fwd") else []
+    if why != "hooks" and not any(kind.taps or kind.extra_inputs for kind in kinds):
+        return CalledOp(op, lambda x: inner()(x))
+    stage = kind(*arguments)
+    stage.inner, stage.call = inner(), CalledOp(op, inner().forward)
+    return stage

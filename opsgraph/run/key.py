@@ -91,14 +91,11 @@ def request_of(
     run: BasicOps,
     dims: Sequence[int | None],
     weights: Sequence[Tensor | None],
-    modes: Sequence[Op],
-    ops: Sequence[Op],
     options: Options,
 ) -> Request:
     """What a plan is made for.
 
-    dims: of the extra inputs, see `ExtraInputs`. ops: those of the run that the module has, of
-    which `modes` are some. weights: for the devices of those that are elsewhere.
+    dims: of the extra inputs, see `ExtraInputs`. weights: for the devices of those elsewhere.
     """
     key = Key(*plain)
     device = torch.device(key.kind, key.number)  # type: ignore[arg-type]
@@ -120,13 +117,13 @@ def request_of(
         if wanted:
             gradients.add(run.name(name, i))
     given = options.given()
-    trains = dict(zip(map(id, modes), key.modes, strict=True))
+    modes = iter(key.modes)
     return Request(
         row(key.width, key.dtype, device),
         tuple(extras),
         parameters,
         frozenset(gradients),
-        tuple(trains.get(id(op), False) for op in ops),
+        tuple(kind.training_matters and next(modes) for kind in run.kinds),
         key.compute,
         given,
         weight_gradients("delay_wgrad_compute", run, gradients, given),

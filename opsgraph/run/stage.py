@@ -147,7 +147,7 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         check_shapes(table.run, self.ops, self.slots, weights)
         options.verify_fusers()
         dims = self.extras.dims[:extras]
-        request = request_of(key, table.run, dims, weights, self.modes, self.ops, options)
+        request = request_of(key, table.run, dims, weights, options)
         after = (send_elsewhere, checked) if options.config.check else (send_elsewhere,)
         plan = make_plan(
             with_casts(table.run, request),

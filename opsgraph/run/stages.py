@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..base.errors import OpError
-from ..features.called import Called, CalledOp, Entry, is_wired
+from ..features.called import Called, Entry, called
 from ..features.inputs import verify_tensor
 from ..guards.torch_private import constant_under_compile
 from ..op import Op
@@ -23,18 +21,17 @@ class CalledStage(Called, Stage):
     """A stage of one op that is called as a module."""
 
 
-Alone = Callable[..., Any]
-"""Makes the Sequential that a called op itself runs."""
-
-
 def make_stages(
     entries: Iterable[Entry],
     options: Options,
     recipe: int | None,
     given: Sequence[str],
-    alone: Alone,
+    alone: Callable[..., Any],
 ) -> list[Any]:
-    """Stages and modules, in order. given: channels that are there."""
+    """Stages and modules, in order.
+
+    given: channels that are there. alone: makes the Sequential that a called op itself runs.
+    """
     groups: list[list[Entry]] = []
     for entry in entries:
         if groups and entry.fused and groups[-1][0].fused:
@@ -52,24 +49,11 @@ def make_stages(
         labels = [entry.label for entry in group]
         known = [n for s in stages if isinstance(s, Stage) for n in s.output_names if n]
         arguments = ops, labels, options, [*known, *given], set().union(*read[k + 1 :]), recipe
-        stages.append(Stage(*arguments) if why is None else _called(module, why, arguments, alone))
+        if why is None:
+            stages.append(Stage(*arguments))
+        else:
+            stages.append(called(module, why, CalledStage, arguments, alone))
     return stages
-
-
-def _called(op: Op, why: str, arguments: tuple[Any, ...], alone: Alone) -> Any:
-    """A stage that calls an op; one with a forward of its own may have no plan."""
-    _, (label,), options, *_ = arguments
-
-    @cache
-    def inner() -> Any:
-        name = label.split(":")[0]  # for the same label
-        return alone(OrderedDict({name: op}), **options.given(), queue=options.queue)
-
-    if not is_wired(op, why):
-        return CalledOp(op, lambda x: inner()(x))
-    stage = CalledStage(*arguments)
-    stage.inner, stage.call = inner(), CalledOp(op, inner().forward)
-    return stage
 
 
 def _reads(module: nn.Module) -> Iterator[str | None]:
