@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import cache
 from hashlib import sha256
 from operator import index
 from typing import Any
@@ -29,6 +30,7 @@ from ..guards.cached import cached_property
 from ..guards.torch_private import constant_under_compile, without_autocast
 from ..op import ROWS, Spec
 from ..plan import Plan
+from ..precision import tapes
 from ..precision.autocast import active
 
 _handles: dict[str, Plan] = {}
@@ -157,13 +159,20 @@ def _fake_backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> li
     return gradients
 
 
-for _name, _call, _meta in (
-    ("forward", _forward, _fake_forward),
-    ("forward_random", _forward, _fake_forward),
-    ("backward", _backward, _fake_backward),
-):
+for _name, _call in (
+    ("forward", _forward), ("forward_random", _forward), ("backward", _backward),
+):  # fmt: skip
     _library.impl(_name, _call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"opsgraph::{_name}", _meta, lib=_library)
+
+
+@cache
+def _register_fakes() -> None:
+    """When Dynamo first traces: PyTorch looks for each one's source, a tenth of our import."""
+    tapes.register_fakes()
+    for name, fake in (
+        ("forward", _fake_forward), ("forward_random", _fake_forward), ("backward", _fake_backward),
+    ):  # fmt: skip
+        torch.library.register_fake(f"opsgraph::{name}", fake, lib=_library)
 
 
 def _call_forward(plan: Plan, tensors: Sequence[Tensor]) -> Any:
@@ -265,6 +274,7 @@ class CompiledSequence:
     @constant_under_compile
     def _refresh(self, recipe: int | None, width: int) -> None:
         """Prepare while Dynamo traces. A method, so that equal layers share what is compiled."""
+        _register_fakes()
         self._prepare(width)
         if recipe is not None and recipe not in self._recipes:
             self._recipes[recipe] = self._make_stages(recipe)

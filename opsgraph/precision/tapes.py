@@ -77,8 +77,12 @@ def _opaque_seen(seen: Tensor, amax: Tensor, column: int) -> Tensor:
 
 _library.impl("snapshot", _opaque_snapshot, "CompositeExplicitAutograd")
 _library.impl("seen", _opaque_seen, "CompositeExplicitAutograd")
-torch.library.register_fake("opsgraph::snapshot", lambda s, _: s.new_empty(()), lib=_library)
-torch.library.register_fake("opsgraph::seen", lambda s, *_: torch.empty_like(s), lib=_library)
+
+
+def register_fakes() -> None:
+    """What a compiler is told of the two ops, before it first traces one."""
+    torch.library.register_fake("opsgraph::snapshot", lambda s, _: s.new_empty(()), lib=_library)
+    torch.library.register_fake("opsgraph::seen", lambda s, *_: torch.empty_like(s), lib=_library)
 
 
 def compiled_snapshot(scales: Tensor, column: int) -> Tensor:

@@ -10,7 +10,6 @@ warning.
 import json
 import os
 import platform
-import statistics
 import threading
 import time
 import warnings
@@ -61,7 +60,7 @@ def fastest(candidates: Mapping[str, Run], rounds: int = 3) -> str:
     if least[best] >= CLEARLY * least[usual]:
         return usual
     ratios = [_seconds(candidates[best]) / _seconds(candidates[usual]) for _ in range(PAIRS)]
-    return best if statistics.median(ratios) < CLEARLY else usual
+    return best if sorted(ratios)[PAIRS // 2] < CLEARLY else usual
 
 
 def _seconds(run: Run) -> float:
