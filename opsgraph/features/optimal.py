@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..op import BACKWARD, FORWARD
 from ..plan.claims import Claim, Space
-from ..plan.planner import Cover, greedy, qualifying, settled
+from ..plan.planner import Cover, greedy, qualifying
 from ..plan.recompute import SAVED, Keeper
 
 LEVEL = 1e9
@@ -28,8 +28,8 @@ def optimal(space: Space) -> Cover:
     """
     first = greedy(space)
     backward = _pair_path(space)
-    keeper, live = settled(space, backward)
-    second = Cover(_forward_path(space, live), backward, keeper)
+    keeper = Keeper(space).settle(need for claim in backward for need in claim.needs)
+    second = Cover(_forward_path(space, keeper.live), backward, keeper)
     costs = [_cost(space, cover) for cover in (first, second)]
     ranked = (_lowered(first), costs[0], first), (_lowered(second), costs[1], second)
     _, cost, best = min(ranked, key=itemgetter(0, 1))
@@ -48,7 +48,7 @@ def _forget_taken(space: Space, cover: Cover) -> None:
 
 def _cost(space: Space, cover: Cover) -> float:
     """Weighted bytes per row of a cover."""
-    handed = cover.keeper.kept | space.program.teed
+    handed = cover.keeper.live
     cost = cover.keeper.cost + sum(map(space.moved, cover.backward))
     return cost + sum(space.moved(claim, handed & claim.gives) for claim in cover.forward)
 

@@ -33,12 +33,6 @@ class Cover(NamedTuple):
 Planner: TypeAlias = Callable[[Space], Cover]
 
 
-def settled(space: Space, backward: list[Claim]) -> tuple[Keeper, set[str]]:
-    """What is kept or made again for these claims, and which values are live then."""
-    keeper = Keeper(space).settle(need for claim in backward for need in claim.needs)
-    return keeper, keeper.kept | space.program.teed
-
-
 def qualifying(space: Space, live: Iterable[str]) -> Callable[[Claim], bool]:
     """Tells whether a forward claim hands out all live values that it spans; records if not."""
     near: dict[int, set[str]] = {}  # by position, so that a claim is compared with those alone
@@ -58,8 +52,8 @@ def qualifying(space: Space, live: Iterable[str]) -> Callable[[Claim], bool]:
 def greedy(space: Space) -> Cover:
     """The backward first, then the forward; at each gap the best by backend order, then length."""
     backward = _walk(space, BACKWARD, partial(filter, space.admitted))
-    keeper, live = settled(space, backward)
-    qualifies = qualifying(space, live)
+    keeper = Keeper(space).settle(need for claim in backward for need in claim.needs)
+    qualifies = qualifying(space, keeper.live)
     first = {other for claim in backward for other in space.partners(claim) or ()}
     # All are looked at, so that all refusals are known.
     forward = _walk(space, FORWARD, lambda claims: iter([*filter(qualifies, claims)]), first)

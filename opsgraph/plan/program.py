@@ -126,8 +126,12 @@ class Program:
         self.specs = list[Spec]()
         """The spec of x at each gap."""
         self._propagate()
-        self.flows = self._flow()
+        self.flows = ["x0" in request.gradients]
         """For each gap, whether the gradient of its value is needed."""
+        for i, kind in enumerate(self.kinds):
+            own = (self.name(name, i) in request.gradients for name in differentiable(kind))
+            read = (self.flows[run.sources.get((i, name), 0)] for name in kind.extra_inputs)
+            self.flows.append(self.flows[-1] or any(own) or any(read))
         self.tapped = {i for i in (*run.outputs, *run.sources.values()) if self.flows[i]}
         """Tees at which a gradient arrives and is needed."""
         for i, kind in enumerate(self.kinds):
@@ -145,7 +149,6 @@ class Program:
         self.roots = set(run.name.roots)
         """Roots of all variables, see `names`."""
         self._private: dict[Hashable, str] = {}
-        self._resolved: dict[tuple[int, str, str], Argument | None] = {}
 
     def _casts(self) -> frozenset[str]:
         run, compute = self.run, self.request.compute
@@ -219,15 +222,6 @@ class Program:
         """The dtypes with which that of op i's output is promoted."""
         return [self.spec(self.extra(i, name)).dtype for name in promotes(self.kinds[i])]
 
-    def _flow(self) -> list[bool]:
-        wanted, sources = self.request.gradients, self.run.sources
-        flows = ["x0" in wanted]
-        for i, kind in enumerate(self.kinds):
-            needs = any(self.name(name, i) in wanted for name in weights(kind) + kind.extra_inputs)
-            reads = any(flows[sources.get((i, name), 0)] for name in kind.extra_inputs)
-            flows.append(flows[-1] or needs or reads)
-        return flows
-
     # -- names --
 
     def extra(self, i: int, name: str) -> str:
@@ -237,12 +231,6 @@ class Program:
 
     def resolve(self, i: int, name: str, direction: str = FORWARD) -> Argument | None:
         """What a name of op i stands for in a pass; None if its class has no such name."""
-        place = i, name, direction
-        if place not in self._resolved:
-            self._resolved[place] = self._resolve(i, name, direction)
-        return self._resolved[place]
-
-    def _resolve(self, i: int, name: str, direction: str) -> Argument | None:
         kind, op = self.kinds[i], self.ops[i]
         if name == "x" and direction == BACKWARD and self.run.overrides.get(i) == HIGH_PRECISION:
             return Argument("value", self.x[i - 1])  # what its Quantize read

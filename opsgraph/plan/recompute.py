@@ -48,6 +48,11 @@ class Keeper:
         return self
 
     @property
+    def live(self) -> set[str]:
+        """What the forward has to hand out."""
+        return self.kept | self.space.program.teed
+
+    @property
     def cost(self) -> float:
         """Weighted bytes per row of keeping and making again."""
         kept = sum(map(self.space.size, self.kept))
