@@ -43,7 +43,7 @@ class _Step:
 
     def __init__(self, writer: Writer, claim: Claim, makes: set[str]) -> None:
         self.writer, self.claim, self.makes = writer, claim, makes
-        self.space, self.program = writer.space, writer.program
+        self.space, self.program = writer.definitions.space, writer.program
         self.known = {name: name for name in claim.needs} | {"dx": "ref_dx"}
         self.lines: list[Line] = []
 

@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD, Spec
 from ..plan.claims import Space
-from ..plan.definitions import After, Definitions, Input
 from ..plan.lines import Function, Line, literal, value, values
 from ..plan.planner import Cover
-from ..plan.writer import Writer
+from ..plan.writer import After, Definitions, Input, Writer
 
 Bind = Callable[[Any, Spec, tuple[str, ...]], tuple[str, Callable[..., Any]]]
 """Chooses for a quantizer, a weight and its copies: the function, and the backend that it is of."""
@@ -139,18 +138,18 @@ class QuantizedDefinitions(Definitions):
         wanted = ["row"] if program.flows[gap - 1] else []
         return wanted + ["col"] * any(program.gradient_names(gap - 1))
 
-    def define(self, name: str, direction: str, writer: Writer) -> Sequence[Line]:
-        if lines := super().define(name, direction, writer):
+    def define(self, name: str, writer: Writer) -> Sequence[Line]:
+        if lines := super().define(name, writer):
             return lines
         if (operand := self.operands.get(name)) is not None:
             function, target = _quantizer(writer, operand.quantizer)
             words = [
                 (copy, values(operand.copies[copy]))
-                for copy in self._copies(name, operand.layer, direction)
+                for copy in self._copies(name, operand.layer, writer.direction)
             ]
             kind = literal(operand.spec.dtype)
             return [Line(f"{function}.load", (kind,), name, target, tuple(words), "load")]
-        if direction == FORWARD and name in self._kept:
+        if writer.direction == FORWARD and name in self._kept:
             owner, copy, _ = self._kept[name]
             function, target = _quantizer(writer, self.operands[owner].quantizer)
             arguments, parts = (value(owner), literal(copy)), self.operands[owner].copies[copy]
@@ -165,7 +164,7 @@ class QuantizedDefinitions(Definitions):
         prepared = [(*slots[place], copies) for place, copies, _ in self.prepared]
         names = [name for _, name, _ in prepared]
         delayed = [name for slot, name, _ in prepared if quantizers[slot].delayed]
-        writer = Writer(self.space, [*names, *(f"{name}_scale" for name in delayed)])
+        writer = Writer(self, FORWARD, *names, *(f"{name}_scale" for name in delayed))
         functions: dict[Any, Callable[..., Any]] = {}
         for slot, name, copies in prepared:
             quantizer, spec = quantizers[slot], program.request.weights[name]

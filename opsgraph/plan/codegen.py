@@ -12,7 +12,6 @@ The layers, each a file that knows those before it:
     planner      a Cover: which calls, in which order, what is kept and what is made again
     lines        a Line is one call as data, from which its text is printed
     writer       collects the lines of a function; has every variable defined that one reads
-    definitions  what variables mean that no step makes
     codegen      the steps of both passes, what flows between them, what comes back
 
 A recipe has definitions of its own: of quantized values, and of a third function, `prepare`, which
@@ -47,10 +46,9 @@ import torch
 from ..op import BACKWARD, FORWARD
 from ..op.functions import passes
 from .claims import Call, Claim
-from .definitions import Definitions
 from .lines import Function, Line, literal, value, values
 from .program import Argument
-from .writer import Writer
+from .writer import Definitions, Writer
 
 
 def write(definitions: Definitions) -> tuple[Function, Function, tuple[str, ...]]:
@@ -60,44 +58,27 @@ def write(definitions: Definitions) -> tuple[Function, Function, tuple[str, ...]
     return _forward(definitions, saved), function, saved
 
 
-class _Pass(Writer):
-    """What both functions have in common."""
-
-    def __init__(self, definitions: Definitions, direction: str, *parameters: str) -> None:
-        super().__init__(definitions.space, parameters)
-        self.definitions, self.cover = definitions, definitions.cover
-        self.direction = direction
-
-    def define(self, name: str) -> Sequence[Line]:
-        return self.definitions.define(name, self.direction, self)
-
-    def after(self, claim: Claim, lines: Sequence[Line], again: bool = False) -> Sequence[Line]:
-        """The lines of a step as features have them."""
-        for change in self.definitions.after:
-            lines = change(self, claim, lines, again)
-        return lines
-
-    def forward_step(
-        self, claim: Claim, call: Call, used: Iterable[str], again: bool = False
-    ) -> Sequence[Line]:
-        """The lines of a forward claim; of what it can hand out only `used` is bound."""
-        y = self.program.x[claim.stop]
-        names = [name if name and name in used else "_" for name in call.results]
-        want = [saved for saved, name in zip(claim.fuser.saves, names, strict=False) if name != "_"]
-        want += self.definitions.wanted(y, self.direction)
-        first = "_" if again and y not in used else y
-        line = self.call(claim, call, want, first, names)
-        line = line._replace(note=f"{line.note}, again") if again else line
-        return self.after(claim, [line], again)
+def _forward_step(
+    writer: Writer, claim: Claim, call: Call, used: Iterable[str], again: bool = False
+) -> Sequence[Line]:
+    """The lines of a forward claim; of what it can hand out only `used` is bound."""
+    y = writer.program.x[claim.stop]
+    names = [name if name and name in used else "_" for name in call.results]
+    want = [saved for saved, name in zip(claim.fuser.saves, names, strict=False) if name != "_"]
+    want += writer.definitions.wanted(y, writer.direction)
+    first = "_" if again and y not in used else y
+    line = writer.call(claim, call, want, first, names)
+    line = line._replace(note=f"{line.note}, again") if again else line
+    return writer.after(claim, [line], again)
 
 
 def _forward(definitions: Definitions, saved: Sequence[str]) -> Function:
     program, cover, run = definitions.program, definitions.cover, definitions.program.run
     arguments = [argument.name for argument in definitions.inputs]
-    writer = _Pass(definitions, FORWARD, "ops", *arguments)
+    writer = Writer(definitions, FORWARD, "ops", *arguments)
     used = {*saved, *program.teed}
     for claim in cover.forward:
-        writer.add(*writer.forward_step(claim, claim.calls[0], used))
+        writer.add(*_forward_step(writer, claim, claim.calls[0], used))
     outputs = [program.x[-1], *(program.x[i] for i in run.outputs)]
     shared = {n for n in outputs if outputs.count(n) > 1 or n in program.activations}
     if not (cover.forward or cover.backward or run.outputs):
@@ -106,7 +87,7 @@ def _forward(definitions: Definitions, saved: Sequence[str]) -> Function:
     return writer.finish("forward", (*returned, *values(program.reports)), values(saved))
 
 
-class _Backward(_Pass):
+class _Backward(Writer):
     def __init__(self, definitions: Definitions) -> None:
         program = definitions.program
         outs = [program.name("d", i) for i in program.run.outputs if i in program.tapped]
@@ -122,7 +103,7 @@ class _Backward(_Pass):
         if (remake := self.cover.keeper.again.get(name)) is None:
             return super().define(name)
         together = self.together[id(remake.call)]
-        return self.forward_step(remake.claim, remake.call, together, again=True)
+        return _forward_step(self, remake.claim, remake.call, together, again=True)
 
     def written(self) -> Function:
         gap = self.program.count

@@ -9,11 +9,11 @@ from ..op import BACKWARD, FORWARD, Op, Spec
 from .basic_ops import BasicOps
 from .claims import Claim, Space
 from .codegen import write
-from .definitions import Definitions, Input
 from .lines import Line
 from .planner import Cover, Planner
 from .program import Program, Request
 from .rejection import Rejection
+from .writer import Definitions, Input
 
 
 class Step(NamedTuple):

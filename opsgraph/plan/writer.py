@@ -1,34 +1,110 @@
-"""`Writer` collects the lines of one generated function.
+"""`Definitions` says what variables mean; a `Writer` writes one function, which makes them.
 
-It has every variable defined that a line reads, gives objects names in the source, spells calls,
-and lets go of each variable after its last use.
+A writer has every variable defined that a line reads, gives objects names in the source, spells
+calls, and lets go of each variable after its last use. What no step makes is defined here: under
+autocast an argument in another dtype is `weight2_stored`, and `weight2` is its cast.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import inf, nan
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from ..guards.results import First
-from ..op import BACKWARD
+from ..op import BACKWARD, FORWARD, ROWS, STORED, Spec
 from ..op.functions import backward_functions
 from .claims import Call, Claim, Space
 from .compiled import compiled
-from .lines import Function, Line, Nested, Results
+from .lines import Function, Line, Nested, Results, literal, value
 from .names import free
+from .planner import Cover
 from .program import Argument
+
+After: TypeAlias = "Callable[[Writer, Claim, Sequence[Line], bool], Sequence[Line]]"
+"""Makes other lines of those of a step. The last argument: whether it makes values again."""
+NOTHING = Function("", lambda: ((), ()), (), ())
+"""The function `prepare` of a plan without quantized weights."""
+
+
+class Input(NamedTuple):
+    """An argument of the forward after `ops`: x, an extra input, a weight, or a part of one."""
+
+    name: str
+    """Its variable."""
+    spec: Spec | None
+    """None for a parameter that the module does not have."""
+    dims: int | None
+    """Its dimensions inside the plan; None for as they are."""
+    gradient: str | None
+    """The variable of the gradient that the backward returns in its place, if it does."""
+    amax: bool
+    """Whether that is an amax."""
+
+
+class Definitions:
+    """Defines variables in both passes of a cover; knows the arguments and the specs of all."""
+
+    prepared: tuple[Any, ...] = ()
+    """Weights that are handed in quantized."""
+
+    def __init__(self, space: Space, cover: Cover, after: Sequence[After] = ()) -> None:
+        self.space, self.cover, self.program = space, cover, space.program
+        self.after = after
+        """What makes other lines of those of a step."""
+        self.inputs = tuple(self._inputs())
+        """The arguments of the forward after `ops`."""
+        self.specs = {argument.name: argument.spec for argument in self.inputs}
+
+    def _inputs(self) -> Iterator[Input]:
+        program = self.program
+        dims = {"x0": 2}
+        for i, name, _ in program.run.inputs:
+            inside = program.kinds[i].extra_spec(program.ops[i], name, program.specs[i])
+            if inside is not None and ROWS in inside.shape:
+                dims[program.name(name, i)] = len(inside.shape)
+        for name, spec in program.arguments.items():
+            amax = name in program.reported
+            wanted = amax or (spec is not None and name in program.request.gradients)
+            gradient = None if not wanted else "dx" if name == "x0" else f"d{name}"
+            variable = name + STORED * (name in program.casts)
+            yield Input(variable, spec, dims.get(name), gradient, amax)
+
+    def spec(self, name: str) -> Spec:
+        """The spec of a variable that the forward may save."""
+        return self.specs.get(name) or self.program.spec(name)
+
+    def define(self, name: str, writer: "Writer") -> Sequence[Line]:
+        """The line that makes a variable for a writer, if it is defined here."""
+        program, forward = self.program, writer.direction == FORWARD
+        # Activations are cast by the forward alone, which saves the cast.
+        if name in program.casts and (forward or name not in program.activations):
+            arguments = value(name + STORED), literal(program.request.compute)
+            return [Line("cast", arguments, name, note="autocast")]
+        return ()
+
+    def wanted(self, name: str, direction: str) -> list[str]:
+        """The copies of a quantized value that the step which makes it in a pass hands out."""
+        return []
+
+    def gradient(self, gap: int) -> list[str]:
+        """The copies of the gradient at a gap that the linear layer before it reads."""
+        return []
+
+    def prepare(self) -> Function:
+        """The function that quantizes the weights of a plan."""
+        return NOTHING
 
 
 class Writer:
     """Writes one function. `free`: the variables that it reads and that nothing defines, in order.
 
-    A subclass says in `define` what defines a variable.
+    definitions: of the plan. direction: the pass that it is of. parameters: its own.
     """
 
-    def __init__(self, space: Space, parameters: Sequence[str]) -> None:
-        self.space, self.program = space, space.program
-        self.parameters = parameters
+    def __init__(self, definitions: Definitions, direction: str, *parameters: str) -> None:
+        self.definitions, self.direction, self.parameters = definitions, direction, parameters
+        self.program, self.cover = definitions.program, definitions.cover
         self.lines: list[Line] = []
         self.available = set(parameters)
         self.free: dict[str, None] = {}
@@ -38,7 +114,13 @@ class Writer:
 
     def define(self, name: str) -> Sequence[Line]:
         """The lines that make a variable; none: it is free."""
-        raise NotImplementedError
+        return self.definitions.define(name, self)
+
+    def after(self, claim: Claim, lines: Sequence[Line], again: bool = False) -> Sequence[Line]:
+        """The lines of a step as features have them."""
+        for change in self.definitions.after:
+            lines = change(self, claim, lines, again)
+        return lines
 
     def add(self, *lines: Line) -> None:
         """Append lines, each after what defines its variables.
@@ -130,4 +212,4 @@ class Writer:
         head = f"def {name}({', '.join(self.parameters)}):"
         source = "\n".join((head, *(text for line in self.lines for text in line.text()))) + "\n"
         call = compiled(name, source, self.namespace)
-        return Function(source, call, tuple(self.parameters), tuple(self.lines))
+        return Function(source, call, self.parameters, tuple(self.lines))
