@@ -22,13 +22,12 @@ from ..base import config
 from ..base.errors import OpError, PlanError
 from ..guards.cached import per_class
 from ..guards.constants import plain
-from ..guards.results import verify
 from ..guards.state_dicts import StateDicts
 from ..guards.torch_private import constant_under_compile
 from ..guards.validation import text
 from ..guards.watched import MODULE_ATTRIBUTES, serving
 from .arguments import arguments
-from .spec import ROWS, Spec
+from .spec import Spec
 
 FORWARD, BACKWARD = "forward", "backward"
 _NO_SETTINGS = MODULE_ATTRIBUTES.union(
@@ -113,10 +112,15 @@ class Op(StateDicts):
     lowers_subclasses: ClassVar[bool] = False
     """Whether `lower` looks at the class's functions: else one that overrides some is basic."""
 
+    # What rooms above set.
     alone: ClassVar[Callable[["Op"], Callable[..., Any]]]
-    """Makes a sequence of one op, for `forward`; the room that runs sequences sets it."""
+    """Makes a sequence of one op, for `forward`."""
     verify_added: ClassVar[Callable[..., None]]
-    """Raises PlanError for an op that cannot be planned; the room that checks ops sets it."""
+    """Raises PlanError for an op that cannot be planned."""
+    derive: ClassVar[Callable[[type["Op"], str], Callable[..., Any]]]
+    """Makes the `bwd`, `dgrad` or `wgrad` of a class that has none."""
+    trace: ClassVar[Callable[["Op", Spec], tuple[Spec, dict[str, Spec]]]]
+    """The specs of y and of what is saved, of a `fwd` that is run to find out."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -161,7 +165,7 @@ class Op(StateDicts):
 
     def out(self, x: Spec) -> Spec:
         """The spec of y. By default `fwd` is run on a meta tensor to find out."""
-        return self._trace(x)[0]
+        return Op.trace(self, x)[0]
 
     def trailing(self) -> tuple[int, ...]:
         """Sizes that the dimensions before the last must have, where it works on more than one."""
@@ -177,7 +181,7 @@ class Op(StateDicts):
 
     def saved(self, x: Spec) -> dict[str, Spec]:
         """The specs of what `saves` names, with `ROWS` for the row count."""
-        return self._trace(x)[1] if self.saves else {}
+        return Op.trace(self, x)[1] if self.saves else {}
 
     def extra_spec(self, name: str, x: Spec) -> Spec | None:
         """What an extra input must be, by default like x; None leaves it to `fwd`."""
@@ -219,35 +223,6 @@ class Op(StateDicts):
         self.touch()
 
     # -- machinery --
-
-    def _trace(self, x: Spec) -> tuple[Spec, dict[str, Spec]]:
-        """Runs `fwd` on meta tensors with two row counts; a size that changes is `ROWS`."""
-
-        def run(rows: int) -> list[Tensor]:
-            def value(name: str) -> Any:
-                if name == "x" or name in self.extra_inputs:
-                    return x.empty(rows, "meta")
-                if name in self.constants:
-                    return self.constant(name, x)
-                held = getattr(self, name)
-                if not isinstance(held, Tensor):
-                    return held
-                # As the plan takes them: the op may stand for others, of another dtype.
-                cast = held.is_floating_point() and name not in self.as_stored
-                return held.to("meta", x.dtype if cast else held.dtype)
-
-            names = [name for name in arguments(type(self).fwd) if name != "want"]
-            results = self.fwd(*(value(name) for name in names))
-            y, saved = verify(results, type(self).__name__, "fwd", (len(self.saves),))
-            return [y, *(s for s in saved if s is not None)]
-
-        def spec(few: Tensor, many: Tensor) -> Spec:
-            sizes = zip(few.shape, many.shape, strict=True)
-            shape = tuple(a if a == b else ROWS for a, b in sizes)
-            return Spec(shape, few.dtype, x.device)
-
-        y, *saved = map(spec, run(2), run(3))
-        return y, dict(zip(self.saves, saved, strict=True))
 
     def home(self, name: str) -> tuple[nn.Module, str]:
         """The module and attribute where a parameter is found, normally the op itself."""

@@ -8,12 +8,8 @@ without a `fwd`, speaks for all subclasses.
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..base.errors import OpError, OpsgraphError, PlanError
 from ..guards.cached import per_class
-from .arguments import arguments
 from .base import Op
 from .spec import ROWS, Spec
 
@@ -98,56 +94,17 @@ def backward_functions(kind: type[Op]) -> dict[str, Callable[..., Any]]:
     if bwd and (not (dgrad and wgrad) or definer(kind, "bwd")[0] < min(depths)):
         return {"bwd": bwd}
     if dgrad or wgrad:
-        return {
-            "wgrad": wgrad or _part(kind, lambda results: results[1][0]),
-            "dgrad": dgrad or _part(kind, lambda results: results[0]),
-        }
-    return {"bwd": derived_backward(kind)}
-
-
-@per_class
-def derived_backward(kind: type[Op]) -> Callable[..., Any]:
-    """A `bwd` for an op that has none: `torch.func.vjp` of its `fwd`, which runs again."""
-    names = tuple(name for name in arguments(kind.fwd) if name != "want")
-    active = [i for i, name in enumerate(names) if name not in kind.constants]
-
-    def bwd(op: Op, dy: Tensor, *values: Any) -> Any:
-        moving = [
-            i for i in active if isinstance(values[i], Tensor) and values[i].is_floating_point()
-        ]
-
-        def fwd(*tensors: Tensor) -> Tensor:
-            full = list(values)
-            for i, tensor in zip(moving, tensors, strict=True):
-                full[i] = tensor
-            return kind.fwd(op, *full)[0]
-
-        cotangents = torch.func.vjp(fwd, *(values[i] for i in moving))[1](dy)
-        gradients = dict(zip(moving, cotangents, strict=True))
-        return gradients.get(0), tuple(gradients.get(i) for i in active[1:])
-
-    bwd.declared_arguments = ("dy", *names)  # type: ignore[attr-defined]
-    return bwd
+        given = {"wgrad": wgrad, "dgrad": dgrad}
+        return {name: own or Op.derive(kind, name) for name, own in given.items()}
+    return {"bwd": Op.derive(kind, "bwd")}
 
 
 def verify_backward(kind: type[Op], label: str) -> None:
     """Raises PlanError for an op whose gradients cannot be computed."""
-    functions = backward_functions(kind)
-    if kind.random and functions == {"bwd": derived_backward(kind)}:
+    if kind.random and not any(function(kind, name) for name in ("bwd", "dgrad", "wgrad")):
         raise PlanError(
             f"{label}: got a random fwd and no bwd for it, expected one that takes the saved seed"
         )
-
-
-def _part(kind: type[Op], part: Callable[[Any], Any]) -> Callable[..., Any]:
-    """One gradient of those that the derivative of `fwd` gives."""
-    bwd = derived_backward(kind)
-
-    def gradient(op: Op, *values: Any) -> Any:
-        return part(bwd(op, *values))
-
-    gradient.declared_arguments = arguments(bwd)  # type: ignore[attr-defined]
-    return gradient
 
 
 def identity(kind: type[Op], op: Op, direction: str, training: bool) -> bool:
@@ -162,7 +119,7 @@ def identity(kind: type[Op], op: Op, direction: str, training: bool) -> bool:
 
 def out(kind: type[Op], op: Op, x: Spec) -> Spec:
     """The spec of y; of a `fwd` that overrides what its base's `out` is about, by running it."""
-    traced = None if _says(kind, "out") else _traced(kind, op, x)
+    traced = None if _says(kind, "out") else _traced(op, x)
     return kind.out(op, x) if traced is None else traced[0]
 
 
@@ -170,7 +127,7 @@ def saved(kind: type[Op], op: Op, x: Spec) -> dict[str, Spec]:
     """The specs of what it saves, likewise."""
     if not (kind.saves or _says(kind, "saved")):
         return {}
-    traced = None if _says(kind, "saved") else _traced(kind, op, x)
+    traced = None if _says(kind, "saved") else _traced(op, x)
     return kind.saved(op, x) if traced is None else traced[1]
 
 
@@ -179,14 +136,14 @@ def _says(kind: type[Op], name: str) -> bool:
     return kind.__module__.startswith("opsgraph.") or holds(kind, name)
 
 
-def _traced(kind: type[Op], op: Op, x: Spec) -> tuple[Spec, dict[str, Spec]] | None:
+def _traced(op: Op, x: Spec) -> tuple[Spec, dict[str, Spec]] | None:
     """The specs of y and of what is saved, by running `fwd` on meta tensors.
 
     None where it does not run on such: PyTorch and NumPy raise the first two of these errors for
     values that are not there, Triton the third. Any other error is the op's own.
     """
     try:
-        return kind._trace(op, x)
+        return Op.trace(op, x)
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, OpsgraphError):
             raise

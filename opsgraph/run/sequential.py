@@ -106,6 +106,8 @@ class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, List
 
     def _prepare(self, width: int | None = None) -> None:
         """Find the stages again, unless nothing has changed; width: the input's, if it is known."""
+        if self._prepared == config.epoch and active.key is not None and not self._containers:
+            return  # a call under a recipe follows by itself
         with config.lock:
             if self._prepared != config.epoch or self._container_changed():
                 if width is not None:
