@@ -1,9 +1,10 @@
 """Settings from the environment, and the counter that says when plans may be out of date.
 
-`OPSGRAPH_LOGS=plan,reject,code` prints what was planned, `OPSGRAPH_BACKENDS=triton,reference`
-limits the backends, `OPSGRAPH_FUEL=n` admits only the first n fused claims of a plan (bisect with
-it), and `OPSGRAPH_CHECK=1` compares every fused step with the reference ops. They are read when a
-module is planned for the first time, and again after `touch`, which registering a fuser calls.
+`OPSGRAPH_LOGS=plan,reject,code` prints what was planned, `steps` names each step to profilers,
+`OPSGRAPH_BACKENDS=triton,reference` limits the backends, `OPSGRAPH_FUEL=n` admits only the first n
+fused claims of a plan (bisect with it), `OPSGRAPH_CHECK=1` compares every fused step with the
+reference ops, and `OPSGRAPH_REPLAY=0` runs every step from Python. They are read when a module is
+planned for the first time, and again after `touch`, which registering a fuser calls.
 """
 
 import os
@@ -31,6 +32,7 @@ class Config(NamedTuple):
     backends: tuple[str, ...]
     fuel: int | None
     check: bool
+    replay: bool
 
 
 def touch() -> None:
@@ -47,17 +49,23 @@ def _names(variable: str) -> tuple[str, ...]:
 def read() -> Config:
     """The environment as it is now. Raises ValueError if a variable cannot be understood."""
     logs = frozenset(_names("OPSGRAPH_LOGS"))
-    if unknown := logs - {"plan", "reject", "code"}:
-        raise ValueError(f"OPSGRAPH_LOGS: got {sorted(unknown)}, expected plan, reject or code")
+    if unknown := logs - {"plan", "reject", "code", "steps"}:
+        expected = "plan, reject, code or steps"
+        raise ValueError(f"OPSGRAPH_LOGS: got {sorted(unknown)}, expected {expected}")
     fuel = os.environ.get("OPSGRAPH_FUEL", "")
     if fuel and not fuel.isdigit():
         raise ValueError(f"OPSGRAPH_FUEL: got {fuel!r}, expected a whole number")
-    check = os.environ.get("OPSGRAPH_CHECK", "0")
-    if check not in ("", "0", "1"):
-        raise ValueError(f"OPSGRAPH_CHECK: got {check!r}, expected 0 or 1")
     return Config(
         logs,
         _names("OPSGRAPH_BACKENDS"),
         int(fuel) if fuel else None,
-        check == "1",
+        _flag("OPSGRAPH_CHECK", False),
+        _flag("OPSGRAPH_REPLAY", True),
     )
+
+
+def _flag(variable: str, default: bool) -> bool:
+    text = os.environ.get(variable, "")
+    if text not in ("", "0", "1"):
+        raise ValueError(f"{variable}: got {text!r}, expected 0 or 1")
+    return text == "1" if text else default

@@ -113,7 +113,7 @@ def _arguments(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor | None]:
 def _forward(handle: str, tensors: list[Tensor], call: Tensor | None = None) -> list[Tensor]:
     plan = _plan(handle)
     with torch.no_grad(), without_autocast(tensors[0]):
-        outputs, saved = plan.run_forward(plan.ops, *_arguments(plan, tensors))
+        outputs, saved = plan.passes.forward(plan.ops, *_arguments(plan, tensors))
         return _distinct([*outputs, *(saved[k] for k in _fresh(plan))], tensors)
 
 
@@ -121,7 +121,7 @@ def _backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Te
     plan = _plan(handle)
     count = 1 + len(plan.specs.taps)
     with torch.no_grad(), without_autocast(tensors[0]):
-        results = plan.run_backward(plan.ops, *tensors[:count], tensors[count:])
+        results = plan.passes.backward(plan.ops, *tensors[:count], tensors[count:])
         gradients = note_gradients(plan, results, seen)
         return _distinct([g for g in gradients if g is not None], tensors)
 

@@ -53,14 +53,15 @@ class StageRecipe:
         prepared, first = plan.specs.prepared, active.first_microbatch
         operands: list[Any] = [weights[k] for k, _, _ in prepared]
         grad = torch.is_grad_enabled()
+        run = plan.run_prepare if torch.compiler.is_compiling() else plan.passes.prepare
         if first is None:
-            parts, amaxes = plan.run_prepare(*operands, *self._scales(plan))
+            parts, amaxes = run(*operands, *self._scales(plan))
         else:
             if first is False:
                 operands = self._kept(plan, operands)
             # Training may use them, whatever mode this call is in.
             with torch.inference_mode(False):
-                parts, amaxes = plan.run_prepare(*operands, *self._scales(plan))
+                parts, amaxes = run(*operands, *self._scales(plan))
             self._keep(plan, operands, parts)
         if amaxes:
             states = [self.states[k] for k, _, _ in prepared if k in self.states]

@@ -5,7 +5,7 @@ the test of this file names the versions that were seen to have them all.
 """
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad as forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .watching import watching
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,8 +47,14 @@ transforms: Callable[[], bool] = _find("_C._are_functorch_transforms_active", la
 top_transform: Callable[[], Any] = _find("_C._functorch.peek_interpreter_stack", lambda: None)
 """The innermost of them, or None. Unlike `transforms` it also sees those that Dynamo plays."""
 
-dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
-"""How many dispatch modes are active, those of fake and of proxy tensors among them."""
+_dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
+
+
+def dispatch_modes() -> int:
+    """How many dispatch modes are active but for our recorders; fake tensors have one."""
+    count = _dispatch_modes()
+    return count - watching.modes if count else 0  # Dynamo sees no thread's own values
+
 
 tracing: Callable[[], bool] = _find("_C._is_tracing", getattr(torch.jit, "is_tracing", None))
 """Whether torch.jit.trace, or the ONNX exporter that is built on it, records."""
@@ -86,6 +94,32 @@ _saved_hooks: Callable[[bool], Any] = _find(
 def saved_hooks() -> bool:
     """Whether hooks of saved tensors are active, as a checkpoint has them that is not reentrant."""
     return _saved_hooks(True) is not None
+
+
+def empty_strided(device: torch.device) -> Callable[[Any, Any, torch.dtype], Tensor]:
+    """What allocates tensors of sizes, strides and a dtype there; on the current device of CUDA."""
+    fast = _find(f"_C._dynamo.guards._empty_strided_{device.type}", None)
+    if fast is not None:
+        return fast  # type: ignore[no-any-return]
+    return lambda sizes, strides, dtype: torch.empty_strided(
+        sizes, strides, dtype=dtype, device=device
+    )
+
+
+def same_layouts(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """A check in C++ of whether tensors are as these: class, dtype, device, sizes, strides.
+
+    False too under transforms, dispatch modes and autocast that were not there when it was made.
+    None in a PyTorch without it.
+    """
+    guards = _find("_C._dynamo.guards.TensorGuards", None)
+    if guards is None:
+        return None
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    check: Callable[..., bool] = guards(
+        *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
+    ).check
+    return check
 
 
 def gradient_hooks(leaf: Tensor) -> tuple[list[Callable[..., Any]], list[Callable[..., Any]]]:

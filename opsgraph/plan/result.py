@@ -64,6 +64,8 @@ class Plan:
     backward_lines: tuple[Line, ...] = field(repr=False, compare=False)
     prepare_lines: tuple[Line, ...] = field(repr=False, compare=False)
     specs: "Signature"
+    passes: "Passes" = field(repr=False, compare=False)
+    """The same functions as calls run them: as they are, or replayed."""
 
     # Features set these: what `str` gives, a picture, a networkx graph; its name to torch.compile.
     table: ClassVar[Callable[["Plan"], str]]
@@ -78,6 +80,14 @@ class Plan:
     def saved_bytes_per_row(self) -> int:
         """Bytes kept for the backward, for each row of the input."""
         return sum(self.saved.values())
+
+
+class Passes(NamedTuple):
+    """What runs the generated functions."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    prepare: Callable[..., Any]
 
 
 class Saved(NamedTuple):
@@ -211,6 +221,7 @@ def make_plan(
         backward_lines=backward.lines,
         prepare_lines=prepare.lines,
         specs=_signature(defined, saved),
+        passes=Passes(forward.call, backward.call, prepare.call),
         ops=tuple(dict(zip(run.places, run.ops, strict=True)).values()),
         planning_seconds=time.perf_counter() - start,
     )

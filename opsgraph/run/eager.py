@@ -34,11 +34,11 @@ class PlanFunction(torch.autograd.Function):
         ctx.plan, ctx.stage = plan, stage
         ctx.lead = None if x.dim() == 2 else [t.shape for t in tensors[: extras + 1]]
         if ctx.lead is None and not plan.specs.autocast:
-            outputs, saved = plan.run_forward(ops, *tensors)
+            outputs, saved = plan.passes.forward(ops, *tensors)
         else:
             inputs = flattened(plan, tensors)
             with without_autocast(x):
-                outputs, saved = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])
+                outputs, saved = plan.passes.forward(ops, *inputs, *tensors[extras + 1 :])
         if stage.recipe is not None:
             if plan.specs.reports:
                 outputs = stage.recipe.record(plan, outputs, True)
@@ -71,7 +71,7 @@ class PlanFunction(torch.autograd.Function):
             if stage.eager_only is not None:
                 gradients = stage.unseen.run_backward(plan, ctx, flats, saved)
             else:
-                gradients = plan.run_backward(plan.ops, *flats, saved)
+                gradients = plan.passes.backward(plan.ops, *flats, saved)
             if ctx.lead is not None:
                 gradients = as_given(gradients, ctx.lead, flats, whole)
             if plan.specs.reported:
@@ -89,7 +89,7 @@ def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -
     x, ops = tensors[0], plan.ops
     flat_already = x.dim() == 2
     if flat_already and not plan.specs.autocast:
-        outputs = plan.run_forward(ops, *tensors)[0]
+        outputs = plan.passes.forward(ops, *tensors)[0]
     elif plan.specs.identity:
         return x
     else:
@@ -97,7 +97,7 @@ def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -
         if stage.double_backward:
             copy_gradients(inputs)
         with without_autocast(x):
-            outputs = plan.run_forward(ops, *inputs, *tensors[extras + 1 :])[0]
+            outputs = plan.passes.forward(ops, *inputs, *tensors[extras + 1 :])[0]
     if plan.specs.reports:
         outputs = stage.recipe.record(plan, outputs, torch.is_grad_enabled())
     if not flat_already:

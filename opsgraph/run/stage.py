@@ -77,6 +77,7 @@ from ..op import Op, lower_plainly
 from ..ops.quantize import lowered
 from ..plan import Plan, make_plan
 from ..plan.basic_ops import BasicOps
+from ..replay.passes import replayed
 from .eager import run_inference, run_traced, run_training
 from .key import PlainKey, key_of, request_of
 from .options import Options
@@ -157,7 +158,9 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
             options.config.fuel,
             partial(QuantizedDefinitions, partial(prepare_by, options.order), after),
         )
-        return told(verified(plan, options.config.check), options.config)
+        plan = told(verified(plan, options.config.check), options.config)
+        own = "autograd runs through it" if options.double_backward else None
+        return replayed(plan, options.config, own)
 
     def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
         if extras or self.trailing:

@@ -16,7 +16,7 @@ from ..reference import activations as reference
 from .launch import DTYPES, Kernel, address, direct, lines, rows_of
 from .memory import empty
 
-FIELDS = "=8q 3q 2q 4q q 3d"  # struct Activation in source/activations.h
+FIELDS = "8q 3P 2q 4P P 3d"  # struct Activation in source/activations.h
 _forward_kernel = Kernel("opsgraph_activation_forward", FIELDS, "activations")
 _backward_kernel = Kernel("opsgraph_activation_backward", FIELDS, "activations")
 FUNCTIONS = (

@@ -12,7 +12,7 @@ from . import build
 from .launch import DTYPES, Kernel, address, direct, lines
 from .memory import empty
 
-_FIELDS = "=6q q q q 2q q"  # struct Dequantize in source/dequantize.h
+_FIELDS = "6q P q P 2q P"  # struct Dequantize in source/dequantize.h
 _kernel = Kernel("opsgraph_dequantize", _FIELDS, "dequantize")
 
 

@@ -6,6 +6,7 @@ costs a quarter of what ctypes takes to convert as many arguments.
 
 import ctypes
 import os
+import re
 import struct
 from collections.abc import Sequence
 from functools import cache
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...guards.torch_private import dispatch_modes, top_transform
+from ...guards.watching import watching
 from . import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -72,15 +74,23 @@ def address(tensor: Tensor | None) -> int:
 class Kernel:
     """A function of a library, looked up (and the library built) at its first call.
 
-    name: of the C function. fields: the record's, as `struct` writes them. library: see `build`.
+    name: of the C function. fields: the record's, as `struct` writes them, P for an address.
+    library: see `build`.
     """
 
     def __init__(self, name: str, fields: str, library: str) -> None:
-        self.name, self.pack, self.library = name, struct.Struct(fields).pack, library
+        self.name, self.library = name, library
+        self.pack = struct.Struct(f"={fields.replace('P', 'q')}").pack
+        kinds = "".join(kind * int(n or 1) for n, kind in re.findall(r"(\d*)([qPd])", fields))
+        self.addresses = [k for k, kind in enumerate(kinds) if kind == "P"]
 
     def __call__(self, *values: Any) -> None:
         """Run on the calling thread and as many others as `values` says."""
-        self.function(self.pack(*values))
+        record = self.pack(*values)
+        self.function(record)
+        if watching.recorder is not None:
+            at = ctypes.cast(self.function, ctypes.c_void_p).value
+            watching.recorder.kernel(at, record, [(k, values[k]) for k in self.addresses])
 
     def __getattr__(self, name: str) -> Any:
         if name != "function":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...guards.torch_private import storage_uses
+from ...guards.watching import watching
 
 CPU = torch.device("cpu")
 LEAST = 2**20
@@ -173,6 +174,8 @@ def ours(x: Tensor) -> bool:
     """
     if _use_count is None or _tensor_use_count is None:
         return False
+    if watching.recorder is not None:
+        watching.recorder.refuse("it overwrites what nobody else holds")
     return _owners(x) == _owners_of_ours() and pool.has(x)
 
 

@@ -14,7 +14,7 @@ from ..reference import norms as reference
 from .launch import DTYPES, Kernel, address, direct, lines, rows_of, vector
 from .memory import empty
 
-_FIELDS = "=6q 3q 3q 2q 2q 3q 4q d"  # struct Norm in source/norms.h
+_FIELDS = "6q 3P 3q 2P 2q 3P 4P d"  # struct Norm in source/norms.h
 _forward_kernel = Kernel("opsgraph_norm_forward", _FIELDS, "norms")
 _backward_kernel = Kernel("opsgraph_norm_backward", _FIELDS, "norms")
 _FP32 = torch.float32

@@ -25,7 +25,7 @@ UNITS = {
 """What multiplies, in the order of `source/product.cpp`, with what it is."""
 _CODES = {unit: code for code, unit in enumerate(UNITS)}
 
-_kernel = Kernel("opsgraph_product", "=19q", "product")
+_kernel = Kernel("opsgraph_product", "5q P q P 2q P q P 2q P 2q P", "product")
 
 
 @cache

@@ -18,8 +18,8 @@ from . import activations
 from .launch import DTYPES, Kernel, address, direct, lines, rows_of
 from .memory import empty
 
-_FIELDS = "7q 2q q 2q 2q 2q d"  # struct Quantize in source/quantize.h
-_kernel = Kernel("opsgraph_quantize", f"={_FIELDS}", "quantize")
+_FIELDS = "7q P q P 2P 2P 2P d"  # struct Quantize in source/quantize.h
+_kernel = Kernel("opsgraph_quantize", _FIELDS, "quantize")
 _BOTH = f"{activations.FIELDS} {_FIELDS}"
 _activation_kernel = Kernel("opsgraph_activation_quantize", _BOTH, "quantize")
 SCALINGS = {"tensor": 0, "rows": 1, "blocks": 2, "square": 3, "mx": 4}

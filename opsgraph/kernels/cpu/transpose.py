@@ -6,7 +6,7 @@ from torch import Tensor
 from .launch import Kernel, direct, lines
 from .memory import empty
 
-_kernel = Kernel("opsgraph_transpose", "=7q", "transpose")
+_kernel = Kernel("opsgraph_transpose", "4q P q P", "transpose")
 
 
 def transposed(x: Tensor) -> Tensor:

@@ -4,6 +4,8 @@
 `launch` remembers that.
 """
 
+import re
+import struct
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ...guards.watching import watching
 
 _HERE: AbstractContextManager[Any] = nullcontext()
 _launchable: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
@@ -43,14 +47,54 @@ def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any)
     known = _launchable.get(key)
     if known is not None:
         compiled, rest = known
-        compiled[grid + (1, 1)[: 3 - len(grid)]](*operands, *rest)
+        whole = grid + (1, 1)[: 3 - len(grid)]
+        compiled[whole](*operands, *rest)
+        if watching.recorder is not None:
+            _tell(kernel, compiled, whole, operands)
         return
     compiled = kernel[grid](*operands, **constants)
+    if watching.recorder is not None:
+        watching.recorder.refuse("a kernel was compiled, or is interpreted")
     if not isinstance(kernel, triton.JITFunction) or compiled is None:
         return  # interpreted, or only looked at
     if compiled.metadata.target.backend == "cuda":
         names = kernel.arg_names[len(operands) :]
         _launchable[key] = compiled, tuple(constants[name] for name in names)
+
+
+_INTEGERS = re.compile("[iu][0-9]+")
+
+
+def _tell(kernel: Any, compiled: Any, grid: tuple[int, ...], operands: tuple[Any, ...]) -> None:
+    """Tell the recorder of a launch, with the parameters that Triton's own launcher hands over.
+
+    They are the arguments that the kernel was not compiled for, and the addresses of two scratch
+    areas (`triton/backends/nvidia/driver.c`, 3.6 to 3.9), which our kernels do not use.
+    """
+    metadata, types = compiled.metadata, compiled.src.signature
+    words, addresses = b"", []
+    for name, operand in zip(kernel.arg_names, operands, strict=False):
+        kind = types[name]
+        if kind == "constexpr":
+            continue
+        if kind.startswith("*"):
+            addresses.append((len(words) // 8, operand.data_ptr()))
+            words += bytes(8)
+        elif _INTEGERS.fullmatch(kind):
+            words += struct.pack("=q", operand)
+        elif kind == "fp32":
+            words += struct.pack("=f4x", operand)
+        else:
+            watching.recorder.refuse(f"a kernel has a parameter of type {kind}")
+            return
+    extras = "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl"
+    if any(getattr(metadata, name, 0) for name in extras) or getattr(metadata, "num_ctas", 1) != 1:
+        watching.recorder.refuse("a kernel needs more than plain launches give")
+        return
+    watching.recorder.launch(
+        compiled.function, grid, metadata.num_warps * 32, metadata.shared, words + bytes(16),
+        addresses,
+    )  # fmt: skip
 
 
 def row_major(x: Tensor) -> Tensor:

@@ -1,0 +1,155 @@
+// The library that replays a stretch of a pass: one call for all of its launches and products.
+//
+// A stretch is a program of 8-byte words, written by `opsgraph/replay/words.py`. Nothing in it
+// changes from call to call but where buffers begin, which the caller hands over. So a replay copies
+// each step's record, writes addresses into the copy, and calls. It keeps no state: any number of
+// threads may replay one program. Neither CUDA's headers nor PyTorch's are needed; what is called is
+// declared here, and its address given once, by `opsgraph_replay_bind`.
+#include "parallel.h"
+
+using Word = int64_t;
+using Tensor = struct Opaque*;
+
+enum Opcode : Word { END, KERNEL, LAUNCH, ATEN };
+enum Aten : Word { MM, ADDMM, BMM, SCALED_MM, COPY, ZERO };
+const int MOST_WORDS = 96, MOST_TENSORS = 8;
+const Word NONE = -2, ARENA = -1;  // in the place of a buffer's number
+const Word ALIGNMENT = 64;
+
+// What is called, in the order in which `words.py` gives the addresses.
+struct Called {
+    int32_t (*from_blob)(
+        void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
+        Tensor*);
+    int32_t (*release)(Tensor);
+    int32_t (*copy)(Tensor, Tensor, int32_t);
+    int32_t (*zero)(Tensor);
+    // For the CPU, then for CUDA.
+    int32_t (*mm[2])(Tensor, Tensor, Tensor);
+    int32_t (*addmm[2])(Tensor, Tensor, Tensor, Tensor, double, double);
+    int32_t (*bmm[2])(Tensor, Tensor, Tensor);
+    int32_t (*scaled_mm)(
+        Tensor, Tensor, Tensor, Tensor, Tensor, Tensor*, Tensor*, int32_t*, int32_t);
+    int32_t (*launch)(
+        void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
+        void**);
+};
+static Called called;
+
+EXPORT void opsgraph_replay_bind(const Called* given) { called = *given; }
+
+// Where buffers begin: the caller's, and the arena, which on the CPU is a block that a thread keeps.
+class Buffers {
+    const Word* given;
+    Word arena = 0;
+
+   public:
+    Buffers(const Word* given, Word size) : given(given) {
+        struct Block {
+            char* memory = nullptr;
+            Word size = 0;
+            ~Block() { delete[] memory; }
+        };
+        static thread_local Block block;
+        if (size > block.size) {
+            delete[] block.memory;
+            block.memory = new char[size + ALIGNMENT];
+            block.size = size;
+        }
+        if (size) {
+            Word start = reinterpret_cast<Word>(block.memory) + ALIGNMENT - 1;
+            arena = start - start % ALIGNMENT;
+        }
+    }
+
+    Word operator[](Word number) const { return number == ARENA ? arena : given[number]; }
+};
+
+// A tensor over a caller's memory, for one call of PyTorch's: [buffer, offset, dtype, device type,
+// device index, dimensions, sizes, strides].
+class Tensors {
+    Tensor made[MOST_TENSORS];
+    int count = 0;
+
+   public:
+    bool failed = false;
+
+    ~Tensors() {
+        for (int i = 0; i < count; i++)
+            if (made[i]) called.release(made[i]);
+    }
+
+    const Word* add(const Word* at, const Buffers& buffers) {
+        Tensor tensor = nullptr;
+        Word dimensions = at[5];
+        if (at[0] != NONE) {
+            void* data = reinterpret_cast<void*>(buffers[at[0]] + at[1]);
+            failed |= called.from_blob(
+                data, dimensions, at + 6, at + 6 + dimensions, 0, static_cast<int32_t>(at[2]),
+                static_cast<int32_t>(at[3]), static_cast<int32_t>(at[4]), &tensor);
+        }
+        made[count++] = tensor;
+        return at + 6 + 2 * dimensions;
+    }
+
+    Tensor operator[](int i) const { return made[i]; }
+    Tensor* maybe(int i) { return made[i] ? &made[i] : nullptr; }
+};
+
+// [kind, on CUDA, count of tensors, tensors, beta, alpha or flag]; returns an error code, 0 for none.
+static int64_t aten(const Word* at, const Buffers& buffers) {
+    Word kind = at[0], cuda = at[1], count = at[2];
+    Tensors t;
+    at += 3;
+    for (Word i = 0; i < count; i++) at = t.add(at, buffers);
+    if (t.failed) return 1;
+    double scalars[2];
+    std::memcpy(scalars, at, sizeof scalars);
+    switch (kind) {
+        case MM: return called.mm[cuda](t[0], t[1], t[2]);
+        case ADDMM: return called.addmm[cuda](t[0], t[1], t[2], t[3], scalars[0], scalars[1]);
+        case BMM: return called.bmm[cuda](t[0], t[1], t[2]);
+        case SCALED_MM:
+            return called.scaled_mm(
+                t[0], t[1], t[2], t[3], t[4], t.maybe(5), nullptr, nullptr, scalars[0] != 0);
+        case COPY: return called.copy(t[0], t[1], 0);
+        case ZERO: return called.zero(t[0]);
+    }
+    return -1;
+}
+
+// Runs a program: the bytes of an arena that the library is to provide, then steps of [opcode, line,
+// length of the rest, rest]. given: where each buffer begins. stream: CUDA's. Returns 0, or, where
+// something failed, its line + 1 and what it returned times 2^32.
+EXPORT int64_t opsgraph_replay(const Word* at, const Word* given, void* stream) {
+    Buffers buffers(given, at[0]);
+    Word words[MOST_WORDS];
+    void* parameters[MOST_WORDS];
+    for (at++; at[0] != END; at += 3 + at[2]) {
+        const Word* rest = at + 3;
+        int64_t error = 0;
+        if (at[0] == ATEN) {
+            error = aten(rest, buffers);
+        } else {
+            // [function, grid (3), threads, shared memory, count of words, of addresses among them,
+            // (word, buffer, offset) of each, words]
+            Word count = rest[6], addresses = rest[7];
+            const Word* place = rest + 8;
+            std::memcpy(words, place + 3 * addresses, sizeof(Word) * count);
+            for (; addresses; addresses--, place += 3)
+                words[place[0]] = buffers[place[1]] + place[2];
+            if (at[0] == KERNEL) {
+                reinterpret_cast<void (*)(const Word*)>(rest[0])(words);
+            } else {
+                for (Word i = 0; i < count; i++) parameters[i] = words + i;
+                error = called.launch(
+                    reinterpret_cast<void*>(rest[0]), static_cast<unsigned>(rest[1]),
+                    static_cast<unsigned>(rest[2]), static_cast<unsigned>(rest[3]),
+                    static_cast<unsigned>(rest[4]), 1, 1, static_cast<unsigned>(rest[5]), stream,
+                    parameters, nullptr);
+            }
+        }
+        if (error) return (error << 32) + at[1] + 1;
+    }
+    return 0;
+}

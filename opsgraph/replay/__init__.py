@@ -1,0 +1,1 @@
+"""Passes without Python between their kernels: recorded once, replayed by one native call."""

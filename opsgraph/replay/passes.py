@@ -1,0 +1,176 @@
+"""A pass that is replayed: recorded when it runs for the second time on tensors of the same shapes.
+
+The first call runs the generated function, in which kernels are compiled and products measured.
+The second runs the same lines one by one, watched by the recorder; all others replay what it noted.
+A call is a normal one, in Python, where a replay could do anything else: under dispatch modes, with
+subclasses of tensors, for tensors that are laid out as none before.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import profiler
+from torch.autograd.profiler import record_function
+
+from ..base.config import Config
+from ..guards.torch_private import dispatch_modes, followed
+from ..plan import Plan
+from ..plan.lines import Function, Line
+from ..plan.result import Passes
+from .interpreter import run_line
+from .native import why_not
+from .record import InPython, Record, Stretch
+from .recording import Recording
+
+MOST = 64
+"""Records of a pass, the latest: one for each number of rows."""
+ATTEMPTS = 4
+"""How often a pass is recorded until its lines in Python are found."""
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Pass:
+    """Stands for a generated function, and does what it does.
+
+    saved: the names of what its last argument, a list, holds; None where there is none. fixed: how
+    many of its arguments, from `first` on, have the shape and dtype that the plan was made for.
+    """
+
+    def __init__(
+        self, name: str, function: Function, device: torch.device, config: Config,
+        saved: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.function, self.device = name, function, device
+        self.python = self._labelled if "steps" in config.logs else function.call
+        self.has_ops = function.parameters[:1] == ("ops",)
+        names = function.parameters[self.has_ops :]
+        self.names = names if saved is None else (*names[:-1], *saved)
+        self.saved = len(saved or ())
+        self.records: OrderedDict[Any, Any] = OrderedDict()
+        """What replays calls of a key; None until the second call."""
+        self.in_python: set[int] = set()
+        self.attempts = 0
+        self.reason = why_not(device.type) or _why_not(config)
+        self.record: Record | None = None
+        """The last one made, for the eye."""
+        self.last: Any = None
+        """Replays calls that are laid out as the last one, and returns None for others."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        if profiler._is_profiler_enabled:
+            with record_function(f"opsgraph {self.name}"):
+                return self._run(arguments)
+        if self.last is not None:
+            result = self.last(*arguments)
+            if result is not None:
+                return result
+        return self._run(arguments)
+
+    def _run(self, arguments: tuple[Any, ...]) -> Any:
+        """A call of other layouts than the last one."""
+        if self.reason is not None or dispatch_modes() or followed():
+            return self.python(*arguments)
+        tensors = arguments[self.has_ops :]
+        if self.saved:
+            tensors = (*tensors[:-1], *tensors[-1])
+        key: list[Any] = [torch.get_num_threads()]
+        for tensor in tensors:
+            if type(tensor) in _PLAIN:
+                key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            elif tensor is None:
+                key.append(None)
+            else:
+                return self.python(*arguments)
+        where, tensor = tuple(key), None
+        record = self.records.get(where, self)
+        if record is None:
+            handed = [tensors]
+            del tensors  # each dies after its last use
+            return self._record(where, handed, arguments)
+        del tensors
+        if record is not self:
+            self.last = record.run_if
+            return record.run(*arguments)
+        self.records[where] = None
+        if len(self.records) > MOST:
+            self.records.popitem(last=False)
+        return self.python(*arguments)
+
+    def _record(self, key: Any, handed: list[Any], arguments: Sequence[Any]) -> Any:
+        """Run the pass, and record it on the way. handed: its tensors, which are taken from it."""
+        ops = arguments[0] if self.has_ops else None
+        recording = Recording(
+            self.function, ops, self.names, handed.pop(), self.saved, self.in_python, self.device
+        )
+        variables = dict(zip(self.function.parameters, arguments, strict=True))
+        result = recording.run(variables)
+        record = recording.record()
+        self.in_python = recording.in_python
+        if record is not None:
+            self.records[key] = self.record = record
+            self.last = record.run_if
+            if not any(isinstance(part, Stretch) for part in record.parts):
+                self.reason, self.last = "every line stays in Python", None
+        else:
+            self.attempts += 1
+            if self.attempts > ATTEMPTS:
+                self.reason = "its lines hand each other what no slot holds"
+        return result
+
+    def _labelled(self, *arguments: Any) -> Any:
+        """Run the lines one by one, each with a name that profilers show."""
+        variables = dict(zip(self.function.parameters, arguments, strict=True))
+        del arguments
+        ops = variables.get("ops")
+        for line in self.function.lines:
+            with record_function(f"opsgraph {line.function} {line.note}"):
+                result = run_line(line, ops, variables)
+        return result
+
+    def __str__(self) -> str:
+        """What is replayed, and what is not, and why."""
+        if self.record is None:
+            return f"in Python: {self.reason}" if self.reason else "not recorded yet"
+        lines = []
+        for part in self.record.parts:
+            if isinstance(part, InPython):
+                lines.append(f"in Python   {part.line.note} {part.line.function}: {part.reason}")
+            else:
+                lines.append(f"replayed    {', '.join(part.names)} ({part.count} calls)")
+        return "\n".join(lines)
+
+
+def _why_not(config: Config) -> str | None:
+    """Why passes are not replayed, or None."""
+    if not config.replay:
+        return "OPSGRAPH_REPLAY=0"
+    if config.check:
+        return "OPSGRAPH_CHECK=1 checks every step"
+    return "OPSGRAPH_LOGS=steps runs them one by one" if "steps" in config.logs else None
+
+
+def replayed(plan: Plan, config: Config, why_not: str | None = None) -> Plan:
+    """The plan with passes that are replayed. why_not: why they are not."""
+    x = plan.specs.inputs[0].spec
+    if x is None or why_not is not None:
+        return plan
+    device = x.device
+
+    def made(name: str, source: str, call: Any, lines: Sequence[Line], saved: Any = None) -> Any:
+        if not lines:
+            return call
+        parameters = source.partition("(")[2].partition(")")[0].split(", ")
+        function = Function(source, call, tuple(parameters), tuple(lines))
+        return Pass(name, function, device, config, saved)
+
+    saved = [value.name for value in plan.specs.saved]
+    passes = Passes(
+        made("forward", plan.forward_source, plan.run_forward, plan.forward_lines),
+        made("backward", plan.backward_source, plan.run_backward, plan.backward_lines, saved),
+        made("prepare", plan.prepare_source, plan.run_prepare, plan.prepare_lines),
+    )
+    return replace(plan, passes=passes)

@@ -1,0 +1,249 @@
+"""A record: a pass as a function of its own, whose stretches are replayed by one native call each.
+
+Its variables are slots, first the arguments of the pass. A stretch is handed where its inputs, its
+results and its arena begin. Results are what a line in Python, another stretch or the caller reads:
+PyTorch allocates each. All else that a stretch allocates is temporary, and lies in one arena, in
+which two temporaries share memory unless they are in use at the same time.
+
+    def replayed(ops, v0, v1, fits=fits):
+        if not fits(v0, v1):
+            return None
+        v3 = new((4, 64), (64, 1), torch.float32)
+        failed = replay(94211, pack0(v0.data_ptr(), v1.data_ptr(), v3.data_ptr()), 0)
+        if failed:
+            fail0(failed)
+        return (v3,), (v0,)
+"""
+
+import ctypes
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from ..base.errors import OpsgraphError
+from ..guards.torch_private import empty_strided
+from ..kernels.cpu import memory
+from ..plan.compiled import compiled
+from ..plan.lines import Line
+from .interpreter import run_line
+from .native import ARENA, program, replay
+from .recorder import Aten, Buffer, Event, Place
+
+ALIGNMENT = 256
+"""Bytes that temporaries in an arena begin at multiples of."""
+
+
+def name(slot: int) -> str:
+    """What the variable of a slot is called."""
+    return f"v{slot}"
+
+
+class View(NamedTuple):
+    """A tensor over the memory of another slot's: what a variable of a line is."""
+
+    slot: int
+    base: int
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    """In bytes, from where the other one begins."""
+
+    def text(self) -> str:
+        """The line that makes it."""
+        base = name(self.base)
+        place = f"{base}.storage_offset()"
+        if self.offset:
+            place += f" + {self.offset // self.dtype.itemsize}"
+        return f"{name(self.slot)} = {base}.as_strided({self.sizes}, {self.strides}, {place})"
+
+
+class Result(NamedTuple):
+    """A contiguous tensor that PyTorch allocates."""
+
+    slot: int
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def text(self) -> str:
+        """The line that allocates it."""
+        size = self.dtype.itemsize
+        for n in self.sizes:
+            size *= n
+        if self.device.type == "cpu" and size >= memory.LEAST:
+            return f"{name(self.slot)} = kept({self.sizes}, {self.dtype})"
+        strides, step = list[int](), 1
+        for n in reversed(self.sizes):
+            strides.insert(0, step)
+            step *= n
+        return f"{name(self.slot)} = new({self.sizes}, {tuple(strides)}, {self.dtype})"
+
+
+class Stretch:
+    """Steps that are replayed by one native call. names: of the lines whose calls they are."""
+
+    def __init__(
+        self, device: torch.device, events: Sequence[tuple[int, Event]], names: Sequence[str],
+        inputs: Sequence[int], results: Sequence[Result], views: Sequence[View],
+        home: Mapping[int, int], buffers: Sequence[Buffer],
+    ) -> None:  # fmt: skip
+        """home: the slot of each buffer that is no temporary."""
+        self.device, self.names, self.results, self.views = device, names, results, views
+        self.count, self.dead = len(events), list[int]()
+        alone = [event for _, event in events]
+        offsets, self.arena = arena(alone, lambda buffer: buffer not in home, buffers)
+        self.bases = (*inputs, *(result.slot for result in results))
+        order = {slot: k for k, slot in enumerate(self.bases)}
+        self.provided = self.arena if device.type == "cpu" and self.arena < memory.LEAST else 0
+        """The arena's size where the library provides it."""
+        room = ARENA if self.provided else len(order)
+
+        def locate(place: Place) -> tuple[int, int]:
+            if place.buffer in home:
+                return order[home[place.buffer]], place.offset
+            return room, offsets[place.buffer] + place.offset
+
+        self.program = program(events, locate, self.provided)
+
+    def text(self, number: int, namespace: dict[str, Any]) -> Iterator[str]:
+        """Its lines of source, with what they name in the namespace."""
+        addresses = [f"{name(slot)}.data_ptr()" for slot in self.bases]
+        for result in self.results:
+            yield result.text()
+        if self.arena > self.provided:
+            room = Result(-1, (self.arena,), torch.uint8, self.device)
+            yield room.text().replace(name(-1), "room")
+            addresses.append("room.data_ptr()")
+        namespace[f"pack{number}"] = struct.Struct(f"={len(addresses)}q").pack
+        namespace[f"fail{number}"] = self.fail
+        stream = "0" if self.device.type == "cpu" else f"stream({self.device.index})"
+        place = ctypes.addressof(self.program)
+        yield f"failed = replay({place}, pack{number}({', '.join(addresses)}), {stream})"
+        yield "if failed:"
+        yield f"    fail{number}(failed)"
+        for view in self.views:
+            yield view.text()
+        if self.dead:
+            yield " = ".join((*map(name, self.dead), "None"))
+
+    def fail(self, failed: int) -> None:
+        """Raise for the step that failed, whose code the library returned."""
+        line, code = (failed & 0xFFFFFFFF) - 1, failed >> 32
+        raise OpsgraphError(f"{self.names[line]}: got error {code} from its launch, expected none")
+
+
+class InPython:
+    """A line that runs in Python, on what `reads` names; it makes what `makes` names."""
+
+    def __init__(
+        self, line: Line, reads: Mapping[str, int], makes: Mapping[str, int], reason: str
+    ) -> None:
+        self.line, self.reads, self.makes, self.reason = line, dict(reads), dict(makes), reason
+        self.dead = list[int]()
+
+    def text(self, number: int, namespace: dict[str, Any]) -> Iterator[str]:
+        """Its lines of source, with what they name in the namespace."""
+        namespace[f"line{number}"] = self.run
+        reads, makes = (", ".join(map(name, slots.values())) for slots in (self.reads, self.makes))
+        variables = f"[{reads}]"
+        if self.dead:  # so that the list alone has them
+            yield f"variables = {variables}"
+            yield " = ".join((*map(name, self.dead), "None"))
+            variables = "variables"
+        yield f"{f'{makes}, = ' if makes else ''}line{number}(ops, {variables})"
+
+    def run(self, ops: Any, values: list[Any]) -> list[Any]:
+        """Run it, on the values that it reads, which are taken from the list."""
+        variables = dict(zip(self.reads, values, strict=True))
+        values.clear()
+        run_line(self.line, ops, variables)
+        return [variables.get(made) for made in self.makes]
+
+
+class Record:
+    """A recorded pass. returned: what it returns, slots in tuples. ends: views that it returns."""
+
+    def __init__(
+        self, present: Sequence[bool], fits: Any, saved: int, has_ops: bool,
+        parts: Sequence[Stretch | InPython], ends: Sequence[View], returned: Any,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        """present: which arguments are tensors. fits: tells whether such are laid out as recorded.
+
+        saved: how many of them, the last ones, come in a list.
+        """
+        self.parts = parts
+        namespace: dict[str, Any] = {
+            "torch": torch, "replay": replay(device.type), "kept": memory.empty,
+            "new": empty_strided(device), "fits": fits, "threads": torch.get_num_threads,
+        }  # fmt: skip
+        if device.type == "cuda":
+            namespace["stream"] = torch._C._cuda_getCurrentRawStream
+        names = [name(k) for k in range(len(present))]
+        first = len(names) - saved
+        head = [*["ops"] * has_ops, *names[:first], *["saved"] * bool(saved), "fits=fits"]
+        lines = [f"{', '.join(names[first:])}, = saved"] if saved else []
+        tensors = ", ".join(n for n, there in zip(names, present, strict=True) if there)
+        test = f"not fits({tensors})"
+        if device.type == "cpu":
+            test = f"threads() != {torch.get_num_threads()} or {test}"
+        lines += [f"if {test}:", "    return None", *["saved.clear()"] * bool(saved)]
+        for number, part in enumerate(parts):
+            lines += part.text(number, namespace)
+        lines += [view.text() for view in ends]
+        lines.append(f"return {_spelled(returned)}")
+        body = "\n".join(f"    {line}" for line in lines)
+        self.source = f"def replayed({', '.join(head)}):\n{body}\n"
+        run = compiled("replayed", self.source, namespace)
+        self.run: Callable[..., Any] = partial(run, fits=_fits)
+        """Replays the pass."""
+        self.run_if: Callable[..., Any] | None = None if fits is None else run
+        """The same, but returns None, and does nothing, where arguments are laid out otherwise."""
+
+
+def _fits(*tensors: Any) -> bool:
+    return True
+
+
+def _spelled(returned: Any) -> str:
+    if returned is None:
+        return "None"
+    if isinstance(returned, tuple):
+        return f"({''.join(f'{_spelled(item)}, ' for item in returned)})"
+    return name(returned)
+
+
+def arena(
+    events: Sequence[Event], temporary: Callable[[int], bool], buffers: Sequence[Buffer]
+) -> tuple[dict[int, int], int]:
+    """Where each temporary buffer of a stretch lies in its arena, and the arena's size in bytes.
+
+    The largest first, each at the lowest place that is free while it is in use.
+    """
+    uses: dict[int, list[int]] = {}
+    for number, event in enumerate(events):
+        for buffer in used(event):
+            if temporary(buffer):
+                uses.setdefault(buffer, []).append(number)
+    placed: list[tuple[int, int, int, int]] = []
+    offsets, size = dict[int, int](), 0
+    for buffer in sorted(uses, key=lambda b: -buffers[b].size):
+        first, last = uses[buffer][0], uses[buffer][-1]
+        need, at = -(-buffers[buffer].size // ALIGNMENT) * ALIGNMENT, 0
+        for start, end, begin, stop in sorted(placed):
+            if begin <= last and first <= stop and start < at + need and at < end:
+                at = end
+        placed.append((at, at + need, first, last))
+        offsets[buffer], size = at, max(size, at + need)
+    return offsets, size
+
+
+def used(event: Event) -> list[int]:
+    """The buffers that an event reads or writes."""
+    if isinstance(event, Aten):
+        return [operand.place.buffer for operand in event.operands if operand is not None]
+    return [place.buffer for _, place in event.places]

@@ -1,0 +1,292 @@
+"""The recorder: it watches lines of a pass run in Python, and notes what reached memory.
+
+Three things reach memory: a C++ kernel's call, a Triton kernel's launch, an op of PyTorch. The
+first two tell the recorder themselves (`guards.watching`), the ops are seen by a dispatch mode.
+Each becomes an event, whose operands are places: a buffer and an offset in it. A buffer is an
+argument's memory, or what was allocated on the way.
+
+Rules:
+
+- What the recorder does not know for certain makes the line one that stays in Python, with the
+  reason: an op that is not in its tables, a number read from memory, an address in no buffer.
+- The allocator hands out memory again. So an allocation takes the place of every buffer that had
+  its addresses before.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..guards.watching import watching
+from .shim import dtype_code
+
+
+class Place(NamedTuple):
+    """An address: an offset in bytes from where a buffer begins."""
+
+    buffer: int
+    offset: int
+
+
+class Operand(NamedTuple):
+    """A tensor that an op of PyTorch reads or writes, as the op sees it."""
+
+    place: Place
+    dtype: torch.dtype
+    device: torch.device
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Kernel(NamedTuple):
+    """A call of a C function with one record of 8-byte words, of which some are addresses."""
+
+    function: int
+    words: bytes
+    places: tuple[tuple[int, Place], ...]
+
+
+class Launch(NamedTuple):
+    """A launch of a CUDA kernel: its parameters as 8-byte words, of which some are addresses."""
+
+    function: int
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    words: bytes
+    places: tuple[tuple[int, Place], ...]
+
+
+class Aten(NamedTuple):
+    """A call of an op of PyTorch that writes to its first operand."""
+
+    kind: str
+    operands: tuple[Operand | None, ...]
+    scalars: tuple[float, float] = (0.0, 0.0)
+
+
+Event = Kernel | Launch | Aten
+
+
+class Buffer(NamedTuple):
+    """Memory of a size in bytes on a device. argument: its number, None for what was allocated."""
+
+    size: int
+    device: torch.device
+    argument: int | None = None
+
+
+class _Refused(Exception):
+    """Why a line stays in Python."""
+
+
+_ALLOCATIONS = {
+    "aten.empty.memory_format", "aten.new_empty.default", "aten.empty_strided.default",
+    "aten.empty_like.default", "aten.new_empty_strided.default",
+}  # fmt: skip
+_ZEROS = {"aten.zeros.default", "aten.new_zeros.default", "aten.zeros_like.default"}
+_COPIES = {"aten._to_copy.default", "aten.clone.default"}
+_VIEWS = {
+    "aten.t.default", "aten.transpose.int", "aten.view.default", "aten._unsafe_view.default",
+    "aten.slice.Tensor", "aten.select.int", "aten.detach.default", "aten.expand.default",
+    "aten.unsqueeze.default", "aten.squeeze.dim", "aten.alias.default", "aten.permute.default",
+    "aten.view.dtype", "aten.as_strided.default", "aten.lift_fresh.default",
+}  # fmt: skip
+_PRODUCTS = {
+    "aten.mm.default": ("mm", 2), "aten.mm.out": ("mm", 2), "aten.bmm.default": ("bmm", 2),
+    "aten.bmm.out": ("bmm", 2), "aten.addmm.default": ("addmm", 3),
+    "aten.addmm.out": ("addmm", 3),
+}  # fmt: skip
+"""What each computes, and how many operands it reads."""
+
+
+def span(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to its last one's end."""
+    if not tensor.numel():
+        return 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the events of one line after the other: `with recorder: ...`, then `take()`.
+
+    arguments: the tensors that replays are handed; None for what is none.
+    """
+
+    def __init__(self, arguments: Sequence[Tensor | None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.buffers: list[Buffer] = []
+        self._ranges: list[tuple[int, int, int]] = []
+        """Begin, end and number of each buffer that is there; they do not overlap."""
+        self._events: list[Event] = []
+        self._first = 0
+        self._reason: str | None = None
+        for k, tensor in enumerate(arguments):
+            self.argument(k, tensor)
+
+    def argument(self, k: int, tensor: Tensor | None) -> None:
+        """Make the memory of a tensor known: replays are handed it as number k."""
+        if tensor is not None and (size := span(tensor)):
+            start, number = tensor.data_ptr(), len(self.buffers)
+            self._free(start, start + size)
+            self.buffers.append(Buffer(size, tensor.device, k))
+            self._ranges.append((start, start + size, number))
+
+    def _free(self, start: int, end: int) -> None:
+        """What had these addresses has them no more."""
+        self._ranges = [r for r in self._ranges if r[1] <= start or end <= r[0]]
+
+    # -- a line --
+
+    def __enter__(self) -> Any:
+        self._events, self._reason, self._first = [], None, len(self.buffers)
+        watching.recorder = self
+        watching.modes += 1
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        watching.modes -= 1
+        watching.recorder = None
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def take(self) -> tuple[list[Event], str | None]:
+        """The events of the line that just ran, and why there are none if it stays in Python."""
+        if self._reason is not None:  # what it allocated is no buffer of a stretch
+            self._ranges = [r for r in self._ranges if r[2] < self._first]
+            return [], self._reason
+        return self._events, None
+
+    def refuse(self, reason: str) -> None:
+        """Have the line stay in Python."""
+        self._reason = self._reason or reason
+
+    # -- places --
+
+    def find(self, address: int) -> Place | None:
+        """The place of an address in a buffer, or None."""
+        for start, end, number in self._ranges:
+            if start <= address < end:
+                return Place(number, address - start)
+        return None
+
+    def _place(self, address: int) -> Place:
+        place = self.find(address)
+        if place is None:
+            raise _Refused("it reads memory that is neither handed in nor allocated by the pass")
+        return place
+
+    def _operand(self, tensor: Any) -> Operand | None:
+        if tensor is None:
+            return None
+        if not isinstance(tensor, Tensor) or not tensor.numel():
+            raise _Refused("an operand is empty")
+        if dtype_code(tensor.dtype) is None:
+            raise _Refused(f"PyTorch's C interface has no {tensor.dtype}")
+        place = self._place(tensor.data_ptr())
+        return Operand(place, tensor.dtype, tensor.device, (*tensor.shape,), tensor.stride())
+
+    def _allocated(self, tensor: Tensor, known: bool = True) -> None:
+        """A tensor got memory. known: as a buffer of the pass, else of PyTorch's alone."""
+        size = tensor.untyped_storage().nbytes()
+        if not size:
+            return
+        start = tensor.untyped_storage().data_ptr()
+        end = start + size
+        self._free(start, end)
+        if known:
+            self._ranges.append((start, end, len(self.buffers)))
+            self.buffers.append(Buffer(size, tensor.device))
+
+    # -- what is watched --
+
+    def kernel(self, function: int, words: bytes, addresses: Sequence[tuple[int, int]]) -> None:
+        """A C++ kernel was called. addresses: of its words, their numbers and values."""
+        self._note(lambda: Kernel(function, words, self._places(addresses)))
+
+    def launch(
+        self, function: int, grid: tuple[int, int, int], threads: int, shared: int, words: bytes,
+        addresses: Sequence[tuple[int, int]],
+    ) -> None:  # fmt: skip
+        """A CUDA kernel was launched."""
+        self._note(lambda: Launch(function, grid, threads, shared, words, self._places(addresses)))
+
+    def _places(self, addresses: Sequence[tuple[int, int]]) -> tuple[tuple[int, Place], ...]:
+        return tuple((word, self._place(address)) for word, address in addresses if address)
+
+    def _note(self, event: Callable[[], Event]) -> None:
+        if self._reason is None:
+            try:
+                self._events.append(event())
+            except _Refused as refused:
+                self.refuse(str(refused))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # fmt: skip
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        try:
+            self._see(str(func), args, kwargs, result)
+        except _Refused as refused:
+            self.refuse(f"{func}: {refused}")
+        return result
+
+    def _see(self, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        if name in _VIEWS:
+            return
+        if name in _ALLOCATIONS or name.startswith("aten.set_"):
+            self._allocated(result)
+        elif name in _ZEROS:
+            self._allocated(result)
+            self._aten("zero", result)
+        elif name in _COPIES:
+            self._allocated(result)
+            self._aten("copy", result, args[0])
+        elif name == "aten.copy_.default":
+            self._aten("copy", result, args[1])
+        elif name == "aten.zero_.default":
+            self._aten("zero", result)
+        elif name in _PRODUCTS:
+            kind, count = _PRODUCTS[name]
+            if not name.endswith("out"):
+                self._allocated(result)
+            scalars = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
+            self._aten(kind, result, *args[:count], scalars=scalars)
+        elif name == "aten._scaled_mm.default" and result.is_cuda:
+            self._allocated(result)
+            self._scaled_mm(result, *args, **kwargs)
+        else:
+            for tensor in _tensors(result):
+                if not any(tensor is one for one in _tensors((args, kwargs))):
+                    self._allocated(tensor, known=False)
+            raise _Refused("replays do not know it")
+
+    def _aten(self, kind: str, *tensors: Any, scalars: tuple[float, float] = (0.0, 0.0)) -> None:
+        operands = tuple(map(self._operand, tensors))
+        if operands[0] is None or self.buffers[operands[0].place.buffer].argument is not None:
+            raise _Refused("it writes to what it was handed")
+        self._note(lambda: Aten(kind, operands, scalars))
+
+    def _scaled_mm(
+        self, out: Tensor, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor,
+        bias: Tensor | None = None, scale_result: Tensor | None = None,
+        out_dtype: torch.dtype | None = None, use_fast_accum: bool = False,
+    ) -> None:  # fmt: skip
+        if scale_result is not None:
+            raise _Refused("replays give it no scale of the result")
+        scalars = float(use_fast_accum), 0.0
+        self._aten("scaled_mm", out, a, b, scale_a, scale_b, bias, scalars=scalars)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))

@@ -1,0 +1,317 @@
+"""Makes a record: runs the lines of a pass one by one, watched, and sorts out what flows where.
+
+The layers: `recorder` notes what each line did to memory; here lines become stretches and lines in
+Python, and values get slots; `record` is the result, which `passes` replays.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..guards.torch_private import same_layouts
+from ..plan.lines import Function, Line
+from .interpreter import run_line
+from .record import InPython, Record, Result, Stretch, View, used
+from .recorder import Event, Place, Recorder
+
+STRUCTURAL = ("bind", "clear", "pass", "return")
+"""Lines that move names and touch no memory."""
+LARGE = 2**20
+"""Bytes of a value that is let go within a stretch, from which the stretch ends there."""
+
+
+class Geometry(NamedTuple):
+    """A tensor as a view of a buffer."""
+
+    place: Place
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Step(NamedTuple):
+    """A line that ran, with the slots that it read and made."""
+
+    number: int
+    line: Line
+    reads: dict[str, int]
+    makes: dict[str, int]
+    events: Sequence[Event]
+    reason: str | None
+
+
+class Recording:
+    """One recording of a pass. `run()` returns what the pass returns; `record()` the record.
+
+    arguments: by the names that lines read. in_python: the numbers of lines that must stay so.
+    """
+
+    def __init__(
+        self, function: Function, ops: Any, names: Sequence[str], arguments: Sequence[Any],
+        saved: int, in_python: Collection[int], device: torch.device,
+    ) -> None:  # fmt: skip
+        """saved: how many of the arguments, the last ones, come in a list."""
+        self.saved = saved
+        self.function, self.ops, self.device = function, ops, device
+        self.count, self.in_python = len(arguments), set(in_python)
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        self.fits = same_layouts(tensors)
+        self.present = [isinstance(argument, Tensor) for argument in arguments]
+        self.recorder = Recorder([a if isinstance(a, Tensor) else None for a in arguments])
+        self.values = [self._described(argument) for argument in arguments]
+        """What each slot holds: a tensor's geometry, the type of what has none, or None."""
+        self.slots = {name: k for k, name in enumerate(names)}
+        self.steps: list[_Step] = []
+        self.returned: Any = None
+
+    def run(self, variables: dict[str, Any]) -> Any:
+        """Run the pass. variables: the arguments by name, and what the lines bind them from."""
+        result: Any = None
+        for number, line in enumerate(self.function.lines):
+            reads = {name: self.slots[name] for name in line.reads if name in self.slots}
+            if line.function in STRUCTURAL:
+                self._move(line)
+                result = run_line(line, self.ops, variables)
+                continue
+            with self.recorder:
+                if number in self.in_python:
+                    self.recorder.refuse("a line in Python reads what it makes")
+                elif not _ours(line):
+                    self.recorder.refuse("it is no function of opsgraph's")
+                run_line(line, self.ops, variables)
+            events, reason = self.recorder.take()
+            makes = {}
+            for made in line.makes:
+                self.slots[made] = makes[made] = len(self.values)
+                value = variables.get(made)
+                if reason is not None and isinstance(value, Tensor):
+                    self.recorder.argument(makes[made], value)
+                self.values.append(self._described(value))
+            self.steps.append(_Step(number, line, reads, makes, events, reason))
+        return result
+
+    def _described(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None if value is None else type(value)
+        place = self.recorder.find(value.data_ptr()) if value.numel() else None
+        if place is None:
+            return type(value)
+        return Geometry(place, value.dtype, (*value.shape,), value.stride())
+
+    def _move(self, line: Line) -> None:
+        """Follow names through a line that moves them."""
+        if line.function == "return":
+            results = line.arguments
+            self.returned = self._leaves(results if len(results) > 1 else results[0])
+        elif line.function == "bind" and isinstance(line.results, str):
+            self.slots[line.results] = self.slots[line.arguments[0].text]  # type: ignore[union-attr]
+
+    def _leaves(self, nested: Any) -> Any:
+        if isinstance(nested, tuple) and not hasattr(nested, "category"):
+            return tuple(map(self._leaves, nested))
+        if nested.category == "literal" and nested.value is None:
+            return None
+        return nested.category, self.slots[nested.text]
+
+    # -- the record --
+
+    def record(self) -> Record | None:
+        """The record, or None where a value has to be made by a line in Python: see `in_python`."""
+        python = [step for step in self.steps if step.reason is not None]
+        leaves = {slot for _, slot in _flat(self.returned)}
+        needed = {k for step in python for k in step.reads.values()} | leaves
+        opaque = {k for k in needed if isinstance(self.values[k], type)}
+        again = {
+            step.number
+            for step in self.steps
+            if step.reason is None and opaque.intersection(step.makes.values())
+        }
+        if again:
+            self.in_python |= again
+            return None
+        return _Assembly(self, self._groups(), needed).record()
+
+    def _groups(self) -> list[list[_Step]]:
+        """Lines in Python alone, others together as far as memory allows."""
+        groups: list[list[_Step]] = []
+        joined = False
+        for step in self.steps:
+            native = step.reason is None
+            if native and joined:
+                groups[-1].append(step)
+            else:
+                groups.append([step])
+            joined = native and not self._lets_go(step)
+        return groups
+
+    def _lets_go(self, step: _Step) -> bool:
+        """Whether large memory is let go after a line, which later ones may be given."""
+        slots = (step.reads.get(name) for name in step.line.dead)
+        values = (self.values[k] for k in slots if k is not None and k < self.count)
+        places = (value.place.buffer for value in values if isinstance(value, Geometry))
+        return any(self.recorder.buffers[buffer].size >= LARGE for buffer in places)
+
+
+class _Assembly:
+    """Puts a record together. needed: the slots that replays have to fill."""
+
+    def __init__(
+        self, recording: Recording, groups: list[list[_Step]], needed: Collection[int]
+    ) -> None:  # fmt: skip
+        self.recording, self.groups = recording, groups
+        self.values, self.buffers = recording.values, recording.recorder.buffers
+        self.free = len(self.values)
+        """The next slot that nothing has."""
+        self.base: dict[int, int] = {}
+        """The slot of each buffer that is there between stretches."""
+        self.same: dict[int, int] = {}
+        """What slots hold that are another slot's value."""
+        self.last: dict[int, int] = {}
+        """The part after which nothing reads a slot."""
+        uses = [
+            {b for step in group for event in step.events for b in used(event)} for group in groups
+        ]
+        self.uses = uses
+        kept = {
+            b
+            for n, some in enumerate(uses)
+            for b in some
+            if any(b in more for more in uses[n + 1 :])
+        }
+        self.views: dict[int, list[View]] = {}
+        self.results: dict[int, list[Result]] = {}
+        for number, buffer in enumerate(self.buffers):
+            if buffer.argument is not None:
+                self.base[number] = buffer.argument
+        self._place(needed, kept)
+
+    def _place(self, needed: Collection[int], kept: Collection[int]) -> None:
+        """Find out which buffers are results, and what shows each needed value."""
+        makers = {
+            k: n for n, group in enumerate(self.groups) for s in group for k in s.makes.values()
+        }
+        for slot in sorted(needed):
+            value = self.values[slot]
+            if not isinstance(value, Geometry) or slot < self.recording.count:
+                continue
+            place, dtype, sizes, strides = value
+            buffer, maker = self.buffers[place.buffer], makers[slot]
+            if buffer.argument == slot:  # made by a line in Python
+                continue
+            home = self.base.get(place.buffer)
+            if home is None and _whole(value, buffer.size):
+                self._result(place.buffer, slot, sizes, dtype, maker)
+                continue
+            if home is None:
+                home = self._hidden(place.buffer, maker)
+            if value == self.values[home] if home < len(self.values) else False:
+                self.same[slot] = home
+                continue
+            view = View(slot, home, dtype, sizes, strides, place.offset)
+            self.views.setdefault(maker, []).append(view)
+            self._read(home, maker)
+        for number in kept:
+            if number not in self.base:
+                self._hidden(number)
+
+    def _hidden(self, number: int, maker: int = 0) -> int:
+        """A slot for a buffer that no value shows as a whole."""
+        slot, self.free = self.free, self.free + 1
+        self._result(number, slot, (self.buffers[number].size,), torch.uint8, maker)
+        return slot
+
+    def _result(
+        self, number: int, slot: int, sizes: tuple[int, ...], dtype: torch.dtype, maker: int
+    ) -> None:  # fmt: skip
+        first = next((n for n, uses in enumerate(self.uses) if number in uses), maker)
+        self.base[number] = slot
+        result = Result(slot, sizes, dtype, self.buffers[number].device)
+        self.results.setdefault(first, []).append(result)
+
+    def _read(self, slot: int, part: int) -> None:
+        self.last[slot] = max(part, self.last.get(slot, 0))
+
+    def record(self) -> Record:
+        """The record."""
+        parts = [self._part(n, group) for n, group in enumerate(self.groups)]
+        ends: list[View] = []
+        returned = self._returned(self.recording.returned, ends)
+        for slot in (*_slots(returned), *(view.base for view in ends)):
+            self.last.pop(slot, None)
+        for number, part in enumerate(parts):
+            part.dead += [slot for slot, last in self.last.items() if last == number]
+        made = self.recording
+        has_ops = made.function.parameters[:1] == ("ops",)
+        return Record(
+            made.present, made.fits, made.saved, has_ops, parts, ends, returned, made.device
+        )
+
+    def _part(self, number: int, group: list[_Step]) -> Stretch | InPython:
+        if group[0].reason is not None:
+            (step,) = group
+            reads = {name: self.same.get(k, k) for name, k in step.reads.items()}
+            for slot in reads.values():
+                self._read(slot, number)
+            return InPython(step.line, reads, step.makes, group[0].reason)
+        events = [(n, event) for n, step in enumerate(group) for event in step.events]
+        results = self.results.get(number, [])
+        made = {result.slot for result in results}
+        inputs = sorted({self.base[b] for b in self.uses[number] if b in self.base} - made)
+        for slot in inputs:
+            self._read(slot, number)
+        names = [":".join((*step.line.note.split()[:1], step.line.function)) for step in group]
+        views = self.views.get(number, [])
+        return Stretch(
+            self.recording.device, events, names, inputs, results, views, self.base, self.buffers
+        )
+
+    def _returned(self, nested: Any, ends: list[View]) -> Any:
+        if nested is None:
+            return None
+        if not isinstance(nested[0] if nested else None, str):
+            return tuple(self._returned(item, ends) for item in nested)
+        category, slot = nested
+        slot = self.same.get(slot, slot)
+        if category != "view":
+            return slot
+        value = self.values[slot]
+        fresh, self.free = self.free, self.free + 1
+        ends.append(View(fresh, slot, value.dtype, value.sizes, value.strides, 0))
+        return fresh
+
+
+def _ours(line: Line) -> bool:
+    """Whether a line calls a function of opsgraph's own, which does nothing on the side."""
+    if line.target is None:
+        return line.function not in ("weigh", "wgrad_by")
+    kind = line.target if hasattr(line.target, "__module__") else type(line.target)
+    return str(kind.__module__).startswith("opsgraph.") and "_vjp" not in line.function
+
+
+def _whole(value: Geometry, size: int) -> bool:
+    """Whether a value is all of its buffer, by rows."""
+    count, stride = value.dtype.itemsize, 1
+    for n, step in zip(reversed(value.sizes), reversed(value.strides), strict=True):
+        if n != 1 and step != stride:
+            return False
+        count, stride = count * n, stride * n
+    return value.place.offset == 0 and count == size
+
+
+def _flat(nested: Any) -> Iterable[tuple[str, int]]:
+    if nested is None:
+        return
+    if nested and isinstance(nested[0], str):
+        yield nested
+        return
+    for item in nested:
+        yield from _flat(item)
+
+
+def _slots(nested: Any) -> Iterable[int]:
+    if isinstance(nested, int):
+        yield nested
+    for item in nested if isinstance(nested, tuple) else ():
+        yield from _slots(item)
