@@ -11,6 +11,7 @@ from ..base.config import Config
 from ..op import FORWARD
 from ..plan import Plan
 from ..plan.result import Step
+from ..replay.passes import Pass
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -35,7 +36,7 @@ def _row(step: Step, plan: Plan, width: int = 24) -> str:
 
 
 def table(plan: Plan) -> str:
-    """Weights quantized, steps, refusals, saved values, and costs where planners differ."""
+    """Weights quantized, steps, refusals, saved values, costs where planners differ, replays."""
     names = [step.name for step in (*plan.forward, *plan.backward)]
     names += [refused.name for refused in plan.rejected]
     width = max((24, *map(len, names)))
@@ -59,6 +60,12 @@ def table(plan: Plan) -> str:
     if len(set(plan.costs.values())) > 1:
         each = ", ".join(f"{name} {cost:.0f}" for name, cost in plan.costs.items())
         lines.append(f"cost   {each} (weighted bytes per row)")
+    told = {
+        name: run.told() for name, run in plan.passes._asdict().items() if isinstance(run, Pass)
+    }
+    if any(told.values()):
+        lines.append("replay")
+        lines += [f"  {name:<9}{text}" for name, texts in told.items() for text in texts]
     return "\n".join(line.rstrip() for line in lines)
 
 

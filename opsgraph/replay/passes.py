@@ -19,11 +19,11 @@ from torch.autograd.profiler import record_function
 from ..base.config import Config
 from ..guards.torch_private import dispatch_modes, followed
 from ..plan import Plan
-from ..plan.lines import Function, Line
+from ..plan.lines import Function
 from ..plan.result import Passes
 from .interpreter import run_line
-from .native import why_not
-from .record import InPython, Record, Stretch
+from .native import why_not as absent
+from .record import Record, Stretch
 from .recording import Recording
 
 MOST = 64
@@ -42,7 +42,7 @@ class Pass:
 
     def __init__(
         self, name: str, function: Function, device: torch.device, config: Config,
-        saved: Sequence[str] | None = None,
+        saved: Sequence[str] | None = None, why_not: str | None = None,
     ) -> None:  # fmt: skip
         self.name, self.function, self.device = name, function, device
         self.python = self._labelled if "steps" in config.logs else function.call
@@ -54,7 +54,7 @@ class Pass:
         """What replays calls of a key; None until the second call."""
         self.in_python: set[int] = set()
         self.attempts = 0
-        self.reason = why_not(device.type) or _why_not(config)
+        self.reason = why_not or _why_not(config) or absent(device.type)
         self.record: Record | None = None
         """The last one made, for the eye."""
         self.last: Any = None
@@ -131,17 +131,11 @@ class Pass:
                 result = run_line(line, ops, variables)
         return result
 
-    def __str__(self) -> str:
-        """What is replayed, and what is not, and why."""
-        if self.record is None:
-            return f"in Python: {self.reason}" if self.reason else "not recorded yet"
-        lines = []
-        for part in self.record.parts:
-            if isinstance(part, InPython):
-                lines.append(f"in Python   {part.line.note} {part.line.function}: {part.reason}")
-            else:
-                lines.append(f"replayed    {', '.join(part.names)} ({part.count} calls)")
-        return "\n".join(lines)
+    def told(self) -> list[str]:
+        """What is replayed, and what is not and why, a line each; none before it is known."""
+        if self.reason is not None:
+            return [f"in Python: {self.reason}"]
+        return [] if self.record is None else [str(part) for part in self.record.parts]
 
 
 def _why_not(config: Config) -> str | None:
@@ -153,24 +147,28 @@ def _why_not(config: Config) -> str | None:
     return "OPSGRAPH_LOGS=steps runs them one by one" if "steps" in config.logs else None
 
 
-def replayed(plan: Plan, config: Config, why_not: str | None = None) -> Plan:
-    """The plan with passes that are replayed. why_not: why they are not."""
+def replayed(
+    plan: Plan, config: Config, why_not: str | None = None, backward: str | None = None
+) -> Plan:
+    """The plan with passes that are replayed. why_not: why none is; backward: why that is not."""
     x = plan.specs.inputs[0].spec
-    if x is None or why_not is not None:
-        return plan
-    device = x.device
+    assert x is not None
 
-    def made(name: str, source: str, call: Any, lines: Sequence[Line], saved: Any = None) -> Any:
+    def made(name: str, *parts: Any, saved: Any = None, reason: str | None = None) -> Any:
+        source, call, lines = parts
         if not lines:
             return call
         parameters = source.partition("(")[2].partition(")")[0].split(", ")
         function = Function(source, call, tuple(parameters), tuple(lines))
-        return Pass(name, function, device, config, saved)
+        return Pass(name, function, x.device, config, saved, reason or why_not)
 
     saved = [value.name for value in plan.specs.saved]
     passes = Passes(
         made("forward", plan.forward_source, plan.run_forward, plan.forward_lines),
-        made("backward", plan.backward_source, plan.run_backward, plan.backward_lines, saved),
+        made(
+            "backward", plan.backward_source, plan.run_backward, plan.backward_lines, saved=saved,
+            reason=backward,
+        ),
         made("prepare", plan.prepare_source, plan.run_prepare, plan.prepare_lines),
-    )
+    )  # fmt: skip
     return replace(plan, passes=passes)

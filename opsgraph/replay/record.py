@@ -36,9 +36,13 @@ ALIGNMENT = 256
 """Bytes that temporaries in an arena begin at multiples of."""
 
 
+NOTHING = -1
+"""The slot of None."""
+
+
 def name(slot: int) -> str:
     """What the variable of a slot is called."""
-    return f"v{slot}"
+    return "None" if slot == NOTHING else f"v{slot}"
 
 
 class View(NamedTuple):
@@ -69,18 +73,18 @@ class Result(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    def text(self) -> str:
+    def text(self, variable: str) -> str:
         """The line that allocates it."""
         size = self.dtype.itemsize
         for n in self.sizes:
             size *= n
         if self.device.type == "cpu" and size >= memory.LEAST:
-            return f"{name(self.slot)} = kept({self.sizes}, {self.dtype})"
+            return f"{variable} = kept({self.sizes}, {self.dtype})"
         strides, step = list[int](), 1
         for n in reversed(self.sizes):
             strides.insert(0, step)
             step *= n
-        return f"{name(self.slot)} = new({self.sizes}, {tuple(strides)}, {self.dtype})"
+        return f"{variable} = new({self.sizes}, {tuple(strides)}, {self.dtype})"
 
 
 class Stretch:
@@ -113,22 +117,27 @@ class Stretch:
         """Its lines of source, with what they name in the namespace."""
         addresses = [f"{name(slot)}.data_ptr()" for slot in self.bases]
         for result in self.results:
-            yield result.text()
+            yield result.text(name(result.slot))
         if self.arena > self.provided:
-            room = Result(-1, (self.arena,), torch.uint8, self.device)
-            yield room.text().replace(name(-1), "room")
+            room = Result(NOTHING, (self.arena,), torch.uint8, self.device)
+            yield room.text("room")
             addresses.append("room.data_ptr()")
         namespace[f"pack{number}"] = struct.Struct(f"={len(addresses)}q").pack
         namespace[f"fail{number}"] = self.fail
         stream = "0" if self.device.type == "cpu" else f"stream({self.device.index})"
         place = ctypes.addressof(self.program)
-        yield f"failed = replay({place}, pack{number}({', '.join(addresses)}), {stream})"
-        yield "if failed:"
-        yield f"    fail{number}(failed)"
+        if self.count:
+            yield f"failed = replay({place}, pack{number}({', '.join(addresses)}), {stream})"
+            yield "if failed:"
+            yield f"    fail{number}(failed)"
         for view in self.views:
             yield view.text()
         if self.dead:
             yield " = ".join((*map(name, self.dead), "None"))
+
+    def __str__(self) -> str:
+        where = dict.fromkeys(name.partition(":")[0] for name in self.names)
+        return f"{', '.join(where)}: {self.count} launches in one native call"
 
     def fail(self, failed: int) -> None:
         """Raise for the step that failed, whose code the library returned."""
@@ -156,6 +165,10 @@ class InPython:
             variables = "variables"
         yield f"{f'{makes}, = ' if makes else ''}line{number}(ops, {variables})"
 
+    def __str__(self) -> str:
+        where = self.line.note.split()[:1]
+        return f"{' '.join((*where, self.line.function))} in Python: {self.reason}"
+
     def run(self, ops: Any, values: list[Any]) -> list[Any]:
         """Run it, on the values that it reads, which are taken from the list."""
         variables = dict(zip(self.reads, values, strict=True))
@@ -165,11 +178,11 @@ class InPython:
 
 
 class Record:
-    """A recorded pass. returned: what it returns, slots in tuples. ends: views that it returns."""
+    """A recorded pass. returned: what it returns, slots in tuples; ends: its views, by slot."""
 
     def __init__(
         self, present: Sequence[bool], fits: Any, saved: int, has_ops: bool,
-        parts: Sequence[Stretch | InPython], ends: Sequence[View], returned: Any,
+        parts: Sequence[Stretch | InPython], ends: Mapping[int, int], returned: Any,
         device: torch.device,
     ) -> None:  # fmt: skip
         """present: which arguments are tensors. fits: tells whether such are laid out as recorded.
@@ -194,7 +207,7 @@ class Record:
         lines += [f"if {test}:", "    return None", *["saved.clear()"] * bool(saved)]
         for number, part in enumerate(parts):
             lines += part.text(number, namespace)
-        lines += [view.text() for view in ends]
+        lines += [f"{name(end)} = {name(slot)}.view_as({name(slot)})" for end, slot in ends.items()]
         lines.append(f"return {_spelled(returned)}")
         body = "\n".join(f"    {line}" for line in lines)
         self.source = f"def replayed({', '.join(head)}):\n{body}\n"
@@ -210,8 +223,6 @@ def _fits(*tensors: Any) -> bool:
 
 
 def _spelled(returned: Any) -> str:
-    if returned is None:
-        return "None"
     if isinstance(returned, tuple):
         return f"({''.join(f'{_spelled(item)}, ' for item in returned)})"
     return name(returned)

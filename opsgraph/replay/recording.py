@@ -13,7 +13,7 @@ from torch import Tensor
 from ..guards.torch_private import same_layouts
 from ..plan.lines import Function, Line
 from .interpreter import run_line
-from .record import InPython, Record, Result, Stretch, View, used
+from .record import NOTHING, InPython, Record, Result, Stretch, View, used
 from .recorder import Event, Place, Recorder
 
 STRUCTURAL = ("bind", "clear", "pass", "return")
@@ -180,6 +180,14 @@ class _Assembly:
             for b in some
             if any(b in more for more in uses[n + 1 :])
         }
+        self.native = {
+            slot
+            for group in groups
+            for step in group
+            if step.reason is None
+            for slot in step.makes.values()
+        }
+        """The slots of what stretches make."""
         self.views: dict[int, list[View]] = {}
         self.results: dict[int, list[Result]] = {}
         for number, buffer in enumerate(self.buffers):
@@ -236,9 +244,9 @@ class _Assembly:
     def record(self) -> Record:
         """The record."""
         parts = [self._part(n, group) for n, group in enumerate(self.groups)]
-        ends: list[View] = []
+        ends: dict[int, int] = {}
         returned = self._returned(self.recording.returned, ends)
-        for slot in (*_slots(returned), *(view.base for view in ends)):
+        for slot in (*_slots(returned), *ends.values()):
             self.last.pop(slot, None)
         for number, part in enumerate(parts):
             part.dead += [slot for slot, last in self.last.items() if last == number]
@@ -251,7 +259,7 @@ class _Assembly:
     def _part(self, number: int, group: list[_Step]) -> Stretch | InPython:
         if group[0].reason is not None:
             (step,) = group
-            reads = {name: self.same.get(k, k) for name, k in step.reads.items()}
+            reads = {name: self._home(k) for name, k in step.reads.items()}
             for slot in reads.values():
                 self._read(slot, number)
             return InPython(step.line, reads, step.makes, group[0].reason)
@@ -261,31 +269,39 @@ class _Assembly:
         inputs = sorted({self.base[b] for b in self.uses[number] if b in self.base} - made)
         for slot in inputs:
             self._read(slot, number)
-        names = [":".join((*step.line.note.split()[:1], step.line.function)) for step in group]
+        lines = [step.line for step in group]
+        names = [f"{(*line.note.split(), line.function)[0]}:{line.function}" for line in lines]
         views = self.views.get(number, [])
         return Stretch(
             self.recording.device, events, names, inputs, results, views, self.base, self.buffers
         )
 
-    def _returned(self, nested: Any, ends: list[View]) -> Any:
+    def _home(self, slot: int) -> int:
+        """The slot that holds the value of one; `NOTHING` for None that a stretch would make."""
+        if self.values[slot] is None and slot in self.native:
+            return NOTHING
+        return self.same.get(slot, slot)
+
+    def _returned(self, nested: Any, ends: dict[int, int]) -> Any:
         if nested is None:
-            return None
+            return NOTHING
         if not isinstance(nested[0] if nested else None, str):
             return tuple(self._returned(item, ends) for item in nested)
         category, slot = nested
-        slot = self.same.get(slot, slot)
+        slot = self._home(slot)
         if category != "view":
             return slot
-        value = self.values[slot]
-        fresh, self.free = self.free, self.free + 1
-        ends.append(View(fresh, slot, value.dtype, value.sizes, value.strides, 0))
-        return fresh
+        end, self.free = self.free, self.free + 1
+        ends[end] = slot
+        return end
 
 
 def _ours(line: Line) -> bool:
     """Whether a line calls a function of opsgraph's own, which does nothing on the side."""
+    if line.function in ("weigh", "wgrad_by"):
+        return False
     if line.target is None:
-        return line.function not in ("weigh", "wgrad_by")
+        return True
     kind = line.target if hasattr(line.target, "__module__") else type(line.target)
     return str(kind.__module__).startswith("opsgraph.") and "_vjp" not in line.function
 

@@ -159,8 +159,8 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
             partial(QuantizedDefinitions, partial(prepare_by, options.order), after),
         )
         plan = told(verified(plan, options.config.check), options.config)
-        own = "autograd runs through it" if options.double_backward else None
-        return replayed(plan, options.config, own)
+        whole = "autograd runs through it" if options.double_backward else None
+        return replayed(plan, options.config, whole, self.eager_only)
 
     def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
         if extras or self.trailing:

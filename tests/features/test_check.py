@@ -111,7 +111,11 @@ def test_logs_print_plan_rejections_and_code(monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("OPSGRAPH_LOGS", "plans", "OPSGRAPH_LOGS: got .'plans'., expected plan, reject or code"),
+        (
+            "OPSGRAPH_LOGS",
+            "plans",
+            "OPSGRAPH_LOGS: got .'plans'., expected plan, reject, code or steps",
+        ),
         ("OPSGRAPH_FUEL", "-1", "OPSGRAPH_FUEL: got '-1', expected a whole number"),
         ("OPSGRAPH_CHECK", "yes", "OPSGRAPH_CHECK: got 'yes', expected 0 or 1"),
     ],
