@@ -11,7 +11,6 @@ from ..base.config import Config
 from ..op import FORWARD
 from ..plan import Plan
 from ..plan.result import Step
-from ..replay.passes import Pass
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -60,9 +59,7 @@ def table(plan: Plan) -> str:
     if len(set(plan.costs.values())) > 1:
         each = ", ".join(f"{name} {cost:.0f}" for name, cost in plan.costs.items())
         lines.append(f"cost   {each} (weighted bytes per row)")
-    told = {
-        name: run.told() for name, run in plan.passes._asdict().items() if isinstance(run, Pass)
-    }
+    told = {name: getattr(run, "told", list)() for name, run in plan.passes._asdict().items()}
     if any(told.values()):
         lines.append("replay")
         lines += [f"  {name:<9}{text}" for name, texts in told.items() for text in texts]
