@@ -59,7 +59,8 @@ def table(plan: Plan) -> str:
     if len(set(plan.costs.values())) > 1:
         each = ", ".join(f"{name} {cost:.0f}" for name, cost in plan.costs.items())
         lines.append(f"cost   {each} (weighted bytes per row)")
-    told = {name: getattr(run, "told", list)() for name, run in plan.passes._asdict().items()}
+    passes = plan.passes._asdict().items()
+    told: dict[str, list[str]] = {name: getattr(run, "told", list)() for name, run in passes}
     if any(told.values()):
         lines.append("replay")
         lines += [f"  {name:<9}{text}" for name, texts in told.items() for text in texts]
