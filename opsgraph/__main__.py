@@ -15,9 +15,10 @@ import opsgraph.fusers  # registers the built-in ones
 import opsgraph.ops
 
 from .base.backend import backends
-from .fuser import BACKWARD, FORWARD, Fuser, registered
+from .fuser import Fuser, registered
 from .fusers.cublaslt.products import FAMILIES, Family
 from .kernels.cpu import build, product
+from .op import BACKWARD, FORWARD
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -237,9 +237,9 @@ class Compiled:
     run_traced: Callable[..., Any]
 
     @constant_under_compile
-    def _expose(self, key: Any, extras: int) -> str:
+    def _expose(self, key: Any) -> str:
         """Plan while Dynamo traces. A method: Dynamo guards which object a function is given."""
-        plan: Plan = self.ensure(key, extras)
+        plan: Plan = self.ensure(key)
         _handles[plan.handle] = plan
         setattr(self.table.exposed, plan.handle, plan)
         return plan.handle
@@ -252,7 +252,7 @@ class Compiled:
             return self.run_followed(x, extras, weights)
         if self.eager_only is not None:
             raise PlanError(self.eager_only)
-        plan: Plan = getattr(self.table.exposed, self._expose(key, len(extras)))
+        plan: Plan = getattr(self.table.exposed, self._expose(key))
         if self.double_backward:  # traced through, for autograd to see the ops
             return self.run_inference(plan, self, len(extras), (x, *extras, *weights))
         if self.recipe is not None and plan.specs.prepared:

@@ -57,7 +57,7 @@ class StageExamples:
             extra.requires_grad_(training and extra.is_floating_point())
         with torch.set_grad_enabled(training):
             key = self.key(x, extras, weights)
-        return self.ensure(key, len(extras))
+        return self.ensure(key)
 
     def _example(self, weights: Sequence[Tensor | None]) -> Tensor:
         width = width_between(self.ops)

@@ -87,7 +87,7 @@ class Followed:
             key = other.key(x, extras, weights)
             if key not in other.plans and other.outdated():
                 return other.renewed()(x, extras)
-            plan = other.ensure(key, len(extras))
+            plan = other.ensure(key)
         return self.run_inference(plan, other, len(extras), (x, *extras, *weights))
 
     @constant_under_compile

@@ -1,14 +1,11 @@
 """`Fuser`: how a run of ops is computed in one step, and the registry of all fusers."""
 
-from ..op import BACKWARD, FORWARD
 from .base import AGAIN, Function, Fuser, Name, Reference, Variant, reference, variants
 from .matching import Match, Matcher
 from .registry import Handle, register, registered
 
 __all__ = [
     "AGAIN",
-    "BACKWARD",
-    "FORWARD",
     "Function",
     "Fuser",
     "Handle",

@@ -35,15 +35,17 @@ def holds(kind: type[Op], name: str) -> bool:
     return held[name]
 
 
+def said(kind: type[Op], name: str) -> Any:
+    """What a class says under a name of `Op`; that one's default where it is about another `fwd`.
+
+    So it is with `bwd`, `dgrad`, `wgrad` and `again`, `quantizable` and `promotes`.
+    """
+    return getattr(kind, name) if holds(kind, name) else getattr(Op, name)
+
+
 def function(kind: type[Op], name: str) -> Callable[..., Any] | None:
     """`bwd`, `dgrad`, `wgrad` or `again` of a class, if it has one that is about its `fwd`."""
-    method: Callable[..., Any] | None = getattr(kind, name)
-    return method if method is not None and holds(kind, name) else None
-
-
-def quantizable(kind: type[Op]) -> bool:
-    """Whether recipes quantize its operands: a subclass with its own `fwd` has to say so itself."""
-    return kind.quantizable and holds(kind, "quantizable")
+    return said(kind, name)  # type: ignore[no-any-return]
 
 
 @per_class
@@ -73,14 +75,13 @@ def _differs_in_constants(kind: type[Op], base: type[Op]) -> bool:
 @per_class
 def passes(kind: type[Op]) -> tuple[str, ...]:
     """The extra inputs whose gradient is `dy` itself."""
-    there = function(kind, "bwd") is not None and holds(kind, "passes")
-    return kind.passes if there else ()
+    return said(kind, "passes") if function(kind, "bwd") else ()
 
 
 @per_class
 def promotes(kind: type[Op]) -> tuple[str, ...]:
     """The extra inputs with whose dtype that of y is promoted."""
-    return kind.promotes if holds(kind, "promotes") else ()
+    return said(kind, "promotes")  # type: ignore[no-any-return]
 
 
 @per_class

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..guards.validation import flag
 from ..op import Lowered, Op, Placed, Spec, lower_plainly
-from ..op.functions import quantizable
+from ..op.functions import said
 from ..precision.autocast import state_for
 from ..precision.quantizers import Quantizer
 from ..precision.recipe import DelayedScaling, Recipe, recipe_of
@@ -139,15 +139,15 @@ def _rounded(quantizer: Quantizer, x: Tensor) -> Tensor:
 def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     """What ops stand for under the recipe of that number, with their labels."""
     plain = lower_plainly(ops, labels)
-    kinds: list[type[Op]] = [Op, *(entry.kind for entry in plain), Op]
+    flags = [False, *(said(entry.kind, "quantizable") for entry in plain), False]
     run: list[Placed] = []
-    for entry, before, after in zip(plain, kinds, kinds[2:], strict=False):
-        if quantizable(entry.kind):
+    for entry, before, quantizable, after in zip(plain, flags, flags[1:], flags[2:], strict=False):
+        if quantizable:
             run += _around(entry, recipe_of(key))
         elif entry.kind is GroupedLinear:
             run += grouped(entry, recipe_of(key))
         elif isinstance(entry.op, Quantize):
-            run += _rounding(entry, recipe_of(key), quantizable(before), quantizable(after))
+            run += _rounding(entry, recipe_of(key), before, after)
         else:
             run.append(entry)
     return run

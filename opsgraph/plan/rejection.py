@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..fuser import BACKWARD, Match
+from ..fuser import Match
+from ..op import BACKWARD
 from ..op.functions import passes
 from .program import Program
 

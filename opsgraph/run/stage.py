@@ -126,8 +126,7 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         """A stage of the same ops as they are now; the modules with them look again when called."""
         for op in self.written:
             op.touch()
-        made: Stage = self.again()
-        return made
+        return self.again()  # type: ignore[no-any-return]
 
     def key(
         self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
@@ -135,20 +134,19 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         """All that changes what is right for a call."""
         return key_of(x, extras, weights, self.modes, self.double_backward)
 
-    def ensure(self, key: PlainKey, extras: int) -> Plan:
+    def ensure(self, key: PlainKey) -> Plan:
         """The plan for a key, made unless that was done."""
         with config.lock:
             plan: Plan | None = self.plans.get(key)
             if plan is None:
-                plan = self.plans[key] = self._make(key, extras)
+                plan = self.plans[key] = self._make(key)
             return plan
 
-    def _make(self, key: PlainKey, extras: int) -> Plan:
+    def _make(self, key: PlainKey) -> Plan:
         table, options, weights = self.table, self.table.options, self.weights()
         check_shapes(table.run, self.ops, self.slots, weights)
         options.verify_fusers()
-        dims = self.extras.dims[:extras]
-        request = request_of(key, table.run, dims, weights, options)
+        request = request_of(key, table.run, self.extras.dims, weights, options)
         after = (send_elsewhere, checked) if options.config.check else (send_elsewhere,)
         plan = make_plan(
             with_casts(table.run, request),
@@ -181,22 +179,18 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         if plan is None:
             if self.outdated():
                 return self.renewed()(x, extras)
-            plan = self.ensure(key, len(extras))
+            plan = self.ensure(key)
         if self.recipe is not None and plan.specs.prepared:
             weights = [*weights, *self.recipe.prepare(plan, weights)]
-        if plan.specs.training:
-            try:
-                return run_training(plan, self, len(extras), x, *extras, *weights)
-            except OpError as error:
-                place(error, self.table.run.labels)
-                raise
-            except RuntimeError:  # an inference tensor cannot be saved, its copy can
-                if not any(t.is_inference() for t in (x, *extras)):
-                    raise
-            x, *extras = (t.clone() if t.is_inference() else t for t in (x, *extras))
-            return run_training(plan, self, len(extras), x, *extras, *weights)
         try:
+            if plan.specs.training:
+                return run_training(plan, self, len(extras), x, *extras, *weights)
             return run_inference(plan, self, len(extras), (x, *extras, *weights))
         except OpError as error:
             place(error, self.table.run.labels)
             raise
+        except RuntimeError:  # an inference tensor cannot be saved, its copy can
+            if not (plan.specs.training and any(t.is_inference() for t in (x, *extras))):
+                raise
+        x, *extras = (t.clone() if t.is_inference() else t for t in (x, *extras))
+        return run_training(plan, self, len(extras), x, *extras, *weights)
