@@ -14,12 +14,13 @@ from ..base.errors import OpError
 from ..features import convert
 from ..features.called import Entry, spread
 from ..features.compiled import CompiledSequence
+from ..features.containers import Container, changed, watch
 from ..features.examples import SequenceExamples
 from ..features.inputs import explain
 from ..features.listed import Listed
 from ..features.op_kwargs import run_with
 from ..guards.validation import place
-from ..guards.watched import Watched, contents, mutable, own_state
+from ..guards.watched import own_state
 from ..op import Op
 from ..ops.delayed import DelaysWeightGradients, Queue
 from ..ops.residual import tell_next
@@ -77,7 +78,7 @@ class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, List
         self._epoch = -1
         """The same for calls, which compare it without the lock. -1 has each ask `_prepare`: while
         there are containers, and after a call in a recipe that another has to `follow`."""
-        self._containers: list[tuple[Op, str, Any]] = []
+        self._containers: list[Container] = []
         """Lists and their like that ops hold, with what was in them: they change without a word.
         Found anew with `_stages`."""
         with config.lock:
@@ -109,34 +110,20 @@ class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, List
         if self._prepared == config.epoch and active.key is not None and not self._containers:
             return  # a call under a recipe follows by itself
         with config.lock:
-            if self._prepared != config.epoch or self._container_changed():
+            if self._prepared != config.epoch or changed(self._containers):
                 if width is not None:
                     self._complete(width)
                 epoch = config.epoch
                 tell_next(self._present())
                 self.__dict__["_recipes"] = {}
                 self.__dict__["_stages"] = self._make_stages(None)
-                self.__dict__["_containers"] = self._watch()
+                self.__dict__["_containers"] = watch(self, self._present())
                 self.__dict__["_prepared"] = epoch
             if active.key is None and self._last is not None:
                 self.__dict__["_last"] = follow(self._last)
             # The last, for threads that ask without the lock.
             asks = self._containers or self._last is not None
             self.__dict__["_epoch"] = -1 if asks else self._prepared
-
-    def _watch(self) -> list[tuple[Op, str, Any]]:
-        """Have ops tell of changes; returns the containers in them, which tell nothing."""
-        ops = [op for op in self._modules.values() if isinstance(op, Op)]
-        inner = [m for op in ops for m in op.modules()]
-        homes = [m for op in inner if isinstance(op, Op) for m, _ in op._homes.values()]
-        for module in {*inner, *homes}:
-            if isinstance(module, Watched):
-                module.watch(self)
-        named = ((m, *item) for m in inner if isinstance(m, Op) for item in m.settings().items())
-        return [(op, name, contents(value)) for op, name, value in named if mutable(value)]
-
-    def _container_changed(self) -> bool:
-        return any(contents(getattr(op, name, None)) != was for op, name, was in self._containers)
 
     def _entries(self) -> Iterator[Entry]:
         for label, module in self._labelled():
