@@ -202,7 +202,7 @@ def draw(plan: Plan, path: str | Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def told(plan: Plan, config: Config) -> Plan:
+def logged(plan: Plan, config: Config) -> Plan:
     """The plan, after what OPSGRAPH_LOGS asks for is on stderr."""
     if "plan" in config.logs:
         print(f"{plan}\nplanned in {plan.planning_seconds * 1e3:.1f} ms", file=sys.stderr)

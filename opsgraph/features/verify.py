@@ -1,6 +1,6 @@
 """What holds of all generated functions: nothing is read that is not there.
 
-The hook is in `Stage`, after a plan is made.
+The hook is in `planned`.
 """
 
 from collections.abc import Sequence

@@ -268,7 +268,10 @@ class Space:
     def moved(
         self, claim: Claim, gives: Iterable[str] = (), needs: Iterable[str] | None = None
     ) -> float:
-        """Bytes per row that a claim reads and writes, `gives` being what it hands out as well."""
+        """Bytes per row that a claim reads and writes.
+
+        gives: what it hands out besides its output. needs: what it reads, where it is made again.
+        """
         program = self.program
         total = sum(map(self.size, claim.needs if needs is None else needs))
         if claim.direction == FORWARD:

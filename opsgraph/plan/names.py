@@ -62,7 +62,7 @@ def free(name: str, taken: Iterable[str]) -> Iterable[str]:
 class Names:
     """The variables of a run's ops: `table` by position and the class's name, `roots` of them all.
 
-    numbers, edges: what the ops and the values between them are called, see `run`.
+    numbers, edges: what the ops and the values between them are called, see `BasicOps`.
     """
 
     def __init__(

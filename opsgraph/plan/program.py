@@ -9,7 +9,6 @@ The layers, each of which knows those before it:
     names      how variables are called, whatever users call ops and parameters
     basic_ops  a stage's ops as they are planned, channels joined: the same for every call
     program    all that one kind of call adds: specs, which ops do nothing, which gradients flow
-    casting    beforehand, autocast's casts among the ops where a stream keeps a dtype of its own
 
 Rules, each of them broken once:
 

@@ -32,9 +32,7 @@ What not every call needs is a file with one hook:
     called      ops with hooks                       spread, in Sequential._entries
     examples    plans without a call                 Stage.plan, Sequential.plan
     listed      the list protocol of nn.Sequential   a base of Sequential
-
-What not every plan needs is a file, too, which meets the plan in `Stage._make`: `weight_gradients`,
-`casting`, `optimal`, `quantized`, `check`; then `verify` and `show`.
+    planned     what not every plan needs            Stage._make
 
 Rules, each of them broken once:
 
@@ -56,26 +54,19 @@ from torch import Tensor
 
 from ..base import config
 from ..base.errors import OpError
-from ..features.casting import with_casts
-from ..features.check import checked
 from ..features.compiled import Compiled
 from ..features.declared_ops import check_shapes, verify_entries, verify_weights
 from ..features.examples import StageExamples
 from ..features.extras import ExtraInputs
 from ..features.followed import Followed, check_differentiable
-from ..features.optimal import PLANNERS
-from ..features.quantized import QuantizedDefinitions
+from ..features.planned import planned
 from ..features.raised import place
 from ..features.recipes import StageRecipe
-from ..features.show import told
 from ..features.unseen import Unseen
-from ..features.verify import verified
-from ..features.weight_gradients import send_elsewhere
-from ..fusers.quantizing import prepare_by
 from ..guards.torch_private import finished, forward_ad, tracing, transforms
 from ..op import Op, lower_plainly
 from ..ops.quantize import lowered
-from ..plan import Plan, make_plan
+from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..replay.passes import replayed
 from .eager import run_inference, run_traced, run_training
@@ -147,16 +138,7 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         check_shapes(table.run, self.ops, self.slots, weights)
         options.verify_fusers()
         request = request_of(key, table.run, self.extras.dims, weights, options)
-        after = (send_elsewhere, checked) if options.config.check else (send_elsewhere,)
-        plan = make_plan(
-            with_casts(table.run, request),
-            request,
-            options.order,
-            PLANNERS[options.planner],
-            options.config.fuel,
-            partial(QuantizedDefinitions, partial(prepare_by, options.order), after),
-        )
-        plan = told(verified(plan, options.config.check), options.config)
+        plan = planned(table.run, request, options.order, options.planner, options.config)
         whole = "autograd runs through it" if options.double_backward else None
         return replayed(plan, options.config, whole, self.eager_only)
 

@@ -1,0 +1,38 @@
+"""Where features meet the planner: what not every plan needs, a file each.
+
+weight_gradients  gradients that go elsewhere           fields of Request; the lines of a step
+casting           autocast and residual streams         ops that are added before planning
+optimal           another planner                       a function in the place of `greedy`
+quantized         quantized values, and their weights   definitions of variables
+check             OPSGRAPH_CHECK                        the lines of a step
+verify, show      what is wrong with a plan; its text   the plan when it is made
+"""
+
+from functools import partial
+
+from ..base.config import Config
+from ..fusers.quantizing import prepare_by
+from ..plan import Plan, make_plan
+from ..plan.basic_ops import BasicOps
+from ..plan.program import Request
+from .casting import with_casts
+from .check import checked
+from .optimal import PLANNERS
+from .quantized import QuantizedDefinitions
+from .show import logged
+from .verify import verified
+from .weight_gradients import send_elsewhere
+
+
+def planned(
+    run: BasicOps, request: Request, order: tuple[str, ...], planner: str, config: Config
+) -> Plan:
+    """The plan of a run for one kind of call, as `make_plan`, with all features.
+
+    order: backends, the preferred one first. planner: its name.
+    """
+    after = (send_elsewhere, checked) if config.check else (send_elsewhere,)
+    definitions = partial(QuantizedDefinitions, partial(prepare_by, order), after)
+    run = with_casts(run, request)
+    plan = make_plan(run, request, order, PLANNERS[planner], config.fuel, definitions)
+    return logged(verified(plan, config.check), config)
