@@ -1,6 +1,6 @@
 """A plan for the eye: the table that `print(plan)` shows, the networkx graph, and a picture.
 
-The hooks are `Plan.table`, `Plan.graph` and `Plan.draw`.
+The hooks are `Plan.__str__`, `Plan.graph` and `Plan.draw`.
 """
 
 import sys
@@ -217,4 +217,5 @@ def logged(plan: Plan, config: Config) -> Plan:
     return plan
 
 
-Plan.table, Plan.draw, Plan.graph = table, draw, property(graph)
+Plan.__str__ = table  # type: ignore[method-assign,assignment]
+Plan.draw, Plan.graph = draw, property(graph)

@@ -104,8 +104,8 @@ class BasicOps:
     def with_ops(self, ops: Sequence[Op]) -> "BasicOps":
         """The same over other modules."""
         other = copy(self)
-        pairs = zip(self.entries, ops, strict=True)
-        other.ops, other.entries = list(ops), [entry._replace(op=op) for entry, op in pairs]
+        other.ops = list(ops)
+        other.entries = [entry._replace(op=op) for entry, op in zip(self.entries, ops, strict=True)]
         return other
 
     def with_entries(self, entries: Sequence[Placed], streams: bool) -> "BasicOps":

@@ -49,10 +49,8 @@ class Claim:
     rank: by level, then by preference of its backend.
     """
 
-    def __init__(
-        self, program: Program, match: Match, direction: str, level: int, rank: int
-    ) -> None:
-        self.program, self.direction = program, direction
+    def __init__(self, program: Program, match: Match, way: str, level: int, rank: int) -> None:
+        self.program, self.direction = program, way
         self.level, self.rank = level, rank
         self.fuser, self.positions, self.start, self.stop = match
         self.ops = tuple(i for i in match.positions.values() if i is not None)
@@ -81,8 +79,7 @@ class Claim:
     @cached_property
     def gives(self) -> frozenset[str]:
         """Values it can hand out, its output apart."""
-        results = self.results if self.direction == FORWARD else ()
-        return frozenset(name for name in results if name is not None)
+        return frozenset(filter(None, self.results if self.direction == FORWARD else ()))
 
     @cached_property
     def results(self) -> tuple[str | None, ...]:
@@ -228,12 +225,11 @@ class Space:
                     continue
                 spent = "OPSGRAPH_FUEL is used up" if self._fuel == 0 else None
                 reason = next(reasons(program, match, direction, obstacles), spent)
-                if reason is not None:
+                if reason is None:
+                    self._fuel = self._fuel and self._fuel - 1
+                    yield match
+                else:
                     self.reject(match, direction, reason)
-                    continue
-                if self._fuel:
-                    self._fuel -= 1
-                yield match
 
     def _references(self, direction: str) -> Iterator[Match]:
         program = self.program

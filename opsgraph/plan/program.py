@@ -295,8 +295,7 @@ class Program:
         if spec is None:
             x = self.specs[i]
             for own, saved_spec in saved(self.kinds[i], self.ops[i], x).items():
-                value = Value(kind, i, _in_rows(saved_spec, x.factor))
-                self.values[self.name(own, i)] = value
+                self.values[self.name(own, i)] = Value(kind, i, _in_rows(saved_spec, x.factor))
             spec = self.values[name].spec
             assert spec is not None, "an op that saves a value gives its spec"
         return spec

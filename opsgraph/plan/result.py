@@ -67,14 +67,10 @@ class Plan:
     passes: "Passes" = field(repr=False, compare=False)
     """The same functions as calls run them: as they are, or replayed."""
 
-    # Features set these: what `str` gives, a picture, a networkx graph; its name to torch.compile.
-    table: ClassVar[Callable[["Plan"], str]]
+    # Features set these: a picture, a networkx graph, its name to torch.compile; and `__str__`.
     draw: ClassVar[Callable[..., None]]
     graph: ClassVar[Any]
     handle: ClassVar[str]
-
-    def __str__(self) -> str:
-        return self.table()
 
     @property
     def saved_bytes_per_row(self) -> int:
