@@ -101,7 +101,7 @@ def test_plans_of_compiled_graphs_are_kept_a_while(monkeypatch: pytest.MonkeyPat
         module(torch.randn(2, width))
         (stage,) = module._stages
         (key,) = stage.plans
-        handles.append(stage._expose(key, 0))
+        handles.append(stage._expose(key))
     assert handles[-1] in compiled._handles
     del module, stage
     gc.collect()
