@@ -10,7 +10,7 @@ from opsgraph.testing.distributed import Ranks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under `--dist loadgroup` one process runs them all, and its ranks serve all."""
     for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()):
+        if {"ranks", "own"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("ranks"))
 
 

@@ -1,6 +1,6 @@
 """The runner of test bodies on ranks: what comes back, and that no failure hangs or leaves anyone.
 
-The tests share ranks of their own; one that fails them on purpose makes the next start fresh ones,
+Tests that fail ranks on purpose share some of their own: after each the next starts fresh ones,
 which other tests should not have to wait for.
 """
 
@@ -20,7 +20,7 @@ from opsgraph.testing.distributed import RankError, Ranks, run
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
+def own() -> Iterator[Ranks]:
     with Ranks() as ranks:
         yield ranks
 
@@ -119,22 +119,22 @@ def test_a_body_has_a_process_group_of_its_own(ranks):
         pytest.param(exits, "SystemExit: done early", marks=pytest.mark.slow),
     ],
 )
-def test_a_failing_rank_ends_the_others(ranks, body, told):
-    ranks.run(pid, 2)
-    pids, start = ranks.pids, time.monotonic()
+def test_a_failing_rank_ends_the_others(own, body, told):
+    own.run(pid, 2)
+    pids, start = own.pids, time.monotonic()
     with pytest.raises(RankError) as caught:
-        ranks.run(body, 2, timeout=60)
+        own.run(body, 2, timeout=60)
     assert time.monotonic() - start < 20, "ended by the failure, not by the time limit"
     assert 1 in caught.value.ranks
     assert re.search(told, str(caught.value))
     assert gone(pids)
 
 
-def test_a_hanging_rank_is_ended_and_its_stack_shown(ranks):
-    ranks.run(pid, 2)
-    pids, start = ranks.pids, time.monotonic()
+def test_a_hanging_rank_is_ended_and_its_stack_shown(own):
+    own.run(pid, 2)
+    pids, start = own.pids, time.monotonic()
     with pytest.raises(RankError) as caught:
-        ranks.run(hangs, 2, timeout=2)
+        own.run(hangs, 2, timeout=2)
     assert time.monotonic() - start < 20
     assert gone(pids)
     message = str(caught.value)
@@ -146,19 +146,19 @@ def test_a_hanging_rank_is_ended_and_its_stack_shown(ranks):
 
 
 @pytest.mark.slow
-def test_a_rank_that_died_between_bodies_is_told(ranks):
-    ranks.run(pid, 2)
-    os.kill(ranks.pids[0], signal.SIGKILL)
+def test_a_rank_that_died_between_bodies_is_told(own):
+    own.run(pid, 2)
+    os.kill(own.pids[0], signal.SIGKILL)
     with pytest.raises(RankError, match="rank 0 of 2: killed by signal 9"):
-        ranks.run(total, 2, torch.ones(1))
-    assert len(ranks.run(pid, 2)) == 2, "the next body has fresh ranks"
+        own.run(total, 2, torch.ones(1))
+    assert len(own.run(pid, 2)) == 2, "the next body has fresh ranks"
 
 
-def test_what_cannot_be_pickled_is_refused(ranks):
+def test_what_cannot_be_pickled_is_refused(own):
     with pytest.raises(TypeError, match=r"<lambda>.*expected a function at a module's top level"):
-        ranks.run(lambda rank, size: None, 2)
+        own.run(lambda rank, size: None, 2)
     with pytest.raises(RankError, match="pickle"):
-        ranks.run(unpicklable, 2)
+        own.run(unpicklable, 2)
 
 
 def test_leaving_ends_the_ranks():
