@@ -4,9 +4,12 @@ Under torch.autocast a run computes in autocast's dtype from its input on. A res
 older than that: in `x + f(x)` PyTorch's sum has the dtype of x. So what only passes the stream on,
 Tee and Add, leaves it in the dtype it comes in, and a `Cast` stands before each op that computes on
 it. Where no stream is in another dtype, the input is cast once and nothing is inserted.
+
+The hook is `Request.casts`, and what a run is that is planned.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,20 +44,42 @@ class Cast(Op):
         return dy.to(back), ()
 
 
-def with_casts(run: BasicOps, request: Request) -> BasicOps:
-    """The run with a Cast wherever a stream of another dtype is computed on."""
+def with_casts(run: BasicOps, request: Request) -> tuple[BasicOps, Request]:
+    """The run with a Cast wherever a stream of another dtype is computed on.
+
+    The request says which arguments are cast.
+    """
     compute = request.compute
-    if compute is None or not any(kind.taps or promotes(kind) for kind in run.kinds):
-        return run
-    casts, after_stream = _casts(run, request, compute)
-    if not after_stream:
-        return run
+    if compute is None:
+        return run, request
+    streams = False
+    if any(kind.taps or promotes(kind) for kind in run.kinds):
+        casts, streams = _casts(run, request, compute)
+        run = _inserted(run, casts) if streams else run
+    return run, replace(request, casts=_cast_arguments(run, request, compute, streams))
+
+
+def _inserted(run: BasicOps, casts: Mapping[int, Cast]) -> BasicOps:
     prefix, entries = _prefix(run, casts), list[Placed]()
     for i, entry in enumerate(run.entries):
         if i in casts:
             entries.append(Placed(Cast, casts[i], entry.label, prefix))
         entries.append(entry)
-    return run.with_entries(entries, streams=True)
+    return run.with_entries(entries)
+
+
+def _cast_arguments(
+    run: BasicOps, request: Request, compute: torch.dtype, streams: bool
+) -> frozenset[str]:
+    """The names of the inputs and weights that are cast before all else."""
+    specs = {"x0": request.x, **request.weights}
+    specs |= {run.name(n, i): s for (i, n, _), s in zip(run.inputs, request.extras, strict=True)}
+    as_given = {"x0"} if streams else set()
+    for i, name in (*run.slots, *(place[:2] for place in run.inputs)):
+        if name in run.kinds[i].as_stored or name in promotes(run.kinds[i]):
+            as_given.add(run.name(name, i))
+    others = ((n, spec.dtype) for n, spec in specs.items() if spec and n not in as_given)
+    return frozenset(n for n, dtype in others if dtype.is_floating_point and dtype != compute)
 
 
 def _casts(run: BasicOps, request: Request, compute: torch.dtype) -> tuple[dict[int, Cast], bool]:

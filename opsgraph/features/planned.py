@@ -33,6 +33,6 @@ def planned(
     """
     after = (send_elsewhere, checked) if config.check else (send_elsewhere,)
     definitions = partial(QuantizedDefinitions, partial(prepare_by, order), after)
-    run = with_casts(run, request)
+    run, request = with_casts(run, request)
     plan = make_plan(run, request, order, PLANNERS[planner], config.fuel, definitions)
     return logged(verified(plan, config.check), config)

@@ -26,8 +26,6 @@ class BasicOps:
         later: Iterable[str | None] = (),
     ) -> None:
         self._known, self._later = frozenset(known), frozenset(later)
-        self.streams = False
-        """Whether the input is left uncast under autocast, for casts that stand in the run."""
         self._fill(entries)
 
     def _fill(self, entries: Sequence[Placed]) -> None:
@@ -108,9 +106,8 @@ class BasicOps:
         other.entries = [entry._replace(op=op) for entry, op in zip(self.entries, ops, strict=True)]
         return other
 
-    def with_entries(self, entries: Sequence[Placed], streams: bool) -> "BasicOps":
+    def with_entries(self, entries: Sequence[Placed]) -> "BasicOps":
         """A run of more entries; its ops are connected, and their values called, as in this one."""
         other = copy(self)
-        other.streams = streams
         other._fill(entries)
         return other

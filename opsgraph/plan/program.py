@@ -88,6 +88,8 @@ class Request:
     """Names of weight gradients that wait for `backward_dw`."""
     accumulated: frozenset[str] = frozenset()
     """Names of those that go into main_grad."""
+    casts: frozenset[str] = frozenset()
+    """Names of the inputs and weights that an active autocast has cast."""
 
 
 class Program:
@@ -110,56 +112,25 @@ class Program:
         self.arguments: dict[str, Spec | None] = {**self.activations, **request.weights}
         """What the caller hands in: x0, extra inputs and weights, as they come."""
         self.weight_names = {(i, name): self.name(name, i) for i, name in run.slots}
-        self.casts = self._casts()
-        """Which of the arguments an active autocast has cast."""
         self.x = [f"x{run.edges[0]}"]
         """The name of the value at each gap: behind an op that does nothing that before it."""
         for edge, still in zip(run.edges[1:], self.still[FORWARD], strict=True):
             self.x.append(self.x[-1] if still else f"x{edge}")
         self.values: dict[str, Value] = {}
         for name, spec in self.activations.items():
-            cast = request.compute if name in self.casts else None
+            cast = request.compute if name in request.casts else None
             self.values[name] = Value(INPUT, 0, replace(spec, dtype=cast) if cast else spec)
         for i, kind in enumerate(self.kinds):
             self.values |= {self.name(name, i): Value(SAVED, i, None) for name in kind.saves}
         self.specs = list[Spec]()
         """The spec of x at each gap."""
         self._propagate()
-        self.flows = ["x0" in request.gradients]
-        """For each gap, whether the gradient of its value is needed."""
-        for i, kind in enumerate(self.kinds):
-            own = (self.name(name, i) in request.gradients for name in differentiable(kind))
-            read = (self.flows[run.sources.get((i, name), 0)] for name in kind.extra_inputs)
-            self.flows.append(self.flows[-1] or any(own) or any(read))
-        self.tapped = {i for i in (*run.outputs, *run.sources.values()) if self.flows[i]}
-        """Tees at which a gradient arrives and is needed."""
-        for i, kind in enumerate(self.kinds):
-            passed = passes(kind) or (kind.taps and i not in self.tapped)
-            self.still[BACKWARD][i] |= bool(passed)
-        quantizers = [getattr(op, "quantizer", None) for op in self.ops]
-        delayed = [(i, self.kinds[i]) for i, q in enumerate(quantizers) if q and q.delayed]
-        self.reports = [self.name("amax", i) for i, kind in delayed if "amax" in kind.saves]
-        """amaxes that the forward hands out after its outputs."""
-        packing = (i for i, kind in delayed if kind.packs_gradient and self.flows[i + 1])
-        self.reported = {self.name("scale", i) for i in packing}
-        """Scales in whose place the backward returns the amax that it saw."""
+        self._follow_gradients()
         self.teed = {*(self.x[i] for i in (*run.sources.values(), *run.outputs)), *self.reports}
         """Values that later ops or the caller read, whatever the backward needs."""
         self.roots = set(run.name.roots)
         """Roots of all variables, see `names`."""
         self._private: dict[Hashable, str] = {}
-
-    def _casts(self) -> frozenset[str]:
-        run, compute = self.run, self.request.compute
-        if compute is None:
-            return frozenset()
-        as_given = {"x0"} if run.streams else set()
-        for i, name in (*run.slots, *(place[:2] for place in run.inputs)):
-            if name in self.kinds[i].as_stored or name in promotes(self.kinds[i]):
-                as_given.add(self.name(name, i))
-        others = ((n, spec) for n, spec in self.arguments.items() if n not in as_given)
-        floats = ((n, spec.dtype) for n, spec in others if spec and spec.dtype.is_floating_point)
-        return frozenset(name for name, dtype in floats if dtype != compute)
 
     # -- specs --
 
@@ -221,6 +192,28 @@ class Program:
         """The dtypes with which that of op i's output is promoted."""
         return [self.spec(self.extra(i, name)).dtype for name in promotes(self.kinds[i])]
 
+    def _follow_gradients(self) -> None:
+        """Find which gradients are needed, and the amaxes that a recipe wants of both passes."""
+        wanted = self.request.gradients
+        self.flows = ["x0" in wanted]
+        """For each gap, whether the gradient of its value is needed."""
+        for i, kind in enumerate(self.kinds):
+            own = (self.name(name, i) in wanted for name in differentiable(kind))
+            read = (self.flows[self.run.sources.get((i, name), 0)] for name in kind.extra_inputs)
+            self.flows.append(self.flows[-1] or any(own) or any(read))
+        self.tapped = {i for i in (*self.run.outputs, *self.run.sources.values()) if self.flows[i]}
+        """Tees at which a gradient arrives and is needed."""
+        for i, kind in enumerate(self.kinds):
+            passed = passes(kind) or (kind.taps and i not in self.tapped)
+            self.still[BACKWARD][i] |= bool(passed)
+        quantizers = enumerate(getattr(op, "quantizer", None) for op in self.ops)
+        delayed = [(i, self.kinds[i]) for i, q in quantizers if getattr(q, "delayed", False)]
+        self.reports = [self.name("amax", i) for i, kind in delayed if "amax" in kind.saves]
+        """amaxes that the forward hands out after its outputs."""
+        packing = (i for i, kind in delayed if kind.packs_gradient and self.flows[i + 1])
+        self.reported = {self.name("scale", i) for i in packing}
+        """Scales in whose place the backward returns the amax that it saw."""
+
     # -- names --
 
     def extra(self, i: int, name: str) -> str:
@@ -257,7 +250,7 @@ class Program:
         if own is None:
             return None
         if weight != name:
-            return Argument("weight", own + STORED * (own in self.casts))
+            return Argument("weight", own + STORED * (own in self.request.casts))
         if self.request.weights[own] is None:
             return Argument("literal", "None")
         return Argument("weight", "q" * self.packed(i, weight, direction) + own)

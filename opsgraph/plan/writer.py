@@ -67,7 +67,7 @@ class Definitions:
             amax = name in program.reported
             wanted = amax or (spec is not None and name in program.request.gradients)
             gradient = None if not wanted else "dx" if name == "x0" else f"d{name}"
-            variable = name + STORED * (name in program.casts)
+            variable = name + STORED * (name in program.request.casts)
             yield Input(variable, spec, dims.get(name), gradient, amax)
 
     def spec(self, name: str) -> Spec:
@@ -78,7 +78,7 @@ class Definitions:
         """The line that makes a variable for a writer, if it is defined here."""
         program, forward = self.program, writer.direction == FORWARD
         # Activations are cast by the forward alone, which saves the cast.
-        if name in program.casts and (forward or name not in program.activations):
+        if name in program.request.casts and (forward or name not in program.activations):
             arguments = value(name + STORED), literal(program.request.compute)
             return [Line("cast", arguments, name, note="autocast")]
         return ()
