@@ -5,7 +5,7 @@ older than that: in `x + f(x)` PyTorch's sum has the dtype of x. So what only pa
 Tee and Add, leaves it in the dtype it comes in, and a `Cast` stands before each op that computes on
 it. Where no stream is in another dtype, the input is cast once and nothing is inserted.
 
-The hook is `Request.casts`, and what a run is that is planned.
+The hooks are `Request.casts` and the run that `make_plan` is given.
 """
 
 from collections.abc import Mapping
