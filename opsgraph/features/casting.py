@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..guards.names import root
 from ..op import FORWARD, Op, Placed, Spec
 from ..op.functions import identity, promotes
 from ..plan.basic_ops import BasicOps
-from ..plan.names import root
 from ..plan.program import Request
 
 

@@ -1,8 +1,11 @@
-"""Between torch.nn and opsgraph: modules as ops and back, sharing the parameters."""
+"""Between torch.nn and opsgraph: modules as ops and back, sharing the parameters.
+
+The hook is `Converts`, a base of Sequential.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -156,19 +159,9 @@ def module_from(module: nn.Module, label: str) -> nn.Module:
     return made.train(module.training)
 
 
+C = TypeVar("C", bound="Converts")
 Places = dict[nn.Module | None, nn.Module | None]
 """What each module has become, for one that occurs again."""
-
-
-def from_torch(module: nn.Module, ours: Any, kind: Any, options: dict[str, Any]) -> Any:
-    """A nn.Sequential as one of `kind`. ours: the class whose `forward` runs modules in order."""
-    if not isinstance(module, nn.Sequential):
-        raise PlanError(f"from_torch: got {type(module).__name__}, expected nn.Sequential")
-    own = type(module).forward not in (nn.Sequential.forward, ours.forward)
-    if own or "forward" in module.__dict__:
-        got = f"a {type(module).__name__} with a forward of its own"
-        raise PlanError(f"from_torch: got {got}, expected one that runs its modules in order")
-    return _converted(module, kind, options, {None: None})
 
 
 def _converted(module: nn.Module, kind: Any, options: dict[str, Any], made: Places) -> Any:
@@ -185,12 +178,37 @@ def _rebuilt(module: nn.Module, made: Places, kind: Any, options: dict[str, Any]
     return found
 
 
-def to_torch(module: nn.Module, ours: Any) -> Any:
-    """A plain nn.Sequential for one of the class `ours`."""
+def _unconverted(module: nn.Module) -> Any:
     made: Places = {None: None}
     for name, child in module._modules.items():
         if child is not None and child not in made:
             label = f"{name}:{type(child).__name__}"
-            nested = isinstance(child, ours)
-            made[child] = to_torch(child, ours) if nested else module_from(child, label)
+            nested = isinstance(child, Converts)
+            made[child] = _unconverted(child) if nested else module_from(child, label)
     return _rebuilt(module, made, nn.Sequential, {})
+
+
+class Converts(nn.Module):
+    """What a Sequential knows of nn.Sequential."""
+
+    @classmethod
+    def from_torch(cls: type[C], module: nn.Sequential, **options: Any) -> C:
+        """A Sequential with ops in the place of known torch modules, sharing the parameters.
+
+        Nested nn.Sequentials are converted too. Modules that are not known stay as they are, and so
+        do those with hooks or a forward of their own. One module at two places becomes one op at
+        two places. options: as the constructor's. Raises PlanError for what is no nn.Sequential,
+        or one with a forward of its own.
+        """
+        if not isinstance(module, nn.Sequential):
+            raise PlanError(f"from_torch: got {type(module).__name__}, expected nn.Sequential")
+        owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+        own = owner is not nn.Sequential and Converts not in owner.__bases__
+        if own or "forward" in module.__dict__:
+            got = f"a {type(module).__name__} with a forward of its own"
+            raise PlanError(f"from_torch: got {got}, expected one that runs its modules in order")
+        return _converted(module, cls, options, {None: None})  # type: ignore[no-any-return]
+
+    def to_torch(self) -> nn.Sequential:
+        """A plain nn.Sequential that computes the same, sharing the parameters."""
+        return _unconverted(self)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """`Op`: what is computed. `Spec`: what is known of a value before it exists."""
 
-from .arguments import STORED, arguments
+from ..guards.arguments import STORED, arguments
 from .base import (
     BACKWARD,
     FORWARD,

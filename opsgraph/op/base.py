@@ -20,13 +20,13 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..base import config
 from ..base.errors import OpError, PlanError
+from ..guards.arguments import arguments
 from ..guards.cached import per_class
 from ..guards.constants import plain
 from ..guards.state_dicts import StateDicts
 from ..guards.torch_private import constant_under_compile
 from ..guards.validation import text
 from ..guards.watched import MODULE_ATTRIBUTES, serving
-from .arguments import arguments
 from .spec import Spec
 
 FORWARD, BACKWARD = "forward", "backward"

@@ -5,8 +5,32 @@ from copy import copy
 from fractions import Fraction
 
 from ..base.errors import PlanError
+from ..guards.names import root, variable
 from ..op import Op, Placed, weights
-from .names import Names
+
+
+class Names:
+    """The variables of a run's ops: `table` by position and the class's name, `roots` of them all.
+
+    numbers, edges: see `BasicOps`.
+    """
+
+    def __init__(
+        self, kinds: Sequence[type[Op]], numbers: Sequence[str], edges: Sequence[str]
+    ) -> None:
+        self.numbers = numbers
+        self.roots = {"x", *(root(f"x{edge}") for edge in edges)}
+        for number in numbers:
+            self.roots |= {root(f"d{number}"), root(f"dy{number}")}
+        self.table: dict[tuple[int, str], str] = {}
+        for i, kind in enumerate(kinds):
+            for name in dict.fromkeys((*weights(kind), *kind.extra_inputs, *kind.saves)):
+                text = self.table[i, name] = variable(name, numbers[i], self.roots)
+                self.roots.add(root(text))
+
+    def __call__(self, name: str, i: int) -> str:
+        """What something of op i is called."""
+        return self.table.get((i, name)) or f"{name}{self.numbers[i]}"
 
 
 class BasicOps:

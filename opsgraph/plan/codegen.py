@@ -35,7 +35,7 @@ Rules, each of them broken once:
 - Chains of values that are made again may be thousands long: no recursion.
 - An op that passes its gradient on is no step of the backward: each of its inputs gets the gradient
   in its own dtype.
-- Users name ops, values and parameters. `names` keeps them apart from all that the source adds.
+- Users name ops, values and parameters. `guards.names` keeps them apart from what the source adds.
 - A plan outlives the modules that it was made for: lines hold no op and no program.
 """
 

@@ -6,7 +6,7 @@ Where ops are dropped, several gaps share one value, named after the first of th
 
 The layers, each of which knows those before it:
 
-    names      how variables are called, whatever users call ops and parameters
+    names      how variables are called, whatever users call ops (in guards)
     basic_ops  a stage's ops as they are planned, channels joined: the same for every call
     program    all that one kind of call adds: specs, which ops do nothing, which gradients flow
 
@@ -29,6 +29,7 @@ import torch
 
 from ..base.errors import OpError
 from ..guards.constants import called, literal, plain
+from ..guards.names import root, variable
 from ..op import (
     BACKWARD,
     FORWARD,
@@ -40,7 +41,6 @@ from ..op import (
 )
 from ..op.functions import checked_out, identity, passes, promotes, saved
 from .basic_ops import BasicOps
-from .names import root, variable
 
 INPUT, GAP, SAVED, PRIVATE = "input", "gap", "saved", "private"
 
@@ -129,7 +129,7 @@ class Program:
         self.teed = {*(self.x[i] for i in (*run.sources.values(), *run.outputs)), *self.reports}
         """Values that later ops or the caller read, whatever the backward needs."""
         self.roots = set(run.name.roots)
-        """Roots of all variables, see `names`."""
+        """Roots of all variables, see `guards.names`."""
         self._private: dict[Hashable, str] = {}
 
     # -- specs --

@@ -1,7 +1,7 @@
 """Running a plan: the one autograd.Function, the forward alone, and what Dynamo traces.
 
 A plan computes on `[rows, width]` with autocast off, and knows nothing of autograd. Around it stand
-the leading dimensions (`dimensions`), what autograd saves, and the amaxes that a recipe notes.
+leading dimensions (`features.dimensions`), what autograd saves, the amaxes that a recipe notes.
 Gradients that are no memory of a kernel's are told apart in the backward, see `see_through`.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..features.compiled import call_traced
+from ..features.dimensions import as_given, flat, flattened, released, unflattened
 from ..features.followed import copy_gradients, see_through
 from ..features.recipes import note_gradients
 from ..guards.torch_private import (
@@ -22,7 +23,6 @@ from ..guards.torch_private import (
 )
 from ..plan import Plan
 from ..precision.recomputed import saved_again
-from .dimensions import as_given, flat, flattened, released, unflattened
 
 
 class PlanFunction(torch.autograd.Function):

@@ -11,10 +11,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..base import config
 from ..base.errors import OpError
-from ..features import convert
 from ..features.called import Entry, spread
 from ..features.compiled import CompiledSequence
 from ..features.containers import Container, changed, watch
+from ..features.convert import Converts
 from ..features.examples import SequenceExamples
 from ..features.inputs import explain
 from ..features.listed import Listed
@@ -33,7 +33,7 @@ from .stage import Stage
 from .stages import make_stages, run_stages
 
 
-class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, Listed):
+class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, Converts, Listed):
     """Ops in sequence, planned as one; plain nn.Modules may stand between them.
 
     `forward(x, *extra_inputs)` returns y, or `(y, *extra_outputs)` where there are any. x is
@@ -187,23 +187,6 @@ class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, List
     @property
     def wgrad_queue(self) -> Queue | None:
         return self._options.queue if self._options.delay_wgrad_compute else None
-
-    # -- torch.nn and back --
-
-    @classmethod
-    def from_torch(cls, module: nn.Sequential, **options: Any) -> Sequential:
-        """A Sequential with ops in the place of known torch modules, sharing the parameters.
-
-        Nested nn.Sequentials are converted too. Modules that are not known stay as they are, and so
-        do those with hooks or a forward of their own. One module at two places becomes one op at
-        two places. options: as the constructor's. Raises PlanError for what is no nn.Sequential,
-        or one with a forward of its own.
-        """
-        return convert.from_torch(module, Sequential, cls, options)  # type: ignore[no-any-return]
-
-    def to_torch(self) -> nn.Sequential:
-        """A plain nn.Sequential that computes the same, sharing the parameters."""
-        return convert.to_torch(self, Sequential)  # type: ignore[no-any-return]
 
     # -- options and copies --
 

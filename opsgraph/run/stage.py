@@ -20,19 +20,7 @@ What is made anew, and when:
   a key that is new, or in `absent`;
 - all stages of a Sequential when an op of it changed, or a fuser was registered (its `_prepare`).
 
-What not every call needs is a file with one hook:
-
-    recipes     quantized weights and scales         Stage.recipe
-    unseen      gradients past autograd              Stage.unseen, where Stage.eager_only is set
-    followed    torch.func, forward-mode AD, traces  Stage.run_followed
-    compiled    torch.compile                        Stage.run_compiled, Sequential._run_compiled
-    dtensor     parameters that are DTensors         own_part, in Parameters.weights
-    op_kwargs   the caller's buffers                 run_with, in Sequential.forward
-    inputs      what no stage could take             explain, in Sequential.forward
-    called      ops with hooks                       spread, in Sequential._entries
-    examples    plans without a call                 Stage.plan, Sequential.plan
-    listed      the list protocol of nn.Sequential   a base of Sequential
-    planned     what not every plan needs            Stage._make
+What not every call needs is a file with one hook in `features`.
 
 Rules, each of them broken once:
 

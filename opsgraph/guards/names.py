@@ -9,13 +9,13 @@ their number; those behind have one underscore, at their start.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import chain, count
 from keyword import iskeyword
 from unicodedata import normalize
 
-from ..op import STORED, Op, weights
+from .arguments import STORED
 
 WORDS = frozenset({"_", "ops", "saved", "torch", "inf", "nan", "check", "check_ranks"}) | frozenset(
     {"run_reference", "forward", "backward", "delayed", "__builtins__"}
@@ -57,27 +57,3 @@ def free(name: str, taken: Iterable[str]) -> Iterable[str]:
     between = "_" * base[-1].isdigit()
     spelled = chain([base], (f"{base}{between}{k}" for k in count(2)))
     return (text for text in spelled if root(text) not in taken and text not in WORDS)
-
-
-class Names:
-    """The variables of a run's ops: `table` by position and the class's name, `roots` of them all.
-
-    numbers, edges: what the ops and the values between them are called, see `BasicOps`.
-    """
-
-    def __init__(
-        self, kinds: Sequence[type[Op]], numbers: Sequence[str], edges: Sequence[str]
-    ) -> None:
-        self.numbers = numbers
-        self.roots = {"x", *(root(f"x{edge}") for edge in edges)}
-        for number in numbers:
-            self.roots |= {root(f"d{number}"), root(f"dy{number}")}
-        self.table: dict[tuple[int, str], str] = {}
-        for i, kind in enumerate(kinds):
-            for name in dict.fromkeys((*weights(kind), *kind.extra_inputs, *kind.saves)):
-                text = self.table[i, name] = variable(name, numbers[i], self.roots)
-                self.roots.add(root(text))
-
-    def __call__(self, name: str, i: int) -> str:
-        """What something of op i is called."""
-        return self.table.get((i, name)) or f"{name}{self.numbers[i]}"

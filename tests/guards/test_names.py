@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import opsgraph as og
+from opsgraph.guards.names import free, root, variable
 from opsgraph.ops import BasicLinear, GroupedLinear, Linear, RMSNorm, SiLU, Tee
-from opsgraph.plan.names import free, root, variable
 
 F64 = torch.float64
 AWKWARD = (
