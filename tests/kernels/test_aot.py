@@ -18,6 +18,7 @@ KERNELS = {
     "backward_wide_dots_kernel",
     "backward_wide_kernel",
     "sum_partials_kernel",
+    "max_partials_kernel",
     "dropout_kernel",
     "linear_activation_kernel",
     "linear_activation_backward_kernel",

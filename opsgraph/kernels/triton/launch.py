@@ -1,4 +1,4 @@
-"""What every launch needs: layout, alignment, device, and the reduction of partial sums.
+"""What every launch needs: layout, alignment, device, and the reductions of partial results.
 
 `kernel[grid](...)` works out anew, at every launch, which compiled kernel suits its arguments:
 `launch` remembers that.
@@ -180,3 +180,43 @@ def sum_partials(
         sum_partials_kernel, grid, first, first_out, second, second_out, count,
         WIDTH=width, **SUM_CONFIG,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def max_partials_kernel(
+    partials, out, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    cols = tl.arange(0, BLOCK)[None, :]
+    if WIDTH > BLOCK:
+        cols += tl.program_id(0) * BLOCK
+    row = tl.arange(0, ROWS)[:, None]
+    largest = tl.zeros([ROWS, BLOCK], tl.int32)
+    whole = count // ROWS * ROWS
+    # These rows need no mask, and so are loaded 16 bytes at a time even where WIDTH is 1.
+    for start in tl.range(0, whole, ROWS):
+        index = (start + row).to(tl.int64) * WIDTH + cols
+        value = tl.load(partials + index, cols < WIDTH, other=0.0)
+        largest = tl.maximum(largest, value.to(tl.int32, bitcast=True))
+    index = (whole + row).to(tl.int64) * WIDTH + cols
+    value = tl.load(partials + index, (whole + row < count) & (cols < WIDTH), other=0.0)
+    largest = tl.maximum(largest, value.to(tl.int32, bitcast=True))
+    found = tl.max(largest, 0, keep_dims=True).to(tl.float32, bitcast=True)
+    tl.store(out + cols, found, cols < WIDTH)
+
+
+MAX_CONFIG = {"ROWS": 8192, "BLOCK": 1, "num_warps": 16}
+MAX_COLUMNS_CONFIG = {"ROWS": 32, "BLOCK": 32, "num_warps": 8}
+
+
+def max_partials(partials: Tensor) -> Tensor:
+    """The amax of partial amaxes, fp32: `[count]` to `[]`, `[count, width]` to `[width]`.
+
+    None of them is negative, so their bits order as they do, and a NaN's are the largest.
+    """
+    count, *widths = partials.shape
+    options = MAX_COLUMNS_CONFIG if widths else MAX_CONFIG
+    out = torch.empty(widths, dtype=torch.float32, device=partials.device)
+    width = out.numel()
+    grid = (ceil_div(width, options["BLOCK"]),)
+    launch(max_partials_kernel, grid, partials, out, count, WIDTH=width, **options)
+    return out

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formats import NVFP4, Copies, Copy
 from .activations import FUSION
-from .launch import ceil_div, launch, on_device_of, stride_unit, sum_partials
+from .launch import ceil_div, launch, max_partials, on_device_of, stride_unit, sum_partials
 from .nvfp4_kernels import nvfp4_backward_kernel, nvfp4_kernel
 from .source import Source
 
@@ -44,7 +44,7 @@ class Output(NamedTuple):
 
     def copies(self, partials: tuple[Tensor | None, Tensor | None]) -> dict[str, Copy]:
         """Copies to be written, each with its own amax, which is known."""
-        plain, turned = (None if part is None else part.amax() for part in partials)
+        plain, turned = (None if part is None else max_partials(part) for part in partials)
         plain = self.amax if plain is None else plain
         made: dict[str, Copy] = {}
         for name, (rows, cols) in self.sizes.items():

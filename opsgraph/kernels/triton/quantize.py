@@ -21,7 +21,7 @@ from torch import Tensor
 from ..formats import BLOCKS, E5M2, NVFP4, Copies, Copy, Format, Target, check
 from . import activations, nvfp4
 from .activations import _output_width
-from .launch import ceil_div, launch, on_device_of, stride_unit
+from .launch import ceil_div, launch, max_partials, on_device_of, stride_unit
 from .quantize_tiles import copy_kernel, rows_kernel
 from .source import Source
 
@@ -173,9 +173,8 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
             ROW_UNIT=row_unit, UNIT=unit, **source.constants(), **constants(to, x.device),
             SCALING=to.scaling, BLOCK=min(BLOCKS[to.scaling], options["C"]), **options,
         )  # fmt: skip
-    if amaxes is not None:
-        return amaxes.amax()
-    return None if col_amaxes is None else col_amaxes.amax(0)
+        found = amaxes if amaxes is not None else col_amaxes
+        return None if found is None else max_partials(found)
 
 
 def _run_rows(source: Source, to: Format, output: Output) -> None:

@@ -9,7 +9,15 @@ from torch import Tensor
 from ..formats import BLOCKS, E5M2, NVFP4, Copies, Format, Target, alike, check
 from . import activations, nvfp4
 from .activations import FUSION, _output_width
-from .launch import ceil_div, launch, on_device_of, row_major, stride_unit, sum_partials
+from .launch import (
+    ceil_div,
+    launch,
+    max_partials,
+    on_device_of,
+    row_major,
+    stride_unit,
+    sum_partials,
+)
 from .quantize import TILE, Output, constants, new_output
 from .quantize_tiles import activation_backward_kernel
 
@@ -102,8 +110,8 @@ def _run(
                 **options, **FUSION,
             )  # fmt: skip
             sum_partials(sums, bias, None, None)
-    return (
-        None if amaxes is None else amaxes.amax(),
-        None if y_amaxes is None else y_amaxes.amax(),
-        bias,
-    )
+    with on_device_of(x):
+        found, y_found = (
+            None if partials is None else max_partials(partials) for partials in (amaxes, y_amaxes)
+        )
+    return found, y_found, bias

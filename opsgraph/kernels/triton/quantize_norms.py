@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import BLOCKS, NVFP4, Copies, Format, Target, check
-from .launch import ceil_div, launch, on_device_of, packed, row_major, stride_unit
+from .launch import (
+    ceil_div,
+    launch,
+    max_partials,
+    on_device_of,
+    packed,
+    row_major,
+    stride_unit,
+)
 from .norm_kernels import STRIDES, forward_wide_kernel, normalized
 from .norms import FUSION, NARROW, forward_config
 from .quantize import Output, constants, copies, new_output
@@ -86,7 +94,7 @@ def _read(
             BLOCK=whole if to.scaling == "rows" else min(BLOCKS[to.scaling], whole),
             num_warps=config["num_warps"], **constants(to, x.device), **flags,
         )  # fmt: skip
-    return *read, None if amax is None else amax.amax()
+        return *read, None if amax is None else max_partials(amax)
 
 
 def norm_quantize(
