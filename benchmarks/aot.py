@@ -31,6 +31,7 @@ from opsgraph.kernels.triton.activations import KINDS, activation_backward, acti
 from opsgraph.kernels.triton.dropout import dropout
 from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
 from opsgraph.kernels.triton.grouped import grouped_dgrad, grouped_linear, grouped_wgrad
+from opsgraph.kernels.triton.inverse import inverse
 from opsgraph.kernels.triton.norms import (
     norm_backward,
     norm_forward,
@@ -186,6 +187,12 @@ def _grouped(rows: int, depth: int, width: int, dtype: torch.dtype, what: str) -
         grouped_wgrad(dy, x, offsets)
 
 
+def _inverse(rows: int, depth: int, cols: bool) -> None:
+    """Of scales for 1 x 128, which the library reads by columns, or for 128 x 128."""
+    scale = _meta(rows if cols else rows // 128, depth // 128)
+    inverse(scale.t() if cols else scale, rows if cols else scale.size(1))
+
+
 TARGETS = {scaling: Format(scaling) for scaling in BLOCKS} | {
     "nvfp4": NVFP4(1, True, True),
     "nvfp4 square": NVFP4(16),
@@ -249,6 +256,8 @@ def cases(which: str) -> Iterator[Case]:
             yield name, _activation, (kind, width, dtype, backward)
     for dtype in dtypes:
         yield f"dropout {TYPES[dtype]} 4096", _dropout, (4096, dtype)
+    for cols in (True, False):
+        yield f"inverse {'1' if cols else '128'} x 128", _inverse, (4096, 4096, cols)
     yield from _linear_cases(which)
     yield from _quantize_cases(which)
 

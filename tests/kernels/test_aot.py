@@ -19,6 +19,7 @@ KERNELS = {
     "backward_wide_kernel",
     "sum_partials_kernel",
     "max_partials_kernel",
+    "inverse_kernel",
     "dropout_kernel",
     "linear_activation_kernel",
     "linear_activation_backward_kernel",

@@ -5,7 +5,8 @@ An operand is `[rows, depth]`, stored by rows, with scales along rows as the qua
 of those with which the quantizer multiplied. What the calls ask of layouts: NVIDIA's cuBLAS manual,
 "Narrow precision data types usage", and PyTorch's `torch.nn.functional.scaled_mm`. That function
 and its two enums are new in PyTorch 2.10, and are looked up at their use: `filled` serves older
-versions too.
+versions too. Replays know the older `torch._scaled_mm` alone, so it is called where it tells by the
+scales' shapes and strides what they cover (`told`).
 
     format   scale covers   on      the library reads                  depth is filled up to
     blocks   1 x 128        sm_90   fp32, stored by columns            128
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ...base.backend import backends
 
 if TYPE_CHECKING:
     from torch.nn.functional import ScalingType, SwizzleType
@@ -36,29 +39,47 @@ class Scaled(NamedTuple):
     scales: list[Tensor]
     scalings: "list[ScalingType]"
     swizzles: "list[SwizzleType]"
+    told: Tensor | None = None
+    """The scales as `torch._scaled_mm` takes them, where it can tell what they cover."""
 
 
 def multiply(a: Scaled, b: Scaled, rows: int, dtype: torch.dtype) -> Tensor:
-    """The first rows of `a @ b.T`, `[rows, cols]`, bf16 or fp32."""
-    y = F.scaled_mm(
-        a.data, b.data.t(), a.scales, a.scalings, b.scales, b.scalings, a.swizzles, b.swizzles,
-        output_dtype=dtype,
-    )  # fmt: skip
+    """The first rows of `a @ b.T`, `[rows, cols]`, bf16 or fp32.
+
+    PyTorch's two calls make the same one of the library. Replays know the first.
+    """
+    if a.told is not None and b.told is not None:
+        y = torch._scaled_mm(a.data, b.data.t(), a.told, b.told.t(), out_dtype=dtype)
+    else:
+        y = F.scaled_mm(
+            a.data, b.data.t(), a.scales, a.scalings, b.scales, b.scalings, a.swizzles, b.swizzles,
+            output_dtype=dtype,
+        )  # fmt: skip
     return y[:rows]
 
 
 def blocks(data: Tensor, scale: Tensor) -> Scaled:
-    """FP8 `[rows, depth]` with an fp32 scale for 128 columns of a row."""
+    """FP8 `[rows, depth]` with an fp32 scale for 128 columns of a row.
+
+    `torch._scaled_mm` takes one such scale of a row for the row's own.
+    """
     data = filled(data, ROWS, 128)
     inverse = _inverse(scale.t(), data.size(0)).t()
-    return Scaled(data, [inverse], [F.ScalingType.BlockWise1x128], [F.SwizzleType.NO_SWIZZLE])
+    scaling, swizzle = F.ScalingType.BlockWise1x128, F.SwizzleType.NO_SWIZZLE
+    return Scaled(data, [inverse], [scaling], [swizzle], inverse if inverse.size(1) > 1 else None)
 
 
 def squares(data: Tensor, scale: Tensor) -> Scaled:
-    """FP8 `[rows, depth]` with an fp32 scale for 128 x 128."""
-    inverse = _inverse(scale, -(-scale.size(1) // 4) * 4).t()
+    """FP8 `[rows, depth]` with an fp32 scale for 128 x 128.
+
+    `torch._scaled_mm` wants rows of scales that are filled up in some versions, and that are not in
+    others.
+    """
+    across = -(-scale.size(1) // 4) * 4
+    inverse = _inverse(scale, across)
     data, scaling = filled(data, 128, 128), F.ScalingType.BlockWise128x128
-    return Scaled(data, [inverse], [scaling], [F.SwizzleType.NO_SWIZZLE])
+    told = inverse if across == scale.size(1) else None
+    return Scaled(data, [inverse.t()], [scaling], [F.SwizzleType.NO_SWIZZLE], told)
 
 
 def mx(data: Tensor, scale: Tensor) -> Scaled:
@@ -82,6 +103,10 @@ def nvfp4(data: Tensor, scale: Tensor, factor: Tensor) -> Scaled:
 
 def _inverse(scale: Tensor, cols: int) -> Tensor:
     """`1 / scale` by rows, filled up with ones to `cols` columns."""
+    if scale.numel() and backends()["triton"].why_not_on(scale.device) is None:
+        from ..triton.inverse import inverse as by_kernel  # only where there is Triton
+
+        return by_kernel(scale, cols)
     new = torch.empty if cols == scale.size(1) else torch.ones
     inverse = new(scale.size(0), cols, dtype=torch.float32, device=scale.device)
     torch.reciprocal(scale, out=inverse[:, : scale.size(1)])
