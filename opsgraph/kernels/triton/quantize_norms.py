@@ -33,7 +33,7 @@ from .source import Source
 
 @triton.jit(do_not_specialize=STRIDES)
 def norm_quantize_kernel(
-    x, other, weight, bias, total, mean, rstd, data, scale, given, amax,
+    x, other, weight, bias, total, mean, rstd, data, scale, inverse, given, amax,
     rows, x_stride, other_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, NORM_EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
     CENTER: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SCALING: tl.constexpr,
@@ -53,7 +53,7 @@ def norm_quantize_kernel(
     if amax is not None:
         store_amax(value, amax + tl.program_id(0))
     store_copies(
-        value, first_row, 0, rows, WIDTH, WIDTH, data, scale, None, None, given,
+        value, first_row, 0, rows, WIDTH, WIDTH, data, scale, None, inverse, given,
         R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
     )  # fmt: skip
 
@@ -83,12 +83,13 @@ def _read(
         return *read, None
     programs = ceil_div(rows, config["ROWS"])
     amax = torch.empty(programs, dtype=torch.float32, device=x.device) if output.amax else None
+    data, data_scale, _, inverse, given, _ = output.operands(None)
     whole = config["BLOCK"]
     with on_device_of(x):
         launch(
             norm_quantize_kernel, (programs,),
             x, other, packed(weight), packed(bias), *read,
-            *output.operands(None)[:2], output.given, amax, rows, *strides, NORM_EPS=eps,
+            data, data_scale, inverse, given, amax, rows, *strides, NORM_EPS=eps,
             C=whole, R=config["ROWS"],
             SCALING="blocks" if to.scaling == "rows" else to.scaling,
             BLOCK=whole if to.scaling == "rows" else min(BLOCKS[to.scaling], whole),
@@ -123,4 +124,5 @@ def norm_quantize(
     )  # fmt: skip
     rest = copies(source, to, scale, wanted, amax)
     statistics = mean if "mean" in want else None, rstd if "rstd" in want else None
-    return rest._replace(row=output.row or rest.row), *statistics, total
+    inverse = output.inverse if rest.inverse is None else rest.inverse
+    return rest._replace(row=output.row or rest.row, inverse=inverse), *statistics, total

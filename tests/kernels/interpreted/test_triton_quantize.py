@@ -146,6 +146,7 @@ def test_norms(
     )
     assert no_mean is None
     check(found, y, to, scale, want)
+    assert (found.inverse is None) == (to.scaling != "tensor" or not rows)
     assert torch.equal(rstd_found, rstd)
     assert torch.equal(total_found, total)
     y, mean, rstd, _ = norm_forward(x, weight, bias, EPS, center=True)
@@ -153,6 +154,7 @@ def test_norms(
         x, weight, bias, EPS, to, center=True, scale=scale, want=("row",)
     )
     check(row, y, to, scale, ("row",))
+    assert (row.inverse is None) == (to.scaling != "tensor" or not rows)
     assert no_mean is no_rstd is no_total is None
     col, mean_found, rstd_found, _ = norm_quantize(
         x, weight, bias, EPS, to, center=True, scale=scale, want=("col", "mean", "rstd")
