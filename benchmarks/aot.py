@@ -39,6 +39,7 @@ from opsgraph.kernels.triton.norms import (
 from opsgraph.kernels.triton.quantize import activation_quantize
 from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
 from opsgraph.kernels.triton.quantize_norms import norm_quantize
+from opsgraph.kernels.triton.sums import add, sum_rows
 
 TYPES = {
     torch.float32: "fp32",
@@ -162,6 +163,14 @@ def _dropout(width: int, dtype: torch.dtype) -> None:
     dropout(x, _meta(dtype=torch.int64), 0.1, residual=x, bias=_meta(width, dtype=dtype))
 
 
+def _sums(width: int, dtype: torch.dtype) -> None:
+    x, bias = _meta(4096, width, dtype=dtype), _meta(width, dtype=dtype)
+    add(x, x, bias)
+    add(x, x)
+    add(x, None, bias)
+    sum_rows(x, dtype)
+
+
 def _linear(
     kind: str, rows: int, depth: int, width: int, dtype: torch.dtype, backward: bool
 ) -> None:
@@ -256,6 +265,7 @@ def cases(which: str) -> Iterator[Case]:
             yield name, _activation, (kind, width, dtype, backward)
     for dtype in dtypes:
         yield f"dropout {TYPES[dtype]} 4096", _dropout, (4096, dtype)
+        yield f"sums {TYPES[dtype]} 4096", _sums, (4096, dtype)
     for cols in (True, False):
         yield f"inverse {'1' if cols else '128'} x 128", _inverse, (4096, 4096, cols)
     yield from _linear_cases(which)

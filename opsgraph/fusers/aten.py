@@ -51,6 +51,11 @@ class LinearBiasAdd(Fuser):
 
     backend, pattern = "aten", dict(fc=BasicLinear, bias=Bias | None, add=Add)
 
+    def reject(self, bias: Op | None, x: Spec) -> str | None:
+        if bias is not None and x.device.type == "cuda":
+            return "on cuda the add after a bias is a kernel of its own"
+        return None
+
     def fwd(self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor | None, add_other: Tensor) -> Any:
         if bias_bias is None:
             return torch.addmm(add_other, x, fc_weight.t()), ()

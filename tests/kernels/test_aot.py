@@ -20,6 +20,8 @@ KERNELS = {
     "sum_partials_kernel",
     "max_partials_kernel",
     "inverse_kernel",
+    "add_kernel",
+    "sum_rows_kernel",
     "dropout_kernel",
     "linear_activation_kernel",
     "linear_activation_backward_kernel",

@@ -1,4 +1,8 @@
-"""Fusers over the Triton kernels: norms with their residuals, activations, dropout."""
+"""Fusers over the Triton kernels: norms with their residuals, activations, dropout, sums.
+
+Those of `Alone` are for what nothing else takes along: a replay knows their kernels, and not the
+calls of PyTorch that the ops' own functions make.
+"""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
-from ...ops import Add, Bias, Dropout
+from ...ops import Add, Bias, Dropout, Tee
 from ...ops.activations import Activation, GatedActivation, Params
 from ..lazy import Lazy
 from ..norms import NormForward, NormGradients
@@ -15,6 +19,7 @@ from ..norms import NormForward, NormGradients
 norms = Lazy("triton.norms")
 activations = Lazy("triton.activations")
 dropouts = Lazy("triton.dropout")
+sums = Lazy("triton.sums")
 
 
 class Triton(Fuser):
@@ -99,3 +104,52 @@ class DropoutBackward(Triton):
 
     def bwd(self, dy: Tensor, drop_seed: Tensor, drop_p: float) -> Any:
         return dropouts.dropout(dy, drop_seed, drop_p), ()
+
+
+class Alone(Triton):
+    """What is left to the op's own functions unless it stands alone."""
+
+    priority = -1
+
+
+@register
+class BiasKernel(Alone):
+    """Bias [and residual add] in one pass."""
+
+    pattern = dict(bias=Bias, add=Add | None)
+
+    def fwd(self, x: Tensor, bias_bias: Tensor, add_other: Tensor | None) -> Any:
+        return sums.add(x, add_other, bias_bias), ()
+
+
+@register
+class BiasBackward(Alone):
+    """The bias's gradient, summed in a fixed order."""
+
+    pattern = dict(bias=Bias)
+
+    def wgrad(self, dy: Tensor, bias_bias: Tensor) -> Any:
+        return sums.sum_rows(dy, bias_bias.dtype)
+
+    def dgrad(self, dy: Tensor) -> Any:
+        return dy
+
+
+@register
+class AddKernel(Alone):
+    """A residual add."""
+
+    pattern = dict(add=Add)
+
+    def fwd(self, x: Tensor, add_other: Tensor) -> Any:
+        return sums.add(x, add_other), ()
+
+
+@register
+class TeeBackward(Alone):
+    """The sum of the gradients of a value that two read."""
+
+    pattern = dict(tee=Tee)
+
+    def bwd(self, dy: Tensor, tee_d: Tensor) -> Any:
+        return sums.add(dy, tee_d), ()
