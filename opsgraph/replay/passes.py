@@ -64,8 +64,9 @@ class Pass:
         if profiler._is_profiler_enabled:
             with record_function(f"opsgraph {self.name}"):
                 return self._run(arguments)
-        if self.last is not None:
-            result = self.last(*arguments)
+        last = self.last  # which another thread may take away
+        if last is not None:
+            result = last(*arguments)
             if result is not None:
                 return result
         return self._run(arguments)
@@ -88,6 +89,8 @@ class Pass:
         where, tensor = tuple(key), None
         record = self.records.get(where, self)
         if record is None:
+            if any(t is not None and not t.numel() for t in tensors):
+                return self.python(*arguments)  # without memory nothing can be followed
             handed = [tensors]
             del tensors  # each dies after its last use
             return self._record(where, handed, arguments)
