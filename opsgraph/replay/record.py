@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..base.errors import OpsgraphError
 from ..guards.torch_private import empty_strided
@@ -36,6 +37,8 @@ ALIGNMENT = 256
 """Bytes that temporaries in an arena begin at multiples of."""
 
 
+Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]
+"""Dtype, sizes, strides."""
 NOTHING = -1
 """The slot of None."""
 
@@ -101,6 +104,7 @@ class Stretch:
         alone = [event for _, event in events]
         offsets, self.arena = arena(alone, lambda buffer: buffer not in home, buffers)
         self.bases = (*inputs, *(result.slot for result in results))
+        self.reads = {*inputs, *(view.base for view in views)}
         order = {slot: k for k, slot in enumerate(self.bases)}
         self.provided = self.arena if device.type == "cpu" and self.arena < memory.LEAST else 0
         """The arena's size where the library provides it."""
@@ -153,6 +157,8 @@ class InPython:
     ) -> None:
         self.line, self.reads, self.makes, self.reason = line, dict(reads), dict(makes), reason
         self.dead = list[int]()
+        self.layouts: Mapping[str, Layout] = {}
+        """Of what it makes that stretches read."""
 
     def text(self, number: int, namespace: dict[str, Any]) -> Iterator[str]:
         """Its lines of source, with what they name in the namespace."""
@@ -174,7 +180,21 @@ class InPython:
         variables = dict(zip(self.reads, values, strict=True))
         values.clear()
         run_line(self.line, ops, variables)
+        for made, layout in self.layouts.items():
+            variables[made] = self._laid_out(made, variables.get(made), *layout)
         return [variables.get(made) for made in self.makes]
+
+    def _laid_out(
+        self, made: str, value: Any, dtype: torch.dtype, sizes: Any, strides: Any
+    ) -> Tensor:  # fmt: skip
+        """A value in the layout that stretches read it in."""
+        if not isinstance(value, Tensor) or (value.dtype, value.shape) != (dtype, sizes):
+            got = f"{value.dtype} {[*value.shape]}" if isinstance(value, Tensor) else f"{value}"
+            expected = f"{dtype} {[*sizes]} as in calls before"
+            raise OpsgraphError(f"{self.line.function}: {made} is {got}, expected {expected}")
+        if value.stride() == strides:
+            return value
+        return torch.empty_strided(sizes, strides, dtype=dtype, device=value.device).copy_(value)
 
 
 class Record:

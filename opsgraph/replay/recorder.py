@@ -11,9 +11,11 @@ Rules:
   reason: an op that is not in its tables, a number read from memory, an address in no buffer.
 - The allocator hands out memory again. So an allocation takes the place of every buffer that had
   its addresses before.
+- Values may share memory in the call that is recorded and not in others: one tensor given twice, an
+  op that returns its input. So of several buffers a line's is the one that it reads by name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,29 +114,27 @@ def span(tensor: Tensor) -> int:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the events of one line after the other: `with recorder: ...`, then `take()`.
+    """Notes the events of one line after the other: `with recorder: ...`, then `take()`."""
 
-    arguments: the tensors that replays are handed; None for what is none.
-    """
-
-    def __init__(self, arguments: Sequence[Tensor | None]) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.buffers: list[Buffer] = []
         self._ranges: list[tuple[int, int, int]] = []
-        """Begin, end and number of each buffer that is there; they do not overlap."""
+        """Begin, end and number of each buffer that is there."""
+        self.reading: Collection[int] = ()
+        """The buffers of the values that a line reads."""
         self._events: list[Event] = []
         self._first = 0
         self._reason: str | None = None
-        for k, tensor in enumerate(arguments):
-            self.argument(k, tensor)
 
-    def argument(self, k: int, tensor: Tensor | None) -> None:
-        """Make the memory of a tensor known: replays are handed it as number k."""
-        if tensor is not None and (size := span(tensor)):
-            start, number = tensor.data_ptr(), len(self.buffers)
-            self._free(start, start + size)
-            self.buffers.append(Buffer(size, tensor.device, k))
-            self._ranges.append((start, start + size, number))
+    def argument(self, k: int, tensor: Tensor) -> Place | None:
+        """Make the memory of a tensor known, replays are handed it as number k; its place."""
+        if not (size := span(tensor)):
+            return None
+        start, number = tensor.data_ptr(), len(self.buffers)
+        self.buffers.append(Buffer(size, tensor.device, k))
+        self._ranges.append((start, start + size, number))
+        return Place(number, 0)
 
     def _free(self, start: int, end: int) -> None:
         """What had these addresses has them no more."""
@@ -167,16 +167,16 @@ class Recorder(TorchDispatchMode):
     # -- places --
 
     def find(self, address: int) -> Place | None:
-        """The place of an address in a buffer, or None."""
-        for start, end, number in self._ranges:
-            if start <= address < end:
-                return Place(number, address - start)
-        return None
+        """The place of an address in a buffer, or None; None too if it may be any of several."""
+        found = [r for r in self._ranges if r[0] <= address < r[1]]
+        if len(found) > 1:
+            found = [r for r in found if r[2] in self.reading]
+        return Place(found[0][2], address - found[0][0]) if len(found) == 1 else None
 
     def _place(self, address: int) -> Place:
         place = self.find(address)
         if place is None:
-            raise _Refused("it reads memory that is neither handed in nor allocated by the pass")
+            raise _Refused("it reads memory that no value or more than one has")
         return place
 
     def _operand(self, tensor: Any) -> Operand | None:

@@ -4,7 +4,7 @@ The layers: `recorder` notes what each line did to memory; here lines become str
 Python, and values get slots; `record` is the result, which `passes` replays.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from ..guards.torch_private import same_layouts
 from ..plan.lines import Function, Line
 from .interpreter import run_line
 from .record import NOTHING, InPython, Record, Result, Stretch, View, used
-from .recorder import Event, Place, Recorder
+from .recorder import Event, Place, Recorder, span
 
 STRUCTURAL = ("bind", "clear", "pass", "return")
 """Lines that move names and touch no memory."""
@@ -59,8 +59,8 @@ class Recording:
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         self.fits = same_layouts(tensors)
         self.present = [isinstance(argument, Tensor) for argument in arguments]
-        self.recorder = Recorder([a if isinstance(a, Tensor) else None for a in arguments])
-        self.values = [self._described(argument) for argument in arguments]
+        self.recorder = Recorder()
+        self.values = [self._handed(k, argument) for k, argument in enumerate(arguments)]
         """What each slot holds: a tensor's geometry, the type of what has none, or None."""
         self.slots = {name: k for k, name in enumerate(names)}
         self.steps: list[_Step] = []
@@ -75,6 +75,8 @@ class Recording:
                 self._move(line)
                 result = run_line(line, self.ops, variables)
                 continue
+            read = [self.values[slot] for slot in reads.values()]
+            self.recorder.reading = {v.place.buffer for v in read if isinstance(v, Geometry)}
             with self.recorder:
                 if number in self.in_python:
                     self.recorder.refuse("a line in Python reads what it makes")
@@ -84,21 +86,29 @@ class Recording:
             events, reason = self.recorder.take()
             makes = {}
             for made in line.makes:
-                self.slots[made] = makes[made] = len(self.values)
+                self.slots[made] = makes[made] = k = len(self.values)
                 value = variables.get(made)
-                if reason is not None and isinstance(value, Tensor):
-                    self.recorder.argument(makes[made], value)
-                self.values.append(self._described(value))
+                known = self._described(value) if reason is None else self._made(k, value)
+                self.values.append(known)
             self.steps.append(_Step(number, line, reads, makes, events, reason))
         return result
 
-    def _described(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return None if value is None else type(value)
-        place = self.recorder.find(value.data_ptr()) if value.numel() else None
-        if place is None:
+    def _handed(self, slot: int, value: Any) -> Any:
+        """What a slot holds that a replay does not make itself."""
+        return _described(value, lambda: self.recorder.argument(slot, value))
+
+    def _made(self, slot: int, value: Any) -> Any:
+        """What a slot holds that a line in Python makes.
+
+        Expanded tensors have no memory of their own, into which those of later calls could be laid.
+        """
+        if isinstance(value, Tensor) and span(value) < value.numel() * value.element_size():
             return type(value)
-        return Geometry(place, value.dtype, (*value.shape,), value.stride())
+        return self._handed(slot, value)
+
+    def _described(self, value: Any) -> Any:
+        """What a slot holds that a stretch makes."""
+        return _described(value, lambda: self.recorder.find(value.data_ptr()))
 
     def _move(self, line: Line) -> None:
         """Follow names through a line that moves them."""
@@ -244,6 +254,15 @@ class _Assembly:
     def record(self) -> Record:
         """The record."""
         parts = [self._part(n, group) for n, group in enumerate(self.groups)]
+        stretches = [part for part in parts if isinstance(part, Stretch)]
+        read = {slot for part in stretches for slot in part.reads}
+        for part in parts:
+            if isinstance(part, InPython):
+                part.layouts = {
+                    made: (value.dtype, value.sizes, value.strides)
+                    for made, slot in part.makes.items()
+                    if slot in read and isinstance(value := self.values[slot], Geometry)
+                }
         ends: dict[int, int] = {}
         returned = self._returned(self.recording.returned, ends)
         for slot in (*_slots(returned), *ends.values()):
@@ -294,6 +313,15 @@ class _Assembly:
         end, self.free = self.free, self.free + 1
         ends[end] = slot
         return end
+
+
+def _described(value: Any, find: Callable[[], Place | None]) -> Any:
+    if not isinstance(value, Tensor):
+        return None if value is None else type(value)
+    place = find() if value.numel() else None
+    if place is None:
+        return type(value)
+    return Geometry(place, value.dtype, (*value.shape,), value.stride())
 
 
 def _ours(line: Line) -> bool:
