@@ -23,7 +23,7 @@ from ..plan.lines import Function
 from ..plan.result import Passes
 from .interpreter import run_line
 from .native import why_not as absent
-from .record import Record, Stretch
+from .record import ALIGNED, Record, Stretch
 from .recording import Recording
 
 MOST = 64
@@ -91,13 +91,18 @@ class Pass:
         if record is None:
             if any(t is not None and not t.numel() for t in tensors):
                 return self.python(*arguments)  # without memory nothing can be followed
+            if self.device.type == "cuda" and any(
+                t is not None and t.data_ptr() % ALIGNED for t in tensors
+            ):
+                return self.python(*arguments)
             handed = [tensors]
             del tensors  # each dies after its last use
             return self._record(where, handed, arguments)
         del tensors
         if record is not self:
             self.last = record.run_if
-            return record.run(*arguments)
+            result = record.run(*arguments)
+            return self.python(*arguments) if result is None else result
         self.records[where] = None
         if len(self.records) > MOST:
             self.records.popitem(last=False)

@@ -8,8 +8,9 @@ which two temporaries share memory unless they are in use at the same time.
     def replayed(ops, v0, v1, fits=fits):
         if not fits(v0, v1):
             return None
+        p0, p1 = v0.data_ptr(), v1.data_ptr()
         v3 = new((4, 64), (64, 1), torch.float32)
-        failed = replay(94211, pack0(v0.data_ptr(), v1.data_ptr(), v3.data_ptr()), 0)
+        failed = replay(94211, pack0(p0, p1, v3.data_ptr()), 0)
         if failed:
             fail0(failed)
         return (v3,), (v0,)
@@ -17,7 +18,7 @@ which two temporaries share memory unless they are in use at the same time.
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ from .recorder import Aten, Buffer, Event, Place
 
 ALIGNMENT = 256
 """Bytes that temporaries in an arena begin at multiples of."""
+ALIGNED = 16
+"""Bytes that arguments have to begin at multiples of, on CUDA."""
 
 
 Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]
@@ -46,6 +49,11 @@ NOTHING = -1
 def name(slot: int) -> str:
     """What the variable of a slot is called."""
     return "None" if slot == NOTHING else f"v{slot}"
+
+
+def pointer(slot: int) -> str:
+    """What the address of an argument is called."""
+    return f"p{slot}"
 
 
 class View(NamedTuple):
@@ -117,9 +125,11 @@ class Stretch:
 
         self.program = program(events, locate, self.provided)
 
-    def text(self, number: int, namespace: dict[str, Any]) -> Iterator[str]:
-        """Its lines of source, with what they name in the namespace."""
-        addresses = [f"{name(slot)}.data_ptr()" for slot in self.bases]
+    def text(self, number: int, namespace: dict[str, Any], count: int) -> Iterator[str]:
+        """Its lines of source, with what they name in the namespace. count: of the arguments."""
+        addresses = [
+            pointer(slot) if slot < count else f"{name(slot)}.data_ptr()" for slot in self.bases
+        ]
         for result in self.results:
             yield result.text(name(result.slot))
         if self.arena > self.provided:
@@ -160,8 +170,8 @@ class InPython:
         self.layouts: Mapping[str, Layout] = {}
         """Of what it makes that stretches read."""
 
-    def text(self, number: int, namespace: dict[str, Any]) -> Iterator[str]:
-        """Its lines of source, with what they name in the namespace."""
+    def text(self, number: int, namespace: dict[str, Any], count: int) -> Iterator[str]:
+        """Its lines of source, with what they name in the namespace. count: of the arguments."""
         namespace[f"line{number}"] = self.run
         reads, makes = (", ".join(map(name, slots.values())) for slots in (self.reads, self.makes))
         variables = f"[{reads}]"
@@ -201,13 +211,14 @@ class Record:
     """A recorded pass. returned: what it returns, slots in tuples; ends: its views, by slot."""
 
     def __init__(
-        self, present: Sequence[bool], fits: Any, saved: int, has_ops: bool,
+        self, present: Sequence[bool], fits: Any, shared: Iterable[tuple[int, int]], saved: int,
+        has_ops: bool,
         parts: Sequence[Stretch | InPython], ends: Mapping[int, int], returned: Any,
         device: torch.device,
     ) -> None:  # fmt: skip
         """present: which arguments are tensors. fits: tells whether such are laid out as recorded.
 
-        saved: how many of them, the last ones, come in a list.
+        shared: those that have to share memory. saved: how many, the last ones, come in a list.
         """
         self.parts = parts
         namespace: dict[str, Any] = {
@@ -224,18 +235,28 @@ class Record:
         test = f"not fits({tensors})"
         if device.type == "cpu":
             test = f"threads() != {torch.get_num_threads()} or {test}"
-        lines += [f"if {test}:", "    return None", *["saved.clear()"] * bool(saved)]
+        lines += [f"if {test}:", "    return None"]
+        read = {k for part in parts if isinstance(part, Stretch) for k in part.bases}
+        pointers = sorted((read & {*range(len(present))}).union(*shared))
+        if pointers:
+            values = ", ".join(f"{name(k)}.data_ptr()" for k in pointers)
+            lines.append(f"{', '.join(map(pointer, pointers))} = {values}")
+        tests = [f"{pointer(k)} != {pointer(other)}" for k, other in sorted(shared)]
+        if device.type == "cuda" and pointers:  # what kernels are compiled for
+            tests.append(f"({' | '.join(map(pointer, pointers))}) % {ALIGNED}")
+        lines += [f"if {' or '.join(tests)}:", "    return None"] if tests else []
+        lines += ["saved.clear()"] * bool(saved)
         for number, part in enumerate(parts):
-            lines += part.text(number, namespace)
+            lines += part.text(number, namespace, len(present))
         lines += [f"{name(end)} = {name(slot)}.view_as({name(slot)})" for end, slot in ends.items()]
         lines.append(f"return {_spelled(returned)}")
         body = "\n".join(f"    {line}" for line in lines)
         self.source = f"def replayed({', '.join(head)}):\n{body}\n"
         run = compiled("replayed", self.source, namespace)
         self.run: Callable[..., Any] = partial(run, fits=_fits)
-        """Replays the pass."""
+        """Replays the pass; returns None, having done nothing, where memory is not as recorded."""
         self.run_if: Callable[..., Any] | None = None if fits is None else run
-        """The same, but returns None, and does nothing, where arguments are laid out otherwise."""
+        """The same, which also looks whether arguments are laid out as recorded."""
 
 
 def _fits(*tensors: Any) -> bool:

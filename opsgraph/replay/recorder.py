@@ -12,7 +12,8 @@ Rules:
 - The allocator hands out memory again. So an allocation takes the place of every buffer that had
   its addresses before.
 - Values may share memory in the call that is recorded and not in others: one tensor given twice, an
-  op that returns its input. So of several buffers a line's is the one that it reads by name.
+  op that returns its input. So of several buffers a line's is the one that it reads by name; where
+  that does not tell, replays have to see the same arguments shared.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -116,8 +117,12 @@ def span(tensor: Tensor) -> int:
 class Recorder(TorchDispatchMode):
     """Notes the events of one line after the other: `with recorder: ...`, then `take()`."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
+        """count: of the arguments."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self.count = count
+        self.shared: set[tuple[int, int]] = set()
+        """Arguments that are taken for each other."""
         self.buffers: list[Buffer] = []
         self._ranges: list[tuple[int, int, int]] = []
         """Begin, end and number of each buffer that is there."""
@@ -170,8 +175,19 @@ class Recorder(TorchDispatchMode):
         """The place of an address in a buffer, or None; None too if it may be any of several."""
         found = [r for r in self._ranges if r[0] <= address < r[1]]
         if len(found) > 1:
-            found = [r for r in found if r[2] in self.reading]
+            found = [r for r in found if r[2] in self.reading] or found
+        if len(found) > 1 and self._one(found):
+            found = found[:1]
         return Place(found[0][2], address - found[0][0]) if len(found) == 1 else None
+
+    def _one(self, found: Sequence[tuple[int, int, int]]) -> bool:
+        """Whether buffers are arguments that begin together; replays then see that they do."""
+        slots = [self.buffers[number].argument for _, _, number in found]
+        together = len({start for start, _, _ in found}) == 1
+        if not together or any(slot is None or slot >= self.count for slot in slots):
+            return False
+        self.shared |= {(slots[0], slot) for slot in slots[1:]}  # type: ignore[misc]
+        return True
 
     def _place(self, address: int) -> Place:
         place = self.find(address)

@@ -59,7 +59,7 @@ class Recording:
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         self.fits = same_layouts(tensors)
         self.present = [isinstance(argument, Tensor) for argument in arguments]
-        self.recorder = Recorder()
+        self.recorder = Recorder(len(arguments))
         self.values = [self._handed(k, argument) for k, argument in enumerate(arguments)]
         """What each slot holds: a tensor's geometry, the type of what has none, or None."""
         self.slots = {name: k for k, name in enumerate(names)}
@@ -272,8 +272,9 @@ class _Assembly:
         made = self.recording
         has_ops = made.function.parameters[:1] == ("ops",)
         return Record(
-            made.present, made.fits, made.saved, has_ops, parts, ends, returned, made.device
-        )
+            made.present, made.fits, made.recorder.shared, made.saved, has_ops, parts, ends,
+            returned, made.device,
+        )  # fmt: skip
 
     def _part(self, number: int, group: list[_Step]) -> Stretch | InPython:
         if group[0].reason is not None:
