@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from ..kernels.cpu import build
+from ..kernels.cublaslt import matmul
 from . import shim
-from .recorder import Aten, Event, Kernel, Launch, Operand, Place
+from .recorder import Aten, Event, Kernel, Launch, Matmul, Operand, Place
 
-END, KERNEL, LAUNCH, ATEN = range(4)
+END, KERNEL, LAUNCH, ATEN, MATMUL = range(5)
 NONE, ARENA = -2, -1
 """In the place of a buffer's number; the arena is one that the library provides."""
 KINDS = ("mm", "addmm", "bmm", "scaled_mm", "copy", "zero")
@@ -20,6 +21,7 @@ KINDS = ("mm", "addmm", "bmm", "scaled_mm", "copy", "zero")
 MOST_WORDS = 96
 """Words of a kernel's record or parameters, at the most."""
 _COMMON = ("create_tensor_from_blob", "delete_tensor_object", "copy_", "zero_")
+_CONTEXT = ("cuCtxGetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent")
 _PRODUCTS = ("mm_out", "addmm_out", "bmm_out")
 
 Replay = Callable[[int, bytes, int], int]
@@ -44,7 +46,10 @@ def replay(kind: str) -> Replay:
         table += addresses(cpu, f"{shim.PREFIX}cpu_{name}")
         table += addresses(cuda, f"{shim.PREFIX}cuda_{name}")
     table += addresses(cuda, f"{shim.PREFIX}cuda__scaled_mm_out")
-    table += addresses(ctypes.CDLL("libcuda.so.1") if cuda else None, "cuLaunchKernel")
+    driver = ctypes.CDLL("libcuda.so.1") if cuda else None
+    table += addresses(driver, "cuLaunchKernel")
+    table += addresses(matmul.library() if cuda else None, "cublasLtMatmul")
+    table += addresses(driver, *_CONTEXT)
     library.opsgraph_replay_bind((ctypes.c_void_p * len(table))(*table))
     if kind == "cuda" and cuda is None:
         raise OSError("no CUDA device")
@@ -71,12 +76,14 @@ Locate = Callable[[Place], tuple[int, int]]
 """Where a place is for a program: the number of the buffer that it is handed, and an offset."""
 
 
-def program(events: Sequence[tuple[int, Event]], locate: Locate, arena: int) -> Any:
+def program(
+    events: Sequence[tuple[int, Event]], locate: Locate, arena: int, device: torch.device
+) -> Any:
     """The words of events, each with the number of its line, as an array for the library.
 
-    arena: bytes that the library is to provide.
+    arena: bytes that the library is to provide. It names what must live as long as it does.
     """
-    words = [arena]
+    words = [arena, device.index if device.type == "cuda" else -1]
     for step, event in events:
         opcode, rest = _encoded(event, locate)
         words += (opcode, step, len(rest), *rest)
@@ -87,6 +94,8 @@ def program(events: Sequence[tuple[int, Event]], locate: Locate, arena: int) -> 
 def _encoded(event: Event, locate: Locate) -> tuple[int, list[int]]:
     if isinstance(event, Aten):
         return ATEN, _aten(event, locate)
+    if isinstance(event, Matmul):
+        return MATMUL, _matmul(event, locate)
     count = len(event.words) // 8
     assert count <= MOST_WORDS
     head = [event.function, 0, 0, 0, 0, 0]
@@ -95,6 +104,14 @@ def _encoded(event: Event, locate: Locate) -> tuple[int, list[int]]:
     places = [number for word, place in event.places for number in (word, *locate(place))]
     rest = [*head, count, len(event.places), *places, *struct.unpack(f"={count}q", event.words)]
     return (KERNEL if isinstance(event, Kernel) else LAUNCH), rest
+
+
+def _matmul(event: Matmul, locate: Locate) -> list[int]:
+    made, nowhere = event.product, (NONE, 0)
+    objects = (made.description, made.first, made.second, made.result)
+    fixed = [made.handle, *(each.value or 0 for each in objects), ctypes.addressof(made.algorithm)]
+    places = [nowhere if place is None else locate(place) for place in event.places]
+    return [*fixed, made.workspace, *(number for place in places for number in place)]
 
 
 def _aten(event: Aten, locate: Locate) -> list[int]:

@@ -32,7 +32,7 @@ from ..plan.compiled import compiled
 from ..plan.lines import Line
 from .interpreter import run_line
 from .native import ARENA, program, replay
-from .recorder import Aten, Buffer, Event, Place
+from .recorder import Aten, Buffer, Event, Matmul, Place
 
 ALIGNMENT = 256
 """Bytes that temporaries in an arena begin at multiples of."""
@@ -123,7 +123,9 @@ class Stretch:
                 return order[home[place.buffer]], place.offset
             return room, offsets[place.buffer] + place.offset
 
-        self.program = program(events, locate, self.provided)
+        self.program = program(events, locate, self.provided, device)
+        self.held = [event for event in alone if isinstance(event, Matmul)]
+        """What the program has addresses of."""
 
     def text(self, number: int, namespace: dict[str, Any], count: int) -> Iterator[str]:
         """Its lines of source, with what they name in the namespace. count: of the arguments."""
@@ -227,6 +229,8 @@ class Record:
         }  # fmt: skip
         if device.type == "cuda":
             namespace["stream"] = torch._C._cuda_getCurrentRawStream
+            namespace["current"] = torch._C._cuda_getDevice
+            namespace["reduces"] = torch._C._get_cublas_allow_bf16_reduced_precision_reduction
         names = [name(k) for k in range(len(present))]
         first = len(names) - saved
         head = [*["ops"] * has_ops, *names[:first], *["saved"] * bool(saved), "fits=fits"]
@@ -235,6 +239,9 @@ class Record:
         test = f"not fits({tensors})"
         if device.type == "cpu":
             test = f"threads() != {torch.get_num_threads()} or {test}"
+        if device.type == "cuda":
+            reduces = torch._C._get_cublas_allow_bf16_reduced_precision_reduction()
+            test = f"current() != {device.index} or reduces() != {reduces} or {test}"
         lines += [f"if {test}:", "    return None"]
         read = {k for part in parts if isinstance(part, Stretch) for k in part.bases}
         pointers = sorted((read & {*range(len(present))}).union(*shared))
@@ -298,4 +305,6 @@ def used(event: Event) -> list[int]:
     """The buffers that an event reads or writes."""
     if isinstance(event, Aten):
         return [operand.place.buffer for operand in event.operands if operand is not None]
+    if isinstance(event, Matmul):
+        return [place.buffer for place in event.places if place is not None]
     return [place.buffer for _, place in event.places]

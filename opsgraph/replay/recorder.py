@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..guards.watching import watching
+from ..kernels.cublaslt import matmul
 from .shim import dtype_code
 
 
@@ -71,7 +72,14 @@ class Aten(NamedTuple):
     scalars: tuple[float, float] = (0.0, 0.0)
 
 
-Event = Kernel | Launch | Aten
+class Matmul(NamedTuple):
+    """A product by the library's own call. places: of b, a, the result, and the workspace."""
+
+    product: "matmul.Matmul"
+    places: tuple[Place | None, ...]
+
+
+Event = Kernel | Launch | Aten | Matmul
 
 
 class Buffer(NamedTuple):
@@ -270,6 +278,8 @@ class Recorder(TorchDispatchMode):
             kind, count = _PRODUCTS[name]
             if not name.endswith("out"):
                 self._allocated(result)
+            if kind == "mm" and self._matmul(result, *args[:2]):
+                return
             scalars = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
             self._aten(kind, result, *args[:count], scalars=scalars)
         elif name == "aten._scaled_mm.default" and result.is_cuda:
@@ -283,9 +293,28 @@ class Recorder(TorchDispatchMode):
 
     def _aten(self, kind: str, *tensors: Any, scalars: tuple[float, float] = (0.0, 0.0)) -> None:
         operands = tuple(map(self._operand, tensors))
-        if operands[0] is None or self.buffers[operands[0].place.buffer].argument is not None:
-            raise _Refused("it writes to what it was handed")
+        self._writes(operands[0])
         self._note(lambda: Aten(kind, operands, scalars))
+
+    def _matmul(self, out: Tensor, a: Tensor, b: Tensor) -> bool:
+        """Note a product as the library's own call, if that gives the same bits."""
+        made = matmul.as_pytorch(out, a, b) if out.is_cuda else None
+        if made is None:
+            return False
+        first, second, result = (self._operand(tensor) for tensor in (b, a, out))
+        assert first is not None and second is not None and result is not None  # noqa: PT018
+        self._writes(result)
+        room = None
+        if made.workspace:
+            room = Place(len(self.buffers), 0)
+            self.buffers.append(Buffer(made.workspace, out.device))
+        places = first.place, second.place, result.place, room
+        self._note(lambda: Matmul(made, places))
+        return True
+
+    def _writes(self, operand: Operand | None) -> None:
+        if operand is None or self.buffers[operand.place.buffer].argument is not None:
+            raise _Refused("it writes to what it was handed")
 
     def _scaled_mm(
         self, out: Tensor, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor,

@@ -10,7 +10,7 @@
 using Word = int64_t;
 using Tensor = struct Opaque*;
 
-enum Opcode : Word { END, KERNEL, LAUNCH, ATEN };
+enum Opcode : Word { END, KERNEL, LAUNCH, ATEN, MATMUL };
 enum Aten : Word { MM, ADDMM, BMM, SCALED_MM, COPY, ZERO };
 const int MOST_WORDS = 96, MOST_TENSORS = 8;
 const Word NONE = -2, ARENA = -1;  // in the place of a buffer's number
@@ -33,6 +33,13 @@ struct Called {
     int32_t (*launch)(
         void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
         void**);
+    int32_t (*matmul)(
+        void*, void*, const float*, const void*, void*, const void*, void*, const float*,
+        const void*, void*, void*, void*, const void*, void*, size_t, void*);
+    int32_t (*context)(void**);
+    int32_t (*device)(int*, int);
+    int32_t (*retain)(void**, int);
+    int32_t (*set_context)(void*);
 };
 static Called called;
 
@@ -118,18 +125,50 @@ static int64_t aten(const Word* at, const Buffers& buffers) {
     return -1;
 }
 
-// Runs a program: the bytes of an arena that the library is to provide, then steps of [opcode, line,
-// length of the rest, rest]. given: where each buffer begins. stream: CUDA's. Returns 0, or, where
+// A thread that has done nothing on CUDA has no context: it gets the device's.
+static int64_t in_context(Word device) {
+    void* context = nullptr;
+    int number = 0;
+    if (int32_t error = called.context(&context)) return error;
+    if (context) return 0;
+    if (int32_t error = called.device(&number, static_cast<int>(device))) return error;
+    if (int32_t error = called.retain(&context, number)) return error;
+    return called.set_context(context);
+}
+
+// [handle, description, layouts of the first, the second and the result, algorithm, bytes of the
+// workspace, (buffer, offset) of the first, the second, the result and the workspace]
+static int64_t matmul(const Word* at, const Buffers& buffers, void* stream) {
+    const float one = 1, zero = 0;
+    void* fixed[6];
+    void* memory[4];
+    for (int i = 0; i < 6; i++) fixed[i] = reinterpret_cast<void*>(at[i]);
+    for (int i = 0; i < 4; i++) {
+        const Word* place = at + 7 + 2 * i;
+        memory[i] = place[0] == NONE ? nullptr
+                                     : reinterpret_cast<void*>(buffers[place[0]] + place[1]);
+    }
+    return called.matmul(
+        fixed[0], fixed[1], &one, memory[0], fixed[2], memory[1], fixed[3], &zero, memory[2],
+        fixed[4], memory[2], fixed[4], fixed[5], memory[3], static_cast<size_t>(at[6]), stream);
+}
+
+// Runs a program: the bytes of an arena that the library is to provide and CUDA's device or -1, then steps
+// of [opcode, line, length of the rest, rest]. given: where each buffer begins. stream: CUDA's. Returns 0, or, where
 // something failed, its line + 1 and what it returned times 2^32.
 EXPORT int64_t opsgraph_replay(const Word* at, const Word* given, void* stream) {
     Buffers buffers(given, at[0]);
     Word words[MOST_WORDS];
     void* parameters[MOST_WORDS];
-    for (at++; at[0] != END; at += 3 + at[2]) {
+    if (at[1] >= 0)
+        if (int64_t error = in_context(at[1])) return (error << 32) + 1;
+    for (at += 2; at[0] != END; at += 3 + at[2]) {
         const Word* rest = at + 3;
         int64_t error = 0;
         if (at[0] == ATEN) {
             error = aten(rest, buffers);
+        } else if (at[0] == MATMUL) {
+            error = matmul(rest, buffers, stream);
         } else {
             // [function, grid (3), threads, shared memory, count of words, of addresses among them,
             // (word, buffer, offset) of each, words]
