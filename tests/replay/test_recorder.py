@@ -1,0 +1,182 @@
+"""What the recorder notes of a line, and what it does not know and therefore refuses."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from replays import random
+from torch import Tensor
+
+from opsgraph.guards.torch_private import dispatch_modes
+from opsgraph.guards.watching import watching
+from opsgraph.kernels.cpu import build as library
+from opsgraph.kernels.cpu import memory
+from opsgraph.kernels.cpu.norms import norm_forward
+from opsgraph.replay.recorder import Aten, Buffer, Kernel, Place, Recorder, span
+
+CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
+
+
+def watch(call: Callable[..., Any], *arguments: Tensor) -> tuple[Recorder, Any, Any]:
+    """A recorder that knows the arguments and saw the call; its events; why it has none."""
+    recorder = Recorder()
+    for k, argument in enumerate(arguments):
+        recorder.argument(k, argument)
+    with recorder:
+        recorder.kept = call(*arguments)  # type: ignore[attr-defined]
+    return recorder, *recorder.take()
+
+
+def test_span() -> None:
+    assert span(torch.empty(3, 4)) == 48
+    assert span(torch.empty(3, 8)[:, 2:4]) == 4 * (2 * 8 + 2)
+    assert span(torch.ones(()).expand(5, 6)) == 4
+    assert span(torch.empty(0, 4)) == 0
+    assert span(torch.empty(3, 4, dtype=torch.bfloat16).t()) == 24
+
+
+def test_products_and_what_they_read() -> None:
+    a, b = random(4, 8), random(8, 6)
+    recorder, events, reason = watch(torch.mm, a[:, 2:], b[2:])
+    assert reason is None
+    (event,) = events
+    assert (event.kind, [o.place for o in event.operands]) == (
+        "mm", [Place(2, 0), Place(0, 0), Place(1, 0)],
+    )  # fmt: skip
+    assert event.operands[1].sizes == (4, 6)
+    assert event.operands[1].strides == (8, 1)
+    assert recorder.buffers[2] == Buffer(4 * 6 * 4, CPU)
+    assert recorder.buffers[0].argument == 0
+
+
+@pytest.mark.parametrize(
+    "call, kinds",
+    [
+        (lambda x: x.t().reshape(-1), ["copy"]),
+        (lambda x: x.clone(), ["copy"]),
+        (lambda x: x.to(torch.bfloat16), ["copy"]),
+        (lambda x: torch.zeros(3, 4), ["zero"]),
+        (lambda x: torch.zeros_like(x).zero_(), ["zero", "zero"]),
+        (lambda x: torch.empty_like(x).copy_(x), ["copy"]),
+        (lambda x: x.new_empty(4, 4).copy_(x[:1]), ["copy"]),
+        (lambda x: torch.addmm(x, x, x, beta=0.5, alpha=2), ["addmm"]),
+        (lambda x: torch.mm(x, x, out=torch.empty(4, 4)), ["mm"]),
+        (lambda x: torch.bmm(x[None], x[None]), ["bmm"]),
+        (lambda x: x.t().view(4, 4)[1:].unsqueeze(0).detach().expand(2, 3, 4), []),
+    ],
+)
+def test_ops_that_replays_know(call: Callable[[Tensor], Tensor], kinds: list[str]) -> None:
+    _, events, reason = watch(call, random(4, 4))
+    assert reason is None
+    assert [event.kind for event in events] == kinds
+
+
+def test_scalars() -> None:
+    _, (event,), _ = watch(lambda x: torch.addmm(x, x, x, beta=0.5, alpha=2), random(4, 4))
+    assert event.scalars == (0.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    "call, reason",
+    [
+        (lambda x: x + 1, "aten.add.Tensor: replays do not know it"),
+        (lambda x: x.sum().item(), "aten.sum.default: replays do not know it"),
+        (lambda x: x[0, 0].item(), "aten._local_scalar_dense.default: replays do not know it"),
+        (lambda x: bool(x[0, 0] > 0), "aten.gt.Scalar: replays do not know it"),
+        (lambda x: torch.rand(3), "aten.rand.default: replays do not know it"),
+        (lambda x: x.copy_(x.clone()), "aten.copy_.default: it writes to what it was handed"),
+        (lambda x: x.zero_(), "aten.zero_.default: it writes to what it was handed"),
+        (lambda x: torch.mm(x, x, out=x.t()), "aten.mm.out: it writes to what it was handed"),
+        (lambda x: x[:0].clone(), "aten.clone.default: an operand is empty"),
+        (lambda x: torch.mm(OTHER, x), "aten.mm.default: it reads memory that no value"),
+        (lambda x: torch.mm(x, x + 1), "aten.add.Tensor: replays do not know it"),
+    ],
+)
+def test_what_is_refused(call: Callable[[Tensor], Any], reason: str) -> None:
+    _, events, found = watch(call, random(4, 4))
+    assert events == []
+    assert found is not None
+    assert found.startswith(reason)
+
+
+OTHER = random(4, 4)
+
+
+def test_the_first_reason_stays() -> None:
+    _, _, reason = watch(lambda x: (x.sin(), x.cos()), random(2, 2))
+    assert reason == "aten.sin.default: replays do not know it"
+
+
+def test_memory_that_is_given_out_again_is_a_buffer_of_its_own() -> None:
+    storage = torch.UntypedStorage(64)
+
+    def call(x: Tensor) -> Tensor:
+        for _ in range(2):
+            made = torch.empty(0).set_(storage, 0, (4, 4))  # type: ignore[call-overload]
+            torch.mm(x, x, out=made)
+        return made
+
+    recorder, (one, other), _ = watch(call, random(4, 4))
+    assert one.operands[0].place == Place(1, 0)
+    assert other.operands[0].place == Place(2, 0)
+    assert recorder.find(storage.data_ptr()) == Place(2, 0)
+
+
+def test_values_that_share_memory_are_told_apart_by_what_a_line_reads() -> None:
+    x, recorder = random(4, 4), Recorder()
+    assert recorder.argument(0, x) == Place(0, 0)
+    assert recorder.argument(1, x[1:]) == Place(1, 0)
+    address = x[2:].data_ptr()
+    assert recorder.find(x.data_ptr()) == Place(0, 0), "only one is there"
+    assert recorder.find(address) is None
+    for reading, place in ({0}, Place(0, 32)), ({1, 7}, Place(1, 16)), ({0, 1}, None):
+        recorder.reading = reading
+        assert recorder.find(address) == place
+
+
+def test_what_a_line_in_python_allocates_is_no_buffer() -> None:
+    recorder, _, reason = watch(lambda x: torch.mm(x, x).sin_(), random(4, 4))
+    assert reason is not None
+    assert recorder.find(recorder.kept.data_ptr()) is None  # type: ignore[attr-defined]
+
+
+@needs_kernels
+def test_kernels_tell_of_themselves() -> None:
+    x, weight = random(4, 8), random(8)
+    recorder, events, reason = watch(lambda x, w: norm_forward(x, w, None, 1e-5, False), x, weight)
+    assert reason is None
+    assert {type(event) for event in events} == {Kernel}
+    (event,) = events
+    buffers = {place.buffer for _, place in event.places}
+    assert {0, 1} < buffers
+    assert len(event.words) % 8 == 0
+    for word, place in event.places:
+        start = int.from_bytes(event.words[8 * word : 8 * word + 8], "little")
+        assert recorder.find(start) == place
+
+
+@needs_kernels
+def test_what_overwrites_what_it_alone_holds_is_refused() -> None:
+    made: list[bool] = []
+    _, _, reason = watch(lambda x: made.append(memory.ours(x)), random(4, 4))
+    assert reason == "it overwrites what nobody else holds"
+    assert made == [False]
+
+
+def test_kernels_have_nothing_to_hide_from_a_recorder() -> None:
+    before = dispatch_modes()
+    with Recorder() as recorder:
+        assert watching.recorder is recorder
+        assert dispatch_modes() == before
+    assert watching.recorder is None
+    assert dispatch_modes() == before
+
+
+def test_a_line_that_fails_leaves_no_recorder() -> None:
+    with pytest.raises(RuntimeError):
+        watch(lambda x: torch.mm(x, x), random(3, 4))
+    assert watching.recorder is None
+    assert watching.modes == 0
+    assert isinstance(watch(lambda x: x.clone(), random(2, 2))[1][0], Aten)
