@@ -40,6 +40,8 @@ assert_same(mlp(x), reference(x), "y")
 mlp(x).sum().backward()
 plan = mlp.plan(training=True)
 assert "cpu" not in {step.backend for step in (*plan.forward, *plan.backward)}
+why = [run.told() for run in (plan.passes.forward, plan.passes.backward)]
+assert why == [[f"in Python: {next(r.reason for r in plan.rejected if r.name == 'cpu')}"]] * 2, why
 print(*(r.reason for r in plan.rejected if r.name == "cpu"), sep="\\n")
 """
 

@@ -401,3 +401,70 @@ def test_peak_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             if on:
                 assert any("native" in text for text in told(module.plan(True, x))["backward"])
     assert peaks[True] <= peaks[False]
+
+
+# -- what is told of it --
+
+
+def names_in_profile(call: Callable[[], Any]) -> list[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return [event.name for event in profile.events() if event.name.startswith("opsgraph ")]
+
+
+def test_passes_have_names_while_a_profiler_runs() -> None:
+    module, x = build("llama"), random(ROWS, WIDTH)
+    for _ in range(5):
+        assert names_in_profile(lambda: step(module, x)) == [
+            "opsgraph forward", "opsgraph backward",
+        ]  # fmt: skip
+    assert is_native(module.plan(True, x))
+    recipe = recipe_cases.RECIPES["current"]
+    quantized = recipe_cases.mlp()
+    for _ in range(3):
+        names = names_in_profile(
+            lambda: recipe_cases.results(quantized, recipe, recipe_cases.example())
+        )
+        assert names == ["opsgraph prepare", "opsgraph forward", "opsgraph backward"]
+
+
+def test_steps_have_names_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = leaves(step(build("llama"), random(ROWS, WIDTH)))
+    monkeypatch.setenv("OPSGRAPH_LOGS", "steps")
+    module, x = build("llama"), random(ROWS, WIDTH)
+    for _ in range(4):
+        names = names_in_profile(lambda: assert_same_bits(leaves(step(module, x)), expected))
+    plan = module.plan(True, x)
+    for number, taken in (("0", "NormKernel.fwd"), ("3", "LinearProduct.fwd")):
+        assert any(name.startswith(f"opsgraph {taken} {number} ") for name in names)
+    assert [name for name in names if "Backward.bwd" in name]
+    reason = "in Python: OPSGRAPH_LOGS=steps runs them one by one"
+    assert told(plan) == {"forward": [reason], "backward": [reason]}
+
+
+@pytest.mark.parametrize(
+    "name, setting, reason",
+    [
+        ("OPSGRAPH_REPLAY", "0", "OPSGRAPH_REPLAY=0"),
+        ("OPSGRAPH_CHECK", "1", "OPSGRAPH_CHECK=1 checks every step"),
+    ],
+)
+def test_settings_that_keep_passes_in_python_are_told(
+    name: str, setting: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = leaves(step(build("gpt"), random(ROWS, WIDTH)))
+    monkeypatch.setenv(name, setting)
+    module, x = build("gpt"), random(ROWS, WIDTH)
+    for _ in range(4):
+        assert_same_bits(leaves(step(module, x)), expected)
+    lines = str(module.plan(True, x)).splitlines()
+    assert lines[lines.index("replay") + 1 :] == [
+        f"  forward  in Python: {reason}", f"  backward in Python: {reason}",
+    ]  # fmt: skip
+
+
+def test_a_module_that_autograd_runs_through_says_so() -> None:
+    module, x = build("llama", double_backward=True), random(ROWS, WIDTH)
+    for _ in range(3):
+        step(module, x)
+    assert told(module.plan(True, x))["forward"] == ["in Python: autograd runs through it"]
