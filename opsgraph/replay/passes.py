@@ -75,6 +75,9 @@ class Pass:
         """A call of other layouts than the last one."""
         if self.reason is not None or dispatch_modes() or followed():
             return self.python(*arguments)
+        if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self(*arguments)
         tensors = arguments[self.has_ops :]
         if self.saved:
             tensors = (*tensors[:-1], *tensors[-1])

@@ -204,7 +204,7 @@ class InPython:
             got = f"{value.dtype} {[*value.shape]}" if isinstance(value, Tensor) else f"{value}"
             expected = f"{dtype} {[*sizes]} as in calls before"
             raise OpsgraphError(f"{self.line.function}: {made} is {got}, expected {expected}")
-        if value.stride() == strides:
+        if value.stride() == strides and value.data_ptr() % ALIGNED == 0:
             return value
         return torch.empty_strided(sizes, strides, dtype=dtype, device=value.device).copy_(value)
 
@@ -213,14 +213,13 @@ class Record:
     """A recorded pass. returned: what it returns, slots in tuples; ends: its views, by slot."""
 
     def __init__(
-        self, present: Sequence[bool], fits: Any, shared: Iterable[tuple[int, int]], saved: int,
-        has_ops: bool,
+        self, present: Sequence[bool], fits: Any, saved: int, has_ops: bool,
         parts: Sequence[Stretch | InPython], ends: Mapping[int, int], returned: Any,
-        device: torch.device,
+        device: torch.device, shared: Iterable[tuple[int, int]] = (),
     ) -> None:  # fmt: skip
         """present: which arguments are tensors. fits: tells whether such are laid out as recorded.
 
-        shared: those that have to share memory. saved: how many, the last ones, come in a list.
+        saved: how many, the last ones, come in a list. shared: those that have to share memory.
         """
         self.parts = parts
         namespace: dict[str, Any] = {

@@ -125,7 +125,7 @@ def span(tensor: Tensor) -> int:
 class Recorder(TorchDispatchMode):
     """Notes the events of one line after the other: `with recorder: ...`, then `take()`."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int = 0) -> None:
         """count: of the arguments."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = count

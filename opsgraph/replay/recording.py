@@ -82,6 +82,8 @@ class Recording:
                     self.recorder.refuse("a line in Python reads what it makes")
                 elif not _ours(line):
                     self.recorder.refuse("it is no function of opsgraph's")
+                elif any(self._size(reads.get(name)) >= LARGE for name in line.overwrites):
+                    self.recorder.refuse("it lets go of large memory midway")
                 run_line(line, self.ops, variables)
             events, reason = self.recorder.take()
             makes = {}
@@ -158,10 +160,14 @@ class Recording:
 
     def _lets_go(self, step: _Step) -> bool:
         """Whether large memory is let go after a line, which later ones may be given."""
-        slots = (step.reads.get(name) for name in step.line.dead)
-        values = (self.values[k] for k in slots if k is not None and k < self.count)
-        places = (value.place.buffer for value in values if isinstance(value, Geometry))
-        return any(self.recorder.buffers[buffer].size >= LARGE for buffer in places)
+        return any(self._size(step.reads.get(name)) >= LARGE for name in step.line.dead)
+
+    def _size(self, slot: int | None) -> int:
+        """Bytes of the memory of an argument; 0 of what is none."""
+        value = self.values[slot] if slot is not None and slot < self.count else None
+        if not isinstance(value, Geometry):
+            return 0
+        return self.recorder.buffers[value.place.buffer].size
 
 
 class _Assembly:
@@ -272,8 +278,8 @@ class _Assembly:
         made = self.recording
         has_ops = made.function.parameters[:1] == ("ops",)
         return Record(
-            made.present, made.fits, made.recorder.shared, made.saved, has_ops, parts, ends,
-            returned, made.device,
+            made.present, made.fits, made.saved, has_ops, parts, ends, returned, made.device,
+            made.recorder.shared,
         )  # fmt: skip
 
     def _part(self, number: int, group: list[_Step]) -> Stretch | InPython:

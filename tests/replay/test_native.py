@@ -27,11 +27,11 @@ def test_words_of_a_program() -> None:
             (1, Launch(88, (7, 1, 1), 128, 512, bytes(8), ((0, Place(2, 0)),))),
             (2, Aten("addmm", (operand, None), (0.0, 0.0))),
         ],
-        locate, 4096,
+        locate, 4096, CPU,
     )  # fmt: skip
     described = [shim.dtype_code(torch.float32), shim.device_code("cpu"), 0, 2, 2, 5, 5, 1]
     assert [*words] == [
-        4096,
+        4096, -1,
         native.KERNEL, 0, 14, 77, 0, 0, 0, 0, 0, 3, 1, 1, 101, 4, 0, 0, 0,
         native.LAUNCH, 1, 12, 88, 7, 1, 1, 128, 512, 1, 1, 0, 102, 0, 0,
         native.ATEN, 2, 21, 1, 0, 2, 103, 8, *described, native.NONE, 0, 0, 0, 0, 0, 0, 0,
@@ -41,7 +41,7 @@ def test_words_of_a_program() -> None:
 
 def test_codes_agree_with_the_librarys_source() -> None:
     source = (Path(library.__file__).parent / "source" / "replay.cpp").read_text()
-    assert "enum Opcode : Word { END, KERNEL, LAUNCH, ATEN };" in source
+    assert "enum Opcode : Word { END, KERNEL, LAUNCH, ATEN, MATMUL };" in source
     kinds = ", ".join(kind.upper() for kind in native.KINDS)
     assert f"enum Aten : Word {{ {kinds} }};" in source
     assert f"MOST_WORDS = {native.MOST_WORDS}," in source

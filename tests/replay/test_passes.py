@@ -371,14 +371,7 @@ def test_a_saved_value_dies_before_ops_after_its_last_use(retain: bool) -> None:
         assert alive == [True, False][not retain :]
 
 
-OWN_INPUT = pytest.mark.xfail(
-    strict=True, reason="what a line is handed and lets go midway lives until its stretch ends"
-)
-
-
-@pytest.mark.parametrize(
-    "name", [*(pytest.param(n, marks=OWN_INPUT) for n in ("llama", "gpt")), "residual"]
-)
+@pytest.mark.parametrize("name", ["llama", "gpt", "residual"])
 def test_peak_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of large tensors: what is called large is scaled down with the sizes."""
     torch.use_deterministic_algorithms(False)  # filling memory is an op that is not replayed

@@ -95,7 +95,7 @@ def record(
 ) -> Record:
     """A record of these parts, of a pass without ops."""
     settings = {
-        "saved": 0, "has_ops": False, "ends": {}, "aligned": [False] * len(arguments), **options
+        "saved": 0, "has_ops": False, "ends": {}, **options
     }  # fmt: skip
     return Record(
         present=[True] * len(arguments), fits=same_layouts(arguments), parts=parts,
@@ -118,7 +118,7 @@ def test_a_product() -> None:
     assert str(made.parts[0]) == "3: 1 launches in one native call"
     assert made.source.splitlines()[:2] == [
         "def replayed(v0, v1, fits=fits):",
-        "    if threads() != 1 or not fits(v0, v1):",
+        "    if threads() != 1 or modes() or not fits(v0, v1):",
     ]
 
 
