@@ -1,8 +1,4 @@
-"""Fusers over the Triton kernels: norms with their residuals, activations, dropout, sums.
-
-Those of `Alone` are for what nothing else takes along: a replay knows their kernels, and not the
-calls of PyTorch that the ops' own functions make.
-"""
+"""Fusers over the Triton kernels: norms with their residuals, activations, dropout, sums."""
 
 from collections.abc import Collection
 from typing import Any
@@ -107,7 +103,7 @@ class DropoutBackward(Triton):
 
 
 class Alone(Triton):
-    """What is left to the op's own functions unless it stands alone."""
+    """What nothing else takes along; replays know its kernel, unlike the op's own function."""
 
     priority = -1
 

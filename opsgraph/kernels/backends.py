@@ -5,10 +5,7 @@ import importlib.util
 import torch
 
 from ..base.backend import Backend, add_backend
-from ..kernels.triton import interpreting
-from .lazy import Lazy
-
-build = Lazy("cpu.build")
+from .triton import interpreting
 
 
 def _triton() -> str | None:
@@ -37,12 +34,18 @@ def _cublaslt() -> str | None:
     return None
 
 
+def _cpu() -> str | None:
+    from .cpu import build  # only where a backend is asked for
+
+    return build.why_not()
+
+
 for _backend in (
     Backend("symmetric", "PyTorch's symmetric memory over NVLink", ("cuda",), _symmetric),
     Backend("overlap", "collectives in pieces, behind matrix products", None, _overlap),
     Backend("triton", "Triton kernels", ("cuda",), _triton, interpreting),
     Backend("cublaslt", "scaled GEMMs of cuBLASLt, under recipes", ("cuda",), _cublaslt),
-    Backend("cpu", "C++ kernels, compiled here at first use", ("cpu",), lambda: build.why_not()),
+    Backend("cpu", "C++ kernels, compiled here at first use", ("cpu",), _cpu),
     Backend("aten", "PyTorch's own fused calls (cublasLt, oneDNN)"),
 ):
     add_backend(_backend)
