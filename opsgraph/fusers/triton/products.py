@@ -68,9 +68,8 @@ class _ActivationBackward(ActivationFuser):
         self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params,
         bias_bias: Tensor | None, fc_weight: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
-        dtype = None if bias_bias is None else bias_bias.dtype
-        function = act_kernel, act_params
-        dx, y, dbias = self.passes(dy, fc_weight, act_x, *function, want, dtype)
+        more = act_kernel, act_params, want, None if bias_bias is None else bias_bias.dtype
+        dx, y, dbias = self.passes(dy, fc_weight, act_x, *more)
         return dx, (dbias, y)
 
 
