@@ -25,13 +25,14 @@ from torch.autograd.function import once_differentiable
 
 from ..base import config
 from ..base.errors import PlanError
-from ..features.recipes import StageRecipe, note_gradients
 from ..guards.cached import cached_property
 from ..guards.torch_private import constant_under_compile, without_autocast
 from ..op import ROWS, Spec
 from ..plan import Plan
 from ..precision import tapes
 from ..precision.autocast import active
+from .dimensions import flattened, unflattened
+from .recipes import StageRecipe, note_gradients
 
 _handles: dict[str, Plan] = {}
 """Plans by the handle that the opaque ops are given."""
@@ -213,7 +214,7 @@ class CompiledPlan(torch.autograd.Function):
         return tuple(gradients)
 
 
-def call_traced(plan: Plan, stage: Any, flats: Sequence[Tensor]) -> Any:
+def _call_traced(plan: Plan, stage: Any, flats: Sequence[Tensor]) -> Any:
     """The plan's outputs, of its inputs and of the weights that are there."""
     # Dynamo takes no tensor twice, as tied weights would have it.
     flats = [t.view_as(t) if any(t is u for u in flats[:k]) else t for k, t in enumerate(flats)]
@@ -221,6 +222,20 @@ def call_traced(plan: Plan, stage: Any, flats: Sequence[Tensor]) -> Any:
         return _call_forward(plan, flats)[: len(plan.specs.outputs)]
     seen = stage.recipe.seen_gradients(plan) if plan.specs.reported else []
     return CompiledPlan.apply(plan, *seen, *flats)  # type: ignore[no-untyped-call]
+
+
+def _run_traced(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
+    """Forward and backward under torch.compile, which calls the plan and does not see into it."""
+    x = tensors[0]
+    if plan.specs.identity:
+        return x
+    weights = [t for t in tensors[extras + 1 :] if t is not None]
+    outputs = _call_traced(plan, stage, [*flattened(plan, tensors), *weights])
+    if plan.specs.reports:
+        outputs = stage.recipe.record(plan, outputs, torch.is_grad_enabled())
+    if x.dim() != 2:
+        outputs = unflattened(plan, outputs, x.shape)
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 class Compiled:
@@ -234,7 +249,6 @@ class Compiled:
     ensure: Callable[..., Any]
     recipe: StageRecipe | None
     run_inference: Callable[..., Any]
-    run_traced: Callable[..., Any]
 
     @constant_under_compile
     def _expose(self, key: Any) -> str:
@@ -258,7 +272,7 @@ class Compiled:
         if self.recipe is not None and plan.specs.prepared:
             self.recipe.check_traceable(weights)
             weights = [*weights, *self.recipe.prepare(plan, weights)]
-        return self.run_traced(plan, self, len(extras), (x, *extras, *weights))
+        return _run_traced(plan, self, len(extras), (x, *extras, *weights))
 
 
 class CompiledSequence:

@@ -1,6 +1,6 @@
 """What an op leaves out: gradients by autograd's derivative of `fwd`, specs by running `fwd`.
 
-The hooks are `Op.derive` and `Op.trace`.
+The hooks are `Op.derive`, `Op.trace` and `Op.retrace`.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.errors import OpsgraphError
 from ..guards.results import verify
 from ..op import ROWS, Op, Spec, arguments
+from ..op.functions import holds
 
 
 def derived(kind: type[Op], name: str) -> Callable[..., Any]:
@@ -77,4 +79,21 @@ def traced(op: Op, x: Spec) -> tuple[Spec, dict[str, Spec]]:
     return y, dict(zip(op.saves, saved, strict=True))
 
 
+def retraced(kind: type[Op], name: str, op: Op, x: Spec) -> tuple[Spec, dict[str, Spec]] | None:
+    """The specs by running a `fwd`; None where the class itself says them, under `name`.
+
+    None also where it does not run on meta tensors: PyTorch and NumPy raise the first two of these
+    errors for values that are not there, Triton the third. Any other error is the op's own.
+    """
+    if kind.__module__.startswith("opsgraph.") or holds(kind, name):
+        return None
+    try:
+        return traced(op, x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, OpsgraphError):
+            raise
+        return None
+
+
 Op.derive, Op.trace = staticmethod(derived), staticmethod(traced)
+Op.retrace = staticmethod(retraced)

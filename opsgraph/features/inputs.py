@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import OpError
+from ..guards.torch_private import constant_under_compile
 from ..op import Op
 
 
@@ -47,6 +48,28 @@ def _verify_dense(value: Any, where: str) -> None:
         raise OpError(where, f"a tensor of layout {value.layout}", "a dense one: to_dense()")
 
 
+def _needed(stages: Sequence[Any]) -> list[tuple[Any, int, str]]:
+    """The extra inputs of stages that no stage before makes, each with its stage and op."""
+    needed: list[tuple[Any, int, str]] = []
+    made: list[str] = []
+    for stage in stages:
+        needed += [(stage, i, name) for i, name, channel in stage.inputs if channel not in made]
+        made += [name for name in stage.output_names if name]
+    return needed
+
+
+def verify_count(stages: Sequence[Any], got: int) -> None:
+    """Raises OpError for another number of extra inputs than the stages ask for."""
+    if got != len(needed := [name for _, _, name in _needed(stages)]):
+        _wrong_count(got, needed)
+
+
+@constant_under_compile
+def _wrong_count(got: int, names: list[str]) -> None:
+    wanted = f"{len(names)} ({', '.join(names)})" if names else "none"
+    raise OpError("Sequential", f"{got} extra inputs", wanted)
+
+
 def explain(module: nn.Sequential, stages: Sequence[Any], x: Any, extras: Sequence[Any]) -> Any:
     """The result for nested inputs, None where the failure was no matter of what came.
 
@@ -59,21 +82,12 @@ def explain(module: nn.Sequential, stages: Sequence[Any], x: Any, extras: Sequen
     for stage in stages:
         for weight, (owner, name) in zip(*_weights_of(stage), strict=True):
             _verify_dense(weight, f"{type(owner).__name__}.{name}")
-    made: set[str | None] = set()
-    needed: list[tuple[str, str, bool]] = []
-    for stage in stages:
-        if hasattr(stage, "table"):  # a module, or an op that is called, asks for nothing
-            run = stage.table.run
-            needed += [
-                (run.labels[i], name, hasattr(run.kinds[i], "taken"))
-                for i, name, c in stage.inputs
-                if c not in made - {None}
-            ]
-            made |= set(stage.output_names)
-    for value, (label, name, taken) in zip(extras, needed, strict=False):
-        if not taken:  # the op says itself what it takes
-            verify_tensor(value, f"{label} {name}")
-            _verify_dense(value, f"{label} {name}")
+    planned = [stage for stage in stages if hasattr(stage, "table")]  # others ask for nothing
+    for value, (stage, i, name) in zip(extras, _needed(planned), strict=False):
+        run = stage.table.run
+        if not hasattr(run.kinds[i], "taken"):  # the op says itself what it takes
+            verify_tensor(value, f"{run.labels[i]} {name}")
+            _verify_dense(value, f"{run.labels[i]} {name}")
     _verify_dense(x, "input")
     if isinstance(x, Tensor) and x.is_nested and isinstance(first, Op):
         return _run_nested(module, x, extras)

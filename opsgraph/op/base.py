@@ -121,6 +121,8 @@ class Op(StateDicts):
     """Makes the `bwd`, `dgrad` or `wgrad` of a class that has none."""
     trace: ClassVar[Callable[["Op", Spec], tuple[Spec, dict[str, Spec]]]]
     """The specs of y and of what is saved, of a `fwd` that is run to find out."""
+    retrace: ClassVar[Callable[[type["Op"], str, "Op", Spec], tuple[Spec, dict[str, Spec]] | None]]
+    """Likewise, of a `fwd` that the class's `out` or `saved` is not about; else None."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -290,17 +292,12 @@ class Op(StateDicts):
         """The op with meta tensors for parameters, for plans that several modules share."""
         bare = object.__new__(type(self))
         lazy = UninitializedParameter
-        bare.__dict__ = {
-            **self.__dict__,
-            "_parameters": {
-                name: None if p is None or isinstance(p, lazy) else p.detach().to("meta")
-                for name, p in self._parameters.items()
-            },
+        parameters = {
+            name: None if p is None or isinstance(p, lazy) else p.detach().to("meta")
+            for name, p in self._parameters.items()
         }
-        bare.__dict__["_homes"] = {}
-        bare.__dict__["_modules"] = {}
-        for name in ("_runner", "_owners"):
-            bare.__dict__.pop(name, None)
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("_runner", "_owners")}
+        bare.__dict__ = {**kept, "_parameters": parameters, "_homes": {}, "_modules": {}}
         return bare
 
 

@@ -8,7 +8,7 @@ without a `fwd`, speaks for all subclasses.
 from collections.abc import Callable
 from typing import Any
 
-from ..base.errors import OpError, OpsgraphError, PlanError
+from ..base.errors import OpError, PlanError
 from ..guards.cached import per_class
 from .base import Op
 from .spec import ROWS, Spec
@@ -120,35 +120,14 @@ def identity(kind: type[Op], op: Op, direction: str, training: bool) -> bool:
 
 def out(kind: type[Op], op: Op, x: Spec) -> Spec:
     """The spec of y; of a `fwd` that overrides what its base's `out` is about, by running it."""
-    traced = None if _says(kind, "out") else _traced(op, x)
+    traced = Op.retrace(kind, "out", op, x)
     return kind.out(op, x) if traced is None else traced[0]
 
 
 def saved(kind: type[Op], op: Op, x: Spec) -> dict[str, Spec]:
     """The specs of what it saves, likewise."""
-    if not (kind.saves or _says(kind, "saved")):
-        return {}
-    traced = None if _says(kind, "saved") else _traced(op, x)
+    traced = Op.retrace(kind, "saved", op, x)
     return kind.saved(op, x) if traced is None else traced[1]
-
-
-def _says(kind: type[Op], name: str) -> bool:
-    """Whether a class itself says what comes of its `fwd`."""
-    return kind.__module__.startswith("opsgraph.") or holds(kind, name)
-
-
-def _traced(op: Op, x: Spec) -> tuple[Spec, dict[str, Spec]] | None:
-    """The specs of y and of what is saved, by running `fwd` on meta tensors.
-
-    None where it does not run on such: PyTorch and NumPy raise the first two of these errors for
-    values that are not there, Triton the third. Any other error is the op's own.
-    """
-    try:
-        return Op.trace(op, x)
-    except (RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, OpsgraphError):
-            raise
-        return None
 
 
 def checked_out(kind: type[Op], op: Op, x: Spec, label: str) -> Spec:

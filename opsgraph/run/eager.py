@@ -1,4 +1,4 @@
-"""Running a plan: the one autograd.Function, the forward alone, and what Dynamo traces.
+"""Running a plan: the one autograd.Function, and the forward alone.
 
 A plan computes on `[rows, width]` with autocast off, and knows nothing of autograd. Around it stand
 leading dimensions (`features.dimensions`), what autograd saves, the amaxes that a recipe notes.
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..features.compiled import call_traced
 from ..features.dimensions import as_given, flat, flattened, released, unflattened
 from ..features.followed import copy_gradients, see_through
 from ..features.recipes import note_gradients
@@ -104,18 +103,4 @@ def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -
         views = unflattened(plan, outputs, x.shape)
         followed = stage.double_backward or torch.is_grad_enabled()
         outputs = views if followed else released(views, outputs, tensors)
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
-def run_traced(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
-    """Forward and backward under torch.compile, which calls the plan and does not see into it."""
-    x = tensors[0]
-    if plan.specs.identity:
-        return x
-    weights = [t for t in tensors[extras + 1 :] if t is not None]
-    outputs = call_traced(plan, stage, [*flattened(plan, tensors), *weights])
-    if plan.specs.reports:
-        outputs = stage.recipe.record(plan, outputs, torch.is_grad_enabled())
-    if x.dim() != 2:
-        outputs = unflattened(plan, outputs, x.shape)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)

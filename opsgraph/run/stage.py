@@ -57,7 +57,7 @@ from ..ops.quantize import lowered
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..replay.passes import replayed
-from .eager import run_inference, run_traced, run_training
+from .eager import run_inference, run_training
 from .key import PlainKey, key_of, request_of
 from .options import Options
 from .parameters import Parameters
@@ -67,7 +67,7 @@ from .table import table_for
 class Stage(Parameters, StageExamples, Followed, Compiled):
     """A run of consecutive ops of a Sequential, with the parameters it reads."""
 
-    run_inference, run_traced = staticmethod(run_inference), staticmethod(run_traced)
+    run_inference = staticmethod(run_inference)
 
     def __init__(
         self,

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import OpError
 from ..features.called import Called, Entry, called
-from ..features.inputs import verify_tensor
-from ..guards.torch_private import constant_under_compile
+from ..features.inputs import verify_count, verify_tensor
 from ..op import Op
 from .options import Options
 from .stage import Stage
@@ -71,8 +69,7 @@ def run_stages(stages: Sequence[Any], x: Any, extra_inputs: Sequence[Tensor]) ->
     outputs: list[Tensor] = []
     given = list(extra_inputs)
     wired = [stage for stage in stages if isinstance(stage, Stage)]
-    if len(given) != len(needed := _needed(wired)):
-        _wrong_count(len(given), needed)
+    verify_count(wired, len(given))
     for stage in stages:
         if not isinstance(stage, Stage):
             x = stage(x)
@@ -90,19 +87,3 @@ def run_stages(stages: Sequence[Any], x: Any, extra_inputs: Sequence[Tensor]) ->
             if name not in made or getattr(stage.ops[i], "to_caller", False):
                 outputs.append(value)
     return (x, *outputs) if outputs else x
-
-
-def _needed(stages: Sequence[Stage]) -> list[str]:
-    """The extra inputs of stages that no stage before makes."""
-    needed: list[str] = []
-    made: list[str | None] = []
-    for stage in stages:
-        needed += [name for _, name, channel in stage.inputs if channel not in made]
-        made += [name for name in stage.output_names if name]
-    return needed
-
-
-@constant_under_compile
-def _wrong_count(got: int, names: list[str]) -> None:
-    wanted = f"{len(names)} ({', '.join(names)})" if names else "none"
-    raise OpError("Sequential", f"{got} extra inputs", wanted)
