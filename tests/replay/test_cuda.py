@@ -268,7 +268,7 @@ def test_a_failing_launch_is_named_and_the_next_call_works() -> None:
 
 def starts(words: Any) -> list[int]:
     """Where the steps of a program begin."""
-    found, at = [], 1
+    found, at = [], 2
     while words[at] != native.END:
         found.append(at)
         at += 3 + words[at + 2]

@@ -42,6 +42,8 @@ def test_words_of_a_program() -> None:
 def test_codes_agree_with_the_librarys_source() -> None:
     source = (Path(library.__file__).parent / "source" / "replay.cpp").read_text()
     assert "enum Opcode : Word { END, KERNEL, LAUNCH, ATEN, MATMUL };" in source
+    codes = native.END, native.KERNEL, native.LAUNCH, native.ATEN, native.MATMUL
+    assert codes == (0, 1, 2, 3, 4)
     kinds = ", ".join(kind.upper() for kind in native.KINDS)
     assert f"enum Aten : Word {{ {kinds} }};" in source
     assert f"MOST_WORDS = {native.MOST_WORDS}," in source

@@ -3,7 +3,6 @@
 Every test runs the same calls of the same module twice, with replays and with OPSGRAPH_REPLAY=0.
 """
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,19 +20,16 @@ from replays import (
     is_native,
     leaves,
     random,
-    replaying,
     step,
     told,
 )
 from torch import Tensor, nn
 
 import opsgraph as og
-from benchmarks.memory import fresh_memory, tensor_peak
 from opsgraph.kernels.cpu import build as library
-from opsgraph.kernels.cpu import memory
 from opsgraph.layernorm_mlp import LayerNormMLP
 from opsgraph.ops import Add, Linear, RMSNorm
-from opsgraph.replay import passes, recording
+from opsgraph.replay import passes
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
 
@@ -77,8 +73,7 @@ def test_five_steps_of_training_and_inference(name: str, dtype: torch.dtype) -> 
 def test_which_passes_are_one_native_call(name: str, training: bool, dtype: torch.dtype) -> None:
     module, x = build(name, dtype), random(ROWS, WIDTH, dtype=dtype)
     train(module, x, 3) if training else infer(module, x, 3)
-    plan = module.plan(training, x)
-    texts = told(plan)
+    texts = told(module.plan(training, x))
     assert set(texts) == {"forward", "backward"}
     assert [len(each) for each in texts.values()] == [1, int(training)]
     assert all("in one native call" in text for each in texts.values() for text in each)
@@ -135,6 +130,43 @@ def test_recipes(name: str) -> None:
     assert texts["prepare"] == ["1, 4: 2 launches in one native call"]
     for which in ("forward", "backward"):
         assert any("native call" in text for text in texts[which]), texts[which]
+
+
+def test_a_recipe_on_and_off() -> None:
+    recipes = [recipe_cases.RECIPES["delayed"], None, recipe_cases.RECIPES["rows"]]
+
+    def use(module: Any) -> Any:
+        x = recipe_cases.example()
+        found = [recipe_cases.results(module, recipes[k // 3 % 3], x + k) for k in range(18)]
+        return [found, list(module.buffers())]
+
+    compare(recipe_cases.mlp, use)
+
+
+def test_weight_gradients_that_wait() -> None:
+    def use(module: Any) -> Any:
+        for k in range(5):
+            module(random(ROWS, WIDTH, seed=k)).backward(random(ROWS, WIDTH, seed=k + 9))
+            module.backward_dw()
+        return [parameter.grad for parameter in module.parameters()]
+
+    compare(lambda: build("gpt", delay_wgrad_compute=True), use)
+
+
+def test_gradients_into_main_grad() -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        last = Linear(WIDTH, WIDTH, accumulate_into_main_grad=True)
+        module = og.Sequential(RMSNorm(WIDTH), Linear(WIDTH, WIDTH), last)
+        last.weight.main_grad = torch.zeros(WIDTH, WIDTH)
+        return module
+
+    def use(module: Any) -> Any:
+        for k in range(5):
+            module(random(ROWS, WIDTH, seed=k)).backward(random(ROWS, WIDTH, seed=k + 9))
+        return [module[2].weight.main_grad, module[1].weight.grad]
+
+    compare(make, use)
 
 
 # -- calls that differ --
@@ -214,6 +246,21 @@ def test_one_tensor_given_twice_and_then_two() -> None:
     compare(make, use)
 
 
+def test_a_weight_of_two_layers_and_then_two_weights() -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        one, other = Linear(WIDTH, WIDTH, bias=False), Linear(WIDTH, WIDTH, bias=False)
+        other.weight = one.weight
+        return og.Sequential(RMSNorm(WIDTH), one, other)
+
+    def use(module: Any) -> Any:
+        found = [leaves(step(module, random(ROWS, WIDTH, seed=k))) for k in range(4)]
+        module[2].weight = nn.Parameter(2 * module[2].weight.detach())
+        return [found, [step(module, random(ROWS, WIDTH, seed=k)) for k in range(4)]]
+
+    compare(make, use)
+
+
 def test_gradients_that_share_memory_and_then_do_not() -> None:
     def use(module: Any) -> Any:
         found = []
@@ -284,116 +331,6 @@ def test_parameters_change(name: str, change: Callable[[Any], Any]) -> None:
         return found
 
     compare(lambda: build(name), use)
-
-
-# -- memory --
-
-
-def test_no_result_shares_memory_and_results_may_be_changed() -> None:
-    module, x = build("tap"), random(ROWS, WIDTH)
-    expected = leaves(step(module, x))
-    before: list[Tensor] = []
-    for _ in range(4):
-        found = [t for t in step(module, x) if t is not None]
-        assert_same_bits(leaves(found), expected)
-        starts = [t.untyped_storage().data_ptr() for t in (*found, *before, x)]
-        starts += [p.untyped_storage().data_ptr() for p in module.parameters()]
-        assert len(set(starts)) == len(starts)
-        for tensor in found[2:]:
-            tensor.fill_(7.0)
-        before = found
-    with torch.no_grad():
-        for _ in range(4):
-            outputs = module(x)
-            assert_same_bits(leaves(outputs), expected[:2])
-            for output in outputs:
-                output.fill_(7.0)
-
-
-def test_gradients_accumulate() -> None:
-    def use(module: Any) -> Any:
-        x = random(ROWS, WIDTH).requires_grad_()
-        for k in range(5):
-            y = module(x)
-            y.backward(random(ROWS, WIDTH, seed=k))
-        return [x.grad, *(p.grad for p in module.parameters())]
-
-    compare(lambda: build("gpt"), use)
-
-
-def test_a_second_backward() -> None:
-    def use(module: Any) -> Any:
-        found: list[Any] = []
-        for k in range(5):
-            x = random(ROWS, WIDTH, seed=k).requires_grad_()
-            y = module(x)
-            dy, wanted = random(ROWS, WIDTH), [x, *module.parameters()]
-            for retain in (True, True, False):
-                found += torch.autograd.grad(y, wanted, dy, retain_graph=retain)
-            with pytest.raises(RuntimeError, match="a second time"):
-                torch.autograd.grad(y, wanted, dy)
-        return found
-
-    compare(lambda: build("llama"), use)
-
-
-@pytest.mark.parametrize("retain", [False, True])
-def test_a_saved_value_dies_before_ops_after_its_last_use(retain: bool) -> None:
-    """Saved values of the native part behind are gone when the op before it runs in Python."""
-    alive: list[bool] = []
-    seen: list[Any] = []
-
-    class Looks(og.Op):
-        """The identity, whose backward looks whether the values behind it still live."""
-
-        def fwd(self, x: Tensor) -> Any:
-            return x * 1, ()
-
-        def bwd(self, dy: Tensor) -> Any:
-            alive.append(any(r() is not None for r in seen))
-            return dy * 1, ()
-
-    module = og.Sequential(Looks(), *NETS["llama"]())
-    for _ in range(5):
-        alive.clear()
-        x = random(ROWS, WIDTH).requires_grad_()
-        y = module(x)
-        saved = y.grad_fn.saved_tensors
-        seen[:] = [weakref.ref(t) for t in saved if not isinstance(t, nn.Parameter)]
-        del saved
-        assert seen
-        y.sum().backward(retain_graph=retain)
-        assert alive == [retain]
-        if retain:
-            y.sum().backward()
-        with pytest.raises(RuntimeError, match="a second time"):
-            y.sum().backward()
-        assert alive == [True, False][not retain :]
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt", "residual"])
-def test_peak_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of large tensors: what is called large is scaled down with the sizes."""
-    torch.use_deterministic_algorithms(False)  # filling memory is an op that is not replayed
-    monkeypatch.setattr(memory, "LEAST", 1)
-    monkeypatch.setattr(recording, "LARGE", 2**14)
-    x, dy = random(512, WIDTH).requires_grad_(), random(512, WIDTH)
-    peaks = {}
-    for on in (False, True):
-        with replaying(on), fresh_memory():
-            module = build(name)
-
-            def run(module: Any = module) -> None:
-                module(x).backward(dy)
-                x.grad = None
-                module.zero_grad()
-
-            for _ in range(3):
-                run()
-            peaks[on] = tensor_peak(run)
-            if on:
-                assert any("native" in text for text in told(module.plan(True, x))["backward"])
-    assert peaks[True] <= peaks[False]
 
 
 # -- what is told of it --

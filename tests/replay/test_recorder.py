@@ -21,7 +21,7 @@ needs_kernels = pytest.mark.skipif(library.why_not() is not None, reason="no C++
 
 def watch(call: Callable[..., Any], *arguments: Tensor) -> tuple[Recorder, Any, Any]:
     """A recorder that knows the arguments and saw the call; its events; why it has none."""
-    recorder = Recorder()
+    recorder = Recorder(len(arguments))
     for k, argument in enumerate(arguments):
         recorder.argument(k, argument)
     with recorder:
@@ -125,7 +125,7 @@ def test_memory_that_is_given_out_again_is_a_buffer_of_its_own() -> None:
 
 
 def test_values_that_share_memory_are_told_apart_by_what_a_line_reads() -> None:
-    x, recorder = random(4, 4), Recorder()
+    x, recorder = random(4, 4), Recorder(2)
     assert recorder.argument(0, x) == Place(0, 0)
     assert recorder.argument(1, x[1:]) == Place(1, 0)
     address = x[2:].data_ptr()
@@ -134,6 +134,16 @@ def test_values_that_share_memory_are_told_apart_by_what_a_line_reads() -> None:
     for reading, place in ({0}, Place(0, 32)), ({1, 7}, Place(1, 16)), ({0, 1}, None):
         recorder.reading = reading
         assert recorder.find(address) == place
+
+
+def test_one_tensor_given_twice_has_to_be_so_in_replays() -> None:
+    x, recorder = random(4, 4), Recorder(3)
+    places = [recorder.argument(k, x) for k in range(4)]
+    recorder.reading = {1, 2}
+    assert recorder.find(x.data_ptr()) == places[1]
+    assert recorder.shared == {(1, 2)}
+    recorder.reading = {2, 3}
+    assert recorder.find(x.data_ptr()) is None, "the last one is no argument"
 
 
 def test_what_a_line_in_python_allocates_is_no_buffer() -> None:
@@ -167,7 +177,7 @@ def test_what_overwrites_what_it_alone_holds_is_refused() -> None:
 
 def test_kernels_have_nothing_to_hide_from_a_recorder() -> None:
     before = dispatch_modes()
-    with Recorder() as recorder:
+    with Recorder(0) as recorder:
         assert watching.recorder is recorder
         assert dispatch_modes() == before
     assert watching.recorder is None

@@ -213,3 +213,31 @@ def test_a_pass_of_which_nothing_is_known_is_recorded_no_more() -> None:
         "forward": ["in Python: every line stays in Python"],
         "backward": ["in Python: every line stays in Python"],
     }
+
+
+class Calls(og.Op):
+    """x plus what another module makes of it, which is recorded and replayed on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = [build("gpt")]
+
+    def fwd(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            return x + (0 if x.is_meta else self.inner[0](x)), ()
+
+    def bwd(self, dy: Tensor) -> Any:
+        with torch.no_grad():
+            return dy + (0 if dy.is_meta else self.inner[0](dy)), ()
+
+
+def test_a_module_inside_of_an_op() -> None:
+    module = compare(lambda: around(Calls()), lambda m: steps(m, 8))
+    texts = told(module.plan(True, X))
+    assert texts["forward"] == [
+        "0, 1: 2 launches in one native call",
+        "2 Calls.fwd in Python: it is no function of opsgraph's",
+        "3, 4: 2 launches in one native call",
+    ]
+    inner = module[2].inner[0]
+    assert "native call" in told(inner.plan(False, X))["forward"][0]

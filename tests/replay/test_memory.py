@@ -1,0 +1,136 @@
+"""Memory of replays: whose it is, when it is let go, how much there is at most."""
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from replays import (
+    NETS,
+    ROWS,
+    WIDTH,
+    assert_same_bits,
+    build,
+    compare,
+    leaves,
+    random,
+    replaying,
+    step,
+    told,
+)
+from torch import Tensor, nn
+
+import opsgraph as og
+from benchmarks.memory import fresh_memory, tensor_peak
+from opsgraph.kernels.cpu import build as library
+from opsgraph.kernels.cpu import memory
+from opsgraph.replay import recording
+
+pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
+
+
+def test_no_result_shares_memory_and_results_may_be_changed() -> None:
+    module, x = build("tap"), random(ROWS, WIDTH)
+    expected = leaves(step(module, x))
+    before: list[Tensor] = []
+    for _ in range(4):
+        found = [t for t in step(module, x) if t is not None]
+        assert_same_bits(leaves(found), expected)
+        starts = [t.untyped_storage().data_ptr() for t in (*found, *before, x)]
+        starts += [p.untyped_storage().data_ptr() for p in module.parameters()]
+        assert len(set(starts)) == len(starts)
+        for tensor in found[2:]:
+            tensor.fill_(7.0)
+        before = found
+    with torch.no_grad():
+        for _ in range(4):
+            outputs = module(x)
+            assert_same_bits(leaves(outputs), expected[:2])
+            for output in outputs:
+                output.fill_(7.0)
+
+
+def test_gradients_accumulate() -> None:
+    def use(module: Any) -> Any:
+        x = random(ROWS, WIDTH).requires_grad_()
+        for k in range(5):
+            y = module(x)
+            y.backward(random(ROWS, WIDTH, seed=k))
+        return [x.grad, *(p.grad for p in module.parameters())]
+
+    compare(lambda: build("gpt"), use)
+
+
+def test_a_second_backward() -> None:
+    def use(module: Any) -> Any:
+        found: list[Any] = []
+        for k in range(5):
+            x = random(ROWS, WIDTH, seed=k).requires_grad_()
+            y = module(x)
+            dy, wanted = random(ROWS, WIDTH), [x, *module.parameters()]
+            for retain in (True, True, False):
+                found += torch.autograd.grad(y, wanted, dy, retain_graph=retain)
+            with pytest.raises(RuntimeError, match="a second time"):
+                torch.autograd.grad(y, wanted, dy)
+        return found
+
+    compare(lambda: build("llama"), use)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_saved_value_dies_before_ops_after_its_last_use(retain: bool) -> None:
+    """Saved values of the native part behind are gone when the op before it runs in Python."""
+    alive: list[bool] = []
+    seen: list[Any] = []
+
+    class Looks(og.Op):
+        """The identity, whose backward looks whether the values behind it still live."""
+
+        def fwd(self, x: Tensor) -> Any:
+            return x * 1, ()
+
+        def bwd(self, dy: Tensor) -> Any:
+            alive.append(any(r() is not None for r in seen))
+            return dy * 1, ()
+
+    module = og.Sequential(Looks(), *NETS["llama"]())
+    for _ in range(5):
+        alive.clear()
+        x = random(ROWS, WIDTH).requires_grad_()
+        y = module(x)
+        saved = y.grad_fn.saved_tensors
+        seen[:] = [weakref.ref(t) for t in saved if not isinstance(t, nn.Parameter)]
+        del saved
+        assert seen
+        y.sum().backward(retain_graph=retain)
+        assert alive == [retain]
+        if retain:
+            y.sum().backward()
+        with pytest.raises(RuntimeError, match="a second time"):
+            y.sum().backward()
+        assert alive == [True, False][not retain :]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt", "residual"])
+def test_peak_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large tensors: what is called large is scaled down with the sizes."""
+    torch.use_deterministic_algorithms(False)  # filling memory is an op that is not replayed
+    monkeypatch.setattr(memory, "LEAST", 1)
+    monkeypatch.setattr(recording, "LARGE", 2**14)
+    x, dy = random(512, WIDTH).requires_grad_(), random(512, WIDTH)
+    peaks = {}
+    for on in (False, True):
+        with replaying(on), fresh_memory():
+            module = build(name)
+
+            def run(module: Any = module) -> None:
+                module(x).backward(dy)
+                x.grad = None
+                module.zero_grad()
+
+            for _ in range(3):
+                run()
+            peaks[on] = tensor_peak(run)
+            if on:
+                assert any("native" in text for text in told(module.plan(True, x))["backward"])
+    assert peaks[True] <= peaks[False]
