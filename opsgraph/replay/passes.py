@@ -51,7 +51,7 @@ class Pass:
         self.names = names if saved is None else (*names[:-1], *saved)
         self.saved = len(saved or ())
         self.records: OrderedDict[Any, Any] = OrderedDict()
-        """What replays calls of a key; None until the second call."""
+        """What replays calls of a key; None until the second call, False where nothing does."""
         self.in_python: set[int] = set()
         self.attempts = 0
         self.reason = why_not or _why_not(config) or absent(device.type)
@@ -102,7 +102,10 @@ class Pass:
             del tensors  # each dies after its last use
             return self._record(where, handed, arguments)
         del tensors
+        if record is False:
+            return self.python(*arguments)
         if record is not self:
+            self.records.move_to_end(where)
             self.last = record.run_if
             result = record.run(*arguments)
             return self.python(*arguments) if result is None else result
@@ -122,10 +125,9 @@ class Pass:
         record = recording.record()
         self.in_python = recording.in_python
         if record is not None:
-            self.records[key] = self.record = record
-            self.last = record.run_if
-            if not any(isinstance(part, Stretch) for part in record.parts):
-                self.reason, self.last = "every line stays in Python", None
+            native = any(isinstance(part, Stretch) for part in record.parts)
+            self.record, self.records[key] = record, record if native else False
+            self.last = record.run_if if native else None
         else:
             self.attempts += 1
             if self.attempts > ATTEMPTS:
