@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -70,9 +71,8 @@ class Followed:
     def stand_in(self) -> Any:
         """The stage of the same ops that runs the reference."""
         ops, labels, options, *wiring = self.again.args
-        return self.again.func(
-            ops, labels, options.with_(double_backward=True, stands_in=True), *wiring
-        )
+        options = replace(options, double_backward=True, stands_in=True)
+        return self.again.func(ops, labels, options, *wiring)
 
     def run_followed(
         self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]

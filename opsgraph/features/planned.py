@@ -21,7 +21,7 @@ from .optimal import PLANNERS
 from .quantized import QuantizedDefinitions
 from .show import logged
 from .verify import verified
-from .weight_gradients import send_elsewhere
+from .weight_gradients import send_elsewhere, with_elsewhere, with_places
 
 
 def planned(
@@ -33,6 +33,7 @@ def planned(
     """
     after = (send_elsewhere, checked) if config.check else (send_elsewhere,)
     definitions = partial(QuantizedDefinitions, partial(prepare_by, order), after)
-    run, request = with_casts(run, request)
+    run, request = with_casts(run, with_elsewhere(run, request))
     plan = make_plan(run, request, order, PLANNERS[planner], config.fuel, definitions)
+    plan = with_places(plan, request)
     return logged(verified(plan, config.check), config)

@@ -25,6 +25,7 @@ from ..plan.claims import Space
 from ..plan.lines import Function, Line, literal, value, values
 from ..plan.planner import Cover
 from ..plan.writer import After, Definitions, Input, Writer
+from .weight_gradients import gradient_names
 
 Bind = Callable[[Any, Spec, tuple[str, ...]], tuple[str, Callable[..., Any]]]
 """Chooses for a quantizer, a weight and its copies: the function, and the backend that it is of."""
@@ -136,7 +137,7 @@ class QuantizedDefinitions(Definitions):
         if gap >= program.count or not program.kinds[gap].packs_gradient:
             return []
         wanted = ["row"] if program.flows[gap - 1] else []
-        return wanted + ["col"] * any(program.gradient_names(gap - 1))
+        return wanted + ["col"] * any(gradient_names(program, gap - 1))
 
     def define(self, name: str, writer: Writer) -> Sequence[Line]:
         if lines := super().define(name, writer):

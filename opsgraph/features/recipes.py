@@ -3,11 +3,13 @@
 Before a forward the plan's third function prepares the quantized weights. Delayed scaling hands it
 their scales, and notes the amaxes: of weights at once, of activations after the forward, of
 gradients in the backward. A call under a recipe also saves which scales it had, see `moment`.
+
+A Sequential has stages of its own for each recipe; the hook is `SequenceRecipes`, a base of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,13 +17,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..base import config
 from ..base.errors import PlanError
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..precision.autocast import active
 from ..precision.delayed import Scaling, record_gradient
+from ..precision.interned import drop_forgotten
 from ..precision.quantizers import Quantizer
-from ..precision.recomputed import moment
+from ..precision.recomputed import follow, moment
 from ..precision.weights import QuantizedTensor
 
 Parts = tuple[Tensor, ...]
@@ -30,6 +34,39 @@ _kept: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], dict[str, Parts]]] = W
 """The parts of quantized weights that a first microbatch made, by copy, of the module that has the
 weight. The plans of a LayerNormMLP with and without overwriting main_grad share them; no copy or
 pickle holds them. Each first microbatch overwrites them."""
+
+
+class SequenceRecipes:
+    """What a Sequential has for recipes: stages for each, and the one that a checkpoint repeats."""
+
+    _recipes: dict[int, list[Any]]
+    """Stages for each recipe that the module has run in, by its number. Emptied with `_stages`;
+    recipes that nobody holds any more are dropped when one is added."""
+    _last: int | None = None
+    """The recipe of the last call without grad, for checkpoints; see `follow`."""
+    _stages: list[Any]
+    _make_stages: Callable[[int], list[Any]]
+
+    def _current(self) -> list[Any]:
+        """The stages for the active recipe."""
+        key = active.key
+        if key is None:
+            return self._stages
+        found = self._recipes.get(key)
+        if found is None:
+            with config.lock:
+                found = self._recipes[key] = self._make_stages(key)
+                drop_forgotten(self._recipes)
+        if (last := follow(self._last)) != self._last:
+            with config.lock:
+                self.__dict__["_last"], self.__dict__["_epoch"] = last, -1
+        return found
+
+    def _follows(self) -> bool:
+        """Whether there was a call in a recipe that the next one may have to follow."""
+        if active.key is None and self._last is not None:
+            self.__dict__["_last"] = follow(self._last)
+        return self._last is not None
 
 
 class StageRecipe:

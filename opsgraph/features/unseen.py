@@ -28,6 +28,7 @@ from ..ops.joined import parameters
 from ..ops.main_grad import arriving
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
+from .weight_gradients import NOWHERE, Elsewhere
 
 
 class Unseen:
@@ -66,8 +67,9 @@ class Unseen:
 
         The latter is -1 for none. Raises OpError for a weight whose gradient would go astray.
         """
-        late = plan.specs.late
-        for k in sorted({*late, *(k for _, k in plan.specs.into_main_grad)}):
+        elsewhere: Elsewhere = plan.elsewhere or NOWHERE
+        late = elsewhere.late
+        for k in sorted({*late, *(k for _, k in elsewhere.into_main_grad)}):
             label = self.run.labels[self.run.slots[k][0]]
             verify_arrival(*self.slots[k], weights[k], label, k in late)
         return weights, graph_task()
@@ -77,23 +79,25 @@ class Unseen:
         weights, backward = ctx.watched
         if backward < 0:
             backward = graph_task()
+        elsewhere: Elsewhere = plan.elsewhere or NOWHERE
+        late, kept = elsewhere
         # The weight itself, whatever hooks of saved tensors have made of it.
-        for place, k in plan.specs.into_main_grad:
+        for place, k in kept:
             saved[place] = weights[k]
         first = plan.specs.first_weight
-        into_main_grad = {k for _, k in plan.specs.into_main_grad}
+        into_main_grad = {k for _, k in kept}
         edges = [0, *accumulate(argument.spec is not None for argument in plan.specs.inputs)]
         unwanted: set[int] = set()
-        for k in {*plan.specs.late, *into_main_grad}:
+        for k in {*late, *into_main_grad}:
             unwanted |= unasked(ctx.next_functions[edges[first + k]][0], weights[k])
         with arriving(backward, frozenset(unwanted)):
             gradients = list(plan.run_backward(self.ops, *grads, saved))
-        for k in reversed(plan.specs.late):
+        for k in reversed(late):
             call, gradients[first + k] = gradients[first + k], None
             if call is not None and not unwanted.issuperset(map(id, parameters(weights[k]))):
                 home, unasked_for = self.slots[k], frozenset(unwanted)
-                late = Late.of(home, weights[k], call, k in into_main_grad, unasked_for)
+                entry = Late.of(home, weights[k], call, k in into_main_grad, unasked_for)
                 everywhere = self.options.delay_wgrad_compute
                 queue = self.options.queue if everywhere else queue_of(home[0])
-                queue.leave(backward, late)
+                queue.leave(backward, entry)
         return gradients

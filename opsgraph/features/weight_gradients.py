@@ -5,36 +5,69 @@ step has no other way, and `backward_dw` makes use of it. With `accumulate_into_
 product adds to a buffer that an optimizer owns. Both count for weights that are factors of a
 product and want a gradient; the op asks for them, or its Sequential for all.
 
-The hooks are `Request.late`, `Request.accumulated` and `Definitions.after`.
+The hooks are `Request.late`, `Request.accumulated`, `Definitions.after` and `Plan.elsewhere`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from ..fuser import Fuser
-from ..op import STORED
+from ..op import STORED, differentiable
+from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..plan.claims import Claim
 from ..plan.lines import Line
-from ..plan.program import Argument, Program
+from ..plan.program import Argument, Program, Request
 from ..plan.writer import Writer
 
 
-def weight_gradients(
-    flag: str, run: BasicOps, wanted: Collection[str], options: Mapping[str, Any]
-) -> frozenset[str]:
-    """The names of gradients that go the way which a flag asks for.
+class Elsewhere(NamedTuple):
+    """Weights of a plan whose gradients go elsewhere, by their places among the weights."""
 
-    wanted: what needs gradients, weights among it.
-    """
-    asked = [
-        run.name(name, i)
-        for i, name in run.slots
-        if (options.get(flag) or getattr(run.ops[i], flag, False))
-        and run.kinds[i].gemm
-        and (run.kinds[i].wgrad or name == "weight")
-    ]
-    return frozenset(f"d{name}" for name in asked if name in wanted)
+    late: tuple[int, ...]
+    """Those that wait for `backward_dw`."""
+    into_main_grad: tuple[tuple[int, int], ...]
+    """Those that go into main_grad: places among what is saved, and among the weights."""
+
+
+NOWHERE = Elsewhere((), ())
+
+
+def with_elsewhere(run: BasicOps, request: Request) -> Request:
+    """The request with the names of gradients that go elsewhere."""
+
+    def names(flag: str) -> frozenset[str]:
+        asked = [
+            run.name(name, i)
+            for i, name in run.slots
+            if (request.options.get(flag) or getattr(run.ops[i], flag, False))
+            and run.kinds[i].gemm
+            and (run.kinds[i].wgrad or name == "weight")
+        ]
+        return frozenset(f"d{name}" for name in asked if name in request.gradients)
+
+    late, accumulated = names("delay_wgrad_compute"), names("accumulate_into_main_grad")
+    if not (late or accumulated):
+        return request
+    return replace(request, late=late, accumulated=accumulated)
+
+
+def with_places(plan: Plan, request: Request) -> Plan:
+    """The plan, which says what its backward does not return."""
+    if not (request.late or request.accumulated):
+        return plan
+    gradients = dict(enumerate(f"d{name}" for name in request.weights))
+    late = tuple(k for k, gradient in gradients.items() if gradient in request.late)
+    first, saved = plan.specs.first_weight, enumerate(plan.specs.saved)
+    kept = [(place, value.argument - first) for place, value in saved if value.argument is not None]
+    into_main_grad = tuple(pair for pair in kept if gradients.get(pair[1]) in request.accumulated)
+    return replace(plan, elsewhere=Elsewhere(late, into_main_grad))
+
+
+def gradient_names(program: Program, i: int) -> list[str | None]:
+    """Names of op i's gradients after dx, in `bwd`'s order; None for those not wanted."""
+    return [program.gradient(i, name) for name in differentiable(program.kinds[i])]
 
 
 def send_elsewhere(
@@ -52,7 +85,7 @@ def _by_the_op(program: Program, claim: Claim, line: Line) -> Line:
     into_main_grad = fuser and gradient in request.accumulated
     if not line.function.endswith("wgrad") or not (into_main_grad or gradient in request.late):
         return line
-    (i,) = (i for i in claim.ops if gradient in program.gradient_names(i))
+    (i,) = (i for i in claim.ops if gradient in gradient_names(program, i))
     function = line.target.wgrad if "." in line.function else line.target
     product = Argument("object", line.function, value=function)
     op, stored = program.resolve(i, ""), program.resolve(i, "weight" + STORED)

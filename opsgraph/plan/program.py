@@ -278,10 +278,6 @@ class Program:
         wanted = value in self.request.gradients or value in self.reported
         return f"d{value}" if wanted else None
 
-    def gradient_names(self, i: int) -> list[str | None]:
-        """Names of op i's gradients after dx, in `bwd`'s order; None for those not wanted."""
-        return [self.gradient(i, name) for name in differentiable(self.kinds[i])]
-
     def spec(self, name: str) -> Spec:
         """The spec of a value by its name."""
         kind, i, spec = self.values[name]

@@ -66,6 +66,8 @@ class Plan:
     specs: "Signature"
     passes: "Passes" = field(repr=False, compare=False)
     """The same functions as calls run them: as they are, or replayed."""
+    elsewhere: Any = None
+    """Which weights' gradients go elsewhere, where features send some."""
 
     # Features set these: a picture, a networkx graph, its name to torch.compile; and `__str__`.
     draw: ClassVar[Callable[..., None]]
@@ -111,10 +113,6 @@ class Signature(NamedTuple):
     """How many of the outputs, the last ones, are amaxes."""
     reported: tuple[int, ...]
     """Which of the inputs get an amax in the place of their gradient."""
-    late: tuple[int, ...]
-    """Which weights' gradients wait for `backward_dw`: places among the weights."""
-    into_main_grad: tuple[tuple[int, int], ...]
-    """Weights whose gradients go into main_grad: places among what is saved, and the weights."""
     prepared: tuple[Any, ...]
     """Weights that are handed in quantized."""
     training: bool
@@ -145,30 +143,21 @@ def _step(claim: Claim, cover: Cover, space: Space) -> Step:
 def _signature(definitions: Definitions, taken: Sequence[str]) -> Signature:
     """taken: the variables that are saved."""
     program, inputs, cover = definitions.program, definitions.inputs, definitions.cover
-    run, request, first = program.run, program.request, len(program.activations)
+    run, request = program.run, program.request
     places = {argument.name: k for k, argument in enumerate(inputs)}
     outputs = [program.specs[gap] for gap in (program.count, *run.outputs)]
     steps = (*cover.forward, *cover.backward, *run.outputs)
     identity = not steps and request.x == program.specs[-1] and program.x[-1] == "x0"
-    saved = [Saved(name, definitions.spec(name), places.get(name)) for name in taken]
-    gradients = dict(enumerate(f"d{name}" for name in request.weights))
     kinds = zip(program.kinds, program.still[FORWARD], strict=True)
     return Signature(
         inputs,
         (*outputs, *map(program.spec, program.reports)),
-        tuple(saved),
-        first_weight=first,
+        tuple(Saved(name, definitions.spec(name), places.get(name)) for name in taken),
+        first_weight=len(program.activations),
         same_rows=all(spec.factor == 1 for spec in outputs),
         taps=tuple(k for k, i in enumerate(run.outputs, 1) if i in program.tapped),
         reports=len(program.reports),
         reported=tuple(k for k, argument in enumerate(inputs) if argument.amax),
-        late=tuple(k for k, gradient in gradients.items() if gradient in request.late),
-        into_main_grad=tuple(
-            (place, value.argument - first)
-            for place, value in enumerate(saved)
-            if value.argument is not None
-            and gradients.get(value.argument - first) in request.accumulated
-        ),
         prepared=definitions.prepared,
         training=bool(request.gradients) and program.flows[-1] and not identity,
         autocast=request.compute is not None,

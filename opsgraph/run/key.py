@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..features.weight_gradients import weight_gradients
 from ..op import ROWS, Op, Spec, row
 from ..plan.basic_ops import BasicOps
 from ..plan.program import Request
@@ -116,7 +115,6 @@ def request_of(
         extras.append(Spec(sizes, dtype, device if here else torch.device("meta")))
         if wanted:
             gradients.add(run.name(name, i))
-    given = options.given()
     modes = iter(key.modes)
     return Request(
         row(key.width, key.dtype, device),
@@ -125,7 +123,5 @@ def request_of(
         frozenset(gradients),
         tuple(kind.training_matters and next(modes) for kind in run.kinds),
         key.compute,
-        given,
-        weight_gradients("delay_wgrad_compute", run, gradients, given),
-        weight_gradients("accumulate_into_main_grad", run, gradients, given),
+        options.given(),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..base import config
@@ -19,7 +19,7 @@ WHO = "Sequential"
 class Options:
     """Raises an OpsgraphError for what is unknown, with the nearest that is known.
 
-    Made by `of`; `with_` replaces some.
+    Made by `of`.
     """
 
     backends: tuple[str, ...] | None = None
@@ -58,10 +58,6 @@ class Options:
         """Raises PlanError for a fuser that is not there: one may be registered before planning."""
         if self.fusers is not None:
             known(WHO, "fuser", self.fusers, {fuser.name: None for fuser in registered()})
-
-    def with_(self, **changed: Any) -> Options:
-        """The same, but for some; what is queued stays queued."""
-        return replace(self, **changed)
 
     def given(self) -> dict[str, Any]:
         """All options by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..features.examples import SequenceExamples
 from ..features.inputs import explain
 from ..features.listed import Listed
 from ..features.op_kwargs import run_with
+from ..features.recipes import SequenceRecipes
 from ..guards.validation import place
 from ..guards.watched import own_state
 from ..op import Op
@@ -26,14 +28,14 @@ from ..ops.delayed import DelaysWeightGradients, Queue
 from ..ops.residual import tell_next
 from ..ops.sizes import infer_sizes
 from ..precision.autocast import active
-from ..precision.interned import drop_forgotten
-from ..precision.recomputed import follow
 from .options import NAMES, Options
 from .stage import Stage
 from .stages import make_stages, run_stages
 
 
-class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, Converts, Listed):
+class Sequential(
+    SequenceRecipes, CompiledSequence, SequenceExamples, DelaysWeightGradients, Converts, Listed
+):
     """Ops in sequence, planned as one; plain nn.Modules may stand between them.
 
     `forward(x, *extra_inputs)` returns y, or `(y, *extra_outputs)` where there are any. x is
@@ -68,16 +70,12 @@ class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, Conv
         place("Sequential", device, dtype)
         self._stages: list[Any] = []
         """Those for no recipe. `_prepare` makes them anew where an op or the epoch changed."""
-        self._recipes: dict[int, list[Any]] = {}
-        """Those for each recipe that the module has run in, by its number. Emptied with `_stages`;
-        recipes that nobody holds any more are dropped when one is added."""
-        self._last: int | None = None
-        """The recipe of the last call without grad, for checkpoints; see `follow`."""
+        self._recipes = {}
         self._prepared = -1
         """The epoch for which `_stages` was made; -1 after a change of the module (`_forget`)."""
         self._epoch = -1
         """The same for calls, which compare it without the lock. -1 has each ask `_prepare`: while
-        there are containers, and after a call in a recipe that another has to `follow`."""
+        there are containers, and while a recipe `_follows`."""
         self._containers: list[Container] = []
         """Lists and their like that ops hold, with what was in them: they change without a word.
         Found anew with `_stages`."""
@@ -119,10 +117,8 @@ class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, Conv
                 self.__dict__["_stages"] = self._make_stages(None)
                 self.__dict__["_containers"] = watch(self, self._present())
                 self.__dict__["_prepared"] = epoch
-            if active.key is None and self._last is not None:
-                self.__dict__["_last"] = follow(self._last)
+            asks = self._follows() or self._containers
             # The last, for threads that ask without the lock.
-            asks = self._containers or self._last is not None
             self.__dict__["_epoch"] = -1 if asks else self._prepared
 
     def _entries(self) -> Iterator[Entry]:
@@ -134,21 +130,6 @@ class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, Conv
         ops = (op for op in self._present() if isinstance(op, Op) and self._called)
         given = [name for op in ops for name in op.channels.values() if name]
         return make_stages(self._entries(), self._options, recipe, given, CalledSequential)
-
-    def _current(self) -> list[Any]:
-        """The stages for the active recipe."""
-        key = active.key
-        if key is None:
-            return self._stages
-        found = self._recipes.get(key)
-        if found is None:
-            with config.lock:
-                found = self._recipes[key] = self._make_stages(key)
-                drop_forgotten(self._recipes)
-        if (last := follow(self._last)) != self._last:
-            with config.lock:
-                self.__dict__["_last"], self.__dict__["_epoch"] = last, -1
-        return found
 
     # -- running --
 
@@ -199,13 +180,13 @@ class Sequential(CompiledSequence, SequenceExamples, DelaysWeightGradients, Conv
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in NAMES:
-            self._options = self._options.with_(**{name: value})
+            self._options = replace(self._options, **{name: value})
             self._forget()
             return
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_options": self._options.with_(queue=Queue())}
+        own = {"_options": replace(self._options, queue=Queue())}
         return own_state(self, frozenset()) | _UNPREPARED | own
 
     def _replicate_for_data_parallel(self) -> Any:

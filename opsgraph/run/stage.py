@@ -9,10 +9,6 @@ The path of one eager call:
     eager                `[rows, width]`, autocast off, one autograd.Function
     plan.run_forward     the generated function, whose lines call kernels
 
-Who holds what: a Sequential its stages, and a list of stages for each recipe. A stage has the ops
-that the user wrote, and in `slots` the module and the name of each parameter. A table, which all
-stages of equal structure share, has the plans. A plan has skeletons of the ops, and no parameter.
-
 What is made anew, and when:
 
 - a plan for a new key: another dtype, width, device, or another set of gradients that are wanted;

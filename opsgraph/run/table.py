@@ -6,6 +6,7 @@ A table holds skeletons of the ops, without parameters.
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +53,7 @@ _tables: weakref.WeakValueDictionary[Any, PlanTable] = weakref.WeakValueDictiona
 def table_for(run: BasicOps, options: Options) -> PlanTable:
     """The shared table of this structure; one of its own where a setting cannot be compared."""
     if (current := config.read()) != options.config:
-        options = options.with_(config=current)
+        options = replace(options, config=current)
     try:
         parts = []
         for kind, op in zip(run.kinds, run.ops, strict=True):
