@@ -16,7 +16,7 @@ from ..guards.constants import plain
 from ..guards.constants import verify as verify_constant
 from ..op import STORED, Op, Placed, arguments, differentiable, weights
 from ..op.base import is_names
-from ..op.functions import backward_functions, definer, function
+from ..op.functions import backward_functions, definer, said
 from ..plan.basic_ops import BasicOps
 
 OWN = frozenset({"x", "y", "dy", "want", "self"})
@@ -63,10 +63,10 @@ def verify(kind: type[Op]) -> str | None:
     absent = [name for name in kind.extra_inputs if name not in arguments(kind.fwd)]
     if absent:
         return f"got the extra inputs {absent}, which fwd does not name"
-    if kind.taps and function(kind, "bwd") is None:
+    if kind.taps and said(kind, "bwd") is None:
         return "got an op that taps without a bwd for its fwd, expected bwd(self, dy, d)"
-    halves = [name for name in ("dgrad", "wgrad") if function(kind, name)]
-    if len(halves) == 1 and function(kind, "bwd"):
+    halves = [name for name in ("dgrad", "wgrad") if said(kind, name)]
+    if len(halves) == 1 and said(kind, "bwd"):
         if definer(kind, halves[0])[0] < definer(kind, "bwd")[0]:
             return f"got {halves[0]} beside an inherited bwd, expected bwd, or dgrad and wgrad"
     if halves and len(differentiable(kind)) > 1 and "bwd" not in backward_functions(kind):

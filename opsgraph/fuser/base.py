@@ -30,7 +30,7 @@ import torch
 
 from ..guards.cached import cached_property, per_class
 from ..op import BACKWARD, FORWARD, Op, Spec, arguments, differentiable
-from ..op.functions import backward_functions, function, passes
+from ..op.functions import backward_functions, passes, said
 
 AGAIN = "again"
 """Beside the passes: how an op makes its y again in the backward."""
@@ -194,7 +194,7 @@ class Reference(Fuser):
             return {"fwd": kind.fwd}
         if direction == BACKWARD:
             return backward_functions(kind)
-        again = function(kind, "again")
+        again = said(kind, "again")
         return {"again": again} if again else {}
 
 

@@ -1,4 +1,5 @@
 """Checks of what callers, their functions and other libraries hand in, change or take away.
 
-Names of users are kept apart too: from all that generated source adds (`names`).
+Users meet generated source in three ways, each guarded here: their names stand in it beside its own
+(`names`), so do the constants of their ops (`constants`), and tracebacks show it (`compiled`).
 """

@@ -43,11 +43,6 @@ def said(kind: type[Op], name: str) -> Any:
     return getattr(kind, name) if holds(kind, name) else getattr(Op, name)
 
 
-def function(kind: type[Op], name: str) -> Callable[..., Any] | None:
-    """`bwd`, `dgrad`, `wgrad` or `again` of a class, if it has one that is about its `fwd`."""
-    return said(kind, name)  # type: ignore[no-any-return]
-
-
 @per_class
 def family(kind: type[Op]) -> tuple[type[Op], ...]:
     """The classes by which patterns know an op: its own, and the base that it is another case of.
@@ -75,7 +70,7 @@ def _differs_in_constants(kind: type[Op], base: type[Op]) -> bool:
 @per_class
 def passes(kind: type[Op]) -> tuple[str, ...]:
     """The extra inputs whose gradient is `dy` itself."""
-    return said(kind, "passes") if function(kind, "bwd") else ()
+    return said(kind, "passes") if said(kind, "bwd") else ()
 
 
 @per_class
@@ -90,7 +85,7 @@ def backward_functions(kind: type[Op]) -> dict[str, Callable[..., Any]]:
 
     Where a class has all three, those of the more derived class count.
     """
-    bwd, dgrad, wgrad = (function(kind, name) for name in ("bwd", "dgrad", "wgrad"))
+    bwd, dgrad, wgrad = (said(kind, name) for name in ("bwd", "dgrad", "wgrad"))
     depths = [definer(kind, name)[0] for name in ("dgrad", "wgrad") if getattr(kind, name)]
     if bwd and (not (dgrad and wgrad) or definer(kind, "bwd")[0] < min(depths)):
         return {"bwd": bwd}
@@ -102,7 +97,7 @@ def backward_functions(kind: type[Op]) -> dict[str, Callable[..., Any]]:
 
 def verify_backward(kind: type[Op], label: str) -> None:
     """Raises PlanError for an op whose gradients cannot be computed."""
-    if kind.random and not any(function(kind, name) for name in ("bwd", "dgrad", "wgrad")):
+    if kind.random and not any(said(kind, name) for name in ("bwd", "dgrad", "wgrad")):
         raise PlanError(
             f"{label}: got a random fwd and no bwd for it, expected one that takes the saved seed"
         )

@@ -1,11 +1,12 @@
 """Sizes that were left out of ops in a row: told by the neighbours on both sides."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
-from ..base.errors import OpsgraphError
+from ..base.errors import OpError, OpsgraphError
 from ..op import Op, row
 
 
@@ -22,6 +23,16 @@ def infer_sizes(
         width = module.in_width or width
         for entry in module.lower():
             width = None if width is None else _out_width(entry.kind, entry.op, width)
+
+
+def complete_sizes(modules: Mapping[str, nn.Module | None], width: int) -> None:
+    """Make parameters whose sizes were left out. Raises OpError where neither side tells a size."""
+    named = {f"{name}:{type(m).__name__}": m for name, m in modules.items() if m is not None}
+    with torch.inference_mode(False):  # for they may be trained later
+        infer_sizes([*named.values()], width)
+    for label, module in named.items():
+        if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
+            raise OpError(label, "no size for it", "one given, or told by a neighbour")
 
 
 def width_between(modules: Sequence[nn.Module], last: int | None = None) -> int | None:

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from ..guards.compiled import compiled
 from ..guards.names import free
 from ..guards.results import First
 from ..op import BACKWARD, FORWARD, ROWS, STORED, Spec
 from ..op.functions import backward_functions
 from .claims import Call, Claim, Space
-from .compiled import compiled
 from .lines import Function, Line, Nested, Results, literal, value
 from .planner import Cover
 from .program import Argument

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ..base.errors import OpsgraphError
+from ..guards.compiled import compiled
 from ..guards.torch_private import dispatch_modes, empty_strided
 from ..kernels.cpu import memory
-from ..plan.compiled import compiled
 from ..plan.lines import Line
 from .interpreter import run_line
 from .native import ARENA, program, replay

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..base import config
-from ..base.errors import OpError
 from ..features.called import Entry, spread
 from ..features.compiled import CompiledSequence
 from ..features.containers import Container, changed, watch
@@ -26,7 +25,7 @@ from ..guards.watched import own_state
 from ..op import Op
 from ..ops.delayed import DelaysWeightGradients, Queue
 from ..ops.residual import tell_next
-from ..ops.sizes import infer_sizes
+from ..ops.sizes import complete_sizes, infer_sizes
 from ..precision.autocast import active
 from .options import NAMES, Options
 from .stage import Stage
@@ -99,10 +98,6 @@ class Sequential(
         with config.lock:
             self.__dict__["_epoch"] = self.__dict__["_prepared"] = -1
 
-    def _labelled(self) -> Iterator[tuple[str, nn.Module]]:
-        for name, module in self._modules.items():
-            yield f"{name}:{type(module).__name__}", module
-
     def _prepare(self, width: int | None = None) -> None:
         """Find the stages again, unless nothing has changed; width: the input's, if it is known."""
         if self._prepared == config.epoch and active.key is not None and not self._containers:
@@ -122,8 +117,8 @@ class Sequential(
             self.__dict__["_epoch"] = -1 if asks else self._prepared
 
     def _entries(self) -> Iterator[Entry]:
-        for label, module in self._labelled():
-            yield from spread(label, module, self._called)
+        for name, module in self._modules.items():
+            yield from spread(f"{name}:{type(module).__name__}", module, self._called)
 
     def _make_stages(self, recipe: int | None) -> list[Any]:
         # An op that is called alone is given what it reads.
@@ -159,11 +154,7 @@ class Sequential(
     def _complete(self, x: Tensor | int) -> None:
         """Make parameters whose sizes were left out, from an input or its width."""
         if self._lazy():
-            with torch.inference_mode(False):  # for they may be trained later
-                infer_sizes(self._present(), x if isinstance(x, int) else x.shape[-1])
-            for label, module in self._labelled():
-                if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
-                    raise OpError(label, "no size for it", "one given, or told by a neighbour")
+            complete_sizes(self._modules, x if isinstance(x, int) else x.shape[-1])
 
     @property
     def wgrad_queue(self) -> Queue | None:
