@@ -21,6 +21,7 @@ from ..guards.torch_private import dispatch_modes, followed
 from ..plan import Plan
 from ..plan.lines import Function
 from ..plan.result import Passes
+from .assembly import assembled
 from .interpreter import run_line
 from .native import why_not as absent
 from .record import ALIGNED, Record, Stretch
@@ -122,7 +123,7 @@ class Pass:
         )
         variables = dict(zip(self.function.parameters, arguments, strict=True))
         result = recording.run(variables)
-        record = recording.record()
+        record = assembled(recording)
         self.in_python = recording.in_python
         if record is not None:
             native = any(isinstance(part, Stretch) for part in record.parts)

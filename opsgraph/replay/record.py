@@ -10,7 +10,7 @@ which two temporaries share memory unless they are in use at the same time.
             return None
         p0, p1 = v0.data_ptr(), v1.data_ptr()
         v3 = new((4, 64), (64, 1), torch.float32)
-        failed = replay(94211, pack0(p0, p1, v3.data_ptr()), 0)
+        failed = replay(program0, pack0(p0, p1, v3.data_ptr()), 0)
         if failed:
             fail0(failed)
         return (v3,), (v0,)
@@ -69,11 +69,52 @@ class View(NamedTuple):
 
     def text(self) -> str:
         """The line that makes it."""
-        base = name(self.base)
-        place = f"{base}.storage_offset()"
-        if self.offset:
-            place += f" + {self.offset // self.dtype.itemsize}"
-        return f"{name(self.slot)} = {base}.as_strided({self.sizes}, {self.strides}, {place})"
+        layout = f"{self.dtype}, {self.sizes}, {self.strides}, {self.offset}"
+        return f"{name(self.slot)} = view({name(self.base)}, {layout})"
+
+
+def view(
+    base: Tensor, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int
+) -> Tensor:
+    """A tensor over the memory of another one, at an offset in bytes from where that begins."""
+    if base.dtype != dtype:
+        base = base.view(dtype)
+    return base.as_strided(sizes, strides, base.storage_offset() + offset // dtype.itemsize)
+
+
+class Build(NamedTuple):
+    """A NamedTuple that a line makes of tensors. parts: slots, of its own kind, and constants."""
+
+    slot: int
+    kind: Any
+    parts: tuple[Any, ...]
+
+    @property
+    def slots(self) -> list[int]:
+        """Whose values it is made of."""
+        inner = [part.slots if isinstance(part, Build) else [part] for part in self.parts]
+        return [k for some in inner for k in some if type(k) is int]
+
+    def make(self, values: Iterator[Any]) -> Any:
+        """It, of the values of its slots in order."""
+        parts = []
+        for part in self.parts:
+            if isinstance(part, Build):
+                parts.append(part.make(values))
+            else:
+                parts.append(next(values) if type(part) is int else part.value)
+        return self.kind(*parts)
+
+    def text(self, namespace: dict[str, Any]) -> str:
+        """The line that makes it."""
+        namespace[f"make{self.slot}"] = lambda *values: self.make(iter(values))
+        return f"{name(self.slot)} = make{self.slot}({', '.join(map(name, self.slots))})"
+
+
+class Constant(NamedTuple):
+    """What no tensor is in a NamedTuple."""
+
+    value: Any
 
 
 class Result(NamedTuple):
@@ -104,9 +145,10 @@ class Stretch:
     def __init__(
         self, device: torch.device, events: Sequence[tuple[int, Event]], names: Sequence[str],
         inputs: Sequence[int], results: Sequence[Result], views: Sequence[View],
-        home: Mapping[int, int], buffers: Sequence[Buffer],
+        home: Mapping[int, int], buffers: Sequence[Buffer], builds: Sequence[Build] = (),
     ) -> None:  # fmt: skip
         """home: the slot of each buffer that is no temporary."""
+        self.builds = builds
         self.device, self.names, self.results, self.views = device, names, results, views
         self.count, self.dead = len(events), list[int]()
         alone = [event for _, event in events]
@@ -141,13 +183,16 @@ class Stretch:
         namespace[f"pack{number}"] = struct.Struct(f"={len(addresses)}q").pack
         namespace[f"fail{number}"] = self.fail
         stream = "0" if self.device.type == "cpu" else f"stream({self.device.index})"
-        place = ctypes.addressof(self.program)
+        namespace[f"program{number}"] = ctypes.addressof(self.program)
         if self.count:
-            yield f"failed = replay({place}, pack{number}({', '.join(addresses)}), {stream})"
+            packed = f"pack{number}({', '.join(addresses)})"
+            yield f"failed = replay(program{number}, {packed}, {stream})"
             yield "if failed:"
             yield f"    fail{number}(failed)"
         for view in self.views:
             yield view.text()
+        for build in self.builds:
+            yield build.text(namespace)
         if self.dead:
             yield " = ".join((*map(name, self.dead), "None"))
 
@@ -225,7 +270,7 @@ class Record:
         namespace: dict[str, Any] = {
             "torch": torch, "replay": replay(device.type), "kept": memory.empty,
             "new": empty_strided(device), "fits": fits, "threads": torch.get_num_threads,
-            "modes": dispatch_modes,
+            "modes": dispatch_modes, "view": view,
         }  # fmt: skip
         if device.type == "cuda":
             namespace["stream"] = torch._C._cuda_getCurrentRawStream

@@ -1,7 +1,8 @@
 """Makes a record: runs the lines of a pass one by one, watched, and sorts out what flows where.
 
 The layers: `recorder` notes what each line did to memory; here lines become stretches and lines in
-Python, and values get slots; `record` is the result, which `passes` replays.
+Python, and values get slots; `assembly` says what each stretch is handed and what it allocates;
+`record` is the result, which `passes` replays.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..guards.torch_private import same_layouts
 from ..plan.lines import Function, Line
 from .interpreter import run_line
-from .record import NOTHING, InPython, Record, Result, Stretch, View, used
+from .record import Constant
 from .recorder import Event, Place, Recorder, span
 
 STRUCTURAL = ("bind", "clear", "pass", "return")
@@ -31,7 +32,14 @@ class Geometry(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _Step(NamedTuple):
+class Composite(NamedTuple):
+    """A NamedTuple of geometries, of its like, and of constants, as quantized values are."""
+
+    kind: Any
+    parts: tuple[Any, ...]
+
+
+class Step(NamedTuple):
     """A line that ran, with the slots that it read and made."""
 
     number: int
@@ -43,7 +51,7 @@ class _Step(NamedTuple):
 
 
 class Recording:
-    """One recording of a pass. `run()` returns what the pass returns; `record()` the record.
+    """One recording of a pass. `run()` returns what the pass returns.
 
     arguments: by the names that lines read. in_python: the numbers of lines that must stay so.
     """
@@ -63,7 +71,7 @@ class Recording:
         self.values = [self._handed(k, argument) for k, argument in enumerate(arguments)]
         """What each slot holds: a tensor's geometry, the type of what has none, or None."""
         self.slots = {name: k for k, name in enumerate(names)}
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self.returned: Any = None
 
     def run(self, variables: dict[str, Any]) -> Any:
@@ -92,7 +100,7 @@ class Recording:
                 value = variables.get(made)
                 known = self._described(value) if reason is None else self._made(k, value)
                 self.values.append(known)
-            self.steps.append(_Step(number, line, reads, makes, events, reason))
+            self.steps.append(Step(number, line, reads, makes, events, reason))
         return result
 
     def _handed(self, slot: int, value: Any) -> Any:
@@ -110,7 +118,14 @@ class Recording:
 
     def _described(self, value: Any) -> Any:
         """What a slot holds that a stretch makes."""
-        return _described(value, lambda: self.recorder.find(value.data_ptr()))
+        if not (isinstance(value, tuple) and hasattr(value, "_fields")):
+            return _described(value, lambda: self.recorder.find(value.data_ptr()))
+        parts = [
+            self._described(part) if isinstance(part, Tensor | tuple) else Constant(part)
+            for part in value
+        ]
+        opaque = any(isinstance(part, type) for part in parts)
+        return type(value) if opaque else Composite(type(value), tuple(parts))
 
     def _move(self, line: Line) -> None:
         """Follow names through a line that moves them."""
@@ -127,10 +142,10 @@ class Recording:
             return None
         return nested.category, self.slots[nested.text]
 
-    # -- the record --
+    # -- for the record --
 
-    def record(self) -> Record | None:
-        """The record, or None where a value has to be made by a line in Python: see `in_python`."""
+    def needed(self) -> set[int] | None:
+        """The slots that replays have to fill; None where `in_python` has grown for it."""
         python = [step for step in self.steps if step.reason is not None]
         leaves = {slot for _, slot in _flat(self.returned)}
         needed = {k for step in python for k in step.reads.values()} | leaves
@@ -140,14 +155,12 @@ class Recording:
             for step in self.steps
             if step.reason is None and opaque.intersection(step.makes.values())
         }
-        if again:
-            self.in_python |= again
-            return None
-        return _Assembly(self, self._groups(), needed).record()
+        self.in_python |= again
+        return None if again else needed
 
-    def _groups(self) -> list[list[_Step]]:
+    def groups(self) -> list[list[Step]]:
         """Lines in Python alone, others together as far as memory allows."""
-        groups: list[list[_Step]] = []
+        groups: list[list[Step]] = []
         joined = False
         for step in self.steps:
             native = step.reason is None
@@ -158,7 +171,7 @@ class Recording:
             joined = native and not self._lets_go(step)
         return groups
 
-    def _lets_go(self, step: _Step) -> bool:
+    def _lets_go(self, step: Step) -> bool:
         """Whether large memory is let go after a line, which later ones may be given."""
         return any(self._size(step.reads.get(name)) >= LARGE for name in step.line.dead)
 
@@ -168,158 +181,6 @@ class Recording:
         if not isinstance(value, Geometry):
             return 0
         return self.recorder.buffers[value.place.buffer].size
-
-
-class _Assembly:
-    """Puts a record together. needed: the slots that replays have to fill."""
-
-    def __init__(
-        self, recording: Recording, groups: list[list[_Step]], needed: Collection[int]
-    ) -> None:  # fmt: skip
-        self.recording, self.groups = recording, groups
-        self.values, self.buffers = recording.values, recording.recorder.buffers
-        self.free = len(self.values)
-        """The next slot that nothing has."""
-        self.base: dict[int, int] = {}
-        """The slot of each buffer that is there between stretches."""
-        self.same: dict[int, int] = {}
-        """What slots hold that are another slot's value."""
-        self.last: dict[int, int] = {}
-        """The part after which nothing reads a slot."""
-        uses = [
-            {b for step in group for event in step.events for b in used(event)} for group in groups
-        ]
-        self.uses = uses
-        kept = {
-            b
-            for n, some in enumerate(uses)
-            for b in some
-            if any(b in more for more in uses[n + 1 :])
-        }
-        self.native = {
-            slot
-            for group in groups
-            for step in group
-            if step.reason is None
-            for slot in step.makes.values()
-        }
-        """The slots of what stretches make."""
-        self.views: dict[int, list[View]] = {}
-        self.results: dict[int, list[Result]] = {}
-        for number, buffer in enumerate(self.buffers):
-            if buffer.argument is not None:
-                self.base[number] = buffer.argument
-        self._place(needed, kept)
-
-    def _place(self, needed: Collection[int], kept: Collection[int]) -> None:
-        """Find out which buffers are results, and what shows each needed value."""
-        makers = {
-            k: n for n, group in enumerate(self.groups) for s in group for k in s.makes.values()
-        }
-        for slot in sorted(needed):
-            value = self.values[slot]
-            if not isinstance(value, Geometry) or slot < self.recording.count:
-                continue
-            place, dtype, sizes, strides = value
-            buffer, maker = self.buffers[place.buffer], makers[slot]
-            if buffer.argument == slot:  # made by a line in Python
-                continue
-            home = self.base.get(place.buffer)
-            if home is None and _whole(value, buffer.size):
-                self._result(place.buffer, slot, sizes, dtype, maker)
-                continue
-            if home is None:
-                home = self._hidden(place.buffer, maker)
-            if value == self.values[home] if home < len(self.values) else False:
-                self.same[slot] = home
-                continue
-            view = View(slot, home, dtype, sizes, strides, place.offset)
-            self.views.setdefault(maker, []).append(view)
-            self._read(home, maker)
-        for number in kept:
-            if number not in self.base:
-                self._hidden(number)
-
-    def _hidden(self, number: int, maker: int = 0) -> int:
-        """A slot for a buffer that no value shows as a whole."""
-        slot, self.free = self.free, self.free + 1
-        self._result(number, slot, (self.buffers[number].size,), torch.uint8, maker)
-        return slot
-
-    def _result(
-        self, number: int, slot: int, sizes: tuple[int, ...], dtype: torch.dtype, maker: int
-    ) -> None:  # fmt: skip
-        first = next((n for n, uses in enumerate(self.uses) if number in uses), maker)
-        self.base[number] = slot
-        result = Result(slot, sizes, dtype, self.buffers[number].device)
-        self.results.setdefault(first, []).append(result)
-
-    def _read(self, slot: int, part: int) -> None:
-        self.last[slot] = max(part, self.last.get(slot, 0))
-
-    def record(self) -> Record:
-        """The record."""
-        parts = [self._part(n, group) for n, group in enumerate(self.groups)]
-        stretches = [part for part in parts if isinstance(part, Stretch)]
-        read = {slot for part in stretches for slot in part.reads}
-        for part in parts:
-            if isinstance(part, InPython):
-                part.layouts = {
-                    made: (value.dtype, value.sizes, value.strides)
-                    for made, slot in part.makes.items()
-                    if slot in read and isinstance(value := self.values[slot], Geometry)
-                }
-        ends: dict[int, int] = {}
-        returned = self._returned(self.recording.returned, ends)
-        for slot in (*_slots(returned), *ends.values()):
-            self.last.pop(slot, None)
-        for number, part in enumerate(parts):
-            part.dead += [slot for slot, last in self.last.items() if last == number]
-        made = self.recording
-        has_ops = made.function.parameters[:1] == ("ops",)
-        return Record(
-            made.present, made.fits, made.saved, has_ops, parts, ends, returned, made.device,
-            made.recorder.shared,
-        )  # fmt: skip
-
-    def _part(self, number: int, group: list[_Step]) -> Stretch | InPython:
-        if group[0].reason is not None:
-            (step,) = group
-            reads = {name: self._home(k) for name, k in step.reads.items()}
-            for slot in reads.values():
-                self._read(slot, number)
-            return InPython(step.line, reads, step.makes, group[0].reason)
-        events = [(n, event) for n, step in enumerate(group) for event in step.events]
-        results = self.results.get(number, [])
-        made = {result.slot for result in results}
-        inputs = sorted({self.base[b] for b in self.uses[number] if b in self.base} - made)
-        for slot in inputs:
-            self._read(slot, number)
-        lines = [step.line for step in group]
-        names = [f"{(*line.note.split(), line.function)[0]}:{line.function}" for line in lines]
-        views = self.views.get(number, [])
-        return Stretch(
-            self.recording.device, events, names, inputs, results, views, self.base, self.buffers
-        )
-
-    def _home(self, slot: int) -> int:
-        """The slot that holds the value of one; `NOTHING` for None that a stretch would make."""
-        if self.values[slot] is None and slot in self.native:
-            return NOTHING
-        return self.same.get(slot, slot)
-
-    def _returned(self, nested: Any, ends: dict[int, int]) -> Any:
-        if nested is None:
-            return NOTHING
-        if not isinstance(nested[0] if nested else None, str):
-            return tuple(self._returned(item, ends) for item in nested)
-        category, slot = nested
-        slot = self._home(slot)
-        if category != "view":
-            return slot
-        end, self.free = self.free, self.free + 1
-        ends[end] = slot
-        return end
 
 
 def _described(value: Any, find: Callable[[], Place | None]) -> Any:
@@ -341,16 +202,6 @@ def _ours(line: Line) -> bool:
     return str(kind.__module__).startswith("opsgraph.") and "_vjp" not in line.function
 
 
-def _whole(value: Geometry, size: int) -> bool:
-    """Whether a value is all of its buffer, by rows."""
-    count, stride = value.dtype.itemsize, 1
-    for n, step in zip(reversed(value.sizes), reversed(value.strides), strict=True):
-        if n != 1 and step != stride:
-            return False
-        count, stride = count * n, stride * n
-    return value.place.offset == 0 and count == size
-
-
 def _flat(nested: Any) -> Iterable[tuple[str, int]]:
     if nested is None:
         return
@@ -359,10 +210,3 @@ def _flat(nested: Any) -> Iterable[tuple[str, int]]:
         return
     for item in nested:
         yield from _flat(item)
-
-
-def _slots(nested: Any) -> Iterable[int]:
-    if isinstance(nested, int):
-        yield nested
-    for item in nested if isinstance(nested, tuple) else ():
-        yield from _slots(item)

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,19 @@ import opsgraph as og
 from opsgraph.guards.torch_private import same_layouts
 from opsgraph.kernels.cpu import build as library
 from opsgraph.plan.lines import Line, value
-from opsgraph.replay.record import ALIGNMENT, InPython, Record, Result, Stretch, View, arena, used
+from opsgraph.replay.record import (
+    ALIGNMENT,
+    Build,
+    Constant,
+    InPython,
+    Record,
+    Result,
+    Stretch,
+    View,
+    arena,
+    used,
+    view,
+)
 from opsgraph.replay.recorder import Aten, Buffer, Event, Kernel, Operand, Place
 
 CPU = torch.device("cpu")
@@ -182,7 +194,7 @@ def test_views_and_none() -> None:
 
 def test_texts() -> None:
     assert View(3, 1, F32, (2, 3), (3, 1), 8).text() == (
-        "v3 = v1.as_strided((2, 3), (3, 1), v1.storage_offset() + 2)"
+        "v3 = view(v1, torch.float32, (2, 3), (3, 1), 8)"
     )
     small, large = Result(4, (2, 3), F32, CPU), Result(4, (1024, 256), F32, CPU)
     assert small.text("v4") == "v4 = new((2, 3), (3, 1), torch.float32)"
@@ -254,3 +266,30 @@ def test_a_line_in_python_alone_holds_what_dies_in_it() -> None:
     python.run((), values)
     assert values == []
     assert seen[0]() is None
+
+
+class Pair(NamedTuple):
+    """What a line may make of tensors."""
+
+    one: Any
+    other: Any
+    name: Any
+
+
+def test_a_tuple_of_tensors_is_made_again() -> None:
+    built = Build(9, Pair, (4, Build(9, Pair, (5, Constant(None), Constant("x"))), Constant(7)))
+    assert built.slots == [4, 5]
+    namespace: dict[str, Any] = {}
+    assert built.text(namespace) == "v9 = make9(v4, v5)"
+    a, b = random(2, 2), random(3)
+    made = namespace["make9"](a, b)
+    assert made == (a, (b, None, "x"), 7)
+    assert type(made) is type(made.other) is Pair
+
+
+def test_a_view_of_memory_of_another_dtype() -> None:
+    memory = torch.zeros(64, dtype=torch.uint8)
+    shown = view(memory[16:], torch.float32, (2, 3), (3, 1), 8)
+    shown.fill_(1.0)
+    assert shown.data_ptr() == memory.data_ptr() + 24
+    assert memory.view(torch.float32).tolist() == [0.0] * 6 + [1.0] * 6 + [0.0] * 4
