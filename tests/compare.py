@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opsgraph import Sequential
+from opsgraph.ops.sizes import complete_sizes
 
 TOLERANCES = {
     torch.float64: (1e-9, 1e-9),
@@ -100,7 +101,8 @@ class Case:
         self.module = Sequential(*build(), device=device, dtype=weight_dtype or dtype, **options)
         random = torch.randn(*shape, dtype=torch.float64, device=device)
         self.x = lay_out(make(random).to(dtype), layout).requires_grad_(input_grad)
-        self.module._complete(self.x)
+        if self.module._lazy():
+            complete_sizes(self.module._modules, self.x.shape[-1])
         for name, parameter in self.module.named_parameters():
             nn.init.normal_(parameter, 0.3, 0.6)
             parameter.requires_grad_(not any(part in name for part in frozen))

@@ -104,8 +104,8 @@ class Sequential(
             return  # a call under a recipe follows by itself
         with config.lock:
             if self._prepared != config.epoch or changed(self._containers):
-                if width is not None:
-                    self._complete(width)
+                if width is not None and self._lazy():
+                    complete_sizes(self._modules, width)
                 epoch = config.epoch
                 tell_next(self._present())
                 self.__dict__["_recipes"] = {}
@@ -150,11 +150,6 @@ class Sequential(
             if (found := explain(self, self._stages, input, extra_inputs)) is None:
                 raise
             return found
-
-    def _complete(self, x: Tensor | int) -> None:
-        """Make parameters whose sizes were left out, from an input or its width."""
-        if self._lazy():
-            complete_sizes(self._modules, x if isinstance(x, int) else x.shape[-1])
 
     @property
     def wgrad_queue(self) -> Queue | None:
