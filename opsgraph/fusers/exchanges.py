@@ -25,9 +25,9 @@ from torch import Tensor
 from ..base.errors import OpError
 from ..fuser import Fuser, register
 from ..kernels.exchange import collectives, pieces
+from ..kernels.lazy import Lazy
 from ..op import Op, Spec
 from ..ops import AllGather, AllReduce, AllReduceGrad, BasicLinear, Bias, ReduceScatter, Tee
-from .lazy import Lazy
 
 symmetric = Lazy("exchange.symmetric")
 

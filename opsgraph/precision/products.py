@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..guards.torch_private import multiplies_bf16
-from ..kernels.cpu import gemm
 from ..kernels.cpu.launch import direct
-from ..kernels.cpu.memory import empty
+from ..kernels.lazy import Lazy
 from .quantizers import Copy, Operand, Quantized
+
+gemm, memory = Lazy("cpu.gemm"), Lazy("cpu.memory")
 
 BF16 = torch.bfloat16
 SMALL = 2**12
@@ -131,12 +132,14 @@ def _on_cpu(a: Tensor, b: Tensor, factor: float) -> Tensor | None:
     """`factor * (a @ b)`; the library multiplies before it rounds."""
     if not LEAST <= factor <= MOST:
         return None
-    y = empty((a.size(0), b.size(1)), BF16)
+    y: Tensor = memory.empty((a.size(0), b.size(1)), BF16)
     return torch.addmm(y, a, b, beta=0, alpha=factor, out=y)
 
 
 def _plain_product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b`, by the call that is fastest for the layouts of both."""
     if not b.is_contiguous():
-        return gemm.linear(a, b.t())
-    return gemm.dgrad(a, b) if a.is_contiguous() else gemm.wgrad(a.t(), b)
+        y: Tensor = gemm.linear(a, b.t())
+    else:
+        y = gemm.dgrad(a, b) if a.is_contiguous() else gemm.wgrad(a.t(), b)
+    return y

@@ -43,7 +43,6 @@ from ..features.declared_ops import check_shapes, verify_entries, verify_weights
 from ..features.examples import StageExamples
 from ..features.extras import ExtraInputs
 from ..features.followed import Followed, check_differentiable
-from ..features.planned import planned
 from ..features.raised import place
 from ..features.recipes import StageRecipe
 from ..features.unseen import Unseen
@@ -52,7 +51,6 @@ from ..op import Op, lower_plainly
 from ..ops.quantize import lowered
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
-from ..replay.passes import replayed
 from .eager import run_inference, run_training
 from .key import PlainKey, key_of, request_of
 from .options import Options
@@ -118,6 +116,10 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
             return plan
 
     def _make(self, key: PlainKey) -> Plan:
+        # Importing opsgraph stays cheap without what plans are made with.
+        from ..features.planned import planned
+        from ..replay.passes import replayed
+
         table, options, weights = self.table, self.table.options, self.weights()
         check_shapes(table.run, self.ops, self.slots, weights)
         options.verify_fusers()

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
+from ...kernels.lazy import Lazy
 from ...ops import Bias
 from ...ops.activations import Activation, Function, GatedActivation
-from ..lazy import Lazy
 from ..norms import NormForward, NormGradients
 
 norms = Lazy("cpu.norms")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
+from ...kernels.lazy import Lazy
 from ...ops import Add, BasicLinear, Bias, LayerNorm, RMSNorm, Tee
 from ...ops.activations import Activation, Function, GatedActivation
-from ..lazy import Lazy
 from .passes import CPU
 
 gemm = Lazy("cpu.gemm")

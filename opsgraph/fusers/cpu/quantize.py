@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ...fuser import register
 from ...kernels.formats import Copies, Format
+from ...kernels.lazy import Lazy
 from ...ops import Bias, Quantize
 from ...ops.activations import Activation, GatedActivation, Params
 from ...ops.quantized_grouped import QuantizedGroupedLinear
 from ...precision.quantizers import Quantized, Quantizer, RowQuantizer, TensorQuantizer, transposed
-from ..lazy import Lazy
 from ..quantizing import (
     KERNELS,
     Kernel,

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ...fuser import Fuser, register
 from ...kernels.formats import E4M3, LAYOUTS, names_of
+from ...kernels.lazy import Lazy
 from ...kernels.reference.nvfp4 import tensor_multiplier
 from ...kernels.reference.quantize import BLOCK
 from ...op import Op, Spec, Storage
 from ...ops import BasicLinear, Bias
 from ...precision.products import product
 from ...precision.quantizers import Copy, Quantized
-from ..lazy import Lazy
 
 ALIGNMENT = 16
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ...fuser import register
+from ...kernels.lazy import Lazy
 from ...kernels.reference import wide
 from ...ops import GroupedLinear
 from ...ops.activations import Params
 from ...ops.grouped import into_main_grads
 from ...ops.scaled import ScaledGatedActivation
-from ..lazy import Lazy
 from .passes import ActivationFuser, Triton, activations
 
 grouped = Lazy("triton.grouped")

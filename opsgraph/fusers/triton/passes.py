@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
+from ...kernels.lazy import Lazy
 from ...ops import Add, Bias, Dropout, Tee
 from ...ops.activations import Activation, GatedActivation, Params
-from ..lazy import Lazy
 from ..norms import NormForward, NormGradients
 
 norms = Lazy("triton.norms")

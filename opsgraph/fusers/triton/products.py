@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ...fuser import register
+from ...kernels.lazy import Lazy
 from ...kernels.triton import interpreting
 from ...op import Spec
 from ...ops import BasicLinear, Bias
 from ...ops.activations import Activation, GatedActivation, Params
-from ..lazy import Lazy
 from .passes import ActivationFuser, activations
 
 gemms = Lazy("triton.gemm")

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...base.backend import backends
 from ...fuser import register
 from ...kernels.formats import NVFP4, Format, alike
+from ...kernels.lazy import Lazy
 from ...kernels.triton import interpreting
 from ...op import Spec, Storage
 from ...ops import Add, BasicLinear, Bias, LayerNorm, Quantize, QuantizeGrad, RMSNorm
@@ -19,7 +20,6 @@ from ..cublaslt.products import (
     scaled_product,
     scaled_wgrad,
 )
-from ..lazy import Lazy
 from ..quantizing import (
     KERNELS,
     Kernel,

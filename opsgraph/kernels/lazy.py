@@ -11,7 +11,7 @@ class Lazy:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        module = importlib.import_module(f"..kernels.{self._name}", __package__)
+        module = importlib.import_module(f".{self._name}", __package__)
         value = getattr(module, attribute)
         setattr(self, attribute, value)
         return value
