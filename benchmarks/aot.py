@@ -28,6 +28,7 @@ from triton.runtime import JITFunction
 from opsgraph.kernels.formats import BLOCKS, NVFP4, Format
 from opsgraph.kernels.triton import gemm, norms, quantize
 from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
+from opsgraph.kernels.triton.delayed import delayed_update
 from opsgraph.kernels.triton.dropout import dropout
 from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
 from opsgraph.kernels.triton.grouped import grouped_dgrad, grouped_linear, grouped_wgrad
@@ -202,6 +203,14 @@ def _inverse(rows: int, depth: int, cols: bool) -> None:
     inverse(scale.t() if cols else scale, rows if cols else scale.size(1))
 
 
+def _delayed(length: int, reduced: bool) -> None:
+    """reduced: both updates at once, of amaxes that a group reduced."""
+    names = ("amax_backward", "amax_forward") if reduced else ("amax_forward",)
+    found = _meta(30) if reduced else None
+    table = _meta(10, 4, dtype=torch.int64)
+    delayed_update(table, length, (448.0, 57344.0), 0.0, False, names, found)
+
+
 TARGETS = {scaling: Format(scaling) for scaling in BLOCKS} | {
     "nvfp4": NVFP4(1, True, True),
     "nvfp4 square": NVFP4(16),
@@ -268,6 +277,8 @@ def cases(which: str) -> Iterator[Case]:
         yield f"sums {TYPES[dtype]} 4096", _sums, (4096, dtype)
     for cols in (True, False):
         yield f"inverse {'1' if cols else '128'} x 128", _inverse, (4096, 4096, cols)
+    for length, reduced in product((1, 1024), (False, True)):
+        yield f"delayed {length} slots{' reduced' * reduced}", _delayed, (length, reduced)
     yield from _linear_cases(which)
     yield from _quantize_cases(which)
 

@@ -123,7 +123,8 @@ def _backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Te
     count = 1 + len(plan.specs.taps)
     with torch.no_grad(), without_autocast(tensors[0]):
         results = plan.passes.backward(plan.ops, *tensors[:count], tensors[count:])
-        gradients = note_gradients(plan, results, seen)
+        # Past the version: the graph may have saved the buffers for another backward.
+        gradients = note_gradients(plan, results, [buffer.data.select(0, 0) for buffer in seen])
         return _distinct([g for g in gradients if g is not None], tensors)
 
 

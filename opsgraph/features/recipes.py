@@ -22,7 +22,7 @@ from ..base.errors import PlanError
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..precision.autocast import active
-from ..precision.delayed import Scaling, record_gradient
+from ..precision.delayed import BACKWARD, Scaling, raise_to, record
 from ..precision.interned import drop_forgotten
 from ..precision.quantizers import Quantizer
 from ..precision.recomputed import follow, moment
@@ -102,9 +102,7 @@ class StageRecipe:
             self._keep(plan, operands, parts)
         if amaxes:
             states = [self.states[k] for k, _, _ in prepared if k in self.states]
-            for state, amax in zip(states, amaxes, strict=True):
-                if amax is not None:
-                    state.record("weight", amax, grad)
+            record(states, "weight", amaxes, grad)
         return parts  # type: ignore[no-any-return]
 
     def _scales(self, plan: Plan) -> list[Tensor]:
@@ -143,15 +141,16 @@ class StageRecipe:
         Without grad nothing is noted: what inference sees moves no scale.
         """
         count = len(outputs) - plan.specs.reports
-        for state, amax in zip(self.states.values(), outputs[count:], strict=True):
-            state.record("activation", amax, grad)
+        record([*self.states.values()], "activation", outputs[count:], grad)
         return outputs[:count]
 
     def seen_gradients(self, plan: Plan) -> list[Tensor]:
-        """Where to note the amaxes of gradients: the layers' `amax_backward`."""
+        """Where to note the amaxes of gradients: in the layers' `amax_backward`."""
         first = plan.specs.first_weight
-        states = (self.slots[k - first][0] for k in plan.specs.reported)
-        return [state.amax_backward for state in states]  # type: ignore[misc]
+        states: Any = [self.slots[k - first][0] for k in plan.specs.reported]
+        if torch.compiler.is_compiling():
+            return [state.amax_backward for state in states]
+        return [state.seen(BACKWARD) for state in states]
 
     def moment(self) -> Tensor | None:
         """Which recipe and which scales the call has that is saved."""
@@ -159,9 +158,13 @@ class StageRecipe:
 
 
 def note_gradients(plan: Plan, gradients: Sequence[Any], seen: Sequence[Tensor]) -> list[Any]:
-    """Note the amaxes that stand where scales would have a gradient; returns the gradients."""
+    """Note the amaxes that stand where scales would have a gradient; returns the gradients.
+
+    seen: where, fp32 `[]`, as `StageRecipe.seen_gradients` has it.
+    """
     rest = list(gradients)
-    for k, buffer in zip(plan.specs.reported, seen, strict=True):
-        record_gradient(buffer, rest[k])
+    if seen:
+        raise_to(seen, [rest[k] for k in plan.specs.reported])
+    for k in plan.specs.reported:
         rest[k] = None
     return rest

@@ -12,7 +12,7 @@ What happens to it, and when:
 
     made      By `recipe.prepare(module)`, by loading a state dict with its keys, by `state_dict()`
               inside the recipe's context, or by the first call: scales are 1, nothing was seen.
-    read      A forward takes copies of two scales, a backward works with one that its forward took.
+    read      A forward takes two scales, a backward works with one that its forward took.
     recorded  Calls with grad put amaxes into `amax_forward`, their backwards into `amax_backward`.
               Calls without grad leave no trace.
     updated   Amaxes become history, history makes scales, and nothing was seen (`updates`): of the
@@ -35,8 +35,10 @@ Rules, each of which was a bug once:
 - A state is never made, nor updated, in inference mode: it could not be trained with.
 - `amax_backward` is written past its version. A graph that torch.compile made saves it for its
   backward, and two forwards before two backwards would be an error.
-- Such graphs read `fixed_forward` and `fixed_backward`, to which no update writes: a checkpoint
-  inside them reads again in the backward, when an update has written to `scale`.
+- Reads take scales from `fixed`, which each update makes anew and nothing writes to: a plan keeps
+  them, and a checkpoint inside a compiled graph reads again in the backward, when an update has
+  written to `scale`. Where `scale` is another tensor by now, or others wrote to it, they copy that;
+  so do those that a CUDA graph, a transform or a dispatch mode sees: there `fixed` is a constant.
 """
 
 from __future__ import annotations
@@ -50,10 +52,11 @@ from torch import Tensor, nn
 
 from ..base import config
 from ..base.errors import OpsgraphError
-from ..kernels.reference.quantize import FP32_MAX
+from ..guards.torch_private import dispatch_modes, followed
+from ..kernels.reference.quantize import FP32_MAX, new_scales
 from . import interned
 from .quantizers import ROLES
-from .tapes import compiled_record, compiled_snapshot, recomputing, snapshot, tapes
+from .tapes import compiled_record, compiled_snapshot, recomputing, snapshot, taken, tapes
 
 FORWARD, BACKWARD = "amax_forward", "amax_backward"
 """What is updated when a forward, or a backward, is over: the buffers with what it saw."""
@@ -83,6 +86,21 @@ class Served(Protocol):
         """What its states depend on."""
 
 
+class Fixed:
+    """Scales of some states to which nothing writes, fp32 `[states, 3]`, and a view of each."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.rows = values.unbind(0)
+        self._views: Sequence[Tensor] = ()
+
+    def scale(self, place: int) -> Tensor:
+        """A scale, fp32 `[]`, by its place among all; the views are made when one is first asked for."""
+        if not self._views:
+            self._views = self.values.view(-1).unbind(0)
+        return self._views[place]
+
+
 class Scaling(nn.Module):
     """One weight's delayed scaling; the module's docstring says what becomes of it."""
 
@@ -99,6 +117,10 @@ class Scaling(nn.Module):
             self.register_buffer(FORWARD, torch.empty(2, **place))
             self.register_buffer(BACKWARD, torch.empty(1, **place))
             self.register_buffer("amax_history", torch.empty(length, len(ROLES), **place))
+        self._seen: dict[str, Any] = {}
+        """Views of the buffers of amaxes, see `seen`."""
+        self._known: dict[Any, Any] = {}
+        """What updates need of this state and others, see `updates`."""
         self.reset_parameters()
         self.label = ""
         """What ranks of a group call it."""
@@ -113,13 +135,35 @@ class Scaling(nn.Module):
         self.updates = self.used = 0
         """How often forward scales were updated, by now and when a forward last read them."""
         self.previous: Tensor | None = None
-        """The scales of activation and weight before the last update."""
+        """The scales, fp32 `[3]`, before the last update of forward scales."""
 
     def fix(self) -> None:
-        """Copy the scales to where no update writes, for compiled graphs."""
+        """Copy the scales to where nothing writes."""
         with torch.inference_mode(False), torch.no_grad():
-            self.fixed_forward, self.fixed_backward = self.scale[:2].clone(), self.scale[2:].clone()
-        self.version = self.scale._version
+            scale = self.scale
+            self.hold(Fixed(new_scales(1, scale.device).copy_(scale[None])), 0, scale)
+
+    def hold(self, fixed: Fixed, place: int, scale: Tensor) -> None:
+        """Have reads take the scales from a place there, as long as `scale` stays as it is."""
+        host = self.__dict__  # past the module's look at each attribute
+        host["fixed"], host["_fixed"] = fixed.rows[place], (fixed, 3 * place, scale, _version(scale))
+
+    @property
+    def changed(self) -> bool:
+        """Whether `scale` was written to, or is another tensor, since the scales were fixed."""
+        _, _, scale, version = self.__dict__["_fixed"]
+        return scale is not self._buffers["scale"] or _version(scale) != version
+
+    def __getstate__(self) -> dict[str, Any]:
+        host = self.__dict__.copy()
+        for name in ("fixed", "_fixed", "_seen", "_known"):  # of these very buffers
+            host.pop(name, None)
+        return host
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seen, self._known = {}, {}
+        self.fix()
 
     def reset_parameters(self, but: Collection[str] = ()) -> None:
         """Start anew: nothing was seen, scales are 1. but: buffers that stay as they are."""
@@ -133,31 +177,30 @@ class Scaling(nn.Module):
 
     @property
     def activation(self) -> Tensor:
-        """A copy of the activation's scale, fp32 `[]`."""
+        """The activation's scale, fp32 `[]`, to which nothing writes any more."""
         return self._read(0)
 
     @property
     def weight(self) -> Tensor:
-        """A copy of the weight's scale."""
+        """The weight's scale."""
         return self._read(1)
 
     @property
     def gradient(self) -> Tensor:
-        """A copy of the gradient's scale."""
+        """The gradient's scale."""
         return self._read(2)
 
     def _read(self, column: int) -> Tensor:
-        """A copy of a scale; in a checkpoint's recomputation of that which its forward read.
+        """A scale; in a checkpoint's recomputation that which its forward read.
 
         Raises OpsgraphError where that is lost.
         """
         if torch.compiler.is_compiling():
-            fixed = self.fixed_forward if column < 2 else self.fixed_backward
-            return compiled_snapshot(fixed, column % 2)
-        scale: Any = self._buffers["scale"]
+            return compiled_snapshot(self.fixed, column)
+        host = self.__dict__  # past the module's look at each attribute
         if not recomputing():
-            if self.used != self.updates and torch.is_grad_enabled():
-                self.__dict__["used"] = self.updates  # past the module's look at each attribute
+            if host["used"] != host["updates"] and torch.is_grad_enabled():
+                host["used"] = host["updates"]
         elif tapes.replaying is None and self.recorded and self.used != self.updates:
             if self.previous is None or self.updates - self.used > 1:
                 raise OpsgraphError(
@@ -166,8 +209,12 @@ class Scaling(nn.Module):
                     "context_fn=og.checkpoint_contexts, use_reentrant=False"
                 )
             if column < 2:
-                scale = self.previous
-        return snapshot(scale, column)
+                return snapshot(self.previous, column)
+        now: Any = self._buffers["scale"]
+        fixed, first, scale, version = host["_fixed"]
+        if scale is not now or _version(now) != version or followed_ops(now) or capturing(now):
+            return snapshot(now, column)
+        return taken(fixed.scale(first + column))
 
     @property
     def moment(self) -> int:
@@ -177,28 +224,37 @@ class Scaling(nn.Module):
 
     # -- recording --
 
-    def record(self, role: str, amax: Tensor, grad: bool) -> None:
-        """Note an amax, fp32 `[]`, of an activation or a weight that was quantized.
+    def notes(self, role: str, grad: bool) -> bool:
+        """Whether the amax of an activation or a weight that was quantized is to be noted.
 
-        grad: whether the call was made with grad enabled; without, nothing is noted.
+        grad: whether the call was made with grad enabled, which is taken down.
         """
-        column = ROLES.index(role)
-        if torch.compiler.is_compiling():
-            if grad:
-                with torch.no_grad():
-                    compiled_record(self.amax_forward, amax, column)
-            return
         if not grad:
-            if self.recorded:
+            if self.recorded and not torch.compiler.is_compiling():
                 self.recorded = False
-            return
+            return False
+        if torch.compiler.is_compiling():
+            return True
         if recomputing():
             if self.recorded or tapes.replaying is not None:
-                return  # when the forward ran first
+                return False  # when the forward ran first
             self.late = True
-        elif not self.recorded and column == 0:
+        elif not self.recorded and role == "activation":
             self.recorded = True
-        _raise_to(self._buffers[FORWARD].select(0, column), amax)  # type: ignore[union-attr]
+        return True
+
+    def seen(self, name: str, column: int = 0) -> Tensor:
+        """A column of a buffer of amaxes, fp32 `[]`, as a view past its version that is kept."""
+        host = self.__dict__  # past the module's look at each attribute
+        buffer: Any = host["_buffers"][name]
+        if followed_ops(buffer):
+            return buffer.data.select(0, column)  # type: ignore[no-any-return]
+        views = host["_seen"].get(name)
+        if views is None or views[0] is not buffer or views[1] != buffer.data_ptr():
+            with torch.inference_mode(False), torch.no_grad():
+                views = buffer, buffer.data_ptr(), buffer.data.unbind(0)
+            host["_seen"][name] = views
+        return views[2][column]  # type: ignore[no-any-return]
 
     # -- another recipe, another place --
 
@@ -216,7 +272,7 @@ class Scaling(nn.Module):
                 converted = (self.scale * factor).clamp_max(FP32_MAX)
                 self.scale.copy_(torch.where(never, self.scale, converted))
                 if self.previous is not None:
-                    self.previous = self.previous * factor[:2]
+                    self.previous = self.previous * factor
             self.fix()
         self.terms = terms
 
@@ -261,18 +317,52 @@ class Scaling(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             for name in loaded:  # with assign=True it is the caller's tensor, of any dtype
                 if self._buffers[name] is state_dict[f"{prefix}{name}"]:
-                    self._buffers[name] = state_dict[f"{prefix}{name}"].float().clone()
+                    value = state_dict[f"{prefix}{name}"].float()
+                    self._buffers[name] = value.clone(memory_format=torch.contiguous_format)
         self.fix()
 
 
-def _raise_to(seen: Tensor, amax: Tensor) -> None:
-    """Write the larger of both, or a NaN, to `seen`."""
-    torch.maximum(seen, amax.detach() if amax.requires_grad else amax, out=seen)
+def _version(scale: Tensor) -> int:
+    """How often a tensor was written to, as far as it is counted."""
+    return -1 if scale.is_inference() else scale._version
 
 
-def record_gradient(seen: Tensor, amax: Tensor) -> None:
-    """Note a gradient's amax, fp32 `[]`, in a layer's `amax_backward`, past that one's version."""
-    _raise_to(seen.data, amax)
+def followed_ops(buffer: Tensor) -> bool:
+    """Whether a transform, a mode or a subclass has to see the ops on a buffer."""
+    return bool(dispatch_modes()) or followed() or type(buffer) is not Tensor
+
+
+def capturing(buffer: Tensor) -> bool:
+    """Whether a CUDA graph takes down what runs, to run it again on what is there then."""
+    return buffer.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def record(states: Sequence[Scaling], role: str, amaxes: Sequence[Any], grad: bool) -> None:
+    """Note amaxes of activations or weights that were quantized, of a state each.
+
+    amaxes: fp32 `[]`, None for a weight that was held quantized. grad: whether the call was made
+    with grad enabled; without, nothing is noted.
+    """
+    pairs = zip(states, amaxes, strict=True)
+    noted = [(s, amax) for s, amax in pairs if amax is not None and s.notes(role, grad)]
+    column = ROLES.index(role)
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            for state, amax in noted:
+                compiled_record(state.amax_forward, amax, column)
+    elif noted:
+        raise_to([s.seen(FORWARD, column) for s, _ in noted], [amax for _, amax in noted])
+
+
+def raise_to(seen: Sequence[Tensor], amaxes: Sequence[Tensor]) -> None:
+    """Write the larger of both, or a NaN, to each of `seen`, fp32 `[]`."""
+    values = [amax.detach() if amax.requires_grad else amax for amax in amaxes]
+    one_by_one = followed_ops(seen[0]) or len({each.data_ptr() for each in seen}) < len(seen)
+    if not one_by_one:
+        torch._foreach_maximum_(list(seen), values)
+        return
+    for each, value in zip(seen, values, strict=True):  # a layer may stand twice in a stage
+        torch.maximum(each, value, out=each)
 
 
 # -- the states of a recipe, of a module, of a state dict --

@@ -37,7 +37,13 @@ _checks: list[_Check] = []
 
 
 def reduce_max(values: Sequence[Tensor], description: Hashable, group: Any) -> list[Tensor]:
-    """The largest value over the ranks of a group, for each of the tensors `[n]`.
+    """The largest value over the ranks of a group, for each of the tensors `[n]`; see below."""
+    pieces = reduce_flat(values, description, group).split([value.numel() for value in values])
+    return [piece.to(value.device) for piece, value in zip(pieces, values, strict=True)]
+
+
+def reduce_flat(values: Sequence[Tensor], description: Hashable, group: Any) -> Tensor:
+    """The largest values over the ranks of a group, of all tensors `[n]` one after the other.
 
     description: of the values, the same on every rank. Raises OpsgraphError if it is not; on CUDA a
     later call does, and this one returns -1 everywhere.
@@ -55,9 +61,8 @@ def reduce_max(values: Sequence[Tensor], description: Hashable, group: Any) -> l
     if rest.numel():
         rest = rest.clone()
         _reduce(rest, group)
-    largest = torch.where(agree, torch.cat((first[header.numel() :], rest))[:count], -1.0)
-    pieces = largest.split([value.numel() for value in values])
-    return [piece.to(value.device) for piece, value in zip(pieces, values, strict=True)]
+    held = torch.cat((first[header.numel() :], rest)) if rest.numel() else first[header.numel() :]
+    return torch.where(agree, held[:count], -1.0)
 
 
 def _reduce(values: Tensor, group: Any) -> None:

@@ -48,15 +48,19 @@ def snapshot(scales: Tensor, column: int) -> Tensor:
     In a recomputation it is the one that the forward used. Raises OpsgraphError where that took
     fewer scales.
     """
-    if tapes.replaying is None:
-        scale = scales.select(0, column).clone()
-    elif (taped := next(tapes.replaying, None)) is not None:
+    return taken(scales.select(0, column).clone() if tapes.replaying is None else scales)
+
+
+def taken(scale: Tensor) -> Tensor:
+    """`snapshot` of a scale to which nothing writes: itself, or the one that the forward used."""
+    if tapes.replaying is not None:
+        taped = next(tapes.replaying, None)
+        if taped is None:
+            raise OpsgraphError(
+                "checkpoint_contexts: got a recomputation that takes a scale which its forward did "
+                "not take, expected the same calls in both"
+            )
         scale = taped
-    else:
-        raise OpsgraphError(
-            "checkpoint_contexts: got a recomputation that takes a scale which its forward did not "
-            "take, expected the same calls in both"
-        )
     for tape in tapes.recording:
         tape.scales.append(scale)
     return scale

@@ -1,39 +1,48 @@
 """The updates of delayed scaling: what passes saw becomes history, and history makes scales.
 
-`delayed` says when. All states of a recipe are updated at once, by a few operations for each device
-and not for each layer.
+`delayed` says when. All states of a recipe are updated at once: on CUDA by one launch of a kernel,
+which finds their buffers by a table of addresses, elsewhere by a few operations for each device and
+not for each layer. What either needs of the states is kept for as long as their buffers stay where
+they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cache
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..base import config
+from ..base.backend import backends
 from ..base.errors import OpsgraphError
-from ..kernels.reference.quantize import FP8_MAX, delayed_update
-from .delayed import BACKWARD, FORWARD, Scaling, states_of
-from .exchange import reduce_max
+from ..kernels.reference.quantize import FP8_MAX, delayed_update, new_scales
+from .delayed import BACKWARD, FORWARD, Fixed, Scaling, capturing, followed_ops, states_of
+from .exchange import reduce_flat
 from .recipe import DelayedScaling
 
 _COLUMNS = {FORWARD: slice(0, 2), BACKWARD: slice(2, 3)}
+_buffers_of = itemgetter("scale", FORWARD, BACKWARD, "amax_history")
 
 
 def serving(recipe: DelayedScaling) -> list[Scaling]:
     """All states of a recipe, each with that recipe's scales."""
     states, terms = states_of(recipe), recipe.terms
     for state in states:
-        if state.terms != terms:
+        if state.__dict__["terms"] is not terms and state.terms != terms:
             with config.lock:
                 state.serve(terms)
     return states
 
 
 def update_backward(recipe: DelayedScaling, group: Any) -> None:
-    """When a recipe's outermost context opens: new scales of gradients, and what came late."""
+    """When a recipe's outermost context opens: new scales of gradients, and what came late.
+
+    Reads then have what `scale` holds, whoever wrote it, as torch.distributed.checkpoint does.
+    """
     states, reduced = serving(recipe), group is not None and recipe.reduce_amax
     late = reduced  # ranks need not have run the same layers: with a group always both
     for state in states:
@@ -41,8 +50,6 @@ def update_backward(recipe: DelayedScaling, group: Any) -> None:
         if host["fresh"] or host["late"]:
             late = late or host["late"]
             host["fresh"] = host["late"] = False
-        if host["version"] != state._buffers["scale"]._version:  # type: ignore[union-attr]
-            state.fix()  # others wrote to it, as torch.distributed.checkpoint does
     _update(states, recipe, group if reduced else None, (BACKWARD, FORWARD)[: 1 + late])
 
 
@@ -69,30 +76,135 @@ def _update(
     if not states and group is None:
         return
     with torch.inference_mode(False), torch.no_grad():
-        amaxes: Any = {name: [state._buffers[name] for state in states] for name in names}
+        largest = None
         if group is not None:
-            amaxes = _reduced(states, amaxes, group)
-        by_device: dict[Any, list[int]] = {}
+            states, largest = _reduced(states, names, group)
+        by_device: dict[torch.device, list[int]] = {}
         for k, state in enumerate(states):
             by_device.setdefault(state._buffers["scale"].device, []).append(k)  # type: ignore[union-attr]
-        for places in by_device.values():
-            for name in names:
-                with config.lock:  # other threads may run under the recipe
-                    amax = torch.cat([amaxes[name][k] for k in places])
-                    _update_columns([states[k] for k in places], amax, recipe, name)
+        for device, places in by_device.items():
+            some, amaxes = [states[k] for k in places], largest
+            if largest is not None:
+                amaxes = _part(largest, len(states), places, names).to(device)
+            with config.lock:  # other threads may run under the recipe
+                _update_on(device, some, recipe, names, amaxes)
 
 
-def _update_columns(
-    states: Sequence[Scaling], amax: Tensor, recipe: DelayedScaling, name: str
+def _update_on(
+    device: torch.device, states: Sequence[Scaling], recipe: DelayedScaling, names: Sequence[str],
+    amaxes: Tensor | None,
+) -> None:  # fmt: skip
+    """Update states on one device. amaxes: all that are named, where they are not the states'."""
+    if FORWARD in names:
+        for state in states:
+            if state.changed or capturing(state._buffers["scale"]):  # type: ignore[arg-type]
+                state.fix()  # what was read so far
+    limits = [FP8_MAX[recipe.fp8_format.of(role)] for role in ("activation", "gradient")]
+    algorithm = recipe.amax_compute_algo
+    known = _known(device, states, isinstance(algorithm, str))
+    if isinstance(known, _Table):
+        latest = algorithm == "most_recent"
+        fixed = Fixed(known.update(*known[1:], limits, recipe.margin, latest, names, amaxes))
+    else:
+        for name, limit in zip((FORWARD, BACKWARD), limits, strict=True):
+            if name in names:
+                ours = amaxes if amaxes is None else _of(amaxes, len(states), names, name)
+                _by_formulas(known, recipe, name, limit, ours)
+        fixed = Fixed(new_scales(len(states), device))
+        torch._foreach_copy_(list(fixed.rows), [state._buffers["scale"] for state in states])  # type: ignore[misc]
+    for k, state in enumerate(states):
+        host = state.__dict__
+        if FORWARD in names:
+            host["previous"] = host["fixed"]
+            host["updates"] += 1
+        state.hold(fixed, k, host["_buffers"]["scale"])
+
+
+class _Table(NamedTuple):
+    """A kernel, and what it needs of states with buffers at certain addresses."""
+
+    update: Callable[..., Tensor]
+    addresses: Tensor
+    length: int
+    """Of all histories."""
+
+
+class _Views(NamedTuple):
+    """The same for formulas: by a buffer of amaxes the columns that belong to it, of each state."""
+
+    histories: dict[str, list[Tensor]]
+    scales: dict[str, list[Tensor]]
+    amaxes: dict[str, list[Tensor]]
+    """The buffers themselves, past their versions."""
+
+
+_MOST = 8
+"""Sets of states that begin with the same one, of which something is kept."""
+_captured: dict[Any, _Table] = {}
+"""What CUDA graphs read, which may run for ever."""
+
+
+def _known(device: torch.device, states: Sequence[Scaling], by_kernel: bool) -> _Table | _Views:
+    """What the first of some states keeps of all, looked at anew where an address is new."""
+    buffers: list[Tensor] = []
+    for state in states:
+        buffers += _buffers_of(state._buffers)
+    if set(map(type, buffers)) != {Tensor} or followed_ops(buffers[0]):
+        return _views(buffers)
+    lengths = [history.size(0) for history in buffers[3::4]]
+    key = device, by_kernel, *lengths, *[buffer.data_ptr() for buffer in buffers]
+    kept = states[0].__dict__["_known"]
+    known: _Table | _Views | None = kept.get(key)
+    held = capturing(buffers[0])
+    if known is None:
+        kernel = _kernel(device) if by_kernel and not held else None  # a table comes from the host
+        plain = all(each.is_contiguous() and each.dtype == torch.float32 for each in buffers)
+        if kernel is None or not plain or len(set(lengths)) > 1:
+            known = _views(buffers)
+        else:
+            addresses = torch.tensor([buffer.data_ptr() for buffer in buffers])
+            known = _Table(kernel, addresses.view(-1, 4).to(device), lengths[0])
+        if held:
+            return known
+        kept[key] = known
+        if len(kept) > _MOST:
+            del kept[next(iter(kept))]
+    if held and isinstance(known, _Table):
+        _captured[key] = known
+    return known
+
+
+def _views(buffers: Sequence[Tensor]) -> _Views:
+    scales, histories = buffers[::4], buffers[3::4]
+    return _Views(
+        {name: [each[:, columns] for each in histories] for name, columns in _COLUMNS.items()},
+        {name: [each[columns] for each in scales] for name, columns in _COLUMNS.items()},
+        {name: [each.data for each in buffers[k::4]] for k, name in ((1, FORWARD), (2, BACKWARD))},
+    )
+
+
+@cache
+def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """What updates states on a device in one launch, or None."""
+    allowed = config.read().backends
+    triton = backends().get("triton")
+    if triton is None or (allowed is not None and "triton" not in allowed):
+        return None
+    if triton.why_not_on(device) is not None:
+        return None
+    from ..kernels.triton.delayed import delayed_update as update
+
+    return update
+
+
+def _by_formulas(
+    known: _Views, recipe: DelayedScaling, name: str, limit: float, amax: Tensor | None
 ) -> None:
-    """Update the columns of one buffer of amaxes, on one device. amax: fp32, of all states."""
-    columns = _COLUMNS[name]
-    buffers = [state._buffers for state in states]
-    histories: list[Any] = [each["amax_history"][:, columns] for each in buffers]  # type: ignore[index]
-    scales: list[Any] = [each["scale"][columns] for each in buffers]  # type: ignore[index]
+    """Update the columns of one buffer of amaxes. amax: all of them, where they are not there."""
+    histories, scales, seen = known.histories[name], known.scales[name], known.amaxes[name]
     history, scale = torch.cat(histories, 1), torch.cat(scales)
+    amax = torch.cat(seen) if amax is None else amax
     unseen = amax < 0  # of a NaN this is False
-    limit = FP8_MAX[recipe.fp8_format.of("gradient" if name == BACKWARD else "activation")]
     new_history, new_scale = delayed_update(
         torch.cat((amax[None], history[1:])), scale, limit, recipe.margin, recipe.amax_compute_algo
     )
@@ -101,36 +213,49 @@ def _update_columns(
             f"DelayedScaling: amax_compute_algo returned {tuple(new_scale.shape)}, "
             f"expected {tuple(scale.shape)}"
         )
-    width = columns.stop - columns.start
-    new_histories = torch.where(unseen, history, new_history).split(width, 1)
-    new_scales = torch.where(unseen, scale, new_scale).split(width)
-    for k, (state, each) in enumerate(zip(states, buffers, strict=True)):
-        host = state.__dict__
-        histories[k].copy_(new_histories[k])
-        scales[k].copy_(new_scales[k])
-        if name == FORWARD:
-            host["previous"], host["fixed_forward"] = scale[2 * k : 2 * k + 2], new_scales[k]
-            host["updates"] += 1
-        else:
-            host["fixed_backward"] = new_scales[k]
-        host["version"] = each["scale"]._version  # type: ignore[union-attr]
-        each[name].data.fill_(-1.0)  # type: ignore[union-attr]
+    width = seen[0].numel()
+    nothing = amax.new_full((width,), -1.0)
+    torch._foreach_copy_(
+        [*histories, *scales, *seen],
+        [
+            *torch.where(unseen, history, new_history).split(width, 1),
+            *torch.where(unseen, scale, new_scale).split(width),
+            *[nothing] * len(seen),
+        ],
+    )
 
 
 def _reduced(
-    states: Sequence[Scaling], amaxes: Mapping[str, Sequence[Tensor]], group: Any
-) -> dict[str, list[Tensor]]:
-    """The amaxes of all ranks, whose states may have been made in another order."""
-    names = _names([state.label for state in states])
-    order = sorted(range(len(states)), key=names.__getitem__)
-    description = tuple(amaxes), tuple(names[k] for k in order)
-    values = [amaxes[name][k] for name in amaxes for k in order]
-    largest = iter(reduce_max(values, description, group))
-    reduced = {}
-    for name in amaxes:
-        by_state = dict(zip(order, largest, strict=False))
-        reduced[name] = [by_state[k] for k in range(len(states))]
-    return reduced
+    states: Sequence[Scaling], names: Sequence[str], group: Any
+) -> tuple[list[Scaling], Tensor]:
+    """The states in an order that all ranks have, and the largest amaxes of all ranks.
+
+    The amaxes: those that belong to the first name, of each state, then the next name's.
+    """
+    labels = _names([state.label for state in states])
+    order = sorted(range(len(states)), key=labels.__getitem__)
+    states = [states[k] for k in order]
+    description = tuple(names), tuple(labels[k] for k in order)
+    values: Any = [state._buffers[name] for name in names for state in states]
+    return states, reduce_flat(values, description, group)
+
+
+def _width(name: str) -> int:
+    return _COLUMNS[name].stop - _COLUMNS[name].start
+
+
+def _of(amaxes: Tensor, count: int, names: Sequence[str], name: str) -> Tensor:
+    """The part of amaxes, of `count` states, that belongs to a name."""
+    first = 0 if name == names[0] else count * _width(names[0])
+    return amaxes[first : first + count * _width(name)]
+
+
+def _part(largest: Tensor, count: int, places: Sequence[int], names: Sequence[str]) -> Tensor:
+    """The amaxes of the states at some of `count` places."""
+    if len(places) == count:
+        return largest
+    named = [_of(largest, count, names, name).view(count, -1)[places] for name in names]
+    return torch.cat([amaxes.flatten() for amaxes in named])
 
 
 def _names(labels: Sequence[str]) -> list[str]:

@@ -183,8 +183,13 @@ def delayed_update(
     new = quotient(fp8_max, amax)
     new = (new * 2.0**-margin if margin else new).clamp_max(FP32_MAX)
     rolled = history.roll(-1, 0)
-    rolled[0] = 0
+    rolled[0].zero_()
     return rolled, torch.where((amax > 0) & (amax < torch.inf), new, scale)
+
+
+def new_scales(states: int, device: torch.device) -> Tensor:
+    """Memory for scales of states, fp32 `[states, 3]`: 16 bytes apart, as kernels want operands."""
+    return torch.empty_strided((states, 3), (12, 4), dtype=torch.float32, device=device)
 
 
 def e8m0_of(amax: Tensor, dtype: torch.dtype) -> Tensor:

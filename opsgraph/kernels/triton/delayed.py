@@ -1,0 +1,95 @@
+"""Delayed scaling's update of many states in one launch, which finds them by their addresses."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.quantize import FP32_MAX, new_scales
+from .launch import launch, on_device_of
+
+MOST = 1024
+"""Slots of a history that a program has at a time."""
+
+
+@triton.jit
+def _floats(address):
+    return tl.load(address).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit(do_not_specialize=["length"])
+def delayed_update_kernel(
+    table, reduced, fixed, length, forward_max, backward_max, factor,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, LATEST: tl.constexpr, LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A column of a state: activation, weight or gradient.
+
+    All threads have read an amax or a slot before one of them writes there: hence the barrier.
+    """
+    state, column = tl.program_id(0) // 3, tl.program_id(0) % 3
+    row = table + state * 4
+    scale = _floats(row) + column
+    result = tl.load(scale)
+    if (FORWARD and column < 2) or (BACKWARD and column == 2):
+        amaxes = _floats(row + 1 + column // 2) + column % 2
+        if reduced is None:
+            amax = tl.load(amaxes)
+        elif column == 2:
+            amax = tl.load(reduced + state)
+        else:
+            first = tl.num_programs(0) // 3 if BACKWARD else 0
+            amax = tl.load(reduced + first + state * 2 + column)
+        if not (amax < 0):  # of a NaN this is True
+            history = _floats(row + 3) + column
+            slot = tl.arange(0, BLOCK)
+            largest = tl.zeros([BLOCK], tl.float32)
+            broken = tl.zeros([BLOCK], tl.int32)
+            for start in tl.range(0, length, BLOCK):
+                here = start + slot
+                later = tl.load(history + (here + 1) * 3, here + 1 < length, other=0.0)
+                is_nan = later != later
+                largest = tl.maximum(largest, tl.where(is_nan, 0.0, later))
+                broken = broken | is_nan.to(tl.int32)
+                moved = tl.where(here + 1 == length, amax, later)
+                tl.debug_barrier()
+                tl.store(history + here * 3, tl.where(here == 0, 0.0, moved), here < length)
+            top = amax
+            usable = (amax > 0) & (amax < float("inf"))
+            if not LATEST:
+                top = tl.max(largest, 0)
+                top = tl.where(amax > top, amax, top)
+                usable = (amax == amax) & (tl.max(broken, 0) == 0)
+                usable = usable & (top > 0) & (top < float("inf"))
+            new = tl.div_rn(tl.where(column == 2, backward_max, forward_max), top) * factor
+            result = tl.where(usable, tl.minimum(new, LARGEST), result)
+            tl.store(scale, result)
+        tl.store(amaxes, -1.0)
+    tl.store(fixed + (state * 3 + column) * 4, result)
+
+
+def delayed_update(
+    table: Tensor, length: int, limits: tuple[float, float], margin: float, latest: bool,
+    updates: Sequence[str], reduced: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`reference.quantize.delayed_update` on the buffers of states; returns all their scales.
+
+    table: int64 `[states, 4]`, the addresses of each state's scale `[3]`, amax_forward `[2]`,
+    amax_backward `[1]` and amax_history `[length, 3]`, fp32 and contiguous, on the table's device.
+    What updates names, "amax_forward" or "amax_backward", becomes history and scales, by limits for
+    each, and is -1 afterwards; an amax below 0 changes nothing. latest: whether scales come from
+    the latest amax alone. reduced: where the amaxes are, all of updates one after the other. The
+    scales are as `new_scales` lays them out.
+    """
+    fixed = new_scales(table.size(0), table.device)
+    block = min(MOST, triton.next_power_of_2(length))
+    with on_device_of(table):
+        launch(
+            delayed_update_kernel, (3 * table.size(0),),
+            table, reduced, fixed, length, *limits, 2.0**-margin,
+            FORWARD="amax_forward" in updates, BACKWARD="amax_backward" in updates, LATEST=latest,
+            LARGEST=FP32_MAX, BLOCK=block, num_warps=max(1, min(4, block // 256)),
+        )  # fmt: skip
+    return fixed
