@@ -96,6 +96,18 @@ def saved_hooks() -> bool:
     return _saved_hooks(True) is not None
 
 
+_raw_stream: Callable[[int], int] | None = _find("_C._cuda_getCurrentRawStream", None)
+
+
+def stream_of(device: torch.device) -> int:
+    """The address of the current stream of a CUDA device; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    if _raw_stream is None or device.index is None:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+    return _raw_stream(device.index)
+
+
 def empty_strided(device: torch.device) -> Callable[[Any, Any, torch.dtype], Tensor]:
     """What allocates tensors of sizes, strides and a dtype there; on the current device of CUDA."""
     fast = _find(f"_C._dynamo.guards._empty_strided_{device.type}", None)

@@ -38,7 +38,8 @@ Rules, each of which was a bug once:
 - Reads take scales from `fixed`, which each update makes anew and nothing writes to: a plan keeps
   them, and a checkpoint inside a compiled graph reads again in the backward, when an update has
   written to `scale`. Where `scale` is another tensor by now, or others wrote to it, they copy that;
-  so do those that a CUDA graph, a transform or a dispatch mode sees: there `fixed` is a constant.
+  so do those that another stream, a CUDA graph, a transform or a dispatch mode sees: for these
+  `fixed` is gone too early, or a constant.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from torch import Tensor, nn
 
 from ..base import config
 from ..base.errors import OpsgraphError
-from ..guards.torch_private import dispatch_modes, followed
+from ..guards.torch_private import dispatch_modes, followed, stream_of
 from ..kernels.reference.quantize import FP32_MAX, new_scales
 from . import interned
 from .quantizers import ROLES
@@ -87,15 +88,23 @@ class Served(Protocol):
 
 
 class Fixed:
-    """Scales of some states to which nothing writes, fp32 `[states, 3]`, and a view of each."""
+    """Scales of some states to which nothing writes, fp32 `[states, 3]`, and a view of each.
+
+    Another stream may still read them when the last view of them is gone, so it gets copies.
+    """
 
     def __init__(self, values: Tensor) -> None:
-        self.values = values
+        self.values, self.device = values, values.device
         self.rows = values.unbind(0)
+        self.stream = stream_of(self.device)
         self._views: Sequence[Tensor] = ()
 
+    def is_for_now(self) -> bool:
+        """Whether views may be handed to what runs now: neither another stream nor a graph."""
+        return stream_of(self.device) == self.stream and not capturing(self.device)
+
     def scale(self, place: int) -> Tensor:
-        """A scale, fp32 `[]`, by its place among all; the views are made when one is first asked for."""
+        """A scale, fp32 `[]`, by its place; all views are made when one is first asked for."""
         if not self._views:
             self._views = self.values.view(-1).unbind(0)
         return self._views[place]
@@ -108,6 +117,8 @@ class Scaling(nn.Module):
     amax_forward: Tensor
     amax_backward: Tensor
     amax_history: Tensor
+    fixed: Tensor
+    """The scales, fp32 `[3]`, to which nothing writes."""
 
     def __init__(self, length: int, device: torch.device | None = None) -> None:
         super().__init__()
@@ -146,13 +157,15 @@ class Scaling(nn.Module):
     def hold(self, fixed: Fixed, place: int, scale: Tensor) -> None:
         """Have reads take the scales from a place there, as long as `scale` stays as it is."""
         host = self.__dict__  # past the module's look at each attribute
-        host["fixed"], host["_fixed"] = fixed.rows[place], (fixed, 3 * place, scale, _version(scale))
+        host["fixed"] = fixed.rows[place]
+        host["_fixed"] = fixed, 3 * place, scale, _version(scale)
 
     @property
     def changed(self) -> bool:
         """Whether `scale` was written to, or is another tensor, since the scales were fixed."""
-        _, _, scale, version = self.__dict__["_fixed"]
-        return scale is not self._buffers["scale"] or _version(scale) != version
+        scale: Any = self._buffers["scale"]
+        _, _, fixed, version = self.__dict__["_fixed"]
+        return fixed is not scale or bool(_version(scale) != version)
 
     def __getstate__(self) -> dict[str, Any]:
         host = self.__dict__.copy()
@@ -161,7 +174,7 @@ class Scaling(nn.Module):
         return host
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._seen, self._known = {}, {}
         self.fix()
 
@@ -212,7 +225,8 @@ class Scaling(nn.Module):
                 return snapshot(self.previous, column)
         now: Any = self._buffers["scale"]
         fixed, first, scale, version = host["_fixed"]
-        if scale is not now or _version(now) != version or followed_ops(now) or capturing(now):
+        same = scale is now and _version(now) == version and fixed.is_for_now()
+        if not same or followed_ops(now):
             return snapshot(now, column)
         return taken(fixed.scale(first + column))
 
@@ -332,9 +346,9 @@ def followed_ops(buffer: Tensor) -> bool:
     return bool(dispatch_modes()) or followed() or type(buffer) is not Tensor
 
 
-def capturing(buffer: Tensor) -> bool:
+def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph takes down what runs, to run it again on what is there then."""
-    return buffer.is_cuda and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def record(states: Sequence[Scaling], role: str, amaxes: Sequence[Any], grad: bool) -> None:

@@ -9,6 +9,7 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from .exchange import reduce_flat
 from .recipe import DelayedScaling
 
 _COLUMNS = {FORWARD: slice(0, 2), BACKWARD: slice(2, 3)}
+_NORMAL: AbstractContextManager[Any] = nullcontext()
 _buffers_of = itemgetter("scale", FORWARD, BACKWARD, "amax_history")
 
 
@@ -75,7 +77,8 @@ def _update(
     """
     if not states and group is None:
         return
-    with torch.inference_mode(False), torch.no_grad():
+    normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NORMAL
+    with normal, torch.no_grad():
         largest = None
         if group is not None:
             states, largest = _reduced(states, names, group)
@@ -96,8 +99,9 @@ def _update_on(
 ) -> None:  # fmt: skip
     """Update states on one device. amaxes: all that are named, where they are not the states'."""
     if FORWARD in names:
+        captured = capturing(device)
         for state in states:
-            if state.changed or capturing(state._buffers["scale"]):  # type: ignore[arg-type]
+            if captured or state.changed:
                 state.fix()  # what was read so far
     limits = [FP8_MAX[recipe.fp8_format.of(role)] for role in ("activation", "gradient")]
     algorithm = recipe.amax_compute_algo
@@ -155,7 +159,7 @@ def _known(device: torch.device, states: Sequence[Scaling], by_kernel: bool) -> 
     key = device, by_kernel, *lengths, *[buffer.data_ptr() for buffer in buffers]
     kept = states[0].__dict__["_known"]
     known: _Table | _Views | None = kept.get(key)
-    held = capturing(buffers[0])
+    held = capturing(device)
     if known is None:
         kernel = _kernel(device) if by_kernel and not held else None  # a table comes from the host
         plain = all(each.is_contiguous() and each.dtype == torch.float32 for each in buffers)
@@ -188,7 +192,7 @@ def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
     """What updates states on a device in one launch, or None."""
     allowed = config.read().backends
     triton = backends().get("triton")
-    if triton is None or (allowed is not None and "triton" not in allowed):
+    if triton is None or (allowed and "triton" not in allowed):
         return None
     if triton.why_not_on(device) is not None:
         return None
@@ -254,8 +258,8 @@ def _part(largest: Tensor, count: int, places: Sequence[int], names: Sequence[st
     """The amaxes of the states at some of `count` places."""
     if len(places) == count:
         return largest
-    named = [_of(largest, count, names, name).view(count, -1)[places] for name in names]
-    return torch.cat([amaxes.flatten() for amaxes in named])
+    named = [_of(largest, count, names, name).split(_width(name)) for name in names]
+    return torch.cat([amaxes[k] for amaxes in named for k in places])
 
 
 def _names(labels: Sequence[str]) -> list[str]:

@@ -54,7 +54,8 @@ def expected(
 @pytest.mark.parametrize(("margin", "algorithm"), [(0, "max"), (-20, "max"), (1.5, "most_recent")])
 @pytest.mark.parametrize("length", [1, 2, 16, 1024, 1025, 2500])
 def test_bits(
-    length: int, margin: float, algorithm: str, names: tuple[str, ...], is_reduced: bool, device: str
+    length: int, margin: float, algorithm: str, names: tuple[str, ...], is_reduced: bool,
+    device: str,
 ) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(length)
     states = [state(length, generator, device) for _ in range(6 if length < 100 else 2)]
