@@ -22,10 +22,11 @@ from ..base.errors import PlanError
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..precision.autocast import active
-from ..precision.delayed import BACKWARD, Scaling, raise_to, record
+from ..precision.delayed import BACKWARD, Scaling
 from ..precision.interned import drop_forgotten
 from ..precision.quantizers import Quantizer
 from ..precision.recomputed import follow, moment
+from ..precision.recorded import raise_to, record
 from ..precision.weights import QuantizedTensor
 
 Parts = tuple[Tensor, ...]

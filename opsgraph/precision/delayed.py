@@ -53,11 +53,11 @@ from torch import Tensor, nn
 
 from ..base import config
 from ..base.errors import OpsgraphError
-from ..guards.torch_private import dispatch_modes, followed, stream_of
 from ..kernels.reference.quantize import FP32_MAX, new_scales
 from . import interned
+from .fixed import Fixed, followed_ops, version_of
 from .quantizers import ROLES
-from .tapes import compiled_record, compiled_snapshot, recomputing, snapshot, taken, tapes
+from .tapes import compiled_snapshot, recomputing, snapshot, taken, tapes
 
 FORWARD, BACKWARD = "amax_forward", "amax_backward"
 """What is updated when a forward, or a backward, is over: the buffers with what it saw."""
@@ -85,29 +85,6 @@ class Served(Protocol):
     @property
     def terms(self) -> Terms:
         """What its states depend on."""
-
-
-class Fixed:
-    """Scales of some states to which nothing writes, fp32 `[states, 3]`, and a view of each.
-
-    Another stream may still read them when the last view of them is gone, so it gets copies.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self.values, self.device = values, values.device
-        self.rows = values.unbind(0)
-        self.stream = stream_of(self.device)
-        self._views: Sequence[Tensor] = ()
-
-    def is_for_now(self) -> bool:
-        """Whether views may be handed to what runs now: neither another stream nor a graph."""
-        return stream_of(self.device) == self.stream and not capturing(self.device)
-
-    def scale(self, place: int) -> Tensor:
-        """A scale, fp32 `[]`, by its place; all views are made when one is first asked for."""
-        if not self._views:
-            self._views = self.values.view(-1).unbind(0)
-        return self._views[place]
 
 
 class Scaling(nn.Module):
@@ -158,14 +135,14 @@ class Scaling(nn.Module):
         """Have reads take the scales from a place there, as long as `scale` stays as it is."""
         host = self.__dict__  # past the module's look at each attribute
         host["fixed"] = fixed.rows[place]
-        host["_fixed"] = fixed, 3 * place, scale, _version(scale)
+        host["_fixed"] = fixed, 3 * place, scale, version_of(scale)
 
     @property
     def changed(self) -> bool:
         """Whether `scale` was written to, or is another tensor, since the scales were fixed."""
         scale: Any = self._buffers["scale"]
         _, _, fixed, version = self.__dict__["_fixed"]
-        return fixed is not scale or bool(_version(scale) != version)
+        return fixed is not scale or bool(version_of(scale) != version)
 
     def __getstate__(self) -> dict[str, Any]:
         host = self.__dict__.copy()
@@ -225,7 +202,7 @@ class Scaling(nn.Module):
                 return snapshot(self.previous, column)
         now: Any = self._buffers["scale"]
         fixed, first, scale, version = host["_fixed"]
-        same = scale is now and _version(now) == version and fixed.is_for_now()
+        same = scale is now and version_of(now) == version and fixed.is_for_now()
         if not same or followed_ops(now):
             return snapshot(now, column)
         return taken(fixed.scale(first + column))
@@ -334,49 +311,6 @@ class Scaling(nn.Module):
                     value = state_dict[f"{prefix}{name}"].float()
                     self._buffers[name] = value.clone(memory_format=torch.contiguous_format)
         self.fix()
-
-
-def _version(scale: Tensor) -> int:
-    """How often a tensor was written to, as far as it is counted."""
-    return -1 if scale.is_inference() else scale._version
-
-
-def followed_ops(buffer: Tensor) -> bool:
-    """Whether a transform, a mode or a subclass has to see the ops on a buffer."""
-    return bool(dispatch_modes()) or followed() or type(buffer) is not Tensor
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph takes down what runs, to run it again on what is there then."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def record(states: Sequence[Scaling], role: str, amaxes: Sequence[Any], grad: bool) -> None:
-    """Note amaxes of activations or weights that were quantized, of a state each.
-
-    amaxes: fp32 `[]`, None for a weight that was held quantized. grad: whether the call was made
-    with grad enabled; without, nothing is noted.
-    """
-    pairs = zip(states, amaxes, strict=True)
-    noted = [(s, amax) for s, amax in pairs if amax is not None and s.notes(role, grad)]
-    column = ROLES.index(role)
-    if torch.compiler.is_compiling():
-        with torch.no_grad():
-            for state, amax in noted:
-                compiled_record(state.amax_forward, amax, column)
-    elif noted:
-        raise_to([s.seen(FORWARD, column) for s, _ in noted], [amax for _, amax in noted])
-
-
-def raise_to(seen: Sequence[Tensor], amaxes: Sequence[Tensor]) -> None:
-    """Write the larger of both, or a NaN, to each of `seen`, fp32 `[]`."""
-    values = [amax.detach() if amax.requires_grad else amax for amax in amaxes]
-    one_by_one = followed_ops(seen[0]) or len({each.data_ptr() for each in seen}) < len(seen)
-    if not one_by_one:
-        torch._foreach_maximum_(list(seen), values)
-        return
-    for each, value in zip(seen, values, strict=True):  # a layer may stand twice in a stage
-        torch.maximum(each, value, out=each)
 
 
 # -- the states of a recipe, of a module, of a state dict --

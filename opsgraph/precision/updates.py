@@ -21,9 +21,10 @@ from ..base import config
 from ..base.backend import backends
 from ..base.errors import OpsgraphError
 from ..kernels.reference.quantize import FP8_MAX, delayed_update, new_scales
-from .delayed import BACKWARD, FORWARD, Fixed, Scaling, capturing, followed_ops, states_of
+from .delayed import BACKWARD, FORWARD, Scaling, states_of
 from .exchange import reduce_flat
-from .recipe import DelayedScaling
+from .fixed import Fixed, capturing, followed_ops
+from .recipe import DelayedScaling, Format
 
 _COLUMNS = {FORWARD: slice(0, 2), BACKWARD: slice(2, 3)}
 _NORMAL: AbstractContextManager[Any] = nullcontext()
@@ -77,8 +78,7 @@ def _update(
     """
     if not states and group is None:
         return
-    normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NORMAL
-    with normal, torch.no_grad():
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NORMAL:
         largest = None
         if group is not None:
             states, largest = _reduced(states, names, group)
@@ -103,7 +103,7 @@ def _update_on(
         for state in states:
             if captured or state.changed:
                 state.fix()  # what was read so far
-    limits = [FP8_MAX[recipe.fp8_format.of(role)] for role in ("activation", "gradient")]
+    limits = _limits(recipe.fp8_format)
     algorithm = recipe.amax_compute_algo
     known = _known(device, states, isinstance(algorithm, str))
     if isinstance(known, _Table):
@@ -113,7 +113,8 @@ def _update_on(
         for name, limit in zip((FORWARD, BACKWARD), limits, strict=True):
             if name in names:
                 ours = amaxes if amaxes is None else _of(amaxes, len(states), names, name)
-                _by_formulas(known, recipe, name, limit, ours)
+                with torch.no_grad():
+                    _by_formulas(known, recipe, name, limit, ours)
         fixed = Fixed(new_scales(len(states), device))
         torch._foreach_copy_(list(fixed.rows), [state._buffers["scale"] for state in states])  # type: ignore[misc]
     for k, state in enumerate(states):
@@ -122,6 +123,12 @@ def _update_on(
             host["previous"] = host["fixed"]
             host["updates"] += 1
         state.hold(fixed, k, host["_buffers"]["scale"])
+
+
+@cache
+def _limits(to: Format) -> tuple[float, float]:
+    """The largest numbers of what activations and weights, and gradients, are cast to."""
+    return FP8_MAX[to.of("activation")], FP8_MAX[to.of("gradient")]
 
 
 class _Table(NamedTuple):

@@ -83,7 +83,7 @@ def delayed_update(
     scales are as `new_scales` lays them out.
     """
     fixed = new_scales(table.size(0), table.device)
-    block = min(MOST, triton.next_power_of_2(length))
+    block = min(MOST, 1 << (length - 1).bit_length())
     with on_device_of(table):
         launch(
             delayed_update_kernel, (3 * table.size(0),),

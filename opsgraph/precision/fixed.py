@@ -1,0 +1,48 @@
+"""Delayed scales as of one update, to which nothing writes; `delayed` says who may have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..guards.torch_private import dispatch_modes, followed, stream_of
+
+
+class Fixed:
+    """Scales of some states to which nothing writes, fp32 `[states, 3]`, and a view of each.
+
+    Another stream may still read them when the last view of them is gone, so it gets copies.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.device = values, values.device
+        self.rows = values.unbind(0)
+        self.stream = stream_of(self.device)
+        self._views: Sequence[Tensor] = ()
+
+    def is_for_now(self) -> bool:
+        """Whether views may be handed to what runs now: neither another stream nor a graph."""
+        return stream_of(self.device) == self.stream and not capturing(self.device)
+
+    def scale(self, place: int) -> Tensor:
+        """A scale, fp32 `[]`, by its place; all views are made when one is first asked for."""
+        if not self._views:
+            self._views = self.values.view(-1).unbind(0)
+        return self._views[place]
+
+
+def version_of(scale: Tensor) -> int:
+    """How often a tensor was written to, as far as it is counted."""
+    return -1 if scale.is_inference() else scale._version
+
+
+def followed_ops(buffer: Tensor) -> bool:
+    """Whether a transform, a mode or a subclass has to see the ops on a buffer."""
+    return bool(dispatch_modes()) or followed() or type(buffer) is not Tensor
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph takes down what runs, to run it again on what is there then."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
