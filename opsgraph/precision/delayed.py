@@ -137,13 +137,6 @@ class Scaling(nn.Module):
         host["fixed"] = fixed.rows[place]
         host["_fixed"] = fixed, 3 * place, scale, version_of(scale)
 
-    @property
-    def changed(self) -> bool:
-        """Whether `scale` was written to, or is another tensor, since the scales were fixed."""
-        scale: Any = self._buffers["scale"]
-        _, _, fixed, version = self.__dict__["_fixed"]
-        return fixed is not scale or bool(version_of(scale) != version)
-
     def __getstate__(self) -> dict[str, Any]:
         host = self.__dict__.copy()
         for name in ("fixed", "_fixed", "_seen", "_known"):  # of these very buffers

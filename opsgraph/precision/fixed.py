@@ -11,7 +11,7 @@ from ..guards.torch_private import dispatch_modes, followed, stream_of
 
 
 class Fixed:
-    """Scales of some states to which nothing writes, fp32 `[states, 3]`, and a view of each.
+    """Scales of some states to which nothing writes, fp32 `[count, 3]`, and a view of each.
 
     Another stream may still read them when the last view of them is gone, so it gets copies.
     """

@@ -98,11 +98,7 @@ def _update_on(
     amaxes: Tensor | None,
 ) -> None:  # fmt: skip
     """Update states on one device. amaxes: all that are named, where they are not the states'."""
-    if FORWARD in names:
-        captured = capturing(device)
-        for state in states:
-            if captured or state.changed:
-                state.fix()  # what was read so far
+    count, forward = len(states), FORWARD in names
     limits = _limits(recipe.fp8_format)
     algorithm = recipe.amax_compute_algo
     known = _known(device, states, isinstance(algorithm, str))
@@ -110,17 +106,20 @@ def _update_on(
         latest = algorithm == "most_recent"
         fixed = Fixed(known.update(*known[1:], limits, recipe.margin, latest, names, amaxes))
     else:
+        scales: list[Any] = [state._buffers["scale"] for state in states]
+        fixed = Fixed(new_scales(count * (1 + forward), device))
+        if forward:
+            torch._foreach_copy_(list(fixed.rows[count:]), scales)
         for name, limit in zip((FORWARD, BACKWARD), limits, strict=True):
             if name in names:
-                ours = amaxes if amaxes is None else _of(amaxes, len(states), names, name)
+                ours = amaxes if amaxes is None else _of(amaxes, count, names, name)
                 with torch.no_grad():
                     _by_formulas(known, recipe, name, limit, ours)
-        fixed = Fixed(new_scales(len(states), device))
-        torch._foreach_copy_(list(fixed.rows), [state._buffers["scale"] for state in states])  # type: ignore[misc]
+        torch._foreach_copy_(list(fixed.rows[:count]), scales)
     for k, state in enumerate(states):
         host = state.__dict__
-        if FORWARD in names:
-            host["previous"] = host["fixed"]
+        if forward:
+            host["previous"] = fixed.rows[count + k]
             host["updates"] += 1
         state.hold(fixed, k, host["_buffers"]["scale"])
 

@@ -32,6 +32,8 @@ def delayed_update_kernel(
     row = table + state * 4
     scale = _floats(row) + column
     result = tl.load(scale)
+    if FORWARD:
+        tl.store(fixed + (tl.num_programs(0) + tl.program_id(0)) * 4, result)
     if (FORWARD and column < 2) or (BACKWARD and column == 2):
         amaxes = _floats(row + 1 + column // 2) + column % 2
         if reduced is None:
@@ -80,15 +82,16 @@ def delayed_update(
     What updates names, "amax_forward" or "amax_backward", becomes history and scales, by limits for
     each, and is -1 afterwards; an amax below 0 changes nothing. latest: whether scales come from
     the latest amax alone. reduced: where the amaxes are, all of updates one after the other. The
-    scales are as `new_scales` lays them out.
+    scales are as `new_scales` lays them out; after "amax_forward" those of before follow.
     """
-    fixed = new_scales(table.size(0), table.device)
+    forward = "amax_forward" in updates
+    fixed = new_scales(table.size(0) * (1 + forward), table.device)
     block = min(MOST, 1 << (length - 1).bit_length())
     with on_device_of(table):
         launch(
             delayed_update_kernel, (3 * table.size(0),),
             table, reduced, fixed, length, *limits, 2.0**-margin,
-            FORWARD="amax_forward" in updates, BACKWARD="amax_backward" in updates, LATEST=latest,
+            FORWARD=forward, BACKWARD="amax_backward" in updates, LATEST=latest,
             LARGEST=FP32_MAX, BLOCK=block, num_warps=max(1, min(4, block // 256)),
         )  # fmt: skip
     return fixed

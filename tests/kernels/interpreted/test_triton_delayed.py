@@ -71,8 +71,11 @@ def test_bits(
         found = torch.cat([value for name in names for value in others[name]]).to(device)
     table = torch.tensor([[b.data_ptr() for b in buffers] for buffers in states], device=device)
     latest = algorithm == "most_recent"
+    before = [bits(buffers[:1]) for buffers in states]
     fixed = delayed_update(table, length, LIMITS, margin, latest, names, found)
     for k, buffers in enumerate(states):
         assert all(map(torch.equal, bits(buffers), bits(want[k])))
         assert torch.equal(*bits([fixed[k].clone(), buffers[0]]))
+        if FORWARD in names:
+            assert torch.equal(*bits([fixed[len(states) + k].clone()]), before[k][0])
         assert all(view.data_ptr() % 16 == 0 for view in fixed[k].unbind())

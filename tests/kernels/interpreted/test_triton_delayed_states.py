@@ -134,6 +134,37 @@ def test_one_launch_as_a_context_opens_and_one_as_it_ends(
     assert first is second  # the table, which nothing made necessary to make again
 
 
+def test_graphs_take_tables_that_were_there(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And keep them. Where there is none, the formulas are captured."""
+    launches, update = [], kernel.delayed_update
+
+    def counted(*arguments: Any) -> Tensor:
+        launches.append(arguments)
+        return update(*arguments)
+
+    monkeypatch.setattr(updates, "_kernel", lambda device: counted)
+    monkeypatch.setattr(updates, "_captured", {})
+    recipe = og.recipe.DelayedScaling(amax_history_len=41)
+    module, twin = made(device), made(device)
+    for size in (1.0, 2.0):
+        step(module, recipe, size)
+    *_, table = states(module)[0]._known.values()  # of both, not of the one that was alone at first
+    for capturing in (False, True):
+        monkeypatch.setattr(updates, "capturing", lambda device, value=capturing: value)
+        launches.clear()
+        step(module, recipe, 3.0)
+        assert len(launches) == 2
+        assert all(arguments[0] is table.addresses for arguments in launches)
+        assert list(updates._captured.values()) == [table] * capturing
+    del module
+    launches.clear()
+    other = og.recipe.DelayedScaling(amax_history_len=42)
+    for size in (1.0, 2.0):
+        step(twin, other, size)
+    assert not launches
+    assert all(bool((state.scale != 1).all()) for state in states(twin))
+
+
 def test_functions_of_the_history_stay_with_the_formulas(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
