@@ -110,11 +110,10 @@ def _update_on(
         fixed = Fixed(new_scales(count * (1 + forward), device))
         if forward:
             torch._foreach_copy_(list(fixed.rows[count:]), scales)
-        for name, limit in zip((FORWARD, BACKWARD), limits, strict=True):
-            if name in names:
-                ours = amaxes if amaxes is None else _of(amaxes, count, names, name)
-                with torch.no_grad():
-                    _by_formulas(known, recipe, name, limit, ours)
+        for name in names:
+            ours = amaxes if amaxes is None else _of(amaxes, count, names, name)
+            with torch.no_grad():
+                _by_formulas(known, recipe, name, limits[name == BACKWARD], ours)
         torch._foreach_copy_(list(fixed.rows[:count]), scales)
     for k, state in enumerate(states):
         host = state.__dict__
