@@ -71,7 +71,7 @@ def test_bits(
         found = torch.cat([value for name in names for value in others[name]]).to(device)
     table = torch.tensor([[b.data_ptr() for b in buffers] for buffers in states], device=device)
     latest = algorithm == "most_recent"
-    before = [bits(buffers[:1]) for buffers in states]
+    before = [bits([buffers[0].clone()]) for buffers in states]
     fixed = delayed_update(table, length, LIMITS, margin, latest, names, found)
     for k, buffers in enumerate(states):
         assert all(map(torch.equal, bits(buffers), bits(want[k])))
