@@ -159,10 +159,7 @@ class StageRecipe:
 
 
 def note_gradients(plan: Plan, gradients: Sequence[Any], seen: Sequence[Tensor]) -> list[Any]:
-    """Note the amaxes that stand where scales would have a gradient; returns the gradients.
-
-    seen: where, fp32 `[]`, as `StageRecipe.seen_gradients` has it.
-    """
+    """Note, in `seen`, amaxes that stand where scales would have a gradient; returns the rest."""
     rest = list(gradients)
     if seen:
         raise_to(seen, [rest[k] for k in plan.specs.reported])
