@@ -27,7 +27,7 @@ def test_layouts(layout: str, device: str) -> None:
     x = laid_out(x, layout)
     assert torch.equal(twice(add, x, other), x + other)
     assert torch.equal(twice(add, other, x), x + other)
-    close(twice(sum_rows, x, torch.float32), x.double().sum(0), x)
+    close(twice(sum_rows, x, torch.float32), x.double().sum(0).cpu(), x)
 
 
 @pytest.mark.parametrize(("rows", "width"), SIZES)
@@ -37,4 +37,4 @@ def test_sum_rows(dtype: torch.dtype, rows: int, width: int, device: str) -> Non
     for into in (dtype, torch.float32):
         found = twice(sum_rows, x, into)
         assert found.dtype == into
-        close(found, x.double().sum(0), x.abs().amax(0) if rows else 0.0)
+        close(found, x.double().sum(0).cpu(), x.abs().amax(0) if rows else 0.0)
