@@ -8,6 +8,7 @@ subclasses of tensors, for tensors that are laid out as none before.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -37,8 +38,8 @@ _PLAIN = (Tensor, nn.Parameter)
 class Pass:
     """Stands for a generated function, and does what it does.
 
-    saved: the names of what its last argument, a list, holds; None where there is none. fixed: how
-    many of its arguments, from `first` on, have the shape and dtype that the plan was made for.
+    name: what profilers show. saved: the names of what its last argument, a list, holds; None where
+    there is none. why_not: why nothing is replayed, if it is known.
     """
 
     def __init__(
@@ -106,7 +107,8 @@ class Pass:
         if record is False:
             return self.python(*arguments)
         if record is not self:
-            self.records.move_to_end(where)
+            with suppress(KeyError):  # another thread may have dropped it
+                self.records.move_to_end(where)
             self.last = record.run_if
             result = record.run(*arguments)
             return self.python(*arguments) if result is None else result

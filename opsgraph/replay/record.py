@@ -36,6 +36,8 @@ from .recorder import Aten, Buffer, Event, Matmul, Place
 
 ALIGNMENT = 256
 """Bytes that temporaries in an arena begin at multiples of."""
+PAGE = 4096
+"""No memory begins at an address below: it was freed, as `resize_(0)` of a storage does."""
 ALIGNED = 16
 """Bytes that arguments have to begin at multiples of, on CUDA."""
 
@@ -270,7 +272,7 @@ class Record:
         namespace: dict[str, Any] = {
             "torch": torch, "replay": replay(device.type), "kept": memory.empty,
             "new": empty_strided(device), "fits": fits, "threads": torch.get_num_threads,
-            "modes": dispatch_modes, "view": view,
+            "modes": dispatch_modes, "view": view, "freed": _freed,
         }  # fmt: skip
         if device.type == "cuda":
             namespace["stream"] = torch._C._cuda_getCurrentRawStream
@@ -292,7 +294,9 @@ class Record:
         pointers = sorted((read & {*range(len(present))}).union(*shared))
         if pointers:
             values = ", ".join(f"{name(k)}.data_ptr()" for k in pointers)
-            lines.append(f"{', '.join(map(pointer, pointers))} = {values}")
+            all_pointers = ", ".join(map(pointer, pointers))
+            lines.append(f"{all_pointers} = {values}")
+            lines += [f"if min({all_pointers}, {PAGE}) < {PAGE}:", "    freed()"]
         tests = [f"{pointer(k)} != {pointer(other)}" for k, other in sorted(shared)]
         if device.type == "cuda" and pointers:  # what kernels are compiled for
             tests.append(f"({' | '.join(map(pointer, pointers))}) % {ALIGNED}")
@@ -309,6 +313,10 @@ class Record:
         """Replays the pass; returns None, having done nothing, where memory is not as recorded."""
         self.run_if: Callable[..., Any] | None = None if fits is None else run
         """The same, which also looks whether arguments are laid out as recorded."""
+
+
+def _freed() -> None:
+    raise OpsgraphError("replay: got a tensor whose storage was freed, expected one with memory")
 
 
 def _fits(*tensors: Any) -> bool:

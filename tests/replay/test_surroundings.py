@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from opsgraph.base.errors import OpsgraphError
 from opsgraph.kernels.cpu import build as library
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
@@ -308,3 +309,19 @@ def test_plans_may_be_copied() -> None:
         step(module, X)
     plan = module.plan(True, X)
     assert str(copy.copy(plan)) == str(plan)
+
+
+def test_a_parameter_whose_storage_was_freed_is_an_error() -> None:
+    module = build("llama")
+    for _ in range(3):
+        step(module, X)
+    parameter = next(p for p in module.parameters() if p.dim() == 2)
+    storage, kept = parameter.untyped_storage(), parameter.detach().clone()
+    storage.resize_(0)
+    with pytest.raises(OpsgraphError, match="storage was freed"):
+        module(X)
+    storage.resize_(kept.nbytes)
+    parameter.data.copy_(kept)
+    expected = build("llama")
+    expected.load_state_dict(module.state_dict())
+    assert torch.equal(module(X), expected(X))
