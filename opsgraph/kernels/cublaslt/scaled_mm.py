@@ -15,8 +15,6 @@ scales' shapes and strides what they cover (`told`).
     nvfp4    1 x 16, all    sm_100  E4M3, in tiles, and an fp32        32
 """
 
-from contextlib import suppress
-from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -41,8 +39,8 @@ class Scaled(NamedTuple):
     scales: list[Tensor]
     scalings: "list[ScalingType]"
     swizzles: "list[SwizzleType]"
-    told: tuple[Tensor, ...] = ()
-    """The scales as `torch._scaled_mm` may take them, where it can tell what they cover."""
+    told: Tensor | None = None
+    """The scales as `torch._scaled_mm` takes them, where it can tell what they cover."""
 
 
 def multiply(a: Scaled, b: Scaled, rows: int, dtype: torch.dtype) -> Tensor:
@@ -50,39 +48,14 @@ def multiply(a: Scaled, b: Scaled, rows: int, dtype: torch.dtype) -> Tensor:
 
     PyTorch's two calls make the same one of the library. Replays know the first.
     """
-    y = _told(a, b, dtype)
-    if y is None:
+    if a.told is not None and b.told is not None:
+        y = torch._scaled_mm(a.data, b.data.t(), a.told, b.told.t(), out_dtype=dtype)
+    else:
         y = F.scaled_mm(
             a.data, b.data.t(), a.scales, a.scalings, b.scales, b.scalings, a.swizzles, b.swizzles,
             output_dtype=dtype,
         )  # fmt: skip
     return y[:rows]
-
-
-_taken: dict[tuple[int, int], tuple[int, int] | None] = {}
-"""Which of the scales `torch._scaled_mm` has taken, by how many there are; None for none of them.
-
-Some versions want rows of scales that are filled up, others such that are not.
-"""
-
-
-def _told(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor | None:
-    """The product by `torch._scaled_mm`, or None where it does not take such scales."""
-    kinds = len(a.told), len(b.told)
-    if kinds not in _taken:
-        _taken[kinds] = None
-        for k, n in product(range(kinds[0]), range(kinds[1])):
-            with suppress(RuntimeError, ValueError):  # it looks at scales before it does anything
-                _scaled_mm(a, b, (k, n), dtype)
-                _taken[kinds] = k, n
-                break
-    taken = _taken[kinds]
-    return None if taken is None else _scaled_mm(a, b, taken, dtype)
-
-
-def _scaled_mm(a: Scaled, b: Scaled, which: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    scale_a, scale_b = a.told[which[0]], b.told[which[1]]
-    return torch._scaled_mm(a.data, b.data.t(), scale_a, scale_b.t(), out_dtype=dtype)
 
 
 def blocks(data: Tensor, scale: Tensor) -> Scaled:
@@ -93,15 +66,19 @@ def blocks(data: Tensor, scale: Tensor) -> Scaled:
     data = filled(data, ROWS, 128)
     inverse = _inverse(scale.t(), data.size(0)).t()
     scaling, swizzle = F.ScalingType.BlockWise1x128, F.SwizzleType.NO_SWIZZLE
-    return Scaled(data, [inverse], [scaling], [swizzle], (inverse,) * (inverse.size(1) > 1))
+    return Scaled(data, [inverse], [scaling], [swizzle], inverse if inverse.size(1) > 1 else None)
 
 
 def squares(data: Tensor, scale: Tensor) -> Scaled:
-    """FP8 `[rows, depth]` with an fp32 scale for 128 x 128."""
+    """FP8 `[rows, depth]` with an fp32 scale for 128 x 128.
+
+    `torch._scaled_mm` wants rows of scales that are filled up in some versions, and that are not in
+    others.
+    """
     across = -(-scale.size(1) // 4) * 4
     inverse = _inverse(scale, across)
     data, scaling = filled(data, 128, 128), F.ScalingType.BlockWise128x128
-    told = (inverse,) if across == scale.size(1) else (inverse, inverse[:, : scale.size(1)])
+    told = inverse if across == scale.size(1) else None
     return Scaled(data, [inverse.t()], [scaling], [F.SwizzleType.NO_SWIZZLE], told)
 
 
