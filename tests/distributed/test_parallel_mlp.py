@@ -228,7 +228,7 @@ def reference_ops(rank: int, size: int) -> None:
         config.touch()
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_every_combination(ranks: Ranks, size: int) -> None:
     ranks.run(all_cases, size, timeout=300)
 

@@ -20,7 +20,8 @@ FUSERS = ROOT / "tests" / "fusers" / "test_fusers.py"
 @pytest.mark.parametrize(
     "target, chosen",
     [
-        pytest.param(FOLDER, "", id="kernels"),
+        pytest.param(FOLDER, "not torch.float16", id="kernels"),
+        pytest.param(FOLDER, "torch.float16", id="kernels, fp16", marks=pytest.mark.slow),
         pytest.param(FUSERS, "torch.bfloat16", id="fusers"),
         pytest.param(FUSERS, "not torch.bfloat16", id="fusers, all else", marks=pytest.mark.slow),
     ],
