@@ -55,13 +55,8 @@ def read() -> Config:
     fuel = os.environ.get("OPSGRAPH_FUEL", "")
     if fuel and not fuel.isdigit():
         raise ValueError(f"OPSGRAPH_FUEL: got {fuel!r}, expected a whole number")
-    return Config(
-        logs,
-        _names("OPSGRAPH_BACKENDS"),
-        int(fuel) if fuel else None,
-        _flag("OPSGRAPH_CHECK", False),
-        _flag("OPSGRAPH_REPLAY", True),
-    )
+    check, replay = _flag("OPSGRAPH_CHECK", False), _flag("OPSGRAPH_REPLAY", True)
+    return Config(logs, _names("OPSGRAPH_BACKENDS"), int(fuel) if fuel else None, check, replay)
 
 
 def _flag(variable: str, default: bool) -> bool:

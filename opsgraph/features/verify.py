@@ -4,7 +4,6 @@ The hook is in `planned`.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..base.errors import PlanError
 from ..plan import Plan
@@ -19,13 +18,7 @@ def verified(plan: Plan, asked: bool) -> Plan:
     if not (asked or every):
         return plan
 
-    def function(call: Any, lines: tuple[Line, ...]) -> Function:
-        code = call.__code__
-        return Function("", call, code.co_varnames[: code.co_argcount], lines)
-
-    forward = function(plan.run_forward, plan.forward_lines)
-    backward = function(plan.run_backward, plan.backward_lines)
-    verify(forward, backward, function(plan.run_prepare, plan.prepare_lines))
+    verify(*map(plan.function, ("forward", "backward", "prepare")))
     return plan
 
 

@@ -9,7 +9,7 @@ from ..op import BACKWARD, FORWARD, Op, Spec
 from .basic_ops import BasicOps
 from .claims import Claim, Space
 from .codegen import write
-from .lines import Line
+from .lines import Function, Line
 from .planner import Cover, Planner
 from .program import Program, Request
 from .rejection import Rejection
@@ -73,6 +73,13 @@ class Plan:
     draw: ClassVar[Callable[..., None]]
     graph: ClassVar[Any]
     handle: ClassVar[str]
+
+    def function(self, name: str) -> Function:
+        """A generated function as a record: "forward", "backward" or "prepare"."""
+        call = getattr(self, f"run_{name}")
+        parameters = call.__code__.co_varnames[: call.__code__.co_argcount]
+        source, lines = getattr(self, f"{name}_source"), getattr(self, f"{name}_lines")
+        return Function(source, call, parameters, lines)
 
     @property
     def saved_bytes_per_row(self) -> int:

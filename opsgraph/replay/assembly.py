@@ -1,5 +1,6 @@
 """Puts a record together: which buffers are results, what shows each value, what lives how long."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -29,24 +30,12 @@ class Assembly:
         """What slots hold that are another slot's value."""
         self.last: dict[int, int] = {}
         """The part after which nothing reads a slot."""
-        uses = [
+        self.uses = [
             {b for step in group for event in step.events for b in used(event)} for group in groups
         ]
-        self.uses = uses
-        kept = {
-            b
-            for n, some in enumerate(uses)
-            for b in some
-            if any(b in more for more in uses[n + 1 :])
-        }
-        self.native = {
-            slot
-            for group in groups
-            for step in group
-            if step.reason is None
-            for slot in step.makes.values()
-        }
-        """The slots of what stretches make."""
+        """The buffers that each group uses."""
+        counts = Counter(buffer for uses in self.uses for buffer in uses)
+        kept = {buffer for buffer, count in counts.items() if count > 1}
         self.views: dict[int, list[View]] = {}
         self.results: dict[int, list[Result]] = {}
         for number, buffer in enumerate(self.buffers):
@@ -101,7 +90,7 @@ class Assembly:
                 continue
             if home is None:
                 home = self._hidden(place.buffer, maker)
-            if value == self.values[home] if home < len(self.values) else False:
+            if home < len(self.values) and value == self.values[home]:
                 self.same[slot] = home
                 continue
             view = View(slot, home, dtype, sizes, strides, place.offset)
@@ -189,7 +178,8 @@ class Assembly:
 
     def _home(self, slot: int) -> int:
         """The slot that holds the value of one; `NOTHING` for None that a stretch would make."""
-        if self.values[slot] is None and slot in self.native:
+        maker = self.makers.get(slot)
+        if self.values[slot] is None and maker is not None and not self.groups[maker][0].reason:
             return NOTHING
         return self.same.get(slot, slot)
 

@@ -18,8 +18,6 @@ NONE, ARENA = -2, -1
 """In the place of a buffer's number; the arena is one that the library provides."""
 KINDS = ("mm", "addmm", "bmm", "scaled_mm", "copy", "zero")
 """Ops of PyTorch, in the order of the library's codes."""
-MOST_WORDS = 96
-"""Words of a kernel's record or parameters, at the most."""
 _COMMON = ("create_tensor_from_blob", "delete_tensor_object", "copy_", "zero_")
 _CONTEXT = ("cuCtxGetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent")
 _PRODUCTS = ("mm_out", "addmm_out", "bmm_out")
@@ -97,7 +95,6 @@ def _encoded(event: Event, locate: Locate) -> tuple[int, list[int]]:
     if isinstance(event, Matmul):
         return MATMUL, _matmul(event, locate)
     count = len(event.words) // 8
-    assert count <= MOST_WORDS
     head = [event.function, 0, 0, 0, 0, 0]
     if isinstance(event, Launch):
         head = [event.function, *event.grid, event.threads, event.shared]

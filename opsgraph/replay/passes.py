@@ -170,21 +170,12 @@ def replayed(
     x = plan.specs.inputs[0].spec
     assert x is not None
 
-    def made(name: str, *parts: Any, saved: Any = None, reason: str | None = None) -> Any:
-        source, call, lines = parts
-        if not lines:
-            return call
-        parameters = source.partition("(")[2].partition(")")[0].split(", ")
-        function = Function(source, call, tuple(parameters), tuple(lines))
+    def made(name: str, saved: Sequence[str] | None = None, reason: str | None = None) -> Any:
+        function = plan.function(name)
+        if not function.lines:
+            return function.call
         return Pass(name, function, x.device, config, saved, reason or why_not)
 
     saved = [value.name for value in plan.specs.saved]
-    passes = Passes(
-        made("forward", plan.forward_source, plan.run_forward, plan.forward_lines),
-        made(
-            "backward", plan.backward_source, plan.run_backward, plan.backward_lines, saved=saved,
-            reason=backward,
-        ),
-        made("prepare", plan.prepare_source, plan.run_prepare, plan.prepare_lines),
-    )  # fmt: skip
+    passes = Passes(made("forward"), made("backward", saved, backward), made("prepare"))
     return replace(plan, passes=passes)

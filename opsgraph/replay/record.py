@@ -129,16 +129,10 @@ class Result(NamedTuple):
 
     def text(self, variable: str) -> str:
         """The line that allocates it."""
-        size = self.dtype.itemsize
-        for n in self.sizes:
-            size *= n
-        if self.device.type == "cpu" and size >= memory.LEAST:
+        like = torch.empty(self.sizes, dtype=self.dtype, device="meta")
+        if self.device.type == "cpu" and like.nbytes >= memory.LEAST:
             return f"{variable} = kept({self.sizes}, {self.dtype})"
-        strides, step = list[int](), 1
-        for n in reversed(self.sizes):
-            strides.insert(0, step)
-            step *= n
-        return f"{variable} = new({self.sizes}, {tuple(strides)}, {self.dtype})"
+        return f"{variable} = new({self.sizes}, {like.stride()}, {self.dtype})"
 
 
 class Stretch:

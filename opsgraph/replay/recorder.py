@@ -90,6 +90,10 @@ class Buffer(NamedTuple):
     argument: int | None = None
 
 
+MOST_WORDS = 96
+"""Words of a kernel's record or parameters that the library has room for."""
+
+
 class _Refused(Exception):
     """Why a line stays in Python."""
 
@@ -244,7 +248,10 @@ class Recorder(TorchDispatchMode):
     def _note(self, event: Callable[[], Event]) -> None:
         if self._reason is None:
             try:
-                self._events.append(event())
+                noted = event()
+                if isinstance(noted, Kernel | Launch) and len(noted.words) > 8 * MOST_WORDS:
+                    raise _Refused(f"a kernel takes more than {MOST_WORDS} words")
+                self._events.append(noted)
             except _Refused as refused:
                 self.refuse(str(refused))
 
@@ -298,7 +305,8 @@ class Recorder(TorchDispatchMode):
 
     def _matmul(self, out: Tensor, a: Tensor, b: Tensor) -> bool:
         """Note a product as the library's own call, if that gives the same bits."""
-        made = matmul.as_pytorch(out, a, b) if out.is_cuda else None
+        wanted = out.is_cuda and self._reason is None  # to try algorithms takes time
+        made = matmul.as_pytorch(out, a, b) if wanted else None
         if made is None:
             return False
         first, second, result = (self._operand(tensor) for tensor in (b, a, out))

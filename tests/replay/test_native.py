@@ -9,7 +9,7 @@ from replays import ROWS, WIDTH, assert_same_bits, build, is_native, leaves, ran
 
 from opsgraph.kernels.cpu import build as library
 from opsgraph.replay import native, recording, shim
-from opsgraph.replay.recorder import Aten, Kernel, Launch, Operand, Place
+from opsgraph.replay.recorder import MOST_WORDS, Aten, Kernel, Launch, Operand, Place
 
 needs_kernels = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_codes_agree_with_the_librarys_source() -> None:
     assert codes == (0, 1, 2, 3, 4)
     kinds = ", ".join(kind.upper() for kind in native.KINDS)
     assert f"enum Aten : Word {{ {kinds} }};" in source
-    assert f"MOST_WORDS = {native.MOST_WORDS}," in source
+    assert f"MOST_WORDS = {MOST_WORDS}," in source
     assert f"NONE = {native.NONE}, ARENA = {native.ARENA};" in source
 
 

@@ -13,7 +13,7 @@ from opsgraph.guards.watching import watching
 from opsgraph.kernels.cpu import build as library
 from opsgraph.kernels.cpu import memory
 from opsgraph.kernels.cpu.norms import norm_forward
-from opsgraph.replay.recorder import Aten, Buffer, Kernel, Place, Recorder, span
+from opsgraph.replay.recorder import MOST_WORDS, Aten, Buffer, Kernel, Place, Recorder, span
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
@@ -107,6 +107,18 @@ OTHER = random(4, 4)
 def test_the_first_reason_stays() -> None:
     _, _, reason = watch(lambda x: (x.sin(), x.cos()), random(2, 2))
     assert reason == "aten.sin.default: replays do not know it"
+
+
+def test_a_kernel_of_more_words_than_the_library_has_room_for_is_refused() -> None:
+    recorder = Recorder()
+    for words, reason in (
+        (MOST_WORDS, None),
+        (MOST_WORDS + 1, "a kernel takes more than 96 words"),
+    ):
+        with recorder:
+            recorder.kernel(1, bytes(8 * words), ())
+        events, told = recorder.take()
+        assert (len(events), told) == (reason is None, reason)
 
 
 def test_memory_that_is_given_out_again_is_a_buffer_of_its_own() -> None:
