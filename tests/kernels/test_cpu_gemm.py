@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from opsgraph.kernels.choices import Choices
 from opsgraph.kernels.cpu import gemm, product
-from opsgraph.kernels.cpu.choices import Choices
 from opsgraph.kernels.cpu.product import UNITS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,7 +37,7 @@ def chooser(monkeypatch: pytest.MonkeyPatch) -> Chooser:
     monkeypatch.setattr(gemm, "SMALL", 0)
     monkeypatch.setattr(gemm, "FEW", -1)
     monkeypatch.setattr(gemm, "LARGE", 0)
-    monkeypatch.setattr(gemm, "choices", Choices(list, made))
+    monkeypatch.setattr(gemm, "choices", Choices("gemm", tuple, made, list))
     monkeypatch.setattr(gemm, "_chosen", {})
     return made
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import opsgraph as og
 from benchmarks.memory import fresh_memory, tensor_peak
 from opsgraph.fusers.cpu import products as cpu_gemm
+from opsgraph.kernels.choices import Choices
 from opsgraph.kernels.cpu import build, gemm, memory
-from opsgraph.kernels.cpu.choices import Choices
 from opsgraph.ops import GELU, LayerNorm, Linear, RMSNorm, SwiGLU
 
 ROWS, HIDDEN, FFN = 512, 256, 1024
@@ -86,7 +86,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
         def measure(candidates):
             return name if name in candidates else "mm"
 
-        monkeypatch.setattr(gemm, "choices", Choices(list, measure))
+        monkeypatch.setattr(gemm, "choices", Choices("gemm", tuple, measure, list))
 
     with fresh_memory():
         yield choose

@@ -5,8 +5,8 @@ where they are needed. A file's name tells from what it was made (sources, compi
 the digest of its own bytes: `norms-KEY-DIGEST.so`. It appears by a rename, so processes that start
 at the same time may each compile, and none sees half a file. A file whose bytes are not what its
 name says is made again, and so is one that another user could have put there. The directory is
-`$XDG_CACHE_HOME/opsgraph`, by default `~/.cache/opsgraph`, and where that cannot be written, is
-full or does not let libraries be loaded, a private one below the system's temporary directory.
+the user's cache directory (`directories`), and where that cannot be written, is full or does not
+let libraries be loaded, a private one below the system's temporary directory.
 """
 
 import ctypes
@@ -19,10 +19,12 @@ import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+
+from ..directories import directories, replace
 
 SOURCES = Path(__file__).parent / "source"
 EVERYDAY = ("norms", "activations", "transpose", "product")
@@ -103,30 +105,6 @@ def compiler() -> list[str]:
             return [path, *given[1:]]
     looked = f"CXX={given[0]} is not found" if given else "none of c++, g++ and clang++ is found"
     raise BuildError(f"no C++ compiler: {looked}")
-
-
-def directories() -> Iterator[Path]:
-    """Where libraries may be, in order."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    with suppress(RuntimeError):  # no home
-        home = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
-        yield Path(os.path.realpath(home / "opsgraph"))
-    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
-    with suppress(FileNotFoundError):  # none that can be written
-        # The name itself is not followed: another user may have made a link of it.
-        yield Path(os.path.realpath(tempfile.gettempdir())) / f"opsgraph-{user}"
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file as a whole, making its directory if need be. Raises OSError."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _load(library: str) -> ctypes.CDLL:

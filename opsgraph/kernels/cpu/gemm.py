@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..choices import Choices
 from . import memory, product
-from .choices import Choices
+from .choices import fastest, machine
 from .launch import direct
 from .transpose import transposed
 
@@ -76,7 +77,7 @@ LAYOUTS = {
     )
 }
 
-choices = Choices()
+choices = Choices("gemm", machine, fastest)
 _chosen: dict[tuple[object, ...], Layout | None] = {}
 
 

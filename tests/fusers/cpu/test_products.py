@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import opsgraph as og
 from opsgraph.fusers.cpu import products as cpu_gemm
+from opsgraph.kernels.choices import Choices
 from opsgraph.kernels.cpu import gemm, memory
-from opsgraph.kernels.cpu.choices import Choices
 from opsgraph.ops import GELU, Linear, MakeExtraOutput, ReLU, RMSNorm, SwiGLU
 from opsgraph.testing import assert_same
 
@@ -42,7 +42,7 @@ def chooser(request, monkeypatch: pytest.MonkeyPatch) -> Chooser:
     made = Chooser(request.param)
     monkeypatch.setattr(gemm, "SMALL", 0)
     monkeypatch.setattr(gemm, "FEW", -1)
-    monkeypatch.setattr(gemm, "choices", Choices(list, made))
+    monkeypatch.setattr(gemm, "choices", Choices("gemm", tuple, made, list))
     monkeypatch.setattr(gemm, "_chosen", {})
     return made
 

@@ -1,0 +1,60 @@
+"""Times of kernels on a GPU, compared in alternation."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from .choices import Choice, Run
+
+ROUNDS, PAIRS = 7, 15
+"""How often each candidate runs, and then the best one and the usual one alone."""
+NEAR = 1.25
+"""Candidates that need more than that times the best in their first runs are left out."""
+CLEARLY = 0.99
+"""A candidate takes the first one's place only if it needs less than that part of its time."""
+FILLS = 4
+"""Fills of memory before a run: the host's calls are ahead of the GPU, and its cache is cold."""
+
+
+def fastest_on_cuda(candidates: Mapping[str, Run]) -> Choice:
+    """The candidate that runs fastest on the current device and stream, by medians of its times.
+
+    The first candidate, the usual one, keeps its place unless another is clearly faster, there and
+    in a duel of the two alone.
+    """
+    room = torch.empty(4 * _cache_bytes(), dtype=torch.uint8, device="cuda")
+    usual = next(iter(candidates))
+    for run in candidates.values():
+        run()  # compiles, and makes what the library makes at first use
+    first = _times(candidates, 2, room)
+    bound = NEAR * min(map(min, first.values()))
+    near = {n: run for n, run in candidates.items() if n == usual or min(first[n]) <= bound}
+    times = _times(near, ROUNDS, room) if len(near) > 1 else first
+    best = min(near, key=lambda name: median(times[name]))
+    if median(times[best]) >= CLEARLY * median(times[usual]):
+        return Choice(usual, usual)
+    duel = _times({name: candidates[name] for name in (best, usual)}, PAIRS, room)
+    ratio = median(a / b for a, b in zip(duel[best], duel[usual], strict=True))
+    return Choice(best, usual, ratio) if ratio < CLEARLY else Choice(usual, usual)
+
+
+def _times(candidates: Mapping[str, Run], rounds: int, room: Tensor) -> dict[str, Sequence[float]]:
+    """Milliseconds of each candidate in each round; they take turns."""
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(FILLS):
+                room.zero_()
+            start.record()
+            run()
+            stop.record()
+            events[name].append((start, stop))
+        stop.synchronize()
+    return {n: [a.elapsed_time(b) for a, b in pairs] for n, pairs in events.items()}
+
+
+def _cache_bytes() -> int:
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
