@@ -96,6 +96,15 @@ def calls_of(peer: Peer, x: Tensor, dy: Tensor) -> dict[str, Callable[[], Any]]:
     }
 
 
+def inputs(block: Block) -> tuple[Tensor, Tensor]:
+    """This rank's rows of an input and of a gradient."""
+    generator = torch.Generator(block.device).manual_seed(2)
+    shape = block.rows // block.ranks, block.hidden
+    made = (torch.randn(shape, generator=generator, device=block.device) for _ in range(2))
+    x, dy = (tensor.to(block.dtype) for tensor in made)
+    return x, dy
+
+
 def _by_kind() -> dict[str, dict[str, Any]]:
     return {kind: {} for kind in (TRAINING, INFERENCE, FORWARD)}
 
@@ -120,13 +129,11 @@ def prepare(
 ) -> Prepared:
     """Build, warm up and compare. agree: whether a candidate failed on any rank."""
     made, weights = Prepared(), make_weights(block)
-    generator = torch.Generator().manual_seed(2)
-    shape = block.rows // block.ranks, block.hidden
-    x, dy = (torch.randn(shape, generator=generator).to(**block.place) for _ in range(2))
+    x, dy = inputs(block)
     expected: dict[str, Tensor] = {}
     for name, candidate in candidates.items():
         with replay(candidate.replay):
-            found, reason = _attempt(partial(candidate.build, block, weights), agree)
+            found, reason = attempt(partial(candidate.build, block, weights), agree)
             if reason is None:
                 calls = calls_of(found, x, dy)
                 made.activate[name] = found.activate
@@ -135,7 +142,7 @@ def prepare(
                 call, why = None, reason
                 if reason is None:
                     ready = partial(_ready, candidate, calls[kind], block, expected, kind)
-                    call, why = _attempt(ready, agree)
+                    call, why = attempt(ready, agree)
                 if why is not None:
                     made.refused[kind][name] = why
                     continue
@@ -146,7 +153,9 @@ def prepare(
     return made
 
 
-def _attempt(make: Callable[[], Any], agree: Callable[[bool], bool]) -> tuple[Any, str | None]:
+def attempt(
+    make: Callable[[], Any], agree: Callable[[bool], bool] = lambda failed: failed
+) -> tuple[Any, str | None]:
     """What was made, or why it was not: whatever a library says of itself or of the device."""
     try:
         made, reason = make(), None

@@ -1,199 +1,175 @@
-"""Whole MLP blocks on a CUDA device: opsgraph beside eager and compiled PyTorch.
+"""opsgraph on one GPU, beside other libraries: whole steps, pointwise kernels, products, groups.
 
-RMSNorm, Linear, SwiGLU, Linear without biases in bf16, and LayerNorm, Linear, GELU, Linear with
-biases: forward alone, forward and backward, memory kept for the backward and the peak of a step.
-The three run in alternation on the same inputs; medians.
+    steps       a training step of RMSNorm, Linear, SwiGLU, Linear in bf16 and under every recipe,
+                beside nn.Sequential, torch.compile, Liger, TransformerEngine, torchao and QuACK,
+                those that can be imported: time of the device's kernels, wall time as called and as
+                a CUDA graph, saved bytes, peak memory; and the six products as PyTorch has them
+    bandwidth   norms, activations and casts, as shares of a copy's bandwidth
+    products    the six products by PyTorch, by opsgraph, and by the library's best algorithm
+    grouped     GroupedLinear, SwiGLU, GroupedLinear beside `torch._grouped_mm`
 
-    python -m benchmarks.gpu            # writes benchmarks/results/gpu.json
-    python -m benchmarks.gpu --fp8      # GEMMs, casts and blocks in FP8: gpu_fp8.json
+All that is compared takes turns in one run; times are medians. Kernels are compiled before, by
+several processes. Results go into benchmarks/results/gpu.json as they come: what another run
+measured of other parts stays there. Then follow a table, the targets and PNG bars.
+
+    python -m benchmarks.gpu [--parts steps,grouped] [--sizes 8192x4096x14336] [--only-ours]
+    python -m benchmarks.gpu --show              # the table of what is in the file; no GPU
+    python -m benchmarks.gpu --readme            # README's tables
 """
 
-from __future__ import annotations
-
 import argparse
-import copy
 import json
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from benchmarks import gpu_bandwidth, gpu_grouped, gpu_products, gpu_report, gpu_steps
+from benchmarks.gpu_parts import DEVICE, RECIPES, SIZES, Case, Options, share_caches, warm
+from benchmarks.gpu_targets import targets
+from benchmarks.overhead import RESULTS, facts, names_of, sizes_of
+from benchmarks.peers import CANDIDATES, EXTRAS
 
-import opsgraph as og
-from benchmarks.peers import TorchSwiGLU
-from benchmarks.timing import alternate
-from opsgraph.fuser import registered
-from opsgraph.ops import GELU, LayerNorm, Linear, RMSNorm, SwiGLU
-
-SIZES = ((8192, 1024, 3584), (8192, 2048, 5632), (8192, 4096, 14336))
-SMALL = (64, 1024, 3584)
-EPILOGUES = ("LinearActivation", "ActivationEpilogueBackward")
-"""Fusers that put an activation into a Triton GEMM; "library GEMMs" is opsgraph without them."""
-
-
-def models(kind: str, hidden: int, ffn: int) -> dict[str, nn.Module]:
-    """opsgraph's module and plain ones with the same weights."""
-    place: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-    if kind == "swiglu":
-        ours = og.Sequential(
-            RMSNorm(hidden), Linear(hidden, 2 * ffn, False), SwiGLU(), Linear(ffn, hidden, False)
-        ).to(**place)
-        plain = nn.Sequential(
-            nn.RMSNorm(hidden, eps=1e-5),
-            nn.Linear(hidden, 2 * ffn, False),
-            TorchSwiGLU(),
-            nn.Linear(ffn, hidden, False),
-        ).to(**place)
-    else:
-        ours = og.Sequential(
-            LayerNorm(hidden), Linear(hidden, ffn), GELU(), Linear(ffn, hidden)
-        ).to(**place)
-        plain = nn.Sequential(
-            nn.LayerNorm(hidden), nn.Linear(hidden, ffn), nn.GELU("tanh"), nn.Linear(ffn, hidden)
-        ).to(**place)
-    plain.load_state_dict(ours.state_dict())
-    compiled: Any = torch.compile(plain)
-    names = tuple(f.name for f in registered() if f.name not in EPILOGUES)
-    library = og.Sequential(*ours, fusers=names)
-    return {"opsgraph": ours, "eager": plain, "compiled": compiled, "library GEMMs": library}
+PARTS: Mapping[str, Any] = {
+    "steps": gpu_steps,
+    "bandwidth": gpu_bandwidth,
+    "products": gpu_products,
+    "grouped": gpu_grouped,
+}
+METHOD = (
+    "medians of samples in turns; device time: all kernels of one call, by torch.profiler; "
+    "wall time: 3 calls and one synchronization at their end"
+)
 
 
-def graphed(found: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[..., Any]]:
-    """opsgraph and eager as CUDA graphs, forward and backward: the host's cost left out."""
-    sample = torch.randn_like(x, requires_grad=True)
-    return {
-        f"{name}, graphed": torch.cuda.make_graphed_callables(copy.deepcopy(found[name]), (sample,))
-        for name in ("opsgraph", "eager")
-    }
+class Deadline:
+    """Seconds that a run may take, from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.start, self.seconds = time.monotonic(), seconds
+
+    def passed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.start
+
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.seconds - self.passed()
 
 
-def step(model: nn.Module, x: Tensor, dy: Tensor) -> None:
-    """Forward and backward, fresh gradients."""
-    model.zero_grad(set_to_none=True)
-    model(x).backward(dy)
+def run_cases(
+    cases: Sequence[Case], deadline: Deadline, record: Callable[[dict[str, Any]], Any]
+) -> list[str]:
+    """Measure what there is time for, and hand on each record; returns what was left out, and why.
+
+    A case that fails costs itself alone.
+    """
+    left_out = []
+    for case in cases:
+        if deadline.left() < case.seconds:
+            left_out.append(f"{case.name}: no time left")
+            continue
+        start = time.monotonic()
+        try:
+            found = case.measure()
+        except Exception as error:
+            left_out.append(f"{case.name}: {type(error).__name__}: {str(error).strip()[:300]}")
+            continue
+        record(found | {"seconds": round(time.monotonic() - start, 2)})
+    return left_out
 
 
-def forward(model: nn.Module, x: Tensor) -> None:
-    """Inference."""
-    with torch.no_grad():
-        model(x)
+def measure(args: argparse.Namespace, options: Options) -> dict[str, Any]:
+    """All parts that were asked for; the file is written after each record."""
+    deadline, parts = Deadline(args.seconds), names_of(args.parts, PARTS)
+    results: dict[str, Any] = {**facts(), "method": METHOD, "parts": {}, "not_measured": []}
+    if args.out.exists():
+        before = json.loads(args.out.read_text())
+        results["parts"] = {k: v for k, v in before.get("parts", {}).items() if k not in parts}
+    print(f"{results['machine']}; {METHOD}", flush=True)
+    tasks = [task for part in parts for task in PARTS[part].tasks(options)]
+    for told in warm(tasks, args.jobs, deadline.left() * 0.4):
+        print(f"compiling ahead: {told}")
+    print(f"[{deadline.passed():.0f} s] {len(tasks)} tasks compiled ahead", flush=True)
+    for part in parts:
+        start = time.monotonic()
+        made: dict[str, Any] = {"date": results["date"], "machine": results["machine"], "cases": []}
+        results["parts"][part] = made
+
+        def record(found: dict[str, Any], made: dict[str, Any] = made, part: str = part) -> None:
+            made["cases"].append(found)
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
+            print(gpu_report.TEXT[part](found), flush=True)
+
+        left_out = run_cases(list(PARTS[part].cases(options)), deadline, record)
+        results["not_measured"] += [f"{part} {name}" for name in left_out]
+        made["seconds"] = round(time.monotonic() - start, 1)
+        print(f"[{deadline.passed():.0f} s] {part} took {made['seconds']} s\n", flush=True)
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
-def timed(calls: dict[str, Callable[[], None]], rounds: int, inner: int) -> dict[str, float]:
-    """Median milliseconds of each, in alternation."""
-    found = alternate(calls, rounds, inner, torch.cuda.synchronize)
-    return {name: 1e3 * seconds for name, seconds in found.items()}
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of them, in this order")
+    parser.add_argument("--sizes", default="", help="rows, hidden, ffn: 8192x4096x14336,...")
+    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--only-ours", action="store_true", help="no other libraries")
+    parser.add_argument("--without", default="", help="columns to leave out: Liger,te.ops")
+    parser.add_argument("--repeats", type=int, default=7, help="samples of device time")
+    parser.add_argument("--walls", type=int, default=5, help="samples of wall time")
+    parser.add_argument("--seconds", type=float, default=270.0, help="limit for the whole run")
+    parser.add_argument("--jobs", type=int, default=16, help="processes that compile; 0: none")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
+    parser.add_argument("--show", action="store_true", help="print what is in the file")
+    parser.add_argument("--readme", action="store_true", help="print README's tables")
+    return parser.parse_args(arguments)
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of distinct storages that autograd keeps, parameters apart."""
-    held: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(x)
-    del y
-    return sum(held.values())
+def options_of(args: argparse.Namespace) -> Options:
+    """What to measure. Raises SystemExit for names that are not known."""
+    return Options(
+        sizes=tuple(sizes_of(args.sizes)) if args.sizes else SIZES,
+        recipes=tuple(names_of(args.recipes, RECIPES)),
+        peers=not args.only_ours,
+        without=tuple(names_of(args.without, [*CANDIDATES, *EXTRAS, "torchao"])),
+        repeats=args.repeats,
+        walls=args.walls,
+    )
 
 
-def peak_bytes(call: Callable[[], None]) -> int:
-    """The most memory that a step holds beyond what is there before it."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def draw(results: Mapping[str, Any], out: Path) -> None:
+    """PNG files beside the JSON, where there is matplotlib."""
+    try:
+        for path in gpu_report.bars(results, out.parent, out.stem):
+            print(f"written to {path}")
+    except ImportError as error:
+        print(f"no bars: {error}")
 
 
-def measure(kind: str, rows: int, hidden: int, ffn: int, rounds: int) -> dict[str, Any]:
-    """All figures for one block and size."""
-    found = models(kind, hidden, ffn)
-    x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.randn_like(x)
-    inner = 20 if rows < 1024 else 3
-    if rows < 1024:
-        found |= graphed(found, x)  # type: ignore[arg-type]
-    steps = {n: (lambda m=m: step(m, x, dy)) for n, m in found.items()}  # type: ignore[misc]
-    forwards = {n: (lambda m=m: forward(m, x)) for n, m in found.items()}  # type: ignore[misc]
-    result: dict[str, Any] = {
-        "kind": kind, "rows": rows, "hidden": hidden, "ffn": ffn,
-        "train_ms": timed(steps, rounds, inner),
-        "forward_ms": timed(forwards, rounds, inner),
-        "saved_bytes_per_row": {n: saved_bytes(found[n], x) / rows for n in ("opsgraph", "eager")},
-        "peak_bytes_per_row": {n: peak_bytes(steps[n]) / rows for n in ("opsgraph", "eager")},
-    }  # fmt: skip
-    result["plan"] = str(found["opsgraph"].plan())
-    return result
-
-
-def row(result: dict[str, Any]) -> str:
-    """One line of the table: ratios are opsgraph's time over the other's."""
-    train, infer = result["train_ms"], result["forward_ms"]
-    saved, peak = result["saved_bytes_per_row"], result["peak_bytes_per_row"]
-    size = f"{result['kind']:7} {result['rows']:5} {result['hidden']:5} {result['ffn']:6}"
-    return (
-        f"{size}  {train['opsgraph']:8.3f} ms {train['opsgraph'] / train['eager']:5.2f} "
-        f"{train['opsgraph'] / train['compiled']:5.2f}   {infer['opsgraph']:8.3f} ms "
-        f"{infer['opsgraph'] / infer['eager']:5.2f} {infer['opsgraph'] / infer['compiled']:5.2f}   "
-        f"{saved['opsgraph']:8.0f} {saved['eager']:8.0f}   "
-        f"{peak['opsgraph'] / peak['eager']:5.2f}   "
-        f"{train['opsgraph'] / train['library GEMMs']:5.2f} "
-        f"{infer['opsgraph'] / infer['library GEMMs']:5.2f}"
-    ) + graphed_ratios(train, infer)
-
-
-def graphed_ratios(train: dict[str, float], infer: dict[str, float]) -> str:
-    """Where graphs were measured: their ratios, opsgraph's over eager's."""
-    ours, eager = "opsgraph, graphed", "eager, graphed"
-    if ours not in train:
-        return ""
-    return f"   graphed: {train[ours] / train[eager]:5.2f} {infer[ours] / infer[eager]:5.2f}"
-
-
-def main() -> None:
-    """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--fp8", action="store_true", help="recipes beside bf16 instead")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; or print what was measured before."""
+    args = parse(arguments)
+    options = options_of(args)
+    if args.show or args.readme:
+        results = json.loads(args.out.read_text())
+        print(gpu_report.markdown(results) if args.readme else gpu_report.text(results))
+        return 0
+    if DEVICE.type != "cuda":
         print("benchmarks.gpu needs a CUDA device; there is none here")
-        return
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    if options.fp8:
-        from benchmarks import gpu_fp8
-
-        results = [gpu_fp8.measure(*size, options.rounds) for size in SIZES]
-        write(results, options.out or Path("benchmarks/results/gpu_fp8.json"))
-        print(results[-1]["plans"]["delayed"])
-        return
-    results = []
-    print("kind rows H F | train ms, /eager /compiled | forward ms, /eager /compiled | saved bytes")
-    print("per row: opsgraph, eager | peak/eager | train and forward over library GEMMs")
-    for kind in ("swiglu", "gelu"):
-        for rows, hidden, ffn in (SMALL, *SIZES):
-            torch._dynamo.reset()
-            results.append(measure(kind, rows, hidden, ffn, options.rounds))
-            print(row(results[-1]), flush=True)
-    write(results, options.out or Path("benchmarks/results/gpu.json"))
-    print(results[1]["plan"])
-
-
-def write(results: list[dict[str, Any]], path: Path) -> None:
-    """The figures and the machine, as JSON."""
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+        return 1
+    share_caches()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    results = measure(args, options)
+    for target in targets(results):
+        print(target)
+    for name in results["not_measured"]:
+        print(f"not measured: {name}")
+    draw(results, args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -128,12 +128,13 @@ class ScatterRows(nn.Module):
 def make_weights(block: Block) -> Weights:
     """The norm's `[hidden]`, and this rank's parts of FC1 and FC2, all from one seed."""
     rank = dist.get_rank() if block.ranks > 1 else 0
-    shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + rank)
+    shared, own = (torch.Generator(block.device).manual_seed(seed) for seed in (0, 1 + rank))
+    normal = partial(torch.randn, device=block.device)
     ffn = block.ffn // block.ranks
     return (
-        (1 + 0.1 * torch.randn(block.hidden, generator=shared)).to(**block.place),
-        (torch.randn(2 * ffn, block.hidden, generator=own) / block.hidden**0.5).to(**block.place),
-        (torch.randn(block.hidden, ffn, generator=own) / block.ffn**0.5).to(**block.place),
+        (1 + 0.1 * normal(block.hidden, generator=shared)).to(block.dtype),
+        (normal(2 * ffn, block.hidden, generator=own) / block.hidden**0.5).to(block.dtype),
+        (normal(block.hidden, ffn, generator=own) / block.ffn**0.5).to(block.dtype),
     )
 
 
@@ -182,11 +183,36 @@ def liger(block: Block, weights: Weights) -> Peer:
     config = SimpleNamespace(
         hidden_size=block.hidden, intermediate_size=block.ffn, hidden_act="silu"
     )
-    module = nn.Sequential(LigerRMSNorm(block.hidden, eps=EPS), LigerSwiGLUMLP(config))
+    with block.device:
+        module = nn.Sequential(LigerRMSNorm(block.hidden, eps=EPS), LigerSwiGLUMLP(config))
     module.to(**block.place)
     norm, fc1, fc2 = weights
     load(module, (norm, *fc1.chunk(2), fc2))
     return Peer(module)
+
+
+def quack(block: Block, weights: Weights) -> Peer:
+    """QuACK's norm and MLP, whose first weight has gate and value rows in turns."""
+    from quack.mlp import MLP
+    from quack.rmsnorm import QuackRMSNorm
+
+    module = nn.Sequential(
+        QuackRMSNorm(block.hidden, eps=EPS),
+        MLP(block.hidden, block.ffn, activation="swiglu", **block.place),
+    ).to(**block.place)
+    norm, fc1, fc2 = weights
+    load(module, (norm, torch.stack(fc1.chunk(2), 1).flatten(0, 1), fc2))
+    return Peer(module)
+
+
+def torchao(block: Block, weights: Weights) -> Peer:
+    """torch.nn under torchao's current scaling by tensors, compiled as its users are told to."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig.from_recipe_name("tensorwise")
+    module = convert_to_float8_training(eager(block, weights).module, config=config)
+    made: Any = torch.compile(module)
+    return Peer(made)
 
 
 def engine_mlp(block: Block, weights: Weights) -> Peer:
@@ -266,11 +292,10 @@ def ours(block: Block, weights: Weights, overlap: tuple[str, ...] = ()) -> Peer:
     """opsgraph's Sequential."""
     column, row = _split(block)
     module = og.Sequential(
-        RMSNorm(block.hidden, eps=EPS),
-        Linear(block.hidden, 2 * block.ffn, bias=False, overlap=overlap, **column),
+        RMSNorm(block.hidden, eps=EPS, **block.place),
+        Linear(block.hidden, 2 * block.ffn, bias=False, overlap=overlap, **column, **block.place),
         SwiGLU(),
-        Linear(block.ffn, block.hidden, bias=False, overlap=overlap, **row),
-        **block.place,
+        Linear(block.ffn, block.hidden, bias=False, overlap=overlap, **row, **block.place),
     )
     load(module, weights)
     if block.recipe == "none":
@@ -332,6 +357,11 @@ ON_RANKS = {
 ON_CPU = {name: CANDIDATES[name] for name in ("nn.Sequential", "opsgraph (Python)")} | {
     "opsgraph": Candidate(ours)
 }
+
+
+EXTRAS = {"quack": Candidate(quack, recipes=False)}
+BY_RECIPE = {"current": {"torchao": Candidate(torchao)}}
+"""Columns of `benchmarks.gpu` beside those of CANDIDATES; the latter under one recipe alone."""
 
 
 def candidates_for(known: dict[str, Candidate], recipe: str) -> dict[str, Candidate]:

@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from opsgraph.kernels.cpu.choices import cpu_model
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 
 def alternate(
@@ -34,14 +35,14 @@ def alternate(
     return {name: statistics.median(samples) for name, samples in found.items()}
 
 
-def take_turns(samplers: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
+def take_turns(samplers: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T]]:
     """`repeats` samples of each.
 
     In every repeat each is asked once, starting from the next one, so that a change of the
     machine's speed meets all of them, and none always follows the same other. Python's garbage
     collector is off meanwhile, and collects between repeats what these have left.
     """
-    samples: dict[str, list[T]] = {name: [] for name in samplers}
+    samples: dict[K, list[T]] = {name: [] for name in samplers}
     names = list(samplers)
     collected = gc.isenabled()
     gc.collect()

@@ -4,7 +4,7 @@ cuBLAS has the faster main loop, an activation in the epilogue saves one pass ov
 pre-activation: the shorter the main loop, the more that pass counts. So on CUDA each epilogue
 declines beyond a depth (the length of the rows that its GEMM multiplies), and leaves the run to the
 library's GEMM and a pointwise kernel. On an H100, with 8192 rows and depths of 1024 and 2048, the
-library was 1% to 9% faster (`benchmarks/gpu.py`).
+library was 1% to 9% faster (`benchmarks/gpu_gemm.py` measures it).
 """
 
 from collections.abc import Callable, Collection
