@@ -22,6 +22,7 @@ from benchmarks.gpu_parts import DEVICE, Case, Options, Size, Task
 NAMES = ("forward FC1", "forward FC2", "dgrad FC1", "dgrad FC2", "wgrad FC1", "wgrad FC2")
 PYTORCH, OURS, BEST = "PyTorch", "opsgraph", "best algorithm"
 DTYPES = ("bf16", "fp8")
+ALIGNMENT = 16
 Operands = tuple[Tensor, Tensor]
 
 
@@ -62,28 +63,58 @@ def pytorch(a: Tensor, b: Tensor, scale: Tensor | None) -> Callable[[], Any]:
     )
 
 
+ENGINE = "opsgraph.kernels.cublaslt.product"
+"""The module that multiplies by measured algorithms."""
+
+
 def ours(a: Tensor, b: Tensor, scale: Tensor | None) -> Callable[[], Any]:
-    """opsgraph's product by the algorithm that it measured. Raises NotImplementedError."""
-    matmul = importlib.import_module("opsgraph.kernels.cublaslt.matmul")
-    if not hasattr(matmul, "multiply"):
-        raise NotImplementedError("this build multiplies through PyTorch")
-    call: Callable[[], Any] = partial(matmul.multiply, a, b, scale)
+    """opsgraph's product by the algorithm that it measures at its first call, which is here.
+
+    Raises ImportError where this build multiplies through PyTorch alone.
+    """
+    engine = importlib.import_module(ENGINE)
+    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.bfloat16, device=a.device)
+    scales = None if scale is None else (scale, scale)
+    call = partial(engine.product, out, a, b, scales=scales, fast=scale is not None)
+    call()
     return call
 
 
-def algorithms(a: Tensor, b: Tensor) -> dict[str, Callable[[], Any]]:
-    """bf16: every algorithm that the library names, in its order."""
-    from opsgraph.kernels.cublaslt.matmul import Matmul
-
-    out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
-    matmul = Matmul(out, a, b)
+def algorithms(a: Tensor, b: Tensor, scale: Tensor | None) -> dict[str, Callable[[], Any]]:
+    """By every algorithm that the library names and that runs, in its order."""
+    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.bfloat16, device=a.device)
     found: dict[str, Callable[[], Any]] = {}
-    for number, algorithm in enumerate(matmul.algorithms()):
-        call = partial(matmul.run, algorithm, out, a, b)
+    for number, call in enumerate(_runs(out, a, b, scale)):
         _, reason = attempt(call)
         if reason is None:
             found[f"algorithm {number}"] = call
     return found
+
+
+def _runs(out: Tensor, a: Tensor, b: Tensor, scale: Tensor | None) -> list[Callable[[], Any]]:
+    try:
+        engine = importlib.import_module(ENGINE)
+    except ModuleNotFoundError:  # a build that takes the algorithm that PyTorch takes
+        if scale is not None:
+            raise
+        from opsgraph.kernels.cublaslt.matmul import Matmul
+
+        matmul = Matmul(out, a, b)
+        return [partial(matmul.run, each, out, a, b) for each in matmul.algorithms()]
+    names, pointers = engine.lt, {}
+    if scale is not None:
+        pointers = dict.fromkeys((names.SCALE_A, names.SCALE_B), scale.data_ptr())
+    made = engine.Product(
+        out, a, b, (names.TENSOR, names.TENSOR), pointers, None, scale is not None, names.PLAIN,
+        None, None, ALIGNMENT, 1.0,
+    )  # fmt: skip
+    operands = a.data_ptr(), b.data_ptr(), out.data_ptr(), list(pointers.values())
+    held = (a, b, scale)  # they live as long as the call
+
+    def run(number: int, held: Any = held) -> None:
+        made.run(out, *operands, by=number)
+
+    return [partial(run, number) for number in range(len(made.algorithms))]
 
 
 class Product(NamedTuple):
@@ -104,12 +135,11 @@ def prepare(name: str, shape: tuple[int, int, int], dtype: str) -> Product:
         calls[OURS] = call
     else:
         refused[OURS] = reason
-    if plain:
-        found, reason = attempt(partial(algorithms, a, b))
-        if reason is None:
-            calls |= found
-        else:
-            refused[BEST] = reason
+    found, reason = attempt(partial(algorithms, a, b, scale))
+    if reason is None:
+        calls |= found
+    else:
+        refused[BEST] = reason
     for each in calls.values():
         each()
     return Product(calls, refused)
