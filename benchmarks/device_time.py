@@ -97,10 +97,20 @@ def measure(
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profiler:
         numbers = take_turns(samplers, repeats)
-    samples = between_marks(device_events(profiler))
+    events = device_events(profiler)
+    samples = between_marks(events)
     if len(samples) != taken:
-        raise RuntimeError(f"got {len(samples)} samples from the profiler, expected {taken}")
+        names = sorted({event.name for event in events})[:5]
+        raise RuntimeError(f"got {len(samples)} samples of {names} and more, expected {taken}")
     return {name: [samples[number] for number in each] for name, each in numbers.items()}
+
+
+def check() -> None:
+    """Raises RuntimeError or ValueError where the profiler does not see a kernel on this device."""
+    x = torch.ones(2**20, device="cuda")
+    (sample,) = measure({"add": lambda: x + x}, 1)["add"]
+    if not sample:
+        raise RuntimeError("got no kernel between two marks, expected one")
 
 
 def total(sample: Sample) -> float:

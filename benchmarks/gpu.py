@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_bandwidth, gpu_grouped, gpu_products, gpu_report, gpu_steps
+from benchmarks import device_time, gpu_bandwidth, gpu_grouped, gpu_products, gpu_report, gpu_steps
 from benchmarks.gpu_parts import DEVICE, RECIPES, SIZES, Case, Options, share_caches, warm
 from benchmarks.gpu_targets import targets
 from benchmarks.overhead import RESULTS, facts, names_of, sizes_of
@@ -161,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks.gpu needs a CUDA device; there is none here")
         return 1
     share_caches()
+    device_time.check()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results = measure(args, options)
     for target in targets(results):
