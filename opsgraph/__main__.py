@@ -1,4 +1,4 @@
-"""`python -m opsgraph`: what is installed and available here (doctor), the ops, and the fusers."""
+"""`python -m opsgraph`: what is installed here (doctor), the ops, the fusers, and tuning."""
 
 import argparse
 import inspect
@@ -15,10 +15,13 @@ import opsgraph.fusers  # registers the built-in ones
 import opsgraph.ops
 
 from .base.backend import backends
+from .base.errors import OpsgraphError
 from .fuser import Fuser, registered
 from .fusers.cublaslt.products import FAMILIES, Family
 from .kernels.cpu import build, product
+from .kernels.directories import directories
 from .op import BACKWARD, FORWARD
+from .tune import command as tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,8 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         commands.add_parser(command, help=_summary(_COMMANDS[command]))
+    tuner = commands.add_parser("tune", help=tune.ABOUT, description=tune.ABOUT)
+    tune.arguments(tuner)
     args = parser.parse_args(argv)
-    print("\n".join(_COMMANDS[args.command]()))
+    try:
+        lines = tune.run(args) if args.command == "tune" else _COMMANDS[args.command]()
+        print("\n".join(lines))
+    except OpsgraphError as error:
+        parser.error(str(error))
     return 0
 
 
@@ -54,6 +63,8 @@ def doctor() -> Iterable[str]:
     yield from _table((unit, about, _unit(unit)) for unit, about in product.UNITS.items())
     yield "products of quantized operands"
     yield from _table((family.about, _products(family)) for family in FAMILIES)
+    yield "measured choices: what, how many, for which machine, where"
+    yield from _table([*tune.shown()] or [("none", f"{next(directories())} would hold them")])
 
 
 def ops() -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""The planner `optimal`: a cover of the least cost, by a shortest path.
+"""The planner `optimal` without measured times: a cover of the least cost, by a shortest path.
 
 Its nodes are pairs (last forward claim, last backward claim): whichever pass is behind advances,
 and an edge exists only if the two claims are compatible. No bytes outweigh an op that a fuser of a
@@ -21,7 +21,7 @@ LEVEL = 1e9
 """Bytes per row that an op is worth which a fuser of the next higher priority takes."""
 
 
-def optimal(space: Space) -> Cover:
+def shortest(space: Space) -> Cover:
     """The least total cost found by a shortest path; never costlier than `greedy`.
 
     Where priorities differ, of the covers with most ops of a high one.
@@ -30,7 +30,7 @@ def optimal(space: Space) -> Cover:
     backward = _pair_path(space)
     keeper = Keeper(space).settle(need for claim in backward for need in claim.needs)
     second = Cover(_forward_path(space, keeper.live), backward, keeper)
-    costs = [_cost(space, cover) for cover in (first, second)]
+    costs = [weighted(space, cover) for cover in (first, second)]
     ranked = (_lowered(first), costs[0], first), (_lowered(second), costs[1], second)
     _, cost, best = min(ranked, key=itemgetter(0, 1))
     _forget_taken(space, best)
@@ -46,7 +46,7 @@ def _forget_taken(space: Space, cover: Cover) -> None:
             del space.rejected[key]
 
 
-def _cost(space: Space, cover: Cover) -> float:
+def weighted(space: Space, cover: Cover) -> float:
     """Weighted bytes per row of a cover."""
     handed = cover.keeper.live
     cost = cover.keeper.cost + sum(map(space.moved, cover.backward))
@@ -155,6 +155,3 @@ def _pair_path(space: Space) -> list[Claim]:
             chosen[pair.backward_claim] = None
         pair = previous[pair]
     return list(chosen)
-
-
-PLANNERS = {"greedy": greedy, "optimal": optimal}

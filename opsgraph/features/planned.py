@@ -2,7 +2,7 @@
 
 weight_gradients  gradients that go elsewhere           fields of Request; the lines of a step
 casting           autocast and residual streams         ops that are added before planning
-optimal           another planner                       a function in the place of `greedy`
+optimal, measured other planners                        functions in the place of `greedy`
 quantized         quantized values, and their weights   definitions of variables
 check             OPSGRAPH_CHECK                        the lines of a step
 verify, show      what is wrong with a plan; its text   the plan when it is made
@@ -14,10 +14,11 @@ from ..base.config import Config
 from ..fusers.quantizing import prepare_by
 from ..plan import Plan, make_plan
 from ..plan.basic_ops import BasicOps
+from ..plan.planner import Planner
 from ..plan.program import Request
 from .casting import with_casts
 from .check import checked
-from .optimal import PLANNERS
+from .measured import PLANNERS
 from .quantized import QuantizedDefinitions
 from .show import logged
 from .verify import verified
@@ -25,15 +26,16 @@ from .weight_gradients import send_elsewhere, with_elsewhere, with_places
 
 
 def planned(
-    run: BasicOps, request: Request, order: tuple[str, ...], planner: str, config: Config
+    run: BasicOps, request: Request, order: tuple[str, ...], planner: str | Planner, config: Config
 ) -> Plan:
     """The plan of a run for one kind of call, as `make_plan`, with all features.
 
-    order: backends, the preferred one first. planner: its name.
+    order: backends, the preferred one first. planner: a name, or what chooses the steps.
     """
     after = (send_elsewhere, checked) if config.check else (send_elsewhere,)
     definitions = partial(QuantizedDefinitions, partial(prepare_by, order), after)
+    planner = PLANNERS[planner] if isinstance(planner, str) else planner
     run, request = with_casts(run, with_elsewhere(run, request))
-    plan = make_plan(run, request, order, PLANNERS[planner], config.fuel, definitions)
+    plan = make_plan(run, request, order, planner, config.fuel, definitions)
     plan = with_places(plan, request)
     return logged(verified(plan, config.check), config)

@@ -56,9 +56,10 @@ def table(plan: Plan) -> str:
     if plan.backward:
         each = "  ".join(f"{name} {size}" for name, size in plan.saved.items())
         lines.append(f"saved  {each}   {plan.saved_bytes_per_row} bytes per row")
-    if len(set(plan.costs.values())) > 1:
+    if len(set(plan.costs.values())) > 1 or "measured" in plan.costs:
         each = ", ".join(f"{name} {cost:.0f}" for name, cost in plan.costs.items())
-        lines.append(f"cost   {each} (weighted bytes per row)")
+        taken = "; measured to be the fastest" if "measured" in plan.costs else ""
+        lines.append(f"cost   {each} (weighted bytes per row){taken}")
     passes = plan.passes._asdict().items()
     told: dict[str, list[str]] = {name: getattr(run, "told", list)() for name, run in passes}
     if any(told.values()):

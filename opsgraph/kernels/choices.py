@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -46,6 +47,9 @@ class Kept(NamedTuple):
     choices: Mapping[str, Choice]
 
 
+_making = threading.RLock()
+
+
 class Choices:
     """Names of candidates by key. All methods may be called by any thread.
 
@@ -54,19 +58,24 @@ class Choices:
     written to the first that can be; with none they are forgotten with the process.
     """
 
+    renewed = 0.0
+    """Choices that were measured before that moment, in Unix time, are made again."""
+
     def __init__(
         self, kind: str, machine: Callable[[], tuple[str, ...]], measure: Measure,
         files: Callable[[], Iterable[Path]] | None = None,
     ) -> None:  # fmt: skip
         self.kind, self.machine, self.measure = kind, machine, measure
         self.files = files if files is not None else self._places
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._found: dict[str, Choice] | None = None
+        with _making:
+            _all.add(self)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forked)
 
     def _forked(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def _places(self) -> Iterator[Path]:
         what = sha256(repr((self.kind, self.machine())).encode()).hexdigest()[:16]
@@ -83,7 +92,7 @@ class Choices:
             found = self._loaded()
             runs = candidates()
             known = found.get(key)
-            if known is not None and known.name in runs:
+            if known is not None and known.name in runs and known.measured >= self.renewed:
                 return known.name
             usual = next(iter(runs))
             if not measurable():
@@ -94,7 +103,8 @@ class Choices:
             made = best if isinstance(best, Choice) else Choice(best, usual)
             there = self._read()
             # Another process may have measured it meanwhile: all are to compute the same bits.
-            if key not in there or there[key].name not in runs:
+            other = there.get(key)
+            if other is None or other.name not in runs or other.measured < self.renewed:
                 there[key] = made._replace(measured=time.time())
                 self._write(there)
             found[key] = there[key]
@@ -104,7 +114,7 @@ class Choices:
         """The choice for a key, if there is one; nothing is measured."""
         with self._lock:
             found = self._loaded().get(key)
-            return None if found is None else found.name
+            return None if found is None or found.measured < self.renewed else found.name
 
     def all(self) -> dict[str, Choice]:
         """All choices that this process knows."""
@@ -168,8 +178,22 @@ def measurable() -> bool:
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
+def working(runs: Mapping[str, Run]) -> dict[str, Run]:
+    """Those that run, the usual one in any case: others may need more than there is."""
+    found = dict[str, Run]()
+    for name, run in runs.items():
+        try:
+            run()
+        except Exception:
+            if not found:
+                raise
+            continue
+        found[name] = run
+    return found
+
+
 _stores: dict[tuple[str, tuple[str, ...]], Choices] = {}
-_making = threading.Lock()
+_all: "weakref.WeakSet[Choices]" = weakref.WeakSet()
 
 
 def gpu(device: torch.device) -> tuple[str, ...]:
@@ -188,9 +212,9 @@ def store(kind: str, machine: tuple[str, ...], measure: Measure) -> Choices:
 
 
 def stores() -> list[Choices]:
-    """All that this process has asked for."""
+    """All that there are in this process."""
     with _making:
-        return list(_stores.values())
+        return sorted(_all, key=lambda choices: choices.kind)
 
 
 def kept() -> list[Kept]:

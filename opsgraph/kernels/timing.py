@@ -1,7 +1,6 @@
 """Times of kernels on a GPU, compared in alternation."""
 
-from collections.abc import Mapping, Sequence
-from statistics import median
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +53,12 @@ def _times(candidates: Mapping[str, Run], rounds: int, room: Tensor) -> dict[str
             events[name].append((start, stop))
         stop.synchronize()
     return {n: [a.elapsed_time(b) for a, b in pairs] for n, pairs in events.items()}
+
+
+def median(times: Iterable[float]) -> float:
+    """The upper one of an even number of times."""
+    ordered = sorted(times)
+    return ordered[len(ordered) // 2]
 
 
 def _cache_bytes() -> int:

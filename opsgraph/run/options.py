@@ -7,7 +7,7 @@ from typing import Any
 
 from ..base import config
 from ..base.backend import backends as known_backends
-from ..features.optimal import PLANNERS
+from ..features.measured import PLANNERS
 from ..fuser import registered
 from ..guards.validation import flag, known, listed
 from ..ops.delayed import Queue

@@ -112,19 +112,20 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         with config.lock:
             plan: Plan | None = self.plans.get(key)
             if plan is None:
-                plan = self.plans[key] = self._make(key)
+                plan = self.plans[key] = self.make(key)
             return plan
 
-    def _make(self, key: PlainKey) -> Plan:
+    def make(self, key: PlainKey, planner: Any = None) -> Plan:
+        """A plan for a key. planner: by default the one of the options."""
         # Importing opsgraph stays cheap without what plans are made with.
         from ..features.planned import planned
         from ..replay.passes import replayed
 
-        table, options, weights = self.table, self.table.options, self.weights()
-        check_shapes(table.run, self.ops, self.slots, weights)
+        run, options, weights = self.table.run, self.table.options, self.weights()
+        check_shapes(run, self.ops, self.slots, weights)
         options.verify_fusers()
-        request = request_of(key, table.run, self.extras.dims, weights, options)
-        plan = planned(table.run, request, options.order, options.planner, options.config)
+        request = request_of(key, run, self.extras.dims, weights, options)
+        plan = planned(run, request, options.order, planner or options.planner, options.config)
         whole = "autograd runs through it" if options.double_backward else None
         return replayed(plan, options.config, whole, self.eager_only)
 

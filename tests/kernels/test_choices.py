@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opsgraph.kernels import choices
-from opsgraph.kernels.choices import Choice, Choices, kept, measurable, store, stores
+from opsgraph.kernels.choices import Choice, Choices, kept, measurable, store, stores, working
 from opsgraph.kernels.cpu import choices as cpu
 from opsgraph.kernels.cpu.choices import fastest
 from opsgraph.kernels.cpu.gemm import choices as products
@@ -171,7 +171,7 @@ def test_what_is_kept_is_listed_by_kind_and_machine(monkeypatch, tmp_path: Path)
     monkeypatch.setattr(choices, "_stores", {})
     slow = store("slow", ("chip", "torch 3"), lambda runs: Choice("b", "a", 0.5))
     assert store("slow", ("chip", "torch 3"), max) is slow
-    assert stores() == [slow]
+    assert slow in stores()
     assert slow.known("key") is None
     began = time.time()
     assert slow.choose("key", runs("a", "b")) == "b"
@@ -195,6 +195,27 @@ def test_forgotten_choices_are_measured_again(path: Path) -> None:
     assert made.forget() == 3
     assert names(path) == {}
     assert made.forget() == 0
+
+
+def test_what_was_measured_before_a_moment_is_measured_again(path: Path, monkeypatch) -> None:
+    measure = Recorder()
+    made = made_at(path, measure)
+    made.choose("key", runs("a"))
+    monkeypatch.setattr(Choices, "renewed", time.time())
+    assert made.known("key") is None
+    made.choose("key", runs("a"))
+    made.choose("key", runs("a"))
+    assert measure.calls == 2
+    assert made.known("key") == "a"
+
+
+def test_what_does_not_run_is_no_candidate() -> None:
+    def fails() -> None:
+        raise RuntimeError("out of shared memory")
+
+    assert [*working({"usual": list, "large": fails})] == ["usual"]
+    with pytest.raises(RuntimeError, match="shared memory"):
+        working({"usual": fails, "other": list})
 
 
 def test_nothing_is_measured_while_kernels_are_traced(path: Path) -> None:
