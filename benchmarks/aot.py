@@ -28,7 +28,7 @@ from triton.runtime import JITFunction
 from opsgraph.kernels.formats import BLOCKS, NVFP4, Format
 from opsgraph.kernels.triton import gemm, norms, quantize
 from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
-from opsgraph.kernels.triton.delayed import delayed_update
+from opsgraph.kernels.triton.delayed import delayed_update, raise_to
 from opsgraph.kernels.triton.dropout import dropout
 from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
 from opsgraph.kernels.triton.grouped import grouped_dgrad, grouped_linear, grouped_wgrad
@@ -211,6 +211,11 @@ def _delayed(length: int, reduced: bool) -> None:
     delayed_update(table, length, (448.0, 57344.0), 0.0, False, names, found)
 
 
+def _noted(count: int) -> None:
+    """Amaxes of as many states, noted in one launch."""
+    raise_to(_meta(count, dtype=torch.float32).unbind(), _meta(count, dtype=torch.float32).unbind())
+
+
 TARGETS = {scaling: Format(scaling) for scaling in BLOCKS} | {
     "nvfp4": NVFP4(1, True, True),
     "nvfp4 square": NVFP4(16),
@@ -279,6 +284,7 @@ def cases(which: str) -> Iterator[Case]:
         yield f"inverse {'1' if cols else '128'} x 128", _inverse, (4096, 4096, cols)
     for length, reduced in product((1, 1024), (False, True)):
         yield f"delayed {length} slots{' reduced' * reduced}", _delayed, (length, reduced)
+    yield "noted 2 amaxes", _noted, (2,)
     yield from _linear_cases(which)
     yield from _quantize_cases(which)
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ..base import config
-from ..base.backend import backends
 from ..base.errors import OpsgraphError
 from ..kernels.reference.quantize import FP8_MAX, delayed_update, new_scales
 from .delayed import BACKWARD, FORWARD, Scaling, states_of
 from .exchange import reduce_flat
 from .fixed import Fixed, capturing, followed_ops
 from .recipe import DelayedScaling, Format
+from .recorded import kernels_on
 
 _COLUMNS = {FORWARD: slice(0, 2), BACKWARD: slice(2, 3)}
 _NORMAL: AbstractContextManager[Any] = nullcontext()
@@ -192,18 +192,10 @@ def _views(buffers: Sequence[Tensor]) -> _Views:
     )
 
 
-@cache
 def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
     """What updates states on a device in one launch, or None."""
-    allowed = config.read().backends
-    triton = backends().get("triton")
-    if triton is None or (allowed and "triton" not in allowed):
-        return None
-    if triton.why_not_on(device) is not None:
-        return None
-    from ..kernels.triton.delayed import delayed_update as update
-
-    return update
+    kernels = kernels_on(device)
+    return None if kernels is None else kernels.delayed_update
 
 
 def _by_formulas(

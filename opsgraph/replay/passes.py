@@ -22,6 +22,7 @@ from ..guards.torch_private import dispatch_modes, followed
 from ..plan import Plan
 from ..plan.lines import Function
 from ..plan.result import Passes
+from . import launched as launched
 from .assembly import assembled
 from .interpreter import run_line
 from .native import why_not as absent

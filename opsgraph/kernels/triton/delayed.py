@@ -1,4 +1,4 @@
-"""Delayed scaling's update of many states in one launch, which finds them by their addresses."""
+"""Delayed scaling's own kernels: the update of many states, and the noting of amaxes."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...guards.launching import launching
 from ..reference.quantize import FP32_MAX, new_scales
 from .launch import launch, on_device_of
 
@@ -87,11 +88,62 @@ def delayed_update(
     forward = "amax_forward" in updates
     fixed = new_scales(table.size(0) * (1 + forward), table.device)
     block = min(MOST, 1 << (length - 1).bit_length())
-    with on_device_of(table):
-        launch(
-            delayed_update_kernel, (3 * table.size(0),),
-            table, reduced, fixed, length, *limits, 2.0**-margin,
-            FORWARD=forward, BACKWARD="amax_backward" in updates, LATEST=latest,
-            LARGEST=FP32_MAX, BLOCK=block, num_warps=max(1, min(4, block // 256)),
-        )  # fmt: skip
+    options = dict(
+        FORWARD=forward, BACKWARD="amax_backward" in updates, LATEST=latest, LARGEST=FP32_MAX,
+        BLOCK=block, num_warps=max(1, min(4, block // 256)),
+    )  # fmt: skip
+
+    def update(table: Tensor, fixed: Tensor, reduced: Tensor | None = None) -> None:
+        with on_device_of(table):
+            launch(
+                delayed_update_kernel, (3 * table.size(0),),
+                table, reduced, fixed, length, *limits, 2.0**-margin, **options,
+            )  # fmt: skip
+
+    key = "update", table.device, table.size(0), length, limits, margin, latest, *updates
+    given = [table, fixed] if reduced is None else [table, fixed, reduced]
+    launching.run((*key, len(given)), update, given)
     return fixed
+
+
+PAIRS = 8
+"""Amaxes that one launch notes."""
+
+
+@triton.jit
+def _raise(seen, amax):
+    if seen is not None:
+        old, new = tl.load(seen), tl.load(amax)
+        tl.store(seen, tl.where((new > old) | (new != new), new, old))
+
+
+@triton.jit
+def raise_kernel(
+    s0, s1, s2, s3, s4, s5, s6, s7, a0, a1, a2, a3, a4, a5, a6, a7
+):  # fmt: skip
+    _raise(s0, a0)
+    _raise(s1, a1)
+    _raise(s2, a2)
+    _raise(s3, a3)
+    _raise(s4, a4)
+    _raise(s5, a5)
+    _raise(s6, a6)
+    _raise(s7, a7)
+
+
+def raise_to(seen: Sequence[Tensor], amaxes: Sequence[Tensor]) -> None:
+    """Write the larger of both, or a NaN, to each of `seen`, fp32 `[]`, which share no memory."""
+    for first in range(0, len(seen), PAIRS):
+        some, others = seen[first : first + PAIRS], amaxes[first : first + PAIRS]
+        count = len(some)
+        key = "raise", some[0].device, count
+        launching.run(key, _raise_some, [*some, *others])
+
+
+def _raise_some(*tensors: Tensor) -> None:
+    count = len(tensors) // 2
+    nothing = [None] * (PAIRS - count)
+    with on_device_of(tensors[0]):
+        launch(
+            raise_kernel, (1,), *tensors[:count], *nothing, *tensors[count:], *nothing, num_warps=1
+        )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opsgraph.kernels.reference import quantize
-from opsgraph.kernels.triton.delayed import delayed_update
+from opsgraph.kernels.triton.delayed import delayed_update, raise_to
 
 FORWARD, BACKWARD = "amax_forward", "amax_backward"
 COLUMNS = {FORWARD: slice(0, 2), BACKWARD: slice(2, 3)}
@@ -79,3 +79,13 @@ def test_bits(
         if FORWARD in names:
             assert torch.equal(*bits([fixed[len(states) + k].clone()]), before[k][0])
         assert all(view.data_ptr() % 16 == 0 for view in fixed[k].unbind())
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 11])
+def test_amaxes_that_are_noted(count: int, device: str) -> None:
+    """`torch.maximum` in place, of any addresses, a NaN included."""
+    pairs = [(a, b) for a in (-1.0, *EDGES) for b in EDGES][::3][:count]
+    held, new = (torch.tensor(values, device=device) for values in zip(*pairs, strict=True))
+    expected = torch.maximum(held, new)
+    raise_to(held.unbind(), new.unbind())
+    torch.testing.assert_close(held, expected, rtol=0, atol=0, equal_nan=True)
