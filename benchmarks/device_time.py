@@ -5,6 +5,7 @@ sample, whatever the host does meanwhile.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +18,8 @@ K = TypeVar("K", bound=Hashable)
 
 MARK = "spin_kernel"
 """Part of the name of the kernel that `torch.cuda._sleep` starts."""
+SETTLING = 0.03
+"""Seconds that a call runs before it is measured."""
 
 
 class Event(NamedTuple):
@@ -75,13 +78,17 @@ def measure(
 ) -> dict[K, list[Sample]]:
     """`repeats` samples of one call each, in turns. before: what a call follows, not counted.
 
+    It is called for `SETTLING` seconds: a chip's clock follows what it has done just before.
     Raises RuntimeError where the profile lacks samples.
     """
     taken = 0
 
     def sample(call: Callable[[], Any], first: Callable[[], Any]) -> int:
         nonlocal taken
-        first()
+        start = time.perf_counter()
+        while time.perf_counter() - start < SETTLING:
+            first()
+            torch.cuda.synchronize()
         torch.cuda._sleep(1)
         call()
         torch.cuda._sleep(1)

@@ -58,6 +58,8 @@ class Column(NamedTuple):
     module: nn.Module
     step: Callable[[], Any]
     forward: Callable[[], Any]
+    half: Callable[[], Any]
+    """The forward of the first half of the rows."""
     activate: Callable[[], Any]
 
     @property
@@ -105,8 +107,9 @@ def build(
         limit = LIMITS[block.dtype] if block.recipe == "none" else QUANTIZED_LIMIT
         verify(result, expected[0], limit)
     leaf = x.clone().requires_grad_()
-    held = partial(forward, peer.module, leaf, peer.context)
-    return Column(recipe, name, peer.module, calls[TRAINING], held, peer.activate)
+    half = x[: len(x) // 2].clone().requires_grad_()
+    whole, part = (partial(forward, peer.module, given, peer.context) for given in (leaf, half))
+    return Column(recipe, name, peer.module, calls[TRAINING], whole, part, peer.activate)
 
 
 def columns(
@@ -165,13 +168,20 @@ def saved_bytes(module: nn.Module, call: Callable[[], Tensor]) -> int:
     return sum(held.values())
 
 
+def saved_by_rows(column: Column) -> int:
+    """Of the bytes that autograd keeps, those that go with the rows."""
+    whole, half = (saved_bytes(column.module, call) for call in (column.forward, column.half))
+    return 2 * (whole - half)
+
+
 def memory(column: Column) -> dict[str, Any]:
     """Bytes: saved, held between forward and backward but for the output, and a step's peak.
 
+    Saved are those that go with the rows: weights in low precision are saved once for all rows.
     The two others are what the allocator gave beyond what was there before, without gradients.
     """
     column.activate()
-    saved, reason = attempt(partial(saved_bytes, column.module, column.forward))
+    saved, reason = attempt(partial(saved_by_rows, column))
     column.module.zero_grad(set_to_none=True)
     synchronize()
     before = torch.cuda.memory_allocated()

@@ -1,6 +1,7 @@
 """Fair timing of several candidates: they take turns, and each is judged by its median."""
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -38,9 +39,10 @@ def alternate(
 def take_turns(samplers: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T]]:
     """`repeats` samples of each.
 
-    In every repeat each is asked once, starting from the next one, so that a change of the
-    machine's speed meets all of them, and none always follows the same other. Python's garbage
-    collector is off meanwhile, and collects between repeats what these have left.
+    In every repeat each is asked once, the next one first and the others in an order of chance,
+    the same in every run. So a change of the machine's speed meets all of them, and none always
+    follows the same other. Python's garbage collector is off meanwhile, and collects between
+    repeats what these have left.
     """
     samples: dict[K, list[T]] = {name: [] for name in samplers}
     names = list(samplers)
@@ -51,7 +53,9 @@ def take_turns(samplers: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, l
     try:
         for repeat in range(repeats):
             turn = repeat % len(names) if names else 0
-            for name in names[turn:] + names[:turn]:
+            others = names[:turn] + names[turn + 1 :]
+            random.Random(repeat).shuffle(others)
+            for name in names[turn : turn + 1] + others:
                 samples[name].append(samplers[name]())
             gc.collect()
     finally:

@@ -130,6 +130,17 @@ def test_saved_bytes_leave_parameters_out() -> None:
     rows, hidden, ffn = 8, 32, 48
     saved = gpu_steps.saved_bytes(column.module, column.forward)
     assert saved == rows * (2 * hidden + 4 * ffn + 4)
+    assert gpu_steps.saved_by_rows(column) == saved
+
+
+def test_saved_bytes_leave_weights_in_low_precision_out() -> None:
+    block = gpu_steps.block_of((16, 32, 48), "current")
+    column = gpu_steps.build(
+        block, "current", "opsgraph", peers.CANDIDATES["opsgraph"], peers.make_weights(block), []
+    )
+    by_rows = gpu_steps.saved_by_rows(column)
+    assert by_rows == 16 * (2 * 32 + 4 * 48 + 4)
+    assert gpu_steps.saved_bytes(column.module, column.forward) > by_rows
 
 
 @pytest.mark.usefixtures("no_device")

@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -38,8 +39,16 @@ def test_samples_take_turns_and_each_is_first_in_turn() -> None:
         return len(seen)
 
     found = take_turns({name: partial(sampler, name) for name in "abc"}, 3)
-    assert seen == "abcbcacab"
-    assert found == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+    assert [seen[k] for k in (0, 3, 6)] == ["a", "b", "c"]
+    assert all(sorted(seen[k : k + 3]) == ["a", "b", "c"] for k in (0, 3, 6))
+    assert found == {name: [k + 1 for k, each in enumerate(seen) if each == name] for name in "abc"}
+
+
+def test_no_sample_always_follows_the_same_other() -> None:
+    seen: list[str] = []
+    take_turns({name: partial(seen.append, name) for name in "abcd"}, 8)
+    followed = set(pairwise(seen))
+    assert len(followed) > 8
 
 
 def test_a_spread_is_the_median_and_the_quartiles() -> None:
