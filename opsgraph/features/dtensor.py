@@ -1,10 +1,11 @@
 """Parameters that are DTensors: the part that a plan computes with, and its gradient.
 
-The hook is `own_part`, where a stage reads its parameters. Plans take plain tensors. Of a DTensor
+The hook is `completed`, where a stage reads its parameters. Plans take plain tensors. Of a DTensor
 they take this rank's share, as `Linear` and its like split it, or the whole where every rank has
 it. Nothing of torch.distributed.tensor is imported here: that takes longer than all of opsgraph.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,3 +57,16 @@ def own_part(module: nn.Module, name: str, weight: Any) -> Tensor:
         )
     share: Tensor = weight.to_local()
     return share.flatten(0, 1) if partition.stride > 1 else share
+
+
+def completed(slots: Sequence[tuple[nn.Module, str]], found: list[Any]) -> list[Tensor | None]:
+    """The parameters of a stage, where some were found: a parametrized one is an attribute only."""
+    for k, (module, name) in enumerate(slots):
+        weight = found[k]
+        if type(weight) is not nn.Parameter:
+            if weight is None:
+                weight = getattr(module, name)
+            if type(weight) not in PLAIN and weight is not None:
+                weight = own_part(module, name, weight)
+            found[k] = weight
+    return found

@@ -124,10 +124,23 @@ def same_layouts(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
     False too under transforms, dispatch modes and autocast that were not there when it was made.
     None in a PyTorch without it.
     """
+    return _check(tensors, [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors])
+
+
+def same_kinds(tensors: Sequence[Tensor], free: Sequence[int]) -> Callable[..., bool] | None:
+    """The same of whatever strides. free: how many of the first sizes of each may be others."""
+    pairs = zip(tensors, free, strict=True)
+    return _check(
+        tensors,
+        [[*[None] * max(0, count), *t.shape[max(0, count) :]] for t, count in pairs],
+        [[None] * t.dim() for t in tensors],
+    )
+
+
+def _check(tensors: Sequence[Tensor], sizes: Any, strides: Any) -> Callable[..., bool] | None:
     guards = _find("_C._dynamo.guards.TensorGuards", None)
     if guards is None:
         return None
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     check: Callable[..., bool] = guards(
         *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
     ).check

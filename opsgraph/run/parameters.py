@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from ..features.dtensor import PLAIN, own_part
+from ..features.dtensor import completed
 from ..plan.basic_ops import BasicOps
 from ..precision.delayed import Scaling
 
@@ -33,17 +33,8 @@ class Parameters:
         self.shapes = self._shapes()
 
     def weights(self) -> list[Tensor | None]:
-        """The parameters as they are now; a parametrized one is an attribute only."""
-        found: list[Tensor | None] = []
-        for module, name in self.slots:
-            weight: Tensor | None = module._parameters.get(name)
-            if type(weight) is not nn.Parameter:
-                if weight is None:
-                    weight = getattr(module, name)
-                if type(weight) not in PLAIN and weight is not None:
-                    weight = own_part(module, name, weight)
-            found.append(weight)
-        return found
+        """The parameters as they are now."""
+        return completed(self.slots, [module._parameters.get(name) for module, name in self.slots])
 
     def _shapes(self) -> list[Any]:
         places = (slot for slot in self.slots if not isinstance(slot[0], Scaling))

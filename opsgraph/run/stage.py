@@ -3,8 +3,9 @@
 The path of one eager call:
 
     Sequential.forward   has an op changed? the stages for the active recipe
-    Stage.__call__       extra inputs are verified, parameters read, the key is made (`key`)
-    table.plans          the plan of that key; a new one is planned, under a lock
+    Stage.__call__       extra inputs are verified
+    known                parameters are read, and the plan found by one check (`features.known`)
+    Stage._by_key        for calls of another kind by a key (`key`), or planned, under a lock
     recipes              the plan quantizes the weights, amaxes are noted
     eager                `[rows, width]`, autocast off, one autograd.Function
     plan.run_forward     the generated function, whose lines call kernels
@@ -40,9 +41,11 @@ from ..base import config
 from ..base.errors import OpError
 from ..features.compiled import Compiled
 from ..features.declared_ops import check_shapes, verify_entries, verify_weights
+from ..features.dtensor import completed
 from ..features.examples import StageExamples
 from ..features.extras import ExtraInputs
 from ..features.followed import Followed, check_differentiable
+from ..features.known import KnownCalls
 from ..features.raised import place
 from ..features.recipes import StageRecipe
 from ..features.unseen import Unseen
@@ -94,6 +97,7 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         self.double_backward = options.double_backward
         self.unseen = Unseen(run, self.table.run.ops, self.slots, options)
         self.eager_only = self.unseen.reason
+        self.known = KnownCalls(self.slots, self.absent, self.modes, self.plans)
 
     def renewed(self) -> Stage:
         """A stage of the same ops as they are now; the modules with them look again when called."""
@@ -132,10 +136,17 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
     def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
         if extras or self.trailing:
             extras = self.extras.verified(x, extras)
+        plan, found = (None, None) if compiling else self.known(x, extras)
+        if plan is None:
+            return self._by_key(x, extras, found, compiling)
+        return self._run(plan, x, extras, found)
+
+    def _by_key(self, x: Tensor, extras: Sequence[Tensor], found: Any, compiling: bool) -> Any:
+        """A call of no known kind. found: the parameters, but for attributes; None if not read."""
         for module, name in self.absent:
             if module._parameters.get(name) is not None:
                 return self.renewed()(x, extras, compiling)
-        weights = self.weights()
+        weights = self.weights() if found is None else completed(self.slots, found)
         key = key_of(x, extras, weights, self.modes, self.double_backward)
         if compiling:
             return self.run_compiled(key, x, extras, weights)
@@ -149,6 +160,10 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
             if self.outdated():
                 return self.renewed()(x, extras)
             plan = self.ensure(key)
+        self.known.learn(key, plan, x, extras, weights)
+        return self._run(plan, x, extras, weights)
+
+    def _run(self, plan: Plan, x: Tensor, extras: Sequence[Tensor], weights: Any) -> Any:
         if self.recipe is not None and plan.specs.prepared:
             weights = [*weights, *self.recipe.prepare(plan, weights)]
         try:

@@ -30,8 +30,11 @@ MOST = 1024
 class Plans(dict[PlainKey, Plan]):
     """Plans by key, of which the oldest go where there are many: some ops have any width."""
 
+    changes = 0
+
     def __setitem__(self, key: PlainKey, plan: Plan) -> None:
         super().__setitem__(key, plan)
+        self.changes += 1
         if len(self) > MOST:
             del self[next(iter(self))]
 

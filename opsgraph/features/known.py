@@ -1,0 +1,111 @@
+"""Calls like earlier ones: one check in C++ finds their plan, and no key is made.
+
+The check is PyTorch's own, of guards: it compares class, dtype, device, sizes and whether a
+gradient is wanted, of the input and of all parameters, and it fails in any mode or transform that
+was not there when it was made, autocast included. A call that fails goes by its
+key (`run.key`): a difference too many costs time alone. Leading sizes are left open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..guards.torch_private import dispatch_modes, forward_ad, same_kinds
+from ..plan import Plan
+from ..precision.delayed import Scaling
+
+MOST = 64
+"""Kinds of calls that a stage knows."""
+_PLAIN = (Tensor, nn.Parameter)
+_parameters, _training = attrgetter("_parameters"), attrgetter("training")
+
+Place = tuple[nn.Module, str]
+
+
+class Known(NamedTuple):
+    """A kind of call."""
+
+    fits: Callable[..., bool]
+    """Whether the input, the extra inputs and the parameters are of this kind."""
+    trains: list[bool]
+    """Of the ops that training matters to, whether they train."""
+    grad: bool
+    """Whether grad is enabled, which the check does not compare."""
+    plan: Plan
+    changes: int
+    """Of the table of plans until then: a plan may be replaced."""
+
+
+def _is_none(module: nn.Module, name: str) -> bool:
+    """Whether that is no parameter but an attribute, and None, as the scale of most recipes is."""
+    return name not in module._parameters and module.__dict__.get(name, module) is None
+
+
+class KnownCalls:
+    """Those of a stage.
+
+    slots: its parameters. absent: where others may appear. modes: ops that training matters to.
+    plans: the table's.
+    """
+
+    def __init__(
+        self, slots: Sequence[Place], absent: Sequence[Place], modes: Sequence[Any], plans: Any
+    ) -> None:
+        self.never = [k for k, slot in enumerate(slots) if _is_none(*slot)]
+        read = [slot for k, slot in enumerate(slots) if k not in self.never]
+        self.modules, self.names = [m for m, _ in read], [name for _, name in read]
+        self.scales = [(k, *slot) for k, slot in enumerate(read) if isinstance(slot[0], Scaling)]
+        self.absent, self.appearing = [m for m, _ in absent], [name for _, name in absent]
+        self.nothing = [None] * len(absent)
+        self.modes, self.plans = modes, plans
+        self.last: Known | None = None
+        self.kinds: dict[Any, Known | None] = {}
+        """By key; None for a call that fits no check, as one with the same tensor twice."""
+
+    def __call__(
+        self, x: Tensor, extras: Sequence[Tensor]
+    ) -> tuple[Plan | None, list[Tensor | None]]:
+        """The plan of a call of a known kind, and the parameters that are there as such."""
+        weights: list[Any] = [*map(dict.get, map(_parameters, self.modules), self.names)]
+        for k, state, name in self.scales:
+            weights[k] = getattr(state, name)
+        last = self.last  # which another thread may replace
+        same = (
+            last is not None
+            and last.fits(x, *extras, *weights)
+            and torch.is_grad_enabled() is last.grad
+            and forward_ad._current_level < 0
+            and self.plans.changes == last.changes
+            and [*map(_training, self.modes)] == last.trains
+            and [*map(dict.get, map(_parameters, self.absent), self.appearing)] == self.nothing
+        )
+        for k in self.never:
+            weights.insert(k, None)
+        return last.plan if same and last is not None else None, weights
+
+    def learn(
+        self, key: tuple[Any, ...], plan: Plan, x: Tensor, extras: Sequence[Tensor], weights: Any
+    ) -> None:
+        """Know the kind of a call from now on. weights: all, wherever they come from."""
+        tensors = (x, *extras, *[w for k, w in enumerate(weights) if k not in self.never])
+        if key[5] is not None or dispatch_modes() or any(type(t) not in _PLAIN for t in tensors):
+            return  # under autocast its dtype counts too
+        grad, changes = torch.is_grad_enabled(), self.plans.changes
+        where = (*key, grad, torch.is_inference_mode_enabled(), *[t.dim() for t in (x, *extras)])
+        known = self.kinds.get(where)
+        stale = known is not None and (known.changes != changes or not known.fits(*tensors))
+        if stale or where not in self.kinds:
+            free = [*[t.dim() - 1 for t in (x, *extras)], *[0] * len(self.names)]
+            fits, known = same_kinds(tensors, free), None
+            if fits is not None and fits(*tensors):
+                known = Known(fits, [*map(_training, self.modes)], grad, plan, changes)
+            if len(self.kinds) >= MOST:
+                self.kinds.clear()
+            self.kinds[where] = known
+        if known is not None:
+            self.last = known
