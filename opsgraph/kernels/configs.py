@@ -30,6 +30,22 @@ def configured(kernel: str, key: Where, offered: Callable[..., Sequence[Config]]
     return found if found is not None else _find(where, offered(*key))
 
 
+def around(usual: Config, **bounds: tuple[int, int]) -> tuple[Config, ...]:
+    """A configuration, and those with a value, or all of them, doubled or halved within bounds.
+
+    Values that it does not have are left out.
+    """
+    there = [name for name in bounds if name in usual]
+    found = [usual]
+    for names in (*([name] for name in there), there):
+        for more, less in ((2, 1), (1, 2)):
+            made = usual | {name: usual[name] * more // less for name in names}
+            inside = all(bounds[n][0] <= made[n] <= bounds[n][1] for n in names)
+            if inside and made not in found:
+                found.append(made)
+    return tuple(found)
+
+
 def _find(where: Where, offered: Sequence[Config]) -> Config:
     kept = choices()
     if kept is None:

@@ -1,5 +1,6 @@
 """Times of kernels on a GPU, compared in alternation."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -14,7 +15,9 @@ NEAR = 1.25
 CLEARLY = 0.99
 """A candidate takes the first one's place only if it needs less than that part of its time."""
 FILLS = 4
-"""Fills of memory before a run: the host's calls are ahead of the GPU, and its cache is cold."""
+"""Fills of memory before a run, at the least: the GPU's cache is cold, and while it is busy with
+them the host's calls get ahead of it."""
+MOST_FILLS = 64
 
 
 def fastest_on_cuda(candidates: Mapping[str, Run]) -> Choice:
@@ -27,25 +30,48 @@ def fastest_on_cuda(candidates: Mapping[str, Run]) -> Choice:
     usual = next(iter(candidates))
     for run in candidates.values():
         run()  # compiles, and makes what the library makes at first use
-    first = _times(candidates, 2, room)
+    fills = _fills(candidates, room)
+    first = _times(candidates, 2, room, fills)
     bound = NEAR * min(map(min, first.values()))
     near = {n: run for n, run in candidates.items() if n == usual or min(first[n]) <= bound}
-    times = _times(near, ROUNDS, room) if len(near) > 1 else first
+    times = _times(near, ROUNDS, room, fills) if len(near) > 1 else first
     best = min(near, key=lambda name: median(times[name]))
     if median(times[best]) >= CLEARLY * median(times[usual]):
         return Choice(usual, usual)
-    duel = _times({name: candidates[name] for name in (best, usual)}, PAIRS, room)
+    duel = _times({name: candidates[name] for name in (best, usual)}, PAIRS, room, fills)
     ratio = median(a / b for a, b in zip(duel[best], duel[usual], strict=True))
     return Choice(best, usual, ratio) if ratio < CLEARLY else Choice(usual, usual)
 
 
-def _times(candidates: Mapping[str, Run], rounds: int, room: Tensor) -> dict[str, Sequence[float]]:
+def _fills(candidates: Mapping[str, Run], room: Tensor) -> int:
+    """How many fills last longer than the host needs for any candidate's calls."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    for event in events:
+        for _ in range(FILLS):
+            room.zero_()
+        event.record()
+    events[-1].synchronize()
+    fill = max(events[0].elapsed_time(events[1]) / FILLS, 1e-3)
+    host = 1000 * max(min(_seconds(run) for _ in range(3)) for run in candidates.values())
+    return min(MOST_FILLS, FILLS + int(1.5 * host / fill))
+
+
+def _seconds(run: Run) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _times(
+    candidates: Mapping[str, Run], rounds: int, room: Tensor, fills: int
+) -> dict[str, Sequence[float]]:
     """Milliseconds of each candidate in each round; they take turns."""
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for _ in range(FILLS):
+            for _ in range(fills):
                 room.zero_()
             start.record()
             run()

@@ -255,3 +255,29 @@ def test_nothing_is_left_of_what_tuning_looks_at(here: Path) -> None:
     assert Stage.__call__ is before
     assert Choices.renewed < began
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", [None, "current", "delayed", "blocks"])
+def test_on_a_gpu_kernels_and_plans_are_measured(here: Path, monkeypatch, recipe) -> None:
+    monkeypatch.undo()
+    source = "from tuned_module import make as made\ndef make(): return made().cuda().bfloat16()\n"
+    (here / "on_gpu.py").write_text(source)
+    options = ["--recipe", recipe] if recipe else []
+    command = ["-m", "opsgraph", "tune", "on_gpu:make", "--rows", "4096", *options]
+    done = python(here, *command)
+    assert done.returncode == 0, done.stderr
+    assert "  launch  norm_" in done.stdout
+    assert "  plan  RMSNorm" in done.stdout
+    assert python(here, *command).stdout.startswith("measured 0")
+    script = (
+        "import torch, on_gpu, opsgraph as og\n"
+        "module = on_gpu.make()\n"
+        "x = torch.randn(512, 256, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
+        "module(x).float().sum().backward()\n"
+        "module.planner = 'optimal'\n"
+        f"assert {bool(recipe)} or 'measured' in module.plan().costs\n"
+        "assert x.grad.isfinite().all()\n"
+    )
+    done = python(here, "-c", script)
+    assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..configs import around, configured
 from .launch import (
     ceil_div,
     launch,
@@ -132,6 +133,11 @@ def config(width: int, summing: bool = False) -> dict[str, int]:
     block = block or min(1024, triton.next_power_of_2(width))
     tile, warps = (2048, 8) if summing else (2048, 4)
     return {"BLOCK": block, "ROWS": max(1, min(32, tile // block)), "num_warps": warps}
+
+
+@cache
+def _configs(width: int, summing: bool, *_: Any) -> tuple[dict[str, int], ...]:
+    return around(config(width, summing), ROWS=(1, 64), num_warps=(2, 16))
 
 
 @triton.jit
@@ -274,7 +280,8 @@ def activation_forward(
     x = row_major(x)
     bias = packed(bias)
     unit = stride_unit(x)
-    options = config(width)
+    key = width, False, kind, x.dtype, bias is not None
+    options = configured("activation_forward", key, _configs)
     grid = (ceil_div(rows, options["ROWS"]) * ceil_div(width, options["BLOCK"]),)
     with on_device_of(x):
         launch(
@@ -309,7 +316,8 @@ def activation_backward(
         return dx, y, dbias
     dy, x = row_major(dy), row_major(x)
     unit = stride_unit(dy, x)
-    options = config(width, dbias is not None)
+    key = width, dbias is not None, kind, x.dtype, y is not None
+    options = configured("activation_backward", key, _configs)
     blocks, shares = ceil_div(width, options["BLOCK"]), ceil_div(rows, options["ROWS"])
     if dbias is not None:
         shares = min(shares, max(1, multiprocessors(x.device) * 4 // blocks))

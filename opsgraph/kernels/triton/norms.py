@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..configs import around, configured
 from .launch import (
     ceil_div,
     launch,
@@ -44,9 +45,27 @@ DOTS_CONFIG = {"BLOCK": 4096, "num_warps": 8}
 FUSION = {"enable_fp_fusion": True}
 
 
-@cache
 def forward_config(width: int, itemsize: int = 2) -> dict[str, int]:
     """Compile options of the forward kernel for rows of `width` columns."""
+    return configured("norm_forward", (width, itemsize), _forward_configs)
+
+
+def backward_config(width: int, itemsize: int = 2, both: bool = False) -> dict[str, int]:
+    """Compile options of the backward kernel; both: it sums two parameter gradients."""
+    return configured("norm_backward", (width, itemsize, both), _backward_configs)
+
+
+@cache
+def _forward_configs(width: int, itemsize: int) -> tuple[dict[str, int], ...]:
+    return around(_forward(width, itemsize), ROWS=(1, 64), num_warps=(2, 16))
+
+
+@cache
+def _backward_configs(width: int, itemsize: int, both: bool) -> tuple[dict[str, int], ...]:
+    return around(_backward(width, itemsize, both), ROWS=(1, 32), num_warps=(2, 16))
+
+
+def _forward(width: int, itemsize: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     if width > NARROW:
         return {"BLOCK": 16384 if itemsize == 2 else 8192, "num_warps": 16}
@@ -55,13 +74,9 @@ def forward_config(width: int, itemsize: int = 2) -> dict[str, int]:
     return {"BLOCK": block, "ROWS": max(4, min(32, 4096 // block)), "num_warps": 8}
 
 
-@cache
-def backward_config(width: int, itemsize: int = 2, both: bool = False) -> dict[str, int]:
-    """Compile options of the backward kernel for rows of `width` columns.
-
-    both: it sums two parameter gradients. Those of the widest rows fill the registers, so x and dy
-    are loaded again for dx: on an H100 5% to 11% faster than spilling (for one sum, slower).
-    """
+def _backward(width: int, itemsize: int, both: bool) -> dict[str, int]:
+    """With two sums the widest rows fill the registers, so x and dy are loaded again for dx: on an
+    H100 5% to 11% faster than spilling (for one sum, slower)."""
     block = triton.next_power_of_2(width)
     if width * itemsize > NARROW:
         return {"BLOCK": 1024, "ROWS": 2, "num_warps": 4 if itemsize == 2 else 8}

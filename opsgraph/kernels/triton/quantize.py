@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..configs import around, configured
 from ..formats import BLOCKS, E5M2, NVFP4, Copies, Copy, Format, Target, check
 from . import activations, nvfp4
 from .activations import _output_width
@@ -48,8 +49,17 @@ def tile_config(width: int, tall: bool, tensors: int = 1) -> dict[str, int]:
     return {"R": 4096 // cols, "C": cols, "num_warps": 4 if tensors == 1 else 8}
 
 
-def _config(source: Source, tall: bool) -> dict[str, int]:
-    return tile_config(source.width, tall, 2 if source.flags["GATED"] else 1)
+@cache
+def _configs(width: int, tall: bool, tensors: int, *_: Any) -> tuple[dict[str, int], ...]:
+    bounds = {"num_warps": (2, 16)} if tall else {"R": (1, 64), "num_warps": (2, 16)}
+    return around(tile_config(width, tall, tensors), **bounds)
+
+
+def _config(source: Source, to: Format, tall: bool, amax: bool = False) -> dict[str, int]:
+    """amax: whether it is found, which may be all that is."""
+    tensors = 2 if source.flags["GATED"] else 1
+    key = source.width, tall, tensors, source.name, source.x.dtype, to.scaling, amax
+    return configured("quantize", key, _configs)
 
 
 def constants(to: Format, device: torch.device) -> dict[str, Any]:
@@ -159,7 +169,8 @@ def copies(
 def _run(source: Source, to: Format, output: Output, columns: bool = False) -> Tensor | None:
     """One launch of `copy_kernel`; returns the amax `[]`, or all columns', if that is asked."""
     x, rows = source.x, source.x.size(0)
-    options = _config(source, output.col is not None or to.scaling == "square" or columns)
+    tall = output.col is not None or to.scaling == "square" or columns
+    options = _config(source, to, tall, output.amax)
     down, across = ceil_div(rows, options["R"]), ceil_div(source.width, options["C"])
     unit, row_unit = stride_unit(x), 16 if output.col is not None and rows % 16 == 0 else 1
     new = partial(torch.empty, dtype=torch.float32, device=x.device)
@@ -178,7 +189,7 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
 
 
 def _run_rows(source: Source, to: Format, output: Output) -> None:
-    x, options = source.x, _config(source, False)
+    x, options = source.x, _config(source, to, False)
     unit = stride_unit(x)
     with on_device_of(x):
         launch(

@@ -1,11 +1,13 @@
 """The gradient of an activation, quantized, with the bias gradient and the activation again."""
 
 from collections.abc import Collection
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..configs import around, configured
 from ..formats import BLOCKS, E5M2, NVFP4, Copies, Format, Target, alike, check
 from . import activations, nvfp4
 from .activations import FUSION, _output_width
@@ -27,6 +29,11 @@ CONFIGS = {
     "blocks": {"R": TILE, "C": TILE, "PARTS": 2, "num_warps": 8},
     "square": {"R": TILE, "C": TILE, "PARTS": 1, "num_warps": 8},
 }
+
+
+@cache
+def _configs(scaling: str, *_: Any) -> tuple[dict[str, int], ...]:
+    return around(CONFIGS[scaling], num_warps=(4, 16))
 
 
 def activation_backward_quantize(
@@ -87,7 +94,9 @@ def _run(
         return None, None, None
     rows, total = x.shape
     new = torch.empty if x.numel() else torch.zeros
-    options = CONFIGS[to.scaling]
+    passes = dx.asked(), y.asked(), dx.amax or y.amax, dbias is not None
+    key = to.scaling, flags["WIDTH"], flags["GATED"], x.dtype, *passes
+    options = configured("activation_backward_quantize", key, _configs)
     down, across = ceil_div(rows, options["R"]), ceil_div(flags["WIDTH"], options["C"])
     count = max(1, down * across * (2 if flags["GATED"] else 1))
     amaxes, y_amaxes = (
