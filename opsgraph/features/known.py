@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ..guards.torch_private import dispatch_modes, forward_ad, same_kinds
 from ..plan import Plan
 from ..precision.delayed import Scaling
+from ..precision.quantizers import ROLES
+from ..precision.reading import scales_of
 
 MOST = 64
 """Kinds of calls that a stage knows."""
@@ -59,7 +61,10 @@ class KnownCalls:
         self.never = [k for k, slot in enumerate(slots) if _is_none(*slot)]
         read = [slot for k, slot in enumerate(slots) if k not in self.never]
         self.modules, self.names = [m for m, _ in read], [name for _, name in read]
-        self.scales = [(k, *slot) for k, slot in enumerate(read) if isinstance(slot[0], Scaling)]
+        self.scales: dict[int, tuple[Scaling, int]] = {}
+        for k, (module, name) in enumerate(read):
+            if isinstance(module, Scaling):
+                self.scales[k] = module, ROLES.index(name)
         self.absent, self.appearing = [m for m, _ in absent], [name for _, name in absent]
         self.nothing = [None] * len(absent)
         self.modes, self.plans = modes, plans
@@ -72,8 +77,9 @@ class KnownCalls:
     ) -> tuple[Plan | None, list[Tensor | None]]:
         """The plan of a call of a known kind, and the parameters that are there as such."""
         weights: list[Any] = [*map(dict.get, map(_parameters, self.modules), self.names)]
-        for k, state, name in self.scales:
-            weights[k] = getattr(state, name)
+        if self.scales:
+            for k, scale in zip(self.scales, scales_of(self.scales.values()), strict=True):
+                weights[k] = scale
         last = self.last  # which another thread may replace
         same = (
             last is not None

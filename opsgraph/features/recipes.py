@@ -25,6 +25,7 @@ from ..precision.autocast import active
 from ..precision.delayed import BACKWARD, Scaling
 from ..precision.interned import drop_forgotten
 from ..precision.quantizers import Quantizer
+from ..precision.reading import buffers_of, scales_of
 from ..precision.recomputed import follow, moment
 from ..precision.recorded import raise_to, record
 from ..precision.weights import QuantizedTensor
@@ -107,7 +108,8 @@ class StageRecipe:
         return parts  # type: ignore[no-any-return]
 
     def _scales(self, plan: Plan) -> list[Tensor]:
-        return [self.states[k].weight for k, _, _ in plan.specs.prepared if k in self.states]
+        states = self.states
+        return scales_of([(states[k], 1) for k, _, _ in plan.specs.prepared if k in states])
 
     def _kept(self, plan: Plan, weights: Sequence[Any]) -> list[Any]:
         """In the place of each weight what the first microbatch made of it, if it made enough."""
@@ -151,7 +153,7 @@ class StageRecipe:
         states: Any = [self.slots[k - first][0] for k in plan.specs.reported]
         if torch.compiler.is_compiling():
             return [state.amax_backward for state in states]
-        return [state.seen(BACKWARD) for state in states]
+        return buffers_of(states, BACKWARD)
 
     def moment(self) -> Tensor | None:
         """Which recipe and which scales the call has that is saved."""

@@ -222,6 +222,19 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return _UNCHANGED
 
 
+def ops_alone() -> bool:
+    """Whether nothing follows PyTorch's ops: no transform, and no dispatch mode but our recorders'.
+
+    One call, for it is asked several times in each step.
+    """
+    return not (
+        transforms()
+        or forward_ad._current_level >= 0
+        or tracing()
+        or (_dispatch_modes() and dispatch_modes())
+    )
+
+
 def followed() -> bool:
     """Whether a transform follows the calls that sees PyTorch's ops alone, not our Functions."""
     return transforms() or forward_ad._current_level >= 0 or tracing()

@@ -161,20 +161,20 @@ class Scaling(nn.Module):
     @property
     def activation(self) -> Tensor:
         """The activation's scale, fp32 `[]`, to which nothing writes any more."""
-        return self._read(0)
+        return self.read(0)
 
     @property
     def weight(self) -> Tensor:
         """The weight's scale."""
-        return self._read(1)
+        return self.read(1)
 
     @property
     def gradient(self) -> Tensor:
         """The gradient's scale."""
-        return self._read(2)
+        return self.read(2)
 
-    def _read(self, column: int) -> Tensor:
-        """A scale; in a checkpoint's recomputation that which its forward read.
+    def read(self, column: int) -> Tensor:
+        """A scale by its column; in a checkpoint's recomputation that which its forward read.
 
         Raises OpsgraphError where that is lost.
         """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..guards.torch_private import dispatch_modes, followed, stream_of
+from ..guards.torch_private import ops_alone, stream_of
 
 
 class Fixed:
@@ -40,7 +40,7 @@ def version_of(scale: Tensor) -> int:
 
 def followed_ops(buffer: Tensor) -> bool:
     """Whether a transform, a mode or a subclass has to see the ops on a buffer."""
-    return bool(dispatch_modes()) or followed() or type(buffer) is not Tensor
+    return type(buffer) is not Tensor or not ops_alone()
 
 
 def capturing(device: torch.device) -> bool:

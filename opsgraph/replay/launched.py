@@ -15,7 +15,7 @@ from torch import Tensor
 from ..base import config
 from ..base.errors import OpsgraphError
 from ..guards.launching import launching
-from ..guards.torch_private import dispatch_modes, followed, stream_of
+from ..guards.torch_private import ops_alone, stream_of
 from .native import program, replay, why_not
 from .record import ALIGNED, used
 from .recorder import Event, Recorder
@@ -55,7 +55,7 @@ class _Native:
 def run(key: Hashable, function: Callable[..., None], tensors: Sequence[Tensor]) -> None:
     """`function(*tensors)`, natively if that was recorded."""
     known = _known.get(key)
-    if known is False or dispatch_modes() or followed():
+    if known is False or not ops_alone():
         function(*tensors)
     elif known is None:
         if key in _known:
