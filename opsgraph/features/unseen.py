@@ -91,7 +91,7 @@ class Unseen:
         for k in {*late, *into_main_grad}:
             unwanted |= unasked(ctx.next_functions[edges[first + k]][0], weights[k])
         with arriving(backward, frozenset(unwanted)):
-            gradients = list(plan.run_backward(self.ops, *grads, saved))
+            gradients = list(plan.passes.backward(self.ops, *grads, saved))
         for k in reversed(late):
             call, gradients[first + k] = gradients[first + k], None
             if call is not None and not unwanted.issuperset(map(id, parameters(weights[k]))):

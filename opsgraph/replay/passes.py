@@ -34,6 +34,7 @@ MOST = 64
 ATTEMPTS = 4
 """How often a pass is recorded until its lines in Python are found."""
 _PLAIN = (Tensor, nn.Parameter)
+_EXPRESSIONS = ("bind", "cast", "cast unless None", "add")
 
 
 class Pass:
@@ -164,19 +165,41 @@ def _why_not(config: Config) -> str | None:
     return "OPSGRAPH_LOGS=steps runs them one by one" if "steps" in config.logs else None
 
 
-def replayed(
-    plan: Plan, config: Config, why_not: str | None = None, backward: str | None = None
-) -> Plan:
-    """The plan with passes that are replayed. why_not: why none is; backward: why that is not."""
+def _into_main_grad(plan: Plan, function: Function) -> set[int]:
+    """Numbers of the lines of a backward that make weight gradients which go into main_grad.
+
+    What they do differs from call to call: they overwrite, add, or are not asked for. (Gradients
+    that wait for `backward_dw` are calls, which stretches do not make, or tensors like others.)
+    """
+    places: Any = plan.elsewhere
+    if places is None:
+        return set()
+    returned: Any = function.lines[-1].arguments[0]
+    weights = {k for _, k in places.into_main_grad} - {*places.late}
+    names = {returned[plan.specs.first_weight + k].text for k in weights}
+    found = set()
+    for number, line in reversed([*enumerate(function.lines)]):
+        if names.intersection(line.makes):
+            found.add(number)
+            if line.function in _EXPRESSIONS:  # a cast, and what it is of
+                names |= set(line.reads)
+    return found
+
+
+def replayed(plan: Plan, config: Config, why_not: str | None = None) -> Plan:
+    """The plan with passes that are replayed. why_not: why none is."""
     x = plan.specs.inputs[0].spec
     assert x is not None
 
-    def made(name: str, saved: Sequence[str] | None = None, reason: str | None = None) -> Any:
+    def made(name: str, saved: Sequence[str] | None = None) -> Any:
         function = plan.function(name)
         if not function.lines:
             return function.call
-        return Pass(name, function, x.device, config, saved, reason or why_not)
+        run = Pass(name, function, x.device, config, saved, why_not)
+        if saved is not None:
+            run.in_python = _into_main_grad(plan, function)
+        return run
 
     saved = [value.name for value in plan.specs.saved]
-    passes = Passes(made("forward"), made("backward", saved, backward), made("prepare"))
+    passes = Passes(made("forward"), made("backward", saved), made("prepare"))
     return replace(plan, passes=passes)

@@ -131,7 +131,7 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         request = request_of(key, run, self.extras.dims, weights, options)
         plan = planned(run, request, options.order, planner or options.planner, options.config)
         whole = "autograd runs through it" if options.double_backward else None
-        return replayed(plan, options.config, whole, self.eager_only)
+        return replayed(plan, options.config, whole)
 
     def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
         if extras or self.trailing:
