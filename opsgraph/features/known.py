@@ -1,9 +1,9 @@
 """Calls like earlier ones: one check in C++ finds their plan, and no key is made.
 
 The check is PyTorch's own, of guards: it compares class, dtype, device, sizes and whether a
-gradient is wanted, of the input and of all parameters, and it fails in any mode or transform that
-was not there when it was made, autocast included. A call that fails goes by its
-key (`run.key`): a difference too many costs time alone. Leading sizes are left open.
+gradient is wanted, of the input and of all parameters, and it fails under autocast that was not
+there when it was made. A call that fails goes by its key (`run.key`): a difference too many costs
+time alone. Leading sizes are left open.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..guards.torch_private import dispatch_modes, forward_ad, same_kinds
+from ..guards.torch_private import dispatch_modes, followed, same_kinds
 from ..plan import Plan
 from ..precision.delayed import Scaling
 from ..precision.quantizers import ROLES
@@ -85,7 +85,7 @@ class KnownCalls:
             last is not None
             and last.fits(x, *extras, *weights)
             and torch.is_grad_enabled() is last.grad
-            and forward_ad._current_level < 0
+            and not followed()
             and self.plans.changes == last.changes
             and [*map(_training, self.modes)] == last.trains
             and [*map(dict.get, map(_parameters, self.absent), self.appearing)] == self.nothing

@@ -47,12 +47,13 @@ transforms: Callable[[], bool] = _find("_C._are_functorch_transforms_active", la
 top_transform: Callable[[], Any] = _find("_C._functorch.peek_interpreter_stack", lambda: None)
 """The innermost of them, or None. Unlike `transforms` it also sees those that Dynamo plays."""
 
-_dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
+dispatch_stack: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
+"""How many dispatch modes are active."""
 
 
 def dispatch_modes() -> int:
     """How many dispatch modes are active but for our recorders; fake tensors have one."""
-    count = _dispatch_modes()
+    count = dispatch_stack()
     return count - watching.modes if count else 0  # Dynamo sees no thread's own values
 
 
@@ -121,7 +122,8 @@ def empty_strided(device: torch.device) -> Callable[[Any, Any, torch.dtype], Ten
 def same_layouts(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
     """A check in C++ of whether tensors are as these: class, dtype, device, sizes, strides.
 
-    False too under transforms, dispatch modes and autocast that were not there when it was made.
+    False too under transforms and autocast, and some dispatch modes, that were not there when it
+    was made.
     None in a PyTorch without it.
     """
     return _check(tensors, [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors])
@@ -231,7 +233,7 @@ def ops_alone() -> bool:
         transforms()
         or forward_ad._current_level >= 0
         or tracing()
-        or (_dispatch_modes() and dispatch_modes())
+        or (dispatch_stack() and dispatch_modes())
     )
 
 

@@ -6,7 +6,7 @@ PyTorch allocates each. All else that a stretch allocates is temporary, and lies
 which two temporaries share memory unless they are in use at the same time.
 
     def replayed(ops, v0, v1, fits=fits):
-        if not fits(v0, v1):
+        if modes() and followed() or not fits(v0, v1):
             return None
         p0, p1 = v0.data_ptr(), v1.data_ptr()
         v3 = new((4, 64), (64, 1), torch.float32)
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..base.errors import OpsgraphError
 from ..guards.compiled import compiled
-from ..guards.torch_private import empty_strided
+from ..guards.torch_private import dispatch_modes, dispatch_stack, empty_strided
 from ..kernels.cpu import memory
 from ..plan.lines import Line
 from .interpreter import run_line
@@ -266,7 +266,7 @@ class Record:
         namespace: dict[str, Any] = {
             "torch": torch, "replay": replay(device.type), "kept": memory.empty,
             "new": empty_strided(device), "fits": fits, "threads": torch.get_num_threads,
-            "view": view, "freed": _freed,
+            "modes": dispatch_stack, "followed": dispatch_modes, "view": view, "freed": _freed,
         }  # fmt: skip
         if device.type == "cuda":
             namespace["stream"] = torch._C._cuda_getCurrentRawStream
@@ -277,7 +277,7 @@ class Record:
         head = [*["ops"] * has_ops, *names[:first], *["saved"] * bool(saved), "fits=fits"]
         lines = [f"{', '.join(names[first:])}, = saved"] if saved else []
         tensors = ", ".join(n for n, there in zip(names, present, strict=True) if there)
-        test = f"not fits({tensors})"  # which fails under modes, or follows a look for some
+        test = f"modes() and followed() or not fits({tensors})"  # which may fit under a mode
         if device.type == "cpu":
             test = f"threads() != {torch.get_num_threads()} or {test}"
         if device.type == "cuda":

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import opsgraph as og
 from opsgraph.ops import GELU, Add, Dropout, Linear, RMSNorm
@@ -204,3 +205,10 @@ def test_without_the_check_all_goes_by_keys(keys, monkeypatch):
     y = warm(model, x, 3)
     assert len(keys) == 3
     assert y.shape == (4, 64)
+
+
+def test_make_fx_sees_the_ops_of_calls_that_are_replayed():
+    model, x = module(), torch.randn(4, 32)
+    warm(model, x, 4)
+    traced = make_fx(model)(x)
+    torch.testing.assert_close(traced(x + 1), model(x + 1))
