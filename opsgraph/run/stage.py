@@ -139,7 +139,7 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         plan, found = (None, None) if compiling else self.known(x, extras)
         if plan is None:
             return self._by_key(x, extras, found, compiling)
-        return self._run(plan, x, extras, found)
+        return self.run_plan(plan, x, extras, found)
 
     def _by_key(self, x: Tensor, extras: Sequence[Tensor], found: Any, compiling: bool) -> Any:
         """A call of no known kind. found: the parameters, but for attributes; None if not read."""
@@ -161,9 +161,10 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
                 return self.renewed()(x, extras)
             plan = self.ensure(key)
         self.known.learn(key, plan, x, extras, weights)
-        return self._run(plan, x, extras, weights)
+        return self.run_plan(plan, x, extras, weights)
 
-    def _run(self, plan: Plan, x: Tensor, extras: Sequence[Tensor], weights: Any) -> Any:
+    def run_plan(self, plan: Plan, x: Tensor, extras: Sequence[Tensor], weights: Any) -> Any:
+        """A call with a plan; extras are verified."""
         if self.recipe is not None and plan.specs.prepared:
             weights = [*weights, *self.recipe.prepare(plan, weights)]
         try:

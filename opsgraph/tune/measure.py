@@ -50,13 +50,17 @@ class Call(NamedTuple):
     tensors: tuple[Tensor, ...]
     grad: bool
 
-    def run(self, plan: Plan | None = None) -> None:
-        """Repeat it, with a plan; forward, and backward if gradients were wanted."""
-        if plan is not None:
-            self.stage.plans[self.key] = plan
+    def run(self, plan: Plan) -> None:
+        """Repeat it with a plan; forward, and backward if gradients were wanted."""
+        weights = self.stage.weights()
+        for weight in weights:
+            if weight is not None:
+                weight.grad = None  # else gradients are added up
         with torch.set_grad_enabled(self.grad):
             x, *extras = (t.detach().requires_grad_(t.requires_grad) for t in self.tensors)
-            _backward(self.stage(x, extras))
+            if extras or self.stage.trailing:
+                extras = list(self.stage.extras.verified(x, extras))
+            _backward(self.stage.run_plan(plan, x, extras, weights))
 
 
 def tune(
@@ -178,7 +182,7 @@ def _plans(calls: Sequence[Call], told: Told) -> None:
         return
     told(f"{len(plans)} plans, {what}")
     runs = {name: partial(_all, calls, plan) for name, plan in plans.items()}
-    stage.plans[key] = plans[kept.choose(text, lambda: working(runs))]
+    kept.choose(text, lambda: working(runs))
 
 
 def _all(calls: Iterable[Call], plan: Plan) -> None:

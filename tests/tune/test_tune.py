@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,19 @@ from opsgraph.features import measured
 from opsgraph.kernels import choices, configs
 from opsgraph.kernels.choices import Choice, Choices
 from opsgraph.kernels.cpu import build, gemm
-from opsgraph.ops import GELU, Dropout, GroupedLinear, Linear, RMSNorm, SwiGLU
+from opsgraph.ops import (
+    GELU,
+    AddExtraInput,
+    Dropout,
+    GroupedLinear,
+    Linear,
+    MakeExtraOutput,
+    RMSNorm,
+    SwiGLU,
+)
+from opsgraph.run.stage import Stage
 from opsgraph.tune import command
+from opsgraph.tune.command import RECIPES
 from opsgraph.tune.measure import tune
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +145,40 @@ def test_plans_are_measured_and_the_best_is_told(here: Path, capsys, monkeypatch
     assert capsys.readouterr().out.startswith("measured 0")
     assert main(["tune", "tuned_module:make", "--rows", "8", "--forget"]) == 0
     assert capsys.readouterr().out.startswith(lines[0])
+
+
+def test_every_plan_that_is_measured_runs(here: Path, monkeypatch) -> None:
+    ran, linear = [], Linear(16, 16)
+
+    def each(runs):
+        for run in runs.values():
+            run()
+            ran.append(steps[-1])
+            backward = any(direction == "backward" for _, direction, _ in steps[-1])
+            assert (linear.weight.grad is not None) == backward
+        return next(iter(runs))
+
+    original, steps = Stage.run_plan, []
+
+    def run_plan(stage, plan, *rest):
+        steps.append([(s.name, s.direction, s.ops) for s in (*plan.forward, *plan.backward)])
+        return original(stage, plan, *rest)
+
+    measured.plans(None).measure = each
+    monkeypatch.setenv("OPSGRAPH_BACKENDS", "aten,reference")
+    monkeypatch.setattr(Stage, "run_plan", run_plan)
+    tune(og.Sequential(RMSNorm(16), linear, GELU(), Linear(16, 4)), [8])
+    assert len(ran) > 2
+    assert all(ran.count(plan) == 1 for plan in ran)
+
+
+@pytest.mark.parametrize("recipe", [None, "current"])
+def test_extra_inputs_with_and_without_a_recipe(here: Path, recipe: str | None) -> None:
+    measured.plans(None).measure = min
+    module = og.Sequential(MakeExtraOutput(), RMSNorm(32), Linear(32, 32), AddExtraInput())
+    context = RECIPES[recipe] if recipe else None
+    tune(module, [16], context=partial(og.autocast, recipe=context()) if context else ExitStack)
+    assert measured.plans(None).all()
 
 
 @pytest.mark.parametrize(
@@ -246,8 +293,6 @@ def test_progress_without_rich(capsys, monkeypatch) -> None:
 
 
 def test_nothing_is_left_of_what_tuning_looks_at(here: Path) -> None:
-    from opsgraph.run.stage import Stage
-
     before = Stage.__call__
     measured.plans(None).measure = min
     began = time.time()
