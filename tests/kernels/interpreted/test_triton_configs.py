@@ -1,6 +1,7 @@
 """Every launch configuration that kernels offer computes the same as the usual one."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from kernel_checks import INTERPRETING, normal
 from torch import Tensor
 
+import opsgraph as og
+from opsgraph.features import measured
 from opsgraph.kernels import configs
+from opsgraph.kernels.choices import Choices
 from opsgraph.kernels.configs import asked, text
 from opsgraph.kernels.formats import Format
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
@@ -17,6 +21,9 @@ from opsgraph.kernels.triton.norms import norm_backward, norm_forward
 from opsgraph.kernels.triton.quantize import activation_quantize, quantize
 from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
 from opsgraph.kernels.triton.quantize_norms import norm_quantize
+from opsgraph.ops import Linear, RMSNorm, SwiGLU
+from opsgraph.recipe import DelayedScaling
+from opsgraph.tune.measure import tune
 
 ROWS, WIDTH = (33, 96) if INTERPRETING else (1000, 4096)
 TENSOR, BLOCKS = Format("tensor"), Format("blocks")
@@ -76,3 +83,23 @@ def test_every_configuration_computes_the_same(
                 else:
                     torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
             del configs._chosen[where]
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="tests/tune tunes on a GPU")
+@pytest.mark.parametrize("recipe", [None, DelayedScaling])
+def test_tuning_measures_the_configurations_of_a_plans_kernels(
+    recipe: type | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = Choices("launch", tuple, lambda runs: [*runs][-1], list)
+    monkeypatch.setattr(configs, "choices", lambda: last)
+    monkeypatch.setattr(configs, "_chosen", {})
+    monkeypatch.setattr(measured, "plans", lambda device: None)
+    module = og.Sequential(
+        RMSNorm(32), Linear(32, 64, bias=False), SwiGLU(), Linear(32, 32, bias=False),
+        backends=("triton", "reference"), dtype=torch.float32,
+    )  # fmt: skip
+    tune(module, [16], context=partial(og.autocast, recipe=recipe()) if recipe else ExitStack)
+    names = {key.partition(" ")[0] for key in last.all()}
+    kernels = {"norm_forward", "norm_backward"}
+    assert names >= kernels | ({"quantize"} if recipe else {"activation_forward"})
+    assert all(choice.name != choice.usual for choice in last.all().values())
