@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from opsgraph.kernels.formats import BLOCKS, NVFP4, Format
-from opsgraph.kernels.triton import gemm, norms, quantize
+from opsgraph.kernels.triton import gemm, norms, persistent, quantize
 from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
 from opsgraph.kernels.triton.delayed import delayed_update, raise_to
 from opsgraph.kernels.triton.dropout import dropout
@@ -43,6 +43,7 @@ from opsgraph.kernels.triton.quantize_norms import norm_quantize
 from opsgraph.kernels.triton.sums import add, sum_rows
 
 TYPES = {
+    torch.int32: "i32",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -197,6 +198,16 @@ def _grouped(rows: int, depth: int, width: int, dtype: torch.dtype, what: str) -
         grouped_wgrad(dy, x, offsets)
 
 
+def _grouped_elsewhere(*case: Any) -> None:
+    """As where there are no persistent products."""
+    chip = persistent.chip
+    persistent.chip = lambda device: 0
+    try:
+        _grouped(*case)
+    finally:
+        persistent.chip = chip
+
+
 def _inverse(rows: int, depth: int, cols: bool) -> None:
     """Of scales for 1 x 128, which the library reads by columns, or for 128 x 128."""
     scale = _meta(rows if cols else rows // 128, depth // 128)
@@ -337,6 +348,7 @@ def _linear_cases(which: str) -> Iterator[Case]:
         for what in ("linear", "dgrad", "wgrad"):
             name = f"grouped {what} {TYPES[dtype]} {rows} {depth} {width}"
             yield name, _grouped, (rows, depth, width, dtype, what)
+            yield f"{name} elsewhere", _grouped_elsewhere, (rows, depth, width, dtype, what)
 
 
 def table(cc: int, which: str) -> Iterator[dict[str, Any]]:
@@ -344,6 +356,7 @@ def table(cc: int, which: str) -> Iterator[dict[str, Any]]:
     seen = set()
     norms.shared_memory = gemm.shared_memory = lambda device: SHARED_MEMORY[cc]
     quantize.native = lambda device: cc >= 89
+    persistent.chip = lambda device: cc // 10
     for name, function, arguments in cases(which):
         with recorded_launches() as launches:
             function(*arguments)

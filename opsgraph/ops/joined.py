@@ -69,6 +69,8 @@ class Joined(Tensor):
     """Parameters as one tensor: its `.grad` is theirs."""
 
     parts: dict[str, Tensor]
+    is_plain_memory = True
+    """Kernels and replays may read it as they read a plain tensor."""
     __torch_function__ = nn.Parameter.__torch_function__  # none of its own
 
     @property

@@ -87,7 +87,7 @@ class Pass:
             tensors = (*tensors[:-1], *tensors[-1])
         key: list[Any] = [torch.get_num_threads()]
         for tensor in tensors:
-            if type(tensor) in _PLAIN:
+            if type(tensor) in _PLAIN or getattr(type(tensor), "is_plain_memory", False):
                 key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
             elif tensor is None:
                 key.append(None)

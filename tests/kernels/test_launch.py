@@ -60,6 +60,14 @@ class Driver:
         return run
 
 
+@triton.jit(do_not_specialize=["rows"])
+def described_kernel(x, y, rows, WIDTH: tl.constexpr):
+    """Needs scratch memory for the descriptors that it makes."""
+    first = tl.make_tensor_descriptor(x, [rows, WIDTH], [WIDTH, 1], [8, WIDTH])
+    second = tl.make_tensor_descriptor(y, [rows, WIDTH], [WIDTH, 1], [8, WIDTH])
+    second.store([tl.program_id(0) * 8, 0], first.load([tl.program_id(0) * 8, 0]))
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
@@ -107,3 +115,49 @@ def test_second_launch_does_not_ask_triton(device: Driver, monkeypatch: pytest.M
 @pytest.mark.parametrize(("size", "block", "blocks"), [(0, 4, 0), (1, 4, 1), (8, 4, 2), (9, 4, 3)])
 def test_ceil_div(size: int, block: int, blocks: int) -> None:
     assert ceil_div(size, block) == blocks
+
+
+class Noting:
+    """A recorder that notes launches."""
+
+    def __init__(self) -> None:
+        self.refused: list[str] = []
+        self.launches: list[tuple[Any, ...]] = []
+
+    def refuse(self, reason: str) -> None:
+        self.refused.append(reason)
+
+    def launch(self, *noted: Any) -> None:
+        self.launches.append(noted)
+
+
+@pytest.mark.skipif(not hasattr(tl, "make_tensor_descriptor"), reason="an older Triton")
+def test_descriptors_get_scratch_that_recorders_know(
+    device: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each launch its own: the parameter after the kernel's. An allocator that is set stays."""
+    asked: list[int] = []
+    triton.set_allocator(lambda size, *_: asked.append(size))
+    made: list[torch.Tensor] = []
+    empty = launching._bytes
+
+    def noted(size: int, where: torch.device) -> torch.Tensor:
+        made.append(empty(size, where))
+        return made[-1]
+
+    monkeypatch.setattr(launching, "_bytes", noted)
+    x, y = torch.zeros(16, 64), torch.zeros(16, 64)
+    recorder = Noting()
+    monkeypatch.setattr(launching.watching, "recorder", recorder)
+    for _ in range(3):
+        launch(described_kernel, (2,), x, y, 16, WIDTH=64, num_warps=4)
+    assert len(device.launched) == 3
+    assert recorder.refused == ["a kernel was compiled, or is interpreted"]
+    assert [scratch.numel() for scratch in made] == [2 * 2 * 128] * 2
+    for noted_launch, scratch in zip(recorder.launches, made, strict=True):
+        *_, words, addresses = noted_launch
+        assert len(words) == 8 * 5
+        assert addresses == [(0, x.data_ptr()), (1, y.data_ptr()), (3, scratch.data_ptr())]
+    launch_allocator = triton.runtime._allocation._allocator.get()
+    launch_allocator(7, 128, 0)
+    assert asked == [7]

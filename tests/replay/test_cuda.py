@@ -23,6 +23,7 @@ from replays import (
 from torch import Tensor
 
 import opsgraph as og
+from opsgraph.ops import GroupedLinear, SwiGLU
 from opsgraph.replay import native
 
 pytestmark = pytest.mark.gpu
@@ -65,6 +66,34 @@ def test_all_passes_of_the_block_are_native(rows: int) -> None:
             module(x)
     plan = module.plan(False, x)
     assert told(plan)["forward"][0].endswith("in one native call")
+
+
+def groups_net() -> og.Sequential:
+    torch.manual_seed(0)
+    make: dict[str, Any] = {"bias": False, "device": "cuda", "dtype": BF16}
+    first, second = GroupedLinear(4, 64, 256, **make), GroupedLinear(4, 128, 64, **make)
+    return og.Sequential(first, SwiGLU(), second)
+
+
+def test_groups_of_rows() -> None:
+    """Their kernels make descriptors in scratch memory; sizes differ from call to call."""
+    rows = torch.tensor([[100, 0, 28, 128], [1, 2, 3, 250], [0, 0, 256, 0]], device="cuda")
+
+    def use(module: Any) -> Any:
+        found = []
+        for k in range(6):
+            x = random(256, 64, seed=k, dtype=BF16, device="cuda").requires_grad_()
+            module.zero_grad()
+            y = module(x, rows[k % 3], rows[k % 3])
+            y.backward(random(256, 64, seed=9, dtype=BF16, device="cuda"))
+            found.append([y, x.grad, *(p.grad.clone() for p in module.parameters())])
+        return found
+
+    compare(groups_net, use)
+    module = groups_net()
+    use(module)
+    plan = module.plan(True, random(256, 64, dtype=BF16, device="cuda"))
+    assert is_native(plan), told(plan)
 
 
 @pytest.mark.parametrize("name", recipe_cases.RECIPES)

@@ -10,7 +10,7 @@ from ...fuser import register
 from ...kernels.lazy import Lazy
 from ...kernels.reference import wide
 from ...ops import GroupedLinear
-from ...ops.activations import Params
+from ...ops.activations import Activation, GatedActivation, Params
 from ...ops.grouped import into_main_grads
 from ...ops.scaled import ScaledGatedActivation
 from .passes import ActivationFuser, Triton, activations
@@ -18,27 +18,19 @@ from .passes import ActivationFuser, Triton, activations
 grouped = Lazy("triton.grouped")
 
 
-def _offsets(split_sizes: Tensor, x: Tensor) -> Tensor:
-    """`[groups + 1]` on x's device, from the groups' sizes."""
-    sizes = split_sizes.to(x.device, torch.int64, non_blocking=True)
-    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-
-
-def _bias_gradient(dy: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor | None:
+def _bias_gradient(dy: Tensor, bias: Tensor | None, groups: Any) -> Tensor | None:
     """Sums of each group's rows, as a product with ones: no atomics."""
     if bias is None:
         return None
     ones = dy.new_ones(dy.shape[0], 1)
-    return grouped.grouped_wgrad(dy, ones, offsets).squeeze(-1).to(bias.dtype)  # type: ignore[no-any-return]
+    return grouped.grouped_wgrad(dy, ones, groups).squeeze(-1).to(bias.dtype)  # type: ignore[no-any-return]
 
 
-def _weight_gradients(
-    fc: Any, dy: Tensor, x: Tensor, offsets: Tensor, stored: Tensor
-) -> Tensor | None:
+def _weight_gradients(fc: Any, dy: Tensor, x: Tensor, groups: Any, stored: Tensor) -> Tensor | None:
     """Those of all groups, or, before they are rounded, into main_grad."""
     if not fc.accumulate_into_main_grad:
-        return grouped.grouped_wgrad(dy, x, offsets)  # type: ignore[no-any-return]
-    sums = grouped.grouped_wgrad(dy, x, offsets, torch.float32)
+        return grouped.grouped_wgrad(dy, x, groups)  # type: ignore[no-any-return]
+    sums = grouped.grouped_wgrad(dy, x, groups, torch.float32)
     return into_main_grads(fc, sums.__getitem__, stored)
 
 
@@ -51,18 +43,48 @@ class GroupedLinearKernel(Triton):
     def fwd(
         self, x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor, fc_bias: Tensor | None
     ) -> Any:
-        return grouped.grouped_linear(x, fc_weight, fc_bias, _offsets(fc_split_sizes, x)), ()
+        groups = grouped.groups_of(fc_split_sizes, x)
+        return grouped.grouped_linear(x, fc_weight, fc_bias, groups), ()
 
     def bwd(
         self, dy: Tensor, fc: Any, fc_x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor,
         fc_bias: Tensor | None, fc_weight_stored: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
-        offsets = _offsets(fc_split_sizes, dy)
-        dx = grouped.grouped_dgrad(dy, fc_weight, offsets) if "x" in want else None
+        groups = grouped.groups_of(fc_split_sizes, dy)
+        dx = grouped.grouped_dgrad(dy, fc_weight, groups) if "x" in want else None
         dweight = None
         if "fc_weight" in want:
-            dweight = fc.weigh(_weight_gradients, fc, dy, fc_x, offsets, fc_weight_stored)
-        dbias = _bias_gradient(dy, fc_bias, offsets) if "fc_bias" in want else None
+            dweight = fc.weigh(_weight_gradients, fc, dy, fc_x, groups, fc_weight_stored)
+        dbias = _bias_gradient(dy, fc_bias, groups) if "fc_bias" in want else None
+        return dx, (None, dweight, dbias)
+
+
+@register
+class GroupedActivationBackward(ActivationFuser):
+    """Backward of activation and grouped linear: one pass between the linear's two products.
+
+    It writes the pre-activation's gradient, and the linear's input computed again.
+    """
+
+    pattern = dict(act=Activation | GatedActivation, fc=GroupedLinear)
+
+    def bwd(
+        self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params, fc: Any,
+        fc_split_sizes: Tensor, fc_weight: Tensor, fc_bias: Tensor | None,
+        fc_weight_stored: Tensor, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        groups = grouped.groups_of(fc_split_sizes, dy)
+        dbias = _bias_gradient(dy, fc_bias, groups) if "fc_bias" in want else None
+        dx = dweight = None
+        if "x" in want:
+            dact = grouped.grouped_dgrad(dy, fc_weight, groups)
+            parts = {"x", "y"} if "fc_weight" in want else {"x"}
+            dx, y, _ = activations.activation_backward(dact, act_x, act_kernel, act_params, parts)
+            del dact
+        elif "fc_weight" in want:
+            y = activations.activation_forward(act_x, act_kernel, act_params)
+        if "fc_weight" in want:
+            dweight = fc.weigh(_weight_gradients, fc, dy, y, groups, fc_weight_stored)
         return dx, (None, dweight, dbias)
 
 
@@ -78,11 +100,12 @@ class GroupedMLP(ActivationFuser):
         act_kernel: str, act_params: Params, act_scales: Tensor,
         fc2_split_sizes: Tensor, fc2_weight: Tensor, fc2_bias: Tensor | None,
     ) -> Any:  # fmt: skip
-        pre = grouped.grouped_linear(x, fc1_weight, fc1_bias, _offsets(fc1_split_sizes, x))
+        groups = grouped.groups_of(fc1_split_sizes, x)
+        pre = grouped.grouped_linear(x, fc1_weight, fc1_bias, groups)
         y = activations.activation_forward(pre, act_kernel, act_params)
         scaled = (wide(y) * wide(act_scales)[:, None]).to(x.dtype)
-        offsets = _offsets(fc2_split_sizes, x)
-        return grouped.grouped_linear(scaled, fc2_weight, fc2_bias, offsets), (pre,)
+        groups = grouped.groups_of(fc2_split_sizes, x)
+        return grouped.grouped_linear(scaled, fc2_weight, fc2_bias, groups), (pre,)
 
     def bwd(
         self, dy: Tensor, fc1: Any, fc1_x: Tensor, fc1_split_sizes: Tensor, fc1_weight: Tensor,
@@ -91,23 +114,23 @@ class GroupedMLP(ActivationFuser):
         fc2_weight: Tensor, fc2_weight_stored: Tensor, fc2_bias: Tensor | None,
         want: Collection[str],
     ) -> Any:  # fmt: skip
-        offsets = _offsets(fc2_split_sizes, dy)
+        groups = grouped.groups_of(fc2_split_sizes, dy)
         scales = wide(act_scales)[:, None]
-        dact = grouped.grouped_dgrad(dy, fc2_weight, offsets)
+        dact = grouped.grouped_dgrad(dy, fc2_weight, groups)
         dpre, y, _ = activations.activation_backward(
             (wide(dact) * scales).to(dy.dtype), act_x, act_kernel, act_params, ("x", "y")
         )
         dweight2 = dscales = None
         if "fc2_weight" in want:
             scaled = (wide(y) * scales).to(dy.dtype)
-            dweight2 = fc2.weigh(_weight_gradients, fc2, dy, scaled, offsets, fc2_weight_stored)
+            dweight2 = fc2.weigh(_weight_gradients, fc2, dy, scaled, groups, fc2_weight_stored)
         if "act_scales" in want:
             dscales = (wide(dact) * wide(y)).sum(-1).to(act_scales.dtype)
-        dbias2 = _bias_gradient(dy, fc2_bias, offsets) if "fc2_bias" in want else None
-        offsets = _offsets(fc1_split_sizes, dy)
-        dx = grouped.grouped_dgrad(dpre, fc1_weight, offsets) if "x" in want else None
+        dbias2 = _bias_gradient(dy, fc2_bias, groups) if "fc2_bias" in want else None
+        groups = grouped.groups_of(fc1_split_sizes, dy)
+        dx = grouped.grouped_dgrad(dpre, fc1_weight, groups) if "x" in want else None
         dweight1 = None
         if "fc1_weight" in want:
-            dweight1 = fc1.weigh(_weight_gradients, fc1, dpre, fc1_x, offsets, fc1_weight_stored)
-        dbias1 = _bias_gradient(dpre, fc1_bias, offsets) if "fc1_bias" in want else None
+            dweight1 = fc1.weigh(_weight_gradients, fc1, dpre, fc1_x, groups, fc1_weight_stored)
+        dbias1 = _bias_gradient(dpre, fc1_bias, groups) if "fc1_bias" in want else None
         return dx, (None, dweight1, dbias1, dscales, None, dweight2, dbias2)

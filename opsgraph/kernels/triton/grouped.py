@@ -2,7 +2,7 @@
 
 Group g is the rows `offsets[g]` to `offsets[g + 1]`. The offsets stay on the device: the grid is an
 upper bound, and each program finds its group itself, so that the host waits for nothing. Rows of
-the result that belong to no group are 0.
+the result that belong to no group are 0. Where they can, `persistent` kernels make the products.
 """
 
 import torch
@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import persistent
 from .gemm import multiply, product_options, swizzled
 from .launch import ceil_div, launch, on_device_of, row_major, stride_unit
+from .persistent import Schedule
 
 MANY = 4096  # rows of a group, as far as the choice of a tile goes
 
@@ -97,54 +99,95 @@ def grouped_weights_kernel(
     tl.store(at, total.to(dweights.dtype.element_ty), (n < WIDTH) & (k < DEPTH))
 
 
-def _check(name: str, rows: tuple[Tensor, ...], weights: Tensor | None, offsets: Tensor) -> None:
-    """Raises ValueError unless dtypes, devices and the kinds of shapes fit together."""
+Groups = Tensor | Schedule
+"""Offsets `[groups + 1]`, or the schedule that several products of the same groups share."""
+
+
+def groups_of(sizes: Tensor, x: Tensor) -> Groups:
+    """The groups of x's rows, from their sizes: integers `[groups]` on any device."""
+    sizes = sizes.to(x.device, non_blocking=True)
+    if persistent.why_not(sizes.size(0), x.size(0), x) is None:
+        return persistent.schedule(sizes.contiguous(), x.size(0), True)
+    return torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int64), (1, 0))
+
+
+def _offsets(groups: Groups) -> Tensor:
+    if isinstance(groups, Schedule):
+        return groups.plan[: groups.groups + 1]
+    return groups.contiguous()
+
+
+def _scheduled(groups: Groups, rows: int, *operands: Tensor) -> Schedule | None:
+    """The schedule for a persistent product of operands; None where there is no such product."""
+    count = groups.groups if isinstance(groups, Schedule) else groups.size(0) - 1
+    if persistent.why_not(count, rows, *operands) is not None:
+        return None
+    if isinstance(groups, Schedule):
+        return groups
+    return persistent.schedule(groups.contiguous(), rows, False)
+
+
+def _check(name: str, rows: tuple[Tensor, ...], weights: Tensor | None, groups: Groups) -> int:
+    """How many groups there are.
+
+    Raises ValueError unless dtypes, devices and the kinds of shapes fit together.
+    """
     given = rows if weights is None else (*rows, weights)
     kinds = {(t.dtype, t.device) for t in given}
+    offsets = groups.plan if isinstance(groups, Schedule) else groups
     if len(kinds) > 1 or any(t.dim() != 2 for t in rows) or offsets.device != rows[0].device:
         said = ", ".join(f"{list(t.shape)} {t.dtype} on {t.device}" for t in (*given, offsets))
         raise ValueError(f"{name} got {said}; expected one dtype and one device, rows of 2 dims")
     if weights is not None and weights.dim() != 3:
         raise ValueError(f"{name} got weights {list(weights.shape)}, expected 3 dimensions")
-    groups = offsets.numel() - 1
-    if offsets.dim() != 1 or groups < 0 or offsets.dtype not in (torch.int32, torch.int64):
+    count = groups.groups if isinstance(groups, Schedule) else groups.numel() - 1
+    if offsets.dim() != 1 or count < 0 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} got offsets {list(offsets.shape)} of {offsets.dtype}")
-    if weights is not None and weights.size(0) != groups:
-        raise ValueError(f"{name} got {weights.size(0)} weights, expected one for {groups} groups")
+    if weights is not None and weights.size(0) != count:
+        raise ValueError(f"{name} got {weights.size(0)} weights, expected one for {count} groups")
+    return count
 
 
 def _rows(
-    x: Tensor, weights: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool
+    x: Tensor, weights: Tensor, bias: Tensor | None, groups: Groups, transposed: bool
 ) -> Tensor:
     rows, depth = x.shape
-    groups, width = weights.size(0), weights.size(1 if transposed else 2)
+    count, width = weights.size(0), weights.size(1 if transposed else 2)
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    if not groups:
+    if not count:
         return y.zero_()
-    x, weights, offsets = row_major(x), weights.contiguous(), offsets.contiguous()
+    x, weights = row_major(x), weights.contiguous()
     bias = None if bias is None else bias.contiguous()
+    # Of a weight stored by depth, a step past its end would read the next group's.
+    if transposed or depth % persistent.DEPTH == 0:
+        at = _scheduled(groups, rows, x, weights, y)
+        if at is not None:
+            persistent.rows_product(x, weights, bias, y, at, transposed)
+            return y
+    offsets = _offsets(groups)
     unit = stride_unit(x)
-    options = product_options(ceil_div(rows, groups), width, x, depth)
-    tiles = ceil_div(rows, options["BLOCK_M"]) + groups
+    options = product_options(ceil_div(rows, count), width, x, depth)
+    tiles = ceil_div(rows, options["BLOCK_M"]) + count
     with on_device_of(x):
         launch(
             grouped_rows_kernel, (tiles * ceil_div(width, options["BLOCK_N"]),),
             x, weights, bias, y, offsets, rows, x.stride(0) // unit,
-            UNIT=unit, DEPTH=depth, WIDTH=width, TRANSPOSED=transposed, COUNT=groups,
-            SLOTS=triton.next_power_of_2(groups + 1), **options,
+            UNIT=unit, DEPTH=depth, WIDTH=width, TRANSPOSED=transposed, COUNT=count,
+            SLOTS=triton.next_power_of_2(count + 1), **options,
         )  # fmt: skip
     return y
 
 
-def grouped_linear(x: Tensor, weights: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weights: Tensor, bias: Tensor | None, offsets: Groups) -> Tensor:
     """`y = x @ weights[g].T + bias[g]` for the rows of each group g.
 
     x: `[rows, depth]`, fp32, fp16 or bf16; weights: `[groups, width, depth]` of x's dtype; bias:
     `[groups, width]` of any dtype, or None; offsets: `[groups + 1]`, int32 or int64, on x's device,
-    starting at 0 and not falling. Groups may be empty. Returns `[rows, width]` of x's dtype, summed
-    in fp32, 0 in rows from offsets[-1] on. Raises ValueError for what does not fit.
+    starting at 0 and not falling, or what `groups_of` gives. Groups may be empty. Returns
+    `[rows, width]` of x's dtype, summed in fp32, 0 in rows from offsets[-1] on. Raises ValueError
+    for what does not fit.
     """
     _check("grouped_linear", (x,), weights, offsets)
     if weights.size(2) != x.size(1):
@@ -154,7 +197,7 @@ def grouped_linear(x: Tensor, weights: Tensor, bias: Tensor | None, offsets: Ten
     return _rows(x, weights, bias, offsets, True)
 
 
-def grouped_dgrad(dy: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+def grouped_dgrad(dy: Tensor, weights: Tensor, offsets: Groups) -> Tensor:
     """`dx = dy @ weights[g]` for the rows of each group g, of dy's dtype; see `grouped_linear`."""
     _check("grouped_dgrad", (dy,), weights, offsets)
     if weights.size(1) != dy.size(1):
@@ -163,29 +206,34 @@ def grouped_dgrad(dy: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 
 
 def grouped_wgrad(
-    dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype | None = None
+    dy: Tensor, x: Tensor, offsets: Groups, dtype: torch.dtype | None = None
 ) -> Tensor:
     """`dweights[g] = dy[g].T @ x[g]` of the rows of each group g; 0 for an empty one.
 
     dy: `[rows, width]`; x: `[rows, depth]`; the result is `[groups, width, depth]`, of a dtype, by
     default x's, each sum in fp32 and in a fixed order. Raises ValueError for what does not fit.
     """
-    _check("grouped_wgrad", (dy, x), None, offsets)
+    count = _check("grouped_wgrad", (dy, x), None, offsets)
     if dy.size(0) != x.size(0):
         raise ValueError(f"grouped_wgrad got {dy.size(0)} rows of dy and {x.size(0)} of x")
-    groups, width, depth = offsets.numel() - 1, dy.size(1), x.size(1)
-    dweights = torch.empty(groups, width, depth, dtype=dtype or x.dtype, device=x.device)
+    width, depth = dy.size(1), x.size(1)
+    dweights = torch.empty(count, width, depth, dtype=dtype or x.dtype, device=x.device)
     if not dweights.numel():
         return dweights
     if not x.size(0):
         return dweights.zero_()
-    dy, x, offsets = row_major(dy), row_major(x), offsets.contiguous()
+    dy, x = row_major(dy), row_major(x)
+    at = _scheduled(offsets, x.size(0), dy, x, dweights)
+    if at is not None:
+        persistent.weights_product(dy, x, dweights, at)
+        return dweights
+    offsets = _offsets(offsets)
     unit = stride_unit(dy, x)
     options = product_options(width, depth, x, MANY)
     tiles = ceil_div(width, options["BLOCK_M"]) * ceil_div(depth, options["BLOCK_N"])
     with on_device_of(x):
         launch(
-            grouped_weights_kernel, (groups * tiles,),
+            grouped_weights_kernel, (count * tiles,),
             dy, x, dweights, offsets, x.size(0), dy.stride(0) // unit, x.stride(0) // unit,
             UNIT=unit, WIDTH=width, DEPTH=depth, **options,
         )  # fmt: skip

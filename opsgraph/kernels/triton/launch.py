@@ -7,6 +7,7 @@
 import re
 import struct
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 from functools import cache
 from typing import Any
 
@@ -48,11 +49,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any)
     if known is not None:
         compiled, rest = known
         whole = grid + (1, 1)[: 3 - len(grid)]
-        compiled[whole](*operands, *rest)
+        scratch = None
+        if size := getattr(compiled.metadata, "global_scratch_size", 0):
+            scratch = _bytes(size * whole[0] * whole[1] * whole[2], device)
+            _with_scratch(scratch, compiled[whole], *operands, *rest)
+        else:
+            compiled[whole](*operands, *rest)
         if watching.recorder is not None:
-            _tell(kernel, compiled, whole, operands)
+            _tell(kernel, compiled, whole, operands, scratch)
         return
-    compiled = kernel[grid](*operands, **constants)
+    compiled = _with_scratch(device, kernel[grid], *operands, **constants)
     if watching.recorder is not None:
         watching.recorder.refuse("a kernel was compiled, or is interpreted")
     if not isinstance(kernel, triton.JITFunction) or compiled is None:
@@ -62,14 +68,37 @@ def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any)
         _launchable[key] = compiled, tuple(constants[name] for name in names)
 
 
+def _bytes(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _with_scratch(scratch: Any, run: Any, *operands: Any, **constants: Any) -> Any:
+    """Run a launch whose kernel makes descriptors in scratch memory, given or on a device.
+
+    Triton asks an allocator that is set for a context: the user's, in the user's, stays.
+    """
+
+    def launched() -> Any:
+        given = isinstance(scratch, Tensor)
+        if hasattr(triton, "set_allocator"):
+            triton.set_allocator(lambda size, *_: scratch if given else _bytes(size, scratch))
+        return run(*operands, **constants)
+
+    return copy_context().run(launched)
+
+
 _INTEGERS = re.compile("[iu][0-9]+")
 
 
-def _tell(kernel: Any, compiled: Any, grid: tuple[int, ...], operands: tuple[Any, ...]) -> None:
+def _tell(
+    kernel: Any, compiled: Any, grid: tuple[int, ...], operands: tuple[Any, ...],
+    scratch: Tensor | None,
+) -> None:  # fmt: skip
     """Tell the recorder of a launch, with the parameters that Triton's own launcher hands over.
 
     They are the arguments that the kernel was not compiled for, and the addresses of two scratch
-    areas (`triton/backends/nvidia/driver.c`, 3.6 to 3.9), which our kernels do not use.
+    areas (`triton/backends/nvidia/driver.c`, 3.6 to 3.9): the first one's is for descriptors that a
+    kernel makes, the second one's our kernels do not use.
     """
     metadata, types = compiled.metadata, compiled.src.signature
     words, addresses = b"", []
@@ -87,7 +116,9 @@ def _tell(kernel: Any, compiled: Any, grid: tuple[int, ...], operands: tuple[Any
         else:
             watching.recorder.refuse(f"a kernel has a parameter of type {kind}")
             return
-    extras = "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl"
+    if scratch is not None:
+        addresses.append((len(words) // 8, scratch.data_ptr()))
+    extras = "profile_scratch_size", "launch_cooperative_grid", "launch_pdl"
     if any(getattr(metadata, name, 0) for name in extras) or getattr(metadata, "num_ctas", 1) != 1:
         watching.recorder.refuse("a kernel needs more than plain launches give")
         return

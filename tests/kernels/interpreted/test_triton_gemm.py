@@ -1,5 +1,6 @@
 """The Triton GEMMs with activations in their epilogue, and grouped ones, against fp64 formulas."""
 
+import itertools
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -9,10 +10,16 @@ from kernel_checks import DTYPES, INTERPRETING, close, laid_out, normal, twice
 from test_triton_activations import activation64
 from torch import Tensor
 
-from opsgraph.kernels.triton import gemm
+from opsgraph.kernels import configs
+from opsgraph.kernels.triton import gemm, persistent
 from opsgraph.kernels.triton.activations import KINDS, activation_forward
 from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
-from opsgraph.kernels.triton.grouped import grouped_dgrad, grouped_linear, grouped_wgrad
+from opsgraph.kernels.triton.grouped import (
+    grouped_dgrad,
+    grouped_linear,
+    grouped_wgrad,
+    groups_of,
+)
 
 GATED = {kind for kind, row in KINDS.items() if row.GATED}
 
@@ -23,6 +30,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP": 2, "num_warps": 4}
     if INTERPRETING:
         monkeypatch.setattr(gemm, "config", lambda *args: tile | {"num_stages": 2})
+        monkeypatch.setattr(persistent, "TILE", 16)
+        monkeypatch.setattr(persistent, "DEPTH", 16)
+        few = {"BLOCK_N": 32, "PARTS": 2, "GROUP": 2, "num_warps": 8, "num_stages": 2}
+        monkeypatch.setattr(persistent, "rows_options", lambda *_: [few | {"FLATTEN": True}])
+        monkeypatch.setattr(persistent, "weights_options", lambda *_: [few])
+        configs._chosen.clear()
 
 
 class Case(NamedTuple):
@@ -221,10 +234,15 @@ GROUPS = [
     Groups((0, 17, 0, 0, 16), 40, 100, 7, torch.float16, torch.int32, True, "offset"),
     Groups((5,), 0, 1, 1, torch.float32, torch.int32, True, "transposed"),
     Groups((16, 16, 32), 0, 32, 64, torch.bfloat16, torch.int64, True, "expanded"),
+    Groups((3, 0, 20, 16), 5, 48, 64, torch.bfloat16),
+    Groups((0, 17, 0, 0, 16), 40, 104, 72, torch.float16, torch.int32, False, "strided"),
 ]
 if not INTERPRETING:
     GROUPS += [
         Groups((1000, 0, 3, 129, 2000), 300, 1000, 520, torch.bfloat16),
+        Groups((1000, 0, 3, 129, 2000), 300, 1024, 520, torch.bfloat16, bias=False),
+        Groups((0, 300, 128, 70), 0, 512, 768, torch.float16, torch.int32),
+        Groups((0, 0, 513), 7, 8, 8, torch.bfloat16),
         Groups((1, 2, 3, 0), 1, 4096, 2050, torch.float16),
         Groups((300, 200), 0, 431, 300, torch.float32),
     ]
@@ -254,6 +272,63 @@ def test_grouped(case: Groups, device: str) -> None:
         close(dweights[g], dy64[own].T @ x64[own], 10.0 * case.sizes[g])
     assert not y[sum(case.sizes) :].any()
     assert not dx[sum(case.sizes) :].any()
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 40, 1, 0), (0, 0), (200,), (5, 1000, 2)])
+@pytest.mark.parametrize("by_sizes", [True, False])
+def test_schedules(sizes: tuple[int, ...], by_sizes: bool, device: str) -> None:
+    """Every tile once; sizes and offsets that go past the rows are cut."""
+    rows, tile = 210, persistent.TILE
+    ends = torch.tensor([0, *sizes]).cumsum(0)
+    given = torch.tensor(sizes) if by_sizes else ends
+    at = persistent.schedule(given.to(device), rows, by_sizes)
+    plan = at.plan.tolist()
+    cut = ends.clamp(max=rows).tolist()
+    assert plan[: len(cut)] == cut
+    expected = [
+        [group, first, end]
+        for group, (start, end) in enumerate(itertools.pairwise(cut))
+        for first in range(start, end, tile)
+    ]
+    count = plan[len(cut)]
+    table = at.plan[len(cut) + 1 :].reshape(-1, 3)
+    assert count == len(expected) <= len(table)
+    assert table[:count].tolist() == expected
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_groups_of_sizes(dtype: torch.dtype, device: str) -> None:
+    """The schedule serves persistent products and those that there are none of; sums in fp32."""
+    sizes, make = torch.tensor([40, 0, 3, 17]), {"dtype": dtype, "device": device}
+    x, dy = normal(64, 48, **make), normal(64, 32, **make, seed=1)
+    weights = normal(4, 32, 48, **make, seed=2)
+    groups = groups_of(sizes.to(device), x)
+    offsets = torch.tensor([0, 40, 40, 43, 60], device=device)
+    assert isinstance(groups, persistent.Schedule)
+    assert torch.equal(
+        grouped_linear(x, weights, None, groups), grouped_linear(x, weights, None, offsets)
+    )
+    assert torch.equal(grouped_dgrad(dy, weights, groups), grouped_dgrad(dy, weights, offsets))
+    ones = x.new_ones(64, 1)
+    assert torch.equal(grouped_wgrad(dy, ones, groups), grouped_wgrad(dy, ones, offsets))
+    sums = grouped_wgrad(dy, x, groups, torch.float32)
+    close(sums[0], double(dy)[0][:40].T @ double(x)[0][:40], 400.0)
+
+
+def test_what_has_no_persistent_product() -> None:
+    make: dict[str, Any] = {"dtype": torch.float16, "device": "meta"}
+    x, weights = torch.empty(64, 48, **make), torch.empty(4, 32, 48, **make)
+    assert persistent.why_not(4, 64, x, weights) is None
+    refused = {
+        "float16 and bfloat16": (4, 64, x.float(), weights.float()),
+        "so many groups": (5000, 64, x, weights),
+        "multiple of 16 bytes": (4, 64, torch.empty(64, 47, **make), weights),
+        "rows overlap": (4, 64, x[:1].expand(64, 48), weights),
+        "in 31 bits": (4, 64, x, torch.empty(2**16, 2**15, 8, **make)),
+    }
+    for reason, (groups, rows, *operands) in refused.items():
+        assert reason in str(persistent.why_not(groups, rows, *operands))
 
 
 def test_grouped_without_rows_or_groups(device: str) -> None:
