@@ -18,6 +18,8 @@ from benchmarks.timing import alternate
 from opsgraph.ops import GroupedLinear, SwiGLU
 
 OURS, EAGER, COMPILED = "opsgraph", "torch._grouped_mm", "torch._grouped_mm, compiled"
+SINGLE = "opsgraph, single_grouped_weight"
+"""A parameter for each layer, as PyTorch's module has; otherwise it is one for each group."""
 MULTIPLE = 16
 """Rows of a group: `torch._grouped_mm` takes offsets of multiples of 16 bytes."""
 
@@ -93,16 +95,16 @@ def modules(
     fc1 = torch.randn(count, 2 * ffn, hidden, **place) / hidden**0.5
     fc2 = torch.randn(count, hidden, ffn, **place) / ffn**0.5
     sizes = torch.tensor(groups.sizes(), device=DEVICE)
-    own = og.Sequential(
-        GroupedLinear(count, hidden, 2 * ffn, False, **place),
-        SwiGLU(),
-        GroupedLinear(count, ffn, hidden, False, **place),
-    )
-    with torch.no_grad():
-        for group in range(count):
-            own[0].get_parameter(f"weight{group}").copy_(fc1[group])
-            own[2].get_parameter(f"weight{group}").copy_(fc2[group])
-    found: dict[str, Called] = {OURS: (own, (sizes, sizes))}
+    found: dict[str, Called] = {}
+    for name in (OURS, SINGLE):
+        options = place | {"single_grouped_weight": name == SINGLE}
+        own = og.Sequential(
+            GroupedLinear(count, hidden, 2 * ffn, False, **options),
+            SwiGLU(),
+            GroupedLinear(count, ffn, hidden, False, **options),
+        )
+        own.load_state_dict({"0.weight": fc1, "2.weight": fc2})
+        found[name] = own, (sizes, sizes)
     if not hasattr(torch, "_grouped_mm"):
         return found, {EAGER: "this PyTorch has no torch._grouped_mm"}
     plain, ends = TorchGrouped(fc1, fc2), sizes.cumsum(0).int()
@@ -120,7 +122,7 @@ def ready(groups: Groups, peers: bool) -> tuple[dict[str, Callable[[], Any]], di
     x.requires_grad_()
     calls: dict[str, Callable[[], Any]] = {}
     expected: Tensor | None = None
-    for name in (EAGER, COMPILED, OURS):
+    for name in (EAGER, COMPILED, OURS, SINGLE):
         if name not in made or (name == COMPILED and not peers):
             continue
         module, extra = made[name]

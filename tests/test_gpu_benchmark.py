@@ -169,7 +169,7 @@ def test_groups_add_up_to_the_rows() -> None:
 def test_a_grouped_step_is_compared_with_that_of_pytorch() -> None:
     groups = gpu_grouped.Groups(4, 256, 32, 48, True)
     calls, refused = gpu_grouped.ready(groups, peers=False)
-    assert (list(calls), refused) == (["opsgraph"], {})
+    assert (list(calls), refused) == ([gpu_grouped.OURS, gpu_grouped.SINGLE], {})
     found = gpu_grouped.measure(groups, Options(peers=False, repeats=1, walls=1))
     assert "4 groups, 256x32x48, uneven" in gpu_report.grouped_text(found)
 

@@ -15,8 +15,8 @@ from ..base.errors import OpError
 from ..guards.validation import Checked, Fixed, features, flag, function, place, whole
 from ..op import Op, Spec
 from .delayed import Queue, TellsOfWeightGradients, mark_delayed, queue_of
-from .joined import join, pack, parameters
-from .main_grad import add_to_main_grad, weight_gradient
+from .joined import join, pack, parameters, parts_of
+from .main_grad import add_to_main_grad, exact_gradient, weight_gradient
 from .parameters import MarksParameters, empty_parameter
 
 
@@ -46,6 +46,10 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
     Parameters lie one after the other in memory, where kernels read them as one tensor; what puts
     others in their place (FSDP, `load_state_dict(assign=True)`) costs a copy at each call.
 
+    single_grouped_weight, single_grouped_bias: one parameter `weight`, or `bias`, of that shape in
+    the place of `weight0`, ...: of many groups autograd alone takes milliseconds. State dicts of
+    either form load into the other.
+
     Initialized inside `rng_state_tracker_function().fork()` where that is given.
     accumulate_into_main_grad: weights' gradients go into their `main_grad`, see `main_grad`.
     delay_wgrad_compute: the backward leaves the weights' gradients to `backward_dw()`.
@@ -62,6 +66,10 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
     accumulate_into_main_grad = Checked(flag)
     overwrite_main_grad = Checked(flag)
     delay_wgrad_compute = Checked(flag)
+    single_grouped_weight = Fixed("another GroupedLinear")
+    single_grouped_bias = Fixed("another GroupedLinear")
+    weight: Any
+    bias: Any
 
     def __init__(
         self,
@@ -77,36 +85,45 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         accumulate_into_main_grad: bool = False,
         overwrite_main_grad: bool = False,
         delay_wgrad_compute: bool = False,
+        single_grouped_weight: bool = False,
+        single_grouped_bias: bool = False,
     ) -> None:
         super().__init__()
         who = type(self).__name__
         place(who, device, dtype)
         num_groups = whole(who, "num_groups", num_groups)
         self.num_groups, self.in_features, self.out_features = num_groups, in_features, out_features
-        self.weight_names = tuple(f"weight{g}" for g in range(num_groups))
-        self.bias_names = tuple(f"bias{g}" for g in range(num_groups))
+        self.group_names = {
+            name: tuple(f"{name}{g}" for g in range(num_groups)) for name in ("weight", "bias")
+        }
+        self.single_grouped_weight = flag(who, "single_grouped_weight", single_grouped_weight)
+        self.single_grouped_bias = flag(who, "single_grouped_bias", single_grouped_bias)
         self.init_method = init_method
         self.rng_state_tracker_function = rng_state_tracker_function
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.overwrite_main_grad = overwrite_main_grad
         self.delay_wgrad_compute = delay_wgrad_compute
-        shape = (self.out_features, self.in_features)
         bias = flag(who, "bias", bias)
-        for name in self.weight_names:
-            self.register_parameter(name, empty_parameter(shape, device, dtype))
-        for name in self.bias_names:
-            parameter = empty_parameter(shape[:1], device, dtype) if bias else None
-            self.register_parameter(name, parameter)
+        for name, there in (("weight", True), ("bias", bias)):
+            shape = self._shape(name)
+            for part in self.names_of(name):
+                parameter = empty_parameter(shape, device, dtype) if there else None
+                self.register_parameter(part, parameter)
         self._pack()
         self.reset_parameters()
 
+    def is_single(self, name: str) -> bool:
+        """Whether "weight" or "bias" is one parameter."""
+        single: bool = getattr(self, f"single_grouped_{name}")
+        return single
+
     def names_of(self, name: str) -> tuple[str, ...]:
-        """The parameters of each group that "weight" or "bias" stands for."""
-        return self.weight_names if name == "weight" else self.bias_names
+        """The parameters that "weight" or "bias" stands for."""
+        return (name,) if self.is_single(name) else self.group_names[name]
 
     def joined(self) -> Collection[str]:
         """Parameters that `fwd` does not name: it takes them as one."""
-        return [*self.weight_names, *self.bias_names]
+        return [*self.names_of("weight"), *self.names_of("bias")]
 
     def _parts(self, name: str) -> list[Any]:
         """The parameters of each group; none if one is not there."""
@@ -125,19 +142,15 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             raise OpError("GroupedLinear", f"{name} of groups {present} alone", expected)
         return None
 
-    @property
-    def weight(self) -> Any:
-        """All groups' weights, `[num_groups, out_features, in_features]`."""
-        return self._join("weight")
-
-    @property
-    def bias(self) -> Any:
-        """All groups' biases, `[num_groups, out_features]`, or None."""
-        return self._join("bias")
+    def __getattr__(self, name: str) -> Any:
+        """Of each group's weights or biases all as one, `[num_groups, ...]`."""
+        if name in ("weight", "bias") and not self.is_single(name):
+            return self._join(name)
+        return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's; "weight" and "bias" are those of all groups, one after the other."""
-        if name not in ("weight", "bias"):
+        if name not in ("weight", "bias") or self.is_single(name):
             super().register_parameter(name, param)
             return
         if param is not None and param.shape[:1] != (self.num_groups,):
@@ -150,14 +163,16 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             super().register_parameter(part, parameter)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias") and (value is None or isinstance(value, nn.Parameter)):
+        parameter = value is None or isinstance(value, nn.Parameter)
+        if parameter and name in ("weight", "bias") and not self.is_single(name):
             self.register_parameter(name, value)
         else:
             super().__setattr__(name, value)
 
     def _pack(self) -> None:
         for name in ("weight", "bias"):
-            pack(self._parts(name))
+            if not self.is_single(name):
+                pack(self._parts(name))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
@@ -183,14 +198,17 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             return
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
         tracker = self.rng_state_tracker_function
+        weights, biases = self._parts("weight"), self._parts("bias")
         with tracker().fork() if tracker else nullcontext(), torch.no_grad():
-            for parameter in (*self._parts("weight"), *self._parts("bias")):
-                if self.init_method is None:
+            if self.init_method is None:
+                for parameter in (*weights, *biases):
                     nn.init.uniform_(parameter, -bound, bound)
-                elif parameter.dim() > 1:
-                    self.init_method(parameter)
-                else:
-                    nn.init.zeros_(parameter)
+                return
+            for weight in weights:
+                for group in weight.unbind() if self.single_grouped_weight else [weight]:
+                    self.init_method(group)
+            for bias in biases:
+                nn.init.zeros_(bias)
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
         if self.in_features is None and in_width is not None:
@@ -199,19 +217,24 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             self.out_features = out_width
         if self.in_features is None or self.out_features is None:
             return
-        shape = (self.out_features, self.in_features)
         lazy = [n for n, p in self._parameters.items() if isinstance(p, UninitializedParameter)]
         for name in lazy:
-            sizes = shape if name.startswith("weight") else shape[:1]
-            self._parameters[name].materialize(sizes)  # type: ignore[union-attr]
+            shape = self._shape("weight" if name.startswith("weight") else "bias")
+            self._parameters[name].materialize(shape)  # type: ignore[union-attr]
         if lazy:
             self._pack()
             self.reset_parameters()
 
     def sizes_from(self, name: str, shape: torch.Size) -> None:
-        self.out_features = shape[0]
         if name.startswith("weight"):
-            self.in_features = shape[1]
+            self.out_features, self.in_features = shape[-2:]
+        else:
+            self.out_features = shape[-1]
+
+    def _shape(self, name: str) -> tuple[int | None, ...]:
+        """Of a parameter that "weight" or "bias" stands for."""
+        shape = self.shape_of(name) or ()
+        return shape if self.is_single(name) else shape[1:]
 
     def shape_of(self, name: str) -> tuple[int | None, ...] | None:
         shape = self.num_groups, self.out_features, self.in_features
@@ -275,18 +298,16 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         return dx, (None, dweight, dbias)
 
     def _own_keys(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-        split = dict(super()._own_keys(state_dict, prefix))
+        found = dict(super()._own_keys(state_dict, prefix))
         for name in ("weight", "bias"):
-            whole = split.get(prefix + name)
-            if isinstance(whole, Tensor) and whole.shape[:1] == (self.num_groups,):
-                del split[prefix + name]
-                parts = zip(
-                    self.names_of(name),
-                    whole.unbind(),
-                    strict=True,
-                )
-                split |= {prefix + part: value for part, value in parts}
-        return split
+            whole, parts = prefix + name, [prefix + part for part in self.group_names[name]]
+            if self.is_single(name):
+                values = [found.get(part) for part in parts]
+                if whole not in found and _of_one_shape(values):
+                    found[whole] = torch.stack([found.pop(part) for part in parts])
+            elif _of_one_shape([found.get(whole)]) and found[whole].shape[:1] == (len(parts),):
+                found |= zip(parts, found.pop(whole).unbind(), strict=True)
+        return found
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.in_features}, {self.out_features}"
@@ -300,6 +321,13 @@ def _is_there(value: Any) -> bool:
     return value is not None
 
 
+def _of_one_shape(values: Sequence[Any]) -> bool:
+    """Whether values are tensors that can be stacked."""
+    lazy = UninitializedParameter
+    there = all(isinstance(value, Tensor) and not isinstance(value, lazy) for value in values)
+    return there and all(value.shape == values[0].shape for value in values)
+
+
 def _wgrad(dy: Tensor, x: Tensor) -> Tensor:
     return dy.t() @ x
 
@@ -310,16 +338,21 @@ def weight_gradients(
     """`weight_gradient` of each group, of its dy and x. weights: as parameters."""
     if not fc.accumulate_into_main_grad:
         return torch.stack([product(dy, x) for dy, x in pairs])
+    if not parts_of(weights):
+        sums = [exact_gradient(product, dy, x, weights) for dy, x in pairs]
+        return add_to_main_grad(torch.stack(sums), weights, fc.overwrite_main_grad)
     return _each(lambda k, weight: weight_gradient(fc, product, *pairs[k], weight), weights)
 
 
-def into_main_grads(fc: Any, gradient: Callable[[int], Tensor], weights: Tensor) -> Tensor | None:
-    """Each group's weight gradient into its main_grad; returns what autograd is given.
+def into_main_grads(fc: Any, gradients: Tensor, weights: Tensor) -> Tensor | None:
+    """All groups' weight gradients into their main_grad; returns what autograd is given.
 
-    weights: as parameters. gradient: gives that of a group.
+    weights: as parameters.
     """
     overwrite = fc.overwrite_main_grad
-    return _each(lambda k, weight: add_to_main_grad(gradient(k), weight, overwrite), weights)
+    if not parts_of(weights):
+        return add_to_main_grad(gradients, weights, overwrite)
+    return _each(lambda k, weight: add_to_main_grad(gradients[k], weight, overwrite), weights)
 
 
 def _each(add: Callable[[int, Tensor], Tensor | None], weights: Tensor) -> Tensor | None:

@@ -132,6 +132,13 @@ def weight_gradient(
     return add_to_main_grad(product(dy, x, True), weight, fc.overwrite_main_grad)
 
 
+def exact_gradient(product: Callable[..., Tensor], dy: Any, x: Any, weight: Tensor) -> Tensor:
+    """What `weight_gradient` adds to main_grad, of a part of the weight."""
+    if isinstance(dy, Tensor) and isinstance(x, Tensor):
+        return _product(dy.t(), x, _main_grad(weight).dtype)
+    return product(dy, x, True)
+
+
 def _main_grad(weight: Tensor) -> Tensor:
     get = getattr(weight, "get_main_grad", None)
     main = getattr(weight, "main_grad", None) if get is None else get()

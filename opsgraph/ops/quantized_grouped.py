@@ -33,7 +33,9 @@ class QuantizedGroupedLinear(GroupedLinear):
         Op.__init__(self)
         self.num_groups = layer.num_groups
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight_names, self.bias_names = layer.weight_names, layer.bias_names
+        self.group_names = layer.group_names
+        self.single_grouped_weight = layer.single_grouped_weight
+        self.single_grouped_bias = layer.single_grouped_bias
         self.quantizers, self.override = tuple(quantizers), override
         self.channels, self.strict = layer.channels, layer.strict
         for name in ("accumulate_into_main_grad", "overwrite_main_grad", "delay_wgrad_compute"):

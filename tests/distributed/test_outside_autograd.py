@@ -1,17 +1,21 @@
 """Wrappers that wait for gradients in the backward, and marks on parameters that they make anew."""
 
 import copy
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import opsgraph as og
-from opsgraph.ops import Linear
+from opsgraph.ops import GroupedLinear, Linear, SwiGLU
 from opsgraph.testing.distributed import Ranks
 
 
@@ -75,6 +79,41 @@ def shards(rank: int, size: int) -> None:
 def test_wrappers_miss_no_gradient(ranks: Ranks) -> None:
     for body in (averaged, ignored, shards):
         ranks.run(body, 2)
+
+
+def groups(rank: int, size: int) -> None:
+    """The groups of a GroupedLinear under wrappers: a parameter for each, and one for all."""
+    for count, single in ((4, True), (3, True), (3, False)):
+        options = {"single_grouped_weight": single, "single_grouped_bias": single}
+
+        def make(count: int = count, options: Any = options) -> Any:
+            torch.manual_seed(0)
+            first, last = (
+                GroupedLinear(count, 8, 16, **options),
+                GroupedLinear(count, 8, 8, **options),
+            )
+            return og.Sequential(first, SwiGLU(), last, device="cpu")
+
+        sizes = [12 - 2 * (count - 1)] + [2] * (count - 1)
+        x, plain = torch.randn(12, 8), make()
+        plain(x, sizes, sizes).square().sum().backward()
+        fsdp = partial(FSDP, use_orig_params=True, device_id=torch.device("cpu"))
+        for wrap in (DistributedDataParallel, fully_shard, fsdp):
+            module = make()
+            wrapped: Any = wrap(module)
+            for _ in range(2):
+                wrapped.zero_grad()
+                wrapped(x, sizes, sizes).square().sum().backward()
+            full = FSDP.summon_full_params(wrapped, with_grads=True)
+            with full if isinstance(wrapped, FSDP) else nullcontext():
+                for one, other in zip(wrapped.parameters(), plain.parameters(), strict=True):
+                    gradient = one.grad
+                    whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+                    torch.testing.assert_close(whole, other.grad)
+
+
+def test_groups_under_wrappers(ranks: Ranks) -> None:
+    ranks.run(groups, 2)
 
 
 def summed_as_documented(parameters: Any) -> None:

@@ -280,6 +280,8 @@ WRONG_GROUPS = {
     "accumulate_into_main_grad": ("yes",),
     "overwrite_main_grad": (2,),
     "delay_wgrad_compute": (None,),
+    "single_grouped_weight": (2,),
+    "single_grouped_bias": ("yes",),
 }
 
 

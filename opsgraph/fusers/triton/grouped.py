@@ -31,7 +31,7 @@ def _weight_gradients(fc: Any, dy: Tensor, x: Tensor, groups: Any, stored: Tenso
     if not fc.accumulate_into_main_grad:
         return grouped.grouped_wgrad(dy, x, groups)  # type: ignore[no-any-return]
     sums = grouped.grouped_wgrad(dy, x, groups, torch.float32)
-    return into_main_grads(fc, sums.__getitem__, stored)
+    return into_main_grads(fc, sums, stored)
 
 
 @register
