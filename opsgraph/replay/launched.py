@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..base import config
 from ..base.errors import OpsgraphError
+from ..guards.compiled import compiled
 from ..guards.launching import launching
-from ..guards.torch_private import ops_alone, stream_of
+from ..guards.torch_private import ops_alone
 from .native import program, replay, why_not
-from .record import ALIGNED, used
+from .record import ALIGNED, PAGE, used
 from .recorder import Event, Recorder
 
 MOST = 256
@@ -27,29 +28,45 @@ _known: dict[Hashable, Any] = {}
 
 
 class _Native:
-    """Launches that were recorded, on tensors that begin elsewhere."""
+    """Launches that were recorded, on tensors that begin elsewhere.
+
+    `run(tensors)` returns False, having done nothing, where these are not as recorded: kernels may
+    be compiled for addresses that are multiples of 16.
+    """
 
     def __init__(self, events: Sequence[Event], tensors: Sequence[Tensor]) -> None:
-        self.device = tensors[0].device
+        device = tensors[0].device
         every = [(0, event) for event in events]
-        self.program = program(every, lambda place: (place.buffer, place.offset), 0, self.device)
-        self.start, self.replay = ctypes.addressof(self.program), replay(self.device.type)
-        self.pack = struct.Struct(f"={len(tensors)}q").pack
-        self.aligned = [k for k, t in enumerate(tensors) if t.data_ptr() % ALIGNED == 0]
-        """What kernels may be compiled for."""
+        self.program = program(every, lambda place: (place.buffer, place.offset), 0, device)
+        names = [f"p{k}" for k in range(len(tensors))]
+        aligned = [n for n, t in zip(names, tensors, strict=True) if t.data_ptr() % ALIGNED == 0]
+        tests = [f"min({', '.join(names)}, {PAGE}) < {PAGE}"]
+        if aligned:
+            tests.append(f"({' | '.join(aligned)}) % {ALIGNED}")
+        stream, namespace = "0", dict[str, Any](replay=replay(device.type), fail=_fail)
+        namespace["start"] = ctypes.addressof(self.program)
+        namespace["pack"] = struct.Struct(f"={len(tensors)}q").pack
+        if device.type == "cuda":
+            stream, namespace["stream"] = (
+                f"stream({device.index})",
+                torch._C._cuda_getCurrentRawStream,
+            )
+            namespace["current"] = torch._C._cuda_getDevice
+            tests.insert(0, f"current() != {device.index}")
+        source = f"""def launched(tensors):
+    {", ".join(names)}, = [tensor.data_ptr() for tensor in tensors]
+    if {" or ".join(tests)}:
+        return False
+    failed = replay(start, pack({", ".join(names)}), {stream})
+    if failed:
+        fail(failed)
+    return True
+"""
+        self.run: Callable[[Sequence[Tensor]], bool] = compiled("launched", source, namespace)
 
-    def __call__(self, tensors: Sequence[Tensor]) -> bool:
-        """Launch; returns False, having done nothing, where that is not as recorded."""
-        device = self.device
-        if device.type == "cuda" and torch.cuda.current_device() != device.index:
-            return False
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        if any(addresses[k] % ALIGNED for k in self.aligned) or not all(addresses):
-            return False
-        failed = self.replay(self.start, self.pack(*addresses), stream_of(device))
-        if failed:
-            raise OpsgraphError(f"got error {failed >> 32} from a launch, expected none")
-        return True
+
+def _fail(failed: int) -> None:
+    raise OpsgraphError(f"got error {failed >> 32} from a launch, expected none")
 
 
 def run(key: Hashable, function: Callable[..., None], tensors: Sequence[Tensor]) -> None:
@@ -65,7 +82,7 @@ def run(key: Hashable, function: Callable[..., None], tensors: Sequence[Tensor])
             function(*tensors)
             if len(_known) > MOST:
                 del _known[next(iter(_known))]
-    elif not known(tensors):
+    elif not known.run(tensors):
         function(*tensors)
 
 

@@ -87,13 +87,13 @@ def delayed_update(
     """
     forward = "amax_forward" in updates
     fixed = new_scales(table.size(0) * (1 + forward), table.device)
-    block = min(MOST, 1 << (length - 1).bit_length())
-    options = dict(
-        FORWARD=forward, BACKWARD="amax_backward" in updates, LATEST=latest, LARGEST=FP32_MAX,
-        BLOCK=block, num_warps=max(1, min(4, block // 256)),
-    )  # fmt: skip
 
     def update(table: Tensor, fixed: Tensor, reduced: Tensor | None = None) -> None:
+        block = min(MOST, 1 << (length - 1).bit_length())
+        options = dict(
+            FORWARD=forward, BACKWARD="amax_backward" in updates, LATEST=latest, LARGEST=FP32_MAX,
+            BLOCK=block, num_warps=max(1, min(4, block // 256)),
+        )  # fmt: skip
         with on_device_of(table):
             launch(
                 delayed_update_kernel, (3 * table.size(0),),
