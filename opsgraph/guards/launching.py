@@ -3,20 +3,19 @@
 `replay.launched` takes the place of `launching.run`.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 
-from torch import Tensor
-
-Run = Callable[[Hashable, Callable[..., None], Sequence[Tensor]], None]
+Run = Callable[..., None]
 
 
 class _Launching:
     run: Run
     """Runs a function that launches kernels on tensors, and does nothing else.
 
-    By its key what it launches is the same, but for where the tensors are.
+    `run(key, function, tensors, anywhere=False)`: by its key what it launches is the same, but for
+    where the tensors are. anywhere: whether no kernel is compiled for aligned addresses.
     """
 
 
 launching = _Launching()
-launching.run = lambda key, function, tensors: function(*tensors)
+launching.run = lambda key, function, tensors, anywhere=False: function(*tensors)

@@ -24,24 +24,28 @@ from .recorder import Event, Recorder
 MOST = 256
 """Keys of which something is kept."""
 _known: dict[Hashable, Any] = {}
-"""By key what launches natively; None after the first call, False where nothing does."""
+"""By key what launches natively; until then how many calls there were, False where nothing does."""
+ATTEMPTS = 4
+"""Calls that are recorded until one launches what was compiled before."""
 
 
 class _Native:
     """Launches that were recorded, on tensors that begin elsewhere.
 
     `run(tensors)` returns False, having done nothing, where these are not as recorded: kernels may
-    be compiled for addresses that are multiples of 16.
+    be compiled for addresses that are multiples of 16, unless tensors may begin anywhere.
     """
 
-    def __init__(self, events: Sequence[Event], tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self, events: Sequence[Event], tensors: Sequence[Tensor], anywhere: bool
+    ) -> None:  # fmt: skip
         device = tensors[0].device
         every = [(0, event) for event in events]
         self.program = program(every, lambda place: (place.buffer, place.offset), 0, device)
         names = [f"p{k}" for k in range(len(tensors))]
         aligned = [n for n, t in zip(names, tensors, strict=True) if t.data_ptr() % ALIGNED == 0]
         tests = [f"min({', '.join(names)}, {PAGE}) < {PAGE}"]
-        if aligned:
+        if aligned and not anywhere:
             tests.append(f"({' | '.join(aligned)}) % {ALIGNED}")
         stream, namespace = "0", dict[str, Any](replay=replay(device.type), fail=_fail)
         namespace["start"] = ctypes.addressof(self.program)
@@ -69,28 +73,33 @@ def _fail(failed: int) -> None:
     raise OpsgraphError(f"got error {failed >> 32} from a launch, expected none")
 
 
-def run(key: Hashable, function: Callable[..., None], tensors: Sequence[Tensor]) -> None:
+def run(
+    key: Hashable, function: Callable[..., None], tensors: Sequence[Tensor], anywhere: bool = False
+) -> None:  # fmt: skip
     """`function(*tensors)`, natively if that was recorded."""
-    known = _known.get(key)
+    known = _known.get(key, 0)
     if known is False or not ops_alone():
         function(*tensors)
-    elif known is None:
-        if key in _known:
-            _known[key] = _recorded(function, tensors)
-        else:
-            _known[key] = None  # kernels are compiled
-            function(*tensors)
-            if len(_known) > MOST:
-                del _known[next(iter(_known))]
+    elif known == 0:
+        _known[key] = 1  # kernels are compiled
+        function(*tensors)
+        if len(_known) > MOST:
+            del _known[next(iter(_known))]
+    elif type(known) is int:
+        made = _recorded(function, tensors, anywhere)
+        again = made is None and known < ATTEMPTS
+        _known[key] = known + 1 if again else made or False
     elif not known.run(tensors):
         function(*tensors)
 
 
-def _recorded(function: Callable[..., None], tensors: Sequence[Tensor]) -> Any:
-    """Run it, watched; returns what does the same, or False."""
+def _recorded(
+    function: Callable[..., None], tensors: Sequence[Tensor], anywhere: bool
+) -> _Native | None:  # fmt: skip
+    """Run it, watched; returns what does the same, or None."""
     if not config.read().replay or why_not(tensors[0].device.type) is not None:
         function(*tensors)
-        return False
+        return None
     recorder, count = Recorder(len(tensors)), len(tensors)
     placed = [recorder.argument(k, tensor) for k, tensor in enumerate(tensors)]
     with recorder:
@@ -98,8 +107,8 @@ def _recorded(function: Callable[..., None], tensors: Sequence[Tensor]) -> Any:
     events, reason = recorder.take()
     own = all(buffer < count for event in events for buffer in used(event))
     if reason is not None or None in placed or recorder.shared or not own:
-        return False
-    return _Native(events, tensors)
+        return None
+    return _Native(events, tensors, anywhere)
 
 
 launching.run = run

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opsgraph.guards.launching import launching
 from opsgraph.guards.torch_private import PassThrough
+from opsgraph.guards.watching import watching
 from opsgraph.kernels.cpu import build as library
 from opsgraph.kernels.cpu.transpose import _kernel as transpose
 from opsgraph.replay import launched
@@ -106,3 +107,27 @@ def test_few_keys_are_kept() -> None:
     for k in range(launched.MOST + 5):
         launching.run(k, lambda x: None, [torch.zeros(1)])
     assert len(launched._known) == launched.MOST
+
+
+def test_a_call_that_compiles_a_kernel_is_recorded_later() -> None:
+    calls = Calls()
+
+    def compiles(x: Tensor, y: Tensor) -> None:
+        calls(x, y)
+        if calls.count == 2:
+            watching.recorder.refuse("a kernel was compiled")
+
+    for k in range(5):
+        x, y = random(4, 8, seed=k), torch.zeros(8, 4)
+        launching.run("compiles", compiles, [x, y])
+        assert torch.equal(y, x.t())
+    assert calls.count == 3
+
+
+def test_what_is_compiled_for_no_alignment_is_launched_anywhere() -> None:
+    calls = Calls()
+    for k in range(4):
+        x, y = random(33)[k % 2 :][:32].view(4, 8), torch.zeros(8, 4)
+        launching.run("anywhere", calls, [x, y], anywhere=True)
+        assert torch.equal(y, x.t())
+    assert calls.count == 2

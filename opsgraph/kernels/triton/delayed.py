@@ -117,7 +117,7 @@ def _raise(seen, amax):
         tl.store(seen, tl.where((new > old) | (new != new), new, old))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=[*range(2 * PAIRS)])
 def raise_kernel(
     s0, s1, s2, s3, s4, s5, s6, s7, a0, a1, a2, a3, a4, a5, a6, a7
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def raise_to(seen: Sequence[Tensor], amaxes: Sequence[Tensor]) -> None:
         some, others = seen[first : first + PAIRS], amaxes[first : first + PAIRS]
         count = len(some)
         key = "raise", some[0].device, count
-        launching.run(key, _raise_some, [*some, *others])
+        launching.run(key, _raise_some, [*some, *others], anywhere=True)
 
 
 def _raise_some(*tensors: Tensor) -> None:
