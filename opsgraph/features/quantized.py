@@ -78,15 +78,19 @@ class QuantizedDefinitions(Definitions):
         for k, ((i, name), variable) in enumerate(program.weight_names.items()):
             if (quantizer := program.run.quantizers.get((i, name))) is None:
                 continue
+            weight = program.request.weights[variable]
+            assert weight is not None
             copies: dict[str, dict[str, Spec]] = {}
+            # Where one is the transpose of the other, both can have the parts of the rows. A GPU's
+            # products read rows alone, so there a kernel writes both, from one reading.
+            one = quantizer.shared and weight.device.type != "cuda"
             for copy in dict.fromkeys(("row", *self._copies(f"q{variable}", i, BACKWARD))):
-                # Where one is the transpose of the other, both have the parts of the rows.
-                stem = f"{variable}_{'row' if quantizer.shared else copy}"
-                specs = quantizer.part_specs(program.request.weights[variable], copy)
+                stem = f"{variable}_{'row' if one else copy}"
+                specs = quantizer.part_specs(weight, copy)
                 copies[copy] = {f"{stem}{part}": spec for part, spec in enumerate(specs)}
                 self.parts |= copies[copy]
             self.operands[f"q{variable}"] = Operand(quantizer, program.specs[i], i, copies)
-            names = ("row",) if quantizer.shared else tuple(copies)
+            names = ("row",) if one else tuple(copies)
             yield Prepared(k, names, len(copies["row"]))
 
     def _keep(self, name: str) -> None:

@@ -43,3 +43,25 @@ def test_calls_choose_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         y = module(x)
         monkeypatch.setattr(quantizing, "_chosen", None)
         assert torch.equal(module(x), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", [og.recipe.Float8CurrentScaling, og.recipe.DelayedScaling])
+def test_on_a_gpu_no_backward_transposes_weights(recipe: type) -> None:
+    """A product reads operands by rows: kernels write both copies when weights are quantized."""
+    module = og.Sequential(Linear(64, 128, bias=False), Linear(128, 64, bias=False)).to("cuda")
+    with og.autocast(recipe=recipe()):
+        plan, inference = module.plan(training=True), module.plan(training=False)
+        y = module(torch.randn(32, 64, device="cuda", requires_grad=True))
+    assert "_row_col(weight" in plan.prepare_source
+    assert "_row(weight" in inference.prepare_source
+    scale = [torch.tensor(2.0, device="cuda")] if plan.specs.reports else []
+    weights = [p.detach() for p in module.parameters()]
+    parts, _ = plan.run_prepare(*weights, *scale * 2)
+    rows, cols = parts[0], parts[3]
+    assert torch.equal(rows.view(torch.uint8), cols.view(torch.uint8))
+    assert rows.is_contiguous()
+    assert cols.t().is_contiguous()
+    with torch.profiler.profile() as profile:
+        y.backward(torch.ones_like(y))
+    assert not [event.key for event in profile.key_averages() if "aten::copy_" in event.key]
