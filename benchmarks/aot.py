@@ -303,7 +303,7 @@ def cases(which: str) -> Iterator[Case]:
 def _quantize_cases(which: str) -> Iterator[Case]:
     """Both copies at once, as training wants them; in "all" the row copy alone too."""
     kinds, widths, dtypes = ["cast", "rmsnorm", "swiglu", "swiglu backward"], [4096], [HALF]
-    scalings = ["mx", "nvfp4"] if which == "few" else list(TARGETS)
+    scalings = ["tensor", "blocks", "nvfp4"] if which == "few" else list(TARGETS)
     wants: list[tuple[str, ...]] = [BOTH]
     if which == "all":
         kinds += ["layernorm", "gelu", "geglu_erf backward"]

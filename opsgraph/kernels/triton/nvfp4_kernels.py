@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 from .dropout import random_bits
+from .quantize_gradients import _gradients
 from .quantize_kernels import FP32_MAX, INFINITY_BITS, encode, magnitude, scaled, store_amax
-from .quantize_tiles import _gradients, _source
+from .quantize_tiles import _source
 
 MINUS = tl.constexpr(0x243F)
 """Signs of the Hadamard transform, as in the reference."""
@@ -184,7 +185,7 @@ def nvfp4_backward_kernel(
 ):  # fmt: skip
     """One tile of dx (for a gated kind one of each half) and of y, the activation again.
 
-    As `quantize_tiles.activation_backward_kernel`: each is made anew, the cache holds dy and x.
+    Each is made anew from dy and x, which the cache holds: to keep all three would spill.
     """
     across: tl.constexpr = (WIDTH + C - 1) // C
     tile = tl.program_id(0)

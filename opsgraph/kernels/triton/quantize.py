@@ -23,10 +23,18 @@ from ..formats import BLOCKS, E5M2, NVFP4, Copies, Copy, Format, Target, check
 from . import activations, nvfp4
 from .activations import _output_width
 from .launch import ceil_div, launch, max_partials, on_device_of, stride_unit
-from .quantize_tiles import copy_kernel, rows_kernel
+from .quantize_tiles import amax_kernel, blocks_kernel, copy_kernel, rows_kernel
 from .source import Source
 
-TILE = 128
+COPY_CONFIG = {"R": 64, "C": 64, "num_warps": 4}
+"""Where columns are written, of sources that read one tensor."""
+BLOCKS_CONFIGS = {
+    "blocks": {"R": 32, "COL_R": 64, "STAGES": 1, "num_warps": 4},
+    "square": {"R": 32, "COL_R": 128, "STAGES": 1, "num_warps": 8},
+}
+MADE_CONFIG = {"R": 32, "COL_R": 32, "STAGES": 1, "num_warps": 8}
+"""Of blocks of what a source makes of x."""
+AMAX_CONFIG = {"BLOCK": 4096, "num_warps": 4}
 
 
 @cache
@@ -40,12 +48,12 @@ def native(device: torch.device) -> bool:
 def tile_config(width: int, tall: bool, tensors: int = 1) -> dict[str, int]:
     """Compile options for tiles of rows that are `width` wide.
 
-    tall: 128 x 128, which transposed stores and blocks along both dimensions need; else rows are
+    tall: for columns too, which are written in pieces as long as the tile is tall; else rows are
     written in long pieces. tensors: how many such tiles of fp32 a program holds.
     """
     if tall:
-        return {"R": TILE, "C": TILE, "num_warps": 8 if tensors == 1 else 16}
-    cols = min(1024, max(TILE, triton.next_power_of_2(width)))
+        return COPY_CONFIG | {"num_warps": COPY_CONFIG["num_warps"] * tensors}
+    cols = min(1024, max(128, triton.next_power_of_2(width)))
     return {"R": 4096 // cols, "C": cols, "num_warps": 4 if tensors == 1 else 8}
 
 
@@ -60,6 +68,12 @@ def _config(source: Source, to: Format, tall: bool, amax: bool = False) -> dict[
     tensors = 2 if source.flags["GATED"] else 1
     key = source.width, tall, tensors, source.name, source.x.dtype, to.scaling, amax
     return configured("quantize", key, _configs)
+
+
+@cache
+def _blocks_configs(scaling: str, source: str, *_: Any) -> tuple[dict[str, int], ...]:
+    usual = BLOCKS_CONFIGS[scaling] if source == "plain" else MADE_CONFIG
+    return around(usual, R=(16, 64), COL_R=(32, 128), STAGES=(1, 2), num_warps=(4, 16))
 
 
 def constants(to: Format, device: torch.device) -> dict[str, Any]:
@@ -151,10 +165,14 @@ def copies(
     if empty:
         amax = x.new_zeros((), dtype=torch.float32)
     elif to.scaling == "tensor" and scale is None and amax is None:
-        amax = _run(source, to, Output(amax=True))
+        flat = source.name == "plain" and x.is_contiguous()
+        amax = _amax(x) if flat else _run(source, to, Output(amax=True))
     output = new_output(rows, width, to, x, scale, want, amax)
     if empty or not output.asked():
         return output.copies(want, amax)
+    if to.scaling == "square" or (to.scaling == "blocks" and output.col is not None):
+        _run_blocks(source, to, output)
+        return output.copies(want, None)
     if to.scaling != "rows":
         found = _run(source, to, output)
         return output.copies(want, found if output.amax else amax)
@@ -169,8 +187,7 @@ def copies(
 def _run(source: Source, to: Format, output: Output, columns: bool = False) -> Tensor | None:
     """One launch of `copy_kernel`; returns the amax `[]`, or all columns', if that is asked."""
     x, rows = source.x, source.x.size(0)
-    tall = output.col is not None or to.scaling == "square" or columns
-    options = _config(source, to, tall, output.amax)
+    options = _config(source, to, output.col is not None or columns, output.amax)
     down, across = ceil_div(rows, options["R"]), ceil_div(source.width, options["C"])
     unit, row_unit = stride_unit(x), 16 if output.col is not None and rows % 16 == 0 else 1
     new = partial(torch.empty, dtype=torch.float32, device=x.device)
@@ -186,6 +203,34 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
         )  # fmt: skip
         found = amaxes if amaxes is not None else col_amaxes
         return None if found is None else max_partials(found)
+
+
+def _run_blocks(source: Source, to: Format, output: Output) -> None:
+    x, rows, block = source.x, source.x.size(0), BLOCKS[to.scaling]
+    unit, row_unit = stride_unit(x), 16 if rows % 16 == 0 else 1
+    key = to.scaling, source.name, source.width, source.flags["GATED"], x.dtype
+    with on_device_of(x):
+        launch(
+            blocks_kernel, (ceil_div(rows, block) * ceil_div(source.width, block),),
+            *source.operands(), *output.operands(None)[:4], rows // row_unit, x.stride(0) // unit,
+            ROW_UNIT=row_unit, UNIT=unit, **source.constants(), **constants(to, x.device),
+            SCALING=to.scaling, BLOCK=block, **configured("quantize_blocks", key, _blocks_configs),
+        )  # fmt: skip
+
+
+def _amax(x: Tensor) -> Tensor:
+    """The amax `[]` of a contiguous tensor."""
+    count = x.numel()
+    unit = 16 if count % 16 == 0 else 1
+    pieces = 8 if count >= 2**22 else 1
+    programs = ceil_div(count, AMAX_CONFIG["BLOCK"] * pieces)
+    amaxes = torch.empty(programs, dtype=torch.float32, device=x.device)
+    with on_device_of(x):
+        launch(
+            amax_kernel, (programs,), x, amaxes, count // unit, UNIT=unit, PIECES=pieces,
+            **AMAX_CONFIG,
+        )  # fmt: skip
+        return max_partials(amaxes)
 
 
 def _run_rows(source: Source, to: Format, output: Output) -> None:

@@ -20,20 +20,28 @@ from .launch import (
     stride_unit,
     sum_partials,
 )
-from .quantize import TILE, Output, constants, new_output
-from .quantize_tiles import activation_backward_kernel
+from .quantize import Output, constants, new_output
+from .quantize_gradients import activation_backward_blocks_kernel, activation_backward_kernel
 
-CONFIGS = {
-    "tensor": {"R": 64, "C": 64, "PARTS": 1, "num_warps": 8},
-    "mx": {"R": 64, "C": 64, "PARTS": 1, "num_warps": 8},
-    "blocks": {"R": TILE, "C": TILE, "PARTS": 2, "num_warps": 8},
-    "square": {"R": TILE, "C": TILE, "PARTS": 1, "num_warps": 8},
-}
+CONFIG = {"R": 64, "C": 64, "TILES": 1, "STAGES": 1, "num_warps": 8}
+SUM_CONFIG = CONFIG | {"R": 32, "num_warps": 4}
+"""With a bias gradient: sums over a tile's columns take registers of their own."""
+AMAX_CONFIG = {"R": 8, "C": 256, "TILES": 16, "STAGES": 2, "num_warps": 4}
+"""Where amaxes are all that is wanted, and nothing is stored by columns."""
+BLOCKS_CONFIG = {"R": 16, "COL_R": 32, "STAGES": 3, "num_warps": 8}
+SQUARE_CONFIG = BLOCKS_CONFIG | {"STAGES": 1}
 
 
 @cache
-def _configs(scaling: str, *_: Any) -> tuple[dict[str, int], ...]:
-    return around(CONFIGS[scaling], num_warps=(4, 16))
+def _configs(scaling: str, stored: bool, summed: bool, *_: Any) -> tuple[dict[str, int], ...]:
+    if scaling in ("blocks", "square"):
+        usual = BLOCKS_CONFIG if scaling == "blocks" else SQUARE_CONFIG
+        return around(usual, R=(8, 32), COL_R=(16, 64), STAGES=(1, 3), num_warps=(4, 16))
+    if summed:
+        return around(SUM_CONFIG, R=(32, 64), num_warps=(4, 16))
+    if not stored:
+        return around(AMAX_CONFIG, R=(4, 16), TILES=(8, 32), num_warps=(4, 8))
+    return around(CONFIG, num_warps=(4, 16))
 
 
 def activation_backward_quantize(
@@ -49,7 +57,7 @@ def activation_backward_quantize(
     ("row", "col", "amax"). Scaling "tensor" without a scale, and NVFP4, read dy and x twice, as in
     `quantize`; "rows" is not there.
     dbias: the dtype in which to return the column sums of the unrounded dx, in fp32 and in a fixed
-    order: over 64 or 128 rows, then over those sums.
+    order: over up to 128 rows, then over those sums.
     Raises ValueError, also where a block would hold columns of both halves of a gated dx.
     """
     flags, y_to = dict(activations.constants(kind, params)), y_to or to
@@ -93,29 +101,38 @@ def _run(
     if not (dx.asked() or y.asked() or dbias is not None):
         return None, None, None
     rows, total = x.shape
-    new = torch.empty if x.numel() else torch.zeros
-    passes = dx.asked(), y.asked(), dx.amax or y.amax, dbias is not None
-    key = to.scaling, flags["WIDTH"], flags["GATED"], x.dtype, *passes
+    blocks = to.scaling in ("blocks", "square")
+    stored = any(copy is not None for output in (dx, y) for copy in (output.row, output.col))
+    block = BLOCKS[to.scaling]
+    passes = stored, dbias is not None, dx.amax or y.amax
+    key = to.scaling, *passes, flags["WIDTH"], flags["GATED"], x.dtype
     options = configured("activation_backward_quantize", key, _configs)
-    down, across = ceil_div(rows, options["R"]), ceil_div(flags["WIDTH"], options["C"])
-    count = max(1, down * across * (2 if flags["GATED"] else 1))
+    height = block if blocks else options["R"] * options["TILES"]
+    down, across = (
+        ceil_div(rows, height),
+        ceil_div(flags["WIDTH"], block if blocks else options["C"]),
+    )
+    new = torch.empty if x.numel() else torch.zeros
     amaxes, y_amaxes = (
-        torch.zeros(count, dtype=torch.float32, device=x.device) if output.amax else None
+        new(max(1, down * across), dtype=torch.float32, device=x.device) if output.amax else None
         for output in (dx, y)
     )
     bias = sums = None
     if dbias is not None:
         bias = new(total, dtype=dbias, device=x.device)
-        sums = torch.empty(down * options["PARTS"], total, dtype=torch.float32, device=x.device)
+        tiles = down * (1 if blocks else options["TILES"])
+        sums = torch.empty(tiles, total, dtype=torch.float32, device=x.device)
     if x.numel():
         unit, row_unit = stride_unit(dy, x), 16 if rows % 16 == 0 else 1
+        kernel = activation_backward_blocks_kernel if blocks else activation_backward_kernel
+        taken = slice(4 if blocks else None)
         with on_device_of(x):
             launch(
-                activation_backward_kernel, (down * across,),
-                dy, x, *dx.operands(amaxes), *y.operands(y_amaxes), sums,
+                kernel, (down * across,),
+                dy, x, *dx.operands(amaxes)[taken], *y.operands(y_amaxes)[taken], sums,
                 rows // row_unit, dy.stride(0) // unit, x.stride(0) // unit,
                 ROW_UNIT=row_unit, UNIT=unit, **flags, **constants(to, x.device),
-                Y_E5M2=y_dtype == E5M2, SCALING=to.scaling, BLOCK=BLOCKS[to.scaling],
+                Y_E5M2=y_dtype == E5M2, SCALING=to.scaling, BLOCK=block,
                 **options, **FUSION,
             )  # fmt: skip
             sum_partials(sums, bias, None, None)

@@ -17,8 +17,11 @@ import triton.language as tl
 FP32_MAX = tl.constexpr(3.4028234663852886e38)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 
-_CONVERT = "{.reg .b16 pair; cvt.rn.satfinite.%s.f32 pair, 0f00000000, $1; cvt.u32.u16 $0, pair;}"
-_TO_E4M3, _TO_E5M2 = tl.constexpr(_CONVERT % "e4m3x2"), tl.constexpr(_CONVERT % "e5m2x2")
+_CONVERT = (
+    "{.reg .b16 low, high; cvt.rn.satfinite.%s.f32 low, $2, $1; "
+    "cvt.rn.satfinite.%s.f32 high, $4, $3; mov.b32 $0, {low, high};}"
+)
+_TO_E4M3, _TO_E5M2 = (tl.constexpr(_CONVERT % (kind, kind)) for kind in ("e4m3x2", "e5m2x2"))
 
 
 @triton.jit
@@ -28,19 +31,24 @@ def magnitude(value):
 
 
 @triton.jit
+def largest(bits):
+    """The largest of a tile's magnitudes."""
+    return tl.max(tl.ravel(bits), 0)
+
+
+@triton.jit
 def store_amax(value, amax):
     """The tile's amax, a NaN if it holds one."""
-    bits = tl.max(tl.max(magnitude(value), 1), 0)
-    tl.store(amax, bits.to(tl.float32, bitcast=True))
+    tl.store(amax, largest(magnitude(value)).to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def encode(value, E5M2: tl.constexpr, NATIVE: tl.constexpr):
     """fp32 to the bytes of FP8: saturated, rounded to nearest even, 0x7F for a NaN.
 
-    NATIVE: by the conversion of sm_89 and later, one value at a time. Triton's own makes pairs, and
-    where both the row and the column copy are stored, ptxas 12.8 puts a pair into a word of one and
-    its stack pointer into the other.
+    NATIVE: by the conversion of sm_89 and later, four values to a word. Triton's own makes pairs,
+    and where both the row and the column copy are stored, ptxas 12.8 puts a pair into a word of one
+    and its stack pointer into the other.
 
     Triton's interpreter rounds differently, so there and on older chips the bits are put together
     here: adding a number whose unit in the last place is FP8's smallest step rounds subnormals, and
@@ -48,7 +56,7 @@ def encode(value, E5M2: tl.constexpr, NATIVE: tl.constexpr):
     """
     if NATIVE:
         CONVERT: tl.constexpr = _TO_E5M2 if E5M2 else _TO_E4M3
-        return tl.inline_asm_elementwise(CONVERT, "=r,f", [value], tl.int32, True, 1).to(tl.uint8)
+        return tl.inline_asm_elementwise(CONVERT, "=r,f,f,f,f", [value], tl.uint8, True, 4)
     else:
         LARGEST: tl.constexpr = 57344.0 if E5M2 else 448.0
         value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
@@ -69,31 +77,24 @@ def encode(value, E5M2: tl.constexpr, NATIVE: tl.constexpr):
 @triton.jit
 def scaled(value, multiplier):
     """The product; NaN, where an infinite one would be saturated, for a value that is infinite."""
-    return value * multiplier - (value - value)
-
-
-@triton.jit
-def scaled_within(value, multiplier):
-    """`scaled` by what the values' own amax gives, so that no other product is infinite.
-
-    The value need not be kept until then: in one kernel that makes the difference to a spill.
-    """
-    product = value * multiplier
-    return product - (product - product)
+    return tl.fma(value, tl.broadcast_to(multiplier, value.shape), value * 0.0)
 
 
 @triton.jit
 def scale_of(bits, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """The multiplier of amaxes, given by their bits."""
-    amax = bits.to(tl.float32, bitcast=True)
     if EPS > 0:
-        amax = tl.maximum(amax, EPS, propagate_nan=tl.PropagateNan.ALL)
-    largest = tl.full(bits.shape, 57344.0 if E5M2 else 448.0, tl.float32)
-    scale = tl.minimum(tl.div_rn(largest, amax), FP32_MAX)
-    scale = tl.where((amax > 0) & (bits < INFINITY_BITS), scale, 1.0)
-    if POWER_OF_TWO:
-        scale = (scale.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
-    return scale
+        least = tl.full(bits.shape, EPS, tl.float32).to(tl.int32, bitcast=True)
+        bits = tl.maximum(bits, least)
+    if POWER_OF_TWO:  # 1.75 * 2^n / amax, down to a power of two
+        exponent = (
+            (269 if E5M2 else 262) - (bits >> 23) - ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+        )
+        scale = (tl.minimum(exponent, 254) << 23).to(tl.float32, bitcast=True)
+    else:
+        top = tl.full(bits.shape, 57344.0 if E5M2 else 448.0, tl.float32)
+        scale = tl.minimum(tl.div_rn(top, bits.to(tl.float32, bitcast=True)), FP32_MAX)
+    return tl.where((bits > 0) & (bits < INFINITY_BITS), scale, 1.0)
 
 
 @triton.jit
@@ -123,7 +124,20 @@ def store_data(
 
 
 @triton.jit
-def store_copy(
+def block_scales(
+    bits, SCALING: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr
+):
+    """Of blocks' amaxes: the multipliers, and the scales as they are stored."""
+    if SCALING == "mx":
+        exponent = e8m0_of(bits, E5M2)
+        return e8m0_multiplier(exponent), exponent.to(tl.uint8)
+    else:
+        multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
+        return multiplier, multiplier
+
+
+@triton.jit
+def store_row_copy(
     value, first_row, first_col, end_row, end_col, width, data, scale, given,
     R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr,
     E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
@@ -135,81 +149,136 @@ def store_copy(
         multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
         # Chosen, not `&`: the interpreter of Triton 3.9 refuses a block's mask and a scalar's.
         tl.store(scale + row, multiplier, row < tl.where(first_col == 0, end_row, 0))
-        codes = encode(scaled_within(value, multiplier[:, None]), E5M2, NATIVE)
+        codes = encode(scaled(value, multiplier[:, None]), E5M2, NATIVE)
     else:
         blocks = tl.reshape(value, [R, C // BLOCK, BLOCK])
         bits = tl.max(magnitude(blocks), 2)
-        if SCALING == "mx":
-            exponent = e8m0_of(bits, E5M2)
-            grid = exponent.to(tl.uint8)
-            multiplier = e8m0_multiplier(exponent)
-        else:
-            multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
-            grid = multiplier
+        multiplier, stored = block_scales(bits, SCALING, E5M2, EPS, POWER_OF_TWO)
         block = first_col // BLOCK + tl.arange(0, C // BLOCK)[None, :]
         at = row.to(tl.int64)[:, None] * tl.cdiv(width, BLOCK) + block
-        tl.store(scale + at, grid, (row[:, None] < end_row) & (block * BLOCK < end_col))
-        codes = tl.reshape(
-            encode(scaled_within(blocks, multiplier[:, :, None]), E5M2, NATIVE), [R, C]
-        )
+        tl.store(scale + at, stored, (row[:, None] < end_row) & (block * BLOCK < end_col))
+        codes = encode(scaled(blocks, multiplier[:, :, None]), E5M2, NATIVE)
+        codes = tl.reshape(codes, [R, C])
     store_data(codes, first_row, first_col, end_row, end_col, width, data, R, C)
 
 
 @triton.jit
-def shared_codes(
-    value, first_row, first_col, rows, width, row_scale, col_scale, given,
-    R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr,
+def store_col_copy(
+    value, first_row, first_col, rows, end_col, data, scale, given,
+    R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr,
     E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The bytes that the row and the column copy share: scales "tensor" and "square".
-
-    "tensor" has one scale for both: `1 / scale` is written to col_scale.
-    """
-    if SCALING == "square":
-        bits = tl.max(tl.max(magnitude(value), 1), 0)
+    """`store_row_copy` of the transpose; what is transposed is its bytes."""
+    cols = first_col + tl.arange(0, C)
+    if SCALING == "rows":
+        bits = magnitude(tl.load(given + cols, cols < end_col, other=0.0))
         multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
-        row, col = first_row // R, first_col // C
-        if row_scale is not None:
-            tl.store(row_scale + row * tl.cdiv(width, C) + col, multiplier)
-        if col_scale is not None:
-            tl.store(col_scale + col * tl.cdiv(rows, R) + row, multiplier)
+        tl.store(scale + cols, multiplier, cols < tl.where(first_row == 0, end_col, 0))
+        codes = encode(scaled(value, multiplier[None, :]), E5M2, NATIVE)
     else:
-        multiplier = tl.load(given)
-        first = (first_row == 0) & (first_col == 0)
-        if row_scale is not None:
-            multiplier = scale_of(magnitude(multiplier), E5M2, EPS, POWER_OF_TWO)
-            tl.store(row_scale, multiplier, first)
-        if col_scale is not None:
-            tl.store(col_scale, tl.div_rn(tl.full([], 1.0, tl.float32), multiplier), first)
-    return encode(scaled(value, multiplier), E5M2, NATIVE)
+        blocks = tl.reshape(value, [R // BLOCK, BLOCK, C])
+        bits = tl.max(magnitude(blocks), 1)
+        multiplier, stored = block_scales(bits, SCALING, E5M2, EPS, POWER_OF_TWO)
+        block = first_row // BLOCK + tl.arange(0, R // BLOCK)[:, None]
+        at = cols.to(tl.int64)[None, :] * tl.cdiv(rows, BLOCK) + block
+        tl.store(scale + at, stored, (cols[None, :] < end_col) & (block * BLOCK < rows))
+        codes = encode(scaled(blocks, multiplier[:, None, :]), E5M2, NATIVE)
+        codes = tl.reshape(codes, [R, C])
+    store_data(tl.trans(codes), first_col, first_row, end_col, rows, rows, data, C, R)
 
 
 @triton.jit
-def store_copies(
-    value, first_row, first_col, rows, end_col, width, row_data, row_scale, col_data, col_scale,
-    given, R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr,
-    E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+def current_scale(
+    given, scale, SCALING: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    """The row copy and the column copy of a tile, where there is data for each."""
-    if row_data is None and col_data is None:
-        pass
-    elif SCALING == "tensor" or SCALING == "square":
-        codes = shared_codes(
-            value, first_row, first_col, rows, width, row_scale, col_scale, given,
-            R, C, SCALING, E5M2, EPS, POWER_OF_TWO, NATIVE,
-        )  # fmt: skip
+    """The multiplier of scaling "tensor" by the amax, before the tile; 1 where a scale is given."""
+    if SCALING == "tensor" and scale is not None:
+        return scale_of(magnitude(tl.load(given)), E5M2, EPS, POWER_OF_TWO)
+    else:
+        return tl.full([], 1.0, tl.float32)
+
+
+@triton.jit
+def store_tensor_scale(multiplier, scale, inverse, given, SCALING: tl.constexpr):
+    """The scale if it is made here, and 1 / scale: by the first program, after its tile."""
+    if SCALING == "tensor" and (scale is not None or inverse is not None):
+        if tl.program_id(0) == 0:
+            if scale is not None:
+                tl.store(scale, multiplier)
+            else:
+                multiplier = tl.load(given)
+            if inverse is not None:
+                tl.store(inverse, tl.div_rn(tl.full([], 1.0, tl.float32), multiplier))
+
+
+@triton.jit
+def square_scale(
+    bits, row, col, rows, width, row_scale, col_scale, BLOCK: tl.constexpr,
+    E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+):  # fmt: skip
+    """The multiplier of a square block with that amax, the one at (row, col); writes it to both."""
+    multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
+    if row_scale is not None:
+        tl.store(row_scale + row * tl.cdiv(width, BLOCK) + col, multiplier)
+    if col_scale is not None:
+        tl.store(col_scale + col * tl.cdiv(rows, BLOCK) + row, multiplier)
+    return multiplier
+
+
+@triton.jit
+def column_scales(
+    bits, cols, end_col, block, rows, scale, BLOCK: tl.constexpr,
+    E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+):  # fmt: skip
+    """The multipliers `[1, C]` of columns in a block of rows, by magnitudes in it; writes them."""
+    multiplier = scale_of(tl.max(bits, 0), E5M2, EPS, POWER_OF_TWO)
+    tl.store(scale + cols.to(tl.int64) * tl.cdiv(rows, BLOCK) + block, multiplier, cols < end_col)
+    return multiplier[None, :]
+
+
+@triton.jit
+def store_shared(
+    value, multiplier, first_row, first_col, rows, end_col, width, row_data, col_data,
+    R: tl.constexpr, C: tl.constexpr, E5M2: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The row and the column copy, which share their bytes: scales "tensor" and "square"."""
+    if row_data is not None or col_data is not None:
+        codes = encode(scaled(value, multiplier), E5M2, NATIVE)
         if row_data is not None:
             store_data(codes, first_row, first_col, rows, end_col, width, row_data, R, C)
         if col_data is not None:
             store_data(tl.trans(codes), first_col, first_row, end_col, rows, rows, col_data, C, R)
+
+
+@triton.jit
+def store_copies(
+    value, multiplier, first_row, first_col, rows, end_col, width, row_data, row_scale, col_data,
+    col_scale, given, R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr,
+    E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The row copy and the column copy of a tile, where there is data for each.
+
+    Scaling "tensor" has one scale: given, read late as a tile's loads come first, or `multiplier`,
+    by which row_scale is written elsewhere. Not of "square".
+    """
+    if row_data is None and col_data is None:
+        pass
+    elif SCALING == "tensor":
+        if row_scale is None:
+            multiplier = tl.load(given)
+        store_shared(
+            value, multiplier, first_row, first_col, rows, end_col, width, row_data, col_data,
+            R, C, E5M2, NATIVE,
+        )  # fmt: skip
     else:
         if row_data is not None:
-            store_copy(
+            store_row_copy(
                 value, first_row, first_col, rows, end_col, width, row_data, row_scale, given,
                 R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
             )  # fmt: skip
         if col_data is not None:
-            store_copy(
-                tl.trans(value), first_col, first_row, end_col, rows, rows, col_data, col_scale,
-                given, C, R, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+            store_col_copy(
+                value, first_row, first_col, rows, end_col, col_data, col_scale, given,
+                R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
             )  # fmt: skip

@@ -27,7 +27,7 @@ from .launch import (
 from .norm_kernels import STRIDES, forward_wide_kernel, normalized
 from .norms import FUSION, NARROW, forward_config
 from .quantize import Output, constants, copies, new_output
-from .quantize_kernels import store_amax, store_copies
+from .quantize_kernels import current_scale, store_amax, store_copies, store_tensor_scale
 from .source import Source
 
 
@@ -44,6 +44,7 @@ def norm_quantize_kernel(
     cols = tl.arange(0, C)[None, :]
     first_row = tl.program_id(0) * R
     row = first_row.to(tl.int64) + tl.arange(0, R)[:, None]
+    multiplier = current_scale(given, scale, SCALING, E5M2, EPS, POWER_OF_TWO)
     value = normalized(
         x, other, weight, bias, total, mean, rstd, row, rows, x_stride.to(tl.int64) * UNIT,
         other_stride.to(tl.int64) * UNIT, WIDTH, NORM_EPS, ZERO_CENTERED, CENTER, C,
@@ -53,9 +54,10 @@ def norm_quantize_kernel(
     if amax is not None:
         store_amax(value, amax + tl.program_id(0))
     store_copies(
-        value, first_row, 0, rows, WIDTH, WIDTH, data, scale, None, inverse, given,
+        value, multiplier, first_row, 0, rows, WIDTH, WIDTH, data, scale, None, inverse, given,
         R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
     )  # fmt: skip
+    store_tensor_scale(multiplier, scale, inverse, given, SCALING)
 
 
 def _read(

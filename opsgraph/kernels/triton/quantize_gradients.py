@@ -1,0 +1,249 @@
+"""Kernels that make an activation's gradient tile by tile, and the activation, and quantize both.
+
+Both are rounded to x's dtype first, as the kernels that store them would.
+"""
+
+import triton
+import triton.language as tl
+
+from .activations import _backward, _gate_backward, _load
+from .quantize_kernels import (
+    column_scales,
+    current_scale,
+    largest,
+    magnitude,
+    square_scale,
+    store_copies,
+    store_row_copy,
+    store_shared,
+    store_tensor_scale,
+)
+
+
+@triton.jit
+def _gradients(
+    dy, x, first_row, first_col, rows, dy_stride, x_stride,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """A tile of y, da and db (da again unless gated), zero outside the tensor."""
+    row = first_row + tl.arange(0, R)[:, None]
+    cols = first_col + tl.arange(0, C)[None, :]
+    mask = (row < rows) & (cols < WIDTH)
+    grad = _load(dy, row.to(tl.int64) * dy_stride * UNIT + cols, mask)
+    at = row.to(tl.int64) * x_stride * UNIT + cols
+    a = _load(x, at, mask)
+    if GATED:
+        b = _load(x, at + WIDTH, mask)
+        value, da, db = _gate_backward(grad, a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+    else:
+        value, da = _backward(grad, a, FUNCTION, ALPHA)
+        db = da
+    da, db = tl.where(mask, da, 0.0), tl.where(mask, db, 0.0)
+    return tl.where(mask, value, 0.0), da, db
+
+
+@triton.jit
+def _rounded(value, x):
+    return value.to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _most(bits, R: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr):
+    """A tile's largest; of one among several, only of 8 neighbours each, which one thread has."""
+    if TILES == 1:
+        return largest(bits)
+    else:
+        return tl.max(tl.reshape(bits, [R, C // 8, 8]), 2)
+
+
+@triton.jit(do_not_specialize=["rows", "dy_stride", "x_stride"])
+def activation_backward_kernel(
+    dy, x, dx_row, dx_row_scale, dx_col, dx_col_scale, dx_given, dx_amax,
+    y_row, y_row_scale, y_col, y_col_scale, y_given, y_amax, dbias, rows, dy_stride, x_stride,
+    ROW_UNIT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr,
+    GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    TILES: tl.constexpr, STAGES: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    SCALING: tl.constexpr, BLOCK: tl.constexpr, E5M2: tl.constexpr, Y_E5M2: tl.constexpr,
+    EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Tiles of dx (for a gated kind of each half) and of y, TILES of them down, from one reading.
+
+    Scales are "tensor", with amaxes, or "mx"; dbias takes dx's column sums over each tile.
+    """
+    rows *= ROW_UNIT
+    across: tl.constexpr = (WIDTH + C - 1) // C
+    total: tl.constexpr = WIDTH * 2 if GATED else WIDTH
+    part, first_col = tl.program_id(0) // across, (tl.program_id(0) % across) * C
+    dx_bits = tl.full([], 0, tl.int32)
+    y_bits = dx_bits
+    if TILES > 1:
+        dx_bits = tl.zeros([R, C // 8], tl.int32)
+        y_bits = tl.zeros([R, C // 8], tl.int32)
+    dx_multiplier = current_scale(dx_given, dx_row_scale, SCALING, E5M2, EPS, POWER_OF_TWO)
+    y_multiplier = current_scale(y_given, y_row_scale, SCALING, Y_E5M2, EPS, POWER_OF_TWO)
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        first_row = (part * TILES + tile) * R
+        y, da, db = _gradients(
+            dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
+            ALPHA, LIMIT, OFFSET, R, C,
+        )  # fmt: skip
+        if dbias is not None:
+            _store_sums(da, db, dbias, part * TILES + tile, first_col, WIDTH, GATED, C)
+        y, da, db = _rounded(y, x), _rounded(da, x), _rounded(db, x)
+        if dx_amax is not None:
+            bits = magnitude(da)
+            if GATED:
+                bits = tl.maximum(bits, magnitude(db))
+            dx_bits = tl.maximum(dx_bits, _most(bits, R, C, TILES))
+        if y_amax is not None:
+            y_bits = tl.maximum(y_bits, _most(magnitude(y), R, C, TILES))
+        store_copies(
+            da, dx_multiplier, first_row, first_col, rows, WIDTH, total, dx_row, dx_row_scale,
+            dx_col, dx_col_scale, dx_given, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+        )  # fmt: skip
+        if GATED:
+            store_copies(
+                db, dx_multiplier, first_row, first_col + WIDTH, rows, total, total, dx_row,
+                dx_row_scale, dx_col, dx_col_scale, dx_given, R, C, SCALING, BLOCK, E5M2, EPS,
+                POWER_OF_TWO, NATIVE,
+            )  # fmt: skip
+        store_copies(
+            y, y_multiplier, first_row, first_col, rows, WIDTH, WIDTH, y_row, y_row_scale,
+            y_col, y_col_scale, y_given, R, C, SCALING, BLOCK, Y_E5M2, EPS, POWER_OF_TWO, NATIVE,
+        )  # fmt: skip
+    if TILES > 1:
+        dx_bits, y_bits = largest(dx_bits), largest(y_bits)
+    if dx_amax is not None:
+        tl.store(dx_amax + tl.program_id(0), dx_bits.to(tl.float32, bitcast=True))
+    if y_amax is not None:
+        tl.store(y_amax + tl.program_id(0), y_bits.to(tl.float32, bitcast=True))
+    store_tensor_scale(dx_multiplier, dx_row_scale, dx_col_scale, dx_given, SCALING)
+    store_tensor_scale(y_multiplier, y_row_scale, y_col_scale, y_given, SCALING)
+
+
+@triton.jit
+def _store_sums(
+    a_sum, b_sum, dbias, part, first_col, WIDTH: tl.constexpr, GATED: tl.constexpr, C: tl.constexpr
+):
+    cols = first_col + tl.arange(0, C)
+    sums = dbias + part.to(tl.int64) * (WIDTH * 2 if GATED else WIDTH) + cols
+    tl.store(sums, tl.sum(a_sum, 0), cols < WIDTH)
+    if GATED:
+        tl.store(sums + WIDTH, tl.sum(b_sum, 0), cols < WIDTH)
+
+
+@triton.jit(do_not_specialize=["rows", "dy_stride", "x_stride"])
+def activation_backward_blocks_kernel(
+    dy, x, dx_row, dx_row_scale, dx_col, dx_col_scale, y_row, y_row_scale, y_col, y_col_scale,
+    dbias, rows, dy_stride, x_stride,
+    ROW_UNIT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr,
+    GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    R: tl.constexpr, COL_R: tl.constexpr, STAGES: tl.constexpr, SCALING: tl.constexpr,
+    BLOCK: tl.constexpr, E5M2: tl.constexpr, Y_E5M2: tl.constexpr, EPS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """As `quantize_tiles.blocks_kernel`: BLOCK x BLOCK of dx (of each half of it) and of y."""
+    rows *= ROW_UNIT
+    across: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    total: tl.constexpr = WIDTH * 2 if GATED else WIDTH
+    down, col = tl.program_id(0) // across, tl.program_id(0) % across
+    first_col = col * BLOCK
+    cols = first_col + tl.arange(0, BLOCK)
+    DX_LATER: tl.constexpr = dx_col is not None or (SCALING == "square" and dx_row is not None)
+    Y_LATER: tl.constexpr = y_col is not None or (SCALING == "square" and y_row is not None)
+    a_bits = tl.zeros([R, BLOCK], tl.int32)
+    b_bits = tl.zeros([R, BLOCK], tl.int32)
+    y_bits = tl.zeros([R, BLOCK], tl.int32)
+    a_sum = tl.zeros([R, BLOCK], tl.float32)
+    b_sum = tl.zeros([R, BLOCK], tl.float32)
+    for start in tl.range(0, BLOCK, R, num_stages=STAGES):
+        first_row = down * BLOCK + start
+        y, da, db = _gradients(
+            dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
+            ALPHA, LIMIT, OFFSET, R, BLOCK,
+        )  # fmt: skip
+        if dbias is not None:
+            a_sum += da
+            if GATED:
+                b_sum += db
+        y, da, db = _rounded(y, x), _rounded(da, x), _rounded(db, x)
+        if DX_LATER:
+            a_bits = tl.maximum(a_bits, magnitude(da))
+            if GATED:
+                b_bits = tl.maximum(b_bits, magnitude(db))
+        if Y_LATER:
+            y_bits = tl.maximum(y_bits, magnitude(y))
+        if SCALING == "blocks":
+            if dx_row is not None:
+                store_row_copy(
+                    da, first_row, first_col, rows, WIDTH, total, dx_row, dx_row_scale, None,
+                    R, BLOCK, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+                )  # fmt: skip
+                if GATED:
+                    store_row_copy(
+                        db, first_row, first_col + WIDTH, rows, total, total, dx_row, dx_row_scale,
+                        None, R, BLOCK, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+                    )  # fmt: skip
+            if y_row is not None:
+                store_row_copy(
+                    y, first_row, first_col, rows, WIDTH, WIDTH, y_row, y_row_scale, None,
+                    R, BLOCK, SCALING, BLOCK, Y_E5M2, EPS, POWER_OF_TWO, NATIVE,
+                )  # fmt: skip
+    if dbias is not None:
+        _store_sums(a_sum, b_sum, dbias, down, first_col, WIDTH, GATED, BLOCK)
+    if DX_LATER:
+        a_scale = _later_scale(
+            a_bits, cols, total, down, col, rows, dx_row_scale, dx_col_scale, SCALING, BLOCK,
+            E5M2, EPS, POWER_OF_TWO,
+        )  # fmt: skip
+        if GATED:
+            b_scale = _later_scale(
+                b_bits, cols + WIDTH, total, down, col + WIDTH // BLOCK, rows, dx_row_scale,
+                dx_col_scale, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO,
+            )  # fmt: skip
+    if Y_LATER:
+        y_scale = _later_scale(
+            y_bits, cols, WIDTH, down, col, rows, y_row_scale, y_col_scale, SCALING, BLOCK,
+            Y_E5M2, EPS, POWER_OF_TWO,
+        )  # fmt: skip
+    if DX_LATER or Y_LATER:
+        for start in tl.range(0, BLOCK, COL_R, num_stages=STAGES):
+            first_row = down * BLOCK + start
+            y, da, db = _gradients(
+                dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION,
+                GATED, ALPHA, LIMIT, OFFSET, COL_R, BLOCK,
+            )  # fmt: skip
+            if DX_LATER:
+                store_shared(
+                    _rounded(da, x), a_scale, first_row, first_col, rows, WIDTH, total,
+                    dx_row if SCALING == "square" else None, dx_col, COL_R, BLOCK, E5M2, NATIVE,
+                )  # fmt: skip
+                if GATED:
+                    store_shared(
+                        _rounded(db, x), b_scale, first_row, first_col + WIDTH, rows, total, total,
+                        dx_row if SCALING == "square" else None, dx_col, COL_R, BLOCK, E5M2, NATIVE,
+                    )  # fmt: skip
+            if Y_LATER:
+                store_shared(
+                    _rounded(y, x), y_scale, first_row, first_col, rows, WIDTH, WIDTH,
+                    y_row if SCALING == "square" else None, y_col, COL_R, BLOCK, Y_E5M2, NATIVE,
+                )  # fmt: skip
+
+
+@triton.jit
+def _later_scale(
+    bits, cols, width, down, col, rows, row_scale, col_scale, SCALING: tl.constexpr,
+    BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+):  # fmt: skip
+    """The multipliers of what is stored once the amaxes of all of a tile are known."""
+    if SCALING == "square":
+        return square_scale(
+            largest(bits), down, col, rows, width, row_scale, col_scale, BLOCK, E5M2, EPS,
+            POWER_OF_TWO,
+        )  # fmt: skip
+    else:
+        return column_scales(
+            bits, cols, width, down, rows, col_scale, BLOCK, E5M2, EPS, POWER_OF_TWO
+        )
