@@ -33,9 +33,11 @@ SQUARE_CONFIG = BLOCKS_CONFIG | {"STAGES": 1}
 
 
 @cache
-def _configs(scaling: str, stored: bool, summed: bool, *_: Any) -> tuple[dict[str, int], ...]:
+def _configs(scaling: str, stored: bool, summed: bool, *key: Any) -> tuple[dict[str, int], ...]:
     if scaling in ("blocks", "square"):
         usual = BLOCKS_CONFIG if scaling == "blocks" else SQUARE_CONFIG
+        if key[-1] == torch.float32:  # more would not fit into the 99 KiB of sm_89 and sm_120
+            usual = usual | {"STAGES": min(2, usual["STAGES"])}
         return around(usual, R=(8, 32), COL_R=(16, 64), STAGES=(1, 3), num_warps=(4, 16))
     if summed:
         return around(SUM_CONFIG, R=(32, 64), num_warps=(4, 16))
