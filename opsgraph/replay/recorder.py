@@ -129,6 +129,11 @@ def span(tensor: Tensor) -> int:
 class Recorder(TorchDispatchMode):
     """Notes the events of one line after the other: `with recorder: ...`, then `take()`."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Dynamo compiles nothing under a mode; to tell it so imports it, which takes seconds."""
+        return False
+
     def __init__(self, count: int = 0) -> None:
         """count: of the arguments."""
         super().__init__()  # type: ignore[no-untyped-call]
