@@ -108,6 +108,7 @@ class Scaling(nn.Module):
         self._seen: dict[str, Any] = {}
         """Views of the buffers of amaxes, see `seen`."""
         self._known: dict[Any, Any] = {}
+        self._again: dict[Any, Any] = {}
         """What updates need of this state and others, see `updates`."""
         self.reset_parameters()
         self.label = ""
@@ -139,13 +140,13 @@ class Scaling(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         host = self.__dict__.copy()
-        for name in ("fixed", "_fixed", "_seen", "_known"):  # of these very buffers
+        for name in ("fixed", "_fixed", "_seen", "_known", "_again"):  # of these very buffers
             host.pop(name, None)
         return host
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._seen, self._known = {}, {}
+        self._seen, self._known, self._again = {}, {}, {}
         self.fix()
 
     def reset_parameters(self, but: Collection[str] = ()) -> None:
@@ -198,7 +199,7 @@ class Scaling(nn.Module):
         same = scale is now and version_of(now) == version and fixed.is_for_now()
         if not same or followed_ops(now):
             return snapshot(now, column)
-        return taken(fixed.scale(first + column))
+        return taken(fixed.views()[first + column])
 
     @property
     def moment(self) -> int:

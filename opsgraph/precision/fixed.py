@@ -26,11 +26,11 @@ class Fixed:
         """Whether views may be handed to what runs now: neither another stream nor a graph."""
         return stream_of(self.device) == self.stream and not capturing(self.device)
 
-    def scale(self, place: int) -> Tensor:
-        """A scale, fp32 `[]`, by its place; all views are made when one is first asked for."""
+    def views(self) -> Sequence[Tensor]:
+        """The scales, fp32 `[]`, by their place; made when they are first asked for."""
         if not self._views:
             self._views = self.values.view(-1).unbind(0)
-        return self._views[place]
+        return self._views
 
 
 def version_of(scale: Tensor) -> int:

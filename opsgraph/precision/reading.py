@@ -33,21 +33,22 @@ def scales_of(places: Iterable[tuple[Scaling, int]]) -> list[Tensor]:
     if not usual():
         return [state.read(column) for state, column in places]
     grad, current, found = torch.is_grad_enabled(), None, []
+    views: Sequence[Tensor] = ()
     for state, column in places:
         host = state.__dict__  # past the module's look at each attribute
         fixed, first, scale, version = host["_fixed"]
-        now = host["_buffers"]["scale"]
-        if now is not scale or type(now) is not Tensor or version_of(now) != version:
+        same = host["_buffers"]["scale"] is scale and type(scale) is Tensor
+        if not same or version != (version_of(scale) if version < 0 else scale._version):
             found.append(state.read(column))
             continue
         if fixed is not current:  # one update has made most
             if not fixed.is_for_now():
                 found.append(state.read(column))
                 continue
-            current = fixed
+            current, views = fixed, fixed.views()
         if grad:
             host["used"] = host["updates"]
-        found.append(fixed.scale(first + column))
+        found.append(views[first + column])
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..base import config
 from ..base.errors import OpsgraphError
+from ..guards.torch_private import ops_alone
 from ..kernels.reference.quantize import FP8_MAX, delayed_update, new_scales
 from .delayed import BACKWARD, FORWARD, Scaling, states_of
 from .exchange import reduce_flat
@@ -76,7 +77,7 @@ def _update(
 
     Raises OpsgraphError if ranks of the group have other states.
     """
-    if not states and group is None:
+    if group is None and (not states or _as_before(states, recipe, names)):
         return
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NORMAL:
         largest = None
@@ -104,7 +105,13 @@ def _update_on(
     known = _known(device, states, isinstance(algorithm, str))
     if isinstance(known, _Table):
         latest = algorithm == "most_recent"
-        fixed = Fixed(known.update(*known[1:], limits, recipe.margin, latest, names, amaxes))
+        update = partial(known.update, *known[1:], limits, recipe.margin, latest, names)
+        fixed = Fixed(update(amaxes))
+        if amaxes is None:
+            kept = states[0].__dict__["_again"]
+            kept[(recipe.key, *names)] = _Again(update, device, *_where(_all_buffers(states)))
+            if len(kept) > _MOST:
+                del kept[next(iter(kept))]
     else:
         scales: list[Any] = [state._buffers["scale"] for state in states]
         fixed = Fixed(new_scales(count * (1 + forward), device))
@@ -115,12 +122,55 @@ def _update_on(
             with torch.no_grad():
                 _by_formulas(known, recipe, name, limits[name == BACKWARD], ours)
         torch._foreach_copy_(list(fixed.rows[:count]), scales)
+    _hold(states, fixed, forward)
+
+
+def _hold(states: Sequence[Scaling], fixed: Fixed, forward: bool) -> None:
+    """Have states read their new scales. forward: whether those of before stand behind them."""
+    count = len(states)
     for k, state in enumerate(states):
         host = state.__dict__
         if forward:
             host["previous"] = fixed.rows[count + k]
             host["updates"] += 1
         state.hold(fixed, k, host["_buffers"]["scale"])
+
+
+class _Again(NamedTuple):
+    """An update by a kernel of states with buffers at certain addresses."""
+
+    update: Callable[[Tensor | None], Tensor]
+    device: torch.device
+    addresses: list[int]
+    lengths: list[int]
+
+
+def _all_buffers(states: Sequence[Scaling]) -> list[Tensor]:
+    """The four buffers of each state."""
+    buffers: list[Tensor] = []
+    for state in states:
+        buffers += _buffers_of(state.__dict__["_buffers"])
+    return buffers
+
+
+def _where(buffers: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """The address of each, and the lengths of the histories."""
+    return [*map(Tensor.data_ptr, buffers)], [history.size(0) for history in buffers[3::4]]
+
+
+def _as_before(states: Sequence[Scaling], recipe: DelayedScaling, names: Sequence[str]) -> bool:
+    """Update states by the same kernel on the same memory; returns False where it is another."""
+    again = states[0].__dict__["_again"].get((recipe.key, *names))
+    if again is None or torch.is_inference_mode_enabled() or not ops_alone():
+        return False
+    buffers = _all_buffers(states)
+    if {*map(type, buffers)} != {Tensor} or capturing(again.device):
+        return False
+    if _where(buffers) != again[2:]:
+        return False
+    with config.lock:  # other threads may run under the recipe
+        _hold(states, Fixed(again.update(None)), FORWARD in names)
+    return True
 
 
 @cache
@@ -155,13 +205,11 @@ _captured: dict[Any, _Table] = {}
 
 def _known(device: torch.device, states: Sequence[Scaling], by_kernel: bool) -> _Table | _Views:
     """What the first of some states keeps of all, looked at anew where an address is new."""
-    buffers: list[Tensor] = []
-    for state in states:
-        buffers += _buffers_of(state._buffers)
+    buffers = _all_buffers(states)
     if set(map(type, buffers)) != {Tensor} or followed_ops(buffers[0]):
         return _views(buffers)
-    lengths = [history.size(0) for history in buffers[3::4]]
-    key = device, by_kernel, *lengths, *[buffer.data_ptr() for buffer in buffers]
+    addresses, lengths = _where(buffers)
+    key = device, by_kernel, *lengths, *addresses
     kept = states[0].__dict__["_known"]
     known: _Table | _Views | None = kept.get(key)
     held = capturing(device)
@@ -171,8 +219,8 @@ def _known(device: torch.device, states: Sequence[Scaling], by_kernel: bool) -> 
         if kernel is None or not plain or len(set(lengths)) > 1:
             known = _views(buffers)
         else:
-            addresses = torch.tensor([buffer.data_ptr() for buffer in buffers])
-            known = _Table(kernel, addresses.view(-1, 4).to(device), lengths[0])
+            table = torch.tensor(addresses).view(-1, 4).to(device)
+            known = _Table(kernel, table, lengths[0])
         if held:
             return known
         kept[key] = known
