@@ -1,4 +1,4 @@
-"""Launches outside of passes: recorded when they come for the second time, then one native call.
+"""Launches outside of passes: recorded when they come again with no kernel to compile, then native.
 
 Such are the update of delayed scales and the noting of amaxes: a kernel each, whose tensors are
 other ones in each call, and whose launch through Triton takes longer than a pass's replay.
