@@ -311,6 +311,11 @@ def _quantize_cases(which: str) -> Iterator[Case]:
         wants += [("row",)]
     wide = "rmsnorm", "rows", 40960, HALF, False, ("row",)
     yield "quantize rmsnorm rows 40960", _quantize, wide
+    yield (
+        "quantize rmsnorm tensor bf16 8192",
+        _quantize,
+        ("rmsnorm", "tensor", 8192, HALF, True, BOTH),
+    )
     # Columns that are not stored 16 bytes at a time, as at a number of rows that 16 divides.
     yield (
         "quantize cast fp32 13 rows",

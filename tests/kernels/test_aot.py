@@ -39,6 +39,7 @@ KERNELS = {
     "activation_backward_kernel",
     "activation_backward_blocks_kernel",
     "norm_quantize_kernel",
+    "transpose_kernel",
     "nvfp4_backward_kernel",
     "nvfp4_kernel",
 }

@@ -175,10 +175,13 @@ def shared_memory(device: torch.device) -> int:
 
 
 @triton.jit
-def _sum_column_block(partials, out, count, cols, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    total = tl.zeros([32, BLOCK], tl.float32)
-    for start in tl.range(0, count, 32):
-        row = start + tl.arange(0, 32)[:, None]
+def _sum_column_block(
+    partials, out, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < count) & (cols[None, :] < WIDTH)
         total += tl.load(partials + row.to(tl.int64) * WIDTH + cols[None, :], mask, other=0.0)
     tl.store(out + cols, tl.sum(total, 0).to(out.dtype.element_ty), cols < WIDTH)
@@ -186,16 +189,22 @@ def _sum_column_block(partials, out, count, cols, WIDTH: tl.constexpr, BLOCK: tl
 
 @triton.jit(do_not_specialize=["count"])
 def sum_partials_kernel(
-    first, first_out, second, second_out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if first is not None:
-        _sum_column_block(first, first_out, count, cols, WIDTH, BLOCK)
-    if second is not None:
-        _sum_column_block(second, second_out, count, cols, WIDTH, BLOCK)
+    first, first_out, second, second_out, count,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of columns, of the first tensor or, further along the grid, of the second."""
+    if second is None:
+        _sum_column_block(first, first_out, count, WIDTH, ROWS, BLOCK)
+    elif first is None:
+        _sum_column_block(second, second_out, count, WIDTH, ROWS, BLOCK)
+    elif tl.program_id(1) == 0:
+        _sum_column_block(first, first_out, count, WIDTH, ROWS, BLOCK)
+    else:
+        _sum_column_block(second, second_out, count, WIDTH, ROWS, BLOCK)
 
 
-SUM_CONFIG = {"BLOCK": 32, "num_warps": 8, "enable_fp_fusion": False}
+SUM_CONFIG = {"ROWS": 256, "BLOCK": 16, "num_warps": 8, "enable_fp_fusion": False}
+SUM_FEW_CONFIG = {"ROWS": 128, "BLOCK": 32, "num_warps": 8, "enable_fp_fusion": False}
 
 
 def sum_partials(
@@ -206,10 +215,12 @@ def sum_partials(
     if given is None:
         return
     count, width = given.shape
-    grid = (ceil_div(width, SUM_CONFIG["BLOCK"]),)
+    both = first is not None and second is not None
+    options = SUM_CONFIG if count > 256 else SUM_FEW_CONFIG
+    grid = (ceil_div(width, options["BLOCK"]), 2 if both else 1)
     launch(
         sum_partials_kernel, grid, first, first_out, second, second_out, count,
-        WIDTH=width, **SUM_CONFIG,
+        WIDTH=width, **options,
     )  # fmt: skip
 
 

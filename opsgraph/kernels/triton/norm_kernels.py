@@ -46,21 +46,42 @@ def load_first(x, other, row, x_stride, other_stride, inside):
 
 
 @triton.jit
-def mean_of(value, first, mask, count, AXIS: tl.constexpr):
-    """The mean, by the differences from a value: it is exact where all are equal, or nearly."""
-    return first + tl.sum(tl.where(mask, value - first, 0.0), AXIS, keep_dims=AXIS == 1) / count
+def mean_of(value, first, mask, count):
+    """The mean, by the differences from a value: exact where all are equal, or nearly."""
+    return first + tl.sum(tl.where(mask, value - first, 0.0), 0) / count
+
+
+@triton.jit
+def columns_of(WIDTH: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr):
+    """The columns of a tile `[CHUNKS, rows, COLS]`, and which there are: all, or a mask.
+
+    Threads, then warps, go along the last dimension; COLS is what one load of each thread covers. A
+    row's chunks are then added within threads. Either CHUNKS or rows is 1: which of the two warps
+    would go to first differs between Triton's versions.
+    """
+    cols = (tl.arange(0, CHUNKS) * COLS)[:, None, None] + tl.arange(0, COLS)[None, None, :]
+    if CHUNKS * COLS == WIDTH:
+        return cols, tl.full([1, 1, 1], True, tl.int1)
+    else:
+        return cols, cols < WIDTH
+
+
+@triton.jit
+def row_sum(value):
+    """The sums of a tile's rows `[CHUNKS, rows, COLS]`, of their shape `[1, rows, 1]`."""
+    return tl.sum(tl.sum(value, 0), 1)[None, :, None]
 
 
 @triton.jit
 def normalized(
     x, other, weight, bias, total, mean, rstd, row, rows, x_stride, other_stride,
     WIDTH: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CENTER: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """y of whole rows in fp32, having stored the sum with other, the mean and rstd."""
-    cols = tl.arange(0, BLOCK)[None, :]
+    """y of whole rows `[1, rows, 1]` in fp32, having stored the sum with other, mean and rstd."""
+    cols, there = columns_of(WIDTH, CHUNKS, COLS)
     inside = row < rows
-    mask = inside & (cols < WIDTH)
+    mask = inside & there
     value = _load(x, row * x_stride + cols, mask)
     if other is not None:
         value += _load(other, row * other_stride + cols, mask)
@@ -69,13 +90,15 @@ def normalized(
         value = rounded.to(tl.float32)
     if CENTER:
         first = load_first(x, other, row, x_stride, other_stride, inside)
-        center = mean_of(value, first, cols < WIDTH, WIDTH, 1)
-        value = tl.where(cols < WIDTH, value - center, 0.0)
+        center = first + row_sum(tl.where(there, value - first, 0.0)) / WIDTH
+        value = tl.where(there, value - center, 0.0)
         if mean is not None:
             tl.store(mean + row, center, inside)
-    scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / WIDTH + EPS)
+    scale = tl.rsqrt(row_sum(value * value) / WIDTH + EPS)
     if rstd is not None:
         tl.store(rstd + row, scale, inside)
+    # Offsets of the tile's shape: a smaller tensor's layout would differ, and go through memory.
+    cols, _ = tl.broadcast(cols, value)
     return _affine(value, scale, weight, bias, cols, cols < WIDTH, ZERO_CENTERED)
 
 
@@ -83,15 +106,15 @@ def normalized(
 def forward_kernel(
     x, other, weight, bias, y, total, mean, rstd, rows, x_stride, other_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-    CENTER: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    CENTER: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    cols = tl.arange(0, BLOCK)[None, :]
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols, there = columns_of(WIDTH, CHUNKS, COLS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
     out = normalized(
         x, other, weight, bias, total, mean, rstd, row, rows, x_stride.to(tl.int64) * UNIT,
-        other_stride.to(tl.int64) * UNIT, WIDTH, EPS, ZERO_CENTERED, CENTER, BLOCK,
+        other_stride.to(tl.int64) * UNIT, WIDTH, EPS, ZERO_CENTERED, CENTER, CHUNKS, COLS,
     )  # fmt: skip
-    tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), (row < rows) & (cols < WIDTH))
+    tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), (row < rows) & there)
 
 
 @triton.jit
@@ -117,7 +140,7 @@ def _wide_statistics(
         value = _load_total(x, other, cols, cols < WIDTH, DTYPE)
         if CENTER:
             count = tl.minimum(BLOCK, WIDTH - start).to(tl.float32)
-            block_mean = mean_of(value, first, cols < WIDTH, count, 0)
+            block_mean = mean_of(value, first, cols < WIDTH, count)
             value = tl.where(cols < WIDTH, value - block_mean, 0.0)
             delta = block_mean - center
             share = count / (start + count)
@@ -155,58 +178,94 @@ def forward_wide_kernel(
             tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
 
 
+@triton.jit
+def _load_rows(dy, x, mean, rstd, dy_stride, x_stride, tile, rows, cols, there, ROWS: tl.constexpr):
+    """dy and x of a tile's rows, as they are in memory, their mean and rstd."""
+    row = tl.arange(0, ROWS)[None, :, None].to(tl.int64) + tile * ROWS
+    inside = row < rows
+    value = tl.load(x + row * x_stride + cols, inside & there, other=0.0)
+    grad = tl.load(dy + row * dy_stride + cols, inside & there, other=0.0)
+    scale = _load(rstd, row, inside)
+    center = 0.0
+    if mean is not None:
+        center = _load(mean, row, inside)
+    return grad, value, center, scale
+
+
+@triton.jit
+def _dots(grad, value, CENTER: tl.constexpr):
+    """`(sum(grad * value), sum(grad))` of each row, by one reduction; (.., 0) unless CENTER."""
+    if CENTER:
+        pair = tl.join(tl.sum(grad * value, 0), tl.sum(grad, 0))
+        dot, plain = tl.split(tl.sum(pair, 1))
+        return dot[None, :, None], plain[None, :, None]
+    else:
+        return row_sum(grad * value), 0.0
+
+
 @triton.jit(do_not_specialize=_BACKWARD_STRIDES)
 def backward_kernel(
     dy, x, mean, rstd, weight, dother, dx, dweight, dbias, rows, dy_stride, x_stride, dother_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, AGAIN: tl.constexpr,
-    STAGES: tl.constexpr,
+    CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    HOIST: tl.constexpr, AHEAD: tl.constexpr, AGAIN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    cols = tl.arange(0, BLOCK)[None, :]
-    dweight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    dbias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    for tile in tl.range(
-        tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES
-    ):
-        row = tl.arange(0, ROWS)[:, None].to(tl.int64) + tile * ROWS
-        inside = row < rows
-        mask = inside & (cols < WIDTH)
-        value = _load(x, row * x_stride * UNIT + cols, mask)
-        grad = _load(dy, row * dy_stride * UNIT + cols, mask)
-        scale = _load(rstd, row, inside)
-        if mean is not None:
-            value -= _load(mean, row, inside)
-        # Before dx, so that `grad` can turn into `grad * weight` in place: fewer registers.
+    """A share of the rows. HOIST: the weight stays in registers. AHEAD: so do the next rows."""
+    cols, there = columns_of(WIDTH, CHUNKS, COLS)
+    dweight_sum = tl.zeros([CHUNKS, ROWS, COLS], tl.float32)
+    dbias_sum = tl.zeros([CHUNKS, ROWS, COLS], tl.float32)
+    at, _ = tl.broadcast(cols, dweight_sum)
+    dy_stride, x_stride = dy_stride * UNIT, x_stride * UNIT
+    if HOIST:
+        held = _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
+    first, step = tl.program_id(0), tl.num_programs(0)
+    if AHEAD:
+        grad, value, center, scale = _load_rows(
+            dy, x, mean, rstd, dy_stride, x_stride, first, rows, cols, there, ROWS
+        )
+    for tile in tl.range(first, tl.cdiv(rows, ROWS), step, num_stages=STAGES):
+        row = tl.arange(0, ROWS)[None, :, None].to(tl.int64) + tile * ROWS
+        mask = (row < rows) & there
+        if AHEAD:
+            next_grad, next_value, next_center, next_scale = _load_rows(
+                dy, x, mean, rstd, dy_stride, x_stride, tile + step, rows, cols, there, ROWS
+            )
+        else:
+            grad, value, center, scale = _load_rows(
+                dy, x, mean, rstd, dy_stride, x_stride, tile, rows, cols, there, ROWS
+            )
+        m, xc = grad.to(tl.float32), value.to(tl.float32) - center
+        # Before dx, so that `m = dy` can turn into `dy * weight` in place: fewer registers.
         if dweight is not None:
-            dweight_sum += grad * (value * scale)
+            dweight_sum += m * (xc * scale)
         if dbias is not None:
-            dbias_sum += grad
+            dbias_sum += m
         if dx is not None:
-            if weight is not None:
-                grad *= _load_weight(weight, cols, cols < WIDTH, ZERO_CENTERED)
-            dot = tl.sum(grad * value, 1, keep_dims=True)
-            plain = tl.sum(grad, 1, keep_dims=True)
+            if HOIST:
+                m *= held
+            elif weight is not None:
+                m *= _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
+            dot, plain = _dots(m, xc, mean is not None)
             if AGAIN:
                 # Two sums, x and dy of the widest rows do not fit in registers together. These
                 # loads hit the cache; the other eviction policy keeps them from being merged.
-                value = _load_again(x, row * x_stride * UNIT + cols, mask)
-                grad = _load_again(dy, row * dy_stride * UNIT + cols, mask)
-                if mean is not None:
-                    value -= _load(mean, row, inside)
+                xc = _load_again(x, row * x_stride + cols, mask) - center
+                m = _load_again(dy, row * dy_stride + cols, mask)
                 if weight is not None:
-                    grad *= _load_weight(weight, cols, cols < WIDTH, ZERO_CENTERED)
-            out = scale * grad - (scale * scale * scale * dot / WIDTH) * value
+                    m *= _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
+            out = scale * m - (scale * scale * scale * dot / WIDTH) * xc
             if mean is not None:
                 out -= scale * (plain / WIDTH)
             if dother is not None:
                 out += _load(dother, row * dother_stride * UNIT + cols, mask)
             tl.store(dx + row * WIDTH + cols, out.to(dx.dtype.element_ty), mask)
-    columns = tl.arange(0, BLOCK)
-    partial = tl.program_id(0).to(tl.int64) * WIDTH + columns
+        if AHEAD:
+            grad, value, center, scale = next_grad, next_value, next_center, next_scale
+    partial = tl.program_id(0).to(tl.int64) * WIDTH + cols
     if dweight is not None:
-        tl.store(dweight + partial, tl.sum(dweight_sum, 0), columns < WIDTH)
+        tl.store(dweight + partial, tl.sum(dweight_sum, 1, keep_dims=True), cols < WIDTH)
     if dbias is not None:
-        tl.store(dbias + partial, tl.sum(dbias_sum, 0), columns < WIDTH)
+        tl.store(dbias + partial, tl.sum(dbias_sum, 1, keep_dims=True), cols < WIDTH)
 
 
 @triton.jit(do_not_specialize=["dy_stride", "x_stride"])

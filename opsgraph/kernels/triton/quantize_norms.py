@@ -2,9 +2,10 @@
 
 The output is rounded to x's dtype before it is quantized, so that the copies are those of
 `norms.py`'s output, bit for bit. A row copy with a given scale, or with scales by rows, blocks or
-MX, is written by the kernel that finds the statistics, in one reading of x. What needs more than a
-row reads x again, the statistics being known: the column copy, a tensor's scale from its own
-amax (which the first reading gives), blocks of 128 x 128, and rows wider than `norms.NARROW`.
+MX, is written by the kernel that finds the statistics, in one reading of x; with a given scale the
+column copy is the transpose of its bytes. What needs more than a row reads x again, the statistics
+being known: other column copies, a tensor's scale from its own amax (which the first reading
+gives), blocks of 128 x 128, and rows wider than `norms.NARROW`.
 """
 
 from collections.abc import Collection
@@ -24,11 +25,19 @@ from .launch import (
     row_major,
     stride_unit,
 )
-from .norm_kernels import STRIDES, forward_wide_kernel, normalized
+from .norm_kernels import STRIDES, columns_of, forward_wide_kernel, normalized
 from .norms import FUSION, NARROW, forward_config
 from .quantize import Output, constants, copies, new_output
-from .quantize_kernels import current_scale, store_amax, store_copies, store_tensor_scale
+from .quantize_kernels import (
+    current_scale,
+    encode,
+    scaled,
+    store_amax,
+    store_copies,
+    store_tensor_scale,
+)
 from .source import Source
+from .transpose import transposed
 
 
 @triton.jit(do_not_specialize=STRIDES)
@@ -36,27 +45,36 @@ def norm_quantize_kernel(
     x, other, weight, bias, total, mean, rstd, data, scale, inverse, given, amax,
     rows, x_stride, other_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, NORM_EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-    CENTER: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SCALING: tl.constexpr,
-    BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    NATIVE: tl.constexpr,
+    CENTER: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SCALING: tl.constexpr, BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """`norm_kernels.forward_kernel`, but for what becomes of its output."""
-    cols = tl.arange(0, C)[None, :]
-    first_row = tl.program_id(0) * R
-    row = first_row.to(tl.int64) + tl.arange(0, R)[:, None]
+    cols, there = columns_of(WIDTH, CHUNKS, COLS)
+    first_row = tl.program_id(0) * ROWS
+    row = first_row.to(tl.int64) + tl.arange(0, ROWS)[None, :, None]
     multiplier = current_scale(given, scale, SCALING, E5M2, EPS, POWER_OF_TWO)
     value = normalized(
         x, other, weight, bias, total, mean, rstd, row, rows, x_stride.to(tl.int64) * UNIT,
-        other_stride.to(tl.int64) * UNIT, WIDTH, NORM_EPS, ZERO_CENTERED, CENTER, C,
+        other_stride.to(tl.int64) * UNIT, WIDTH, NORM_EPS, ZERO_CENTERED, CENTER, CHUNKS, COLS,
     )  # fmt: skip
-    mask = (row < rows) & (cols < WIDTH)
+    mask = (row < rows) & there
     value = tl.where(mask, value.to(x.dtype.element_ty).to(tl.float32), 0.0)
     if amax is not None:
         store_amax(value, amax + tl.program_id(0))
-    store_copies(
-        value, multiplier, first_row, 0, rows, WIDTH, WIDTH, data, scale, None, inverse, given,
-        R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
-    )  # fmt: skip
+    if data is not None and SCALING == "tensor":
+        if scale is None:
+            multiplier = tl.load(given)
+        codes = encode(scaled(value, multiplier), E5M2, NATIVE)
+        # With 16 bytes a thread, which coalescing prefers, the codes would go through memory.
+        at = tl.max_contiguous(row * WIDTH + cols, [1, 1, 8])
+        tl.store(data + at, codes, mask)
+    elif data is not None:
+        tile = tl.reshape(tl.permute(value, 1, 0, 2), [ROWS, CHUNKS * COLS])
+        store_copies(
+            tile, multiplier, first_row, 0, rows, WIDTH, WIDTH, data, scale, None, inverse, given,
+            ROWS, CHUNKS * COLS, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+        )  # fmt: skip
     store_tensor_scale(multiplier, scale, inverse, given, SCALING)
 
 
@@ -83,19 +101,19 @@ def _read(
                 x, other, None, None, None, *read, rows, *strides, EPS=eps, **flags, **config,
             )  # fmt: skip
         return *read, None
+    # As norm_forward has it: another order of sums would now and then round y to another value.
+    whole = config["CHUNKS"] * config["COLS"]
+    block = whole if to.scaling == "rows" else min(BLOCKS[to.scaling], whole)
     programs = ceil_div(rows, config["ROWS"])
     amax = torch.empty(programs, dtype=torch.float32, device=x.device) if output.amax else None
     data, data_scale, _, inverse, given, _ = output.operands(None)
-    whole = config["BLOCK"]
     with on_device_of(x):
         launch(
             norm_quantize_kernel, (programs,),
             x, other, packed(weight), packed(bias), *read,
             data, data_scale, inverse, given, amax, rows, *strides, NORM_EPS=eps,
-            C=whole, R=config["ROWS"],
-            SCALING="blocks" if to.scaling == "rows" else to.scaling,
-            BLOCK=whole if to.scaling == "rows" else min(BLOCKS[to.scaling], whole),
-            num_warps=config["num_warps"], **constants(to, x.device), **flags,
+            SCALING="blocks" if to.scaling == "rows" else to.scaling, BLOCK=block,
+            **config, **constants(to, x.device), **flags,
         )  # fmt: skip
         return *read, None if amax is None else max_partials(amax)
 
@@ -120,6 +138,10 @@ def norm_quantize(
     total, mean, rstd, amax = _read(
         x, weight, bias, eps, zero_centered, other, center, first, output
     )
+    col = None
+    if narrow and scale is not None and "col" in wanted and output.row is not None:
+        col = transposed(output.row[0]), scale  # the codes are the row copy's
+        wanted -= {"col"}
     source = Source(
         "norm", x if total is None else total, width, bias, weight, mean, rstd,
         zero_centered=zero_centered,
@@ -127,4 +149,5 @@ def norm_quantize(
     rest = copies(source, to, scale, wanted, amax)
     statistics = mean if "mean" in want else None, rstd if "rstd" in want else None
     inverse = output.inverse if rest.inverse is None else rest.inverse
-    return rest._replace(row=output.row or rest.row, inverse=inverse), *statistics, total
+    done = rest._replace(row=output.row or rest.row, col=col or rest.col, inverse=inverse)
+    return done, *statistics, total

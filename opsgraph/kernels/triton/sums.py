@@ -82,7 +82,7 @@ def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     rows, width = x.shape
     if not x.numel():
         return torch.zeros(width, dtype=dtype, device=x.device)
-    x, options = row_major(x), config(width, True)
+    x, options = row_major(x), config(width) | {"num_warps": 8}
     unit, blocks = stride_unit(x), ceil_div(width, options["BLOCK"])
     shares = ceil_div(rows, options["ROWS"])
     shares = min(shares, max(1, multiprocessors(x.device) * 4 // blocks))

@@ -42,7 +42,8 @@ def bf16_rounds_to_nearest_even(monkeypatch: pytest.MonkeyPatch) -> None:
 def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs programs one after the other, and takes as long for a small block."""
     if INTERPRETING:
-        monkeypatch.setitem(launch.SUM_CONFIG, "BLOCK", 512)
+        for options in (launch.SUM_CONFIG, launch.SUM_FEW_CONFIG):
+            monkeypatch.setitem(options, "BLOCK", 512)
 
 
 @pytest.fixture(autouse=True)
