@@ -7,7 +7,6 @@ tensor, in FP8.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor
 from benchmarks import device_time
 from benchmarks.calls import attempt
 from benchmarks.gpu_parts import DEVICE, Case, Options, Size, Task
+from opsgraph.kernels.cublaslt import product as engine
 
 NAMES = ("forward FC1", "forward FC2", "dgrad FC1", "dgrad FC2", "wgrad FC1", "wgrad FC2")
 PYTORCH, OURS, BEST = "PyTorch", "opsgraph", "best algorithm"
@@ -63,16 +63,8 @@ def pytorch(a: Tensor, b: Tensor, scale: Tensor | None) -> Callable[[], Any]:
     )
 
 
-ENGINE = "opsgraph.kernels.cublaslt.product"
-"""The module that multiplies by measured algorithms."""
-
-
 def ours(a: Tensor, b: Tensor, scale: Tensor | None) -> Callable[[], Any]:
-    """opsgraph's product by the algorithm that it measures at its first call, which is here.
-
-    Raises ImportError where this build multiplies through PyTorch alone.
-    """
-    engine = importlib.import_module(ENGINE)
+    """opsgraph's product by the algorithm that it measures at its first call, which is here."""
     out = torch.empty(a.shape[0], b.shape[1], dtype=torch.bfloat16, device=a.device)
     scales = None if scale is None else (scale, scale)
     call = partial(engine.product, out, a, b, scales=scales, fast=scale is not None)
@@ -92,15 +84,6 @@ def algorithms(a: Tensor, b: Tensor, scale: Tensor | None) -> dict[str, Callable
 
 
 def _runs(out: Tensor, a: Tensor, b: Tensor, scale: Tensor | None) -> list[Callable[[], Any]]:
-    try:
-        engine = importlib.import_module(ENGINE)
-    except ModuleNotFoundError:  # a build that takes the algorithm that PyTorch takes
-        if scale is not None:
-            raise
-        from opsgraph.kernels.cublaslt.matmul import Matmul
-
-        matmul = Matmul(out, a, b)
-        return [partial(matmul.run, each, out, a, b) for each in matmul.algorithms()]
     names, pointers = engine.lt, {}
     if scale is not None:
         pointers = dict.fromkeys((names.SCALE_A, names.SCALE_B), scale.data_ptr())

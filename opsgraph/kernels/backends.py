@@ -27,10 +27,14 @@ def _symmetric() -> str | None:
 
 
 def _cublaslt() -> str | None:
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or torch.version.hip:
         return "no CUDA device; recipes are emulated exactly"
-    if torch.cuda.get_device_capability() < (8, 9):
-        return "the device has no FP8 units (sm_89 has); recipes are emulated exactly"
+    from .cublaslt import library  # only where there is a device
+
+    try:
+        library.library()
+    except (OSError, AttributeError) as error:
+        return f"cuBLASLt is not there: {error}"
     return None
 
 
@@ -44,7 +48,7 @@ for _backend in (
     Backend("symmetric", "PyTorch's symmetric memory over NVLink", ("cuda",), _symmetric),
     Backend("overlap", "collectives in pieces, behind matrix products", None, _overlap),
     Backend("triton", "Triton kernels", ("cuda",), _triton, interpreting),
-    Backend("cublaslt", "scaled GEMMs of cuBLASLt, under recipes", ("cuda",), _cublaslt),
+    Backend("cublaslt", "products of cuBLASLt, by measured algorithms", ("cuda",), _cublaslt),
     Backend("cpu", "C++ kernels, compiled here at first use", ("cpu",), _cpu),
     Backend("aten", "PyTorch's own fused calls (cublasLt, oneDNN)"),
 ):

@@ -12,7 +12,7 @@ ROUNDS, PAIRS = 7, 15
 """How often each candidate runs, and then the best one and the usual one alone."""
 NEAR = 1.25
 """Candidates that need more than that times the best in their first runs are left out."""
-CLEARLY = 0.99
+CLEARLY = 0.98
 """A candidate takes the first one's place only if it needs less than that part of its time."""
 FILLS = 4
 """Fills of memory before a run, at the least: the GPU's cache is cold, and while it is busy with

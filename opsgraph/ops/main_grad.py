@@ -25,6 +25,9 @@ from torch import Tensor
 
 from ..base.errors import OpsgraphError
 from ..guards.torch_private import forward_gradients, graph_task
+from ..kernels.lazy import Lazy
+
+gemm = Lazy("cublaslt.gemm")
 
 EXPECTED = "main_grad_to_overwrite"
 """Attribute of a weight whose next gradient overwrites."""
@@ -78,15 +81,6 @@ def _overwrites(weight: Tensor, always: bool) -> bool:
     return expected or backward < 0 or backward != latest
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`a @ b` in a dtype, without rounding to the operands' first."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
-
-
 def accumulate(a: Tensor, b: Tensor, weight: Tensor, overwrite: bool) -> Tensor | None:
     """Add `a @ b` to `weight.main_grad`; returns what autograd is given.
 
@@ -96,12 +90,7 @@ def accumulate(a: Tensor, b: Tensor, weight: Tensor, overwrite: bool) -> Tensor 
     if id(weight) in _arriving.unwanted:
         return None
     main = _main_grad(weight)
-    if _overwrites(weight, overwrite):
-        main.copy_(_product(a, b, main.dtype))
-    elif main.dtype == a.dtype:
-        torch.addmm(main, a, b, out=main)
-    else:
-        main.add_(_product(a, b, main.dtype))
+    gemm.multiply_into(main, a, b, not _overwrites(weight, overwrite))
     return dummy(weight)
 
 
@@ -135,7 +124,9 @@ def weight_gradient(
 def exact_gradient(product: Callable[..., Tensor], dy: Any, x: Any, weight: Tensor) -> Tensor:
     """What `weight_gradient` adds to main_grad, of a part of the weight."""
     if isinstance(dy, Tensor) and isinstance(x, Tensor):
-        return _product(dy.t(), x, _main_grad(weight).dtype)
+        gradient = torch.empty_like(_main_grad(weight))
+        gemm.multiply_into(gradient, dy.t(), x, False)
+        return gradient
     return product(dy, x, True)
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ..kernels.cpu import build
-from ..kernels.cublaslt import matmul
+from ..kernels.cublaslt import library as cublaslt
 from . import shim
 from .recorder import Aten, Event, Kernel, Launch, Matmul, Operand, Place
 
 END, KERNEL, LAUNCH, ATEN, MATMUL = range(5)
 NONE, ARENA = -2, -1
 """In the place of a buffer's number; the arena is one that the library provides."""
-KINDS = ("mm", "addmm", "bmm", "scaled_mm", "copy", "zero")
+KINDS = ("mm", "addmm", "bmm", "copy", "zero")
 """Ops of PyTorch, in the order of the library's codes."""
 _COMMON = ("create_tensor_from_blob", "delete_tensor_object", "copy_", "zero_")
 _CONTEXT = ("cuCtxGetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent")
@@ -43,10 +43,10 @@ def replay(kind: str) -> Replay:
     for name in _PRODUCTS:
         table += addresses(cpu, f"{shim.PREFIX}cpu_{name}")
         table += addresses(cuda, f"{shim.PREFIX}cuda_{name}")
-    table += addresses(cuda, f"{shim.PREFIX}cuda__scaled_mm_out")
     driver = ctypes.CDLL("libcuda.so.1") if cuda else None
     table += addresses(driver, "cuLaunchKernel")
-    table += addresses(matmul.library() if cuda else None, "cublasLtMatmul")
+    table += addresses(cublaslt.library() if cuda else None, "cublasLtMatmul")
+    table += addresses(cublaslt.library() if cuda else None, "cublasLtMatmulDescSetAttribute")
     table += addresses(driver, *_CONTEXT)
     library.opsgraph_replay_bind((ctypes.c_void_p * len(table))(*table))
     if kind == "cuda" and cuda is None:
@@ -105,10 +105,13 @@ def _encoded(event: Event, locate: Locate) -> tuple[int, list[int]]:
 
 def _matmul(event: Matmul, locate: Locate) -> list[int]:
     made, nowhere = event.product, (NONE, 0)
-    objects = (made.description, made.first, made.second, made.result)
-    fixed = [made.handle, *(each.value or 0 for each in objects), ctypes.addressof(made.algorithm)]
+    fixed = [made.handle, made.description, made.first, made.second, made.added]
     places = [nowhere if place is None else locate(place) for place in event.places]
-    return [*fixed, made.workspace, *(number for place in places for number in place)]
+    pointers = [number for key, place in event.pointers for number in (key, *locate(place))]
+    flat = [number for place in places for number in place]
+    count = len(event.pointers)
+    fixed += [made.result, made.address, made.alpha, made.beta, made.workspace]
+    return [*fixed, *flat, count, *pointers]
 
 
 def _aten(event: Aten, locate: Locate) -> list[int]:

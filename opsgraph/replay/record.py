@@ -353,5 +353,6 @@ def used(event: Event) -> list[int]:
     if isinstance(event, Aten):
         return [operand.place.buffer for operand in event.operands if operand is not None]
     if isinstance(event, Matmul):
-        return [place.buffer for place in event.places if place is not None]
+        places = [place for place in event.places if place is not None]
+        return [place.buffer for place in (*places, *(place for _, place in event.pointers))]
     return [place.buffer for _, place in event.places]

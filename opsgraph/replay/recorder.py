@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..guards.watching import watching
-from ..kernels.cublaslt import matmul
+from ..kernels.cublaslt.product import Product
 from .shim import dtype_code
 
 
@@ -73,10 +73,14 @@ class Aten(NamedTuple):
 
 
 class Matmul(NamedTuple):
-    """A product by the library's own call. places: of b, a, the result, and the workspace."""
+    """A product by cublasLt. places: of b, a, c, the result, and the workspace.
 
-    product: "matmul.Matmul"
+    pointers: attributes of the description that are addresses.
+    """
+
+    product: Product
     places: tuple[Place | None, ...]
+    pointers: tuple[tuple[int, Place], ...] = ()
 
 
 Event = Kernel | Launch | Aten | Matmul
@@ -247,6 +251,24 @@ class Recorder(TorchDispatchMode):
         """A CUDA kernel was launched."""
         self._note(lambda: Launch(function, grid, threads, shared, words, self._places(addresses)))
 
+    def product(
+        self, made: Product, addresses: Sequence[int], pointers: Sequence[tuple[int, int]]
+    ) -> None:  # fmt: skip
+        """cublasLt multiplied. addresses: of b, a, c, the result; pointers: of attributes."""
+
+        def event() -> Event:
+            places: list[Place | None] = [self._place(address) for address in addresses]
+            named = tuple((key, self._place(address)) for key, address in pointers)
+            written = [places[3], *(place for key, place in named if key in made.written)]
+            if any(self.buffers[place.buffer].argument is not None for place in written if place):
+                raise _Refused("a product is written to what the pass was handed")
+            room = Place(len(self.buffers), 0) if made.workspace else None
+            if room is not None:
+                self.buffers.append(Buffer(made.workspace, torch.device("cuda", made.device)))
+            return Matmul(made, (*places, room), named)
+
+        self._note(event)
+
     def _places(self, addresses: Sequence[tuple[int, int]]) -> tuple[tuple[int, Place], ...]:
         return tuple((word, self._place(address)) for word, address in addresses if address)
 
@@ -290,13 +312,8 @@ class Recorder(TorchDispatchMode):
             kind, count = _PRODUCTS[name]
             if not name.endswith("out"):
                 self._allocated(result)
-            if kind == "mm" and self._matmul(result, *args[:2]):
-                return
             scalars = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
             self._aten(kind, result, *args[:count], scalars=scalars)
-        elif name == "aten._scaled_mm.default" and result.is_cuda:
-            self._allocated(result)
-            self._scaled_mm(result, *args, **kwargs)
         else:
             for tensor in _tensors(result):
                 if not any(tensor is one for one in _tensors((args, kwargs))):
@@ -308,36 +325,9 @@ class Recorder(TorchDispatchMode):
         self._writes(operands[0])
         self._note(lambda: Aten(kind, operands, scalars))
 
-    def _matmul(self, out: Tensor, a: Tensor, b: Tensor) -> bool:
-        """Note a product as the library's own call, if that gives the same bits."""
-        wanted = out.is_cuda and self._reason is None  # to try algorithms takes time
-        made = matmul.as_pytorch(out, a, b) if wanted else None
-        if made is None:
-            return False
-        first, second, result = (self._operand(tensor) for tensor in (b, a, out))
-        assert first is not None and second is not None and result is not None  # noqa: PT018
-        self._writes(result)
-        room = None
-        if made.workspace:
-            room = Place(len(self.buffers), 0)
-            self.buffers.append(Buffer(made.workspace, out.device))
-        places = first.place, second.place, result.place, room
-        self._note(lambda: Matmul(made, places))
-        return True
-
     def _writes(self, operand: Operand | None) -> None:
         if operand is None or self.buffers[operand.place.buffer].argument is not None:
             raise _Refused("it writes to what it was handed")
-
-    def _scaled_mm(
-        self, out: Tensor, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor,
-        bias: Tensor | None = None, scale_result: Tensor | None = None,
-        out_dtype: torch.dtype | None = None, use_fast_accum: bool = False,
-    ) -> None:  # fmt: skip
-        if scale_result is not None:
-            raise _Refused("replays give it no scale of the result")
-        scalars = float(use_fast_accum), 0.0
-        self._aten("scaled_mm", out, a, b, scale_a, scale_b, bias, scalars=scalars)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

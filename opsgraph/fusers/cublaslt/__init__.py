@@ -1,5 +1,5 @@
 """Fusers of the `cublaslt` backend."""
 
-from . import grouped, products
+from . import grouped, linear, products
 
-__all__ = ["grouped", "products"]
+__all__ = ["grouped", "linear", "products"]

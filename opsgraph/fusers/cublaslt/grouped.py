@@ -17,7 +17,7 @@ from ...ops.grouped import _pieces, weight_gradients
 from ...ops.quantized_grouped import QuantizedGroupedLinear
 from ...precision.quantizers import Copy, Quantizer
 from ..quantizing import quantize
-from .products import Family, scaled_product
+from .products import Family, native, scaled_product
 
 GROUPED = Family("FP8, a scale per row", names_of("rows", E4M3), (torch.bfloat16,), chip=9)
 
@@ -90,7 +90,8 @@ def _product(
         return x.new_zeros(x.shape[0], width)
     a, b = _rows(quantizer, x), _rows(weights, weight.reshape(groups * width, depth))
     ends = split_sizes.to(x.device).cumsum(0, dtype=torch.int32)
+    first, second = (native.inverse_of(copy.scale.t(), copy.scale.size(0)) for copy in (a, b))
     return torch._scaled_grouped_mm(
-        a.data, b.data.view(groups, width, depth).transpose(1, 2), a.multiplier.squeeze(1),
-        b.multiplier.view(groups, width), ends, out_dtype=x.dtype,
+        a.data, b.data.view(groups, width, depth).transpose(1, 2), first.squeeze(0),
+        second.view(groups, width), ends, out_dtype=x.dtype,
     )  # fmt: skip

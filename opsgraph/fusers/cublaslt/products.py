@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
-from ...kernels.formats import E4M3, LAYOUTS, names_of
+from ...kernels.cublaslt.library import CublasError
+from ...kernels.formats import E4M3, E5M2, LAYOUTS, names_of
 from ...kernels.lazy import Lazy
 from ...kernels.reference.nvfp4 import tensor_multiplier
 from ...kernels.reference.quantize import BLOCK
@@ -22,12 +23,22 @@ from ...precision.quantizers import Copy, Quantized
 
 ALIGNMENT = 16
 
-native = Lazy("cublaslt.scaled_mm")
+native, gemm = Lazy("cublaslt.scaled_mm"), Lazy("cublaslt.gemm")
 
 
 def chip() -> int:
     """The major number of the current device's compute capability, 0 without one."""
     return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+
+
+def units() -> bool:
+    """Whether the current device has FP8 units; true without one."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
+
+
+def cuda() -> tuple[int, ...]:
+    """The version that PyTorch is built with."""
+    return tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
 
 
 class Family(NamedTuple):
@@ -48,11 +59,10 @@ class Family(NamedTuple):
     def why_not(self) -> str | None:
         """Why such operands are emulated here, or None."""
         if not self.chip:
-            return None
-        built = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+            return None if units() else "the device has no FP8 units (sm_89 has)"
         if chip() != self.chip:
             return f"units for it are those of sm_{self.chip}0"
-        if built < self.cuda or not hasattr(torch.nn.functional, "scaled_mm"):
+        if cuda() < self.cuda or not hasattr(torch.nn.functional, "scaled_mm"):
             return f"it takes CUDA {self.cuda[0]}.{self.cuda[1]} and torch 2.10"
         return None
 
@@ -113,16 +123,22 @@ def scaled_mm(
 ) -> Tensor:  # fmt: skip
     """`a @ b.T (+ bias)` of copies `[rows, depth]` and `[cols, depth]`, in dtype.
 
-    fast: accumulate in the tensor core's own, shorter sums, as forward passes may. Neither that nor
-    a bias is for formats with blocks.
+    fast: accumulate in the tensor core's own, shorter sums, as forward passes may, but for formats
+    with blocks.
     """
     assert a is not None and b is not None  # noqa: PT018
     rows, cols = a.data.size(0), b.data.size(0)
     if not a.data.numel() * cols:
         zeros = torch.zeros(rows, cols, dtype=dtype, device=a.data.device)
         return zeros if bias is None else zeros + bias
+    if _directly(a):
+        try:
+            return native.fp8(_factors(a, True), _factors(b, False), rows, dtype, fast, bias)  # type: ignore[no-any-return]
+        except CublasError as error:
+            gemm.warn(str(error))
     if a.quantizer.storage.block:
-        return native.multiply(_blocks(a), _blocks(b), rows, dtype)  # type: ignore[no-any-return]
+        y = native.multiply(_blocks(a), _blocks(b), rows, dtype)
+        return y if bias is None else y.add_(bias)  # type: ignore[no-any-return]
     left, right = (native.filled(copy.data, 1, ALIGNMENT) for copy in (a, b))
     scale_a, scale_b = a.multiplier, b.multiplier
     if scale_b.dim():
@@ -130,6 +146,25 @@ def scaled_mm(
     return torch._scaled_mm(
         left, right.t(), scale_a, scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast
     )
+
+
+def _directly(copy: Copy) -> bool:
+    """Whether our own call of the library takes such operands: those of FP8, as far as tried."""
+    if copy.data.dtype not in (E4M3, E5M2) or copy.quantizer.storage.name.startswith("mx"):
+        return False
+    return gemm.there(copy.data) and (not copy.scale.dim() or (chip() == 9 and cuda() >= (12, 9)))
+
+
+def _factors(copy: Copy, first: bool) -> Any:
+    """A copy, FP8, as our own call takes it."""
+    data, scale, height = copy.data, copy.scale, copy.quantizer.storage.height
+    if not scale.dim():
+        return native.of_tensor(data, copy.multiplier)
+    if not copy.quantizer.storage.block:
+        return native.of_rows(data, scale)
+    if height == 1:
+        return native.of_blocks(data, scale, copy.inverse, first)
+    return native.of_squares(data, scale, copy.inverse)
 
 
 def _blocks(copy: Copy) -> Any:
@@ -175,8 +210,9 @@ class ScaledLinear(_Scaled):
     def reject(self, fc: Op, bias: Op | None, x: Spec) -> str | None:
         if bias is not None and x.dtype == torch.float32:
             return "its epilogue adds no fp32 bias"
-        if bias is not None and x.storage is not None and x.storage.block:
-            return "its epilogue adds no bias where scales are those of blocks"
+        family = _family(x.storage)
+        if bias is not None and family is not None and family.chip > 9:
+            return f"{family.about}: its epilogue adds no bias"
         return reject_product(fc, x)
 
     def fwd(self, x: Quantized, fc_weight: Quantized, bias_bias: Tensor | None) -> Any:

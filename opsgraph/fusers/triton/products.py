@@ -21,7 +21,7 @@ from ...ops import BasicLinear, Bias
 from ...ops.activations import Activation, GatedActivation, Params
 from .passes import ActivationFuser, activations
 
-gemms = Lazy("triton.gemm")
+gemms, library = Lazy("triton.gemm"), Lazy("cublaslt.gemm")
 
 DEPTH = 512
 FP32_DEPTH = 128
@@ -92,4 +92,6 @@ class ActivationLinearBackward(_ActivationBackward):
     ActivationEpilogueBackward, registered before it, is taken where it may pay.
     """
 
-    passes = staticmethod(lambda dy, w, *more: activations.activation_backward(dy @ w, *more))
+    passes = staticmethod(
+        lambda dy, w, *more: activations.activation_backward(library.matmul(dy, w), *more)
+    )

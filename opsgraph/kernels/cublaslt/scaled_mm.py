@@ -1,18 +1,20 @@
-"""Scaled products `a @ b.T` by cuBLASLt, for blocks of scales, in the layouts that it reads.
+"""Scaled products `a @ b.T` by cuBLASLt, in the layouts that it reads.
 
 An operand is `[rows, depth]`, stored by rows, with scales along rows as the quantizers of
 `kernels.reference` return them. The library multiplies with its scales, so it gets `1 / scale`
 of those with which the quantizer multiplied. What the calls ask of layouts: NVIDIA's cuBLAS manual,
-"Narrow precision data types usage", and PyTorch's `torch.nn.functional.scaled_mm`. That function
-and its two enums are new in PyTorch 2.10, and are looked up at their use: `filled` serves older
-versions too. Replays know the older `torch._scaled_mm` alone, so it is called where it tells by the
-scales' shapes and strides what they cover (`told`).
+"Narrow precision data types usage", and PyTorch's `torch.nn.functional.scaled_mm`.
 
-    format   scale covers   on      the library reads                  depth is filled up to
-    blocks   1 x 128        sm_90   fp32, stored by columns            128
-    squares  128 x 128      sm_90   fp32, rows filled up to 4 scales   128
-    mx       1 x 32         sm_100  E8M0, in tiles (`tiles`)           32
-    nvfp4    1 x 16, all    sm_100  E4M3, in tiles, and an fp32        32
+FP8 on sm_89 and sm_90 goes through `product` (`fp8`). All else goes through PyTorch (`multiply`),
+whose function and two enums are new in PyTorch 2.10, and are looked up at their use.
+
+    format   scale covers   on      the library reads
+    tensor   all            sm_89   one fp32
+    rows     a row          sm_90   fp32
+    blocks   1 x 128        sm_90   fp32, stored by columns, their number a multiple of 4
+    squares  128 x 128      sm_90   fp32, rows filled up to 4 scales
+    mx       1 x 32         sm_100  E8M0, in tiles (`tiles`); depth filled up to 32
+    nvfp4    1 x 16, all    sm_100  E4M3, in tiles, and an fp32; depth filled up to 32
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...base.backend import backends
+from . import library as lt
+from .product import product
 
 if TYPE_CHECKING:
     from torch.nn.functional import ScalingType, SwizzleType
@@ -29,7 +33,55 @@ if TYPE_CHECKING:
 TILE_ROWS, TILE_COLS = 128, 4
 """Scales of a tile."""
 ROWS = 16
-"""What the result's rows are a multiple of; 4 would do for scales stored by columns."""
+"""What the result's rows are a multiple of where PyTorch calls the library."""
+DEPTH, FOUR = 16, 4
+"""What FP8's depth is a multiple of, and the number of rows whose scales are those of blocks."""
+
+
+class Factors(NamedTuple):
+    """FP8 `[rows, depth]` and what it is multiplied with. mode: what each covers, see `library`."""
+
+    data: Tensor
+    scale: Tensor
+    mode: int
+
+
+def of_tensor(data: Tensor, inverse: Tensor) -> Factors:
+    """FP8 data with one scale, whose inverse is given."""
+    return Factors(filled(data, 1, DEPTH), inverse, lt.TENSOR)
+
+
+def of_rows(data: Tensor, scale: Tensor) -> Factors:
+    """FP8 data with a scale `[rows, 1]`."""
+    return Factors(filled(data, 1, DEPTH), inverse_of(scale.t(), data.size(0)), lt.ROW)
+
+
+def of_blocks(data: Tensor, scale: Tensor, inverse: Tensor | None, first: bool) -> Factors:
+    """FP8 data with a scale for 1 x 128. inverse: fp32 `[rows, blocks]`, stored by columns."""
+    data = filled(data, FOUR if first else 1, DEPTH)
+    if inverse is None or inverse.size(0) != data.size(0):
+        inverse = inverse_of(scale.t(), data.size(0))
+    return Factors(data, inverse, lt.BLOCK)
+
+
+def of_squares(data: Tensor, scale: Tensor, inverse: Tensor | None) -> Factors:
+    """FP8 data with a scale for 128 x 128. inverse: fp32 `[down, across]`, filled up to fours."""
+    if inverse is None:
+        inverse = inverse_of(scale, -(-scale.size(1) // FOUR) * FOUR)
+    return Factors(filled(data, 1, DEPTH), inverse, lt.SQUARE)
+
+
+def fp8(
+    a: Factors, b: Factors, rows: int, dtype: torch.dtype, fast: bool, bias: Tensor | None
+) -> Tensor:  # fmt: skip
+    """The first rows of `a @ b.T (+ bias)`, `[rows, cols]`. Raises CublasError.
+
+    fast: see `product`; the library has no such sums for blocks.
+    """
+    out = torch.empty(a.data.size(0), b.data.size(0), dtype=dtype, device=a.data.device)
+    modes, whole = (a.mode, b.mode), a.mode in (lt.TENSOR, lt.ROW)
+    product(out, a.data, b.data.t(), (a.scale, b.scale), modes, bias, fast=fast and whole)
+    return out if out.size(0) == rows else out[:rows]
 
 
 class Scaled(NamedTuple):
@@ -39,47 +91,30 @@ class Scaled(NamedTuple):
     scales: list[Tensor]
     scalings: "list[ScalingType]"
     swizzles: "list[SwizzleType]"
-    told: Tensor | None = None
-    """The scales as `torch._scaled_mm` takes them, where it can tell what they cover."""
 
 
 def multiply(a: Scaled, b: Scaled, rows: int, dtype: torch.dtype) -> Tensor:
-    """The first rows of `a @ b.T`, `[rows, cols]`, bf16 or fp32.
-
-    PyTorch's two calls make the same one of the library. Replays know the first.
-    """
-    if a.told is not None and b.told is not None:
-        y = torch._scaled_mm(a.data, b.data.t(), a.told, b.told.t(), out_dtype=dtype)
-    else:
-        y = F.scaled_mm(
-            a.data, b.data.t(), a.scales, a.scalings, b.scales, b.scalings, a.swizzles, b.swizzles,
-            output_dtype=dtype,
-        )  # fmt: skip
+    """The first rows of `a @ b.T`, `[rows, cols]`, bf16 or fp32."""
+    y = F.scaled_mm(
+        a.data, b.data.t(), a.scales, a.scalings, b.scales, b.scalings, a.swizzles, b.swizzles,
+        output_dtype=dtype,
+    )  # fmt: skip
     return y[:rows]
 
 
 def blocks(data: Tensor, scale: Tensor) -> Scaled:
-    """FP8 `[rows, depth]` with an fp32 scale for 128 columns of a row.
-
-    `torch._scaled_mm` takes one such scale of a row for the row's own.
-    """
+    """FP8 `[rows, depth]` with an fp32 scale for 128 columns of a row."""
     data = filled(data, ROWS, 128)
-    inverse = _inverse(scale.t(), data.size(0)).t()
-    scaling, swizzle = F.ScalingType.BlockWise1x128, F.SwizzleType.NO_SWIZZLE
-    return Scaled(data, [inverse], [scaling], [swizzle], inverse if inverse.size(1) > 1 else None)
+    inverse = inverse_of(scale.t(), data.size(0)).t()
+    return Scaled(data, [inverse], [F.ScalingType.BlockWise1x128], [F.SwizzleType.NO_SWIZZLE])
 
 
 def squares(data: Tensor, scale: Tensor) -> Scaled:
-    """FP8 `[rows, depth]` with an fp32 scale for 128 x 128.
-
-    `torch._scaled_mm` wants rows of scales that are filled up in some versions, and that are not in
-    others.
-    """
-    across = -(-scale.size(1) // 4) * 4
-    inverse = _inverse(scale, across)
-    data, scaling = filled(data, 128, 128), F.ScalingType.BlockWise128x128
-    told = inverse if across == scale.size(1) else None
-    return Scaled(data, [inverse.t()], [scaling], [F.SwizzleType.NO_SWIZZLE], told)
+    """FP8 `[rows, depth]` with an fp32 scale for 128 x 128."""
+    inverse = inverse_of(scale, -(-scale.size(1) // 4) * 4)
+    scaling = F.ScalingType.BlockWise128x128
+    data = filled(data, 128, 128)
+    return Scaled(data, [inverse.t()], [scaling], [F.SwizzleType.NO_SWIZZLE])
 
 
 def mx(data: Tensor, scale: Tensor) -> Scaled:
@@ -101,7 +136,7 @@ def nvfp4(data: Tensor, scale: Tensor, factor: Tensor) -> Scaled:
     return Scaled(data, [scales, factor], scalings, swizzles)
 
 
-def _inverse(scale: Tensor, cols: int) -> Tensor:
+def inverse_of(scale: Tensor, cols: int) -> Tensor:
     """`1 / scale` by rows, filled up with ones to `cols` columns."""
     if scale.numel() and backends()["triton"].why_not_on(scale.device) is None:
         from ..triton.inverse import inverse as by_kernel  # only where there is Triton

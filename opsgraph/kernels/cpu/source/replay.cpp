@@ -11,10 +11,11 @@ using Word = int64_t;
 using Tensor = struct Opaque*;
 
 enum Opcode : Word { END, KERNEL, LAUNCH, ATEN, MATMUL };
-enum Aten : Word { MM, ADDMM, BMM, SCALED_MM, COPY, ZERO };
+enum Aten : Word { MM, ADDMM, BMM, COPY, ZERO };
 const int MOST_WORDS = 96, MOST_TENSORS = 8;
 const Word NONE = -2, ARENA = -1;  // in the place of a buffer's number
 const Word ALIGNMENT = 64;
+const int DESCRIPTION = 64;  // words of a product's description, see library.py
 
 // What is called, in the order in which `words.py` gives the addresses.
 struct Called {
@@ -28,14 +29,13 @@ struct Called {
     int32_t (*mm[2])(Tensor, Tensor, Tensor);
     int32_t (*addmm[2])(Tensor, Tensor, Tensor, Tensor, double, double);
     int32_t (*bmm[2])(Tensor, Tensor, Tensor);
-    int32_t (*scaled_mm)(
-        Tensor, Tensor, Tensor, Tensor, Tensor, Tensor*, Tensor*, int32_t*, int32_t);
     int32_t (*launch)(
         void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
         void**);
     int32_t (*matmul)(
         void*, void*, const float*, const void*, void*, const void*, void*, const float*,
         const void*, void*, void*, void*, const void*, void*, size_t, void*);
+    int32_t (*attribute)(void*, int32_t, const void*, size_t);
     int32_t (*context)(void**);
     int32_t (*device)(int*, int);
     int32_t (*retain)(void**, int);
@@ -100,10 +100,9 @@ class Tensors {
     }
 
     Tensor operator[](int i) const { return made[i]; }
-    Tensor* maybe(int i) { return made[i] ? &made[i] : nullptr; }
 };
 
-// [kind, on CUDA, count of tensors, tensors, beta, alpha or flag]; returns an error code, 0 for none.
+// [kind, on CUDA, count of tensors, tensors, beta, alpha]; returns an error code, 0 for none.
 static int64_t aten(const Word* at, const Buffers& buffers) {
     Word kind = at[0], cuda = at[1], count = at[2];
     Tensors t;
@@ -116,9 +115,6 @@ static int64_t aten(const Word* at, const Buffers& buffers) {
         case MM: return called.mm[cuda](t[0], t[1], t[2]);
         case ADDMM: return called.addmm[cuda](t[0], t[1], t[2], t[3], scalars[0], scalars[1]);
         case BMM: return called.bmm[cuda](t[0], t[1], t[2]);
-        case SCALED_MM:
-            return called.scaled_mm(
-                t[0], t[1], t[2], t[3], t[4], t.maybe(5), nullptr, nullptr, scalars[0] != 0);
         case COPY: return called.copy(t[0], t[1], 0);
         case ZERO: return called.zero(t[0]);
     }
@@ -136,21 +132,34 @@ static int64_t in_context(Word device) {
     return called.set_context(context);
 }
 
-// [handle, description, layouts of the first, the second and the result, algorithm, bytes of the
-// workspace, (buffer, offset) of the first, the second, the result and the workspace]
+// [handle, description, layouts of b, a, c and the result, algorithm, addresses of alpha and beta,
+// bytes of the workspace, (buffer, offset) of b, a, c, the result and the workspace, count of
+// pointers, (attribute, buffer, offset) of each]
 static int64_t matmul(const Word* at, const Buffers& buffers, void* stream) {
-    const float one = 1, zero = 0;
-    void* fixed[6];
-    void* memory[4];
-    for (int i = 0; i < 6; i++) fixed[i] = reinterpret_cast<void*>(at[i]);
-    for (int i = 0; i < 4; i++) {
-        const Word* place = at + 7 + 2 * i;
+    void* fixed[9];
+    void* memory[5];
+    Word description[DESCRIPTION];
+    for (int i = 0; i < 9; i++) fixed[i] = reinterpret_cast<void*>(at[i]);
+    for (int i = 0; i < 5; i++) {
+        const Word* place = at + 10 + 2 * i;
         memory[i] = place[0] == NONE ? nullptr
                                      : reinterpret_cast<void*>(buffers[place[0]] + place[1]);
     }
+    const Word *pointer = at + 21, *end = pointer + 3 * at[20];
+    if (pointer < end) {  // other threads set other addresses: it gets a copy
+        std::memcpy(description, fixed[1], sizeof description);
+        fixed[1] = description;
+    }
+    for (; pointer < end; pointer += 3) {
+        Word address = buffers[pointer[1]] + pointer[2];
+        if (int32_t error = called.attribute(
+                description, static_cast<int32_t>(pointer[0]), &address, sizeof address))
+            return error;
+    }
     return called.matmul(
-        fixed[0], fixed[1], &one, memory[0], fixed[2], memory[1], fixed[3], &zero, memory[2],
-        fixed[4], memory[2], fixed[4], fixed[5], memory[3], static_cast<size_t>(at[6]), stream);
+        fixed[0], fixed[1], static_cast<const float*>(fixed[7]), memory[0], fixed[2], memory[1],
+        fixed[3], static_cast<const float*>(fixed[8]), memory[2], fixed[4], memory[3], fixed[5],
+        fixed[6], memory[4], static_cast<size_t>(at[9]), stream);
 }
 
 // Runs a program: the bytes of an arena that the library is to provide and CUDA's device or -1, then steps

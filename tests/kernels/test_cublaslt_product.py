@@ -1,0 +1,225 @@
+"""Products through cublasLt: what is told to the library, once for a class, and what is chosen."""
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opsgraph.kernels import choices
+from opsgraph.kernels.cublaslt import library as lt
+from opsgraph.kernels.cublaslt import product as products
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+
+
+def last(candidates: Any) -> str:
+    """A measurement by which the last one is the fastest; all have run."""
+    for run in candidates.values():
+        run()
+    return [*candidates][-1]
+
+
+def value(pointer: Any, size: int) -> int:
+    """The number at an address, given as an int or by reference."""
+    address = pointer if isinstance(pointer, int) else ctypes.addressof(pointer._obj)
+    return int.from_bytes(ctypes.string_at(address, size), "little", signed=True)
+
+
+class Fake:
+    """A library with a number of algorithms that notes what it is told."""
+
+    def __init__(self, algorithms: int = 3) -> None:
+        self.algorithms = algorithms
+        self.layouts: list[tuple[int, ...]] = []
+        self.set: list[tuple[str, int, int]] = []
+        self.calls: list[tuple[int, ...]] = []
+
+    def cublasLtGetVersion(self) -> int:
+        return 130000
+
+    def cublasLtCreate(self, made: Any) -> int:
+        made._obj.value = 1
+        return 0
+
+    def cublasLtMatmulDescInit_internal(self, words: Any, size: int, *kinds: int) -> int:
+        return 0 if size >= 256 else 3
+
+    def cublasLtMatrixLayoutCreate(self, made: Any, *numbers: int) -> int:
+        self.layouts.append(numbers)
+        made._obj.value = len(self.layouts)
+        return 0
+
+    def cublasLtMatmulPreferenceCreate(self, made: Any) -> int:
+        return 0
+
+    def cublasLtMatmulPreferenceDestroy(self, made: int) -> int:
+        return 0
+
+    def cublasLtMatmulDescSetAttribute(self, it: int, key: int, at: Any, size: int) -> int:
+        self.set.append(("description", key, value(at, size)))
+        return 0
+
+    def cublasLtMatmulPreferenceSetAttribute(self, it: int, key: int, at: Any, size: int) -> int:
+        self.set.append(("preference", key, value(at, size)))
+        return 0
+
+    def cublasLtMatmulAlgoGetHeuristic(self, *arguments: Any) -> int:
+        found = (lt.Algorithm * self.algorithms).from_address(arguments[8])
+        for k, each in enumerate(found):
+            each.words[0] = k
+        arguments[9]._obj.value = self.algorithms
+        return 0
+
+    def cublasLtMatmul(self, *arguments: Any) -> int:
+        algorithm = lt.Algorithm.from_address(arguments[12])
+        self.calls.append((algorithm.words[0], *arguments))
+        return 0
+
+    def attribute(self, key: int, kind: str = "description") -> int | None:
+        """The last value of one."""
+        return next((v for k, a, v in reversed(self.set) if (k, a) == (kind, key)), None)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    made = Fake()
+    monkeypatch.setattr(lt, "library", lambda: made)
+    monkeypatch.setattr(lt, "handle", lambda device: 1)
+    monkeypatch.setattr(products, "_products", {})
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    monkeypatch.setattr(products, "SMALL", 0)
+    kept = choices.Choices("product", lambda: ("a chip",), last, files=list)
+    monkeypatch.setattr(products, "_choices", lambda device: kept)
+    return made
+
+
+def operands(m: int = 32, n: int = 48, k: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    out, a, b = (torch.zeros(sizes, dtype=BF16) for sizes in ((m, n), (m, k), (n, k)))
+    return out, a, b.t()
+
+
+def test_the_transpose_is_computed(fake: Fake) -> None:
+    out, a, b = operands()
+    products.product(out, a, b)
+    assert fake.layouts == [(14, 64, 48, 64), (14, 64, 32, 64), (14, 48, 32, 48)]
+    assert fake.attribute(lt.TRANSPOSE_A) == 1
+    assert fake.attribute(lt.TRANSPOSE_B) == 0
+    (_, _, _, _, first, _, second, *_), *_ = fake.calls
+    assert (first, second) == (b.data_ptr(), a.data_ptr())
+
+
+def test_a_class_is_described_once(fake: Fake) -> None:
+    out, a, b = operands()
+    products.product(out, a, b)
+    told = len(fake.set)
+    products.product(out.clone(), a.clone(), b)
+    assert len(fake.set) == told
+    assert [call[0] for call in fake.calls] == [0, 1, 2, 2, 2]  # three are tried
+    products.product(out.float(), a, b)
+    assert len(fake.set) > told
+
+
+def test_parts_of_the_depth_are_added_in_fp32(fake: Fake) -> None:
+    products.product(*operands())
+    assert fake.attribute(lt.REDUCTIONS, "preference") == lt.IN_FP32
+    assert fake.attribute(lt.ALIGNMENTS[0], "preference") == 16
+
+
+def test_addresses_that_are_no_multiples_of_16(fake: Fake) -> None:
+    out, a, b = operands()
+    moved = torch.zeros(a.numel() + 2, dtype=BF16)[2:].view_as(a)
+    products.product(out, moved, b)
+    assert fake.attribute(lt.ALIGNMENTS[0], "preference") == 4
+
+
+def test_scales_and_bias_are_addresses_of_each_call(fake: Fake) -> None:
+    out, a, b = operands()
+    left, right = a.to(FP8), b.t().to(FP8).t()
+    scales = torch.ones(()), torch.ones(())
+    bias = torch.zeros(48, dtype=BF16)
+    products.product(out, left, right, scales, bias=bias, fast=True)
+    assert fake.attribute(lt.SCALE_A) == scales[1].data_ptr()
+    assert fake.attribute(lt.SCALE_B) == scales[0].data_ptr()
+    assert fake.attribute(lt.BIAS) == bias.data_ptr()
+    assert fake.attribute(lt.EPILOGUE) == lt.WITH_BIAS
+    assert fake.attribute(lt.FAST_ACCUM) == 1
+    assert fake.attribute(lt.MODE_A) is None
+    told = len(fake.set)
+    products.product(out, left, right, scales[::-1], bias=bias, fast=True)
+    assert fake.set[told:] == [
+        ("description", lt.SCALE_A, scales[0].data_ptr()),
+        ("description", lt.SCALE_B, scales[1].data_ptr()),
+    ]
+
+
+def test_modes_of_scales_are_those_of_the_librarys_operands(fake: Fake) -> None:
+    out, a, b = operands()
+    scales = torch.ones(1, 32), torch.ones(1, 4)
+    left, right = a.to(FP8), b.t().to(FP8).t()
+    products.product(out, left, right, scales, (lt.BLOCK, lt.SQUARE))
+    assert (fake.attribute(lt.MODE_A), fake.attribute(lt.MODE_B)) == (lt.SQUARE, lt.BLOCK)
+
+
+def test_what_is_added_is_an_operand(fake: Fake) -> None:
+    out, a, b = operands()
+    products.product(out, a, b, c=out)
+    call = fake.calls[-1]
+    assert ctypes.c_float.from_address(call[8]).value == 1
+    assert call[9] == call[11] == out.data_ptr()
+
+
+def test_while_capturing_the_first_is_taken(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    out, a, b = operands()
+    with monkeypatch.context() as patch:
+        patch.setattr(choices, "measurable", lambda: False)
+        products.product(out, a, b)
+    assert [call[0] for call in fake.calls] == [0]
+    products.product(out, a, b)
+    assert [call[0] for call in fake.calls] == [0, 0, 1, 2, 2]
+
+
+def test_a_choice_that_is_known_is_not_asked_for(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products.product(*operands())
+    fake.calls.clear()
+    monkeypatch.setattr(products, "_products", {})  # as in another process
+    monkeypatch.setattr(fake, "cublasLtMatmulAlgoGetHeuristic", None)
+    products.product(*operands())
+    assert [call[0] for call in fake.calls] == [2]
+
+
+def test_a_small_product_is_not_measured(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "SMALL", 32 * 48 * 64)
+    products.product(*operands())
+    assert [call[0] for call in fake.calls] == [0]
+
+
+def test_names_of_algorithms() -> None:
+    made = lt.Algorithm(workspace=12)
+    made.words[:] = [2**64 - 1 - k for k in range(8)]
+    again = lt.Algorithm.of(made.name)
+    assert again.workspace == 12
+    assert bytes(again.words) == bytes(made.words)
+
+
+def test_a_library_without_an_algorithm(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.algorithms = 0
+    for _ in range(2):  # the second time it is known
+        with pytest.raises(lt.CublasError, match="no algorithm"):
+            products.product(*operands())
+        monkeypatch.setattr(products, "Product", None)
+
+
+@pytest.mark.parametrize("sizes, strides, expected", [
+    ((3, 5), (5, 1), (False, 5)), ((3, 5), (1, 3), (True, 3)), ((3, 5), (8, 1), (False, 8)),
+    ((1, 5), (1, 1), (False, 5)), ((3, 1), (1, 9), (False, 1)), ((3, 5), (10, 2), None),
+    ((3, 5), (0, 1), None),
+])  # fmt: skip
+def test_how_a_matrix_is_stored(sizes: Any, strides: Any, expected: Any) -> None:
+    assert products.stored(torch.empty_strided(sizes, strides)) == expected
