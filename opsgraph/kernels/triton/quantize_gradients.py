@@ -36,8 +36,10 @@ def _gradients(
     a = _load(x, at, mask)
     if GATED:
         b = _load(x, at + WIDTH, mask)
+        tl.debug_barrier()  # else the loads are spread over the computation, and wait one by one
         value, da, db = _gate_backward(grad, a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
     else:
+        tl.debug_barrier()
         value, da = _backward(grad, a, FUNCTION, ALPHA)
         db = da
     da, db = tl.where(mask, da, 0.0), tl.where(mask, db, 0.0)

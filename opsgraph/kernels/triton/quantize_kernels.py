@@ -192,9 +192,11 @@ def current_scale(
     given, scale, SCALING: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    """The multiplier of scaling "tensor" by the amax, before the tile; 1 where a scale is given."""
+    """The multiplier of scaling "tensor", before the tile: given, or by the amax that is given."""
     if SCALING == "tensor" and scale is not None:
         return scale_of(magnitude(tl.load(given)), E5M2, EPS, POWER_OF_TWO)
+    elif SCALING == "tensor" and given is not None:
+        return tl.load(given)
     else:
         return tl.full([], 1.0, tl.float32)
 
@@ -206,8 +208,6 @@ def store_tensor_scale(multiplier, scale, inverse, given, SCALING: tl.constexpr)
         if tl.program_id(0) == 0:
             if scale is not None:
                 tl.store(scale, multiplier)
-            else:
-                multiplier = tl.load(given)
             if inverse is not None:
                 tl.store(inverse, tl.div_rn(tl.full([], 1.0, tl.float32), multiplier))
 
@@ -259,14 +259,11 @@ def store_copies(
 ):  # fmt: skip
     """The row copy and the column copy of a tile, where there is data for each.
 
-    Scaling "tensor" has one scale: given, read late as a tile's loads come first, or `multiplier`,
-    by which row_scale is written elsewhere. Not of "square".
+    Scaling "tensor" has one scale, `multiplier`. Not of "square".
     """
     if row_data is None and col_data is None:
         pass
     elif SCALING == "tensor":
-        if row_scale is None:
-            multiplier = tl.load(given)
         store_shared(
             value, multiplier, first_row, first_col, rows, end_col, width, row_data, col_data,
             R, C, E5M2, NATIVE,

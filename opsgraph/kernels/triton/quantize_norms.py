@@ -63,8 +63,6 @@ def norm_quantize_kernel(
     if amax is not None:
         store_amax(value, amax + tl.program_id(0))
     if data is not None and SCALING == "tensor":
-        if scale is None:
-            multiplier = tl.load(given)
         codes = encode(scaled(value, multiplier), E5M2, NATIVE)
         # With 16 bytes a thread, which coalescing prefers, the codes would go through memory.
         at = tl.max_contiguous(row * WIDTH + cols, [1, 1, 8])
