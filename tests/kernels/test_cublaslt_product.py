@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opsgraph.kernels import choices
+from opsgraph.kernels.cublaslt import gemm
 from opsgraph.kernels.cublaslt import library as lt
 from opsgraph.kernels.cublaslt import product as products
 
@@ -169,6 +170,45 @@ def test_what_is_added_is_an_operand(fake: Fake) -> None:
     call = fake.calls[-1]
     assert ctypes.c_float.from_address(call[8]).value == 1
     assert call[9] == call[11] == out.data_ptr()
+
+
+def test_what_is_added_to_is_tried_on_as_much_memory(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the result may be further apart than they are long."""
+    _, a, b = operands()
+    out = torch.zeros(32, 96, dtype=BF16)[:, :48]
+    tried = []
+
+    def measured(key: str, made: Any, given: Any) -> lt.Algorithm:
+        tried.append(given[0])
+        return made.algorithms[0]  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(products, "_chosen", measured)
+    products.product(out, a, b, c=out)
+    (scratch,) = tried
+    assert scratch.stride() == out.stride()
+    assert scratch.data_ptr() != out.data_ptr()
+
+
+def test_without_memory_to_measure_in_the_first_is_taken(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(candidates: Any) -> str:
+        raise torch.OutOfMemoryError
+
+    kept = choices.Choices("product", lambda: ("a chip",), full, files=list)
+    monkeypatch.setattr(products, "_choices", lambda device: kept)
+    products.product(*operands())
+    assert [call[0] for call in fake.calls] == [0]
+
+
+def test_an_activation_without_the_library() -> None:
+    a, b, bias, other = (torch.randn(sizes) for sizes in ((8, 16), (16, 4), (4,), (8, 4)))
+    for one, two in ((None, None), (bias, None), (None, other), (bias, other)):
+        plain = gemm.matmul(a, b, one, two, 0.5)
+        got = gemm.matmul(a, b, one, two, 0.5, "relu")
+        torch.testing.assert_close(got, plain.relu())
 
 
 def test_while_capturing_the_first_is_taken(

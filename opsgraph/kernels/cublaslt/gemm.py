@@ -63,8 +63,9 @@ def matmul(
         except lt.CublasError as error:
             warn(str(error))
     if activation is not None:
-        bias = a.new_zeros(b.size(1)) if bias is None else bias
-        return torch._addmm_activation(bias, a, b, use_gelu=activation == "gelu")
+        added = other if bias is None else bias if other is None else other + bias
+        added = a.new_zeros(b.size(1)) if added is None else added
+        return torch._addmm_activation(added, a, b, alpha=alpha, use_gelu=activation == "gelu")
     if other is not None:
         made = torch.addmm(other, a, b, alpha=alpha)
         return made if bias is None else made.add_(bias)
