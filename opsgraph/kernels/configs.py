@@ -47,18 +47,18 @@ def around(usual: Config, **bounds: tuple[int, int]) -> tuple[Config, ...]:
 
 
 def _find(where: Where, offered: Sequence[Config]) -> Config:
-    kept = choices()
+    kept, asked = choices(), _asked  # which another thread may take away
     if kept is None:
-        if _asked is not None:
-            _asked[where] = offered
+        if asked is not None:
+            asked[where] = offered
         return offered[0]
     known = kept.known(text(where))
     for config in offered:
         if text(config.items()) == known:
             _chosen[where] = config
             return config
-    if _asked is not None:
-        _asked[where] = offered
+    if asked is not None:
+        asked[where] = offered
     else:
         _chosen[where] = offered[0]
     return offered[0]
