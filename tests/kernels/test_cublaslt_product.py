@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opsgraph.guards.watching import watching
 from opsgraph.kernels import choices
 from opsgraph.kernels.cublaslt import gemm
 from opsgraph.kernels.cublaslt import library as lt
@@ -221,6 +222,31 @@ def test_while_capturing_the_first_is_taken(
     assert [call[0] for call in fake.calls] == [0]
     products.product(out, a, b)
     assert [call[0] for call in fake.calls] == [0, 0, 1, 2, 2]
+
+
+def test_what_is_not_chosen_yet_is_not_replayed(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    told = []
+
+    class Noting:
+        def refuse(self, reason: str) -> None:
+            told.append(reason)
+
+        def product(self, made: Any, *addresses: Any) -> None:
+            told.append(made)
+
+    given = operands()
+    with monkeypatch.context() as patch:
+        patch.setattr(choices, "measurable", lambda: False)
+        patch.setattr(watching, "recorder", Noting())
+        products.product(*given)
+    assert told == ["what runs fastest is not known yet"]
+    products.product(*given)
+    with monkeypatch.context() as patch:
+        patch.setattr(watching, "recorder", Noting())
+        products.product(*given)
+    assert told[1:] == [*products._products.values()]
 
 
 def test_a_choice_that_is_known_is_not_asked_for(
