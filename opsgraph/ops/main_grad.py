@@ -124,7 +124,8 @@ def weight_gradient(
 def exact_gradient(product: Callable[..., Tensor], dy: Any, x: Any, weight: Tensor) -> Tensor:
     """What `weight_gradient` adds to main_grad, of a part of the weight."""
     if isinstance(dy, Tensor) and isinstance(x, Tensor):
-        gradient = torch.empty_like(_main_grad(weight))
+        dtype = _main_grad(weight).dtype
+        gradient = torch.empty(dy.size(1), x.size(1), dtype=dtype, device=dy.device)
         gemm.multiply_into(gradient, dy.t(), x, False)
         return gradient
     return product(dy, x, True)

@@ -131,7 +131,7 @@ def scaled_mm(
     if not a.data.numel() * cols:
         zeros = torch.zeros(rows, cols, dtype=dtype, device=a.data.device)
         return zeros if bias is None else zeros + bias
-    if _directly(a):
+    if _directly(a) and (bias is None or gemm.takes_bias(bias, dtype)):
         try:
             return native.fp8(_factors(a, True), _factors(b, False), rows, dtype, fast, bias)  # type: ignore[no-any-return]
         except CublasError as error:

@@ -20,6 +20,11 @@ def there(x: Tensor) -> bool:
     return x.is_cuda and backends()["cublaslt"].why_not() is None
 
 
+def takes_bias(bias: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product of a dtype adds such a bias: one of that dtype, packed and aligned."""
+    return bias.dtype == dtype and bias.is_contiguous() and not bias.data_ptr() % 16
+
+
 def _takes(
     dtype: torch.dtype, a: Tensor, b: Tensor, bias: Tensor | None, other: Tensor | None
 ) -> bool:  # fmt: skip
@@ -30,9 +35,7 @@ def _takes(
         return False
     if dtype not in (a.dtype, torch.float32):
         return False
-    if bias is not None and (
-        bias.dtype != a.dtype or not bias.is_contiguous() or bias.data_ptr() % 16
-    ):
+    if bias is not None and not takes_bias(bias, a.dtype):
         return False
     return other is None or (
         other.dtype == dtype and other.shape == (a.size(0), b.size(1)) and _by_rows(other)
