@@ -60,7 +60,7 @@ def plan_afresh(module: og.Sequential) -> Callable[[], Any]:
     plan = module.plan(training=True)
     (stage,) = module._stages
     key = next(key for key, found in stage.plans.items() if found is plan)
-    return partial(stage._make, key)
+    return partial(stage.make, key)
 
 
 def mlp(planner: str) -> og.Sequential:

@@ -51,6 +51,14 @@ def test_no_sample_always_follows_the_same_other() -> None:
     assert len(followed) > 8
 
 
+@pytest.mark.parametrize("planner", ["greedy", "optimal"])
+def test_planning_is_measured_afresh(planner: str) -> None:
+    make = overhead.plan_afresh(overhead.mlp(planner))
+    first, second = make(), make()
+    assert first is not second
+    assert first.forward_source == second.forward_source
+
+
 def test_a_spread_is_the_median_and_the_quartiles() -> None:
     assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
     assert spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0}

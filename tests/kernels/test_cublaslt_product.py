@@ -124,6 +124,14 @@ def test_a_class_is_described_once(fake: Fake) -> None:
     assert len(fake.set) > told
 
 
+def test_a_remembered_name_that_names_no_algorithm(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choices.Choices, "known", lambda self, key: "nonsense")
+    products.product(*operands())
+    assert [call[0] for call in fake.calls] == [0, 1, 2, 2]  # three are tried, the last is taken
+
+
 def test_parts_of_the_depth_are_added_in_fp32(fake: Fake) -> None:
     products.product(*operands())
     assert fake.attribute(lt.REDUCTIONS, "preference") == lt.IN_FP32

@@ -11,6 +11,7 @@ are repeatable. Other algorithms round differently: results belong to the choice
 import ctypes
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
@@ -265,8 +266,9 @@ def _chosen(key: str, made: Product, operands: Operands) -> lt.Algorithm:
     """The algorithm for a class: remembered, or measured now."""
     kept = _choices(made.device)
     known = kept.known(key)
-    if known is not None:  # the library need not be asked, which takes its time
-        return lt.Algorithm.of(known)
+    if known is not None:
+        with suppress(ValueError):  # what is on disk may be no name: then it is measured again
+            return lt.Algorithm.of(known)  # the library need not be asked, which takes its time
     names = [each.name for each in made.algorithms]
     if len(names) == 1:
         return made.algorithms[0]
