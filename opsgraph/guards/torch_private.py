@@ -225,16 +225,8 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def ops_alone() -> bool:
-    """Whether nothing follows PyTorch's ops: no transform, and no dispatch mode but our recorders'.
-
-    One call, for it is asked several times in each step.
-    """
-    return not (
-        transforms()
-        or forward_ad._current_level >= 0
-        or tracing()
-        or (dispatch_stack() and dispatch_modes())
-    )
+    """Whether no transform follows PyTorch's ops, and no dispatch mode but our recorders'."""
+    return not (followed() or (dispatch_stack() and dispatch_modes()))
 
 
 def followed() -> bool:

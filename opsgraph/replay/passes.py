@@ -18,7 +18,7 @@ from torch.autograd import profiler
 from torch.autograd.profiler import record_function
 
 from ..base.config import Config
-from ..guards.torch_private import dispatch_modes, followed
+from ..guards.torch_private import ops_alone
 from ..plan import Plan
 from ..plan.lines import Function
 from ..plan.result import Passes
@@ -77,7 +77,7 @@ class Pass:
 
     def _run(self, arguments: tuple[Any, ...]) -> Any:
         """A call of other layouts than the last one."""
-        if self.reason is not None or dispatch_modes() or followed():
+        if self.reason is not None or not ops_alone():
             return self.python(*arguments)
         if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
