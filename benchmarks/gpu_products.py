@@ -89,7 +89,7 @@ def _runs(out: Tensor, a: Tensor, b: Tensor, scale: Tensor | None) -> list[Calla
         pointers = dict.fromkeys((names.SCALE_A, names.SCALE_B), scale.data_ptr())
     made = engine.Product(
         out, a, b, (names.TENSOR, names.TENSOR), pointers, None, scale is not None, names.PLAIN,
-        None, None, ALIGNMENT, 1.0,
+        None, ALIGNMENT, 1.0,
     )  # fmt: skip
     operands = a.data_ptr(), b.data_ptr(), out.data_ptr(), list(pointers.values())
     held = (a, b, scale)  # they live as long as the call

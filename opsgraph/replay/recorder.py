@@ -257,10 +257,9 @@ class Recorder(TorchDispatchMode):
         """cublasLt multiplied. addresses: of b, a, c, the result; pointers: of attributes."""
 
         def event() -> Event:
-            places: list[Place | None] = [self._place(address) for address in addresses]
+            places = [self._place(address) for address in addresses]
             named = tuple((key, self._place(address)) for key, address in pointers)
-            written = [places[3], *(place for key, place in named if key in made.written)]
-            if any(self.buffers[place.buffer].argument is not None for place in written if place):
+            if self.buffers[places[3].buffer].argument is not None:
                 raise _Refused("a product is written to what the pass was handed")
             room = Place(len(self.buffers), 0) if made.workspace else None
             if room is not None:

@@ -15,12 +15,12 @@ TYPES = {
     torch.float8_e4m3fn: 28, torch.float8_e5m2: 29,
 }  # fmt: skip
 """CUDA's numbers of dtypes."""
-TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS, AUX, AUX_LD = 3, 4, 7, 8, 11, 12
+TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS = 3, 4, 7, 8
 SCALE_A, SCALE_B, FAST_ACCUM, BIAS_TYPE, MODE_A, MODE_B = 17, 18, 25, 26, 31, 32
 """Attributes of a description."""
 TENSOR, ROW, BLOCK, SQUARE = 0, 3, 4, 5
 """What an fp32 scale covers: all, a row, 1 x 128 values of a row, 128 x 128 values."""
-PLAIN, RELU, WITH_BIAS, GELU, DGELU, WITH_AUX, BIAS_GRADIENT = 1, 2, 4, 32, 64, 128, 16
+PLAIN, RELU, WITH_BIAS, GELU = 1, 2, 4, 32
 """Epilogues, to be combined by `|`; the first stands alone."""
 MOST_WORKSPACE, REDUCTIONS, ALIGNMENTS = 1, 3, (5, 6, 7, 8)
 """Attributes of a preference: workspace in bytes, ways to add up the parts of a split depth,

@@ -59,8 +59,8 @@ class Product:
 
     def __init__(
         self, out: Tensor, a: Tensor, b: Tensor, modes: tuple[int, int], pointers: dict[int, int],
-        c: Tensor | None, fast: bool, epilogue: int, bias: Tensor | None, aux: Tensor | None,
-        alignment: int, alpha: float,
+        c: Tensor | None, fast: bool, epilogue: int, bias: Tensor | None, alignment: int,
+        alpha: float,
     ) -> None:  # fmt: skip
         """pointers: attributes of the description that are addresses. Raises CublasError."""
         self.device = out.device.index
@@ -85,8 +85,6 @@ class Product:
             values[lt.EPILOGUE] = ctypes.c_uint32(epilogue)
         if bias is not None:
             values[lt.BIAS_TYPE] = ctypes.c_int32(lt.TYPES[bias.dtype])
-        if aux is not None:
-            values[lt.AUX_LD] = ctypes.c_int64(aux.stride(0))
         for attribute, value in values.items():
             if attribute in (lt.MODE_A, lt.MODE_B) and not value.value:
                 continue  # libraries before 12.8 do not know it
@@ -96,10 +94,6 @@ class Product:
         self.factors = ctypes.c_float(alpha), ctypes.c_float(c is not None)
         self.alpha, self.beta = map(ctypes.addressof, self.factors)
         self.alignment = alignment
-        self.written = [lt.BIAS] * bool(epilogue & lt.BIAS_GRADIENT)
-        """Attributes whose addresses it writes to."""
-        if epilogue & lt.WITH_AUX and epilogue & lt.GELU:
-            self.written.append(lt.AUX)
         self.lock = threading.Lock()
         self._point(list(pointers.values()))
 
@@ -179,34 +173,30 @@ def product(
     out: Tensor, a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor] | None = None,
     modes: tuple[int, int] = (lt.TENSOR, lt.TENSOR), bias: Tensor | None = None,
     c: Tensor | None = None, alpha: float = 1.0, fast: bool = False, epilogue: int = lt.PLAIN,
-    aux: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`alpha * a @ b (+ c) (+ bias)`, written to out, which c may be. Raises CublasError.
 
     a: `[m, k]`, b: `[k, n]`, by rows or by columns; of FP8 a is by rows, b by columns. out:
     `[m, n]`, by rows. scales: fp32, which values are multiplied with; modes: what each covers
     (`library.TENSOR` and its like). bias: `[n]`. fast: sum FP8 products in the tensor cores'
-    shorter accumulators. epilogue: besides a bias; aux: `[m, n]`, the pre-activation.
+    shorter accumulators. epilogue: besides a bias.
     """
     device = out.device.index
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
-            return product(out, a, b, scales, modes, bias, c, alpha, fast, epilogue, aux)
+            return product(out, a, b, scales, modes, bias, c, alpha, fast, epilogue)
     addresses = []
     if scales is not None:
         addresses = [scales[1].data_ptr(), scales[0].data_ptr()]
     if bias is not None:
         addresses.append(bias.data_ptr())
-    if aux is not None:
-        addresses.append(aux.data_ptr())
     first, second, third = a.data_ptr(), b.data_ptr(), out.data_ptr()
     fourth = third if c is None else c.data_ptr()
     together = first | second | third | fourth
     key = (
         device, a.dtype, a.shape, a.stride(), b.dtype, b.shape, b.stride(), out.dtype,
         out.stride(), scales is None, modes, None if c is None else (c.dtype, c.stride()), alpha,
-        fast, epilogue, None if bias is None else bias.dtype,
-        None if aux is None else aux.stride(), together & 15,
+        fast, epilogue, None if bias is None else bias.dtype, together & 15,
     )  # fmt: skip
     made = _products.get(key)
     if made is None:
@@ -215,10 +205,7 @@ def product(
             attributes += [lt.SCALE_A, lt.SCALE_B]
         if bias is not None:
             attributes.append(lt.BIAS)
-            if not epilogue & lt.BIAS_GRADIENT:
-                epilogue = lt.WITH_BIAS | (epilogue if epilogue != lt.PLAIN else 0)
-        if aux is not None:
-            attributes.append(lt.AUX)
+            epilogue = lt.WITH_BIAS | (epilogue if epilogue != lt.PLAIN else 0)
         pointers = dict(zip(attributes, addresses, strict=True))
         low = (together | 16) & 31
         # A result that is added to must not be computed twice. Rows are as far apart as out's.
@@ -227,7 +214,7 @@ def product(
             made = _products.get(key) or _made(
                 key,
                 lambda: Product(
-                    out, a, b, modes, pointers, c, fast, epilogue, bias, aux, low & -low, alpha
+                    out, a, b, modes, pointers, c, fast, epilogue, bias, low & -low, alpha
                 ),
                 (scratch, first, second, fourth, addresses),
                 a.size(0) * b.numel() <= SMALL,

@@ -121,8 +121,8 @@ def activation_backward_kernel(
         tl.store(dx_amax + tl.program_id(0), dx_bits.to(tl.float32, bitcast=True))
     if y_amax is not None:
         tl.store(y_amax + tl.program_id(0), y_bits.to(tl.float32, bitcast=True))
-    store_tensor_scale(dx_multiplier, dx_row_scale, dx_col_scale, dx_given, SCALING)
-    store_tensor_scale(y_multiplier, y_row_scale, y_col_scale, y_given, SCALING)
+    store_tensor_scale(dx_multiplier, dx_row_scale, dx_col_scale, SCALING)
+    store_tensor_scale(y_multiplier, y_row_scale, y_col_scale, SCALING)
 
 
 @triton.jit

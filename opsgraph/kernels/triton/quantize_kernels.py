@@ -202,7 +202,7 @@ def current_scale(
 
 
 @triton.jit
-def store_tensor_scale(multiplier, scale, inverse, given, SCALING: tl.constexpr):
+def store_tensor_scale(multiplier, scale, inverse, SCALING: tl.constexpr):
     """The scale if it is made here, and 1 / scale: by the first program, after its tile."""
     if SCALING == "tensor" and (scale is not None or inverse is not None):
         if tl.program_id(0) == 0:

@@ -73,7 +73,7 @@ def norm_quantize_kernel(
             tile, multiplier, first_row, 0, rows, WIDTH, WIDTH, data, scale, None, inverse, given,
             ROWS, CHUNKS * COLS, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
         )  # fmt: skip
-    store_tensor_scale(multiplier, scale, inverse, given, SCALING)
+    store_tensor_scale(multiplier, scale, inverse, SCALING)
 
 
 def _read(

@@ -86,7 +86,7 @@ def copy_kernel(
         value, multiplier, first_row, first_col, rows, WIDTH, WIDTH, row_data, row_scale, col_data,
         col_scale, given, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
     )  # fmt: skip
-    store_tensor_scale(multiplier, row_scale, col_scale, given, SCALING)
+    store_tensor_scale(multiplier, row_scale, col_scale, SCALING)
 
 
 @triton.jit(do_not_specialize=["rows", "x_stride"])
