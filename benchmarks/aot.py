@@ -133,8 +133,27 @@ def resources(launch: Launch, cc: int) -> dict[str, int]:
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
         "lost": len(LOST.findall(sass)),
+        "narrow": len(narrow_strides(compiled.asm["ttir"])),
         "wide_loads": len(re.findall(r"(?:ld\.global|cp\.async).*(?:v4\.b32|, 0x10)", ptx)),
     }
+
+
+def narrow_strides(ttir: str) -> list[str]:
+    """What multiplies the rows' stride in 32 bits, in Triton's IR: rows may be 2^31 elements apart.
+
+    A stride is an argument, and as wide as it is until it is extended.
+    """
+    strides, found = set(re.findall(r"%\w*stride\b", ttir)), []
+    for line in ttir.splitlines():
+        operation = line.split(" loc(")[0].strip()
+        result, _, rest = operation.partition(" = ")
+        if not strides.intersection(re.findall(r"%\w+", rest)):
+            continue
+        if rest.startswith(("tt.splat", "tt.broadcast", "tt.expand_dims")):
+            strides.add(result)
+        elif rest.startswith("arith.muli") and re.search(r"\bi32$|xi32>$", operation):
+            found.append(operation)
+    return found
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

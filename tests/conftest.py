@@ -10,6 +10,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
+from broken_cuda import leave_if_broken, look_after, skip_unless_whole
 from hypothesis import settings
 
 from opsgraph.features import verify
@@ -28,8 +29,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # keywords have the names of folders, too
             item.add_marker(no_gpu)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """See `broken_cuda`."""
+    skip_unless_whole(item)
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """See `broken_cuda`."""
+    look_after(item, call)
+
+
+def pytest_runtest_logfinish() -> None:
+    """See `broken_cuda`."""
+    leave_if_broken()
 
 
 @pytest.fixture(autouse=True)

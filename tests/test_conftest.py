@@ -1,5 +1,11 @@
 """The tests' own guards hold."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,3 +19,55 @@ def test_fresh_memory_is_poisoned(dtype: torch.dtype) -> None:
 
 def test_one_thread() -> None:
     assert torch.get_num_threads() == 1
+
+
+_TORCH = """
+class cuda:
+    broken = False
+    is_initialized = staticmethod(lambda: True)
+
+    @classmethod
+    def synchronize(cls):
+        if cls.broken:
+            raise RuntimeError("an illegal memory access")
+"""
+_CONFTEST = """
+import broken_cuda
+
+def pytest_runtest_setup(item): broken_cuda.skip_unless_whole(item)
+def pytest_runtest_makereport(item, call): broken_cuda.look_after(item, call)
+def pytest_runtest_logfinish(): broken_cuda.leave_if_broken()
+"""
+_TESTS = """
+import pytest, torch
+
+@pytest.mark.gpu
+def test_that_breaks():
+    torch.cuda.broken = True
+    assert False
+
+@pytest.mark.gpu
+def test_after(): assert not torch.cuda.broken
+
+def test_without_a_device(): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [("", "1 failed, 1 passed, 1 skipped"), ("-n1 -pxdist", "2 failed, 2 passed")],
+)
+def test_what_breaks_the_device_hides_no_other_result(
+    tmp_path: Path, options: str, expected: str
+) -> None:
+    """The second failure is the process that ended."""
+    for name, text in (("torch", _TORCH), ("conftest", _CONFTEST), ("test_it", _TESTS)):
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    environment["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(Path(__file__).parent)))
+    command = [sys.executable, "-m", "pytest", "-rs", "-pno:cacheprovider", *options.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert re.search(rf"\b{expected} in ", done.stdout), done.stdout + done.stderr
+    assert options or "test_that_breaks broke CUDA: an illegal memory access" in done.stdout

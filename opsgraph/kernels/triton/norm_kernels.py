@@ -215,7 +215,7 @@ def backward_kernel(
     dweight_sum = tl.zeros([CHUNKS, ROWS, COLS], tl.float32)
     dbias_sum = tl.zeros([CHUNKS, ROWS, COLS], tl.float32)
     at, _ = tl.broadcast(cols, dweight_sum)
-    dy_stride, x_stride = dy_stride * UNIT, x_stride * UNIT
+    dy_stride, x_stride = dy_stride.to(tl.int64) * UNIT, x_stride.to(tl.int64) * UNIT
     if HOIST:
         held = _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
     first, step = tl.program_id(0), tl.num_programs(0)
