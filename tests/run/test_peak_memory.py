@@ -75,6 +75,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Says which layout of a product counts as the fastest; sizes that are limits are scaled."""
     monkeypatch.setattr(memory, "LEAST", 1)
     monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(gemm, "TINY", 0)
     monkeypatch.setattr(cpu_gemm, "COLUMNS", cpu_gemm.COLUMNS // 4)
     monkeypatch.setattr(gemm, "PIECE", gemm.PIECE // SCALE)
     monkeypatch.setattr(gemm, "LEAST_COLUMNS", gemm.LEAST_COLUMNS // 4)

@@ -1,5 +1,5 @@
 """Fusers of the `cpu` backend."""
 
-from . import passes, products, quantize
+from . import grouped, passes, products, quantize
 
-__all__ = ["passes", "products", "quantize"]
+__all__ = ["grouped", "passes", "products", "quantize"]

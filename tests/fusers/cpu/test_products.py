@@ -26,6 +26,8 @@ class Chooser:
 
     def __call__(self, candidates: Mapping[str, object]) -> str:
         self.asked += 1
+        if self.answer == "onednn" and self.answer not in candidates:
+            return "mm"  # no library's product of bf16 without AVX-512
         return self.answer
 
 
@@ -41,6 +43,7 @@ def one_pass(request, monkeypatch: pytest.MonkeyPatch) -> bool:
 def chooser(request, monkeypatch: pytest.MonkeyPatch) -> Chooser:
     made = Chooser(request.param)
     monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(gemm, "TINY", 0)
     monkeypatch.setattr(gemm, "FEW", -1)
     monkeypatch.setattr(gemm, "choices", Choices("gemm", tuple, made, list))
     monkeypatch.setattr(gemm, "_chosen", {})
