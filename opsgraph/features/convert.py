@@ -123,7 +123,7 @@ class PlainOp(nn.Module):
 
 
 def _to_norm(op: Any, module: type[nn.Module], bias: dict[str, bool]) -> nn.Module:
-    if op.zero_centered_gamma:
+    if op.zero_centered_gamma or op.normalized_dtype is not None:
         return PlainOp(op)
     return module(op.normalized_shape, op.eps, op.elementwise_affine, **bias, device="meta")
 

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.errors import OpError, PlanError
+from ..guards.arguments import is_names
 from ..guards.cached import per_class
 from ..guards.constants import plain
 from ..guards.constants import verify as verify_constant
 from ..op import STORED, Op, Placed, arguments, differentiable, weights
-from ..op.base import is_names
 from ..op.functions import backward_functions, definer, said
 from ..plan.basic_ops import BasicOps
 

@@ -124,12 +124,14 @@ class RMSNormLinearBackward(Fuser):
 
     def bwd(
         self, dy: Tensor, norm_x: Tensor, norm_rstd: Tensor, norm_weight: Tensor | None,
-        norm_zero_centered_gamma: bool, fc_weight: Tensor, want: Collection[str],
+        norm_zero_centered_gamma: int, norm_normalized_dtype: str | None, fc_weight: Tensor,
+        want: Collection[str],
     ) -> Any:  # fmt: skip
         wanted = "x" in want, "norm_weight" in want, "fc_weight" in want
         dx, dnorm, y = norms.rmsnorm_backward(
-            dy @ fc_weight, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, *wanted
-        )
+            dy @ fc_weight, norm_x, norm_rstd, norm_weight, norm_zero_centered_gamma, *wanted,
+            norm_normalized_dtype,
+        )  # fmt: skip
         return dx, (dnorm, y)
 
 

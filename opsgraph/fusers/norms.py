@@ -19,12 +19,12 @@ class NormForward(Fuser):
 
     def fwd(
         self, x: Tensor, add_other: Tensor | None, norm_weight: Tensor | None,
-        norm_bias: Tensor | None, norm_eps: float, norm_zero_centered_gamma: bool,
-        norm_center: bool, want: Collection[str],
+        norm_bias: Tensor | None, norm_eps: float, norm_zero_centered_gamma: int,
+        norm_center: bool, norm_normalized_dtype: str | None, want: Collection[str],
     ) -> Any:  # fmt: skip
         y, mean, rstd, total = self.kernels.norm_forward(
             x, norm_weight, norm_bias, norm_eps, norm_zero_centered_gamma, add_other, norm_center,
-            want,
+            want, norm_normalized_dtype,
         )  # fmt: skip
         return y, (total, mean, rstd)
 
@@ -39,10 +39,11 @@ class NormGradients(Fuser):
     def bwd(
         self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor | None,
         norm_rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        norm_zero_centered_gamma: bool, want: Collection[str],
+        norm_zero_centered_gamma: int, norm_normalized_dtype: str | None,
+        want: Collection[str],
     ) -> Any:  # fmt: skip
         dx, dweight, dbias, *_ = self.kernels.norm_backward(
             dy, norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, norm_zero_centered_gamma,
-            tee_d, want,
+            tee_d, want, normalized_dtype=norm_normalized_dtype,
         )  # fmt: skip
         return dx, (dweight, dbias)

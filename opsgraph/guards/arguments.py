@@ -1,7 +1,7 @@
 """The argument names of functions, which say what they need."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,3 +21,9 @@ def arguments(function: Callable[..., Any]) -> tuple[str, ...]:
         names = tuple(inspect.signature(plain).parameters)[1:] if declared is None else declared
         names = _arguments[plain] = tuple(names)
     return names
+
+
+def is_names(value: Any) -> bool:
+    """Whether a value is a collection of names."""
+    collection = isinstance(value, Collection) and not isinstance(value, str)
+    return collection and all(isinstance(name, str) for name in value)

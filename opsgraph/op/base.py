@@ -20,7 +20,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..base import config
 from ..base.errors import OpError, PlanError
-from ..guards.arguments import arguments
+from ..guards.arguments import arguments, is_names
 from ..guards.cached import per_class
 from ..guards.constants import plain
 from ..guards.state_dicts import StateDicts
@@ -30,9 +30,7 @@ from ..guards.watched import MODULE_ATTRIBUTES, serving
 from .spec import Spec
 
 FORWARD, BACKWARD = "forward", "backward"
-_NO_SETTINGS = MODULE_ATTRIBUTES.union(
-    ("_runner", "_owners", "_homes", "channels", "strict", "serial")
-)
+_NO_SETTINGS = MODULE_ATTRIBUTES | {"_runner", "_owners", "_homes", "channels", "strict", "serial"}
 
 
 class Lowered(NamedTuple):
@@ -60,12 +58,6 @@ class Placed(NamedTuple):
     """What the backward multiplies in the place of quantized gradients."""
 
 
-def is_names(value: Any) -> bool:
-    """Whether a value is a collection of names."""
-    collection = isinstance(value, Collection) and not isinstance(value, str)
-    return collection and all(isinstance(name, str) for name in value)
-
-
 class Op(StateDicts):
     """A basic op. Subclasses write `fwd` and, unless autograd's derivative will do, `bwd`."""
 
@@ -80,6 +72,8 @@ class Op(StateDicts):
     """Parameters that `fwd` cannot do without."""
     as_stored: ClassVar[tuple[str, ...]] = ()
     """Parameters that keep their dtype when the computation has another."""
+    typed_by: ClassVar[tuple[str, ...]] = ()
+    """Parameters with whose dtypes `result` finds that of y."""
     promotes: ClassVar[tuple[str, ...]] = ()
     """Extra inputs of any float dtype, with whose dtype that of y is promoted, as PyTorch does."""
     gemm: ClassVar[bool] = False
@@ -168,6 +162,10 @@ class Op(StateDicts):
     def out(self, x: Spec) -> Spec:
         """The spec of y. By default `fwd` is run on a meta tensor to find out."""
         return Op.trace(self, x)[0]
+
+    def result(self, dtype: torch.dtype, others: Mapping[str, torch.dtype]) -> torch.dtype:
+        """The dtype of y, by that of `out` and those that `typed_by` names."""
+        return dtype
 
     def trailing(self) -> tuple[int, ...]:
         """Sizes that the dimensions before the last must have, where it works on more than one."""

@@ -38,7 +38,7 @@ def holds(kind: type[Op], name: str) -> bool:
 def said(kind: type[Op], name: str) -> Any:
     """What a class says under a name of `Op`; that one's default where it is about another `fwd`.
 
-    So it is with `bwd`, `dgrad`, `wgrad` and `again`, `quantizable` and `promotes`.
+    So it is with `bwd`, `dgrad`, `wgrad`, `again`, `quantizable`, `promotes` and `typed_by`.
     """
     return getattr(kind, name) if holds(kind, name) else getattr(Op, name)
 
@@ -108,9 +108,8 @@ def identity(kind: type[Op], op: Op, direction: str, training: bool) -> bool:
 
     A base's word that evaluation does nothing counts for a subclass with its own `fwd` as well.
     """
-    if not holds(kind, "identity") and (training or not kind.training_matters):
-        return False
-    return kind.identity(op, direction, training)
+    known = holds(kind, "identity") or (kind.training_matters and not training)
+    return known and kind.identity(op, direction, training)
 
 
 def out(kind: type[Op], op: Op, x: Spec) -> Spec:

@@ -20,8 +20,9 @@ from .bias import Bias
 from .collectives import AllGather, AllReduce, AllReduceGrad, ReduceScatter
 from .elementwise import ConstantScale, Dropout, Identity, Reshape
 from .grouped import GroupedLinear
+from .l2 import L2Normalization
 from .linear import BasicLinear, Linear
-from .norms import L2Normalization, LayerNorm, RMSNorm
+from .norms import LayerNorm, RMSNorm
 from .quantize import Quantize, QuantizeGrad
 from .residual import Add, AddExtraInput, MakeExtraOutput, Residual, Tee
 from .scaled import (

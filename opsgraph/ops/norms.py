@@ -1,4 +1,4 @@
-"""Normalizations over the last dimension, or the last few."""
+"""RMSNorm and LayerNorm, over the last dimension or the last few."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from ..base.errors import OpError
-from ..guards.validation import Checked, epsilon, flag, place, size, whole
+from ..guards.validation import Checked, choice, epsilon, flag, place, whole
 from ..kernels.reference import norms
-from ..op import ROWS, Lowered, Op, Spec
+from ..op import Lowered, Op, Spec
 from .parameters import empty_parameter
 
 
@@ -30,20 +30,36 @@ def _sizes(who: str, name: str, shape: Any) -> tuple[int, ...] | None:
     return tuple(whole(who, name, n, 0, ", or several") for n in given)
 
 
+def _normalized_dtype(who: str, name: str, value: Any) -> Any:
+    return choice(who, name, value, (None, "input", "weight"))
+
+
 class _Norm(Op):
     """What RMSNorm and LayerNorm share: the last dimensions, and weights around 1.
 
-    sm_margin is TransformerEngine's hint to leave multiprocessors to others; it changes nothing.
+    normalized_dtype: the dtype to which the normalized value is rounded before the weight
+    multiplies it. None: it is not rounded, and y has x's dtype, as torch.nn has it. "input": x's
+    (Llama, DeBERTa); y has the dtype to which PyTorch promotes x's, the weight's and the bias's.
+    "weight": the weight's, where that has 16 bits (T5); y has the weight's dtype. Product and sum
+    are rounded as well then, so that the bits are those of PyTorch's single operations.
+    round_gamma: `1 + weight` is rounded to the weight's dtype (Nemotron), which without
+    zero_centered_gamma changes nothing. sm_margin is TransformerEngine's hint to leave
+    multiprocessors to others; it changes nothing.
     """
 
     as_stored = ("weight", "bias")
+    typed_by = ("weight", "bias")
     lowers_subclasses: ClassVar[bool] = True
-    constants: ClassVar[tuple[str, ...]] = ("eps", "zero_centered_gamma", "center")
+    constants: ClassVar[tuple[str, ...]] = (
+        "eps", "zero_centered_gamma", "center", "normalized_dtype"
+    )  # fmt: skip
     center: ClassVar[bool]
     """Whether rows are freed of their mean."""
     names: tuple[str, ...] = ()
     normalized_shape = Checked(_sizes)
     zero_centered_gamma = Checked(flag)
+    round_gamma = Checked(flag)
+    normalized_dtype = Checked(_normalized_dtype)
     eps_by_dtype: ClassVar[bool] = False
     """Whether eps may be None, for the epsilon of the dtype that statistics are in."""
 
@@ -54,6 +70,8 @@ class _Norm(Op):
         elementwise_affine: bool = True,
         *,
         zero_centered_gamma: bool = False,
+        round_gamma: bool = False,
+        normalized_dtype: str | None = None,
         sm_margin: int | Mapping[str, int] = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -65,7 +83,8 @@ class _Norm(Op):
         self._verify_shape()
         shape = self.normalized_shape
         self.eps = eps if eps is None and self.eps_by_dtype else epsilon(who, "eps", eps)
-        self.zero_centered_gamma = zero_centered_gamma
+        self.zero_centered_gamma, self.round_gamma = zero_centered_gamma, round_gamma
+        self.normalized_dtype = normalized_dtype
         self.elementwise_affine = flag(who, "elementwise_affine", elementwise_affine)
         margins = sm_margin if isinstance(sm_margin, Mapping) else {"sm_margin": sm_margin}
         for name, margin in margins.items():
@@ -113,7 +132,13 @@ class _Norm(Op):
     def constant(self, name: str, x: Spec) -> Any:
         if name == "eps" and self.eps is None:
             return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+        if name == "zero_centered_gamma" and self.zero_centered_gamma and self.round_gamma:
+            return norms.ROUNDED
         return super().constant(name, x)
+
+    def result(self, dtype: torch.dtype, others: Mapping[str, torch.dtype]) -> torch.dtype:
+        weight, bias = others.get("weight"), others.get("bias")
+        return norms.dtypes(dtype, weight, bias, self.normalized_dtype).y
 
     def reset_parameters(self) -> None:
         """Weight 1, or 0 when zero_centered_gamma; bias 0."""
@@ -159,7 +184,10 @@ class _Norm(Op):
 
     def extra_repr(self) -> str:
         shape = self.width if not self.trailing() else self.normalized_shape
-        return f"{shape}, eps={self.eps}, zero_centered_gamma={self.zero_centered_gamma}"
+        shown = f"{shape}, eps={self.eps}, zero_centered_gamma={self.zero_centered_gamma}"
+        shown += ", round_gamma=True" if self.round_gamma else ""
+        first = self.normalized_dtype
+        return shown if first is None else f"{shown}, normalized_dtype={first!r}"
 
 
 class RMSNorm(_Norm):
@@ -175,28 +203,35 @@ class RMSNorm(_Norm):
     names = ("weight",)
     eps_by_dtype = True
 
-    def fwd(self, x: Tensor, weight: Tensor | None, eps: float, zero_centered_gamma: bool) -> Any:
-        y, rstd = norms.rmsnorm_forward(x, weight, eps, zero_centered_gamma)
+    def fwd(
+        self, x: Tensor, weight: Tensor | None, eps: float, zero_centered_gamma: int,
+        normalized_dtype: str | None = None,
+    ) -> Any:  # fmt: skip
+        y, rstd = norms.rmsnorm_forward(x, weight, eps, zero_centered_gamma, normalized_dtype)
         return y, (rstd,)
 
     def again(
-        self, x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered_gamma: bool
-    ) -> Any:
+        self, x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered_gamma: int,
+        normalized_dtype: str | None = None,
+    ) -> Any:  # fmt: skip
         """y from the saved rstd."""
-        return norms.rmsnorm_again(x, rstd, weight, zero_centered_gamma)
+        return norms.rmsnorm_again(x, rstd, weight, zero_centered_gamma, normalized_dtype)
 
     def bwd(
         self, dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None,
-        zero_centered_gamma: bool, want: Collection[str],
+        zero_centered_gamma: int, normalized_dtype: str | None, want: Collection[str],
     ) -> tuple[Tensor | None, tuple[Tensor | None]]:  # fmt: skip
         dx, dweight, _ = norms.rmsnorm_backward(
-            dy, x, rstd, weight, zero_centered_gamma, "x" in want, "weight" in want
-        )
+            dy, x, rstd, weight, zero_centered_gamma, "x" in want, "weight" in want,
+            normalized_dtype=normalized_dtype,
+        )  # fmt: skip
         return dx, (dweight,)
 
     @classmethod
     def sample(cls) -> Iterable[Op]:
-        return cls(), cls(zero_centered_gamma=True), cls(elementwise_affine=False)
+        rounded = cls(zero_centered_gamma=True, round_gamma=True, normalized_dtype="input")
+        plain = cls(elementwise_affine=False)
+        return cls(), cls(zero_centered_gamma=True), plain, rounded
 
 
 class LayerNorm(_Norm):
@@ -217,21 +252,9 @@ class LayerNorm(_Norm):
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
-        *,
-        zero_centered_gamma: bool = False,
-        sm_margin: int | Mapping[str, int] = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            normalized_shape,
-            eps,
-            elementwise_affine,
-            zero_centered_gamma=zero_centered_gamma,
-            sm_margin=sm_margin,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(normalized_shape, eps, elementwise_affine, **options)
         if not flag(type(self).__name__, "bias", bias):
             self.bias = None
 
@@ -241,25 +264,29 @@ class LayerNorm(_Norm):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
-        zero_centered_gamma: bool,
+        zero_centered_gamma: int,
+        normalized_dtype: str | None = None,
     ) -> Any:
-        y, mean, rstd = norms.layernorm_forward(x, weight, bias, eps, zero_centered_gamma)
+        y, mean, rstd = norms.layernorm_forward(
+            x, weight, bias, eps, zero_centered_gamma, normalized_dtype
+        )
         return y, (mean, rstd)
 
     def bwd(
         self, dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-        bias: Tensor | None, zero_centered_gamma: bool, want: Collection[str],
+        bias: Tensor | None, zero_centered_gamma: int, normalized_dtype: str | None,
+        want: Collection[str],
     ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:  # fmt: skip
         wanted = "x" in want, "weight" in want, "bias" in want
         dx, dweight, dbias = norms.layernorm_backward(
-            dy, x, mean, rstd, weight, bias, zero_centered_gamma, wanted
+            dy, x, mean, rstd, weight, bias, zero_centered_gamma, wanted, normalized_dtype
         )
         return dx, (dweight, dbias)
 
     @classmethod
     def sample(cls) -> Iterable[Op]:
-        plain = cls(elementwise_affine=False)
-        return cls(), cls(zero_centered_gamma=True), cls(bias=False), plain
+        plain, rounded = cls(elementwise_affine=False), cls(normalized_dtype="input")
+        return cls(), cls(zero_centered_gamma=True), cls(bias=False), plain, rounded
 
 
 def _wide(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -281,28 +308,30 @@ class _RMSNormOfSeveral(RMSNorm):
     constants = (*RMSNorm.constants, "normalized_shape")
 
     def fwd(  # type: ignore[override]
-        self, x: Tensor, weight: Tensor | None, eps: float, zero_centered_gamma: bool,
-        normalized_shape: tuple[int, ...],
+        self, x: Tensor, weight: Tensor | None, eps: float, zero_centered_gamma: int,
+        normalized_dtype: str | None, normalized_shape: tuple[int, ...],
     ) -> Any:  # fmt: skip
         rows, flat = _wide(x, normalized_shape), _flat(weight)
-        y, rstd = norms.rmsnorm_forward(rows, flat, eps, zero_centered_gamma)
+        y, rstd = norms.rmsnorm_forward(rows, flat, eps, zero_centered_gamma, normalized_dtype)
         return y.reshape(x.shape), (rstd,)
 
     def again(  # type: ignore[override]
-        self, x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered_gamma: bool,
-        normalized_shape: tuple[int, ...],
+        self, x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered_gamma: int,
+        normalized_dtype: str | None, normalized_shape: tuple[int, ...],
     ) -> Any:  # fmt: skip
         rows, flat = _wide(x, normalized_shape), _flat(weight)
-        return norms.rmsnorm_again(rows, rstd, flat, zero_centered_gamma).reshape(x.shape)
+        y = norms.rmsnorm_again(rows, rstd, flat, zero_centered_gamma, normalized_dtype)
+        return y.reshape(x.shape)
 
     def bwd(  # type: ignore[override]
         self, dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None,
-        zero_centered_gamma: bool, normalized_shape: tuple[int, ...], want: Collection[str],
+        zero_centered_gamma: int, normalized_dtype: str | None,
+        normalized_shape: tuple[int, ...], want: Collection[str],
     ) -> tuple[Tensor | None, tuple[Tensor | None]]:  # fmt: skip
         wanted = "x" in want, "weight" in want
         dx, dweight, _ = norms.rmsnorm_backward(
             _wide(dy, normalized_shape), _wide(x, normalized_shape), rstd, _flat(weight),
-            zero_centered_gamma, *wanted,
+            zero_centered_gamma, *wanted, normalized_dtype=normalized_dtype,
         )  # fmt: skip
         return _like(dx, x), (_like(dweight, weight),)
 
@@ -314,61 +343,22 @@ class _LayerNormOfSeveral(LayerNorm):
 
     def fwd(  # type: ignore[override]
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        zero_centered_gamma: bool, normalized_shape: tuple[int, ...],
+        zero_centered_gamma: int, normalized_dtype: str | None,
+        normalized_shape: tuple[int, ...],
     ) -> Any:  # fmt: skip
         rows, flat = _wide(x, normalized_shape), (_flat(weight), _flat(bias))
-        y, mean, rstd = norms.layernorm_forward(rows, *flat, eps, zero_centered_gamma)
+        rounding = zero_centered_gamma, normalized_dtype
+        y, mean, rstd = norms.layernorm_forward(rows, *flat, eps, *rounding)
         return y.reshape(x.shape), (mean, rstd)
 
     def bwd(  # type: ignore[override]
         self, dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-        bias: Tensor | None, zero_centered_gamma: bool, normalized_shape: tuple[int, ...],
-        want: Collection[str],
+        bias: Tensor | None, zero_centered_gamma: int, normalized_dtype: str | None,
+        normalized_shape: tuple[int, ...], want: Collection[str],
     ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:  # fmt: skip
         wanted = "x" in want, "weight" in want, "bias" in want
         dx, dweight, dbias = norms.layernorm_backward(
             _wide(dy, normalized_shape), _wide(x, normalized_shape), mean, rstd, _flat(weight),
-            _flat(bias), zero_centered_gamma, wanted,
+            _flat(bias), zero_centered_gamma, wanted, normalized_dtype,
         )  # fmt: skip
         return _like(dx, x), (_like(dweight, weight), _like(dbias, bias))
-
-
-class L2Normalization(Op):
-    """`y = x * rsqrt(sum(x^2) + eps)` over the last dimension, x of any width.
-
-    seq_length and micro_batch_size are hints and change nothing.
-    """
-
-    saves = ("scale",)
-    constants = ("eps",)
-
-    def __init__(
-        self,
-        eps: float = 1e-6,
-        *,
-        seq_length: int | None = None,
-        micro_batch_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        who = type(self).__name__
-        self.eps = epsilon(who, "eps", eps)
-        size(who, "seq_length", seq_length)
-        size(who, "micro_batch_size", micro_batch_size)
-
-    def reject(self, x: Spec) -> str | None:
-        epsilon(type(self).__name__, "eps", self.eps)
-        return None
-
-    def out(self, x: Spec) -> Spec:
-        return x
-
-    def saved(self, x: Spec) -> dict[str, Spec]:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return {"scale": Spec((ROWS, 1), dtype, x.device)}
-
-    def fwd(self, x: Tensor, eps: float) -> Any:
-        y, scale = norms.l2norm_forward(x, eps)
-        return y, (scale,)
-
-    def bwd(self, dy: Tensor, x: Tensor, scale: Tensor) -> Any:
-        return norms.l2norm_backward(dy, x, scale), ()

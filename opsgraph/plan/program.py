@@ -39,7 +39,7 @@ from ..op import (
     differentiable,
     weights,
 )
-from ..op.functions import checked_out, identity, passes, promotes, saved
+from ..op.functions import checked_out, identity, passes, promotes, said, saved
 from .basic_ops import BasicOps
 
 INPUT, GAP, SAVED, PRIVATE = "input", "gap", "saved", "private"
@@ -139,8 +139,7 @@ class Program:
         x = self.request.x
         if not x.dtype.is_floating_point:
             raise OpError(self.labels[0] if self.labels else "input", f"dtype {x.dtype}", "a float")
-        x = self.spec("x0")
-        self.specs.append(x)
+        self.specs.append(x := self.spec("x0"))
         for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True)):
             if reason := kind.reject(op, x):
                 raise OpError(self.labels[i], *reason.removeprefix("got ").split(", expected ", 1))
@@ -152,6 +151,9 @@ class Program:
                 y = checked_out(kind, op, x, self.labels[i])
                 for dtype in self.promoted(i):
                     y = y.like(dtype=torch.promote_types(y.dtype, dtype))
+                own = {n: self.request.weights.get(self.name(n, i)) for n in said(kind, "typed_by")}
+                if others := {n: spec.dtype for n, spec in own.items() if spec}:
+                    y = y.like(dtype=kind.result(op, y.dtype, others))
                 x = _in_rows(y, self.run.factors[i + 1])
             self.specs.append(x)
             self.values.setdefault(self.x[i + 1], Value(GAP, i + 1, x))

@@ -152,3 +152,77 @@ def test_a_norm_over_several_dimensions_may_be_parametrized(ours: type, theirs: 
     for norm in (module, og.Sequential(module)):
         for found, right in zip(_gradients(norm, x, dy), _gradients(expected, x, dy), strict=True):
             torch.testing.assert_close(found, right)
+
+
+def _llama(x: Tensor, weight: Tensor) -> Tensor:
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return weight * h.to(x.dtype)
+
+
+def _t5(x: Tensor, weight: Tensor) -> Tensor:
+    h = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    return weight * (h.to(weight.dtype) if weight.dtype.itemsize == 2 else h)
+
+
+def _deberta(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    h = x.float()
+    centred = h - h.mean(-1, keepdim=True)
+    h = centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return weight * h.to(x.dtype) + bias
+
+
+def _nemotron(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, x.shape[-1:], weight + 1, bias, 1e-6)
+
+
+ROUNDING = {
+    "Llama": (RMSNorm, {"normalized_dtype": "input"}, _llama),
+    "T5": (RMSNorm, {"normalized_dtype": "weight"}, _t5),
+    "DeBERTa": (LayerNorm, {"normalized_dtype": "input"}, _deberta),
+    "Nemotron": (LayerNorm, {"zero_centered_gamma": True, "round_gamma": True}, _nemotron),
+}
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("model", ROUNDING)
+def test_norms_round_as_models_do(
+    model: str, dtype: torch.dtype, weight_dtype: torch.dtype, device: str
+) -> None:
+    """The bits of single operations but for a statistic's last one; gradients as autograd's."""
+    kind, options, oracle = ROUNDING[model]
+    if model == "Nemotron" and dtype != weight_dtype:
+        pytest.skip("F.layer_norm takes parameters of x's dtype")
+    torch.manual_seed(0)
+    norm = kind(96, 1e-6, device=device, dtype=weight_dtype, **options)
+    for p in norm.parameters():
+        nn.init.normal_(p, 0.8, 0.3)
+    module = og.Sequential(norm)
+    x = torch.randn(64, 96, dtype=dtype, device=device)
+    y = oracle(x, *norm.parameters())
+    dy = torch.randn_like(y)
+    found = _gradients(module, x, dy)
+    leaf = x.detach().requires_grad_()
+    y = oracle(leaf, *norm.parameters())
+    expected = [y.detach(), *torch.autograd.grad(y, [leaf, *norm.parameters()], dy)]
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        error = (one.double() - other.double()).norm() / other.double().norm()
+        assert error < (2e-2 if torch.bfloat16 in (dtype, weight_dtype) else 5e-4)
+    if y.dtype != torch.float32:
+        assert (found[0] != expected[0]).float().mean() < 1e-3
+    with torch.no_grad():
+        assert torch.equal(module(x), found[0])
+    if device == "cpu" and model in ("Llama", "T5"):
+        assert torch.equal(og.Sequential(norm, backends=("reference",))(x), expected[0])
+
+
+def test_norms_say_how_they_round() -> None:
+    with pytest.raises(og.OpError, match="normalized_dtype"):
+        RMSNorm(8, normalized_dtype="half")
+    assert "normalized_dtype='input'" in repr(RMSNorm(8, normalized_dtype="input"))
+    module = og.Sequential(RMSNorm(8, normalized_dtype="input"), Linear(8, 8, bias=False))
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    assert module(x).dtype == torch.float32  # of an fp32 weight, as PyTorch promotes
+    assert module.to_torch()(x).dtype == torch.float32

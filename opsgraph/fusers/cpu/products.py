@@ -169,7 +169,8 @@ def _norm_backward(
         names -= {"y"}
     # Where no gradient goes through the norm its pass only makes y.
     gradient = gemm.dgrad(dy, weight) if names - {"y"} else x
-    *gradients, y = norm(gradient, want=names, out=gradient if gradient is not x else None)
+    written = gradient is not x and gradient.dtype == x.dtype
+    *gradients, y = norm(gradient, want=names, out=gradient if written else None)
     del gradient
     return *gradients, dweight if y is None else fc.wgrad_by(gemm.wgrad, dy, y, stored)
 
@@ -184,12 +185,13 @@ class NormProductBackward(CPU):
     def bwd(
         self, dy: Tensor, tee_d: Tensor | None, norm_x: Tensor, norm_mean: Tensor | None,
         norm_rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        norm_zero_centered_gamma: bool, fc1: Any, fc1_weight: Tensor, fc1_weight_stored: Tensor,
-        want: tuple[str, ...],
+        norm_zero_centered_gamma: int, norm_normalized_dtype: str | None, fc1: Any,
+        fc1_weight: Tensor, fc1_weight_stored: Tensor, want: tuple[str, ...],
     ) -> Any:  # fmt: skip
         norm = partial(
             norms.norm_backward, x=norm_x, mean=norm_mean, rstd=norm_rstd, weight=norm_weight,
             bias=norm_bias, zero_centered=norm_zero_centered_gamma, dother=tee_d,
+            normalized_dtype=norm_normalized_dtype,
         )  # fmt: skip
         dx, *gradients = _norm_backward(dy, norm, norm_x, fc1, fc1_weight, fc1_weight_stored, want)
         return dx, tuple(gradients)

@@ -65,9 +65,15 @@ class NormQuantize(Triton, Quantizes):
     saves = ("norm_x", "norm_mean", "norm_rstd", "q_amax")
     wants = dict(norm_mean="mean", norm_rstd="rstd", q_amax="amax")
 
+    def reject(self, norm: Any, q: Any) -> str | None:  # type: ignore[override]
+        """Why its kernel cannot, or None."""
+        if norm.normalized_dtype is not None:
+            return f"its kernel does not round by normalized_dtype={norm.normalized_dtype!r}"
+        return super().reject(q)
+
     def fwd(
         self, x: Tensor, add_other: Tensor | None, norm_weight: Tensor | None,
-        norm_bias: Tensor | None, norm_eps: float, norm_zero_centered_gamma: bool,
+        norm_bias: Tensor | None, norm_eps: float, norm_zero_centered_gamma: int,
         norm_center: bool, q: Any, q_scale: Tensor | None, want: Collection[str],
     ) -> Any:  # fmt: skip
         copies, mean, rstd, total = norm_kernels.norm_quantize(

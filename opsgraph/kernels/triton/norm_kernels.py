@@ -22,14 +22,27 @@ def _load_weight(weight, cols, mask, ZERO_CENTERED: tl.constexpr):
     w = tl.load(weight + cols, mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     if ZERO_CENTERED:
         w += 1.0
+    if ZERO_CENTERED == 2:
+        w = w.to(weight.dtype.element_ty).to(tl.float32)
     return w
 
 
 @triton.jit
-def _affine(xc, rstd, weight, bias, cols, mask, ZERO_CENTERED: tl.constexpr):
-    y = xc * rstd
+def _rounded(value, DTYPE: tl.constexpr):
+    if DTYPE is None:
+        return value
+    else:
+        return value.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _affine(
+    xc, rstd, weight, bias, cols, mask, ZERO_CENTERED: tl.constexpr,
+    NORMALIZED: tl.constexpr = None, PRODUCT: tl.constexpr = None,
+):  # fmt: skip
+    y = _rounded(xc * rstd, NORMALIZED)
     if weight is not None:
-        y *= _load_weight(weight, cols, mask, ZERO_CENTERED)
+        y = _rounded(y * _load_weight(weight, cols, mask, ZERO_CENTERED), PRODUCT)
     if bias is not None:
         y += _load_weight(bias, cols, mask, False)
     return y
@@ -76,7 +89,8 @@ def row_sum(value):
 def normalized(
     x, other, weight, bias, total, mean, rstd, row, rows, x_stride, other_stride,
     WIDTH: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CENTER: tl.constexpr,
-    CHUNKS: tl.constexpr, COLS: tl.constexpr,
+    CHUNKS: tl.constexpr, COLS: tl.constexpr, NORMALIZED: tl.constexpr = None,
+    PRODUCT: tl.constexpr = None,
 ):  # fmt: skip
     """y of whole rows `[1, rows, 1]` in fp32, having stored the sum with other, mean and rstd."""
     cols, there = columns_of(WIDTH, CHUNKS, COLS)
@@ -99,20 +113,24 @@ def normalized(
         tl.store(rstd + row, scale, inside)
     # Offsets of the tile's shape: a smaller tensor's layout would differ, and go through memory.
     cols, _ = tl.broadcast(cols, value)
-    return _affine(value, scale, weight, bias, cols, cols < WIDTH, ZERO_CENTERED)
+    return _affine(
+        value, scale, weight, bias, cols, cols < WIDTH, ZERO_CENTERED, NORMALIZED, PRODUCT
+    )
 
 
 @triton.jit(do_not_specialize=STRIDES)
 def forward_kernel(
     x, other, weight, bias, y, total, mean, rstd, rows, x_stride, other_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-    CENTER: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CENTER: tl.constexpr, NORMALIZED: tl.constexpr, PRODUCT: tl.constexpr, CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     cols, there = columns_of(WIDTH, CHUNKS, COLS)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
     out = normalized(
         x, other, weight, bias, total, mean, rstd, row, rows, x_stride.to(tl.int64) * UNIT,
         other_stride.to(tl.int64) * UNIT, WIDTH, EPS, ZERO_CENTERED, CENTER, CHUNKS, COLS,
+        NORMALIZED, PRODUCT,
     )  # fmt: skip
     tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), (row < rows) & there)
 
@@ -154,7 +172,8 @@ def _wide_statistics(
 def forward_wide_kernel(
     x, other, weight, bias, y, total, mean, rstd, rows, x_stride, other_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-    CENTER: tl.constexpr, BLOCK: tl.constexpr,
+    CENTER: tl.constexpr, BLOCK: tl.constexpr, NORMALIZED: tl.constexpr = None,
+    PRODUCT: tl.constexpr = None,
 ):  # fmt: skip
     """One row, read twice. Without y: the statistics, and the sum with other."""
     row = tl.program_id(0).to(tl.int64)
@@ -174,7 +193,9 @@ def forward_wide_kernel(
         if total is not None:
             tl.store(total + row * WIDTH + cols, value.to(total.dtype.element_ty), mask)
         if y is not None:
-            out = _affine(value - center, scale, weight, bias, cols, mask, ZERO_CENTERED)
+            out = _affine(
+                value - center, scale, weight, bias, cols, mask, ZERO_CENTERED, NORMALIZED, PRODUCT
+            )
             tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
 
 
@@ -207,7 +228,7 @@ def _dots(grad, value, CENTER: tl.constexpr):
 def backward_kernel(
     dy, x, mean, rstd, weight, dother, dx, dweight, dbias, rows, dy_stride, x_stride, dother_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-    CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    NORMALIZED: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     HOIST: tl.constexpr, AHEAD: tl.constexpr, AGAIN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A share of the rows. HOIST: the weight stays in registers. AHEAD: so do the next rows."""
@@ -237,7 +258,7 @@ def backward_kernel(
         m, xc = grad.to(tl.float32), value.to(tl.float32) - center
         # Before dx, so that `m = dy` can turn into `dy * weight` in place: fewer registers.
         if dweight is not None:
-            dweight_sum += m * (xc * scale)
+            dweight_sum += m * _rounded(xc * scale, NORMALIZED)
         if dbias is not None:
             dbias_sum += m
         if dx is not None:
@@ -298,7 +319,7 @@ def backward_wide_dots_kernel(
 def backward_wide_kernel(
     dy, x, mean, rstd, weight, dother, dx, dweight, dbias, dots, rows, dy_stride, x_stride,
     dother_stride, UNIT: tl.constexpr, WIDTH: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    NORMALIZED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One block of columns over a share of the rows, the rows' scalars being known."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -314,7 +335,7 @@ def backward_wide_kernel(
         if mean is not None:
             value -= _load(mean, row, inside)
         if dweight is not None:
-            dweight_sum += grad * (value * scale)
+            dweight_sum += grad * _rounded(value * scale, NORMALIZED)
         if dbias is not None:
             dbias_sum += grad
         if dx is not None:

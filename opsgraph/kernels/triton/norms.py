@@ -9,7 +9,8 @@ One kernel serves both norms: with `xc = x - mean` (or `x` for RMSNorm), `m = dy
 
 Rows of up to `NARROW` columns (forward) or `NARROW` bytes (backward) are held in registers, each
 read once. Wider ones are read twice, in column blocks, so that no width spills or raises. Row
-counts are never compile-time constants.
+counts are never compile-time constants. zero_centered and normalized_dtype, and with the latter y's
+dtype: as the formulas in `kernels/reference/norms.py` have them.
 """
 
 from collections.abc import Collection
@@ -17,9 +18,11 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..configs import around, configured
+from ..reference.norms import dtypes_of
 from .launch import (
     ceil_div,
     launch,
@@ -43,6 +46,8 @@ NARROW = 32768
 DOTS_CONFIG = {"BLOCK": 4096, "num_warps": 8}
 # Said outright: Triton's own default changes from fused to separate multiply-adds in 3.10.
 FUSION = {"enable_fp_fusion": True}
+ROUNDED = {None: None, torch.float32: None, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+"""What kernels round an fp32 value to, by the dtype."""
 
 
 def forward_config(width: int, itemsize: int = 2) -> dict[str, int]:
@@ -112,19 +117,21 @@ def _programs_per_multiprocessor(width: int, both: bool) -> int:
 
 
 def norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: bool = False,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: int = 0,
     other: Tensor | None = None, center: bool = False, want: Collection[str] = ("mean", "rstd"),
+    normalized_dtype: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """y by the formula at the top of this file, of x or of `x + other`.
 
-    center: LayerNorm, else RMSNorm. x, other, y, total: `[rows, width]` of x's dtype; the sum is
+    center: LayerNorm, else RMSNorm. x, other, total: `[rows, width]` of x's dtype; the sum is
     rounded to it before the norm reads it. weight, bias: `[width]` of any float dtype or None;
     `1 + weight` counts when zero_centered. mean, rstd: fp32 `[rows, 1]`, the mean of centred values
     alone. Returns (y, mean, rstd, total), None for what is not in want, or not there.
     """
     rows, width = x.shape
-    y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    total = torch.empty_like(y) if other is not None else None
+    to = dtypes_of(x, weight, bias, normalized_dtype)
+    y = torch.empty(rows, width, dtype=to.y, device=x.device)
+    total = None if other is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
     new = torch.empty if y.numel() else torch.zeros
     mean, rstd = (
         new(rows, 1, dtype=torch.float32, device=x.device) if there and name in want else None
@@ -144,7 +151,8 @@ def norm_forward(
             kernel, grid,
             x, other, weight, bias, y, total, mean, rstd,
             rows, x.stride(0) // unit, 0 if other is None else other.stride(0) // unit,
-            UNIT=unit, WIDTH=width, EPS=eps, ZERO_CENTERED=zero_centered, CENTER=center,
+            UNIT=unit, WIDTH=width, EPS=eps, ZERO_CENTERED=int(zero_centered), CENTER=center,
+            NORMALIZED=ROUNDED[to.normalized], PRODUCT=ROUNDED[to.product],
             **config, **FUSION,
         )  # fmt: skip
     return y, mean, rstd, total
@@ -152,8 +160,8 @@ def norm_forward(
 
 def norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
-    bias: Tensor | None = None, zero_centered: bool = False, dother: Tensor | None = None,
-    want: Collection[str] = ("x", "weight", "bias"),
+    bias: Tensor | None = None, zero_centered: int = 0, dother: Tensor | None = None,
+    want: Collection[str] = ("x", "weight", "bias"), normalized_dtype: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of `norm_forward`, by the formula at the top of this file, plus dother in dx.
 
@@ -190,13 +198,15 @@ def norm_backward(
     programs = min(ceil_div(rows, config["ROWS"]), most)
     partials = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
     into = partials[0] if dweight is not None else None, partials[1] if dbias is not None else None
-    flags = {"UNIT": unit, "WIDTH": width, "ZERO_CENTERED": zero_centered}
+    flags = {"UNIT": unit, "WIDTH": width, "ZERO_CENTERED": int(zero_centered)}
+    normalized = ROUNDED[dtypes_of(x, weight, bias, normalized_dtype).normalized]
     with on_device_of(x):
         if narrow:
             launch(
                 backward_kernel, (programs,),
                 dy, x, mean, rstd, weight, dother, dx, *into, rows, *strides, last,
-                **flags, **config, **FUSION, STAGES=_stages(config, dy, x, weight, dother),
+                NORMALIZED=normalized, **flags, **config, **FUSION,
+                STAGES=_stages(config, dy, x, weight, dother),
             )  # fmt: skip
         else:
             dots = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
@@ -208,7 +218,7 @@ def norm_backward(
             launch(
                 backward_wide_kernel, (blocks, programs),
                 dy, x, mean, rstd, weight, dother, dx, *into, dots, rows, *strides, last,
-                **flags, **config, **FUSION,
+                NORMALIZED=normalized, **flags, **config, **FUSION,
             )  # fmt: skip
         sum_partials(into[0], dweight, into[1], dbias)
     return dx, dweight, dbias

@@ -77,7 +77,7 @@ def norm_quantize_kernel(
 
 
 def _read(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: bool,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: int,
     other: Tensor | None, center: bool, to: Format, output: Output,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """The sum, mean and rstd; of rows up to NARROW the row copy of output, and its amax as well."""
@@ -91,7 +91,7 @@ def _read(
     x, other = row_major(x), None if other is None else row_major(other)
     unit, config = stride_unit(x, other), forward_config(width, x.element_size())
     strides = x.stride(0) // unit, 0 if other is None else other.stride(0) // unit
-    flags = dict(UNIT=unit, WIDTH=width, ZERO_CENTERED=zero_centered, CENTER=center, **FUSION)
+    flags = dict(UNIT=unit, WIDTH=width, ZERO_CENTERED=int(zero_centered), CENTER=center, **FUSION)
     if width > NARROW:
         with on_device_of(x):
             launch(
@@ -118,7 +118,7 @@ def _read(
 
 def norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, to: Target,
-    zero_centered: bool = False, other: Tensor | None = None, center: bool = False,
+    zero_centered: int = 0, other: Tensor | None = None, center: bool = False,
     scale: Tensor | None = None, want: Collection[str] = ("row", "mean", "rstd"),
 ) -> tuple[Copies, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`quantize(y, to, scale, want)` of `y, mean, rstd, total = norm_forward(x, ...)`.

@@ -21,7 +21,7 @@ class Source(NamedTuple):
     mean: Tensor | None = None
     rstd: Tensor | None = None
     flags: dict[str, Any] = PLAIN
-    zero_centered: bool = False
+    zero_centered: int = 0
 
     def laid_out(self) -> "Source":
         """The same with operands that the kernels can read."""
@@ -43,6 +43,6 @@ class Source(NamedTuple):
             "SOURCE": self.name,
             "WIDTH": self.width,
             **self.flags,
-            "ZERO_CENTERED": self.zero_centered,
+            "ZERO_CENTERED": int(self.zero_centered),
             "enable_fp_fusion": self.name == "norm",  # as the kernel of each has it
         }

@@ -7,7 +7,9 @@
 #include "scalar.h"
 
 struct Norm {
-    int64_t dtype, center, zero_centered, threads, rows, width;
+    int64_t dtype, y_dtype;  // of x and y
+    int64_t rounds_normalized, rounds_product;  // h, and h * gamma, to bf16
+    int64_t center, zero_centered, threads, rows, width;  // zero_centered: 2 rounds 1 + weight
     const void *x, *other, *dy;
     int64_t x_stride, other_stride, dy_stride;
     const void *weight, *bias;
@@ -17,6 +19,8 @@ struct Norm {
     double eps;
 };
 
+static inline float rounded(float x) { return widen(narrow<bf16>(x)); }
+
 // A parameter in fp32: itself, or widened, with 1 added, or the neutral value where there is none.
 class Parameter {
     Room<float> made;
@@ -24,26 +28,52 @@ class Parameter {
    public:
     const float* values;
 
-    Parameter(const void* given, int64_t dtype, int64_t width, float added, float neutral)
+    Parameter(
+        const void* given, int64_t dtype, int64_t width, float added, float neutral,
+        bool rounds = false)
         : made(given && dtype == 0 && added == 0.0f ? 0 : width) {
         const auto* fp32 = static_cast<const float*>(given);
         const auto* halves = static_cast<const bf16*>(given);
         float* to = made.data();
         for (int64_t j = 0; to && j < width; j++)
             to[j] = !given ? neutral : added + (dtype == 0 ? fp32[j] : widen(halves[j]));
+        if (rounds && dtype)
+            for (int64_t j = 0; to && j < width; j++) to[j] = rounded(to[j]);
         values = to ? to : fp32;
     }
 };
 
-template <class T, bool Center>
+template <class T, class Y, bool Center>
 LOOP void normalize(
     const T* __restrict x, const float* __restrict gamma, const float* __restrict beta,
-    float mean, float rstd, T* __restrict y, int64_t width) {
+    float mean, float rstd, Y* __restrict y, int64_t width) {
     if constexpr (Center)
         for (int64_t j = 0; j < width; j++)
-            y[j] = narrow<T>((widen(x[j]) - mean) * rstd * gamma[j] + beta[j]);
+            y[j] = narrow<Y>((widen(x[j]) - mean) * rstd * gamma[j] + beta[j]);
     else
-        for (int64_t j = 0; j < width; j++) y[j] = narrow<T>(widen(x[j]) * rstd * gamma[j]);
+        for (int64_t j = 0; j < width; j++) y[j] = narrow<Y>(widen(x[j]) * rstd * gamma[j]);
+}
+
+// With h, and perhaps its product, rounded to bf16 before what comes next.
+template <class T, class Y, bool Center, bool Product>
+LOOP void normalize_rounded(
+    const T* __restrict x, const float* __restrict gamma, const float* __restrict beta,
+    float mean, float rstd, Y* __restrict y, int64_t width) {
+    for (int64_t j = 0; j < width; j++) {
+        float h = rounded((Center ? widen(x[j]) - mean : widen(x[j])) * rstd) * gamma[j];
+        if (Product) h = rounded(h);
+        y[j] = narrow<Y>(Center ? h + beta[j] : h);
+    }
+}
+
+template <class T, class Y, bool Center>
+static inline void write_row(
+    const Norm& n, const T* x, const float* gamma, const float* beta, float mean, float rstd,
+    Y* y) {
+    auto* function = !n.rounds_normalized ? normalize<T, Y, Center>
+                     : n.rounds_product   ? normalize_rounded<T, Y, Center, true>
+                                          : normalize_rounded<T, Y, Center, false>;
+    function(x, gamma, beta, mean, rstd, y, n.width);
 }
 
 template <class T>
@@ -129,9 +159,10 @@ static inline double mean_square(const T* x, int64_t width, float& mean) {
     return found.second - shift;
 }
 
-template <class T, bool Center>
+template <class T, class Y, bool Center>
 static void norm_forward(const Norm& n) {
-    Parameter gamma(n.weight, n.weight_dtype, n.width, n.zero_centered ? 1 : 0, 1);
+    Parameter gamma(
+        n.weight, n.weight_dtype, n.width, n.zero_centered ? 1 : 0, 1, n.zero_centered == 2);
     Parameter beta(n.bias, n.bias_dtype, Center ? n.width : 0, 0, 0);
     Shares shares(n.rows);
     over_rows(n.threads, shares, n.width, [&](int64_t begin, int64_t end, int64_t) {
@@ -147,18 +178,18 @@ static void norm_forward(const Norm& n) {
             float rstd = float(1.0 / __builtin_sqrt(square + n.eps));
             if (n.mean) n.mean[row] = mean;
             if (n.rstd) n.rstd[row] = rstd;
-            T* y = static_cast<T*>(n.y) + row * n.width;
-            normalize<T, Center>(x, gamma.values, beta.values, mean, rstd, y, n.width);
+            Y* y = static_cast<Y*>(n.y) + row * n.width;
+            write_row<T, Y, Center>(n, x, gamma.values, beta.values, mean, rstd, y);
         }
     });
 }
 
 // mean(m) and mean(m * h).
-template <class T, bool Center>
+template <class T, class Y, bool Center>
 LOOP void dots(
-    const T* __restrict dy, const T* __restrict x, const float* __restrict gamma, float mean,
+    const Y* __restrict dy, const T* __restrict x, const float* __restrict gamma, float mean,
     float rstd, int64_t width, float& first, float& second) {
-    if constexpr (sizeof(T) == sizeof(float))
+    if constexpr (sizeof(T) == sizeof(float) && sizeof(Y) == sizeof(float))
         if (width >= WIDE_PAIR) {
             double sums[2];
             row_sums<2>(width, sums, [=](auto at, auto* to) {
@@ -182,9 +213,9 @@ LOOP void dots(
 }
 
 // dx may be dy.
-template <class T, bool Add>
+template <class T, class Y, bool Add>
 LOOP void input_gradient(
-    const T* dy, const T* __restrict x, const float* __restrict gamma, const T* __restrict other,
+    const Y* dy, const T* __restrict x, const float* __restrict gamma, const T* __restrict other,
     float mean, float rstd, float first, float second, T* dx, int64_t width) {
 #pragma omp simd
     for (int64_t j = 0; j < width; j++) {
@@ -194,12 +225,14 @@ LOOP void input_gradient(
     }
 }
 
-template <class T>
+template <class T, class Y, bool Rounds>
 LOOP void add_weight_gradient(
-    const T* __restrict dy, const T* __restrict x, float mean, float rstd,
+    const Y* __restrict dy, const T* __restrict x, float mean, float rstd,
     float* __restrict sums, int64_t width) {
-    for (int64_t j = 0; j < width; j++)
-        sums[j] += widen(dy[j]) * ((widen(x[j]) - mean) * rstd);
+    for (int64_t j = 0; j < width; j++) {
+        float h = (widen(x[j]) - mean) * rstd;
+        sums[j] += widen(dy[j]) * (Rounds ? rounded(h) : h);
+    }
 }
 
 template <class T>
@@ -207,39 +240,42 @@ LOOP void add_row(const T* __restrict dy, float* __restrict sums, int64_t width)
     for (int64_t j = 0; j < width; j++) sums[j] += widen(dy[j]);
 }
 
-template <class T, bool Center>
+template <class T, class Y, bool Center>
 LOOP void norm_backward_row(
     const Norm& n, int64_t row, const float* gamma, const float* beta, float* dweight,
     float* dbias) {
     const int64_t width = n.width;
-    const T* dy = static_cast<const T*>(n.dy) + row * n.dy_stride;
+    const Y* dy = static_cast<const Y*>(n.dy) + row * n.dy_stride;
     const T* x = static_cast<const T*>(n.x) + row * n.x_stride;
     const float mean = Center ? n.mean[row] : 0, rstd = n.rstd[row];
-    if (dweight) add_weight_gradient(dy, x, mean, rstd, dweight, width);
+    auto* add_weight =
+        n.rounds_normalized ? add_weight_gradient<T, Y, true> : add_weight_gradient<T, Y, false>;
+    if (dweight) add_weight(dy, x, mean, rstd, dweight, width);
     if (dbias) add_row(dy, dbias, width);
     if (n.dx) {
         float first, second;
-        dots<T, Center>(dy, x, gamma, mean, rstd, width, first, second);
+        dots<T, Y, Center>(dy, x, gamma, mean, rstd, width, first, second);
         T* dx = static_cast<T*>(n.dx) + row * width;
         const T* other = static_cast<const T*>(n.other) + row * n.other_stride;
-        auto* function = n.other ? input_gradient<T, true> : input_gradient<T, false>;
+        auto* function = n.other ? input_gradient<T, Y, true> : input_gradient<T, Y, false>;
         function(dy, x, gamma, other, mean, rstd, first, second, dx, width);
     }
     if (n.y)
-        normalize<T, Center>(
-            x, gamma, beta, mean, rstd, static_cast<T*>(n.y) + row * width, width);
+        write_row<T, Y, Center>(
+            n, x, gamma, beta, mean, rstd, static_cast<Y*>(n.y) + row * width);
 }
 
-template <class T, bool Center>
+template <class T, class Y, bool Center>
 static void norm_backward(const Norm& n) {
-    Parameter gamma(n.weight, n.weight_dtype, n.width, n.zero_centered ? 1 : 0, 1);
+    Parameter gamma(
+        n.weight, n.weight_dtype, n.width, n.zero_centered ? 1 : 0, 1, n.zero_centered == 2);
     Parameter beta(n.bias, n.bias_dtype, Center && n.y ? n.width : 0, 0, 0);
     Shares shares(n.rows);
     ColumnSums dweight(n.dweight, n.width, shares), dbias(n.dbias, n.width, shares);
     over_rows(n.threads, shares, n.width, [&](int64_t begin, int64_t end, int64_t share) {
         float *weight = dweight.of(share, begin), *bias = dbias.of(share, begin);
         for (int64_t row = begin; row < end; row++)
-            norm_backward_row<T, Center>(n, row, gamma.values, beta.values, weight, bias);
+            norm_backward_row<T, Y, Center>(n, row, gamma.values, beta.values, weight, bias);
     });
     dweight.finish(n.threads);
     dbias.finish(n.threads);
