@@ -17,10 +17,10 @@ SMOKE := $(patsubst %,tests/%.py,test_versions base/test_errors test_main plan/t
 TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types floors unit gpu versions demo examples bench docs clean
+.PHONY: help venv test lint types floors unit gpu versions test-torch demo examples bench docs clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
 
 venv: $(VENV)/installed  ## make .venv and install opsgraph in it
 
@@ -55,6 +55,10 @@ versions:  ## the smoke set with each PyTorch of VERSIONS, in .venvs (gigabytes)
 		.venvs/$$torch/bin/python -m pip install --quiet --editable '.[test]' || exit 1; \
 		.venvs/$$torch/bin/python -m pytest -q $(SMOKE) || exit 1; \
 	done
+
+test-torch:  ## the smoke set with the PyTorch of VERSION=, as 2.11, in .venvs
+	@test -n "$(VERSION)" || { echo "name a PyTorch: make test-torch VERSION=2.11"; exit 2; }
+	$(MAKE) versions VERSIONS="$(VERSION)"
 
 gpu: $(VENV)/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

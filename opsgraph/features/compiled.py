@@ -70,6 +70,11 @@ def retire(handles: Mapping[str, Plan]) -> None:
 def _plan(handle: str) -> Plan:
     """A plan by its handle."""
     if handle not in _handles:
+        if handle.rpartition("-")[0] not in _serial:
+            raise RuntimeError(
+                "opsgraph: a graph that was exported or compiled in another process was called; it "
+                "holds a plan by name alone. Export the module's to_torch(), or compile it here"
+            )
         raise RuntimeError(
             "opsgraph: a compiled graph was called whose module is gone, and more than "
             f"{KEPT} others after it; keep the module for as long as the graph"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import opsgraph as og
+from opsgraph.features import compiled as compiled_plans
 from opsgraph.ops import (
     GELU,
     Add,
@@ -249,6 +251,24 @@ def test_a_stack_of_layers_in_one_graph() -> None:
     for rows in (5, 6, 7, 8):
         assert_equal(compiled, stack, torch.randn(rows, 16))
     assert compiled.count <= 2
+
+
+def test_a_saved_export_where_nothing_was_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph of the module holds a plan by name and says so; one of to_torch() is whole."""
+    module, x = og.Sequential(RMSNorm(8), Linear(8, 8)), torch.ones(3, 8)
+    wanted, paths = module(x), {}
+    for name, kind in {"plan": module, "torch": module.to_torch()}.items():
+        paths[name] = tmp_path / f"{name}.pt2"
+        torch.export.save(torch.export.export(kind, (x,)), paths[name])
+    monkeypatch.setattr(compiled_plans, "_handles", {})
+    monkeypatch.setattr(compiled_plans, "_serial", Counter())
+    with pytest.raises(RuntimeError, match=r"in another process .* Export the module's to_torch"):
+        torch.export.load(paths["plan"]).module()(x)
+    plain = torch.export.load(paths["torch"])
+    assert "opsgraph" not in str(plain.graph)
+    torch.testing.assert_close(plain.module()(x), wanted)
 
 
 def test_export() -> None:
