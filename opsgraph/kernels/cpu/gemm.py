@@ -31,8 +31,8 @@ FORWARD, DGRAD, WGRAD = "forward", "dgrad", "wgrad"
 SMALL = 2**26
 """Multiplications up to which a product is as PyTorch has it."""
 TINY = 2**18
-"""As many of bf16 where the library has no product of bf16, which needs AVX-512: PyTorch's own is up
-to 150 times slower there than our units."""
+"""As many of bf16 where the library has no product of bf16, which needs AVX-512: PyTorch's own is
+slow there."""
 FEW = 32
 """Rows up to which a product's time is that of reading the weight, or of writing its gradient. No
 layout changes that, and a weight that is still in the cache while one measures would mislead. Only
@@ -192,7 +192,7 @@ def _measured(rows: int, width: int, depth: int, dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16 and not _onednn(dtype):
         return rows * width * depth > TINY
     if rows <= FEW:
-        return 0 < rows and dtype == torch.bfloat16 and width * depth >= LARGE
+        return rows > 0 and dtype == torch.bfloat16 and width * depth >= LARGE
     return rows * width * depth > SMALL
 
 
