@@ -19,7 +19,7 @@ from opsgraph.kernels.triton.launch import ceil_div, launch
 
 
 @triton.jit(do_not_specialize=["count"])
-def scale_kernel(x, y, count, factor, stride, BLOCK: tl.constexpr, SQUARE: tl.constexpr):
+def scale_kernel(x, y, count, factor, stride, BLOCK: tl.constexpr, SQUARE: tl.constexpr = True):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at * stride, at < count) * factor
     if SQUARE:
@@ -110,6 +110,13 @@ def test_second_launch_does_not_ask_triton(device: Driver, monkeypatch: pytest.M
     assert device.launched[-1][3][2:] == (7, 0.25, 5, 16, True)
     with pytest.raises(TypeError):  # another trait: a stride that 16 divides
         launch(scale_kernel, (1,), x, None, 7, 0.25, 32, BLOCK=16, SQUARE=True)
+
+
+def test_a_constant_that_is_left_out_has_its_default(device: Driver) -> None:
+    for square in ({}, {"SQUARE": False}):
+        for _ in range(2):
+            launch(scale_kernel, (1,), torch.zeros(64), None, 5, 0.5, 3, BLOCK=32, **square)
+            assert device.launched[-1][3][-1] is not bool(square)
 
 
 @pytest.mark.parametrize(("size", "block", "blocks"), [(0, 4, 0), (1, 4, 1), (8, 4, 2), (9, 4, 3)])

@@ -26,6 +26,7 @@ from .launch import (
     stride_unit,
     sum_partials,
 )
+from .ptx import sigmoid
 
 
 @triton.jit
@@ -37,13 +38,13 @@ def _vanishing(factor, x):
 @triton.jit
 def _swish(x, ALPHA: tl.constexpr):
     """x * sigmoid(alpha * x)"""
-    s = tl.sigmoid(x * ALPHA)
+    s = sigmoid(x * ALPHA)
     return _vanishing(s, x), s + _vanishing(s * (1.0 - s), ALPHA * x), x < x
 
 
 @triton.jit
 def _sigmoid(x, ALPHA: tl.constexpr):
-    s = tl.sigmoid(x)
+    s = sigmoid(x)
     return s, s * (1.0 - s), x < x
 
 
@@ -51,7 +52,7 @@ def _sigmoid(x, ALPHA: tl.constexpr):
 def _gelu(x, ALPHA: tl.constexpr):
     """0.5 * x * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 * x^3)"""
     square = x * x
-    s = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
+    s = sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
     outer = x * (1.5957691216057308 * (1.0 + 0.134145 * square))
     return _vanishing(s, x), s + _vanishing(s * (1.0 - s), outer), x < x
 

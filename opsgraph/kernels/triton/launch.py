@@ -47,14 +47,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any)
     key = kernel.fn, device, *map(_trait, operands), *constants.items()
     known = _launchable.get(key)
     if known is not None:
-        compiled, rest = known
+        compiled, values = known
         whole = grid + (1, 1)[: 3 - len(grid)]
         scratch = None
         if size := getattr(compiled.metadata, "global_scratch_size", 0):
             scratch = _bytes(size * whole[0] * whole[1] * whole[2], device)
-            _with_scratch(scratch, compiled[whole], *operands, *rest)
+            _with_scratch(scratch, compiled[whole], *operands, *values)
         else:
-            compiled[whole](*operands, *rest)
+            compiled[whole](*operands, *values)
         if watching.recorder is not None:
             _tell(kernel, compiled, whole, operands, scratch)
         return
@@ -64,8 +64,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any)
     if not isinstance(kernel, triton.JITFunction) or compiled is None:
         return  # interpreted, or only looked at
     if compiled.metadata.target.backend == "cuda":
-        names = kernel.arg_names[len(operands) :]
-        _launchable[key] = compiled, tuple(constants[name] for name in names)
+        rest = kernel.params[len(operands) :]
+        _launchable[key] = compiled, tuple(constants.get(p.name, p.default) for p in rest)
 
 
 def _bytes(size: int, device: torch.device) -> Tensor:

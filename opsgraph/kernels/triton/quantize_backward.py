@@ -28,8 +28,8 @@ SUM_CONFIG = CONFIG | {"R": 32, "num_warps": 4}
 """With a bias gradient: sums over a tile's columns take registers of their own."""
 AMAX_CONFIG = {"R": 8, "C": 256, "TILES": 16, "STAGES": 2, "num_warps": 4}
 """Where amaxes are all that is wanted, and nothing is stored by columns."""
-BLOCKS_CONFIG = {"R": 16, "COL_R": 32, "STAGES": 3, "num_warps": 8}
-SQUARE_CONFIG = BLOCKS_CONFIG | {"STAGES": 1}
+BLOCKS_CONFIG = {"R": 16, "COL_R": 32, "STAGES": 3, "num_warps": 4}
+SQUARE_CONFIG = BLOCKS_CONFIG | {"STAGES": 1, "num_warps": 8}
 
 
 @cache

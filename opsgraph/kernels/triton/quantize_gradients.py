@@ -6,7 +6,8 @@ Both are rounded to x's dtype first, as the kernels that store them would.
 import triton
 import triton.language as tl
 
-from .activations import _backward, _gate_backward, _load
+from .activations import _backward, _gate_backward
+from .ptx import rounded, widened
 from .quantize_kernels import (
     column_scales,
     current_scale,
@@ -27,28 +28,30 @@ def _gradients(
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y, da and db (da again unless gated), zero outside the tensor."""
+    """A tile of y, da and db (da again unless gated).
+
+    Outside the tensor they are zero, as all kinds' are where dy and x are.
+    """
     row = first_row + tl.arange(0, R)[:, None]
     cols = first_col + tl.arange(0, C)[None, :]
     mask = (row < rows) & (cols < WIDTH)
-    grad = _load(dy, row.to(tl.int64) * dy_stride * UNIT + cols, mask)
+    grad = widened(tl.load(dy + row.to(tl.int64) * dy_stride * UNIT + cols, mask, other=0.0))
     at = row.to(tl.int64) * x_stride * UNIT + cols
-    a = _load(x, at, mask)
+    a = widened(tl.load(x + at, mask, other=0.0))
     if GATED:
-        b = _load(x, at + WIDTH, mask)
+        b = widened(tl.load(x + at + WIDTH, mask, other=0.0))
         tl.debug_barrier()  # else the loads are spread over the computation, and wait one by one
         value, da, db = _gate_backward(grad, a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
     else:
         tl.debug_barrier()
         value, da = _backward(grad, a, FUNCTION, ALPHA)
         db = da
-    da, db = tl.where(mask, da, 0.0), tl.where(mask, db, 0.0)
-    return tl.where(mask, value, 0.0), da, db
+    return value, da, db
 
 
 @triton.jit
 def _rounded(value, x):
-    return value.to(x.dtype.element_ty).to(tl.float32)
+    return rounded(value, x.dtype.element_ty)
 
 
 @triton.jit
