@@ -3,19 +3,21 @@
 The hook is `Converts`, a base of Sequential.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..base.errors import PlanError
+from ..base.errors import OpError, PlanError
 from ..op import Op, arguments, row
 from ..ops.activations import GELU, ReLU, SiLU
 from ..ops.elementwise import Dropout, Identity
 from ..ops.linear import Linear
 from ..ops.norms import LayerNorm, RMSNorm
 from .extras import verify_trailing
+from .known_models import of_transformers
 
 
 def _linear(module: nn.Linear) -> Op:
@@ -74,23 +76,62 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
-def op_from(module: nn.Module) -> nn.Module:
+def _op_or_reason(module: nn.Module) -> Op | str:
+    kind, name = type(module), type(module).__name__
+    if not is_untouched(module):
+        return "it has hooks or a forward of its own"
+    op = _FROM[kind](module) if kind in _FROM else of_transformers(module)
+    if not isinstance(op, Op):
+        return op or f"no op is known for the class {name}"
+    expected = _PARAMETERS.get(kind, set(op._parameters))
+    if {*module._parameters, *module._buffers, *module._modules} != expected:
+        return "it has other parameters, buffers or submodules than its class gives it"
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    if any(op._parameters.get(name) is None for name in names):
+        return "it has a bias without a weight"
+    for name in names:
+        shape, needed = module._parameters[name].shape, op.shape_of(name)  # type: ignore[union-attr]
+        if needed is not None and tuple(shape) != tuple(needed):
+            return f"its {name} has shape {tuple(shape)}, and its sizes say {tuple(needed)}"
+    _share(module, op)
+    return op.train(module.training)
+
+
+def op_from(module: nn.Module, left: dict[nn.Module, str] | None = None) -> nn.Module:
     """The op that computes what a torch module does, with its parameters; else the module itself.
 
     Only classes that are known are converted, not their subclasses (as parametrizations make):
     those may compute anything. A module stays itself, too, if it has hooks, a forward of its own,
-    or parameters, buffers or submodules that its class does not give it.
+    or parameters, buffers or submodules that its class does not give it. left: takes the reason.
     """
-    kind = type(module)
-    own = {*module._parameters, *module._buffers, *module._modules}
-    if kind not in _FROM or not is_untouched(module) or own != _PARAMETERS.get(kind, set()):
+    found = module if isinstance(module, Op) else _op_or_reason(module)
+    if isinstance(found, str):
+        if left is not None:
+            left[module] = found
         return module
-    op = _FROM[kind](module)
-    names = [name for name, parameter in module._parameters.items() if parameter is not None]
-    if any(op._parameters.get(name) is None for name in names):  # a bias without a weight
-        return module
-    _share(module, op)
-    return op.train(module.training)
+    return found
+
+
+def _of(cls: type[Op], module: nn.Module) -> Op:
+    """An op of this class that computes what a module does, with that module's own parameters.
+
+    module: a torch.nn layer, norm or activation, or one of transformers, as `from_torch` takes
+    them. Its parameters become those of the op, under the op's names; a parameter put in the place
+    of one later is not seen by the other. Copies and pickles of both together share them too.
+    Raises OpError for a module that would compute something else than the op.
+    """
+    if not isinstance(module, nn.Module):
+        raise OpError(cls.__name__, f"of({type(module).__name__})", "a module")
+    found = _op_or_reason(module)
+    if isinstance(found, str):
+        raise OpError(cls.__name__, f"of({type(module).__name__}): {found}", "a module like it")
+    if not isinstance(found, cls):
+        got = f"of({type(module).__name__}), which is {type(found).__name__}"
+        raise OpError(cls.__name__, got, "a module that computes the same")
+    return found
+
+
+Op.of = classmethod(_of)  # type: ignore[assignment]
 
 
 def _share(source: nn.Module, target: nn.Module) -> None:
@@ -164,12 +205,26 @@ Places = dict[nn.Module | None, nn.Module | None]
 """What each module has become, for one that occurs again."""
 
 
-def _converted(module: nn.Module, kind: Any, options: dict[str, Any], made: Places) -> Any:
+def _converted(
+    module: nn.Module, kind: Any, options: dict[str, Any], made: Places, left: dict[nn.Module, str]
+) -> Any:
     for child in module._modules.values():
         if child is not None and child not in made:
             nested = type(child) is nn.Sequential and is_untouched(child)
-            made[child] = _converted(child, kind, options, made) if nested else op_from(child)
+            made[child] = (
+                _converted(child, kind, options, made, left) if nested else op_from(child, left)
+            )
     return _rebuilt(module, made, kind, options)
+
+
+def _tell(module: nn.Module, left: dict[nn.Module, str], strict: bool) -> None:
+    """Raise or warn of the modules that stay as they are, each with its place and the reason."""
+    if left:
+        places = [(n, m) for n, m in module.named_modules() if m in left]
+        shown = "; ".join(f"{n} ({type(m).__name__}): {left[m]}" for n, m in places)
+        if strict:
+            raise PlanError(f"from_torch(strict=True): no op stands for {shown}")
+        warnings.warn(f"from_torch leaves as they are, unfused: {shown}", stacklevel=3)
 
 
 def _rebuilt(module: nn.Module, made: Places, kind: Any, options: dict[str, Any]) -> Any:
@@ -192,13 +247,16 @@ class Converts(nn.Module):
     """What a Sequential knows of nn.Sequential."""
 
     @classmethod
-    def from_torch(cls: type[C], module: nn.Sequential, **options: Any) -> C:
+    def from_torch(
+        cls: type[C], module: nn.Sequential, *, strict: bool = False, **options: Any
+    ) -> C:
         """A Sequential with ops in the place of known torch modules, sharing the parameters.
 
-        Nested nn.Sequentials are converted too. Modules that are not known stay as they are, and so
-        do those with hooks or a forward of their own. One module at two places becomes one op at
-        two places. options: as the constructor's. Raises PlanError for what is no nn.Sequential,
-        or one with a forward of its own.
+        Nested nn.Sequentials are converted too, and activations and RMSNorms of transformers.
+        Modules that are not known stay as they are, and so do those with hooks or a forward of
+        their own: a UserWarning names them, with the reasons, or with strict=True a PlanError. One
+        module at two places becomes one op at two places. options: as the constructor's. Raises
+        PlanError for what is no nn.Sequential, or one with a forward of its own.
         """
         if not isinstance(module, nn.Sequential):
             raise PlanError(f"from_torch: got {type(module).__name__}, expected nn.Sequential")
@@ -207,7 +265,10 @@ class Converts(nn.Module):
         if own or "forward" in module.__dict__:
             got = f"a {type(module).__name__} with a forward of its own"
             raise PlanError(f"from_torch: got {got}, expected one that runs its modules in order")
-        return _converted(module, cls, options, {None: None})  # type: ignore[no-any-return]
+        left: dict[nn.Module, str] = {}
+        converted = _converted(module, cls, options, {None: None}, left)
+        _tell(module, left, strict)
+        return converted  # type: ignore[no-any-return]
 
     def to_torch(self) -> nn.Sequential:
         """A plain nn.Sequential that computes the same, sharing the parameters."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from ..base import config
 from ..base.errors import OpError, PlanError
@@ -113,6 +113,8 @@ class Op(StateDicts):
     """Raises PlanError for an op that cannot be planned."""
     derive: ClassVar[Callable[[type["Op"], str], Callable[..., Any]]]
     """Makes the `bwd`, `dgrad` or `wgrad` of a class that has none."""
+    of: ClassVar[Callable[[nn.Module], "Op"]]
+    """Makes an op of the class that shares a module's parameters."""
     trace: ClassVar[Callable[["Op", Spec], tuple[Spec, dict[str, Spec]]]]
     """The specs of y and of what is saved, of a `fwd` that is run to find out."""
     retrace: ClassVar[Callable[[type["Op"], str, "Op", Spec], tuple[Spec, dict[str, Spec]] | None]]
@@ -122,8 +124,9 @@ class Op(StateDicts):
         super().__init_subclass__(**options)
         for name in ("constants", "extra_inputs"):  # which `__init__` reads
             if not is_names(value := getattr(cls, name)):
-                got = f"{cls.__name__}: got {name} = {value!r}"
-                raise PlanError(f"{got}, expected a tuple of names")
+                raise PlanError(
+                    f"{cls.__name__}: got {name} = {value!r}, expected a tuple of names"
+                )
         own = {"fwd", "bwd", "dgrad", "wgrad", "again"}.intersection(cls.__dict__)
         if own and "lower" not in cls.__dict__ and not cls.lowers_subclasses:
             cls.lower = Op.lower  # type: ignore[method-assign]
@@ -216,8 +219,7 @@ class Op(StateDicts):
     ) -> None:
         """Have an extra output provide a channel; the caller gets it too unless told otherwise."""
         if not self.taps or index != 0:
-            count = int(self.taps)
-            raise IndexError(f"{type(self).__name__}: got extra output {index} of {count}")
+            raise IndexError(f"{type(self).__name__}: got extra output {index} of {self.taps:d}")
         self.channels["d"] = text(type(self).__name__, "name", name)
         self.to_caller = output_to_caller
         self.touch()
@@ -289,9 +291,8 @@ class Op(StateDicts):
     def skeleton(self) -> "Op":
         """The op with meta tensors for parameters, for plans that several modules share."""
         bare = object.__new__(type(self))
-        lazy = UninitializedParameter
         parameters = {
-            name: None if p is None or isinstance(p, lazy) else p.detach().to("meta")
+            name: None if p is None or is_lazy(p) else p.detach().to("meta")
             for name, p in self._parameters.items()
         }
         kept = {k: v for k, v in self.__dict__.items() if k not in ("_runner", "_owners")}

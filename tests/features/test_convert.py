@@ -1,5 +1,7 @@
 """torch.nn to opsgraph and back: same results, same parameters."""
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 
@@ -9,7 +11,9 @@ from torch import nn
 
 import opsgraph as og
 from opsgraph.features.convert import PlainOp
-from opsgraph.ops import GELU, Add, LayerNorm, Linear, RMSNorm, SwiGLU, Tee
+from opsgraph.ops import GELU, Add, LayerNorm, Linear, RMSNorm, SiLU, SwiGLU, Tee
+
+pytestmark = pytest.mark.filterwarnings("ignore:from_torch leaves")
 
 
 def _model() -> nn.Sequential:
@@ -247,3 +251,118 @@ def test_converting_changes_nothing_of_the_callers() -> None:
     back = module.to_torch()
     assert [m.training for m in back.modules()] == modes
     assert [m.training for m in plain.modules()] == modes
+
+
+def _of_transformers(name: str, forward: Callable[..., torch.Tensor]) -> type[nn.Module]:
+    """A norm as transformers has them: a weight, an epsilon, and a forward of the class's."""
+
+    def init(self: nn.Module, width: int) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(width)), 1e-6
+
+    own = {"__init__": init, "forward": forward, "__module__": "transformers.models.some.modeling"}
+    return type(name, (nn.Module,), own)
+
+
+def _normalized(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def _llama(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return self.weight * _normalized(self, x).to(x.dtype)
+
+
+def _t5(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    half = self.weight.dtype in (torch.float16, torch.bfloat16)
+    h = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * (h.to(self.weight.dtype) if half else h)
+
+
+def _gemma(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return (_normalized(self, x) * (1 + self.weight.float())).to(x.dtype)
+
+
+def _olmo(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return (_normalized(self, x) * self.weight).to(x.dtype)
+
+
+def _squared(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return (_normalized(self, x) * self.weight.square()).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("forward", "zero_centered", "rounding"),
+    [(_llama, False, "input"), (_t5, False, "weight"), (_gemma, True, None), (_olmo, False, None)],
+)
+def test_a_norm_of_transformers_is_known_by_its_values(
+    forward: Callable[..., torch.Tensor], zero_centered: bool, rounding: str | None
+) -> None:
+    norm = _of_transformers("SomeRMSNorm", forward)(64).to(torch.bfloat16)
+    op = RMSNorm.of(norm)
+    assert op.weight is norm.weight
+    assert (op.zero_centered_gamma, op.normalized_dtype) == (zero_centered, rounding)
+    assert op.eps == 1e-6
+    with torch.no_grad():
+        norm.weight.uniform_(0.2, 1.8)
+    x = torch.randn(8, 64, dtype=torch.bfloat16)
+    assert (op(x) != norm(x)).double().mean() < 0.01
+
+
+def test_a_norm_of_another_formula_is_no_op() -> None:
+    norm = _of_transformers("SomeRMSNorm", _squared)(64)
+    with pytest.raises(og.OpError, match="probe values are those of no setting of RMSNorm"):
+        RMSNorm.of(norm)
+
+
+def test_activations_of_transformers_are_ops() -> None:
+    silu = type("SiLUActivation", (nn.Module,), {"__module__": "transformers.activations"})()
+    assert type(og.Sequential.from_torch(nn.Sequential(silu), strict=True)[0]) is SiLU
+    alien = type("SiLUActivation", (nn.Module,), {})()
+    with pytest.raises(og.OpError, match="no op is known for the class SiLUActivation"):
+        SiLU.of(alien)
+
+
+def test_what_is_left_alone_is_said_with_its_reason() -> None:
+    hooked = nn.ReLU()
+    hooked.register_forward_hook(lambda *_: None)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Sequential(hooked, nn.Hardtanh()))
+    expected = r"1\.0 \(ReLU\): it has hooks.*1\.1 \(Hardtanh\): no op is known"
+    with pytest.warns(UserWarning, match=expected):
+        og.Sequential.from_torch(plain)
+    with pytest.raises(og.PlanError, match=expected):
+        og.Sequential.from_torch(plain, strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        og.Sequential.from_torch(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), strict=True)
+
+
+def test_of_shares_the_parameters_also_in_copies() -> None:
+    layer = nn.Linear(6, 4)
+    op = Linear.of(layer)
+    assert op.weight is layer.weight
+    assert list(op.state_dict()) == list(layer.state_dict())
+    x = torch.randn(3, 6)
+    for one, other in (copy.deepcopy((op, layer)), pickle.loads(pickle.dumps((op, layer)))):
+        assert one.weight is other.weight
+        assert one.weight is not layer.weight
+        torch.testing.assert_close(one(x), layer(x))
+    op(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(4, 6))
+
+
+def test_of_refuses_what_would_compute_something_else() -> None:
+    with pytest.raises(og.OpError, match=r"RMSNorm: got of\(Linear\), which is Linear"):
+        RMSNorm.of(nn.Linear(4, 4))
+    with pytest.raises(og.OpError, match=r"of\(Tensor\), expected a module"):
+        Linear.of(torch.zeros(2))  # type: ignore[arg-type]
+    wrong, surplus, hooked = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    wrong.weight = nn.Parameter(torch.zeros(3, 4))
+    surplus.extra = nn.Parameter(torch.zeros(1))
+    hooked.register_forward_hook(lambda *_: None)
+    with pytest.raises(og.OpError, match=r"its weight has shape \(3, 4\), and its sizes say"):
+        Linear.of(wrong)
+    with pytest.raises(og.OpError, match="other parameters, buffers or submodules"):
+        Linear.of(surplus)
+    with pytest.raises(og.OpError, match="hooks or a forward of its own"):
+        Linear.of(hooked)
