@@ -18,6 +18,7 @@ from ..ops.linear import Linear
 from ..ops.norms import LayerNorm, RMSNorm
 from .extras import verify_trailing
 from .known_models import of_transformers
+from .several import SeveralLayers
 
 
 def _linear(module: nn.Linear) -> Op:
@@ -112,14 +113,47 @@ def op_from(module: nn.Module, left: dict[nn.Module, str] | None = None) -> nn.M
     return found
 
 
-def _of(cls: type[Op], module: nn.Module) -> Op:
+def _of_several(cls: type[Op], modules: tuple[nn.Module, ...]) -> Op:
+    """A Linear with the outputs of several layers, one after the other."""
+    ops: list[Any] = []
+    for module in modules:
+        found = _op_or_reason(module)
+        if type(found) is not Linear or not issubclass(Linear, cls):
+            got = f"{type(module).__name__} among several" + (
+                f": {found}" if isinstance(found, str) else ""
+            )
+            raise OpError(cls.__name__, f"of({got})", "linear layers")
+        ops.append(found)
+    for name, values in {
+        "in_features": [op.in_features for op in ops],
+        "a bias": [op.has("bias") for op in ops],
+        "dtype": [op.weight.dtype for op in ops],
+        "device": [op.weight.device for op in ops],
+    }.items():
+        if any(value != values[0] for value in values):
+            raise OpError(cls.__name__, f"layers that differ in {name}: {values}", "the same")
+    bias = ops[0].has("bias")
+    names = {"weight": "weight"} | ({"bias": "bias"} if bias else {})
+    rows = sum(op.out_features for op in ops)
+    op = Linear(ops[0].in_features, rows, bias=bias, device="meta")
+    return op.borrow(SeveralLayers(modules), **names).train(modules[0].training)
+
+
+def _of(cls: type[Op], module: nn.Module, *more: nn.Module) -> Op:
     """An op of this class that computes what a module does, with that module's own parameters.
 
     module: a torch.nn layer, norm or activation, or one of transformers, as `from_torch` takes
     them. Its parameters become those of the op, under the op's names; a parameter put in the place
     of one later is not seen by the other. Copies and pickles of both together share them too.
     Raises OpError for a module that would compute something else than the op.
+
+    Several linear layers of one input width, dtype and device become one product whose outputs are
+    theirs one after the other, as gate and up before a SwiGLU. The layers keep the parameters, and
+    state_dict keys; their memory is made one block (`SeveralLayers`), so that nothing is copied at
+    a call. The op has no parameters of its own then.
     """
+    if more:
+        return _of_several(cls, (module, *more))
     if not isinstance(module, nn.Module):
         raise OpError(cls.__name__, f"of({type(module).__name__})", "a module")
     found = _op_or_reason(module)

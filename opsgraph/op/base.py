@@ -113,7 +113,7 @@ class Op(StateDicts):
     """Raises PlanError for an op that cannot be planned."""
     derive: ClassVar[Callable[[type["Op"], str], Callable[..., Any]]]
     """Makes the `bwd`, `dgrad` or `wgrad` of a class that has none."""
-    of: ClassVar[Callable[[nn.Module], "Op"]]
+    of: ClassVar[Callable[..., "Op"]]
     """Makes an op of the class that shares a module's parameters."""
     trace: ClassVar[Callable[["Op", Spec], tuple[Spec, dict[str, Spec]]]]
     """The specs of y and of what is saved, of a `fwd` that is run to find out."""

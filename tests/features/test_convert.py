@@ -313,6 +313,9 @@ def test_a_norm_of_another_formula_is_no_op() -> None:
     norm = _of_transformers("SomeRMSNorm", _squared)(64)
     with pytest.raises(og.OpError, match="probe values are those of no setting of RMSNorm"):
         RMSNorm.of(norm)
+    unlike = _of_transformers("GatedNorm", lambda self, x: x.missing)(64)
+    with pytest.raises(og.OpError, match="probe values"):
+        RMSNorm.of(unlike)
 
 
 def test_activations_of_transformers_are_ops() -> None:

@@ -1,0 +1,101 @@
+"""One weight of several layers' weights, one after the other, without a copy at each call."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..guards.torch_private import followed
+
+_NAMES = "weight", "bias"
+
+
+def _adjacent(parts: Sequence[Tensor]) -> bool:
+    """Whether plain, contiguous tensors lie one after the other in one storage."""
+    first = parts[0]
+    if any(
+        type(part) not in (Tensor, nn.Parameter) or part.is_meta or not part.is_contiguous()
+        for part in parts
+    ):
+        return False
+    at = first.data_ptr()
+    for part in parts:
+        if part.data_ptr() != at or part.dtype != first.dtype:
+            return False
+        at += part.nbytes
+    whole = first.untyped_storage()
+    return at <= whole.data_ptr() + whole.nbytes()
+
+
+def _whole(parts: Sequence[Tensor]) -> Tensor:
+    """Adjacent parts as one tensor."""
+    first = parts[0].detach()
+    rows = sum(part.shape[0] for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+class _Whole(torch.autograd.Function):
+    """Adjacent parts as one tensor, whose version is the first part's alone: all are compared."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.parts = [(part, part._version) for part in parts]
+        return _whole(parts)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        if any(part._version != version for part, version in ctx.parts):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                "inplace operation: a part of a weight, after the forward"
+            )
+        if dy is None:
+            return (None,) * len(ctx.parts)
+        return dy.split([part.shape[0] for part, _ in ctx.parts])
+
+
+class SeveralLayers(nn.Module):
+    """The weight (and bias) of several linear layers as one; the layers keep their parameters.
+
+    Their memory is laid one after the other when this is made, copied or unpickled, and by
+    `pack()`; the parameters stay the same objects. Until then, as after a move to another device,
+    under torch.compile and for parameters of another class, the parts are copied at each call.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = list(layers)  # a list: they are no children of this
+        self.pack()
+
+    def _parts(self, name: str) -> list[Tensor]:
+        return [getattr(layer, name) for layer in self.__dict__["layers"]]
+
+    def pack(self) -> None:
+        """Lay the parts one after the other, if they are plain tensors of one dtype and device."""
+        for name in _NAMES:
+            parts = self._parts(name)
+            if any(type(part) is not nn.Parameter or part.is_meta for part in parts):
+                continue
+            if len({(part.dtype, part.device) for part in parts}) == 1 and not _adjacent(parts):
+                with torch.no_grad():
+                    whole = torch.cat(parts)
+                for part, rows in zip(parts, whole.split([len(p) for p in parts]), strict=True):
+                    part.data = rows
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _NAMES or "layers" not in self.__dict__:
+            return super().__getattr__(name)
+        parts = self._parts(name)
+        if any(part is None for part in parts):
+            return None
+        if torch.compiler.is_compiling() or followed() or not _adjacent(parts):
+            return torch.cat(parts)
+        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+            return _Whole.apply(*parts)  # type: ignore[no-untyped-call]
+        return _whole(parts)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.pack()
