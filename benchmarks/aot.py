@@ -134,6 +134,7 @@ def resources(launch: Launch, cc: int) -> dict[str, int]:
         "warps": compiled.metadata.num_warps,
         "lost": len(LOST.findall(sass)),
         "narrow": len(narrow_strides(compiled.asm["ttir"])),
+        "fused": len(re.findall(r"fma\.rn\.bf16", ptx)),
         "wide_loads": len(re.findall(r"(?:ld\.global|cp\.async).*(?:v4\.b32|, 0x10)", ptx)),
     }
 
@@ -160,14 +161,19 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _norm(width: int, dtype: torch.dtype, center: bool, backward: bool, residual: bool) -> None:
+def _norm(
+    width: int, dtype: torch.dtype, center: bool, backward: bool, residual: bool,
+    normalized_dtype: str | None = None,
+) -> None:  # fmt: skip
     x, weight = _meta(4096, width, dtype=dtype), _meta(width, dtype=dtype)
     other, statistic = (x if residual else None), _meta(4096, 1)
     if backward:
         norm_backward(x, x, statistic if center else None, statistic, weight, dother=other)
     else:
         bias = weight if center else None
-        norm_forward(x, weight, bias, 1e-5, other=other, center=center)
+        norm_forward(
+            x, weight, bias, 1e-5, other=other, center=center, normalized_dtype=normalized_dtype
+        )
 
 
 def _activation(kind: str, width: int, dtype: torch.dtype, backward: bool) -> None:
@@ -303,6 +309,7 @@ def cases(which: str) -> Iterator[Case]:
         name = f"{'layernorm' if center else 'rmsnorm'} {'backward' if backward else 'forward'}"
         name += f" {TYPES[dtype]} {width}" + (" residual" if residual else "")
         yield name, _norm, (width, dtype, center, backward, residual)
+    yield "layernorm forward, rounded", _norm, (4096, half, True, False, False, "input")
     for kind, dtype, backward in product(kinds, dtypes, (False, True)):
         for width in (14336, 1000) if which == "all" else (14336,):
             name = f"{kind} {'backward' if backward else 'forward'} {TYPES[dtype]} {width}"

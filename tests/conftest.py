@@ -61,6 +61,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def unpoisoned() -> None:
+    """Memory as PyTorch gives it, where filling it would take too long or be seen."""
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def verified_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verify every function that is generated, as OPSGRAPH_CHECK=1 does."""

@@ -1,5 +1,7 @@
 """The function of a plan that quantizes weights: its text, and that nothing is chosen in a call."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,10 +51,12 @@ def test_calls_choose_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("recipe", [og.recipe.Float8CurrentScaling, og.recipe.DelayedScaling])
 def test_on_a_gpu_no_backward_transposes_weights(recipe: type) -> None:
     """A product reads operands by rows: kernels write both copies when weights are quantized."""
-    module = og.Sequential(Linear(64, 128, bias=False), Linear(128, 64, bias=False)).to("cuda")
+    options: Any = dict(bias=False, device="cuda", dtype=torch.bfloat16)
+    module = og.Sequential(Linear(64, 128, **options), Linear(128, 64, **options))
     with og.autocast(recipe=recipe()):
         plan, inference = module.plan(training=True), module.plan(training=False)
-        y = module(torch.randn(32, 64, device="cuda", requires_grad=True))
+        x = torch.randn(32, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        y = module(x)
     assert "_row_col(weight" in plan.prepare_source
     assert "_row(weight" in inference.prepare_source
     scale = [torch.tensor(2.0, device="cuda")] if plan.specs.reports else []

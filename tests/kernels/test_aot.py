@@ -78,6 +78,9 @@ def check(rows: list[dict[str, Any]], allowed: Callable[[dict[str, Any]], int]) 
     assert not lost, "\n".join(map(str, lost))
     narrow = [row for row in rows if row["narrow"]]
     assert not narrow, "\n".join(map(str, narrow))
+    rounded = [row for row in rows if row["case"].endswith("rounded")]
+    assert rounded
+    assert not [row for row in rounded if row["fused"]]  # product and sum, in one rounding
     # Rows are loaded 16 bytes at a time, their widths being multiples of 8 (all but one are).
     slow = [
         row

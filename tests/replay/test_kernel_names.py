@@ -20,6 +20,7 @@ RECIPES: dict[str, Any] = {
 }
 
 
+@pytest.mark.usefixtures("unpoisoned")
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_elementwise_kernel_of_pytorch(name: str, biases: bool) -> None:

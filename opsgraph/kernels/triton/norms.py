@@ -145,6 +145,8 @@ def norm_forward(
     unit = stride_unit(x, other)
     config = forward_config(width, x.element_size())
     kernel = forward_wide_kernel if width > NARROW else forward_kernel
+    # A fused multiply-add of bf16 would lose the rounding between the weight and the bias.
+    fusion = FUSION if to.product is None else {"enable_fp_fusion": False}
     grid = (ceil_div(rows, config.get("ROWS", 1)),)
     with on_device_of(x):
         launch(
@@ -153,7 +155,7 @@ def norm_forward(
             rows, x.stride(0) // unit, 0 if other is None else other.stride(0) // unit,
             UNIT=unit, WIDTH=width, EPS=eps, ZERO_CENTERED=int(zero_centered), CENTER=center,
             NORMALIZED=ROUNDED[to.normalized], PRODUCT=ROUNDED[to.product],
-            **config, **FUSION,
+            **config, **fusion,
         )  # fmt: skip
     return y, mean, rstd, total
 

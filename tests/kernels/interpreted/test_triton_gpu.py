@@ -26,12 +26,6 @@ pytestmark = pytest.mark.gpu
 HALF = torch.bfloat16
 
 
-@pytest.fixture
-def unpoisoned() -> None:
-    """Filling gigabytes of fresh memory takes longer than these tests."""
-    torch.use_deterministic_algorithms(False)
-
-
 def rows_past_2_31(width: int) -> Tensor:
     """Zeros, but for the last three rows, whose elements all lie past 2^31."""
     x = torch.zeros(2**31 // width + 4, width, dtype=HALF, device="cuda")
