@@ -26,7 +26,7 @@ from .launch import (
     stride_unit,
     sum_partials,
 )
-from .ptx import sigmoid
+from .ptx import sigmoid, widened
 
 
 @triton.jit
@@ -153,8 +153,10 @@ def _configs(width: int, summing: bool, kind: str, *_: Any) -> tuple[dict[str, i
 
 
 @triton.jit
-def _load(x, offset, mask):
-    return tl.load(x + offset, mask, other=0.0).to(tl.float32)
+def _load(x, offset, mask, PAIRS: tl.constexpr = False):
+    """PAIRS: whether each thread has two neighbours or more."""
+    value = tl.load(x + offset, mask, other=0.0)
+    return widened(value) if PAIRS else value.to(tl.float32)
 
 
 @triton.jit
@@ -194,8 +196,8 @@ def _backward(grad, x, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _load_biased(x, bias, offset, cols, mask, col_mask):
-    value = _load(x, offset, mask)
+def _load_biased(x, bias, offset, cols, mask, col_mask, PAIRS: tl.constexpr = False):
+    value = _load(x, offset, mask, PAIRS)
     if bias is not None:
         value = (value + _load(bias, cols, col_mask)).to(x.dtype.element_ty).to(tl.float32)
     return value

@@ -6,8 +6,8 @@ Both are rounded to x's dtype first, as the kernels that store them would.
 import triton
 import triton.language as tl
 
-from .activations import _backward, _gate_backward
-from .ptx import rounded, widened
+from .activations import _backward, _gate_backward, _load
+from .ptx import rounded
 from .quantize_kernels import (
     column_scales,
     current_scale,
@@ -35,11 +35,11 @@ def _gradients(
     row = first_row + tl.arange(0, R)[:, None]
     cols = first_col + tl.arange(0, C)[None, :]
     mask = (row < rows) & (cols < WIDTH)
-    grad = widened(tl.load(dy + row.to(tl.int64) * dy_stride * UNIT + cols, mask, other=0.0))
+    grad = _load(dy, row.to(tl.int64) * dy_stride * UNIT + cols, mask, True)
     at = row.to(tl.int64) * x_stride * UNIT + cols
-    a = widened(tl.load(x + at, mask, other=0.0))
+    a = _load(x, at, mask, True)
     if GATED:
-        b = widened(tl.load(x + at + WIDTH, mask, other=0.0))
+        b = _load(x, at + WIDTH, mask, True)
         tl.debug_barrier()  # else the loads are spread over the computation, and wait one by one
         value, da, db = _gate_backward(grad, a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
     else:

@@ -38,14 +38,14 @@ def _source(
     mask = inside & col_mask
     at = row.to(tl.int64) * x_stride * UNIT + cols
     if SOURCE == "activation":
-        value = _load_biased(x, bias, at, cols, mask, col_mask)
+        value = _load_biased(x, bias, at, cols, mask, col_mask, True)
         if GATED:
-            b = _load_biased(x, bias, at + WIDTH, cols + WIDTH, mask, col_mask)
+            b = _load_biased(x, bias, at + WIDTH, cols + WIDTH, mask, col_mask, True)
             value = _gate(value, b, FUNCTION, ALPHA, LIMIT, OFFSET)
         else:
             value, _, _ = FUNCTION(value, ALPHA)
     else:
-        value = _load(x, at, mask)
+        value = _load(x, at, mask, True)
     if SOURCE == "plain":
         return value
     if SOURCE == "norm":
