@@ -89,7 +89,7 @@ def _source(kernel: Any, bound: dict[str, Any]) -> ASTSource:
     """What Triton's launcher would make of the arguments, every pointer being aligned."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
-        value = bound[parameter.name]
+        value = bound.get(parameter.name, parameter.default)
         divisible = False
         if isinstance(value, Tensor):
             kind, divisible = "*" + TYPES[value.dtype], True

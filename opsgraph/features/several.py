@@ -7,25 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..guards.torch_private import followed
+from ..ops.joined import in_a_row, pack
 
 _NAMES = "weight", "bias"
-
-
-def _adjacent(parts: Sequence[Tensor]) -> bool:
-    """Whether plain, contiguous tensors lie one after the other in one storage."""
-    first = parts[0]
-    if any(
-        type(part) not in (Tensor, nn.Parameter) or part.is_meta or not part.is_contiguous()
-        for part in parts
-    ):
-        return False
-    at = first.data_ptr()
-    for part in parts:
-        if part.data_ptr() != at or part.dtype != first.dtype:
-            return False
-        at += part.nbytes
-    whole = first.untyped_storage()
-    return at <= whole.data_ptr() + whole.nbytes()
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor:
@@ -75,14 +59,7 @@ class SeveralLayers(nn.Module):
     def pack(self) -> None:
         """Lay the parts one after the other, if they are plain tensors of one dtype and device."""
         for name in _NAMES:
-            parts = self._parts(name)
-            if any(type(part) is not nn.Parameter or part.is_meta for part in parts):
-                continue
-            if len({(part.dtype, part.device) for part in parts}) == 1 and not _adjacent(parts):
-                with torch.no_grad():
-                    whole = torch.cat(parts)
-                for part, rows in zip(parts, whole.split([len(p) for p in parts]), strict=True):
-                    part.data = rows
+            pack(self._parts(name))
 
     def __getattr__(self, name: str) -> Any:
         if name not in _NAMES or "layers" not in self.__dict__:
@@ -90,7 +67,7 @@ class SeveralLayers(nn.Module):
         parts = self._parts(name)
         if any(part is None for part in parts):
             return None
-        if torch.compiler.is_compiling() or followed() or not _adjacent(parts):
+        if torch.compiler.is_compiling() or followed() or not in_a_row(parts):
             return torch.cat(parts)
         if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
             return _Whole.apply(*parts)  # type: ignore[no-untyped-call]

@@ -277,10 +277,7 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
     def fwd(
         self, x: Tensor, split_sizes: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, tuple[()]]:
-        pieces = _pieces(x, split_sizes)
-        biases = [None] * len(pieces) if bias is None else bias.unbind()
-        parts = [F.linear(p, w, b) for p, w, b in zip(pieces, weight, biases, strict=True)]
-        return torch.cat(parts), ()
+        return products(F.linear, x, split_sizes, weight, bias), ()
 
     def bwd(
         self, dy: Tensor, x: Tensor, split_sizes: Tensor, weight: Tensor, bias: Tensor | None,
@@ -294,7 +291,7 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             pairs = [*zip(grads, _pieces(x, split_sizes), strict=True)]
             dweight = self.weigh(weight_gradients, self, _wgrad, pairs, weight_stored)
         if "bias" in want and bias is not None:
-            dbias = torch.stack([g.sum(0, dtype=bias.dtype) for g in grads])
+            dbias = bias_gradients(grads, bias)
         return dx, (None, dweight, dbias)
 
     def _own_keys(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
@@ -326,6 +323,21 @@ def _of_one_shape(values: Sequence[Any]) -> bool:
     lazy = UninitializedParameter
     there = all(isinstance(value, Tensor) and not isinstance(value, lazy) for value in values)
     return there and all(value.shape == values[0].shape for value in values)
+
+
+def products(
+    linear: Callable[..., Tensor], x: Tensor, split_sizes: Tensor, weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`linear` of each group's rows, weight and bias, one after the other."""
+    pieces = _pieces(x, split_sizes)
+    biases = [None] * len(pieces) if bias is None else bias.unbind()
+    return torch.cat([linear(*part) for part in zip(pieces, weight, biases, strict=True)])
+
+
+def bias_gradients(grads: Sequence[Tensor], bias: Tensor) -> Tensor:
+    """The sums of each group's rows, `[groups, out]` of bias's dtype."""
+    return torch.stack([grad.sum(0, dtype=bias.dtype) for grad in grads])
 
 
 def _wgrad(dy: Tensor, x: Tensor) -> Tensor:

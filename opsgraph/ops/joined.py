@@ -112,15 +112,14 @@ def in_a_row(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
     if type(first) not in PLAIN or first.is_meta or not first.is_contiguous():
         return False
-    start, size = first.data_ptr(), first.nbytes
-    end = first.storage_offset() * first.itemsize + len(tensors) * size
-    return end <= first.untyped_storage().nbytes() and all(
-        type(tensor) in PLAIN
-        and tensor.data_ptr() == start + k * size
-        and tensor.dtype == first.dtype
-        and tensor.is_contiguous()
-        for k, tensor in enumerate(tensors)
-    )
+    storage, at = first.untyped_storage(), first.data_ptr()
+    for tensor in tensors:
+        if type(tensor) not in PLAIN or tensor.data_ptr() != at:
+            return False
+        if tensor.dtype != first.dtype or not tensor.is_contiguous():
+            return False
+        at += tensor.nbytes
+    return at <= storage.data_ptr() + storage.nbytes()
 
 
 class _Join(torch.autograd.Function):
@@ -143,11 +142,11 @@ class _Join(torch.autograd.Function):
 
 
 def pack(parts: Sequence[Any]) -> None:
-    """Lay parameters one after the other, unless they are, or cannot be."""
+    """Lay parameters one after the other, unless they are, or cannot be. Their rows may differ."""
     if not parts or any(
         type(part) is not nn.Parameter
         or part.is_meta
-        or part.shape != parts[0].shape
+        or part.shape[1:] != parts[0].shape[1:]
         or part.dtype != parts[0].dtype
         or part.device != parts[0].device
         for part in parts
@@ -155,6 +154,6 @@ def pack(parts: Sequence[Any]) -> None:
         return
     if prod(parts[0].shape) and not in_a_row(parts):
         with torch.no_grad():
-            whole = torch.stack(tuple(parts))
-        for part, row in zip(parts, whole.unbind(), strict=True):
-            part.data = row
+            whole = torch.cat(tuple(parts))
+        for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.data = rows

@@ -3,13 +3,12 @@
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...fuser import Fuser, register
 from ...kernels.lazy import Lazy
 from ...ops import GroupedLinear
-from ...ops.grouped import _pieces, weight_gradients
+from ...ops.grouped import _pieces, bias_gradients, products, weight_gradients
 
 gemm = Lazy("cpu.gemm")
 
@@ -23,10 +22,7 @@ class GroupedProduct(Fuser):
     def fwd(
         self, x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor, fc_bias: Tensor | None
     ) -> Any:
-        pieces = _pieces(x, fc_split_sizes)
-        biases = [None] * len(pieces) if fc_bias is None else fc_bias.unbind()
-        parts = zip(pieces, fc_weight, biases, strict=True)
-        return torch.cat([gemm.linear(*part) for part in parts]), ()
+        return products(gemm.linear, x, fc_split_sizes, fc_weight, fc_bias), ()
 
     def bwd(
         self, dy: Tensor, fc: Any, fc_x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor,
@@ -36,13 +32,12 @@ class GroupedProduct(Fuser):
         grads = _pieces(dy, fc_split_sizes)
         if "x" in want:
             dx = dy.new_empty(dy.shape[0], fc_weight.shape[2])
-            for grad, weight, part in zip(
-                grads, fc_weight, _pieces(dx, fc_split_sizes), strict=True
-            ):
+            parts = _pieces(dx, fc_split_sizes)
+            for grad, weight, part in zip(grads, fc_weight, parts, strict=True):
                 gemm.dgrad(grad, weight, out=part)
         if "fc_weight" in want:
             pairs = [*zip(grads, _pieces(fc_x, fc_split_sizes), strict=True)]
             dweight = fc.weigh(weight_gradients, fc, gemm.wgrad, pairs, fc_weight_stored)
         if "fc_bias" in want and fc_bias is not None:
-            dbias = torch.stack([grad.sum(0, dtype=fc_bias.dtype) for grad in grads])
+            dbias = bias_gradients(grads, fc_bias)
         return dx, (None, dweight, dbias)

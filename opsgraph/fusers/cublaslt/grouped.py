@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...fuser import Fuser, register
 from ...kernels.formats import E4M3, names_of
-from ...ops.grouped import _pieces, weight_gradients
+from ...ops.grouped import _pieces, bias_gradients, weight_gradients
 from ...ops.quantized_grouped import QuantizedGroupedLinear
 from ...precision.quantizers import Copy, Quantizer
 from ..quantizing import quantize
@@ -65,7 +65,7 @@ class ScaledGroupedLinear(Fuser):
             ]
             dweight = fc.weigh(weight_gradients, fc, _wgrad, pairs, fc_weight_stored)
         if "fc_bias" in want and fc_bias is not None:
-            dbias = torch.stack([grad.sum(0, dtype=fc_bias.dtype) for grad in grads])
+            dbias = bias_gradients(grads, fc_bias)
         return dx, (None, dweight, dbias)
 
 

@@ -172,7 +172,8 @@ def _wide_statistics(
 def forward_wide_kernel(
     x, other, weight, bias, y, total, mean, rstd, rows, x_stride, other_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-    CENTER: tl.constexpr, BLOCK: tl.constexpr, NORMALIZED: tl.constexpr, PRODUCT: tl.constexpr,
+    CENTER: tl.constexpr, BLOCK: tl.constexpr, NORMALIZED: tl.constexpr = None,
+    PRODUCT: tl.constexpr = None,
 ):  # fmt: skip
     """One row, read twice. Without y: the statistics, and the sum with other."""
     row = tl.program_id(0).to(tl.int64)

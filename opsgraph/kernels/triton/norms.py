@@ -145,8 +145,6 @@ def norm_forward(
     unit = stride_unit(x, other)
     config = forward_config(width, x.element_size())
     kernel = forward_wide_kernel if width > NARROW else forward_kernel
-    # A fused multiply-add of bf16 would lose the rounding between the weight and the bias.
-    fusion = FUSION if to.product is None else {"enable_fp_fusion": False}
     grid = (ceil_div(rows, config.get("ROWS", 1)),)
     with on_device_of(x):
         launch(
@@ -154,8 +152,9 @@ def norm_forward(
             x, other, weight, bias, y, total, mean, rstd,
             rows, x.stride(0) // unit, 0 if other is None else other.stride(0) // unit,
             UNIT=unit, WIDTH=width, EPS=eps, ZERO_CENTERED=int(zero_centered), CENTER=center,
-            NORMALIZED=ROUNDED[to.normalized], PRODUCT=ROUNDED[to.product],
-            **config, **fusion,
+            NORMALIZED=ROUNDED[to.normalized], PRODUCT=ROUNDED[to.product], **config,
+            # A fused multiply-add of bf16 would lose the rounding between the weight and the bias.
+            enable_fp_fusion=to.product is None,
         )  # fmt: skip
     return y, mean, rstd, total
 

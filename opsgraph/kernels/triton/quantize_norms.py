@@ -96,8 +96,7 @@ def _read(
         with on_device_of(x):
             launch(
                 forward_wide_kernel, (rows,),
-                x, other, None, None, None, *read, rows, *strides, EPS=eps, NORMALIZED=None,
-                PRODUCT=None, **flags, **config,
+                x, other, None, None, None, *read, rows, *strides, EPS=eps, **flags, **config,
             )  # fmt: skip
         return *read, None
     # As norm_forward has it: another order of sums would now and then round y to another value.
