@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guards.torch_private import followed
-from ..ops.joined import in_a_row, pack
+from ..ops.joined import in_a_row, pack, verify_unchanged
 
 _NAMES = "weight", "bias"
 
@@ -30,11 +30,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
-        if any(part._version != version for part, version in ctx.parts):
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                "inplace operation: a part of a weight, after the forward"
-            )
+        verify_unchanged(ctx.parts, "a part of a weight")
         if dy is None:
             return (None,) * len(ctx.parts)
         return dy.split([part.shape[0] for part, _ in ctx.parts])

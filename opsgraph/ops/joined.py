@@ -122,6 +122,15 @@ def in_a_row(tensors: Sequence[Tensor]) -> bool:
     return at <= storage.data_ptr() + storage.nbytes()
 
 
+def verify_unchanged(versions: Sequence[tuple[Tensor, int]], what: str) -> None:
+    """Raises PyTorch's error for a tensor that has another version than in the forward."""
+    if any(tensor._version != version for tensor, version in versions):
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an "
+            f"inplace operation: {what}, after the forward"
+        )
+
+
 class _Join(torch.autograd.Function):
     """The parameters as one tensor. A view of theirs has a version of its own: it is compared."""
 
@@ -133,11 +142,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
-        if any(tensor._version != version for tensor, version in ctx.versions):
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                "inplace operation: a group's parameter, after the forward"
-            )
+        verify_unchanged(ctx.versions, "a group's parameter")
         return None, *([None] * len(ctx.versions) if dy is None else dy.unbind())
 
 
