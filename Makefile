@@ -17,7 +17,7 @@ SMOKE := $(patsubst %,tests/%.py,test_versions base/test_errors test_main plan/t
 TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types floors unit gpu versions test-torch demo examples bench docs clean
+.PHONY: help venv test lint types floors unit slow gpu versions test-torch demo examples bench docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
@@ -59,6 +59,9 @@ versions:  ## the smoke set with each PyTorch of VERSIONS, in .venvs (gigabytes)
 test-torch:  ## the smoke set with the PyTorch of VERSION=, as 2.11, in .venvs
 	@test -n "$(VERSION)" || { echo "name a PyTorch: make test-torch VERSION=2.11"; exit 2; }
 	$(MAKE) versions VERSIONS="$(VERSION)"
+
+slow: $(VENV)/installed  ## the tests that are not run every day, two processes
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
 
 gpu: $(VENV)/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

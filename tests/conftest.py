@@ -12,6 +12,7 @@ import pytest
 import torch
 from broken_cuda import leave_if_broken, look_after, skip_unless_whole
 from hypothesis import settings
+from sampling import mark_slow
 
 from opsgraph.features import verify
 
@@ -23,8 +24,10 @@ settings.register_profile("ci", settings.get_profile("dev"), max_examples=30)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m and -k choose
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked gpu where there is no CUDA device; pyproject.toml deselects them before."""
+    mark_slow(items)
     if torch.cuda.is_available():
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")

@@ -10,7 +10,7 @@ import torch
 
 from opsgraph.base.backend import backends
 from opsgraph.fuser import Fuser, registered
-from opsgraph.testing import check_fuser, exchanges
+from opsgraph.testing import check_fuser, exchanges, samples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -18,11 +18,13 @@ FUSERS = [fuser for fuser in registered() if not exchanges(fuser)]
 every_fuser = pytest.mark.parametrize("fuser", FUSERS, ids=lambda fuser: fuser.name)
 
 
-def check(fuser: Fuser, device: str, dtype: torch.dtype, shape=(5, 16), compiled=False) -> None:
+def check(
+    fuser: Fuser, device: str, dtype: torch.dtype, shape=(5, 16), compiled=False, few=False
+) -> None:
     reason = backends()[fuser.backend].why_not_on(torch.device(device))
     if reason is not None:
         pytest.skip(f"{fuser.backend}: {reason}")
-    taken = check_fuser(fuser, dtype, device, shape, compiled)
+    taken = check_fuser(fuser, dtype, device, shape, compiled, few)
     may_decline = {
         "cpu": dtype == torch.float16,
         "aten": device == "cuda",
@@ -36,13 +38,24 @@ def check(fuser: Fuser, device: str, dtype: torch.dtype, shape=(5, 16), compiled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_fuser
 def test_fuser_equals_reference(fuser: Fuser, dtype: torch.dtype, device: str) -> None:
-    check(fuser, device, dtype)
+    few = INTERPRETED and dtype == torch.bfloat16  # the everyday dtype there: `test_interpreted.py`
+    check(fuser, device, dtype, few=few)
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (0, 16), (2, 3, 16)], ids=str)
 @every_fuser
 def test_fuser_takes_every_shape(fuser: Fuser, shape: tuple[int, ...], device: str) -> None:
     check(fuser, device, torch.float32, shape)
+
+
+def test_few_samples_leave_out_no_kind_of_op() -> None:
+    """Those of all fusers together, which is what is compiled on a CPU."""
+    of_cpu = [fuser for fuser in FUSERS if fuser.backend == "cpu"]
+    every, few = (
+        {type(op) for fuser in of_cpu for ops in samples(fuser, few) for op in ops}
+        for few in (False, True)
+    )
+    assert few == every
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Dynamo does not trace Triton's interpreter")

@@ -71,6 +71,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
 
 @compiled
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("names", [("row",), ("col",), ("row", "col")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)

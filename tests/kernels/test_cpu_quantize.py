@@ -88,6 +88,7 @@ def check(x: Tensor, to: Format, expect=by_reference) -> None:
             same(found.inverse, found.row[1].reciprocal())
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @each_scaling
 @each_format
@@ -188,6 +189,7 @@ def test_errors() -> None:
         quantize(x.half(), Format("tensor"))
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 @pytest.mark.parametrize("scaling", ["delayed", *SCALINGS])
 @each_dtype

@@ -129,6 +129,7 @@ def _run(function: Callable[..., Tensor], tensors: list[Tensor], wanted: list[Te
     return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
 
 
+@pytest.mark.sampled(405)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name, shape", CASES, ids=lambda v: str(v).replace(" ", "_"))
 @pytest.mark.parametrize("layout", LAYOUTS)

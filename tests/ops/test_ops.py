@@ -139,6 +139,7 @@ def test_op(entry: Entry, dtype: torch.dtype, device: str) -> None:
         compare(entry, shape, dtype, device)
 
 
+@pytest.mark.sampled(102)
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @every_op
 def test_layouts_of_inputs_and_gradients(entry: Entry, layout: str, device: str) -> None:

@@ -27,6 +27,7 @@ def step(module: Any, recipe: og.recipe.Recipe, x: Tensor, dy: Tensor) -> dict[s
     return {"y": y.detach(), "dx": x.grad, "first": first, "second": second}
 
 
+@pytest.mark.sampled(26)
 @each_recipe
 @pytest.mark.parametrize("where", REACHES)
 def test_what_is_not_finite_shows_in_what_is_made_of_it(name: str, where: str) -> None:

@@ -117,6 +117,7 @@ def test_a_recipe_changes_what_is_computed(name: str) -> None:
     assert all(map(torch.equal, plain, again))
 
 
+@pytest.mark.sampled(26)
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize(
     "options", [dict(recompute=False), dict(checkpoint=True), dict(planner="optimal")]
