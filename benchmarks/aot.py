@@ -27,7 +27,12 @@ from triton.runtime import JITFunction
 
 from opsgraph.kernels.formats import BLOCKS, NVFP4, Format
 from opsgraph.kernels.triton import gemm, norms, persistent, quantize
-from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
+from opsgraph.kernels.triton.activations import (
+    KINDS,
+    activation_backward,
+    activation_forward,
+    constants,
+)
 from opsgraph.kernels.triton.delayed import delayed_update, raise_to
 from opsgraph.kernels.triton.dropout import dropout
 from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
@@ -177,7 +182,7 @@ def _norm(
 
 
 def _activation(kind: str, width: int, dtype: torch.dtype, backward: bool) -> None:
-    gated = KINDS[kind].GATED
+    gated = constants(kind)["GATED"]
     x = _meta(4096, width * 2 if gated else width, dtype=dtype)
     if backward:
         activation_backward(_meta(4096, width, dtype=dtype), x, kind, want=("x", "y", "bias"))
@@ -314,6 +319,9 @@ def cases(which: str) -> Iterator[Case]:
         for width in (14336, 1000) if which == "all" else (14336,):
             name = f"{kind} {'backward' if backward else 'forward'} {TYPES[dtype]} {width}"
             yield name, _activation, (kind, width, dtype, backward)
+    for backward in (False, True):
+        name = f"swiglu {'backward' if backward else 'forward'} second, rounded"
+        yield name, _activation, ("swiglu rounded second", 14336, half, backward)
     for dtype in dtypes:
         yield f"dropout {TYPES[dtype]} 4096", _dropout, (4096, dtype)
         yield f"sums {TYPES[dtype]} 4096", _sums, (4096, dtype)

@@ -27,8 +27,8 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
 def halves(op: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and value: the first and second half, or blocks of `glu_interleave_size` in turn."""
     block = op.glu_interleave_size or max(1, x.shape[-1] // 2)
-    first = torch.arange(x.shape[-1], device=x.device) // block % 2 == 0
-    return x[..., first], x[..., ~first]
+    gate = torch.arange(x.shape[-1], device=x.device) // block % 2 == op.gate_second
+    return x[..., gate], x[..., ~gate]
 
 
 def gated(function: Callable[[Any, Tensor], Tensor]) -> Formula:

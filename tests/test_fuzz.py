@@ -83,7 +83,8 @@ class Drawing:
             gate = self.one(*GATED)
             blocks = [n for n in (1, 2) if width % (2 * n) == 0]
             block = self.one(None, None, *blocks)
-            return (gate, (("glu_interleave_size", block),)), width // 2
+            more = (("gate_second", self.one(False, True)), ("round_gate", self.one(False, True)))
+            return (gate, (("glu_interleave_size", block), *more)), width // 2
         if kind == "norm":
             affine = self.one(True, True, False)
             more = (("elementwise_affine", affine), ("zero_centered_gamma", self.one(True, False)))

@@ -3,9 +3,12 @@
 A class with a name is its kind with other constants, so that what computes the kind computes each
 of them. Gated ones halve the width: `y = f(a) * b`, a the first half.
 
-That order is the opposite of `torch.nn.functional.glu`'s. With `glu_interleave_size=n` gate and
-value alternate in blocks of n columns instead. cache_quantized_input is TransformerEngine's hint to
-keep the input in FP8: plans keep what they need in the dtype it has, and it changes nothing.
+That order is the opposite of `torch.nn.functional.glu`'s; `gate_second` turns it round. With
+`glu_interleave_size=n` gate and value alternate in blocks of n columns instead. Of 16-bit inputs y
+is rounded once; with `round_gate` where eager PyTorch rounds `f(a) * b`: f(a), then the product,
+and in the backward `dy * b` before f' multiplies it. cache_quantized_input is TransformerEngine's
+hint to keep the input in FP8: plans keep what they need in the dtype it has, and it changes
+nothing.
 """
 
 from collections.abc import Iterable
@@ -22,7 +25,7 @@ from ..op import Op, Spec
 APPROXIMATIONS = ("tanh", "none")
 Params = tuple[float, ...]
 Function = tuple[str, Params, int | None]
-"""kernel, params and glu_interleave_size."""
+"""kernel, with the words of `Gate` after it, params and glu_interleave_size."""
 
 
 def _approximation(who: str, name: str, value: Any) -> Any:
@@ -51,9 +54,17 @@ class AnyActivation(Op):
         self.cache_quantized_input = flag(who, "cache_quantized_input", cache_quantized_input)
 
     @property
+    def kind(self) -> str:
+        """The kernel's name as kernels take it."""
+        return self.kernel
+
+    @property
     def function(self) -> Function:
         """The three together, as kernels take them."""
-        return self.kernel, self.params, self.glu_interleave_size
+        return self.kind, self.params, self.glu_interleave_size
+
+    def constant(self, name: str, x: Spec) -> Any:
+        return self.kind if name == "kernel" else super().constant(name, x)
 
     def fwd(
         self, x: Tensor, kernel: str, params: Params = (), glu_interleave_size: int | None = None
@@ -84,10 +95,25 @@ class Activation(AnyActivation):
 class GatedActivation(AnyActivation):
     """`y = f(a) * g(b)` of `[*, 2 * width]`; `kernel` and `params` name f and g everywhere."""
 
-    def __init__(self, glu_interleave_size: int | None = None, **options: Any) -> None:
+    round_gate = Checked(flag)
+    gate_second = Checked(flag)
+
+    def __init__(
+        self,
+        glu_interleave_size: int | None = None,
+        *,
+        round_gate: bool = False,
+        gate_second: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         name = "glu_interleave_size"
         self.glu_interleave_size = size(type(self).__name__, name, glu_interleave_size)
+        self.round_gate, self.gate_second = round_gate, gate_second
+
+    @property
+    def kind(self) -> str:
+        return str(reference.Gate(self.kernel, self.round_gate, self.gate_second))
 
     @property
     def pieces(self) -> int:
@@ -103,6 +129,10 @@ class GatedActivation(AnyActivation):
 
     def width_before(self, out_width: int) -> int | None:
         return 2 * out_width
+
+    def extra_repr(self) -> str:
+        names = "glu_interleave_size", "round_gate", "gate_second"
+        return ", ".join(f"{name}={value}" for name in names if (value := getattr(self, name)))
 
     def out(self, x: Spec) -> Spec:
         return x.like(x.width // 2)
@@ -195,7 +225,7 @@ class SwiGLU(GatedActivation):
 
     @classmethod
     def sample(cls) -> Iterable[Op]:
-        return cls(), cls(glu_interleave_size=4)
+        return cls(), cls(glu_interleave_size=4), cls(round_gate=True, gate_second=True)
 
 
 class GLU(GatedActivation):

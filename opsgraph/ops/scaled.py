@@ -55,7 +55,7 @@ class _ScaledFunction(_Scaled, AnyActivation):
         self, x: Tensor, scales: Tensor, kernel: str, params: Params = (),
         glu_interleave_size: int | None = None,
     ) -> tuple[Tensor, tuple[()]]:  # fmt: skip
-        y = reference.activation_forward(wide(x), kernel, params, glu_interleave_size)
+        y = reference.activation_forward(wide(x), kernel, params, glu_interleave_size, x.dtype)
         return (y * wide(scales)[:, None]).to(x.dtype), ()
 
     def bwd(  # type: ignore[override]
@@ -64,7 +64,9 @@ class _ScaledFunction(_Scaled, AnyActivation):
     ) -> Gradients:  # fmt: skip
         g, function = wide(dy), (kernel, params, glu_interleave_size)
         dact = g * wide(scales)[:, None]
-        dx, y = reference.activation_backward_and_y(dact, wide(x), *function, "scales" in want)
+        dx, y = reference.activation_backward_and_y(
+            dact, wide(x), *function, "scales" in want, x.dtype
+        )
         dscales = None if y is None else (g * y).sum(-1).to(scales.dtype)
         return dx.to(x.dtype), (dscales,)
 

@@ -16,7 +16,7 @@ from ..reference import activations as reference
 from .launch import DTYPES, Kernel, address, direct, lines, rows_of
 from .memory import empty
 
-FIELDS = "8q 3P 2q 4P P 3d"  # struct Activation in source/activations.h
+FIELDS = "9q 3P 2q 4P P 3d"  # struct Activation in source/activations.h
 _forward_kernel = Kernel("opsgraph_activation_forward", FIELDS, "activations")
 _backward_kernel = Kernel("opsgraph_activation_backward", FIELDS, "activations")
 FUNCTIONS = (
@@ -57,22 +57,39 @@ class Row(NamedTuple):
 
     function: int
     gated: bool
+    rounded: bool
+    second: bool
     params: tuple[float, float, float]
+
+    def width(self, total: int) -> int:
+        """Of y, for an input that is `total` wide."""
+        return total // 2 if self.gated else total
+
+    def head(
+        self, dtype: torch.dtype, rows: int, width: int, period: int, value: int
+    ) -> tuple[int, ...]:
+        """The integers of struct Activation."""
+        rounded = self.rounded and dtype == torch.bfloat16
+        threads, shift = torch.get_num_threads(), -value if self.second else value
+        kind = DTYPES[dtype], self.function, self.gated, rounded
+        return *kind, threads, rows, width, period, shift
 
 
 @cache
 def row(kind: str, params: tuple[float, ...] = ()) -> Row:
     """A kind's row of the table, with params in the place of its own. Raises ValueError."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown activation {kind!r}; known: {', '.join(KINDS)}")
-    function, gated, own = KINDS[kind]
+    name, rounded, second = reference.gate_of(kind)
+    if name not in KINDS:
+        raise ValueError(f"unknown activation {name!r}; known: {', '.join(KINDS)}")
+    function, gated, own = KINDS[name]
     count = {"clamped": 3, "situ": 2}.get(function, 0)
     if params and len(params) != count:
-        raise ValueError(f"activation {kind!r} got params {params}, expected {count} or none")
+        raise ValueError(f"activation {name!r} got params {params}, expected {count} or none")
     a, b, c = (*params, *own[len(params) :])
     if function == "clamped" and not b > 0:
         function = "clamped_any"
-    return Row(FUNCTIONS.index(function), gated, (float(a), float(b), float(c)))
+    index, constants = FUNCTIONS.index(function), (float(a), float(b), float(c))
+    return Row(index, gated, rounded, second, constants)
 
 
 def activation_forward(
@@ -83,18 +100,19 @@ def activation_forward(
     """`y = f(x + bias)`, or `f(a) * g(b)` with a, b the halves of `x + bias`; the sum is rounded.
 
     x: `[rows, width]`; y: `[rows, width]`, or `[rows, width / 2]` for gated kinds, of x's dtype.
-    kind: a key of `KINDS`. params: for clamped_swiglu (limit, alpha, offset), for situglu (beta1,
-    beta2). interleave: gate and value alternate in blocks of `interleave` columns. bias: `[width]`.
-    columns: the range of y's columns to compute, without a bias; from and to multiples of
-    interleave. y_t: `[width of y, rows]`, gets the transpose of y, which then is a view of it.
+    kind: a key of `KINDS`, with the words of `Gate` after it. params: for clamped_swiglu (limit,
+    alpha, offset), for situglu (beta1, beta2). interleave: gate and value alternate in blocks of
+    `interleave` columns. bias: `[width]`. columns: the range of y's columns to compute, without a
+    bias; from and to multiples of interleave. y_t: `[width of y, rows]`, gets the transpose of y,
+    which then is a view of it.
     Returns (y, x + bias if pre and there is a bias, else None).
     Raises ValueError for an unknown kind, or params that it does not take.
     """
     if not direct(x, bias):
         return _forward_by_formula(x, kind, params, interleave, bias, pre, y_t, columns)
-    function, gated, constants = row(kind, params)
+    made = row(kind, params)
     dtype, (rows, total) = x.dtype, x.shape
-    width = total // 2 if gated else total
+    width = made.width(total)
     value = interleave or width
     if columns is not None:
         width = columns.stop - columns.start
@@ -104,12 +122,12 @@ def activation_forward(
         return y, sums
     x, stride = lines(x)
     if columns is not None:
-        x = x[:, columns.start * (2 if gated and interleave else 1) :]
+        x = x[:, columns.start * (2 if made.gated and interleave else 1) :]
     bias = None if bias is None else bias.float().contiguous()
     _forward_kernel(
-        DTYPES[dtype], function, gated, torch.get_num_threads(), rows, width, interleave or width,
-        value, x.data_ptr(), 0, address(bias), stride, 0,
-        0 if y_t is not None else y.data_ptr(), address(y_t), address(sums), 0, 0, *constants,
+        *made.head(dtype, rows, width, interleave or width, value), x.data_ptr(), 0,
+        address(bias), stride, 0, 0 if y_t is not None else y.data_ptr(), address(y_t),
+        address(sums), 0, 0, *made.params,
     )  # fmt: skip
     return y, sums
 
@@ -128,9 +146,9 @@ def activation_backward(
     """
     if not direct(dy, x):
         return _backward_by_formula(dy, x, kind, params, interleave, want, bias_dtype, out)
-    function, gated, constants = row(kind, params)
+    made = row(kind, params)
     dtype, (rows, total) = x.dtype, x.shape
-    width = total // 2 if gated else total
+    width = made.width(total)
     dx = None
     if "x" in want:
         dx = empty((rows, total), dtype) if out is None else out
@@ -139,11 +157,10 @@ def activation_backward(
     if rows and width:
         dy, dy_stride = rows_of(dy, (rows, width), dtype)
         x, stride = lines(x)
+        block = interleave or width
         _backward_kernel(
-            DTYPES[dtype], function, gated, torch.get_num_threads(), rows, width,
-            interleave or width, interleave or width, x.data_ptr(), dy.data_ptr(), 0, stride,
-            dy_stride,
-            address(y), 0, 0, address(dx), address(dbias), *constants,
+            *made.head(dtype, rows, width, block, block), x.data_ptr(), dy.data_ptr(), 0, stride,
+            dy_stride, address(y), 0, 0, address(dx), address(dbias), *made.params,
         )  # fmt: skip
     elif dbias is not None:
         dbias.zero_()

@@ -59,15 +59,16 @@ def activation_quantize(
     if ahead(to, scale) or not direct(x, bias, scale) or not x.numel():
         y, sums = activations.activation_forward(x, kind, params, None, bias, pre)
         return quantize(y, to, scale, want), sums
-    function, gated, constants = activations.row(kind, params)
-    shape, dtype = torch.Size((x.size(0), x.size(1) // 2 if gated else x.size(1))), x.dtype
+    row = activations.row(kind, params)
+    rows, width, dtype = x.size(0), row.width(x.size(1)), x.dtype
+    shape = torch.Size((rows, width))
     made = _new_copies(shape, to, scale, want)
     sums = empty(x.shape, dtype) if pre and bias is not None else None
     x, stride = rows_of(x, x.shape, dtype)
     bias = None if bias is None else bias.float().contiguous()
     _activation_kernel(
-        DTYPES[dtype], function, gated, torch.get_num_threads(), *shape, shape[1],
-        shape[1], x.data_ptr(), 0, address(bias), stride, 0, 0, 0, address(sums), 0, 0, *constants,
+        *row.head(dtype, rows, width, width, width), x.data_ptr(), 0, address(bias), stride, 0, 0,
+        0, address(sums), 0, 0, *row.params,
         *_record(0, 0, dtype, shape, to, scale, made),
     )  # fmt: skip
     return made, sums

@@ -3,10 +3,13 @@
 `FUNCTIONS` holds f with its derivative as `gradient(dy, x) = dy * f'(x)`; `GATED` says which f a
 gated kind uses. g is the identity but for clamped_swiglu, `clamp(b, -limit, limit) + offset`, and
 situglu, `beta2 * tanh(b / beta2)`.
+
+A gated kind is a name and, after spaces, the words of `Gate` that say what is other than usual:
+`"swiglu rounded"`.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -127,6 +130,31 @@ def _clamped(limit: float, alpha: float, offset: float) -> tuple[Function, Funct
     return gate, line
 
 
+class Gate(NamedTuple):
+    """A gated kind without its words, and what they say."""
+
+    name: str
+    rounded: bool = False
+    """f(a) and g(b) are rounded to x's dtype, as PyTorch's own ops store them, and so is what the
+    backward multiplies with one of them."""
+    second: bool = False
+    """The gate a comes after the value b."""
+
+    def __str__(self) -> str:
+        words = [word for word in self._fields[1:] if getattr(self, word)]
+        return " ".join([self.name, *words])
+
+
+@cache
+def gate_of(kind: str) -> Gate:
+    """What a kind says. Raises ValueError for a word that `Gate` does not have."""
+    name, *words = kind.split(" ")
+    known = Gate._fields[1:]
+    if unknown := [word for word in words if word not in known]:
+        raise ValueError(f"activation {kind!r}: got {unknown}, expected some of {list(known)}")
+    return Gate(name, **dict.fromkeys(words, True))
+
+
 def gates(kind: str, params: tuple[float, ...]) -> tuple[Function, Function | None]:
     """f and g of a gated kind; g is None where it is the identity."""
     if kind == "clamped_swiglu":
@@ -136,19 +164,22 @@ def gates(kind: str, params: tuple[float, ...]) -> tuple[Function, Function | No
     return FUNCTIONS[GATED[kind]], None
 
 
-def halves(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
+def halves(x: Tensor, block: int | None, second: bool = False) -> tuple[Tensor, Tensor]:
     """Gate and value of `[rows, 2 * width]`: halves, or blocks of `block` columns in turns."""
     if block is None:
         a, b = x.chunk(2, -1)
-        return a, b
-    # reshape: batched gradients have no rule for unflatten and flatten.
-    rows, width = x.shape[0], x.shape[1] // 2
-    split = x.reshape(rows, width // block, 2, block)
-    return split[:, :, 0].reshape(rows, width), split[:, :, 1].reshape(rows, width)
+    else:
+        # reshape: batched gradients have no rule for unflatten and flatten.
+        rows, width = x.shape[0], x.shape[1] // 2
+        split = x.reshape(rows, width // block, 2, block)
+        a, b = split[:, :, 0].reshape(rows, width), split[:, :, 1].reshape(rows, width)
+    return (b, a) if second else (a, b)
 
 
-def joined(a: Tensor, b: Tensor, block: int | None) -> Tensor:
+def joined(a: Tensor, b: Tensor, block: int | None, second: bool = False) -> Tensor:
     """The inverse of `halves`."""
+    if second:
+        a, b = b, a
     if block is None:
         return torch.cat((a, b), -1)
     rows, width = a.shape
@@ -156,16 +187,27 @@ def joined(a: Tensor, b: Tensor, block: int | None) -> Tensor:
     return torch.stack((a.reshape(blocks), b.reshape(blocks)), 2).reshape(rows, 2 * width)
 
 
+def _stored(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x as it is read again from a tensor of a dtype; None: x itself."""
+    return x if dtype is None or dtype == x.dtype else x.to(dtype).to(x.dtype)
+
+
 def activation_forward(
-    x: Tensor, kind: str, params: tuple[float, ...] = (), block: int | None = None
-) -> Tensor:
-    """`y = f(x)`, or `f(a) * g(b)` `[rows, width / 2]` of a gated kind, in x's dtype."""
+    x: Tensor, kind: str, params: tuple[float, ...] = (), block: int | None = None,
+    stored: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """`y = f(x)`, or `f(a) * g(b)` `[rows, width / 2]` of a gated kind, in x's dtype.
+
+    stored: what a kind that rounds rounds to, where that is not x's dtype.
+    """
     if kind in FUNCTIONS:
         y = FUNCTIONS[kind].value(wide(x))
     else:
-        f, g = gates(kind, params)
-        a, b = halves(wide(x), block)
-        y = f.value(a) * (b if g is None else g.value(b))
+        name, rounded, second = gate_of(kind)
+        f, g = gates(name, params)
+        a, b = halves(wide(x), block, second)
+        to = stored or x.dtype if rounded else None
+        y = _stored(f.value(a), to) * (b if g is None else _stored(g.value(b), to))
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -178,7 +220,7 @@ def activation_backward(
 
 def activation_backward_and_y(
     dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...], block: int | None,
-    want_y: bool = True,
+    want_y: bool = True, stored: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dx, and y computed again, of a gated kind from what both need."""
     y: Tensor | None
@@ -186,11 +228,14 @@ def activation_backward_and_y(
         dx = FUNCTIONS[kind].gradient(wide(dy), wide(x))
         y = activation_forward(x, kind) if want_y else None
     else:
-        f, g = gates(kind, params)
-        a, b = halves(wide(x), block)
-        line, gate = b if g is None else g.value(b), f.value(a)
+        name, rounded, second = gate_of(kind)
+        f, g = gates(name, params)
+        a, b = halves(wide(x), block, second)
+        to = stored or x.dtype if rounded else None
+        line = b if g is None else _stored(g.value(b), to)
+        gate = _stored(f.value(a), to)
         y = (gate * line).to(x.dtype) if want_y else None
         dy = wide(dy)
-        db = dy * gate
-        dx = joined(f.gradient(dy * line, a), db if g is None else g.gradient(db, b), block)
+        da, db = _stored(dy * line, to), _stored(dy * gate, to)
+        dx = joined(f.gradient(da, a), db if g is None else g.gradient(db, b), block, second)
     return (dx if dx.dtype == x.dtype else dx.to(x.dtype)), y

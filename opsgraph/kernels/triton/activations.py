@@ -2,8 +2,10 @@
 
 A kind is a scalar function, whether it is gated, and its constants. The function returns value,
 slope, and whether the gradient is 0 whatever it is multiplied with (`x < x`: nowhere).
-Formulas: plain `y = f(x)`; gated `y = f(a) * b` with `a` the first half of the columns. One kernel
-per direction serves every kind; in the forward the slope is not read, and the compiler drops it.
+Formulas: plain `y = f(x)`; gated `y = f(a) * b` with `a` the first half of the columns. GATED says
+whether a kind gates: 1, and 2 more where factors and what they are multiplied with are rounded as
+PyTorch would store them, 4 more where the gate is the second half. One kernel per direction serves
+every kind; in the forward the slope is not read, and the compiler drops it.
 """
 
 from collections.abc import Collection
@@ -16,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import around, configured
+from ..reference.activations import gate_of
 from .launch import (
     ceil_div,
     launch,
@@ -26,7 +29,7 @@ from .launch import (
     stride_unit,
     sum_partials,
 )
-from .ptx import sigmoid, widened
+from .ptx import rounded, sigmoid, widened
 
 
 @triton.jit
@@ -85,7 +88,7 @@ class Kind(NamedTuple):
     """One row of the table; the names are the kernels' compile-time arguments."""
 
     FUNCTION: Any
-    GATED: bool
+    GATED: int
     ALPHA: float = 1.0
     LIMIT: float | None = None
     OFFSET: float = 0.0
@@ -112,16 +115,18 @@ KINDS = {
 @cache
 def constants(kind: str, params: tuple[float, ...] = ()) -> dict[str, Any]:
     """The kernels' compile-time arguments for a kind; params as in `activation_forward`."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown activation {kind!r}; known: {', '.join(KINDS)}")
-    row = KINDS[kind]
+    name, rounds, second = gate_of(kind)
+    if name not in KINDS:
+        raise ValueError(f"unknown activation {name!r}; known: {', '.join(KINDS)}")
+    row = KINDS[name]
     if params:
         if row.LIMIT is None or len(params) != 3:
             expected = "none" if row.LIMIT is None else "(limit, alpha, offset)"
-            raise ValueError(f"activation {kind!r} got params {params}, expected {expected}")
+            raise ValueError(f"activation {name!r} got params {params}, expected {expected}")
         limit, alpha, offset = map(float, params)
         row = row._replace(ALPHA=alpha, LIMIT=limit, OFFSET=offset)
-    return row._asdict()
+    gated = row.GATED and 1 + 2 * rounds + 4 * second
+    return row._replace(GATED=gated)._asdict()
 
 
 @cache
@@ -135,7 +140,7 @@ def config(width: int) -> dict[str, int]:
 
 
 @cache
-def summing_config(width: int, gated: bool) -> dict[str, int]:
+def summing_config(width: int, gated: int) -> dict[str, int]:
     """Compile options of the backward that sums a bias gradient too."""
     block = _block(width, (512, 256))
     tile, warps = (2048, 4) if gated else (512, 2)  # measured on an H200
@@ -148,7 +153,7 @@ def _block(width: int, sizes: tuple[int, ...]) -> int:
 
 @cache
 def _configs(width: int, summing: bool, kind: str, *_: Any) -> tuple[dict[str, int], ...]:
-    usual = summing_config(width, KINDS[kind].GATED) if summing else config(width)
+    usual = summing_config(width, constants(kind)["GATED"]) if summing else config(width)
     return around(usual, ROWS=(1, 64), num_warps=(2, 16))
 
 
@@ -160,32 +165,63 @@ def _load(x, offset, mask, PAIRS: tl.constexpr = False):
 
 
 @triton.jit
-def _gate(
-    a, b, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr
-):
-    """y"""
-    if LIMIT is None:
-        value, _, _ = FUNCTION(a, ALPHA)
-        return value * b
+def _step(value, DTYPE: tl.constexpr, GATED: tl.constexpr):
+    """A factor or a product, rounded to DTYPE where PyTorch would store it."""
+    if GATED & 2:
+        return rounded(value, DTYPE)
     else:
-        value, _, _ = FUNCTION(tl.where(a > LIMIT, LIMIT, a), ALPHA)
-        return value * (tl.where(b > LIMIT, LIMIT, tl.where(b < -LIMIT, -LIMIT, b)) + OFFSET)
+        return value
+
+
+@triton.jit
+def _factors(
+    a, b, DTYPE: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """f(a), its slope, where da is 0 whatever it is multiplied with, and g(b)."""
+    if LIMIT is None:
+        value, slope, off = FUNCTION(a, ALPHA)
+        return _step(value, DTYPE, GATED), slope, off, b
+    else:
+        value, slope, _ = FUNCTION(tl.where(a > LIMIT, LIMIT, a), ALPHA)
+        line = tl.where(b > LIMIT, LIMIT, tl.where(b < -LIMIT, -LIMIT, b)) + OFFSET
+        return _step(value, DTYPE, GATED), slope, a > LIMIT, _step(line, DTYPE, GATED)
+
+
+@triton.jit
+def _gate(
+    first, second, DTYPE: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """y of the two halves, which have DTYPE in memory."""
+    if GATED & 4:
+        value, _, _, line = _factors(
+            second, first, DTYPE, FUNCTION, GATED, ALPHA, LIMIT, OFFSET
+        )  # fmt: skip
+    else:
+        value, _, _, line = _factors(first, second, DTYPE, FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
+    return value * line
 
 
 @triton.jit
 def _gate_backward(
-    grad, a, b, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    OFFSET: tl.constexpr,
+    grad, first, second, DTYPE: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """y, da, db"""
-    if LIMIT is None:
-        value, slope, off = FUNCTION(a, ALPHA)
-        return value * b, tl.where(off, 0.0, grad * b * slope), value * grad
+    """y, and the gradients of the two halves."""
+    if GATED & 4:
+        a, b = second, first
     else:
-        value, slope, _ = FUNCTION(tl.where(a > LIMIT, LIMIT, a), ALPHA)
-        linear = tl.where(b > LIMIT, LIMIT, tl.where(b < -LIMIT, -LIMIT, b)) + OFFSET
-        da = tl.where(a > LIMIT, 0.0, grad * linear * slope)
-        return value * linear, da, tl.where(tl.abs(b) > LIMIT, 0.0, value * grad)
+        a, b = first, second
+    value, slope, off, line = _factors(a, b, DTYPE, FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
+    da = tl.where(off, 0.0, _step(grad * line, DTYPE, GATED) * slope)
+    db = _step(value * grad, DTYPE, GATED)
+    if LIMIT is not None:
+        db = tl.where(tl.abs(b) > LIMIT, 0.0, db)
+    if GATED & 4:
+        return value * line, db, da
+    else:
+        return value * line, da, db
 
 
 @triton.jit
@@ -219,7 +255,8 @@ def forward_kernel(
     a = _load_biased(x, bias, at, cols, mask, cols < WIDTH)
     if GATED:
         b = _load_biased(x, bias, at + WIDTH, cols + WIDTH, mask, cols < WIDTH)
-        out = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+        dtype: tl.constexpr = x.dtype.element_ty
+        out = _gate(a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
     else:
         out, _, _ = FUNCTION(a, ALPHA)
     tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
@@ -249,7 +286,10 @@ def backward_kernel(
         a = _load(x, at, mask)
         if GATED:
             b = _load(x, at + WIDTH, mask)
-            value, da, db = _gate_backward(grad, a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+            dtype: tl.constexpr = x.dtype.element_ty
+            value, da, db = _gate_backward(
+                grad, a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET
+            )  # fmt: skip
             if dx is not None:
                 tl.store(dx + row * total + WIDTH + cols, db.to(dx.dtype.element_ty), mask)
             if dbias is not None:
@@ -270,7 +310,7 @@ def backward_kernel(
             tl.store(partial + WIDTH, tl.sum(b_sum, 0), columns < WIDTH)
 
 
-def _output_width(x: Tensor, kind: str, gated: bool) -> int:
+def _output_width(x: Tensor, kind: str, gated: int) -> int:
     if gated and x.size(1) % 2:
         raise ValueError(f"{kind} halves its input's width, which is odd: {x.size(1)}")
     return x.size(1) // 2 if gated else x.size(1)
@@ -282,8 +322,9 @@ def activation_forward(
     """`y = f(x + bias)`, or `f(a) * b` with a, b the halves of `x + bias`.
 
     x: `[rows, width]`; y: `[rows, width]`, or `[rows, width / 2]` for gated kinds, of x's dtype.
-    bias: `[width]`; the sum is rounded to x's dtype. kind: a key of `KINDS`. params: for
-    clamped_swiglu (limit, alpha, offset), by default (7.0, 1.702, 1.0). Raises ValueError.
+    bias: `[width]`; the sum is rounded to x's dtype. kind: a key of `KINDS`, with the words of
+    `reference.activations.Gate` after it. params: for clamped_swiglu (limit, alpha, offset), by
+    default (7.0, 1.702, 1.0). Raises ValueError.
     """
     flags = constants(kind, params)
     width = _output_width(x, kind, flags["GATED"])

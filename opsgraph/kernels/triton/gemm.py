@@ -125,7 +125,8 @@ def linear_activation_kernel(
         a, b = tl.split(tl.reshape(total, [BLOCK_M, columns, 2]))
         a = _pre_activation(a, bias, pre, y, at, cols, mask, WIDTH)
         b = _pre_activation(b, bias, pre, y, at + WIDTH, cols + WIDTH, mask, WIDTH * 2)
-        out = _gate(a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+        dtype: tl.constexpr = y.dtype.element_ty
+        out = _gate(a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
     else:
         out, _, _ = FUNCTION(_pre_activation(total, bias, pre, y, at, cols, mask, WIDTH), ALPHA)
     tl.store(y + row[:, None] * WIDTH + cols, out.to(y.dtype.element_ty), mask)
@@ -183,7 +184,10 @@ def _gradient(
         a = tl.load(pre + at, mask, other=0.0).to(tl.float32)
         if GATED:
             b = tl.load(pre + at + WIDTH, mask, other=0.0).to(tl.float32)
-            value, da, db = _gate_backward(grad, a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+            dtype: tl.constexpr = pre.dtype.element_ty
+            value, da, db = _gate_backward(
+                grad, a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET
+            )  # fmt: skip
             _store_gradient(db, dpre, dbias, row, tile_m, cols, mask, WIDTH, WIDTH, WHOLE)
         else:
             value, da = _backward(grad, a, FUNCTION, ALPHA)

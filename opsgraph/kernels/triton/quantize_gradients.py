@@ -41,7 +41,8 @@ def _gradients(
     if GATED:
         b = _load(x, at + WIDTH, mask, True)
         tl.debug_barrier()  # else the loads are spread over the computation, and wait one by one
-        value, da, db = _gate_backward(grad, a, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+        dtype: tl.constexpr = x.dtype.element_ty
+        value, da, db = _gate_backward(grad, a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
     else:
         tl.debug_barrier()
         value, da = _backward(grad, a, FUNCTION, ALPHA)

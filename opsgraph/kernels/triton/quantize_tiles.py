@@ -41,7 +41,8 @@ def _source(
         value = _load_biased(x, bias, at, cols, mask, col_mask, True)
         if GATED:
             b = _load_biased(x, bias, at + WIDTH, cols + WIDTH, mask, col_mask, True)
-            value = _gate(value, b, FUNCTION, ALPHA, LIMIT, OFFSET)
+            dtype: tl.constexpr = x.dtype.element_ty
+            value = _gate(value, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
         else:
             value, _, _ = FUNCTION(value, ALPHA)
     else:

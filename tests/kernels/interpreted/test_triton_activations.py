@@ -10,6 +10,7 @@ from kernel_checks import DTYPES, INTERPRETING, close, laid_out, normal, twice
 from torch import Tensor
 from torch.nn import functional as F
 
+from opsgraph.kernels.reference.activations import Gate, halves, joined
 from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
 
 FUNCTIONS = {
@@ -107,6 +108,27 @@ def test_forward_and_backward(case: Case, device: str) -> None:
     close(dx, dx64, terms)
     close(dbias, dx64.sum(0), dx64.abs().sum(0) + terms.abs().amax())
     assert torch.equal(again, y), "the backward's activation is not the forward's, bit for bit"
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("kind", ["swiglu", "geglu_erf", "reglu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_rounded_gate_is_an_activation_and_a_product(
+    dtype: torch.dtype, kind: str, second: bool, device: str
+) -> None:
+    """Bit for bit what the activation gives alone, multiplied by PyTorch, and so the gradients."""
+    x = normal(40, 200, dtype=dtype, device=device) * 3
+    dy = normal(40, 100, dtype=dtype, device=device, seed=1)
+    a, b = halves(x, None, second)
+    act = activation_forward(a, GATES[kind])
+    da = activation_backward(dy * b, a, GATES[kind])[0]
+    given = str(Gate(kind, True, second))
+    assert torch.equal(activation_forward(x, given), act * b)
+    dx, y, _ = activation_backward(dy, x, given, want=("x", "y"))
+    assert torch.equal(y, act * b)
+    assert torch.equal(dx, joined(da, dy * act, None, second))
+    once = activation_forward(x, str(Gate(kind, False, second)))
+    assert torch.equal(once, y) == (kind == "reglu")  # max(a, 0) has no digit to round
 
 
 SUBSETS = [(), ("x",), ("y",), ("bias",), ("x", "y"), ("y", "bias"), ("x", "bias")]

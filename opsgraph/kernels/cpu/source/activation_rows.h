@@ -39,6 +39,12 @@ struct Chunk {
     int64_t y, a, b, n;
 };
 
+// first: of y's columns, where the block begins that they are in.
+static inline Chunk chunk_of(const Activation& t, int64_t y, int64_t first, int64_t n) {
+    int64_t block = t.gated ? y + first : y, gate = t.value < 0 ? block - t.value : block;
+    return {y, gate, gate + t.value, n};
+}
+
 // Calls run(rows from, to, chunk) for a block of rows: row by row, or, where a transposed copy is
 // wanted, chunk by chunk, so that what is to be copied is still in the cache. Gates come in blocks of
 // `period` columns, which for halves is the width.
@@ -48,10 +54,8 @@ static inline void over_chunks(
     const int64_t rows = copies ? end - begin : 1;
     for (int64_t row = begin; row < end; row += rows)
         for (int64_t first = 0; first < t.width; first += t.period)
-            for (int64_t y = first; y < first + t.period; y += CHUNK) {
-                int64_t a = t.gated ? y + first : y;
-                run(row, row + rows, Chunk{y, a, a + t.value, min(CHUNK, first + t.period - y)});
-            }
+            for (int64_t y = first; y < first + t.period; y += CHUNK)
+                run(row, row + rows, chunk_of(t, y, first, min(CHUNK, first + t.period - y)));
 }
 
 static const struct Ones {
@@ -120,7 +124,7 @@ static void activation_forward(const Activation& t) {
     const float p[3] = {float(t.params[0]), float(t.params[1]), float(t.params[2])};
     over_rows(t.threads, Shares(t.rows), t.width, [&](int64_t begin, int64_t end, int64_t) {
         over_chunks(t, begin, end, t.yt, [&](int64_t from, int64_t to, const Chunk& chunk) {
-            activation_forward_chunk<T>(t, kinds[t.kind], p, from, to, chunk);
+            activation_forward_chunk<T>(t, kind_of(t), p, from, to, chunk);
         });
     });
 }
@@ -163,7 +167,7 @@ static void activation_backward(const Activation& t) {
     over_rows(t.threads, shares, total, [&](int64_t begin, int64_t end, int64_t share) {
         float* sums = dbias.of(share, begin);
         over_chunks(t, begin, end, false, [&](int64_t row, int64_t, const Chunk& chunk) {
-            activation_backward_chunk<T>(t, kinds[t.kind], p, row, chunk, sums);
+            activation_backward_chunk<T>(t, kind_of(t), p, row, chunk, sums);
         });
     });
     dbias.finish(t.threads);

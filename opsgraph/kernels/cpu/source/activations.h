@@ -6,8 +6,8 @@
 #include "transpose.h"
 
 struct Activation {
-    int64_t dtype, kind, gated, threads, rows, width;  // width: of y
-    int64_t period, value;  // columns of a gate's block, and from a gate to its value
+    int64_t dtype, kind, gated, rounded, threads, rows, width;  // width: of y
+    int64_t period, value;  // columns of a gate's block, and from a gate to its value, maybe backwards
     const void *x, *dy;
     const float* bias;
     int64_t x_stride, dy_stride;
@@ -122,23 +122,29 @@ struct Line {
     static inline Slope at(float b, const float*) { return {b, 1.0f}; }
 };
 
+// A factor or a product of a gated kind, rounded as bf16 where PyTorch would store it.
+template <bool ROUNDED>
+static inline float step(float x) { return ROUNDED ? widen(narrow<bf16>(x)) : x; }
+
 // n columns of one row. A plain activation is a gated one whose b are ones: that changes no bit.
-template <class F, class G>
+template <class F, class G, bool ROUNDED>
 static void forward_columns(
     const float* __restrict a, const float* __restrict b, float* __restrict y, int64_t n,
     const float* p) {
-    for (int64_t j = 0; j < n; j++) y[j] = F::at(a[j], p).value * G::at(b[j], p).value;
+    for (int64_t j = 0; j < n; j++)
+        y[j] = step<ROUNDED>(F::at(a[j], p).value) * step<ROUNDED>(G::at(b[j], p).value);
 }
 
-template <class F, class G>
+template <class F, class G, bool ROUNDED>
 static void backward_columns(
     const float* __restrict dy, const float* __restrict a, const float* __restrict b,
     float* __restrict da, float* __restrict db, float* __restrict y, int64_t n, const float* p) {
     for (int64_t j = 0; j < n; j++) {
         Slope f = F::at(a[j], p), g = G::at(b[j], p);
-        y[j] = f.value * g.value;
-        da[j] = f.off ? 0.0f : dy[j] * g.value * f.slope;
-        db[j] = g.off ? 0.0f : dy[j] * f.value * g.slope;
+        float gate = step<ROUNDED>(f.value), line = step<ROUNDED>(g.value);
+        y[j] = gate * line;
+        da[j] = f.off ? 0.0f : step<ROUNDED>(dy[j] * line) * f.slope;
+        db[j] = g.off ? 0.0f : step<ROUNDED>(dy[j] * gate) * g.slope;
     }
 }
 
@@ -148,14 +154,19 @@ struct Kind {
         const float*, const float*, const float*, float*, float*, float*, int64_t, const float*);
 };
 
-template <class F, class G = Line>
+template <bool ROUNDED, class F, class G = Line>
 constexpr Kind kind() {
-    return {forward_columns<F, G>, backward_columns<F, G>};
+    return {forward_columns<F, G, ROUNDED>, backward_columns<F, G, ROUNDED>};
 }
 
 // In the order of FUNCTIONS in activations.py.
+template <bool R>
 static const Kind kinds[] = {
-    kind<Swish>(), kind<Gelu>(), kind<GeluErf>(), kind<Relu>(), kind<SquaredRelu>(),
-    kind<Sigmoid>(), kind<Clamped<Swish>, Clip>(), kind<Situ, SoftClip>(),
-    kind<Clamped<AnySwish>, Clip>(),
+    kind<R, Swish>(), kind<R, Gelu>(), kind<R, GeluErf>(), kind<R, Relu>(),
+    kind<R, SquaredRelu>(), kind<R, Sigmoid>(), kind<R, Clamped<Swish>, Clip>(),
+    kind<R, Situ, SoftClip>(), kind<R, Clamped<AnySwish>, Clip>(),
 };
+
+static inline const Kind& kind_of(const Activation& t) {
+    return (t.rounded ? kinds<true> : kinds<false>)[t.kind];
+}
