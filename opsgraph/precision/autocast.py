@@ -22,7 +22,7 @@ from ..guards.torch_private import graph_task
 from ..guards.validation import flag
 from .delayed import Scaling, scaling_of
 from .recipe import DelayedScaling, Recipe, recipe_of
-from .tapes import recomputing
+from .tapes import recomputing, tapes
 from .updates import catch_up, serving, update_backward, update_forward
 
 
@@ -157,6 +157,7 @@ class autocast:
 
 def _open(recipe: DelayedScaling, group: Any) -> None:
     """Count a context of a delayed recipe; the outermost updates the scales of gradients."""
+    tapes.turns += 1
     context, again = active.delayed.get(recipe.key), recomputing()
     if context is not None or again:
         serving(recipe)
@@ -171,6 +172,7 @@ def _open(recipe: DelayedScaling, group: Any) -> None:
 
 def _close(recipe: DelayedScaling) -> None:
     """Forget a context of a delayed recipe; the outermost updates the scales of forwards."""
+    tapes.turns += 1
     context = active.delayed[recipe.key]
     context.depth -= 1
     if context.depth == 0:

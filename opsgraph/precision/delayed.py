@@ -193,13 +193,13 @@ class Scaling(nn.Module):
                     "context_fn=og.checkpoint_contexts, use_reentrant=False"
                 )
             if column < 2:
-                return snapshot(self.previous, column)
+                return snapshot(self.previous, column, (self, column))
         now: Any = self._buffers["scale"]
         fixed, first, scale, version = host["_fixed"]
         same = scale is now and version_of(now) == version and fixed.is_for_now()
         if not same or followed_ops(now):
-            return snapshot(now, column)
-        return taken(fixed.views()[first + column])
+            return snapshot(now, column, (self, column))
+        return taken(fixed.views()[first + column], (self, column))
 
     @property
     def moment(self) -> int:

@@ -27,7 +27,7 @@ from ..base.errors import OpsgraphError
 from ..guards.torch_private import dispatch_modes, graph_task, saved_hooks
 from .autocast import active
 from .delayed import Scaling
-from .tapes import Tape, recomputing, tapes
+from .tapes import Replay, Tape, recomputing, tapes
 
 
 def _lost(part: str) -> OpsgraphError:
@@ -110,7 +110,7 @@ class _Recompute:
 
     def __enter__(self) -> None:
         self.before.append((tapes.recording, tapes.replaying))
-        tapes.recording, tapes.replaying = (), iter(self.tape.scales)
+        tapes.recording, tapes.replaying = (), Replay(self.tape)
         active.push(self)
 
     def __exit__(self, *error: object) -> None:

@@ -161,6 +161,47 @@ def test_each_of_several_checkpoints_has_its_own_scales(name: str, contexts: boo
     assert all(map(torch.equal, *found))
 
 
+def look_again(module: og.Sequential) -> None:
+    module.planner = "optimal"
+
+
+def evaluate(module: og.Sequential) -> None:
+    with torch.no_grad():
+        module(example())
+
+
+def change_rows(module: og.Sequential) -> None:
+    module(example().repeat(2, 1).unsqueeze(0))
+
+
+@pytest.mark.parametrize("before", [look_again, evaluate, change_rows])
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_a_forward_that_looks_at_scales_more_often_than_its_recomputation(
+    before: Callable[[og.Sequential], None], contexts: int
+) -> None:
+    """A call of a kind that is not known yet reads them several times, the next one once."""
+    found = list[Any]()
+    for checkpointed in (True, False):
+        module = mlp()
+        recipe = r.DelayedScaling(amax_history_len=30 + checkpointed)
+
+        def body(x: Tensor) -> Tensor:
+            for _ in range(contexts):
+                with og.autocast(recipe=recipe):  # noqa: B023
+                    x = module(x)  # noqa: B023
+            return x
+
+        body(example()).square().sum().backward()
+        with og.autocast(recipe=recipe):
+            before(module)
+        module.zero_grad()
+        x = (3 * example()).requires_grad_()
+        y = again(body, x) if checkpointed else body(x)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in module.parameters())])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("recipe", [MX, r.DelayedScaling(amax_history_len=9)])
 def test_a_recipe_inside_a_checkpoint_needs_nothing(
