@@ -1,24 +1,25 @@
 """What the documentation shows runs, as one reads it: a page's blocks one after the other."""
 
+import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh import Done, run
 
 ROOT = Path(__file__).parents[1]
-
-
-PAGES = [
-    "README.md",
-    "docs/index.md",
-    "docs/design.md",
-    "docs/extending.md",
-    "docs/recipes.md",
-    "docs/checkpoints.md",
-]
 BLOCK = re.compile(r"```(python|diff)\n(.*?)```", re.DOTALL)
+SLOW = ("docs/parallel.md",)
+"""Pages that start ranks."""
+OTHERS = ("transformers",)
+"""Packages that pages use, and that may be missing."""
+PAGES = [
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+    for page in sorted(ROOT.glob("docs/**/*.md"))
+    if BLOCK.search(page.read_text())
+    for name in [str(page.relative_to(ROOT))]
+]
+"""All of docs/ that show Python."""
 
 
 def text(page: str) -> str:
@@ -31,20 +32,46 @@ def added(diff: str) -> list[str]:
     return re.findall(r"^\+(?!\+\+ )(.*)$", diff, re.MULTILINE)
 
 
-def run(script: str) -> subprocess.CompletedProcess[str]:
-    """A page's code in its own process: a page may register a fuser."""
-    return subprocess.run(
-        [sys.executable, "-"], input=script, cwd=ROOT, capture_output=True, text=True
-    )
+def code_of(page: str) -> str:
+    """A page's code, as one reads it."""
+    blocks = BLOCK.findall(text(page))
+    assert blocks
+    return "\n".join(body if kind == "python" else "\n".join(added(body)) for kind, body in blocks)
+
+
+def ran(code: str, folder: Path) -> Done:
+    """Code that must succeed. In its own process, for a page may register a fuser."""
+    for name in OTHERS:
+        if re.search(rf"^(import|from) {name}\b", code, re.MULTILINE):
+            if importlib.util.find_spec(name) is None:
+                pytest.skip(f"{name} is not installed")
+    one_rank = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+    done = run(code, folder, one_rank)
+    assert done.code == 0, done.output
+    return done
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_pages_python_runs(page: str) -> None:
-    blocks = BLOCK.findall(text(page))
-    assert blocks
-    code = [body if kind == "python" else "\n".join(added(body)) for kind, body in blocks]
-    done = run("\n".join(code))
-    assert done.returncode == 0, done.stderr
+def test_a_pages_python_runs(page: str, tmp_path: Path) -> None:
+    ran(code_of(page), tmp_path)
+
+
+COUNTED = """
+import sys
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += event == "call" and frame.f_code is type(LinearSquaredReLU.fuser).fwd.__code__
+sys.setprofile(count)
+net(x)
+sys.setprofile(None)
+print("calls", calls)
+"""
+
+
+def test_readme_runs_and_so_does_its_fuser(tmp_path: Path) -> None:
+    """On a CPU too, where other fusers of a preferred backend take the same ops."""
+    assert ran(code_of("README.md") + COUNTED, tmp_path).output.splitlines()[-1] == "calls 1"
 
 
 def test_what_is_added_is_short() -> None:
@@ -56,13 +83,11 @@ def test_what_is_added_is_short() -> None:
         assert len(diff) <= (12 if fuser else 8), diff
 
 
-def test_the_design_shows_what_a_plan_runs() -> None:
+def test_the_design_shows_what_a_plan_runs(tmp_path: Path) -> None:
     """The generated function on the page is that of the plan on the page."""
     page = text("docs/design.md")
-    [(_, code)] = BLOCK.findall(page)
-    done = run(code)
     [shown] = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
-    assert shown in done.stdout
+    assert shown in ran(code_of("docs/design.md"), tmp_path).output
 
 
 def test_the_rooms_are_those_of_the_contract() -> None:
