@@ -1,12 +1,11 @@
-"""Quantizers, where users import them from; `precision/quantizers.py` defines them."""
+"""Quantizers, where users import them from; `precision/` defines them."""
 
 from .op import Storage
+from .precision.microscaled import MXQuantizer, NVFP4Quantizer
 from .precision.quantizers import (
     BlockQuantizer,
     Copy,
     DelayedQuantizer,
-    MXQuantizer,
-    NVFP4Quantizer,
     Operand,
     Quantized,
     Quantizer,

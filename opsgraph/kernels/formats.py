@@ -1,6 +1,6 @@
 """How a tensor is to be quantized and what comes of it, for the kernels of every backend."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ class NVFP4(NamedTuple):
     """How to quantize to NVFP4; each copy is (data uint8 `[rows, blocks, 8]`, scale E4M3, amax).
 
     height: the rows of a block, 1 or 16; stochastic: of the rounding; hadamard: of column copies,
-    which are transformed first. All as in `quantizers.NVFP4Quantizer`.
+    which are transformed first. All as in `microscaled.NVFP4Quantizer`.
     """
 
     height: int = 1
@@ -79,11 +79,34 @@ def names_of(scaling: str, *dtypes: torch.dtype) -> tuple[str, ...]:
     return tuple(layout_of(Format(scaling, dtype)).name for dtype in dtypes or (E4M3, E5M2))
 
 
+FOUR = 4
+"""What cuBLASLt wants the number of fp32 scales along a row of them to be a multiple of."""
+
+
+def groups(size: int, block: int) -> int:
+    """How many groups of `block` there are, the last one perhaps short."""
+    return -(-size // block)
+
+
+def inverse_shape(
+    scaling: str, rows: int, cols: int, count: Callable[[int, int], int] = groups
+) -> tuple[int, int, int]:
+    """The shape of `1 / scale` as products read it, of a copy `[rows, cols]` with fp32 blocks.
+
+    "blocks": a row for each block of columns, of a number for each row; "square": as the scales
+    lie. Both are filled up to fours, by "square" with ones. count: see `groups`.
+    """
+    if scaling == "blocks":
+        return count(cols, BLOCKS[scaling]), count(rows, FOUR), FOUR
+    return count(rows, BLOCKS[scaling]), count(cols, BLOCKS[scaling] * FOUR), FOUR
+
+
 Copy = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+"""Data and scale; of "blocks" and "square" `1 / scale` (`inverse_shape`), of NVFP4 the amax."""
 
 
 class Copies(NamedTuple):
-    """What was wanted: the row and the column copy, each (data, scale), and the amax, fp32 `[]`.
+    """What was wanted: the row and the column copy, and the amax, fp32 `[]`.
 
     inverse: `1 / scale`, fp32 `[]`, of scaling "tensor"; None where the kernel does not write it.
     """

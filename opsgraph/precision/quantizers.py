@@ -18,9 +18,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.cpu.dequantize import decode, dequantize, dequantize_mxfp8
-from ..kernels.formats import E4M3, NVFP4, Format, Target, layout_of
-from ..kernels.reference import nvfp4, quantize
+from ..kernels.cpu.dequantize import decode, dequantize
+from ..kernels.formats import FOUR, NVFP4, Format, Target, inverse_shape, layout_of
+from ..kernels.reference import quantize
 from ..op import ROWS, Spec, Storage
 
 BF16 = torch.bfloat16
@@ -33,7 +33,7 @@ class Copy(NamedTuple):
     """One quantized copy `[rows, cols]` for a product that contracts over `cols`.
 
     data and scale: as the quantizer's function returns them; amax: NVFP4's, of the whole tensor;
-    inverse: `1 / scale` where the quantizer `inverts`, because scaled GEMMs multiply with that.
+    inverse: `1 / scale`, with which scaled GEMMs multiply, as they read it (`inverted`).
     """
 
     quantizer: Quantizer
@@ -50,7 +50,9 @@ class Copy(NamedTuple):
     @property
     def multiplier(self) -> Tensor:
         """`1 / scale`: a GEMM multiplies with it what the quantizer multiplied with the scale."""
-        return self.scale.reciprocal() if self.inverse is None else self.inverse
+        if self.inverse is None or self.scale.dim():
+            return self.scale.reciprocal()
+        return self.inverse
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values that a GEMM multiplies, `[rows, cols]`; NVFP4 fills cols up to blocks."""
@@ -62,8 +64,9 @@ def _parts(copy: Copy) -> tuple[Tensor, ...]:
     tensors = [copy.data, copy.scale]
     if copy.amax is not None:
         tensors.append(copy.amax)
-    if copy.quantizer.inverts:
-        tensors.append(copy.scale.reciprocal() if copy.inverse is None else copy.inverse)
+    if copy.quantizer.inverts_on(copy.data.device):
+        inverse = copy.quantizer.inverted(copy.scale) if copy.inverse is None else copy.inverse
+        tensors.append(inverse)
     return tuple(tensors)
 
 
@@ -109,8 +112,6 @@ class Quantizer:
     shared: ClassVar[bool] = False
     delayed: ClassVar[bool] = False
     """Whether the scale is given, made from earlier amaxes, and each call's amax is handed out."""
-    inverts: ClassVar[bool] = False
-    """Whether `1 / scale` is a part of copies, made once for all products that read them."""
     multiple: ClassVar[int] = 16
     """What the width of a GEMM's operand must be a multiple of."""
     by_kernels: ClassVar[bool] = False
@@ -140,11 +141,17 @@ class Quantizer:
         """
         raise NotImplementedError
 
+    def inverts_on(self, device: torch.device) -> bool:
+        """Whether `1 / scale` is a part of copies, made once for all products that read them."""
+        return False
+
+    def inverted(self, scale: Tensor) -> Tensor:
+        """`1 / scale` of a copy as its products read it, where that is a part."""
+        return scale.reciprocal()
+
     def made(self, data: Tensor, scale: Tensor, *more: Tensor) -> Copy:
         """The copy that is made of parts; `1 / scale` may be left out."""
-        if not self.inverts:
-            return Copy(self, data, scale, *more)
-        return Copy(self, data, scale, None, more[0] if more else scale.reciprocal())
+        return Copy(self, data, scale, *more)
 
     def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
         """The values of a copy."""
@@ -170,7 +177,12 @@ class Quantizer:
         if isinstance(to, NVFP4):
             return Spec((rows, blocks, layout.block // 2), torch.uint8, device), scale, number
         data = Spec((rows, cols), to.dtype, device)
-        return (data, number, number) if to.scaling == "tensor" else (data, scale)
+        if to.scaling == "tensor":
+            return data, number, number
+        if not self.inverts_on(device):
+            return data, scale
+        shape = inverse_shape(to.scaling, rows, cols, _steps)
+        return data, scale, Spec(shape, torch.float32, device)
 
     def reject(self, name: str, width: int) -> str | None:
         """Why it quantizes no value of that width, which errors call `name`; or None."""
@@ -199,27 +211,36 @@ class Quantizer:
     def part_specs(self, spec: Spec, name: str) -> tuple[Spec, ...]:
         """Specs of the parts of one copy of a value of that spec."""
         rows, width = spec.shape
-        if name == "col" and not self.shared:
-            rows, width = width, rows
-        return self.specs(rows, width, spec.device)
+        if name == "row":
+            return self.specs(rows, width, spec.device)
+        turned = self.specs(width, rows, spec.device)
+        return (*self.specs(rows, width, spec.device)[:2], *turned[2:]) if self.shared else turned
 
     def parts(self, value: Quantized, name: str) -> tuple[Tensor, ...]:
-        """The parts of one copy."""
+        """The parts of one copy; of a shared column copy data and scale are transposed."""
         copy = value.row if name == "row" else value.col
         assert copy is not None
-        return _parts(transposed(copy) if name == "col" and self.shared else copy)
+        parts = _parts(copy)
+        if name == "col" and self.shared:
+            return parts[0].t(), parts[1].t(), *parts[2:]
+        return parts
 
     def load(self, dtype: torch.dtype, **parts: Sequence[Tensor]) -> Quantized:
         """The value again from the parts of its copies: `load(dtype, row=(data, scale))`."""
         copies = {name: self.made(*tensors) for name, tensors in parts.items()}
         if "col" in copies and self.shared:
-            copies["col"] = transposed(copies["col"])
+            col = copies["col"]
+            copies["col"] = transposed(col)._replace(inverse=col.inverse)
         return Quantized(copies.get("row"), copies.get("col"), dtype)
 
 
 def transposed(copy: Copy) -> Copy:
-    """The copy of the transpose, where that is the transpose of the copy."""
-    return copy._replace(data=copy.data.t(), scale=copy.scale.t())
+    """The copy of the transpose, where that is the transpose of the copy.
+
+    `1 / scale` of blocks is not: it is filled up.
+    """
+    inverse = None if copy.scale.dim() else copy.inverse
+    return copy._replace(data=copy.data.t(), scale=copy.scale.t(), inverse=inverse)
 
 
 def _steps(size: int, block: int) -> int:
@@ -235,11 +256,18 @@ class TensorQuantizer(Quantizer):
     eps: float = 0.0
     power_of_two: bool = False
     shared: ClassVar[bool] = True
-    inverts: ClassVar[bool] = True
 
     @property
     def format(self) -> Target:
         return Format("tensor", self.dtype, self.eps, self.power_of_two)
+
+    def inverts_on(self, device: torch.device) -> bool:
+        return self.shared
+
+    def made(self, data: Tensor, scale: Tensor, *more: Tensor) -> Copy:
+        if not self.shared:
+            return Copy(self, data, scale)
+        return Copy(self, data, scale, None, more[0] if more else scale.reciprocal())
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         return self.made(*quantize.quantize_tensor(x, self.dtype, self.eps, self.power_of_two))
@@ -272,7 +300,6 @@ class RowQuantizer(TensorQuantizer):
     """FP8 with one scale for each row of a copy, from its own amax."""
 
     shared: ClassVar[bool] = False
-    inverts: ClassVar[bool] = False
 
     @property
     def format(self) -> Target:
@@ -310,6 +337,17 @@ class BlockQuantizer(Quantizer):
         scaling = "square" if self.shared else "blocks"
         return Format(scaling, self.dtype, self.eps, self.power_of_two)
 
+    def inverts_on(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def inverted(self, scale: Tensor) -> Tensor:
+        lines = scale if self.shared else scale.t()
+        filled = torch.nn.functional.pad(lines.reciprocal(), (0, -lines.size(1) % FOUR), value=1.0)
+        return filled.view(lines.size(0), -1, FOUR)
+
+    def made(self, data: Tensor, scale: Tensor, *more: Tensor) -> Copy:
+        return Copy(self, data, scale, None, *more)
+
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
         return Copy(
             self,
@@ -325,71 +363,3 @@ class BlockQuantizer(Quantizer):
 
     def operand(self, copy: Copy) -> Operand:
         return Operand(dequantize(copy.data, copy.scale, BF16, True))
-
-
-@dataclass(frozen=True)
-class MXQuantizer(Quantizer):
-    """MXFP8: an E8M0 scale for each 32 columns of a row."""
-
-    dtype: torch.dtype = E4M3
-    multiple: ClassVar[int] = quantize.MX_BLOCK
-
-    @property
-    def format(self) -> Target:
-        return Format("mx", self.dtype)
-
-    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
-        return Copy(self, *quantize.quantize_mxfp8(x, self.dtype))
-
-    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
-        return dequantize_mxfp8(copy.data, copy.scale, dtype)
-
-    @property
-    def factor(self) -> str:
-        return "none"
-
-    def operand(self, copy: Copy) -> Operand:
-        return Operand(self.dequantize(copy, BF16))
-
-
-@dataclass(frozen=True)
-class NVFP4Quantizer(Quantizer):
-    """NVFP4: E2M1 data, an E4M3 scale for each block of `height` (1 or 16) by 16, one amax.
-
-    stochastic: round stochastically. hadamard: transform `col` copies first, along the dimension
-    that is contracted; both operands of a product have to. Data is `[rows, blocks, 8]` bytes.
-    """
-
-    height: int = 1
-    stochastic: bool = False
-    hadamard: bool = False
-
-    @property
-    def format(self) -> Target:
-        return NVFP4(self.height, self.stochastic, self.hadamard)
-
-    def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
-        if col and self.hadamard:
-            x = nvfp4.hadamard(x.contiguous())
-        else:
-            x = torch.nn.functional.pad(x, (0, -x.size(1) % nvfp4.BLOCK))
-        seed = torch.randint(2**62, (), device=x.device) if self.stochastic else None
-        amax = quantize.amax_of(x)
-        data, scale = nvfp4.quantize_nvfp4(x, amax, self.height, seed)
-        blocks = x.size(1) // nvfp4.BLOCK
-        return Copy(self, data.view(data.size(0), blocks, nvfp4.BLOCK // 2), scale, amax)
-
-    def dequantize(self, copy: Copy, dtype: torch.dtype) -> Tensor:
-        data, amax = copy.data.flatten(1), copy.amax
-        assert amax is not None
-        return nvfp4.dequantize_nvfp4(data, copy.scale, amax, 2 * data.size(1), dtype)
-
-    @property
-    def factor(self) -> str:
-        return "tensor"
-
-    def operand(self, copy: Copy) -> Operand:
-        data, amax = copy.data.flatten(1), copy.amax
-        assert amax is not None
-        values = nvfp4.block_values(data, copy.scale.to(BF16), 2 * data.size(1))
-        return Operand(values, nvfp4.tensor_multiplier(amax).reciprocal())

@@ -26,12 +26,11 @@ from ..guards.cached import cached_property
 from ..guards.validation import flag
 from ..kernels.reference.quantize import FP8_MAX
 from . import delayed, interned
+from .microscaled import MXQuantizer, NVFP4Quantizer
 from .quantizers import (
     ROLES,
     BlockQuantizer,
     DelayedQuantizer,
-    MXQuantizer,
-    NVFP4Quantizer,
     Quantizer,
     RowQuantizer,
     TensorQuantizer,

@@ -14,12 +14,11 @@ from opsgraph.base.backend import backends
 from opsgraph.fusers import quantizing
 from opsgraph.fusers.quantizing import KERNELS, quantize
 from opsgraph.kernels.formats import E4M3, E5M2
+from opsgraph.precision.microscaled import MXQuantizer, NVFP4Quantizer
 from opsgraph.precision.quantizers import (
     BlockQuantizer,
     Copy,
     DelayedQuantizer,
-    MXQuantizer,
-    NVFP4Quantizer,
     Quantizer,
     RowQuantizer,
     TensorQuantizer,

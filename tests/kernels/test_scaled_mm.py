@@ -14,8 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import opsgraph as og
+from opsgraph.fusers.cublaslt import products
 from opsgraph.fusers.cublaslt.products import scaled_mm
+from opsgraph.kernels.cublaslt import scaled_mm as operands
 from opsgraph.kernels.cublaslt.scaled_mm import tiles
+from opsgraph.op import Spec
 from opsgraph.quantizers import BlockQuantizer, MXQuantizer, NVFP4Quantizer, Quantizer
 
 call = getattr(F, "scaled_mm", None)  # new in PyTorch 2.10, as its enums are
@@ -168,3 +172,47 @@ assert "torch 2.10" in reasons["NVFP4"], reasons
 def test_products_with_scales_of_tensors_and_rows_take_no_scaled_mm() -> None:
     """PyTorch 2.9 has neither that function nor its enums, and blocks of scales are emulated."""
     subprocess.run([sys.executable, "-c", WITHOUT], check=True)
+
+
+@pytest.mark.parametrize("height", [1, 128])
+@pytest.mark.parametrize("rows", [1, 130, 256])
+def test_inverses_of_blocks_are_parts_of_copies_where_products_read_them(
+    rows: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA; a product then has nothing to lay out, but rows that it fills up."""
+    monkeypatch.setattr(BlockQuantizer, "inverts_on", lambda self, device: True)
+    quantizer, x = BlockQuantizer(E4M3, height), torch.randn(rows, 640)
+    value, spec = quantizer(x), Spec((rows, 640), x.dtype, x.device)
+    parts = {name: quantizer.parts(value, name) for name in ("row", "col")}
+    for name, made in parts.items():
+        assert [part.shape for part in made] == [s.shape for s in quantizer.part_specs(spec, name)]
+    again = quantizer.load(x.dtype, **parts)
+    monkeypatch.setattr(operands, "inverse_of", None)
+    for copy, right in ((again.row, x), (again.col, x.t())):
+        assert copy is not None
+        torch.testing.assert_close(copy.dequantize(), right, rtol=0.07, atol=0.07)
+        data, scale, _ = products._factors(copy, 4)
+        lines = copy.scale if height > 1 else copy.scale.t()
+        filled = 4 if height == 1 else 1
+        assert data.size(0) == -(-right.size(0) // filled) * filled
+        assert torch.equal(scale[:, : lines.size(1)], lines.reciprocal())
+        assert torch.equal(scale[:, lines.size(1) :], torch.ones_like(scale[:, lines.size(1) :]))
+
+
+def test_plans_of_blocks_with_inverses_as_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same values, of weights and of an input that is saved quantized."""
+    x, recipe = torch.randn(12, 256), og.recipe.Float8BlockScaling()
+    found = []
+    for inverts, backends in ((False, ("reference",)), (True, ("aten", "reference"))):  # two plans
+        monkeypatch.setattr(BlockQuantizer, "inverts_on", lambda *_, inverts=inverts: inverts)
+        torch.manual_seed(0)
+        module = og.Sequential(
+            og.ops.Linear(256, 128), og.ops.Linear(128, 256), backends=backends
+        )  # fmt: skip
+        with og.autocast(recipe=recipe):
+            y, plan = module(x), module.plan(training=True)
+        assert ("weight0_row2" in plan.forward_source) == inverts
+        assert ("xq0_2" in plan.backward_source) == inverts
+        gradients = torch.autograd.grad(y, [*module.parameters()], torch.ones_like(y))
+        found.append([y, *gradients])
+    assert all(map(torch.equal, *found))

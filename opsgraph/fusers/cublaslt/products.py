@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...fuser import Fuser, register
 from ...kernels.cublaslt.library import CublasError
-from ...kernels.formats import E4M3, E5M2, LAYOUTS, names_of
+from ...kernels.formats import E4M3, E5M2, FOUR, LAYOUTS, names_of
 from ...kernels.lazy import Lazy
 from ...kernels.reference.nvfp4 import tensor_multiplier
 from ...kernels.reference.quantize import BLOCK
@@ -133,7 +133,7 @@ def scaled_mm(
         return zeros if bias is None else zeros + bias
     if _directly(a) and (bias is None or gemm.takes_bias(bias, dtype)):
         try:
-            return native.fp8(_factors(a, True), _factors(b, False), rows, dtype, fast, bias)  # type: ignore[no-any-return]
+            return native.fp8(_factors(a, FOUR), _factors(b, 1), rows, dtype, fast, bias)  # type: ignore[no-any-return]
         except CublasError as error:
             gemm.warn(str(error))
     if a.quantizer.storage.block:
@@ -155,15 +155,15 @@ def _directly(copy: Copy) -> bool:
     return gemm.there(copy.data) and (not copy.scale.dim() or (chip() == 9 and cuda() >= (12, 9)))
 
 
-def _factors(copy: Copy, first: bool) -> Any:
-    """A copy, FP8, as our own call takes it."""
-    data, scale, height = copy.data, copy.scale, copy.quantizer.storage.height
+def _factors(copy: Copy, rows: int) -> Any:
+    """A copy, FP8, as our own call takes it. rows: what theirs are a multiple of with blocks."""
+    data, scale = copy.data, copy.scale
     if not scale.dim():
         return native.of_tensor(data, copy.multiplier)
     if not copy.quantizer.storage.block:
         return native.of_rows(data, scale)
-    if height == 1:
-        return native.of_blocks(data, scale, copy.inverse, first)
+    if copy.quantizer.storage.height == 1:
+        return native.of_blocks(data, scale, copy.inverse, rows)
     return native.of_squares(data, scale, copy.inverse)
 
 
@@ -174,7 +174,10 @@ def _blocks(copy: Copy) -> Any:
         return native.nvfp4(data.flatten(1), scale, tensor_multiplier(copy.amax).reciprocal())
     if storage.name.startswith("mx"):
         return native.mx(data, scale)
-    return native.blocks(data, scale) if storage.height == 1 else native.squares(data, scale)
+    depth = native.TORCH_DEPTH
+    if storage.height == 1:
+        return native.of_factors(native.of_blocks(data, scale, None, native.ROWS, depth))
+    return native.of_factors(native.of_squares(data, scale, None, BLOCK, depth))
 
 
 def scaled_product(a: Copy | None, b: Copy | None, dtype: torch.dtype) -> Tensor:

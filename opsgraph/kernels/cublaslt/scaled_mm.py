@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...base.backend import backends
+from ..formats import FOUR, groups
 from . import library as lt
 from .product import product
 
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
 
 TILE_ROWS, TILE_COLS = 128, 4
 """Scales of a tile."""
-ROWS = 16
-"""What the result's rows are a multiple of where PyTorch calls the library."""
-DEPTH, FOUR = 16, 4
-"""What FP8's depth is a multiple of, and the number of rows whose scales are those of blocks."""
+ROWS, TORCH_DEPTH = 16, 128
+"""What the result's rows, and the depth of blocks, are multiples of in PyTorch's calls."""
+DEPTH = 16
+"""What FP8's depth is a multiple of."""
 
 
 class Factors(NamedTuple):
@@ -56,19 +57,26 @@ def of_rows(data: Tensor, scale: Tensor) -> Factors:
     return Factors(filled(data, 1, DEPTH), inverse_of(scale.t(), data.size(0)), lt.ROW)
 
 
-def of_blocks(data: Tensor, scale: Tensor, inverse: Tensor | None, first: bool) -> Factors:
-    """FP8 data with a scale for 1 x 128. inverse: fp32 `[rows, blocks]`, stored by columns."""
-    data = filled(data, FOUR if first else 1, DEPTH)
-    if inverse is None or inverse.size(0) != data.size(0):
+def of_blocks(
+    data: Tensor, scale: Tensor, inverse: Tensor | None, rows: int, depth: int = DEPTH
+) -> Factors:
+    """FP8 data with a scale for 1 x 128, filled up to multiples of rows and of depth.
+
+    inverse: `1 / scale` as `formats.inverse_shape` says, if it is there.
+    """
+    data = filled(data, rows, depth)
+    if inverse is None or inverse.size(1) * FOUR != data.size(0):
         inverse = inverse_of(scale.t(), data.size(0))
-    return Factors(data, inverse, lt.BLOCK)
+    return Factors(data, inverse.flatten(1), lt.BLOCK)
 
 
-def of_squares(data: Tensor, scale: Tensor, inverse: Tensor | None) -> Factors:
-    """FP8 data with a scale for 128 x 128. inverse: fp32 `[down, across]`, filled up to fours."""
+def of_squares(
+    data: Tensor, scale: Tensor, inverse: Tensor | None, rows: int = 1, depth: int = DEPTH
+) -> Factors:
+    """FP8 data with a scale for 128 x 128; else as `of_blocks`."""
     if inverse is None:
-        inverse = inverse_of(scale, -(-scale.size(1) // FOUR) * FOUR)
-    return Factors(filled(data, 1, DEPTH), inverse, lt.SQUARE)
+        inverse = inverse_of(scale, groups(scale.size(1), FOUR) * FOUR)
+    return Factors(filled(data, rows, depth), inverse.flatten(1), lt.SQUARE)
 
 
 def fp8(
@@ -102,19 +110,11 @@ def multiply(a: Scaled, b: Scaled, rows: int, dtype: torch.dtype) -> Tensor:
     return y[:rows]
 
 
-def blocks(data: Tensor, scale: Tensor) -> Scaled:
-    """FP8 `[rows, depth]` with an fp32 scale for 128 columns of a row."""
-    data = filled(data, ROWS, 128)
-    inverse = inverse_of(scale.t(), data.size(0)).t()
-    return Scaled(data, [inverse], [F.ScalingType.BlockWise1x128], [F.SwizzleType.NO_SWIZZLE])
-
-
-def squares(data: Tensor, scale: Tensor) -> Scaled:
-    """FP8 `[rows, depth]` with an fp32 scale for 128 x 128."""
-    inverse = inverse_of(scale, -(-scale.size(1) // 4) * 4)
-    scaling = F.ScalingType.BlockWise128x128
-    data = filled(data, 128, 128)
-    return Scaled(data, [inverse.t()], [scaling], [F.SwizzleType.NO_SWIZZLE])
+def of_factors(factors: Factors) -> Scaled:
+    """FP8 with scales of blocks, for PyTorch's function."""
+    data, scale, mode = factors
+    kinds = {lt.BLOCK: F.ScalingType.BlockWise1x128, lt.SQUARE: F.ScalingType.BlockWise128x128}
+    return Scaled(data, [scale.t()], [kinds[mode]], [F.SwizzleType.NO_SWIZZLE])
 
 
 def mx(data: Tensor, scale: Tensor) -> Scaled:

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from ..configs import around, configured
-from ..formats import BLOCKS, E5M2, NVFP4, Copies, Copy, Format, Target, check
+from ..formats import BLOCKS, E5M2, NVFP4, Copies, Copy, Format, Target, check, inverse_shape
 from . import activations, nvfp4
 from .activations import _output_width
 from .launch import ceil_div, launch, max_partials, on_device_of, stride_unit
@@ -94,13 +94,20 @@ def new_copy(rows: int, width: int, to: Format, x: Tensor, scale: Tensor | None 
     block = BLOCKS[to.scaling]
     across = 1 if to.scaling == "rows" else ceil_div(width, block)
     shape = (ceil_div(rows, block) if to.scaling == "square" else rows, across)
-    new = torch.empty if data.numel() else torch.ones
-    dtype = torch.uint8 if to.scaling == "mx" else torch.float32
-    return data, new(shape, dtype=dtype, device=x.device)
+    new = partial(torch.empty if data.numel() else torch.ones, device=x.device)
+    if to.scaling == "mx":
+        return data, new(shape, dtype=torch.uint8)
+    scale = new(shape, dtype=torch.float32)
+    if to.scaling == "rows":
+        return data, scale
+    return data, scale, new(inverse_shape(to.scaling, rows, width), dtype=torch.float32)
 
 
-def _bytes(copy: Copy | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if copy is None else (copy[0].view(torch.uint8), copy[1])
+def _bytes(copy: Copy | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Data, scale and inverse."""
+    if copy is None:
+        return None, None, None
+    return copy[0].view(torch.uint8), copy[1], copy[2] if len(copy) > 2 else None
 
 
 class Output(NamedTuple):
@@ -116,13 +123,21 @@ class Output(NamedTuple):
     """Where to write `1 / scale` of scaling "tensor"."""
 
     def operands(self, amaxes: Tensor | None) -> tuple[Tensor | None, ...]:
-        """row data, row scale, column data, column scale, given, amaxes, as kernels take them."""
-        row, row_scale = _bytes(self.row)
-        col, col_scale = _bytes(self.col)
-        of_tensor = self.given is not None and self.given.dim() == 0
-        if of_tensor:
+        """row data, row scale, column data, column scale, given, amaxes, as kernels take them.
+
+        In the place of a column scale that is not there stands `1 / scale`.
+        """
+        row, row_scale, inverse = _bytes(self.row)
+        col, col_scale, _ = _bytes(self.col)
+        if self.given is not None and self.given.dim() == 0:
             row_scale, col_scale = self.written, self.inverse
+        elif col is None:
+            col_scale = inverse
         return row, row_scale, col, col_scale, self.given, amaxes
+
+    def blocks(self) -> tuple[Tensor | None, ...]:
+        """Data, scale and inverse of the row copy, and of the column copy, as kernels take them."""
+        return *_bytes(self.row), *_bytes(self.col)
 
     def asked(self) -> bool:
         """Whether a kernel has anything to do."""
@@ -212,7 +227,7 @@ def _run_blocks(source: Source, to: Format, output: Output) -> None:
     with on_device_of(x):
         launch(
             blocks_kernel, (ceil_div(rows, block) * ceil_div(source.width, block),),
-            *source.operands(), *output.operands(None)[:4], rows // row_unit, x.stride(0) // unit,
+            *source.operands(), *output.blocks(), rows // row_unit, x.stride(0) // unit,
             ROW_UNIT=row_unit, UNIT=unit, **source.constants(), **constants(to, x.device),
             SCALING=to.scaling, BLOCK=block, **configured("quantize_blocks", key, _blocks_configs),
         )  # fmt: skip

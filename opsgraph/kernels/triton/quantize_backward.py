@@ -126,12 +126,15 @@ def _run(
         sums = torch.empty(tiles, total, dtype=torch.float32, device=x.device)
     if x.numel():
         unit, row_unit = stride_unit(dy, x), 16 if rows % 16 == 0 else 1
-        kernel = activation_backward_blocks_kernel if blocks else activation_backward_kernel
-        taken = slice(4 if blocks else None)
+        if blocks:
+            kernel, given = activation_backward_blocks_kernel, (*dx.blocks(), *y.blocks())
+        else:
+            kernel = activation_backward_kernel
+            given = *dx.operands(amaxes), *y.operands(y_amaxes)
         with on_device_of(x):
             launch(
                 kernel, (down * across,),
-                dy, x, *dx.operands(amaxes)[taken], *y.operands(y_amaxes)[taken], sums,
+                dy, x, *given, sums,
                 rows // row_unit, dy.stride(0) // unit, x.stride(0) // unit,
                 ROW_UNIT=row_unit, UNIT=unit, **flags, **constants(to, x.device),
                 Y_E5M2=y_dtype == E5M2, SCALING=to.scaling, BLOCK=block,

@@ -142,7 +142,8 @@ def _store_sums(
 
 @triton.jit(do_not_specialize=["rows", "dy_stride", "x_stride"])
 def activation_backward_blocks_kernel(
-    dy, x, dx_row, dx_row_scale, dx_col, dx_col_scale, y_row, y_row_scale, y_col, y_col_scale,
+    dy, x, dx_row, dx_row_scale, dx_row_inverse, dx_col, dx_col_scale, dx_col_inverse,
+    y_row, y_row_scale, y_row_inverse, y_col, y_col_scale, y_col_inverse,
     dbias, rows, dy_stride, x_stride,
     ROW_UNIT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr,
     GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
@@ -184,35 +185,37 @@ def activation_backward_blocks_kernel(
         if SCALING == "blocks":
             if dx_row is not None:
                 store_row_copy(
-                    da, first_row, first_col, rows, WIDTH, total, dx_row, dx_row_scale, None,
-                    R, BLOCK, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+                    da, first_row, first_col, rows, WIDTH, total, dx_row, dx_row_scale,
+                    dx_row_inverse, None, R, BLOCK, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
                 )  # fmt: skip
                 if GATED:
                     store_row_copy(
                         db, first_row, first_col + WIDTH, rows, total, total, dx_row, dx_row_scale,
-                        None, R, BLOCK, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+                        dx_row_inverse, None, R, BLOCK, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO,
+                        NATIVE,
                     )  # fmt: skip
             if y_row is not None:
                 store_row_copy(
-                    y, first_row, first_col, rows, WIDTH, WIDTH, y_row, y_row_scale, None,
-                    R, BLOCK, SCALING, BLOCK, Y_E5M2, EPS, POWER_OF_TWO, NATIVE,
+                    y, first_row, first_col, rows, WIDTH, WIDTH, y_row, y_row_scale, y_row_inverse,
+                    None, R, BLOCK, SCALING, BLOCK, Y_E5M2, EPS, POWER_OF_TWO, NATIVE,
                 )  # fmt: skip
     if dbias is not None:
         _store_sums(a_sum, b_sum, dbias, down, first_col, WIDTH, GATED, BLOCK)
     if DX_LATER:
         a_scale = _later_scale(
-            a_bits, cols, total, down, col, rows, dx_row_scale, dx_col_scale, SCALING, BLOCK,
-            E5M2, EPS, POWER_OF_TWO,
+            a_bits, cols, total, down, col, rows, dx_row_scale, dx_row_inverse, dx_col_scale,
+            dx_col_inverse, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO,
         )  # fmt: skip
         if GATED:
             b_scale = _later_scale(
                 b_bits, cols + WIDTH, total, down, col + WIDTH // BLOCK, rows, dx_row_scale,
-                dx_col_scale, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO,
+                dx_row_inverse, dx_col_scale, dx_col_inverse, SCALING, BLOCK, E5M2, EPS,
+                POWER_OF_TWO,
             )  # fmt: skip
     if Y_LATER:
         y_scale = _later_scale(
-            y_bits, cols, WIDTH, down, col, rows, y_row_scale, y_col_scale, SCALING, BLOCK,
-            Y_E5M2, EPS, POWER_OF_TWO,
+            y_bits, cols, WIDTH, down, col, rows, y_row_scale, y_row_inverse, y_col_scale,
+            y_col_inverse, SCALING, BLOCK, Y_E5M2, EPS, POWER_OF_TWO,
         )  # fmt: skip
     if DX_LATER or Y_LATER:
         for start in tl.range(0, BLOCK, COL_R, num_stages=STAGES):
@@ -240,16 +243,17 @@ def activation_backward_blocks_kernel(
 
 @triton.jit
 def _later_scale(
-    bits, cols, width, down, col, rows, row_scale, col_scale, SCALING: tl.constexpr,
-    BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    bits, cols, width, down, col, rows, row_scale, row_inverse, col_scale, col_inverse,
+    SCALING: tl.constexpr, BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
     """The multipliers of what is stored once the amaxes of all of a tile are known."""
     if SCALING == "square":
         return square_scale(
-            largest(bits), down, col, rows, width, row_scale, col_scale, BLOCK, E5M2, EPS,
-            POWER_OF_TWO,
+            largest(bits), down, col, rows, width, row_scale, row_inverse, col_scale, col_inverse,
+            BLOCK, E5M2, EPS, POWER_OF_TWO,
         )  # fmt: skip
     else:
         return column_scales(
-            bits, cols, width, down, rows, col_scale, BLOCK, E5M2, EPS, POWER_OF_TWO
+            bits, cols, width, down, rows, col_scale, col_inverse, BLOCK, E5M2, EPS, POWER_OF_TWO
         )

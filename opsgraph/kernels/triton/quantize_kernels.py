@@ -137,12 +137,21 @@ def block_scales(
 
 
 @triton.jit
+def inverse_of(multiplier):
+    """1 / multiplier, rounded to nearest."""
+    return tl.div_rn(tl.full(multiplier.shape, 1.0, tl.float32), multiplier)
+
+
+@triton.jit
 def store_row_copy(
-    value, first_row, first_col, end_row, end_col, width, data, scale, given,
+    value, first_row, first_col, end_row, end_col, width, data, scale, inverse, given,
     R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr,
     E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Scales "rows", "blocks" and "mx", which run along the tile's rows."""
+    """Scales "rows", "blocks" and "mx", which run along the tile's rows.
+
+    inverse: where to write those of "blocks", `formats.inverse_shape`.
+    """
     row = first_row + tl.arange(0, R)
     if SCALING == "rows":
         bits = magnitude(tl.load(given + row, row < end_row, other=0.0))
@@ -156,7 +165,11 @@ def store_row_copy(
         multiplier, stored = block_scales(bits, SCALING, E5M2, EPS, POWER_OF_TWO)
         block = first_col // BLOCK + tl.arange(0, C // BLOCK)[None, :]
         at = row.to(tl.int64)[:, None] * tl.cdiv(width, BLOCK) + block
-        tl.store(scale + at, stored, (row[:, None] < end_row) & (block * BLOCK < end_col))
+        there = (row[:, None] < end_row) & (block * BLOCK < end_col)
+        tl.store(scale + at, stored, there)
+        if SCALING == "blocks" and inverse is not None:
+            at = block.to(tl.int64) * (tl.cdiv(end_row, 4) * 4) + row[:, None]
+            tl.store(inverse + at, inverse_of(multiplier), there)
         codes = encode(scaled(blocks, multiplier[:, :, None]), E5M2, NATIVE)
         codes = tl.reshape(codes, [R, C])
     store_data(codes, first_row, first_col, end_row, end_col, width, data, R, C)
@@ -209,31 +222,47 @@ def store_tensor_scale(multiplier, scale, inverse, SCALING: tl.constexpr):
             if scale is not None:
                 tl.store(scale, multiplier)
             if inverse is not None:
-                tl.store(inverse, tl.div_rn(tl.full([], 1.0, tl.float32), multiplier))
+                tl.store(inverse, inverse_of(multiplier))
+
+
+@triton.jit
+def _store_square(multiplier, row, col, across, scale, inverse):
+    """The scale of the block at (row, col), of `across` in a row, and 1 / scale.
+
+    The last block's program fills its row of inverses up to fours with ones.
+    """
+    tl.store(scale + row * across + col, multiplier)
+    four = tl.arange(0, 4)
+    filled = tl.cdiv(across, 4) * 4
+    value = tl.where(four == 0, inverse_of(multiplier), 1.0)
+    last = tl.where(col == across - 1, filled, col + 1)
+    tl.store(inverse + row * filled + col + four, value, col + four < last)
 
 
 @triton.jit
 def square_scale(
-    bits, row, col, rows, width, row_scale, col_scale, BLOCK: tl.constexpr,
-    E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    bits, row, col, rows, width, row_scale, row_inverse, col_scale, col_inverse,
+    BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
     """The multiplier of a square block with that amax, the one at (row, col); writes it to both."""
     multiplier = scale_of(bits, E5M2, EPS, POWER_OF_TWO)
     if row_scale is not None:
-        tl.store(row_scale + row * tl.cdiv(width, BLOCK) + col, multiplier)
+        _store_square(multiplier, row, col, tl.cdiv(width, BLOCK), row_scale, row_inverse)
     if col_scale is not None:
-        tl.store(col_scale + col * tl.cdiv(rows, BLOCK) + row, multiplier)
+        _store_square(multiplier, col, row, tl.cdiv(rows, BLOCK), col_scale, col_inverse)
     return multiplier
 
 
 @triton.jit
 def column_scales(
-    bits, cols, end_col, block, rows, scale, BLOCK: tl.constexpr,
+    bits, cols, end_col, block, rows, scale, inverse, BLOCK: tl.constexpr,
     E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
     """The multipliers `[1, C]` of columns in a block of rows, by magnitudes in it; writes them."""
     multiplier = scale_of(tl.max(bits, 0), E5M2, EPS, POWER_OF_TWO)
     tl.store(scale + cols.to(tl.int64) * tl.cdiv(rows, BLOCK) + block, multiplier, cols < end_col)
+    at = block.to(tl.int64) * (tl.cdiv(end_col, 4) * 4) + cols
+    tl.store(inverse + at, inverse_of(multiplier), cols < end_col)
     return multiplier[None, :]
 
 
@@ -259,7 +288,8 @@ def store_copies(
 ):  # fmt: skip
     """The row copy and the column copy of a tile, where there is data for each.
 
-    Scaling "tensor" has one scale, `multiplier`. Not of "square".
+    Scaling "tensor" has one scale, `multiplier`. Not of "square", nor of both copies of "blocks",
+    whose inverses go to col_scale.
     """
     if row_data is None and col_data is None:
         pass
@@ -271,8 +301,8 @@ def store_copies(
     else:
         if row_data is not None:
             store_row_copy(
-                value, first_row, first_col, rows, end_col, width, row_data, row_scale, given,
-                R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+                value, first_row, first_col, rows, end_col, width, row_data, row_scale, col_scale,
+                given, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
             )  # fmt: skip
         if col_data is not None:
             store_col_copy(

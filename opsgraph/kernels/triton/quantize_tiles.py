@@ -121,8 +121,8 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=["rows", "x_stride"])
 def blocks_kernel(
-    x, bias, weight, mean, rstd, row_data, row_scale, col_data, col_scale, rows, x_stride,
-    ROW_UNIT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+    x, bias, weight, mean, rstd, row_data, row_scale, row_inverse, col_data, col_scale, col_inverse,
+    rows, x_stride, ROW_UNIT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
     SOURCE: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
     LIMIT: tl.constexpr, OFFSET: tl.constexpr, ZERO_CENTERED: tl.constexpr,
     BLOCK: tl.constexpr, R: tl.constexpr, COL_R: tl.constexpr, STAGES: tl.constexpr,
@@ -152,17 +152,17 @@ def blocks_kernel(
             bits = tl.maximum(bits, magnitude(value))
         if row_data is not None and SCALING == "blocks":
             store_row_copy(
-                value, first_row, first_col, rows, WIDTH, WIDTH, row_data, row_scale, None,
-                R, BLOCK, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+                value, first_row, first_col, rows, WIDTH, WIDTH, row_data, row_scale, row_inverse,
+                None, R, BLOCK, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
             )  # fmt: skip
     if SCALING == "square":
         multiplier = square_scale(
-            largest(bits), down, col, rows, WIDTH, row_scale, col_scale, BLOCK,
-            E5M2, EPS, POWER_OF_TWO,
+            largest(bits), down, col, rows, WIDTH, row_scale, row_inverse, col_scale, col_inverse,
+            BLOCK, E5M2, EPS, POWER_OF_TWO,
         )  # fmt: skip
     elif col_data is not None:
         multiplier = column_scales(
-            bits, cols, WIDTH, down, rows, col_scale, BLOCK, E5M2, EPS, POWER_OF_TWO
+            bits, cols, WIDTH, down, rows, col_scale, col_inverse, BLOCK, E5M2, EPS, POWER_OF_TWO
         )
     if SCALING == "square" or col_data is not None:
         for start in tl.range(0, BLOCK, COL_R, num_stages=STAGES):

@@ -11,7 +11,7 @@ import torch
 from kernel_checks import LAYOUTS, bits, laid_out, normal, twice
 from torch import Tensor
 
-from opsgraph.kernels.formats import BLOCKS, E4M3, E5M2, Copies, Format
+from opsgraph.kernels.formats import BLOCKS, E4M3, E5M2, Copies, Format, inverse_shape
 from opsgraph.kernels.reference import quantize as reference
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
 from opsgraph.kernels.triton.norms import norm_forward
@@ -38,6 +38,18 @@ def expected(x: Tensor, to: Format, scale: Tensor | None) -> tuple[Tensor, Tenso
     return reference.quantize_blocks(x, to.dtype, height, to.eps, to.power_of_two)
 
 
+def check_inverse(inverse: Tensor, scale: Tensor, scaling: str, rows: int, cols: int) -> None:
+    """`1 / scale` as cuBLASLt reads it: of 1 x 128 by columns; both filled up to fours."""
+    assert inverse.shape == inverse_shape(scaling, rows, cols)
+    assert inverse.is_contiguous()
+    lines, right = inverse.flatten(1), scale.t() if scaling == "blocks" else scale
+    there = right.size(1)
+    assert lines.size(1) == -(-there // 4) * 4
+    assert torch.equal(bits(lines[:, :there]), bits(right.reciprocal()))
+    if scaling == "square":
+        assert torch.equal(lines[:, there:], torch.ones_like(lines[:, there:]))
+
+
 def check(
     found: Copies, x: Tensor, to: Format, scale: Tensor | None, want: Collection[str]
 ) -> None:
@@ -45,7 +57,10 @@ def check(
     assert [found.row is None, found.col is None] == [name not in want for name in BOTH]
     for copy, given in ((found.row, x), (found.col, x.t())):
         if copy is not None:
-            for part, right in zip(copy, expected(given, to, scale), strict=True):
+            if len(copy) == 3:
+                check_inverse(copy[2], copy[1], to.scaling, *given.shape)
+            assert (len(copy) == 3) == (to.scaling in ("blocks", "square"))
+            for part, right in zip(copy[:2], expected(given, to, scale), strict=True):
                 assert part.shape == right.shape
                 assert part.dtype == right.dtype
                 assert part.is_contiguous()
