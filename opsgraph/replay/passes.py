@@ -18,12 +18,14 @@ from torch.autograd import profiler
 from torch.autograd.profiler import record_function
 
 from ..base.config import Config
+from ..guards.operands import Operands
 from ..guards.torch_private import ops_alone
 from ..plan import Plan
 from ..plan.lines import Function
 from ..plan.result import Passes
 from . import launched as launched
 from .assembly import assembled
+from .expected import operands
 from .interpreter import run_line
 from .native import why_not as absent
 from .record import ALIGNED, Record, Stretch
@@ -54,6 +56,8 @@ class Pass:
         names = function.parameters[self.has_ops :]
         self.names = names if saved is None else (*names[:-1], *saved)
         self.saved = len(saved or ())
+        self.operands: Operands | None = None
+        """What it expects; None where PyTorch's ops alone run."""
         self.records: OrderedDict[Any, Any] = OrderedDict()
         """What replays calls of a key; None until the second call, False where nothing does."""
         self.in_python: set[int] = set()
@@ -77,7 +81,7 @@ class Pass:
 
     def _run(self, arguments: tuple[Any, ...]) -> Any:
         """A call of other layouts than the last one."""
-        if self.reason is not None or not ops_alone():
+        if not ops_alone() or (self.reason is not None and self.operands is None):
             return self.python(*arguments)
         if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
@@ -85,6 +89,9 @@ class Pass:
         tensors = arguments[self.has_ops :]
         if self.saved:
             tensors = (*tensors[:-1], *tensors[-1])
+        if self.reason is not None and self.operands is not None and self.operands.again(tensors):
+            del tensors  # each dies after its last use
+            return self.python(*arguments)
         key: list[Any] = [torch.get_num_threads()]
         for tensor in tensors:
             if type(tensor) in _PLAIN or getattr(type(tensor), "is_plain_memory", False):
@@ -95,6 +102,15 @@ class Pass:
                 return self.python(*arguments)
         where, tensor = tuple(key), None
         record = self.records.get(where, self)
+        if self.operands is not None:
+            if record is None or record is self:
+                self.operands.verify(tensors, self.reason is not None)
+            plain = self.operands.readable(tensors)
+            if plain is not None:
+                return self._run(self._handed(arguments, plain))
+        if self.reason is not None:
+            del tensors
+            return self.python(*arguments)
         if record is None:
             if any(t is not None and not t.numel() for t in tensors):
                 return self.python(*arguments)  # without memory nothing can be followed
@@ -118,6 +134,12 @@ class Pass:
         if len(self.records) > MOST:
             self.records.popitem(last=False)
         return self.python(*arguments)
+
+    def _handed(self, arguments: Sequence[Any], tensors: list[Any]) -> tuple[Any, ...]:
+        """The arguments of a call, with other tensors."""
+        first = len(tensors) - self.saved
+        saved = [tensors[first:]] if self.saved else arguments[len(arguments) :]
+        return (*arguments[: self.has_ops], *tensors[:first], *saved)
 
     def _record(self, key: Any, handed: list[Any], arguments: Sequence[Any]) -> Any:
         """Run the pass, and record it on the way. handed: its tensors, which are taken from it."""
@@ -196,6 +218,8 @@ def replayed(plan: Plan, config: Config, why_not: str | None = None) -> Plan:
         if not function.lines:
             return function.call
         run = Pass(name, function, x.device, config, saved, why_not)
+        if why_not is None and x.device.type in ("cpu", "cuda"):
+            run.operands = operands(plan, name, function, run.names)
         if saved is not None:
             run.in_python = _into_main_grad(plan, function)
         return run

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference import activations as reference
-from .launch import DTYPES, Kernel, address, direct, lines, rows_of
+from .launch import DTYPES, Kernel, address, direct, floats, lines, rows_of
 from .memory import empty
 
 FIELDS = "9q 3P 2q 4P P 3d"  # struct Activation in source/activations.h
@@ -123,7 +123,7 @@ def activation_forward(
     x, stride = lines(x)
     if columns is not None:
         x = x[:, columns.start * (2 if made.gated and interleave else 1) :]
-    bias = None if bias is None else bias.float().contiguous()
+    bias = floats(bias, total)
     _forward_kernel(
         *made.head(dtype, rows, width, interleave or width, value), x.data_ptr(), 0,
         address(bias), stride, 0, 0 if y_t is not None else y.data_ptr(), address(y_t),

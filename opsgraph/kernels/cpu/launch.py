@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...base.errors import OpError
 from ...guards.torch_private import dispatch_modes, top_transform
 from ...guards.watching import watching
 from . import build
@@ -55,15 +56,34 @@ def lines(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), x.size(1)
 
 
-def vector(parameter: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """A weight or a bias of a dtype that kernels read, with its address and its dtype's code."""
+def verify_length(tensor: Tensor, length: int, of: str = "column") -> None:
+    """Raises OpError unless a parameter, or a row's statistic, has one element for each."""
+    if tensor.numel() != length:
+        expected = f"{length} elements, one for each {of} of the input"
+        raise OpError("kernel", f"an operand of shape {tuple(tensor.shape)}", expected)
+
+
+def vector(parameter: Tensor | None, width: int) -> tuple[Tensor | None, int, int]:
+    """A weight or a bias of a dtype that kernels read, with its address and its dtype's code.
+
+    Raises OpError for one that is not as long as a row.
+    """
     if parameter is None:
         return None, 0, 0
+    verify_length(parameter, width)
     code = DTYPES.get(parameter.dtype)
     if code is None:
         parameter, code = parameter.float(), 0
     parameter = parameter.contiguous()
     return parameter, parameter.data_ptr(), code
+
+
+def floats(bias: Tensor | None, width: int) -> Tensor | None:
+    """A bias in fp32, contiguous. Raises OpError for one that is not as long as a row."""
+    if bias is None:
+        return None
+    verify_length(bias, width)
+    return bias.float().contiguous()
 
 
 def address(tensor: Tensor | None) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..reference import norms as reference
-from .launch import DTYPES, Kernel, address, direct, lines, rows_of, vector
+from .launch import DTYPES, Kernel, address, direct, lines, rows_of, vector, verify_length
 from .memory import empty
 
 _FIELDS = "9q 3P 3q 2P 2q 3P 4P d"  # struct Norm in source/norms.h
@@ -62,8 +62,8 @@ def norm_forward(
         return y, zeros[0], zeros[1], total
     x, stride = lines(x)
     other, other_stride = (None, 0) if other is None else rows_of(other, shape, dtype)
-    weight, weight_at, weight_dtype = vector(weight)
-    bias, bias_at, bias_dtype = vector(bias)
+    weight, weight_at, weight_dtype = vector(weight, width)
+    bias, bias_at, bias_dtype = vector(bias, width)
     _forward_kernel(
         DTYPES[dtype], *rounding, center, zero_centered, torch.get_num_threads(), rows, width,
         x.data_ptr(), address(other), 0, stride, other_stride, 0,
@@ -123,10 +123,13 @@ def norm_backward(
         dy, dy_stride = rows_of(dy, shape, to.y)
         x, stride = lines(x)
         dother, other_stride = (None, 0) if dother is None else rows_of(dother, shape, dtype)
+        for statistic in (rstd, mean):
+            if statistic is not None:
+                verify_length(statistic, rows, "row")
         mean = mean if mean is None else mean.contiguous()  # hooks of saved tensors may restride
         rstd = rstd.contiguous()
-        factor, weight_at, weight_dtype = vector(weight)
-        shift, bias_at, bias_dtype = vector(bias)
+        factor, weight_at, weight_dtype = vector(weight, width)
+        shift, bias_at, bias_dtype = vector(bias, width)
         _backward_kernel(
             DTYPES[dtype], *rounding, mean is not None, zero_centered, torch.get_num_threads(),
             rows, width,

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base.errors import OpError
 from . import memory
-from .launch import Kernel, address, library
+from .launch import Kernel, address, floats, library
 
 UNITS = {
     "floats": "fp32 multiply-adds",
@@ -60,8 +61,10 @@ def multiply(
     """
     (m, k), n, threads = a.shape, b.shape[1], torch.get_num_threads()
     of_rows = bias is not None and bias.dim() == 2
-    if bias is not None:
-        bias = bias.float().contiguous()
+    bias = floats(bias, m if of_rows else n)
+    if b.shape[0] != k or out.shape != (m, n) or (other is not None and other.shape != (m, n)):
+        shapes = [tuple(t.shape) for t in (a, b, out, other) if t is not None]
+        raise OpError("product", f"shapes {shapes}", "[m, k] by [k, n] into [m, n]")
     if not k:  # the kernel begins with the first part of k
         added = 0.0 if bias is None else bias
         out.copy_(

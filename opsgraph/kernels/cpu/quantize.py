@@ -15,7 +15,7 @@ from torch import Tensor
 from ..formats import E5M2, Copies, Copy, Format, check
 from ..reference import quantize as reference
 from . import activations
-from .launch import DTYPES, Kernel, address, direct, lines, rows_of
+from .launch import DTYPES, Kernel, address, direct, floats, lines, rows_of
 from .memory import empty
 
 _FIELDS = "7q P q P 2P 2P 2P d"  # struct Quantize in source/quantize.h
@@ -65,7 +65,7 @@ def activation_quantize(
     made = _new_copies(shape, to, scale, want)
     sums = empty(x.shape, dtype) if pre and bias is not None else None
     x, stride = rows_of(x, x.shape, dtype)
-    bias = None if bias is None else bias.float().contiguous()
+    bias = floats(bias, x.size(1))
     _activation_kernel(
         *row.head(dtype, rows, width, width, width), x.data_ptr(), 0, address(bias), stride, 0, 0,
         0, address(sums), 0, 0, *row.params,

@@ -1,0 +1,118 @@
+"""The operands of a pass: each has to be what the pass was planned for, and have memory.
+
+A kernel is given addresses, and asks nothing of what is there. Between a forward and its backward
+`.data` may get another shape, a hook may unpack another tensor than was packed, a library may free
+a parameter's storage. PyTorch's ops look at such things themselves; for kernels it is done here.
+"""
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..base.errors import OpError
+from .torch_private import same_layouts
+
+
+class Operand(NamedTuple):
+    """What a pass is handed. where: what errors call the op that reads it.
+
+    sizes: -1 stands for the rows, -n for the groups of n rows. factor: how many rows it has for
+    each row of the pass.
+    """
+
+    where: str
+    name: str
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    factor: Fraction = Fraction(1)
+
+
+class Operands:
+    """Those of a pass, in order; None for what no kernel of ours reads.
+
+    which: the pass, for errors. The first operand that has rows says how many the pass has.
+    """
+
+    def __init__(self, which: str, expected: Sequence[Operand | None]) -> None:
+        self.which, self.expected = which, expected
+        self._last: Callable[..., bool] | None = None
+        """Whether tensors are laid out as those that were remembered."""
+
+    def again(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether tensors are laid out as those that were remembered, and have memory."""
+        there = [tensor for tensor in tensors if tensor is not None]
+        fits = self._last
+        return fits is not None and fits(*there) and all(map(Tensor.data_ptr, there))
+
+    def verify(self, tensors: Sequence[Tensor | None], remember: bool = False) -> None:
+        """Raises OpError for another shape, dtype or device than planned, or a cut storage.
+
+        remember: whether `again` is to know tensors like these.
+        """
+        rows: Fraction | None = None
+        for tensor, operand in zip(tensors, self.expected, strict=True):
+            if tensor is None or operand is None:
+                continue
+            shape, sizes = tensor.shape, operand.sizes
+            if rows is None and -1 in sizes and len(shape) == len(sizes):
+                rows = shape[sizes.index(-1)] / operand.factor
+            if shape != sizes:
+                sizes = _sizes(sizes, (rows or 0) * operand.factor)
+            if shape != sizes or tensor.dtype is not operand.dtype:
+                raise self._error(operand, _shown(shape, tensor.dtype), sizes)
+            if tensor.device != operand.device:
+                raise self._error(operand, f"one on {tensor.device}", sizes)
+            has = tensor.untyped_storage().nbytes()
+            end = (tensor.storage_offset() + _reach(tensor)) * tensor.element_size()
+            if 0 < has < end:
+                got = f"a storage of {has} bytes, which reaches {end} bytes into it,"
+                raise self._error(operand, got, sizes)
+        if remember:
+            self._last = same_layouts([tensor for tensor in tensors if tensor is not None])
+
+    def _error(self, operand: Operand, got: str, sizes: tuple[int, ...]) -> OpError:
+        expected = f"{_shown(sizes, operand.dtype)} on {operand.device}"
+        return OpError(operand.where, f"{got} for {operand.name} in its {self.which}", expected)
+
+    def readable(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """The tensors, with copies of those whose memory does not hold their values.
+
+        Such are zeros that PyTorch does not store, and values that it stores negated; None where
+        there are none. Raises OpError for a tensor whose storage was freed.
+        """
+        made: list[Tensor | None] | None = None
+        for k, tensor in enumerate(tensors):
+            if tensor is None:
+                continue
+            negated = tensor.is_neg()
+            if not negated and (tensor.data_ptr() or not tensor.numel()):
+                continue
+            if not (negated or tensor._is_zerotensor()):
+                operand = self.expected[k]
+                name, where = (operand.name, operand.where) if operand else ("a tensor", "replay")
+                got = f"a freed storage for {name} in its {self.which}"
+                raise OpError(where, got, "one with memory")
+            made = list(tensors) if made is None else made
+            made[k] = torch.empty_like(tensor.detach()).copy_(tensor.detach())
+        return made
+
+
+def _sizes(sizes: tuple[int, ...], rows: Any) -> tuple[int, ...]:
+    """Sizes for a number of rows."""
+    return tuple(size if size >= 0 else int(-(-rows // -size)) for size in sizes)
+
+
+def _reach(tensor: Tensor) -> int:
+    """How many elements lie from a tensor's first to its last one."""
+    if not tensor.numel():
+        return 0
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in pairs)
+
+
+def _shown(sizes: Sequence[int], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {[*sizes]}"

@@ -1,0 +1,78 @@
+"""What the passes of a plan expect of their operands: the plan's specs, by the ops that read them.
+
+What a user's op alone reads is left to it: it may save another thing than it says.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from ..guards.operands import Operand, Operands
+from ..op import Spec
+from ..plan import Plan
+from ..plan.lines import Function, Line
+
+
+def _specs(plan: Plan, which: str) -> Iterator[tuple[str, Spec | None]]:
+    """The operands that a pass has specs of, by what errors call them, in order.
+
+    An extra input that its op checks itself has none.
+    """
+    specs = plan.specs
+    inputs = [
+        (name, None if dims is None and k < specs.first_weight else spec)
+        for k, (name, spec, dims, _, _) in enumerate(specs.inputs)
+    ]
+    if which == "backward":
+        yield "the gradient of the output", specs.outputs[0]
+        for k in specs.taps:
+            yield f"the gradient of output {k}", specs.outputs[k]
+        for name, spec, place in specs.saved:
+            yield name, spec if place is None else inputs[place][1]
+    elif which == "forward":
+        yield from inputs
+    else:
+        yield from (inputs[specs.first_weight + weight] for weight, _, _ in specs.prepared)
+
+
+def operands(plan: Plan, which: str, function: Function, names: Sequence[str]) -> Operands:
+    """Those of a pass. names: by which its lines read them."""
+    readers = _readers(plan, function)
+    expected: list[Operand | None] = [None] * len(names)
+    for k, (shown, spec) in enumerate(_specs(plan, which)):
+        where = readers.get(names[k])
+        if spec is not None and where is not None:
+            device, factor = spec.device, spec.factor
+            expected[k] = Operand(where, shown, spec.shape, spec.dtype, device, factor)
+    return Operands(which, expected)
+
+
+def _readers(plan: Plan, function: Function) -> dict[str, str]:
+    """The ops, as errors call them, that first read each variable of the pass's beginning."""
+    readers: dict[str, str] = {}
+    where = plan.labels[-1] if plan.labels else "input"
+    for line in reversed(function.lines):
+        if line.function == "bind" and not isinstance(line.results, str):
+            continue  # what was saved, out of its list
+        own = where = _label(plan, line.note) or where
+        if line.function == "bind":
+            own = readers.get(line.results, "")
+        for name in line.makes:
+            readers.pop(name, None)
+        if own and line.function not in ("clear", "pass", "return") and not _users(line):
+            readers |= dict.fromkeys(line.reads, own)
+    return readers
+
+
+def _users(line: Line) -> bool:
+    """Whether a line calls a function of a user's."""
+    kind = line.target if hasattr(line.target, "__module__") else type(line.target)
+    return line.target is not None and not str(kind.__module__).startswith("opsgraph.")
+
+
+def _label(plan: Plan, note: str) -> str:
+    """The ops of a line; empty for one that is no step."""
+    first, _, last = note.partition(" ")[0].partition("-")
+    if first not in plan.numbers:
+        return ""
+    start = plan.numbers.index(first)
+    stop = plan.numbers.index(last) if last in plan.numbers else start
+    return "+".join(dict.fromkeys(plan.labels[start : stop + 1]))
