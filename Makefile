@@ -29,7 +29,7 @@ $(VENV)/installed: pyproject.toml requirements/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11 or later; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH_ARGS) torch
-	$(PIP) --editable '.[test,examples]'
+	$(PIP) --editable '.[test,examples,transformers]'
 	touch $@
 
 test: lint types floors unit  ## lint, types, floors and tests

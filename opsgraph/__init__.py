@@ -7,7 +7,7 @@ import gc
 _collecting = gc.isenabled()
 gc.disable()
 try:
-    from . import fusers, ops, quantizers, recipe
+    from . import fusers, integrations, ops, quantizers, recipe
     from .base.errors import OpError, OpsgraphError, PlanError, RegisterError
     from .fuser import Fuser, register
     from .layernorm_mlp import checkpoints
@@ -39,6 +39,7 @@ __all__ = [
     "checkpoint_contexts",
     "checkpoints",
     "fusers",
+    "integrations",
     "ops",
     "quantized_model_init",
     "quantizers",

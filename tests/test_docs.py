@@ -97,7 +97,7 @@ def test_the_rooms_are_those_of_the_contract() -> None:
     floors = [re.findall(r"\w+", layer) for layer in contracts[0]["layers"]]
     rows = re.findall(r"^\| (`.*`) \|", text("docs/design.md"), re.MULTILINE)
     assert [re.findall(r"`(\w+)", row) for row in rows] == floors
-    [block] = re.findall(r"```\n(parallel.*?)```", text("CONTRIBUTING.md"), re.DOTALL)
+    [block] = re.findall(r"```\n(integrations.*?)```", text("CONTRIBUTING.md"), re.DOTALL)
     lines = [re.split(r"  +", line)[0] for line in block.splitlines()]
     assert [re.findall(r"\w+", line) for line in lines] == floors
 

@@ -54,12 +54,23 @@ class SeveralLayers(nn.Module):
 
     def pack(self) -> None:
         """Lay the parts one after the other, if they are plain tensors of one dtype and device."""
+        self.__dict__["waiting"] = not all("_parameters" in vars(m) for m in vars(self)["layers"])
+        if self.__dict__["waiting"]:  # copied in the midst of a layer that leads here
+            return
         for name in _NAMES:
             pack(self._parts(name))
+
+    def unpack(self) -> None:
+        """Give each part memory of its own again."""
+        for part in (part for name in _NAMES for part in self._parts(name)):
+            if type(part) is nn.Parameter and part.untyped_storage().nbytes() > part.nbytes:
+                part.data = part.data.clone()
 
     def __getattr__(self, name: str) -> Any:
         if name not in _NAMES or "layers" not in self.__dict__:
             return super().__getattr__(name)
+        if self.__dict__["waiting"]:
+            self.pack()
         parts = self._parts(name)
         if any(part is None for part in parts):
             return None

@@ -1,0 +1,293 @@
+"""Tiny models of transformers' families, patched: what runs as plans, and whether it is right.
+
+python -m benchmarks.families [--only NAME ...] [--out FILE]
+
+Each family's model is built from its config with sizes cut, random weights, run on a small input,
+patched and compared: outputs and gradients of all parameters in fp32, outputs in bf16 beside those
+in fp64. Writes one line a family to benchmarks/results/families.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opsgraph.integrations.transformers import patch
+from opsgraph.integrations.transformers.example import examples
+
+RESULTS = Path(__file__).parent / "results" / "families.txt"
+SECONDS = 90
+FP32, BF16 = 1e-5, 1.1
+
+_ALIKE: dict[Any, str] = {
+    64: """hidden_size d_model n_embd dim embed_dim embedding_size emb_dim encoder_hidden_size
+        decoder_hidden_size hidden_dim projection_dim fpn_hidden_size mask_feature_size
+        conv_dim_size width model_dim out_hidden_size decoder_hidden_dim encoder_hidden_dim
+        audio_hidden_size
+        word_embed_proj_dim cross_attention_hidden_size lru_width hidden_channels n_embed
+        embedding_dim max_position_embeddings n_positions max_source_positions max_target_positions
+        max_seq_len""",
+    96: """intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim ffn_hidden_size
+        dim_feedforward feedforward_dim moe_intermediate_size d_inner mlp_dim intermediate_dim
+        shared_expert_intermediate_size dense_intermediate_size decoder_intermediate_size
+        encoder_feedforward_dim decoder_feedforward_dim shared_intermediate_size
+        intermediate_size_mlp expert_ffn_hidden_size mlp_hidden_size""",
+    2: """num_hidden_layers n_layer n_layers encoder_layers decoder_layers num_layers
+        num_decoder_layers num_encoder_layers depth num_blocks encoder_num_layers decoder_num_layers
+        decoder_num_hidden_layers encoder_num_hidden_layers num_key_value_heads n_head_kv
+        num_kv_heads num_experts_per_tok top_k_experts moe_k spatial_merge_size
+        temporal_patch_size eos_token_id""",
+    4: """num_attention_heads n_head n_heads num_heads encoder_attention_heads
+        decoder_attention_heads decoder_num_attention_heads encoder_num_attention_heads num_experts
+        num_local_experts n_routed_experts moe_num_experts""",
+    16: "head_dim kv_channels d_kv num_mel_bins kv_lora_rank v_head_dim sliding_window",
+    1: "n_group topk_group first_k_dense_replace bos_token_id decoder_start_token_id",
+    200: "vocab_size text_vocab_size",
+    32: "image_size q_lora_rank",
+    8: "patch_size qk_rope_head_dim qk_nope_head_dim",
+    5: "num_queries",
+    0: "pad_token_id",
+}
+_SMALL: dict[str, Any] = {name: size for size, names in _ALIKE.items() for name in names.split()}
+
+
+@dataclass
+class Result:
+    """One family. reached: "full" (norm, MLP and residual in one plan), "part", "none", "wrong",
+    or "not built"."""
+
+    family: str
+    reached: str
+    shown: str = ""
+    fp32: float = 0.0
+    gradients: float = 0.0
+    bf16: float = 0.0
+    seconds: float = 0.0
+
+
+def _sizes(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    names = set(inspect.signature(kind.__init__).parameters) | set(dir(kind))
+    names |= set(getattr(kind, "__dataclass_fields__", ())) | set(
+        getattr(kind, "attribute_map", ())
+    )
+    default = kind()
+    found = {}
+    for name in names & set(given):
+        value = getattr(default, name, None)
+        if isinstance(getattr(kind, name, None), property):
+            continue
+        plain = isinstance(value, int) and not isinstance(value, bool)
+        if plain and value is not None and ((plain and value > 0) or "token" in name):
+            found[name] = min(given[name], value) if "num_experts" not in name else given[name]
+        elif isinstance(value, list | tuple) and name in ("image_size", "patch_size"):
+            found[name] = type(value)([given[name]] * len(value))
+    for name, sub in getattr(kind, "sub_configs", {}).items():
+        try:
+            found[name] = tiny_config(sub, given)
+        except Exception:
+            continue
+    return found
+
+
+def tiny_config(kind: Any, given: dict[str, Any] = _SMALL) -> Any:
+    """A config with sizes cut."""
+    from transformers import AutoConfig
+
+    if kind is AutoConfig:
+        raise ValueError("no config of its own")
+    sizes = _sizes(kind, given)
+    subs = {
+        name: sizes.pop(name) for name in list(sizes) if name in getattr(kind, "sub_configs", {})
+    }
+    subs = {name: sub.to_dict() for name, sub in subs.items()}
+    config = kind(**sizes, **subs)
+    return config
+
+
+def families() -> list[str]:
+    """Every model type that has a model."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    return list(MODEL_MAPPING_NAMES)
+
+
+def listed() -> list[str]:
+    """The families that RESULTS has."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return [line.split()[0] for line in lines if line[:1].isalpha()]
+
+
+def build(family: str) -> nn.Module:
+    """A tiny model of a family, with random weights that are not all alike."""
+    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+    config = tiny_config(CONFIG_MAPPING[family])
+    torch.manual_seed(0)
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        model = AutoModel.from_config(config)
+    model = model.float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                noise = torch.randn_like(parameter) * 0.1
+                parameter.add_(noise)
+            elif parameter.ndim == 2 and float(parameter.std()) < 0.05 and "embed" not in name:
+                parameter.mul_(3)
+    return model
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _example(model: nn.Module) -> dict[str, Any]:
+    last: Exception = ValueError("no example")
+    for example in examples(model):
+        try:
+            with torch.no_grad():
+                model(**example)
+            return example
+        except Exception as error:
+            last = error
+    raise last
+
+
+def _run(model: nn.Module, example: dict[str, Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    model.zero_grad()
+    outputs = [t for t in _tensors(model(**example)) if t.requires_grad]
+    loss = sum((t.float() * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() / t.numel() ** 0.5
+               for t in outputs)  # fmt: skip
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return [t.detach() for t in outputs], gradients
+
+
+def _difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
+    size = max(float(b.double().norm()), floor, 1e-30)
+    return float((a.double() - b.double()).norm()) / size
+
+
+def _cast(example: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in example.items()
+    }
+
+
+def check(family: str, model: nn.Module | None = None) -> Result:
+    """Build, patch and compare one family."""
+    start = time.perf_counter()
+    try:
+        model = model or build(family)
+        example = _example(model)
+        before, gradients = _run(model, example)
+    except Exception as error:
+        return Result(
+            family, "not built", f"{type(error).__name__}: {error}"[:160].replace("\n", " ")
+        )
+    plain = copy.deepcopy(model)
+    report = patch(model, example)
+    after, patched = _run(model, example)
+    fp32 = max(map(_difference, after, before), default=0.0)
+    typical = sorted(float(g.norm()) for g in gradients.values())[len(gradients) // 2]
+    worst = max(
+        (_difference(patched[n], g, 1e-2 * typical) for n, g in gradients.items()), default=0.0
+    )
+    bf16 = _bf16(plain, model, example)
+    rows = [row.found for row in report.rows]
+    full = any("residual" in found and "Linear" in found and "Norm" in found for found in rows)
+    part = any("Linear" in found for found in rows)
+    reached = "full" if full else "part" if part or rows else "none"
+    if gradients.keys() != patched.keys() or not (fp32 <= FP32 and worst <= FP32):
+        reached = "wrong"
+    shown = "; ".join(dict.fromkeys(rows)) or "; ".join(row.reason for row in report.left)[:160]
+    return Result(family, reached, shown, fp32, worst, bf16, time.perf_counter() - start)
+
+
+def _bf16(plain: nn.Module, patched: nn.Module, example: dict[str, Any]) -> float:
+    """The error of the patched model in bf16, by that of the plain one."""
+    try:
+        with torch.no_grad():
+            exact = list(_tensors(copy.deepcopy(plain).double()(**_cast(example, torch.float64))))
+            half = _cast(example, torch.bfloat16)
+            own = list(_tensors(plain.bfloat16()(**half)))
+    except Exception:
+        return float("nan")
+    with torch.no_grad():
+        ours = list(_tensors(patched.bfloat16()(**half)))
+    worst = 0.0
+    for a, b, c in zip(ours, own, exact, strict=True):
+        before = _difference(b, c)
+        if before > 1e-4:
+            worst = max(worst, _difference(a, c) / before)
+    return worst
+
+
+def _stop(*_: Any) -> None:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def line(result: Result) -> str:
+    numbers = f"{result.fp32:.0e} {result.gradients:.0e} {result.bf16:.2f}"
+    return f"{result.family:32} {result.reached:9} {numbers:20} {result.shown}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--part", default="0/1", help="K/N: each Nth family, from the Kth on")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, _stop)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    k, n = map(int, args.part.split("/"))
+    lines, counts = [], Counter[str]()
+    for family in (args.only or families())[k::n]:
+        signal.alarm(SECONDS)
+        try:
+            result = check(family)
+        except Exception as error:
+            if args.only:
+                traceback.print_exc()
+            result = Result(
+                family, "failed", f"{type(error).__name__}: {error}"[:200].replace("\n", " ")
+            )
+        finally:
+            signal.alarm(0)
+        counts[result.reached] += 1
+        lines.append(line(result))
+        print(lines[-1][:180], flush=True)
+        if not args.only:
+            args.out.write_text("\n".join([*lines, str(dict(counts)), ""]))
+    print(dict(counts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

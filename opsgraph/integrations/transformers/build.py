@@ -1,0 +1,145 @@
+"""From a state to ops that read the model's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...features.several import SeveralLayers
+from ...op import Op
+from ...ops.activations import (
+    GEGLU,
+    GELU,
+    QGEGLU,
+    QGELU,
+    ReGLU,
+    ReLU,
+    SiLU,
+    SReGLU,
+    SReLU,
+    SwiGLU,
+)  # fmt: skip
+from ...ops.elementwise import ConstantScale
+from ...ops.linear import Linear
+from ...ops.residual import Add, Tee
+from .states import State, is_activation, is_kind
+
+_FUNCTIONS: dict[str, Callable[[], Op]] = {
+    "silu": SiLU,
+    "gelu_erf": lambda: GELU("none"),
+    "gelu_tanh": GELU,
+    "relu": ReLU,
+}
+_GATED: dict[type[Op], type[Op]] = {SiLU: SwiGLU, ReLU: ReGLU, SReLU: SReGLU, QGELU: QGEGLU}
+
+
+class CannotBuild(Exception):
+    """Why no ops compute what a state does."""
+
+
+class Transposed(nn.Module):
+    """A linear layer's weight of shape `[in, out]` as `[out, in]`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layers = [layer]  # a list: it is no child of this
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "layers" in self.__dict__:
+            weight: Tensor = self.__dict__["layers"][0].weight
+            return weight.t()
+        return super().__getattr__(name)
+
+
+Places = dict[nn.Module, nn.Module]
+"""Modules in whose place others are read, as copies in a proof."""
+
+
+def ops_of(state: State, places: Places | None = None) -> list[Op]:
+    """The ops from the root to a state. Raises CannotBuild."""
+    return _Builder(places or {}).ops(state, None)
+
+
+class _Builder:
+    def __init__(self, places: Places) -> None:
+        self.places, self.numbers = places, count()
+
+    def ops(self, state: State | None, base: State | None) -> list[Op]:
+        """From a state before it, or the root, on."""
+        if state is base:
+            return []
+        if state is None:
+            raise CannotBuild("a residual does not start on the way")
+        kind, what = state.step
+        if kind == "product":
+            return self._gated(state, base)
+        if kind == "half":
+            raise CannotBuild("half of a value is used alone")
+        if kind == "residual" and state.inputs[1] is not base:
+            earlier = state.inputs[1]
+            return [*self.ops(earlier, base), *self._residual(state, earlier)]
+        if kind == "residual":
+            return self._residual(state, base)
+        before = self.ops(state.inputs[0], base)
+        if kind == "module":
+            return [*before, self._module(what)]
+        if kind == "function":
+            return [*before, _FUNCTIONS[what]()]
+        return [*before, ConstantScale(what) if kind == "scale" else Add()]
+
+    def _residual(self, state: State, earlier: State | None) -> list[Op]:
+        name = f"residual {next(self.numbers)}"
+        return [Tee(name), *self.ops(state.inputs[0], earlier), Add(name)]
+
+    def _module(self, unit: Any) -> Op:
+        op: Op = unit.leaf.make()
+        module = self.places.get(unit.module, unit.module)
+        for own, theirs in unit.leaf.names.items():
+            transposed = unit.leaf.transposed and own == "weight"
+            op.borrow(Transposed(module) if transposed else module, **{own: theirs})
+        return op
+
+    def _gated(self, state: State, base: State | None) -> list[Op]:
+        for gate, up in (state.inputs, state.inputs[::-1]):
+            if gate is None or up is None or not is_activation(gate):
+                continue
+            (source,) = gate.inputs
+            if source is None:
+                continue
+            if source.step.kind == up.step.kind == "half" and source.inputs == up.inputs:
+                if source.step.what == 1:
+                    raise CannotBuild("the gate is the second half")
+                return [*self.ops(source.inputs[0], base), self._gate(gate)]
+            if _is_linear(source) and _is_linear(up) and source.inputs == up.inputs:
+                before = self.ops(source.inputs[0], base)
+                return [*before, self._joined(source.step.what, up.step.what), self._gate(gate)]
+        raise CannotBuild("a product is not that of a gate and a value")
+
+    def _gate(self, state: State) -> Op:
+        kind, what = state.step
+        op = what.leaf.make() if kind == "module" else _FUNCTIONS[what]()
+        if isinstance(op, GELU):
+            return GEGLU(op.approximate)
+        if type(op) not in _GATED:
+            raise CannotBuild(f"no op gates by {type(op).__name__}")
+        return _GATED[type(op)]()
+
+    def _joined(self, gate: Any, up: Any) -> Op:
+        if gate.leaf.transposed or up.leaf.transposed:
+            raise CannotBuild("gate and up are transposed layers")
+        one, other = gate.leaf.make(), up.leaf.make()
+        bias = "bias" in gate.leaf.names
+        if (one.in_features, bias) != (other.in_features, "bias" in up.leaf.names):
+            raise CannotBuild("gate and up differ in width or bias")
+        modules = [self.places.get(unit.module, unit.module) for unit in (gate, up)]
+        rows = one.out_features + other.out_features
+        op = Linear(one.in_features, rows, bias=bias, device="meta")
+        names = {"weight": "weight"} | ({"bias": "bias"} if bias else {})
+        return op.borrow(SeveralLayers(modules), **names)
+
+
+def _is_linear(state: State) -> bool:
+    return is_kind(state.step, "linear")

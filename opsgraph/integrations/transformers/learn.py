@@ -1,0 +1,204 @@
+"""Learning a model's wiring: its units are followed while it runs, each value computed at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from weakref import ref
+
+from torch import Tensor, nn
+
+from .deferred import Book, Deferred, Unit, original, version
+from .states import State, all_states, units_of
+
+MOST = 12
+"""Runs until nothing changes any more; each settles at least one value."""
+
+
+NOTHING = "nothing is gained by a plan of it"
+_LAYERS = {"GradientCheckpointingLayer", "PreTrainedModel"}
+
+
+class Learning:
+    """One run: every value that was put off, and how it was used.
+
+    drops: whether dropout counts as a step that no plan contains, as it does in training.
+    """
+
+    def __init__(self, drops: bool) -> None:
+        self.drops = drops
+        self.made: list[Noted] = []
+
+    def reached(
+        self, state: State, root: Tensor, parents: tuple[Any, ...], extras: tuple[Tensor, ...],
+        book: Book,
+    ) -> Tensor | None:  # fmt: skip
+        """The value, as a Deferred unless nothing may follow."""
+        if state.barred is not None:
+            return None
+        values = [root if d is None else d.value for d in parents]
+        value = state.compute(values, extras[-1] if extras else None, original)
+        state.like[root.dtype] = value.shape[-1], value.dtype
+        if value.shape[:-1] != root.shape[:-1]:
+            state.barred = "it changes sizes before the last"
+            return None
+        found = Deferred.of(state, root, parents, extras, book)
+        found.value = value
+        noted = Noted(found, [None if d is None else d.noted for d in parents])
+        found.noted = noted  # type: ignore[attr-defined]
+        self.made.append(noted)
+        return value if state.eager else found
+
+    def read(self, deferred: Deferred) -> None:
+        """The model reads a value."""
+        noted: Noted = deferred.noted  # type: ignore[attr-defined]
+        noted.read = True
+        noted.late = noted.late or deferred.stale() is not None
+
+
+class Noted:
+    """What is known of a Deferred, which it outlives."""
+
+    def __init__(self, deferred: Deferred, parents: Sequence[Noted | None]) -> None:
+        self.state, self.parents = deferred.state, parents
+        self.root, self.extras = deferred.root, deferred.extras
+        self.deferred, self.versions = ref(deferred), deferred.versions
+        self.read = False
+        self.late = False
+        """Whether it is used when it could no longer be computed."""
+        self.children: list[Noted] = []
+        for parent in parents:
+            if parent is not None:
+                parent.children.append(self)
+
+    def changed(self) -> bool:
+        """Whether the model has changed in place what a plan would have kept for its backward."""
+        return self.versions != [*map(version, (self.root, *self.extras))]
+
+    def before(self) -> Iterable[Noted]:
+        """Itself and all that it was made of."""
+        yield self
+        for parent in self.parents:
+            if parent is not None:
+                yield from parent.before()
+
+
+def worth(state: State) -> bool:
+    """Whether a plan gains by computing up to here: an MLP, or a norm."""
+    kinds = {s.step.what.leaf.kind for s in state.before() if s.step.kind == "module"}
+    return not state.open and ("linear" in kinds or "norm" in kinds)
+
+
+def _settle(learning: Learning) -> tuple[dict[State, Noted], bool]:
+    """The states that end plans, each with an example; whether states were changed meanwhile."""
+    for noted in learning.made:
+        if (deferred := noted.deferred()) is not None:
+            deferred.parents = ()  # which would keep values that the model let go
+    deferred = None
+    changed = False
+    finals: list[Noted] = []
+    gone: set[int] = set()
+    for noted in reversed(learning.made):
+        state, escaped = noted.state, noted.deferred() is not None
+        children = [child for child in noted.children if id(child) not in gone]
+        used_twice = bool(children) and (noted.read or escaped)
+        if (used_twice or noted.late) and not state.eager:
+            state.eager = changed = True
+        if children and not state.eager:
+            continue
+        if state.barred is None and noted.changed():
+            state.barred, changed = "what it is computed of is changed in place later", True
+        if worth(state) and state.barred is None:
+            finals.append(noted)
+            continue
+        gone.add(id(noted))
+        for parent in noted.parents:
+            if parent is not None:
+                parent.read = True
+        if state.barred is None:
+            state.barred, changed = NOTHING, True
+    if changed:  # what is shared may be so only until then
+        return {}, True
+    shared: Counter[int] = Counter()
+    by_id: dict[int, Noted] = {}
+    for final in finals:
+        inner = {id(n): n for n in final.before() if n is not final}
+        shared.update(inner.keys())
+        by_id |= inner
+    for key, count in shared.items():
+        if count > 1 and not by_id[key].state.eager:
+            by_id[key].state.eager = changed = True
+    return {noted.state: noted for noted in finals}, changed
+
+
+def boundaries(model: nn.Module, units: Sequence[Unit]) -> list[nn.Module]:
+    """The layers of a model, which may be checkpointed: what one returns has to be computed."""
+    norms = {unit.module for unit in units if unit.leaf.kind == "norm"}
+    found = []
+    for parent in model.modules():
+        for module in parent.children():
+            named = {kind.__name__ for kind in type(module).__mro__}
+            listed = isinstance(parent, nn.ModuleList | nn.Sequential) and module not in norms
+            if named & _LAYERS or (listed and any(m in norms for m in module.modules())):
+                found.append(module)
+    return found
+
+
+def _leaves(module: nn.Module, args: Any, result: Any) -> None:
+    """A hook: what a layer returns is read."""
+    for value in result if isinstance(result, tuple | list) else (result,):
+        if type(value) is Deferred:
+            value.compute()
+
+
+def learn(
+    model: nn.Module,
+    book: Book,
+    units: Sequence[Unit],
+    run: Callable[[], Any],
+    prove: Callable[[Noted], str | None],
+) -> None:
+    """Run until the states that end plans are settled and proven.
+
+    run: runs the model. prove: builds and proves the plan of a state, or gives the reason why
+    there is none: then no plan contains the last step of the state.
+    """
+    hooks = [module.register_forward_hook(_leaves) for module in boundaries(model, units)]
+    try:
+        _learn(book, units, run, prove)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _learn(
+    book: Book, units: Sequence[Unit], run: Callable[[], Any], prove: Callable[[Noted], str | None]
+) -> None:
+    quiet, drops = 0, False
+    for _ in range(MOST):
+        book.learning = Learning(drops)
+        try:
+            result = run()  # what is still there after it has left the model
+            finals, changed = _settle(book.learning)
+        finally:
+            book.learning = None
+        del result
+        if not changed:
+            for state, noted in finals.items():
+                if state.plan is None and (reason := prove(noted)) is not None:
+                    state.barred, changed = reason, True
+        if changed:
+            quiet = 0
+        else:
+            quiet, drops = quiet + 1, not drops
+            if quiet == 2:
+                return
+    for state in all_states(units):
+        if state.plan is None and not state.next:
+            state.barred = state.barred or "the uses of its values were not settled"
+
+
+def names_of(state: State) -> list[str]:
+    """The modules of a state."""
+    return [unit.name for unit in units_of(state)]

@@ -1,0 +1,278 @@
+"""The proof of a plan: values and gradients beside those of the model's own modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...base.errors import OpsgraphError
+from ...plan import Plan
+from ...run.sequential import Sequential
+from .build import CannotBuild, ops_of
+from .deferred import original
+from .learn import Noted
+from .states import State, units_of
+
+ROWS = 24
+DRAWS = 32
+"""Of probe values at most: the errors of 16-bit values are summed over them until they suffice."""
+EXACT = 1e-5
+"""How far fp32 values may differ, relative to the largest of their tensor."""
+WORSE = 1.1
+"""How much larger than the model's own the error of 16-bit values may be."""
+FLOOR = 1e-2
+"""Of typical gradients: those that are about zero are compared with this share of them."""
+_HALF = torch.float16, torch.bfloat16
+
+
+@dataclass
+class Proof:
+    """What was measured. reason: why the plan is not taken, or None."""
+
+    shown: list[str]
+    reason: str | None = None
+    fp32: float = 0.0
+    """The largest difference in fp32, relative."""
+    half: float = 0.0
+    """The largest quotient of errors in 16 bits, that of the plan by that of the modules."""
+    steps: str = ""
+    saved: int = 0
+    """Bytes that the plan keeps for each row."""
+    saved_before: int = 0
+    like: dict[torch.dtype, list[tuple[int, torch.dtype]]] = field(default_factory=dict)
+    """The width and dtype of each value on the way, by the root's dtype."""
+
+
+class Prover:
+    """Builds and proves plans; what has the signature of a proven one is compared once."""
+
+    def __init__(self, dtypes: Sequence[torch.dtype]) -> None:
+        self.dtypes = dtypes
+        self.proofs: dict[Any, Proof] = {}
+        self.of: dict[State, Proof] = {}
+
+    def __call__(self, noted: Noted) -> str | None:
+        """Build and prove the plan of a state, and give it to it; or the reason against it."""
+        state = noted.state
+        try:
+            made = Sequential(*ops_of(state))
+        except (CannotBuild, OpsgraphError) as error:
+            return str(error)
+        key = _signature(state, noted)
+        if key not in self.proofs:
+            self.proofs[key] = self._prove(noted)
+        proof = self.of[state] = self.proofs[key]
+        if proof.reason is not None:
+            return proof.reason
+        state.plan = made
+        for dtype, likes in proof.like.items():
+            for before, like in zip(dict.fromkeys(state.before()), likes, strict=True):
+                before.like[dtype] = like
+        return None
+
+    def _prove(self, noted: Noted) -> Proof:
+        proof = Proof(_shown(noted.state))
+        for dtype in self.dtypes:
+            try:
+                reason = _compare(noted, dtype, proof)
+            except OpsgraphError as error:
+                reason = str(error)
+            if reason is not None:
+                proof.reason = f"{dtype}".removeprefix("torch.") + f": {reason}"
+                return proof
+        return proof
+
+
+def _shown(state: State) -> list[str]:
+    shown: list[str] = []
+    for op in ops_of(state):
+        name = type(op).__name__
+        homes = getattr(next(iter(op._homes.values()), (None,))[0], "layers", None)
+        if homes is not None and len(homes) > 1:
+            name += "(gate, up)"
+        shown.append({"Tee": "residual(", "Add": "add"}.get(name, name))
+    if "residual(" in shown:
+        shown[shown.index("add")] = ")"
+    return shown
+
+
+def _steps(plan: Plan) -> str:
+    backends = sorted({step.backend for step in (*plan.forward, *plan.backward)})
+    return f"{len(plan.forward)}+{len(plan.backward)} steps: {', '.join(backends)}"
+
+
+def _signature(state: State, noted: Noted) -> tuple[Any, ...]:
+    """Equal for states that compute the same on parameters of equal shapes and dtypes."""
+    order = {unit: k for k, unit in enumerate(units_of(state))}
+    numbers: dict[State, int] = {}
+
+    def step(state: State | None) -> Any:
+        if state is None:
+            return None
+        if state in numbers:
+            return numbers[state]
+        numbers[state] = len(numbers)
+        kind, what = state.step
+        shown = order[what] if kind == "module" else what
+        return kind, shown, *map(step, state.inputs)
+
+    leaves = [
+        (id(unit.leaf), *[(tuple(p.shape), p.dtype, p.device) for p in unit.module.parameters()])
+        for unit in order
+    ]
+    return step(state), *leaves, noted.root.shape[-1]
+
+
+def _examples(noted: Noted, dtype: torch.dtype, draw: int) -> list[Tensor]:
+    """A root and extra inputs: the model's own rows, and larger ones."""
+    found = []
+    device = noted.root.device
+    for k, tensor in enumerate((noted.root, *noted.extras)):
+        generator = torch.Generator().manual_seed(8 * draw + k)
+        rows = torch.randn(ROWS, tensor.shape[-1], generator=generator)
+        rows[ROWS // 3 : ROWS // 2] *= 10
+        own = tensor.detach().reshape(-1, tensor.shape[-1])[: ROWS // 3].float().cpu()
+        rows[: len(own)] = own
+        found.append(rows.to(device, dtype))
+    return found
+
+
+Results = list[Tensor | None]
+
+
+def _results(
+    f: Callable[..., Tensor], given: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> Results:
+    inputs = [tensor.clone().requires_grad_() for tensor in given]
+    with torch.enable_grad():
+        y = f(*inputs)
+        weights = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64)
+        dy = weights[torch.randperm(y.numel(), generator=torch.Generator().manual_seed(1))]
+        gradients = torch.autograd.grad(
+            y, [*inputs, *parameters], dy.view(y.shape).to(y.dtype), allow_unused=True
+        )
+    return [y.detach(), *gradients]
+
+
+def _compare(noted: Noted, dtype: torch.dtype, proof: Proof) -> str | None:
+    state = noted.state
+    units = units_of(state)
+    ours, exact = _copies(units, dtype), _copies(units, torch.float64)
+    parameters, precise = _parameters(units, ours), _parameters(units, exact)
+    plan = Sequential(*ops_of(state, ours))
+    names = ["the result", "the input's gradient"]
+    names += ["an added value's gradient"] * len(noted.extras)
+    names += [f"the gradient of {name}" for name, _ in _named(units, ours)]
+    errors = [Errors() for _ in names]
+    for draw in range(DRAWS if dtype in _HALF else 1):
+        given = _examples(noted, dtype, draw)
+        kept = _Kept(parameters)
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
+            theirs = _results(_own(state, ours), given, parameters)
+        found = _results(plan, given, parameters)
+        true = _results(_own(state, exact), [tensor.double() for tensor in given], precise)
+        if draw == 0:
+            proof.saved_before = kept.bytes // ROWS
+            made = plan.plan(True, given[0])
+            proof.saved, proof.steps = made.saved_bytes_per_row, _steps(made)
+            with torch.no_grad():
+                values = [_own(before, ours)(*given) for before in dict.fromkeys(state.before())]
+            proof.like[dtype] = [(value.shape[-1], value.dtype) for value in values]
+        for k, error in enumerate(errors):
+            if (reason := error.add(found[k], theirs[k], true[k])) is not None:
+                return f"{names[k]} {reason}"
+        if all(error.worse <= WORSE for error in errors):
+            break
+    if dtype in _HALF:
+        proof.half = max(proof.half, *(error.worse for error in errors))
+    else:
+        proof.fp32 = max(proof.fp32, *(error.difference for error in errors))
+    for name, error in zip(names, errors, strict=True):
+        if error.difference > EXACT and dtype not in _HALF:
+            return f"{name} differs by {error.difference:.1e}"
+        if error.worse > WORSE and dtype in _HALF:
+            return f"{name} has {error.worse:.2f} of the module's error"
+    return None
+
+
+class Errors:
+    """Of one result: the plan's and the modules', over draws."""
+
+    def __init__(self) -> None:
+        self.mine = self.own = self.size = self.difference = 0.0
+
+    def add(self, mine: Tensor | None, own: Tensor | None, right: Tensor | None) -> str | None:
+        """Take a draw; the reason where the plan's result is of another kind."""
+        if mine is None or own is None or right is None:
+            return None if mine is own is right else "is missing"
+        if mine.shape != own.shape or mine.dtype != own.dtype:
+            return f"has shape {tuple(mine.shape)} and {mine.dtype}, unlike the module's"
+        if not bool(mine.isfinite().all()) and bool(own.isfinite().all()):
+            return "is not finite"
+        size = max(float(right.abs().max()), 1e-30)
+        difference = float((mine.double() - own.double()).abs().max()) / size
+        self.difference = max(self.difference, difference)
+        self.mine += float((mine.double() - right).abs().sum())
+        self.own += float((own.double() - right).abs().sum())
+        if own.dtype in _HALF:
+            self.size += float(right.abs().sum()) * torch.finfo(own.dtype).eps
+        return None
+
+    @property
+    def worse(self) -> float:
+        """The quotient of mean errors. Those far below the dtype's epsilon do not count."""
+        floor = 0.02 * self.size
+        return (self.mine + floor) / (self.own + floor) if self.own + floor else 1.0
+
+
+def _copies(units: Sequence[Any], dtype: torch.dtype) -> dict[nn.Module, nn.Module]:
+    """Copies of modules in a dtype; parameters that are not of the most common one stay wider."""
+    found = {}
+    for unit in units:
+        forward = unit.module.__dict__.pop("forward", None)
+        try:
+            found[unit.module] = copy.deepcopy(unit.module).to(dtype).eval()
+        finally:
+            if forward is not None:
+                unit.module.__dict__["forward"] = forward
+        found[unit.module].requires_grad_(True)
+    return found
+
+
+def _named(units: Sequence[Any], copies: dict[nn.Module, nn.Module]) -> list[tuple[str, Tensor]]:
+    return [
+        (f"{unit.name}.{name}", parameter)
+        for unit in units
+        for name, parameter in copies[unit.module].named_parameters()
+    ]
+
+
+def _parameters(units: Sequence[Any], copies: dict[nn.Module, nn.Module]) -> list[Tensor]:
+    return [parameter for _, parameter in _named(units, copies)]
+
+
+def _own(state: State, copies: dict[nn.Module, nn.Module]) -> Callable[..., Tensor]:
+    def run(root: Tensor, *extras: Tensor) -> Tensor:
+        return state.run(root, extras, lambda module, x: original(copies[module], x))
+
+    return run
+
+
+class _Kept:
+    """How many bytes autograd keeps, parameters and views of the same memory apart."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.seen = {p.untyped_storage().data_ptr() for p in parameters}
+        self.bytes = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        where = tensor.untyped_storage().data_ptr()
+        if where not in self.seen:
+            self.seen.add(where)
+            self.bytes += tensor.untyped_storage().nbytes()
+        return tensor
