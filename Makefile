@@ -5,7 +5,7 @@ TORCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
-APART := examples/__init__.py examples/byte_lm.py examples/tensor_parallel.py \
+APART := examples/byte_lm.py examples/byte_lm_report.py examples/tensor_parallel.py \
 	examples/fp8_training.py
 EXAMPLES := $(filter-out $(APART),$(wildcard examples/*.py))
 VERSIONS ?= 2.9 2.11 2.14 2.15
@@ -67,7 +67,7 @@ gpu: $(VENV)/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 demo: $(VENV)/installed  ## train a small byte-level language model; writes demo/
-	$(BIN)/python -m examples.byte_lm
+	$(BIN)/python examples/byte_lm.py
 
 examples: $(VENV)/installed  ## run every example but the two that train
 	for example in $(EXAMPLES); do echo "== $$example"; $(BIN)/python $$example || exit 1; done

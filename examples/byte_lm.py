@@ -1,32 +1,34 @@
-"""Train a small Llama-style byte-level language model twice, with opsgraph and without it.
+"""Train a small Llama-style byte-level language model in bf16 and fp32, with opsgraph and without.
 
-Both models start from the same weights and see the same batches. In the first, every norm+MLP
-block is one opsgraph Sequential with the residual inside it, and so are the attention's norm and
-projection; the second is plain PyTorch. The text is the English of Python's own manual,
-`pydoc_data.topics`, so nothing is downloaded. On the CPU everything is fp32, on CUDA bf16.
+All runs start from the same weights, see the same batches and take turns. In opsgraph's, every
+norm+MLP block is one Sequential with the residual inside it, and so are the attention's norm and
+projection; the others are plain PyTorch, as it is and under torch.compile. The text is the English
+of Python's own manual, `pydoc_data.topics`, so nothing is downloaded. `byte_lm_report.py` shows
+speed, memory and losses, while it trains and in one picture.
 
     python examples/byte_lm.py                        # about two minutes on two cores
     python examples/byte_lm.py --steps 20 --layers 1  # a quick look
 
-The exit code is 1 if the two loss curves differ by more than the tolerances below.
+The exit code is 1 if the loss curves of opsgraph and PyTorch differ by more than the tolerances
+below, or if a plan saves something else than it says.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data import topics
 
+import byte_lm_report as report
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import opsgraph as og
@@ -34,15 +36,14 @@ from opsgraph.ops import Add, Linear, RMSNorm, SwiGLU, Tee
 
 EPS = 1e-5
 HEAD_WIDTH = 32
-STEPS = 800
 EARLY_STEPS = 50
+SETTLED = 3
+"""Steps that no time is taken of: allocators and choices settle."""
 # Largest allowed difference of the two training losses, in nats: within the first EARLY_STEPS
 # steps, and anywhere. Two correct implementations round differently, and training amplifies that:
 # measured in fp32, 5e-7 in the first 50 steps, 1e-3 (at worst 5e-3) after 400. So the second bound
 # is wider; the first is the one that a wrong gradient breaks, within a few steps.
 TOLERANCE = {torch.float32: (1e-4, 5e-2), torch.bfloat16: (5e-2, 3e-1)}
-
-console = Console(highlight=False)
 
 
 def fused_parts(hidden: int, ffn: int) -> tuple[nn.Module, nn.Module]:
@@ -86,13 +87,14 @@ def plain_parts(hidden: int, ffn: int) -> tuple[nn.Module, nn.Module]:
 class Block(nn.Module):
     """Causal attention with rotary positions, then the norm+MLP block."""
 
-    def __init__(self, qkv: nn.Module, mlp: nn.Module, hidden: int) -> None:
+    def __init__(self, qkv: nn.Module, mlp: nn.Module, hidden: int, head_width: int) -> None:
         super().__init__()
-        self.qkv, self.mlp = qkv, mlp
+        self.qkv, self.mlp, self.head_width = qkv, mlp, head_width
         self.projection = nn.Linear(hidden, hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (3, -1, HEAD_WIDTH))  # [batch, length, 3, heads, width]
+        heads = self.qkv(x).unflatten(-1, (3, -1, self.head_width))
+        # [batch, length, 3, heads, head_width]
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -114,14 +116,17 @@ class ByteLM(nn.Module):
         hidden: int,
         layers: int,
         context: int,
+        head_width: int = HEAD_WIDTH,
     ) -> None:
         super().__init__()
         ffn = (8 * hidden // 3 + 31) // 32 * 32
         self.embedding = nn.Embedding(256, hidden)
-        self.blocks = nn.ModuleList(Block(*parts(hidden, ffn), hidden) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            Block(*parts(hidden, ffn), hidden, head_width) for _ in range(layers)
+        )
         self.norm = nn.RMSNorm(hidden, eps=EPS)
         self.head = nn.Linear(hidden, 256, bias=False)
-        rate = 10_000 ** -torch.linspace(0, 1, HEAD_WIDTH // 2 + 1)[:-1]
+        rate = 10_000 ** -torch.linspace(0, 1, head_width // 2 + 1)[:-1]
         angle = torch.outer(torch.arange(context), rate)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
@@ -145,11 +150,31 @@ class Run:
     """A model, its optimizer, and what training it has shown so far."""
 
     name: str
+    dtype: torch.dtype
     model: ByteLM
     optimizer: torch.optim.Optimizer
+    call: nn.Module
+    """What is called: the model, or what torch.compile makes of it."""
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     saved: int = 0
+    """Bytes kept from a step's forward to its backward."""
+    held_out: float = math.nan
+
+    @property
+    def title(self) -> str:
+        """`opsgraph, bf16`."""
+        return f"{self.name}, {'bf16' if self.dtype is torch.bfloat16 else 'fp32'}"
+
+    @property
+    def step_seconds(self) -> float:
+        """The median of the steps so far."""
+        return statistics.median(self.seconds[SETTLED:] or self.seconds or [math.nan])
+
+    def warm_up(self, batch: Tensor) -> None:
+        """Plan or compile, and count what is saved, without a step."""
+        loss_of(self.call, batch).backward()
+        self.saved = saved_bytes(self.model, lambda: loss_of(self.call, batch))
 
     def step(self, batch: Tensor, learning_rate: float) -> None:
         """One step of training, timed until its loss is on the host."""
@@ -157,7 +182,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(self.model, batch)
+        loss = loss_of(self.call, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -165,23 +190,27 @@ class Run:
         self.seconds.append(time.perf_counter() - start)
 
 
-def make_runs(args: argparse.Namespace, device: str, dtype: torch.dtype) -> tuple[Run, Run]:
-    """The opsgraph model and the plain one, from the same weights."""
+def make_runs(args: argparse.Namespace) -> list[Run]:
+    """Models of the same weights: of each name in bf16, of opsgraph and PyTorch in fp32 too."""
     torch.manual_seed(args.seed)
-    plain = ByteLM(plain_parts, args.hidden, args.layers, args.context)
-    fused = ByteLM(fused_parts, args.hidden, args.layers, args.context)
-    with torch.no_grad():
-        for parameter in plain.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.02)
-        for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
-            ours.copy_(theirs)
+    sizes = args.hidden, args.layers, args.context, args.head_width
+    first = ByteLM(plain_parts, *sizes)
+    for parameter in first.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, 0, 0.02)
     runs = []
-    for name, model in (("opsgraph", fused), ("PyTorch", plain)):
-        model.to(device=device, dtype=dtype)
+    for name, dtype in itertools.product(("opsgraph", "torch.compile", "PyTorch"), TOLERANCE):
+        if name == "torch.compile" and (dtype is torch.float32 or not args.compile):
+            continue
+        model = ByteLM(fused_parts if name == "opsgraph" else plain_parts, *sizes)
+        with torch.no_grad():
+            for ours, theirs in zip(model.parameters(), first.parameters(), strict=True):
+                ours.copy_(theirs)
+        model.to(device=args.device, dtype=dtype)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-        runs.append(Run(name, model, optimizer))
-    return runs[0], runs[1]
+        call = torch.compile(model) if name == "torch.compile" else model
+        runs.append(Run(name, dtype, model, optimizer, call))
+    return sorted(runs, key=lambda run: run.dtype is torch.float32)
 
 
 def load_text(device: str) -> tuple[Tensor, Tensor]:
@@ -203,28 +232,29 @@ def learning_rate(peak: float, step: int, done: float) -> float:
     return peak * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
 
 
-def train(runs: tuple[Run, Run], data: Tensor, args: argparse.Namespace) -> None:
-    """Train both on the same batches; which of the two steps first changes at every step."""
+def train(runs: list[Run], data: Tensor, args: argparse.Namespace) -> None:
+    """Train all on the same batches; which of them steps first changes at every step."""
     generator = torch.Generator().manual_seed(args.seed)
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console.print(f"{'step':>6}{'opsgraph':>12}{'PyTorch':>12}{'difference':>14}")
     start = time.perf_counter()
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=args.steps)
+    with report.progress(runs, args) as told:
+        first = draw_batch(data, args.batch, args.context, generator)
+        for run in runs:
+            told(f"{'compiling' if run.call is not run.model else 'planning'} {run.title}", 0)
+            run.warm_up(first)
+        began, limit = time.perf_counter(), start + args.seconds
         for step in range(args.steps):
             # Where the time ends before the steps do, the schedule still reaches its end.
-            done = max(step / args.steps, (time.perf_counter() - start) / args.seconds)
-            if done >= 1:
-                progress.update(task, total=step)
-                console.print(f"the time is up after {step} steps of {args.steps}")
+            now = time.perf_counter()
+            if now >= limit and step:
                 break
+            done = max(step / args.steps, (now - began) / max(limit - began, 1))
             batch = draw_batch(data, args.batch, args.context, generator)
-            for run in runs if step % 2 == 0 else runs[::-1]:
-                run.step(batch, learning_rate(args.learning_rate, step, done))
-            progress.update(task, completed=step + 1)
-            if step % args.every == 0 or step + 1 == args.steps:
-                ours, theirs = (run.losses[-1] for run in runs)
-                console.print(f"{step:>6}{ours:>12.4f}{theirs:>12.4f}{abs(ours - theirs):>14.1e}")
+            turn = step % len(runs)
+            for run in runs[turn:] + runs[:turn]:
+                run.step(batch, learning_rate(args.learning_rate, step, min(done, 1)))
+            told("training", step + 1)
+    if len(runs[0].losses) < args.steps:
+        report.line(f"the time was up after {len(runs[0].losses)} steps of {args.steps}")
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -264,99 +294,61 @@ def sample(model: nn.Module, prompt: str, length: int, context: int, seed: int) 
     return bytes(tokens[0].tolist()).decode(errors="replace")
 
 
-def differences(runs: tuple[Run, Run]) -> list[float]:
+def pairs(runs: list[Run]) -> Iterator[tuple[Run, Run]]:
+    """opsgraph's run and PyTorch's of each dtype."""
+    for ours, theirs in itertools.combinations(runs, 2):
+        if (ours.name, theirs.name) == ("opsgraph", "PyTorch") and ours.dtype is theirs.dtype:
+            yield ours, theirs
+
+
+def differences(ours: Run, theirs: Run) -> list[float]:
     """The absolute difference of the two training losses, step by step."""
-    return [abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True)]
+    return [abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
 
 
-def draw_losses(runs: tuple[Run, Run], path: Path) -> None:
-    """Both curves, and below them their difference on a logarithmic scale."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(
-        2, 1, sharex=True, figsize=(7, 5.5), height_ratios=(3, 1), layout="constrained"
-    )
-    for run, style in zip(runs, (dict(lw=3, alpha=0.45), dict(lw=1, color="black")), strict=True):
-        top.plot(run.losses, label=run.name, **style)
-    top.set_ylabel("training loss, nats per byte")
-    top.legend()
-    bottom.semilogy([max(d, 1e-8) for d in differences(runs)], lw=0.8, color="tab:red")
-    bottom.set_ylabel("difference")
-    bottom.set_xlabel("step")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def show_plan(runs: tuple[Run, Run], batch: Tensor, path: Path) -> bool:
-    """Print and draw the plan of one norm+MLP block; True if it saves what it says it does."""
-    ours, theirs = (run.model.blocks[0].mlp for run in runs)
-    plan = ours.plan(training=True)
-    console.print("The plan of one norm+MLP block:", style="bold")
-    print(plan)
-    plan.draw(path)
-    weight = next(ours.parameters())
-    x = torch.randn(batch.shape[0], batch.shape[1] - 1, weight.numel()).to(weight)
-    x.requires_grad_()
-    rows = x.shape[0] * x.shape[1]
-    counted, plain = (saved_bytes(m, lambda m=m: m(x)) / rows for m in (ours, theirs))
-    for run in runs:
-        run.saved = saved_bytes(run.model, lambda model=run.model: loss_of(model, batch))
-    console.print(
-        f"It says that it saves {plan.saved_bytes_per_row} bytes per token; "
-        f"autograd's hooks count {counted:g}, and {plain:g} for the plain block.\n",
-        soft_wrap=True,
-    )
-    return counted == plan.saved_bytes_per_row
-
-
-def summarize(runs: tuple[Run, Run], held_out: Tensor, args: argparse.Namespace) -> None:
-    """Print what the two runs have reached and what they cost."""
-    tokens = args.batch * args.context
-    console.print(f"\n{'':<28}{runs[0].name:>12}{runs[1].name:>12}", style="bold")
-    rows = (
-        ("last training loss", "12.4f", lambda run: run.losses[-1]),
-        ("held-out loss", "12.4f", lambda run: held_out_loss(run.model, held_out, args.context)),
-        ("steps per second (median)", "12.2f", lambda run: 1 / statistics.median(run.seconds)),
-        ("saved bytes per token", "12,.0f", lambda run: run.saved / tokens),
-    )
-    for title, form, value in rows:
-        console.print(f"{title:<28}" + "".join(format(value(run), form) for run in runs))
-
-
-def curves_agree(runs: tuple[Run, Run], dtype: torch.dtype) -> bool:
-    """Print the largest differences of the two curves beside what is allowed."""
-    early, anywhere = TOLERANCE[dtype]
-    gaps = differences(runs)
+def curves_agree(ours: Run, theirs: Run) -> Iterator[tuple[str, bool]]:
+    """The largest differences of two curves beside what is allowed, and whether they are."""
+    early, anywhere = TOLERANCE[ours.dtype]
+    gaps = differences(ours, theirs)
     checks = (
         (f"in the first {min(EARLY_STEPS, len(gaps))} steps", max(gaps[:EARLY_STEPS]), early),
         (f"in all {len(gaps)} steps", max(gaps), anywhere),
     )
     for where, gap, allowed in checks:
-        console.print(f"largest difference {where}: {gap:.1e} nats (allowed {allowed:g})")
-    return all(gap <= allowed for _, gap, allowed in checks)  # false for a NaN too
+        # False for a NaN too.
+        yield f"{where}: {gap:.1e} nats (allowed {allowed:g})", gap <= allowed
+
+
+def block_saves(run: Run, batch: Tensor) -> float:
+    """Bytes per token that autograd's hooks count in one norm+MLP block."""
+    block = run.model.blocks[0].mlp
+    weight = next(block.parameters())
+    x = torch.randn(batch.shape[0], batch.shape[1] - 1, weight.numel()).to(weight)
+    x.requires_grad_()
+    return saved_bytes(block, lambda: block(x)) / (x.shape[0] * x.shape[1])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
-    parser.add_argument("--seconds", type=float, default=150, help="stop training after this long")
-    parser.add_argument("--hidden", type=int, default=128, help=f"a multiple of {HEAD_WIDTH}")
+    parser.add_argument("--steps", type=int, default=400, help="training steps")
+    parser.add_argument("--seconds", type=float, default=115, help="stop training after this long")
+    parser.add_argument("--hidden", type=int, default=192, help="a multiple of --head-width")
+    parser.add_argument("--head-width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--context", type=int, default=128, help="bytes per row")
-    parser.add_argument("--batch", type=int, default=16, help="rows per step")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--every", type=int, default=50, help="steps between printed losses")
-    parser.add_argument("--sample", type=int, default=300, help="bytes of text to generate")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--sample", type=int, default=200, help="bytes of text to generate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="where the pictures go")
     args = parser.parse_args(arguments)
-    if args.hidden % HEAD_WIDTH or min(args.steps, args.layers, args.seconds) <= 0:
-        parser.error(f"--hidden is a multiple of {HEAD_WIDTH}; steps, layers, seconds are positive")
+    if args.hidden % args.head_width or args.head_width % 2:
+        parser.error("--hidden is a multiple of --head-width, which is even")
+    if min(args.steps, args.layers, args.seconds) <= 0:
+        parser.error("steps, layers and seconds are positive")
     return args
 
 
@@ -364,30 +356,38 @@ def main(arguments: list[str] | None = None) -> int:
     """Train, compare, print and draw; the exit code."""
     args = parse(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     data, held_out = load_text(args.device)
-    runs = make_runs(args, args.device, dtype)
-    size = sum(p.numel() for p in runs[0].model.parameters())
-    console.print(
-        f"{size:,} parameters, {str(dtype).removeprefix('torch.')} on {args.device}, "
-        f"{len(data):,} bytes of text, {args.batch} x {args.context} bytes a step\n",
-        soft_wrap=True,
-    )
-    first = draw_batch(data, args.batch, args.context, torch.Generator().manual_seed(args.seed))
-    saves_as_told = show_plan(runs, first, args.out / "plan.svg")
+    runs = make_runs(args)
+    report.header(runs[0].model, len(data), args)
     train(runs, data, args)
-    summarize(runs, held_out, args)
-    agree = curves_agree(runs, dtype)
-    draw_losses(runs, args.out / "loss.png")
+    for run in runs:
+        run.held_out = held_out_loss(run.model, held_out, args.context)
+    batch = draw_batch(data, args.batch, args.context, torch.Generator().manual_seed(args.seed))
+    ours, theirs = next(pairs(runs))
+    plan = ours.model.blocks[0].mlp.plan(training=True)
+    plan.draw(args.out / "plan.html")
+    counted = block_saves(ours, batch)
+    report.block(plan, counted, block_saves(theirs, batch))
     if args.sample:
-        console.print("\nA sample of the opsgraph model:", style="bold")
-        print(sample(runs[0].model, "The ", args.sample, args.context, args.seed))
-    console.print(f"\nwrote {args.out / 'loss.png'} and {args.out / 'plan.svg'}")
-    if not agree:
-        console.print("FAILED: the two loss curves differ by more than is allowed", style="red")
-    if not saves_as_told:
-        console.print("FAILED: the plan saves something else than it says", style="red")
-    return 0 if agree and saves_as_told else 1
+        report.line("\nA sample of the opsgraph model:", style="bold")
+        print(sample(ours.model, "The ", args.sample, args.context, args.seed))
+    report.summary(runs, args)
+    problems = []
+    for ours, theirs in pairs(runs):
+        for text, good in curves_agree(ours, theirs):
+            report.line(f"losses of {ours.title} and {theirs.name} differ {text}")
+            problems += (
+                [] if good else [f"the loss curves of {ours.title} and {theirs.name} differ"]
+            )
+    if counted != plan.saved_bytes_per_row:
+        problems.append("the plan saves something else than it says")
+    report.draw(runs, args.out / "demo.png")
+    report.write(runs, args, args.out / "demo.json")
+    names = ("demo.png", "demo.json", "plan.html")
+    report.line(f"\nwrote {', '.join(str(args.out / name) for name in names)}")
+    for problem in problems:
+        report.line(f"FAILED: {problem}", style="red")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

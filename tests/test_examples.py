@@ -1,5 +1,6 @@
 """Every example runs in a process of its own, as a reader would start it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -31,12 +32,21 @@ def run(name: str, *arguments: str) -> str:
 
 @pytest.mark.slow  # `make demo` trains it for longer
 def test_byte_lm(tmp_path: Path) -> None:
-    sizes = "--steps 12 --hidden 32 --layers 1 --context 32 --batch 4 --every 5 --sample 10"
+    sizes = "--steps 12 --hidden 32 --head-width 16 --layers 1 --context 32 --batch 4 --sample 10"
     out = run("byte_lm", *sizes.split(), "--device", "cpu", "--out", str(tmp_path))
-    for text in ("forward", "backward", "held-out loss", "steps per second", "bytes per token"):
+    for text in ("forward", "backward", "held-out loss", "ms a step", "bytes a token"):
         assert text in out
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "plan.svg").read_text()
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "def backward" in (tmp_path / "plan.html").read_text()
+    figures = json.loads((tmp_path / "demo.json").read_text())
+    assert figures["steps"] == 12
+    names = {"opsgraph", "torch.compile", "PyTorch"}
+    assert {*figures["runs"]} == {f"{name}, bf16" for name in names} | {
+        "opsgraph, fp32",
+        "PyTorch, fp32",
+    }
+    ours, theirs = (figures["runs"][f"{name}, bf16"] for name in ("opsgraph", "PyTorch"))
+    assert ours["saved_bytes_per_token"] < theirs["saved_bytes_per_token"]
 
 
 def test_fp8_training(tmp_path: Path) -> None:
