@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ..base import config
-from ..base.errors import PlanError
+from ..base.errors import OpsgraphError, PlanError
 from ..op import Op
 from ..ops.sizes import width_between
 from ..plan import Plan
 from .extras import ExtraInputs
+from .page import fragment
+from .show import escaped
 
 
 class Plans(tuple[Plan, ...]):
@@ -30,6 +32,10 @@ class Plans(tuple[Plan, ...]):
 
     def __str__(self) -> str:
         return "\n\n".join([*map(str, self), *self.called])
+
+    def _repr_html_(self) -> str:
+        called = "".join(f"<p>{escaped(text)}</p>" for text in self.called)
+        return "".join(map(fragment, self)) + called
 
 
 class StageExamples:
@@ -72,6 +78,7 @@ class SequenceExamples:
     """What a Sequential tells of its plans."""
 
     _epoch: int
+    training: bool
     _prepare: Callable[[int | None], None]
     _current: Callable[[], list[Any]]
     _entries: Callable[[], Iterable[Any]]
@@ -96,6 +103,14 @@ class SequenceExamples:
         if len(found) == 1 and not called:
             return found[0]
         return Plans(found, called)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the modules, and the plan of the mode that it is in."""
+        try:
+            shown = self.plan(self.training)._repr_html_()
+        except OpsgraphError as error:
+            shown = f"<p>no plan yet: {escaped(str(error))}</p>"
+        return f"<pre>{escaped(repr(self))}</pre>{shown}"
 
     def example_extras(self, x: Tensor) -> list[Tensor]:
         """Uninitialized extra inputs of the right shapes for x, where all ops are planned."""

@@ -1,10 +1,9 @@
 """A plan for the eye: the table that `print(plan)` shows, the networkx graph, and a picture.
 
-The hooks are `Plan.__str__`, `Plan.graph` and `Plan.draw`.
+The hooks are `Plan.__str__` and `Plan.graph`; `page` has that for pictures.
 """
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.config import Config
@@ -91,26 +90,33 @@ def graph(plan: Plan) -> "nx.MultiDiGraph[Any]":
 
 
 _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
-"""For HTML; the module `html` is slow to import."""
-_COLORS = {"reference": "#9aa5b1", "aten": "#3b82c4", "triton": "#2e9e6b", "cpu": "#c4713b"}
+COLORS = {
+    "reference": "#7a8694", "aten": "#3b82c4", "triton": "#2e9e6b", "cpu": "#c4713b", "": "#7b5cb8"
+}  # fmt: skip
+"""Of backends; "" for those without a color of their own."""
 _COLUMN, _LEFT, _HEIGHT = 140, 92, 34
+
+
+def escaped(text: str) -> str:
+    """For HTML; the module `html` is slow to import."""
+    return text.translate(_ESCAPES)
 
 
 def _box(x: float, y: float, width: float, text: str, color: str, dashed: bool, title: str) -> str:
     style = 'fill="none" stroke-dasharray="4 3"' if dashed else f'fill="{color}"'
     ink = "#8a4b4b" if dashed else "#ffffff"
     return (
-        f"<g><title>{title.translate(_ESCAPES)}</title>"
+        f"<g><title>{escaped(title)}</title>"
         f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="26" rx="5" {style} '
         f'stroke="{"#b06a6a" if dashed else color}"/>'
         f'<text x="{x + width / 2:.0f}" y="{y + 17:.0f}" fill="{ink}" text-anchor="middle">'
-        f"{text[: max(4, int(width / 6.6))].translate(_ESCAPES)}</text></g>"
+        f"{escaped(text[: max(4, int(width / 6.6))])}</text></g>"
     )
 
 
 def _label(x: float, y: float, text: str, anchor: str = "start") -> str:
     place = f'x="{x:.0f}" y="{y:.0f}" fill="#334" text-anchor="{anchor}"'
-    return f"<text {place}>{text.translate(_ESCAPES)}</text>"
+    return f"<text {place}>{escaped(text)}</text>"
 
 
 def _span(ops: tuple[int, ...]) -> tuple[float, float]:
@@ -147,7 +153,7 @@ def _legend(plan: Plan, y: float) -> list[str]:
 
 
 def _color(backend: str) -> str:
-    return _COLORS.get(backend, "#7b5cb8")
+    return COLORS.get(backend, COLORS[""])
 
 
 def svg(plan: Plan) -> str:
@@ -186,23 +192,6 @@ def svg(plan: Plan) -> str:
     return "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *parts, "</svg>"])
 
 
-def draw(plan: Plan, path: str | Path) -> None:
-    """Write a picture: ops, steps taken, steps refused, as `.svg`.
-
-    As `.html` also the table and the generated source.
-    """
-    path = Path(path)
-    if path.suffix not in (".svg", ".html"):
-        raise ValueError(f"draw: got {path.name!r}, expected a name ending in .svg or .html")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = svg(plan)
-    if path.suffix == ".html":
-        blocks = (str(plan), plan.prepare_source, plan.forward_source, plan.backward_source)
-        body = "".join(f"<pre>{block.translate(_ESCAPES)}</pre>" for block in blocks if block)
-        text = f"<!doctype html><meta charset=utf-8><title>plan</title>{text}{body}"
-    path.write_text(text, encoding="utf-8")
-
-
 def logged(plan: Plan, config: Config) -> Plan:
     """The plan, after what OPSGRAPH_LOGS asks for is on stderr."""
     if "plan" in config.logs:
@@ -219,4 +208,4 @@ def logged(plan: Plan, config: Config) -> Plan:
 
 
 Plan.__str__ = table  # type: ignore[method-assign,assignment]
-Plan.draw, Plan.graph = draw, property(graph)
+Plan.graph = property(graph)
