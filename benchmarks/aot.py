@@ -27,14 +27,10 @@ from triton.runtime import JITFunction
 
 from opsgraph.kernels.formats import BLOCKS, NVFP4, Format
 from opsgraph.kernels.triton import gemm, norms, persistent, quantize
-from opsgraph.kernels.triton.activations import (
-    KINDS,
-    activation_backward,
-    activation_forward,
-    constants,
-)
+from opsgraph.kernels.triton.activations import activation_backward, activation_forward
 from opsgraph.kernels.triton.delayed import delayed_update, raise_to
 from opsgraph.kernels.triton.dropout import dropout
+from opsgraph.kernels.triton.functions import KINDS, constants
 from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
 from opsgraph.kernels.triton.grouped import grouped_dgrad, grouped_linear, grouped_wgrad
 from opsgraph.kernels.triton.inverse import inverse

@@ -49,7 +49,10 @@ def clamp(x: Tensor, low: float, high: float) -> Tensor:
 def clamped_swiglu(op: Any, x: Tensor, get: Any) -> Tensor:
     limit, alpha, offset = op.params
     a, b = halves(op, x)
-    a, b = clamp(a, -math.inf, limit), clamp(b, -limit, limit) + offset
+    b = clamp(b, -limit, limit) + offset
+    if op.clamp_after:
+        return clamp(a * torch.sigmoid(alpha * a), -math.inf, limit) * b
+    a = clamp(a, -math.inf, limit)
     return a * torch.sigmoid(alpha * a) * b
 
 
@@ -103,6 +106,25 @@ def relu(x: Tensor) -> Tensor:
     return torch.where(x <= 0, 0, x)
 
 
+def relu6(x: Tensor) -> Tensor:
+    return torch.where(x <= 0, 0, torch.where(x >= 6, 6, x))
+
+
+def hardswish(x: Tensor) -> Tensor:
+    """The gradient at -3 is 0, at 3 it is 1.5."""
+    return x * torch.where(x <= -3, 0, torch.where(x > 3, 6, x + 3)) / 6
+
+
+def leaky(x: Tensor, slope: float) -> Tensor:
+    return torch.where(x > 0, x, slope * x)
+
+
+def gated_by(op: Any, a: Tensor, b: Tensor) -> Tensor:
+    name = op.kernel.removesuffix(" gated")
+    act = {"tanh": torch.tanh, "leaky_relu": lambda a: leaky(a, *op.params)}[name](a)
+    return act * b
+
+
 def silu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
@@ -124,6 +146,14 @@ FORMULAS: dict[type[nn.Module], Formula] = {
     ops.SwiGLU: gated(lambda op, a: silu(a)),
     ops.GLU: gated(lambda op, a: torch.sigmoid(a)),
     ops.ClampedSwiGLU: clamped_swiglu,
+    ops.Sigmoid: lambda op, x, get: torch.sigmoid(x),
+    ops.Tanh: lambda op, x, get: torch.tanh(x),
+    ops.ReLU6: lambda op, x, get: relu6(x),
+    ops.Hardswish: lambda op, x, get: hardswish(x),
+    ops.Mish: lambda op, x, get: x * torch.tanh(torch.nn.functional.softplus(x)),
+    ops.LeakyReLU: lambda op, x, get: leaky(x, op.negative_slope),
+    ops.ClippedGELU: lambda op, x, get: clamp(gelu(x, "none"), -op.limit, op.limit),
+    ops.Gated: lambda op, x, get: gated_by(op, *halves(op, x)),
     ops.SiTUGLU: situglu,
     ops.RMSNorm: rmsnorm,
     ops.LayerNorm: layernorm,

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from ..base.errors import OpError, PlanError
 from ..op import Op, arguments, row
-from ..ops.activations import GELU, ReLU, SiLU
+from ..ops.activations import (
+    GELU,
+    Hardswish,
+    LeakyReLU,
+    Mish,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Tanh,
+)
 from ..ops.elementwise import Dropout, Identity
 from ..ops.linear import Linear
 from ..ops.norms import LayerNorm, RMSNorm
@@ -48,6 +58,12 @@ _FROM: dict[type[nn.Module], Callable[[Any], Op]] = {
     nn.GELU: lambda module: GELU(module.approximate),
     nn.ReLU: lambda module: ReLU(),
     nn.SiLU: lambda module: SiLU(),
+    nn.ReLU6: lambda module: ReLU6(),
+    nn.LeakyReLU: lambda module: LeakyReLU(module.negative_slope),
+    nn.Hardswish: lambda module: Hardswish(),
+    nn.Mish: lambda module: Mish(),
+    nn.Sigmoid: lambda module: Sigmoid(),
+    nn.Tanh: lambda module: Tanh(),
     nn.Dropout: lambda module: Dropout(module.p),
     nn.Identity: lambda module: Identity(),
 }
@@ -203,13 +219,20 @@ def _to_norm(op: Any, module: type[nn.Module], bias: dict[str, bool]) -> nn.Modu
     return module(op.normalized_shape, op.eps, op.elementwise_affine, **bias, device="meta")
 
 
+_APPROXIMATE = {"tanh": "tanh", "fast": "tanh", "none": "none"}
 _TO: dict[type[Op], Callable[[Any], nn.Module]] = {
     Linear: lambda op: nn.Linear(op.in_features, op.out_features, op.has("bias"), device="meta"),
     LayerNorm: lambda op: _to_norm(op, nn.LayerNorm, {"bias": op.has("bias")}),
     RMSNorm: lambda op: _to_norm(op, nn.RMSNorm, {}),
-    GELU: lambda op: nn.GELU(op.approximate),
+    GELU: lambda op: PlainOp(op) if op.round_steps else nn.GELU(_APPROXIMATE[op.approximate]),
     ReLU: lambda op: nn.ReLU(),
     SiLU: lambda op: nn.SiLU(),
+    ReLU6: lambda op: nn.ReLU6(),
+    LeakyReLU: lambda op: nn.LeakyReLU(op.negative_slope),
+    Hardswish: lambda op: nn.Hardswish(),
+    Mish: lambda op: nn.Mish(),
+    Sigmoid: lambda op: nn.Sigmoid(),
+    Tanh: lambda op: nn.Tanh(),
     Dropout: lambda op: nn.Dropout(op.p),
     Identity: lambda op: nn.Identity(),
 }

@@ -13,21 +13,23 @@ import torch
 from torch import nn
 
 from ..op import Op
-from ..ops.activations import GELU, QGELU, SiLU, SReLU
+from ..ops.activations import GELU, QGELU, ClippedGELU, Mish, SiLU, SReLU
 from ..ops.elementwise import Identity
 from ..ops.norms import RMSNorm
 
-_ACTIVATIONS: dict[str, Callable[[], Op]] = {
-    "SiLUActivation": SiLU,
-    "GELUActivation": lambda: GELU("none"),
-    "GELUTanh": GELU,
-    "PytorchGELUTanh": GELU,
-    "NewGELUActivation": GELU,
-    "FastGELUActivation": GELU,
-    "AccurateGELUActivation": GELU,
-    "QuickGELUActivation": QGELU,
-    "ReLUSquaredActivation": SReLU,
-    "LinearActivation": Identity,
+_ACTIVATIONS: dict[str, Callable[[Any], Op | str]] = {
+    "SiLUActivation": lambda module: SiLU(),
+    "GELUActivation": lambda module: GELU("none"),
+    "GELUTanh": lambda module: GELU(),
+    "PytorchGELUTanh": lambda module: GELU(),
+    "NewGELUActivation": lambda module: GELU(),
+    "FastGELUActivation": lambda module: GELU(),
+    "AccurateGELUActivation": lambda module: GELU(),
+    "QuickGELUActivation": lambda module: QGELU(),
+    "ReLUSquaredActivation": lambda module: SReLU(),
+    "MishActivation": lambda module: Mish(),
+    "ClippedGELUActivation": lambda module: _clipped(module),
+    "LinearActivation": lambda module: Identity(),
 }
 _ROUNDINGS = (None, "input", "weight")
 _GAINS: tuple[dict[str, Any], ...] = (
@@ -53,8 +55,13 @@ def of_transformers(module: nn.Module) -> Op | str | None:
     if not kind.__module__.partition(".")[0].startswith("transformers"):
         return None
     if kind.__name__ in _ACTIVATIONS:
-        return _ACTIVATIONS[kind.__name__]()
+        return _ACTIVATIONS[kind.__name__](module)
     return _norm(module) if "Norm" in kind.__name__ else None
+
+
+def _clipped(module: Any) -> Op | str:
+    low, high = module.min, module.max
+    return ClippedGELU(high) if low == -high else f"it clips from {low} to {high}, not evenly"
 
 
 def _norm(module: nn.Module) -> Op | str:

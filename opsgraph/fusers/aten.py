@@ -30,12 +30,12 @@ class LinearBiasActivation(Fuser):
 
     backend, pattern = "aten", dict(fc=BasicLinear, bias=Bias, act=GELU | ReLU)
 
-    def reject(self, fc: Op, bias: Op, act: Op, x: Spec) -> str | None:
+    def reject(self, fc: Op, bias: Op, act: Any, x: Spec) -> str | None:
         epilogue = (
             "gelu" if x.device.type == "cuda" else "gelu_erf"
         )  # found by trying, see the tests
-        if act.kernel not in ("relu", epilogue):
-            return f"on {x.device.type} the library's epilogue is {epilogue}, not {act.kernel}"
+        if act.kind not in ("relu", epilogue):
+            return f"on {x.device.type} the library's epilogue is {epilogue}, not {act.kind}"
         if x.device.type == "cuda" and x.dtype == torch.float64:
             return "cublasLt has no such epilogue in fp64"
         return None

@@ -10,7 +10,7 @@ from ..base.errors import OpError, OpsgraphError
 from ..guards.validation import epsilon, flag, function, place, size, text, whole
 from ..op import Op
 from ..ops import LayerNorm, RMSNorm
-from ..ops.activations import ACTIVATIONS, GATED, keywords
+from ..ops.activation_names import ACTIVATIONS, GATED, keywords
 from ..ops.collectives import SYMMETRIC, Group, group_of
 
 WHO = "LayerNormMLP"
@@ -61,7 +61,7 @@ def known(argument: str, got: Any, names: Mapping[str, Any]) -> None:
 
 def activation_of(name: str, params: Mapping[str, Any]) -> Op:
     """An activation by name, with its arguments."""
-    allowed = keywords(ACTIVATIONS[name])
+    allowed = keywords(name)
     if unknown := [key for key in params if key not in allowed]:
         got = f"activation_params {', '.join(map(repr, unknown))} for {name!r}"
         raise OpsgraphError(f"{WHO}: got {got}, expected some of {', '.join(allowed)}")

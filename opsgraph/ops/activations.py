@@ -12,20 +12,21 @@ nothing.
 """
 
 from collections.abc import Iterable
-from inspect import signature
 from math import isfinite
 from typing import Any
 
 from torch import Tensor
 
+from ..base.errors import OpError
 from ..guards.validation import Checked, choice, flag, number, positive, size
 from ..kernels.reference import activations as reference
+from ..kernels.reference.activations import Form
 from ..op import Op, Spec
 
-APPROXIMATIONS = ("tanh", "none")
+APPROXIMATIONS = ("tanh", "none", "fast")
 Params = tuple[float, ...]
 Function = tuple[str, Params, int | None]
-"""kernel, with the words of `Gate` after it, params and glu_interleave_size."""
+"""kernel, with the words of `Form` after it, params and glu_interleave_size."""
 
 
 def _approximation(who: str, name: str, value: Any) -> Any:
@@ -55,8 +56,8 @@ class AnyActivation(Op):
 
     @property
     def kind(self) -> str:
-        """The kernel's name as kernels take it."""
-        return self.kernel
+        """The kernel's name and words, as kernels take them."""
+        return str(Form(self.kernel, steps=getattr(self, "round_steps", False)))
 
     @property
     def function(self) -> Function:
@@ -113,7 +114,9 @@ class GatedActivation(AnyActivation):
 
     @property
     def kind(self) -> str:
-        return str(reference.Gate(self.kernel, self.round_gate, self.gate_second))
+        words = {"rounded": self.round_gate, "second": self.gate_second}
+        words |= {"after": getattr(self, "clamp_after", False)}
+        return str(Form(self.kernel, steps=getattr(self, "round_steps", False), **words))
 
     @property
     def pieces(self) -> int:
@@ -138,8 +141,25 @@ class GatedActivation(AnyActivation):
         return x.like(x.width // 2)
 
 
-class GELU(Activation):
-    """`0.5 * x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x^3)))`; exact (erf) with "none"."""
+class _Composed:
+    """What functions share that models compose of several of PyTorch's operations.
+
+    round_steps: in 16 bits y is rounded after each of them, as transformers' gelu_new ("tanh"),
+    gelu_fast ("fast"), gelu_python ("none") and quick_gelu are; the gradient is that of f.
+    """
+
+    round_steps = Checked(flag)
+
+    def __init__(self, *args: Any, round_steps: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.round_steps = round_steps
+
+
+class GELU(_Composed, Activation):
+    """`0.5 * x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x^3)))`; exact (erf) with "none".
+
+    "fast" is tanh's, multiplied out in another order, which `round_steps` tells apart.
+    """
 
     approximate = Checked(_approximation)
 
@@ -149,14 +169,14 @@ class GELU(Activation):
 
     @property
     def kernel(self) -> str:  # type: ignore[override]
-        return "gelu" if self.approximate == "tanh" else "gelu_erf"
+        return {"tanh": "gelu", "none": "gelu_erf"}.get(self.approximate, "gelu_fast")
 
     @classmethod
     def sample(cls) -> Iterable[Op]:
-        return cls(), cls("none")
+        return cls(), cls("none"), cls("fast", round_steps=True)
 
 
-class QGELU(Activation):
+class QGELU(_Composed, Activation):
     """`x * sigmoid(1.702 * x)`"""
 
     kernel = "qgelu"
@@ -180,8 +200,68 @@ class SiLU(Activation):
     kernel = "silu"
 
 
-class GEGLU(GatedActivation):
-    """`gelu(a) * b`, gelu by its tanh approximation, or exact (erf) with approximate="none"."""
+class Sigmoid(Activation):
+    """`sigmoid(x)`"""
+
+    kernel = "sigmoid"
+
+
+class Tanh(Activation):
+    """`tanh(x)`"""
+
+    kernel = "tanh"
+
+
+class ReLU6(Activation):
+    """`min(max(x, 0), 6)`"""
+
+    kernel = "relu6"
+
+
+class Hardswish(Activation):
+    """`x * min(max(x + 3, 0), 6) / 6`"""
+
+    kernel = "hardswish"
+
+
+class Mish(Activation):
+    """`x * tanh(log(1 + exp(x)))`"""
+
+    kernel = "mish"
+
+
+class LeakyReLU(Activation):
+    """`x` where it is above 0, else `negative_slope * x`, that finite."""
+
+    kernel = "leaky_relu"
+    negative_slope = Checked(_finite)
+
+    def __init__(self, negative_slope: float = 0.01, **options: Any) -> None:
+        super().__init__(**options)
+        self.negative_slope = negative_slope
+
+    @property
+    def params(self) -> Params:  # type: ignore[override]
+        return (self.negative_slope,)
+
+
+class ClippedGELU(Activation):
+    """GELU, exact (erf), clamped to `-limit` and limit. Gradients are 0 beyond it."""
+
+    kernel = "gelu_clipped"
+    limit = Checked(_limit)
+
+    def __init__(self, limit: float = 10.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.limit = limit
+
+    @property
+    def params(self) -> Params:  # type: ignore[override]
+        return (self.limit,)
+
+
+class GEGLU(_Composed, GatedActivation):
+    """`gelu(a) * b`; approximate and round_steps: as GELU's."""
 
     approximate = Checked(_approximation)
 
@@ -193,14 +273,14 @@ class GEGLU(GatedActivation):
 
     @property
     def kernel(self) -> str:  # type: ignore[override]
-        return "geglu" if self.approximate == "tanh" else "geglu_erf"
+        return {"tanh": "geglu", "none": "geglu_erf"}.get(self.approximate, "gelu_fast gated")
 
     @classmethod
     def sample(cls) -> Iterable[Op]:
         return cls(), cls("none")
 
 
-class QGEGLU(GatedActivation):
+class QGEGLU(_Composed, GatedActivation):
     """`a * sigmoid(1.702 * a) * b`"""
 
     kernel = "qgeglu"
@@ -234,14 +314,16 @@ class GLU(GatedActivation):
     kernel = "glu"
 
 
-class ClampedSwiGLU(GatedActivation):
+class ClampedSwiGLU(_Composed, GatedActivation):
     """`a' * sigmoid(alpha * a') * b'` with both halves clamped.
 
     `a' = min(a, limit)`, `b' = clamp(b, -limit, limit) + glu_linear_offset`.
-    Gradients pass at the limit and are 0 beyond it.
+    Gradients pass at the limit and are 0 beyond it. clamp_after: the gate is clamped when it is
+    made, `min(a * sigmoid(alpha * a), limit)`.
     """
 
     kernel = "clamped_swiglu"
+    clamp_after = Checked(flag)
     limit = Checked(_limit)
     alpha = Checked(_finite)
     glu_linear_offset = Checked(_finite)
@@ -252,14 +334,21 @@ class ClampedSwiGLU(GatedActivation):
         alpha: float = 1.702,
         glu_linear_offset: float = 1.0,
         glu_interleave_size: int | None = None,
+        *,
+        clamp_after: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(glu_interleave_size, **options)
         self.limit, self.alpha, self.glu_linear_offset = limit, alpha, glu_linear_offset
+        self.clamp_after = clamp_after
 
     @property
     def params(self) -> Params:  # type: ignore[override]
         return self.limit, self.alpha, self.glu_linear_offset
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        return cls(), cls(1.0, 1.0, 0.0, clamp_after=True), cls(round_steps=True, round_gate=True)
 
 
 class SiTUGLU(GatedActivation):
@@ -284,31 +373,19 @@ class SiTUGLU(GatedActivation):
         return self.beta1, self.beta2
 
 
-ACTIVATIONS: dict[str, type[Activation] | type[GatedActivation]] = {
-    "gelu": GELU,
-    "geglu": GEGLU,
-    "qgelu": QGELU,
-    "qgeglu": QGEGLU,
-    "relu": ReLU,
-    "reglu": ReGLU,
-    "srelu": SReLU,
-    "sreglu": SReGLU,
-    "silu": SiLU,
-    "swiglu": SwiGLU,
-    "glu": GLU,
-    "clamped_swiglu": ClampedSwiGLU,
-    "situglu": SiTUGLU,
-}
-"""Activations by the names that `LayerNormMLP(activation=...)` takes."""
+class Gated(GatedActivation):
+    """`f(a) * b`, f an activation of one of the classes that gate nothing: `Gated(ReLU6())`."""
 
-GATED = frozenset(n for n, k in ACTIVATIONS.items() if issubclass(k, GatedActivation))
+    def __init__(
+        self, activation: Activation, glu_interleave_size: int | None = None, **options: Any
+    ) -> None:
+        if not isinstance(activation, Activation):
+            got = f"activation {type(activation).__name__}"
+            raise OpError("Gated", got, "an activation that is not gated, as ReLU6()")
+        super().__init__(glu_interleave_size, **options)
+        self.kernel, self.params = f"{activation.kernel} gated", activation.params
+        self.round_steps = getattr(activation, "round_steps", False)
 
-
-def keywords(kind: type[Op]) -> tuple[str, ...]:
-    """The arguments that an activation's constructor takes, those of its bases among them."""
-    found: dict[str, None] = {}
-    for base in kind.__mro__[: kind.__mro__.index(Op)]:
-        for name, parameter in signature(base).parameters.items():
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                found[name] = None
-    return tuple(found)
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        return cls(Tanh()), cls(LeakyReLU(0.2), round_gate=True)

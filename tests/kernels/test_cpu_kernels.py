@@ -1,6 +1,7 @@
 """The CPU's C++ kernels against the formulas in fp64, plain autograd for their gradients."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,9 +27,11 @@ TOLERANCES = {
     torch.float16: (1e-3, 1e-5),
     torch.bfloat16: (8e-3, 1e-5),
 }
-SWISHES = [op for kind in ops.activations.ACTIVATIONS.values() for op in kind.sample()]
+SAMPLES = [*ops.activations.Activation.sample(), *ops.activations.GatedActivation.sample()]
+SWISHES = [op for op in SAMPLES if not getattr(op, "round_steps", False)]
+"""All that differ from the formula by their last digit."""
 each_activation = pytest.mark.parametrize(
-    "op", SWISHES, ids=lambda op: f"{type(op).__name__}-{op.extra_repr() or op.kernel}"
+    "op", SWISHES, ids=lambda op: f"{op.kind}-{op.extra_repr()}"
 )
 
 
@@ -276,12 +279,12 @@ def test_activations_of_extreme_values(dtype: torch.dtype, op: Any) -> None:
     finite = x.isfinite().all(1) & (x[:, gate].abs() < 1e10)
     dx = activations.activation_backward(torch.ones_like(y), x, *shape_of(op))[0]
     assert dx[finite].isfinite().all()
-    rectifies = isinstance(op, ops.ReLU | ops.ReGLU)
+    rectifies = op.kernel.split()[0] in ("relu", "reglu", "relu6", "leaky_relu")
     assert rectifies or dx[x[:, gate].isnan(), gate].isnan().all()
 
 
 def op_gates(op: Any) -> bool:
-    return activations.KINDS[op.kernel].gated
+    return activations.row(op.kind, op.params).gated
 
 
 GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_erf": "gelu_erf", "reglu": "relu"}
@@ -298,12 +301,12 @@ def test_a_rounded_gate_is_an_activation_and_a_product(
     a, b = reference.halves(x, interleave, second)
     act = activations.activation_forward(a, GATES[kind])[0]
     da = activations.activation_backward(dy * b, a, GATES[kind])[0]
-    given = str(reference.Gate(kind, True, second)), (), interleave
+    given = str(reference.Form(kind, rounded=True, second=second)), (), interleave
     assert torch.equal(activations.activation_forward(x, *given)[0], act * b)
     dx, y, _ = activations.activation_backward(dy, x, *given, want=("x", "y"))
     assert torch.equal(y, act * b)
     assert torch.equal(dx, reference.joined(da, dy * act, interleave, second))
-    plain = str(reference.Gate(kind, False, second))
+    plain = str(reference.Form(kind, second=second))
     once = activations.activation_forward(x, plain, (), interleave)[0]
     assert torch.equal(once, y) == (kind == "reglu")  # max(a, 0) has no digit to round
 
@@ -317,6 +320,46 @@ def test_a_rounded_swiglu_has_the_bits_of_pytorch() -> None:
     assert torch.equal(activations.activation_forward(x, "swiglu rounded")[0], expected)
     dx = activations.activation_backward(dy, x, "swiglu rounded")[0]
     assert (dx != wide.grad).double().mean() < 1e-3  # a slope's last fp32 bit is not PyTorch's
+
+
+STEPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu steps": lambda x: 0.5 * x * (
+        1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))
+    ),
+    "gelu_fast steps": lambda x: 0.5 * x * (
+        1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x))
+    ),
+    "gelu_erf steps": lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))),
+    "qgelu steps": lambda x: x * torch.sigmoid(1.702 * x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_rounded_steps_are_those_of_pytorch(kind: str) -> None:
+    """Of every bf16, but for a function's last fp32 bit that rounds to the other side."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = every[every.isfinite() & (every.abs() < 1e4)].view(1, -1)
+    y, expected = activations.activation_forward(x, kind)[0], STEPS[kind](x)
+    assert (y != expected).double().mean() < 1e-3
+    torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
+    plain = kind.removesuffix(" steps")
+    assert (y != activations.activation_forward(x, plain)[0]).double().mean() > 1e-2
+    dy = random(*x.shape, dtype=torch.bfloat16)
+    dx, again, _ = activations.activation_backward(dy, x, kind, want=("x", "y"))
+    assert torch.equal(dx, activations.activation_backward(dy, x, plain)[0])
+    assert torch.equal(again, y)
+    gated = f"{kind} gated rounded"
+    both = torch.stack((x[0], x[0].flip(0)), 1)
+    assert torch.equal(activations.activation_forward(both, gated)[0][:, 0], y[0] * x[0].flip(0))
+
+
+def test_a_clamped_gate_of_rounded_steps_is_that_of_gpt_oss() -> None:
+    x = random(70, 1212, dtype=torch.bfloat16, scale=5)
+    a, b = reference.halves(x, 1)
+    a, b = a.clamp(max=7.0), b.clamp(-7.0, 7.0)
+    expected = (b + 1) * (a * torch.sigmoid(a * 1.702))
+    y = activations.activation_forward(x, "clamped_swiglu rounded steps", (7.0, 1.702, 1.0), 1)[0]
+    assert (y != expected).double().mean() < 1e-3
 
 
 def test_no_denormal_is_flushed() -> None:

@@ -229,7 +229,7 @@ OVERLAPS = [name for name in SIGNATURE.split() if name.startswith("ub_")]
     "options, message",
     [
         (dict(normalization="BatchNorm"), "normalization 'BatchNorm'.*one of LayerNorm, RMSNorm"),
-        (dict(activation="tanh"), "activation 'tanh', expected one of gelu, geglu.*swiglu, glu"),
+        (dict(activation="cubic"), "activation 'cubic', expected one of gelu, geglu.*swiglu, glu"),
         (dict(tp_size=5), "ffn_hidden_size 12, expected a multiple of tp_size 5"),
         (dict(tp_size=2), "tp_size 2 and no tp_group"),
         (dict(symmetric_ar_type="ring"), "symmetric_ar_type 'ring', expected one of multimem"),

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import opsgraph as og
 from opsgraph.ops import GELU, ConstantScale, GroupedLinear, Linear, Residual, RMSNorm, SwiGLU
-from opsgraph.ops.activations import ACTIVATIONS
+from opsgraph.ops.activation_names import ACTIVATIONS
 from opsgraph.ops.delayed import tensors
 
 Make = Callable[..., nn.Module]

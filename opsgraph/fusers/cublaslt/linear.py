@@ -52,9 +52,9 @@ class LinearEpilogue(Product):
 
     pattern = dict(fc=BasicLinear, bias=Bias, act=GELU | ReLU)
 
-    def reject(self, act: Op) -> str | None:
+    def reject(self, act: Any) -> str | None:
         known = gemm.EPILOGUES
-        return None if act.kernel in known else f"its epilogues are {', '.join(known)}"
+        return None if act.kind in known else f"its epilogues are {', '.join(known)}"
 
     def fwd(self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor, act_kernel: str) -> Any:
         return gemm.matmul(x, fc_weight.t(), bias_bias, activation=act_kernel), ()

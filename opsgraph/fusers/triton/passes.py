@@ -8,12 +8,13 @@ from torch import Tensor
 
 from ...fuser import Fuser, register
 from ...kernels.lazy import Lazy
+from ...kernels.reference.activations import form_of
 from ...ops import Add, Bias, Dropout, Tee
 from ...ops.activations import Activation, GatedActivation, Params
 from ..norms import NormForward, NormGradients
 
 norms = Lazy("triton.norms")
-activations = Lazy("triton.activations")
+activations, functions = Lazy("triton.activations"), Lazy("triton.functions")
 dropouts = Lazy("triton.dropout")
 sums = Lazy("triton.sums")
 
@@ -43,7 +44,7 @@ class ActivationFuser(Triton):
 
     def reject(self, act: Any) -> str | None:
         """Why the kernels cannot compute an activation, or None."""
-        if act.kernel not in activations.KINDS:
+        if form_of(act.kernel).name not in functions.KINDS:
             return f"its kernel has no {act.kernel}"
         if act.glu_interleave_size is not None:
             return "its kernel takes halves, not interleaved gate and value"

@@ -21,6 +21,9 @@ _forward_kernel = Kernel("opsgraph_activation_forward", FIELDS, "activations")
 _backward_kernel = Kernel("opsgraph_activation_backward", FIELDS, "activations")
 FUNCTIONS = (
     "swish", "gelu", "gelu_erf", "relu", "srelu", "sigmoid", "clamped", "situ", "clamped_any",
+    "tanh", "relu6", "hardswish", "leaky_relu", "mish", "gelu_clipped", "after", "after_any",
+    "gelu_steps", "gelu_fast_steps", "gelu_erf_steps", "swish_steps", "clamped_steps",
+    "after_steps",
 )  # fmt: skip
 """The functions f, with their g, in the order of `kinds` in source/activations.h."""
 
@@ -49,17 +52,31 @@ KINDS = {
     "glu": Kind("sigmoid", True),
     "clamped_swiglu": Kind("clamped", True, (7.0, 1.702, 1.0)),
     "situglu": Kind("situ", True, (4.0, 25.0, 0.0)),
+    "gelu_fast": Kind("gelu", False),
+    "sigmoid": Kind("sigmoid", False),
+    "tanh": Kind("tanh", False),
+    "relu6": Kind("relu6", False),
+    "hardswish": Kind("hardswish", False),
+    "mish": Kind("mish", False),
+    "leaky_relu": Kind("leaky_relu", False, (0.01, 0.0, 0.0)),
+    "gelu_clipped": Kind("gelu_clipped", False, (10.0, 0.0, 0.0)),
 }
+COUNTS = {"clamped_swiglu": 3, "situglu": 2, "leaky_relu": 1, "gelu_clipped": 1}
+"""How many params a kind takes."""
 
 
 class Row(NamedTuple):
     """What the kernels take of a kind."""
 
     function: int
-    gated: bool
-    rounded: bool
-    second: bool
+    steps: int
+    """The function in bf16: another where each of its steps is rounded."""
+    form: reference.Form
     params: tuple[float, float, float]
+
+    @property
+    def gated(self) -> bool:
+        return self.form.gated
 
     def width(self, total: int) -> int:
         """Of y, for an input that is `total` wide."""
@@ -69,27 +86,30 @@ class Row(NamedTuple):
         self, dtype: torch.dtype, rows: int, width: int, period: int, value: int
     ) -> tuple[int, ...]:
         """The integers of struct Activation."""
-        rounded = self.rounded and dtype == torch.bfloat16
-        threads, shift = torch.get_num_threads(), -value if self.second else value
-        kind = DTYPES[dtype], self.function, self.gated, rounded
-        return *kind, threads, rows, width, period, shift
+        half = dtype == torch.bfloat16
+        threads, shift = torch.get_num_threads(), -value if self.form.second else value
+        kind = self.steps if half else self.function, self.gated, self.form.rounded and half
+        return DTYPES[dtype], *kind, threads, rows, width, period, shift
 
 
 @cache
 def row(kind: str, params: tuple[float, ...] = ()) -> Row:
     """A kind's row of the table, with params in the place of its own. Raises ValueError."""
-    name, rounded, second = reference.gate_of(kind)
+    form = reference.form_of(kind)
+    name = form.name
     if name not in KINDS:
         raise ValueError(f"unknown activation {name!r}; known: {', '.join(KINDS)}")
     function, gated, own = KINDS[name]
-    count = {"clamped": 3, "situ": 2}.get(function, 0)
+    count = COUNTS.get(name, 0)
     if params and len(params) != count:
         raise ValueError(f"activation {name!r} got params {params}, expected {count} or none")
     a, b, c = (*params, *own[len(params) :])
-    if function == "clamped" and not b > 0:
-        function = "clamped_any"
-    index, constants = FUNCTIONS.index(function), (float(a), float(b), float(c))
-    return Row(index, gated, rounded, second, constants)
+    function = "after" if form.after and function == "clamped" else function
+    plain = f"{function}_any" if function in ("clamped", "after") and not b > 0 else function
+    stepped = f"{'gelu_fast' if name == 'gelu_fast' else function}_steps" if form.steps else plain
+    indices = FUNCTIONS.index(plain), FUNCTIONS.index(stepped)
+    form = form._replace(gated=gated or form.gated)
+    return Row(*indices, form, (float(a), float(b), float(c)))
 
 
 def activation_forward(
@@ -100,7 +120,7 @@ def activation_forward(
     """`y = f(x + bias)`, or `f(a) * g(b)` with a, b the halves of `x + bias`; the sum is rounded.
 
     x: `[rows, width]`; y: `[rows, width]`, or `[rows, width / 2]` for gated kinds, of x's dtype.
-    kind: a key of `KINDS`, with the words of `Gate` after it. params: for clamped_swiglu (limit,
+    kind: a key of `KINDS`, with the words of `Form` after it. params: for clamped_swiglu (limit,
     alpha, offset), for situglu (beta1, beta2). interleave: gate and value alternate in blocks of
     `interleave` columns. bias: `[width]`. columns: the range of y's columns to compute, without a
     bias; from and to multiples of interleave. y_t: `[width of y, rows]`, gets the transpose of y,

@@ -4,12 +4,13 @@
 gated kind uses. g is the identity but for clamped_swiglu, `clamp(b, -limit, limit) + offset`, and
 situglu, `beta2 * tanh(b / beta2)`.
 
-A gated kind is a name and, after spaces, the words of `Gate` that say what is other than usual:
+A kind is a name and, after spaces, the words of `Form` that say what is other than usual:
 `"swiglu rounded"`.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
+from math import pi, sqrt
 from typing import NamedTuple
 
 import torch
@@ -71,15 +72,48 @@ def _gelu(approximate: str) -> Function:
     )
 
 
+def _leaky_relu(slope: float) -> Function:
+    return Function(
+        lambda x: F.leaky_relu(x, slope),
+        lambda dy, x: aten.leaky_relu_backward(dy, x, slope, False),
+    )
+
+
+def _between(x: Tensor, limit: float) -> Tensor:
+    """x clamped. Not torch.clamp, whose gradient at a limit is 1 up to PyTorch 2.13 and 0 since."""
+    return torch.where(x > limit, limit, torch.where(x < -limit, -limit, x))
+
+
+def _clipped(limit: float) -> Function:
+    """GELU, exact, clipped to `-limit` and limit."""
+    gelu = _gelu("none")
+    return Function(
+        lambda x: _between(gelu.value(x), limit),
+        lambda dy, x: torch.where(gelu.value(x).abs() > limit, 0, gelu.gradient(dy, x)),
+    )
+
+
 FUNCTIONS = {
     "gelu": _gelu("tanh"),
     "gelu_erf": _gelu("none"),
     "qgelu": _swish(1.702),
     "relu": Function(torch.relu, lambda dy, x: aten.threshold_backward(dy, x, 0)),
     "srelu": Function(lambda x: torch.relu(x).square(), _srelu_gradient),
+    "gelu_fast": _gelu("tanh"),
     "silu": _flat(F.silu, aten.silu_backward.default),
     "sigmoid": Function(torch.sigmoid, _sigmoid_gradient),
+    "tanh": Function(torch.tanh, lambda dy, x: aten.tanh_backward(dy, torch.tanh(x))),
+    "relu6": Function(F.relu6, lambda dy, x: aten.hardtanh_backward(dy, x, 0, 6)),
+    "hardswish": Function(F.hardswish, aten.hardswish_backward.default),
+    "mish": _flat(F.mish, aten.mish_backward.default),
 }
+
+OF_ONE: dict[str, Callable[[float], Function]] = {
+    "leaky_relu": _leaky_relu,
+    "gelu_clipped": _clipped,
+}
+"""Functions with a parameter."""
+PLAIN = FUNCTIONS.keys() | OF_ONE.keys()
 
 GATED = {
     "geglu": "gelu",
@@ -108,21 +142,56 @@ def _soft_clip(beta: float) -> Function:
     return Function(lambda x: beta * torch.tanh(x / beta), gradient)
 
 
-def _clamped(limit: float, alpha: float, offset: float) -> tuple[Function, Function]:
+def _composed(name: str, alpha: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A function's value as transformers composes it of PyTorch's operations, in that dtype."""
+
+    def value(x: Tensor) -> Tensor:
+        wide_x, x = x, x.to(dtype)
+        if name == "gelu":
+            y = 0.5 * x * (1.0 + torch.tanh(sqrt(2 / pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+        elif name == "gelu_fast":
+            y = 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+        elif name == "gelu_erf":
+            y = x * 0.5 * (1.0 + torch.erf(x / sqrt(2.0)))
+        else:
+            y = x * torch.sigmoid(alpha * x)
+        return y.to(wide_x.dtype)
+
+    return value
+
+
+COMPOSED = "gelu", "gelu_fast", "gelu_erf", "qgelu"
+"""Functions, with that of clamped_swiglu, that a kind with the word "steps" may have."""
+
+
+def _function(name: str, params: tuple[float, ...], steps: torch.dtype | None) -> Function:
+    function = OF_ONE[name](*params) if name in OF_ONE else FUNCTIONS[name]
+    return function if steps is None else function._replace(value=_composed(name, 1.702, steps))
+
+
+def _clamped(
+    limit: float, alpha: float, offset: float, after: bool, steps: torch.dtype | None
+) -> tuple[Function, Function]:
     """Gradients are masked beyond the limit, not at it.
 
     So are those that autograd makes of the values, for double_backward: torch.clamp's own gradient
-    at the limit is 1 up to PyTorch 2.13 and 0 since.
+    at the limit is 1 up to PyTorch 2.13 and 0 since. after: the gate is clamped when it is made.
     """
     swish = _swish(alpha)
+    if steps is not None:
+        swish = swish._replace(value=_composed("swish", alpha, steps))
 
     def below(x: Tensor) -> Tensor:
         return torch.where(x > limit, limit, x)
 
     def gate_gradient(dy: Tensor, a: Tensor) -> Tensor:
+        if after:
+            return torch.where(swish.value(a) > limit, 0, swish.gradient(dy, a))
         return torch.where(a > limit, 0, swish.gradient(dy, below(a)))
 
-    gate = Function(lambda a: swish.value(below(a)), gate_gradient)
+    gate = Function(
+        lambda a: below(swish.value(a)) if after else swish.value(below(a)), gate_gradient
+    )
     line = Function(
         lambda b: torch.where(b < -limit, -limit, below(b)) + offset,
         lambda dy, b: torch.where(b.abs() > limit, 0, dy),
@@ -130,15 +199,21 @@ def _clamped(limit: float, alpha: float, offset: float) -> tuple[Function, Funct
     return gate, line
 
 
-class Gate(NamedTuple):
-    """A gated kind without its words, and what they say."""
+class Form(NamedTuple):
+    """A kind without its words, and what they say."""
 
     name: str
+    gated: bool = False
+    """`f(a) * b` of the function with that name."""
     rounded: bool = False
     """f(a) and g(b) are rounded to x's dtype, as PyTorch's own ops store them, and so is what the
     backward multiplies with one of them."""
     second: bool = False
     """The gate a comes after the value b."""
+    after: bool = False
+    """f(a) is clamped, not a."""
+    steps: bool = False
+    """Each operation of f's formula is rounded to x's dtype; the gradient is that of f."""
 
     def __str__(self) -> str:
         words = [word for word in self._fields[1:] if getattr(self, word)]
@@ -146,22 +221,26 @@ class Gate(NamedTuple):
 
 
 @cache
-def gate_of(kind: str) -> Gate:
-    """What a kind says. Raises ValueError for a word that `Gate` does not have."""
+def form_of(kind: str) -> Form:
+    """What a kind says. Raises ValueError for a word that `Form` does not have."""
     name, *words = kind.split(" ")
-    known = Gate._fields[1:]
+    known = Form._fields[1:]
     if unknown := [word for word in words if word not in known]:
         raise ValueError(f"activation {kind!r}: got {unknown}, expected some of {list(known)}")
-    return Gate(name, **dict.fromkeys(words, True))
+    return Form(name, **dict.fromkeys(words, True))
 
 
-def gates(kind: str, params: tuple[float, ...]) -> tuple[Function, Function | None]:
+def gates(
+    form: Form, params: tuple[float, ...], stored: torch.dtype
+) -> tuple[Function, Function | None]:
     """f and g of a gated kind; g is None where it is the identity."""
-    if kind == "clamped_swiglu":
-        return _clamped(*params)
-    if kind == "situglu":
+    steps = stored if form.steps else None
+    if form.name == "clamped_swiglu":
+        limit, alpha, offset = params
+        return _clamped(limit, alpha, offset, form.after, steps)
+    if form.name == "situglu":
         return _situ(params[0]), _soft_clip(params[1])
-    return FUNCTIONS[GATED[kind]], None
+    return _function(form.name if form.gated else GATED[form.name], params, steps), None
 
 
 def halves(x: Tensor, block: int | None, second: bool = False) -> tuple[Tensor, Tensor]:
@@ -200,14 +279,14 @@ def activation_forward(
 
     stored: what a kind that rounds rounds to, where that is not x's dtype.
     """
-    if kind in FUNCTIONS:
-        y = FUNCTIONS[kind].value(wide(x))
+    form, to = form_of(kind), stored or x.dtype
+    if form.name in PLAIN and not form.gated:
+        y = _function(form.name, params, to if form.steps else None).value(wide(x))
     else:
-        name, rounded, second = gate_of(kind)
-        f, g = gates(name, params)
-        a, b = halves(wide(x), block, second)
-        to = stored or x.dtype if rounded else None
-        y = _stored(f.value(a), to) * (b if g is None else _stored(g.value(b), to))
+        f, g = gates(form, params, to)
+        a, b = halves(wide(x), block, form.second)
+        rounded = to if form.rounded else None
+        y = _stored(f.value(a), rounded) * (b if g is None else _stored(g.value(b), rounded))
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -223,19 +302,20 @@ def activation_backward_and_y(
     want_y: bool = True, stored: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dx, and y computed again, of a gated kind from what both need."""
+    form, to = form_of(kind), stored or x.dtype
     y: Tensor | None
-    if kind in FUNCTIONS:
-        dx = FUNCTIONS[kind].gradient(wide(dy), wide(x))
-        y = activation_forward(x, kind) if want_y else None
+    if form.name in PLAIN and not form.gated:
+        dx = _function(form.name, params, None).gradient(wide(dy), wide(x))
+        y = activation_forward(x, kind, params, stored=to) if want_y else None
     else:
-        name, rounded, second = gate_of(kind)
-        f, g = gates(name, params)
-        a, b = halves(wide(x), block, second)
-        to = stored or x.dtype if rounded else None
-        line = b if g is None else _stored(g.value(b), to)
-        gate = _stored(f.value(a), to)
+        f, g = gates(form, params, to)
+        a, b = halves(wide(x), block, form.second)
+        rounded = to if form.rounded else None
+        line = b if g is None else _stored(g.value(b), rounded)
+        gate = _stored(f.value(a), rounded)
         y = (gate * line).to(x.dtype) if want_y else None
         dy = wide(dy)
-        da, db = _stored(dy * line, to), _stored(dy * gate, to)
-        dx = joined(f.gradient(da, a), db if g is None else g.gradient(db, b), block, second)
+        da, db = _stored(dy * line, rounded), _stored(dy * gate, rounded)
+        db = db if g is None else g.gradient(db, b)
+        dx = joined(f.gradient(da, a), db, block, form.second)
     return (dx if dx.dtype == x.dtype else dx.to(x.dtype)), y

@@ -1,16 +1,14 @@
 """Activations, plain and gated, forward and backward, with the bias on either side.
 
-A kind is a scalar function, whether it is gated, and its constants. The function returns value,
-slope, and whether the gradient is 0 whatever it is multiplied with (`x < x`: nowhere).
-Formulas: plain `y = f(x)`; gated `y = f(a) * b` with `a` the first half of the columns. GATED says
-whether a kind gates: 1, and 2 more where factors and what they are multiplied with are rounded as
-PyTorch would store them, 4 more where the gate is the second half. One kernel per direction serves
-every kind; in the forward the slope is not read, and the compiler drops it.
+A kind is a row of `functions.KINDS`. Formulas: plain `y = f(x)`; gated `y = f(a) * b` with `a` the
+first half of the columns. GATED says whether a kind gates: 1, and 2 more where factors and what
+they are multiplied with are rounded as PyTorch would store them, 4 more where the gate is the
+second half, 8 more where f(a) is clamped, not a. One kernel per direction serves every kind.
 """
 
 from collections.abc import Collection
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import around, configured
-from ..reference.activations import gate_of
+from .functions import constants
 from .launch import (
     ceil_div,
     launch,
@@ -29,104 +27,11 @@ from .launch import (
     stride_unit,
     sum_partials,
 )
-from .ptx import rounded, sigmoid, widened
-
-
-@triton.jit
-def _vanishing(factor, x):
-    """The product, but 0 where the factor is: the limit at infinity."""
-    return tl.where(factor == 0.0, 0.0, factor * x)
-
-
-@triton.jit
-def _swish(x, ALPHA: tl.constexpr):
-    """x * sigmoid(alpha * x)"""
-    s = sigmoid(x * ALPHA)
-    return _vanishing(s, x), s + _vanishing(s * (1.0 - s), ALPHA * x), x < x
-
-
-@triton.jit
-def _sigmoid(x, ALPHA: tl.constexpr):
-    s = sigmoid(x)
-    return s, s * (1.0 - s), x < x
-
-
-@triton.jit
-def _gelu(x, ALPHA: tl.constexpr):
-    """0.5 * x * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 * x^3)"""
-    square = x * x
-    s = sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
-    outer = x * (1.5957691216057308 * (1.0 + 0.134145 * square))
-    return _vanishing(s, x), s + _vanishing(s * (1.0 - s), outer), x < x
-
-
-@triton.jit
-def _gelu_erf(x, ALPHA: tl.constexpr):
-    """x * Phi(x), Phi the normal distribution function"""
-    phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return _vanishing(phi, x), phi + _vanishing(density, x), x < x
-
-
-@triton.jit
-def _relu(x, ALPHA: tl.constexpr):
-    return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0), x <= 0.0  # a NaN stays one
-
-
-@triton.jit
-def _srelu(x, ALPHA: tl.constexpr):
-    positive = tl.where(x <= 0.0, 0.0, x)
-    return positive * positive, 2.0 * positive, x <= 0.0
-
+from .ptx import rounded, widened
 
 # The compiler fuses multiply-adds differently in the two kernels; without, the activation that the
 # backward computes again equals the forward's bit for bit. The kernels wait for memory either way.
 FUSION = {"enable_fp_fusion": False}
-
-
-class Kind(NamedTuple):
-    """One row of the table; the names are the kernels' compile-time arguments."""
-
-    FUNCTION: Any
-    GATED: int
-    ALPHA: float = 1.0
-    LIMIT: float | None = None
-    OFFSET: float = 0.0
-
-
-KINDS = {
-    "gelu": Kind(_gelu, False),
-    "gelu_erf": Kind(_gelu_erf, False),
-    "qgelu": Kind(_swish, False, 1.702),
-    "relu": Kind(_relu, False),
-    "srelu": Kind(_srelu, False),
-    "silu": Kind(_swish, False),
-    "geglu": Kind(_gelu, True),
-    "geglu_erf": Kind(_gelu_erf, True),
-    "qgeglu": Kind(_swish, True, 1.702),
-    "reglu": Kind(_relu, True),
-    "sreglu": Kind(_srelu, True),
-    "swiglu": Kind(_swish, True),
-    "glu": Kind(_sigmoid, True),
-    "clamped_swiglu": Kind(_swish, True, 1.702, 7.0, 1.0),
-}
-
-
-@cache
-def constants(kind: str, params: tuple[float, ...] = ()) -> dict[str, Any]:
-    """The kernels' compile-time arguments for a kind; params as in `activation_forward`."""
-    name, rounds, second = gate_of(kind)
-    if name not in KINDS:
-        raise ValueError(f"unknown activation {name!r}; known: {', '.join(KINDS)}")
-    row = KINDS[name]
-    if params:
-        if row.LIMIT is None or len(params) != 3:
-            expected = "none" if row.LIMIT is None else "(limit, alpha, offset)"
-            raise ValueError(f"activation {name!r} got params {params}, expected {expected}")
-        limit, alpha, offset = map(float, params)
-        row = row._replace(ALPHA=alpha, LIMIT=limit, OFFSET=offset)
-    gated = row.GATED and 1 + 2 * rounds + 4 * second
-    return row._replace(GATED=gated)._asdict()
 
 
 @cache
@@ -180,12 +85,18 @@ def _factors(
 ):  # fmt: skip
     """f(a), its slope, where da is 0 whatever it is multiplied with, and g(b)."""
     if LIMIT is None:
-        value, slope, off = FUNCTION(a, ALPHA)
+        value, slope, off = FUNCTION(a, ALPHA, DTYPE)
         return _step(value, DTYPE, GATED), slope, off, b
     else:
-        value, slope, _ = FUNCTION(tl.where(a > LIMIT, LIMIT, a), ALPHA)
+        if GATED & 8:
+            made, slope, _ = FUNCTION(a, ALPHA, DTYPE)
+            off = made > LIMIT
+            value = tl.where(off, LIMIT, made)
+        else:
+            off = a > LIMIT
+            value, slope, _ = FUNCTION(tl.where(off, LIMIT, a), ALPHA, DTYPE)
         line = tl.where(b > LIMIT, LIMIT, tl.where(b < -LIMIT, -LIMIT, b)) + OFFSET
-        return _step(value, DTYPE, GATED), slope, a > LIMIT, _step(line, DTYPE, GATED)
+        return _step(value, DTYPE, GATED), slope, off, _step(line, DTYPE, GATED)
 
 
 @triton.jit
@@ -225,9 +136,9 @@ def _gate_backward(
 
 
 @triton.jit
-def _backward(grad, x, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
+def _backward(grad, x, DTYPE: tl.constexpr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
     """y, dx"""
-    value, slope, off = FUNCTION(x, ALPHA)
+    value, slope, off = FUNCTION(x, ALPHA, DTYPE)
     return value, tl.where(off, 0.0, slope * grad)
 
 
@@ -253,12 +164,12 @@ def forward_kernel(
     mask = (row < rows) & (cols < WIDTH)
     at = row * x_stride * UNIT + cols
     a = _load_biased(x, bias, at, cols, mask, cols < WIDTH)
+    dtype: tl.constexpr = x.dtype.element_ty
     if GATED:
         b = _load_biased(x, bias, at + WIDTH, cols + WIDTH, mask, cols < WIDTH)
-        dtype: tl.constexpr = x.dtype.element_ty
         out = _gate(a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
     else:
-        out, _, _ = FUNCTION(a, ALPHA)
+        out, _, _ = FUNCTION(a, ALPHA, dtype)
     tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
 
 
@@ -272,6 +183,7 @@ def backward_kernel(
     """A block of columns over a share of the rows: all of them in one step unless summing dbias."""
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     total: tl.constexpr = WIDTH * 2 if GATED else WIDTH
+    dtype: tl.constexpr = x.dtype.element_ty
     share = tl.program_id(0) // blocks
     cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
     a_sum = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -286,7 +198,6 @@ def backward_kernel(
         a = _load(x, at, mask)
         if GATED:
             b = _load(x, at + WIDTH, mask)
-            dtype: tl.constexpr = x.dtype.element_ty
             value, da, db = _gate_backward(
                 grad, a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET
             )  # fmt: skip
@@ -295,7 +206,7 @@ def backward_kernel(
             if dbias is not None:
                 b_sum += db
         else:
-            value, da = _backward(grad, a, FUNCTION, ALPHA)
+            value, da = _backward(grad, a, dtype, FUNCTION, ALPHA)
         if dx is not None:
             tl.store(dx + row * total + cols, da.to(dx.dtype.element_ty), mask)
         if y is not None:
@@ -323,7 +234,7 @@ def activation_forward(
 
     x: `[rows, width]`; y: `[rows, width]`, or `[rows, width / 2]` for gated kinds, of x's dtype.
     bias: `[width]`; the sum is rounded to x's dtype. kind: a key of `KINDS`, with the words of
-    `reference.activations.Gate` after it. params: for clamped_swiglu (limit, alpha, offset), by
+    `reference.activations.Form` after it. params: for clamped_swiglu (limit, alpha, offset), by
     default (7.0, 1.702, 1.0). Raises ValueError.
     """
     flags = constants(kind, params)

@@ -25,8 +25,8 @@ from .activations import (
     _gate_backward,
     activation_backward,
     activation_forward,
-    constants,
 )
+from .functions import constants
 from .launch import (
     ceil_div,
     launch,
@@ -121,14 +121,15 @@ def linear_activation_kernel(
     cols = (tile_n * columns + tl.arange(0, columns))[None, :]
     mask = (row < rows)[:, None] & (cols < WIDTH)
     at = row[:, None] * (WIDTH * halves) + cols
+    dtype: tl.constexpr = y.dtype.element_ty
     if GATED:
         a, b = tl.split(tl.reshape(total, [BLOCK_M, columns, 2]))
         a = _pre_activation(a, bias, pre, y, at, cols, mask, WIDTH)
         b = _pre_activation(b, bias, pre, y, at + WIDTH, cols + WIDTH, mask, WIDTH * 2)
-        dtype: tl.constexpr = y.dtype.element_ty
         out = _gate(a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
     else:
-        out, _, _ = FUNCTION(_pre_activation(total, bias, pre, y, at, cols, mask, WIDTH), ALPHA)
+        total = _pre_activation(total, bias, pre, y, at, cols, mask, WIDTH)
+        out, _, _ = FUNCTION(total, ALPHA, dtype)
     tl.store(y + row[:, None] * WIDTH + cols, out.to(y.dtype.element_ty), mask)
 
 
@@ -181,16 +182,16 @@ def _gradient(
         mask = (row < rows)[:, None] & (cols < WIDTH)
         grad = tl.where(mask, grad, 0.0)  # the bias's sums count no row twice
         at = row[:, None] * pre_stride * UNIT + cols
+        dtype: tl.constexpr = pre.dtype.element_ty
         a = tl.load(pre + at, mask, other=0.0).to(tl.float32)
         if GATED:
             b = tl.load(pre + at + WIDTH, mask, other=0.0).to(tl.float32)
-            dtype: tl.constexpr = pre.dtype.element_ty
             value, da, db = _gate_backward(
                 grad, a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET
             )  # fmt: skip
             _store_gradient(db, dpre, dbias, row, tile_m, cols, mask, WIDTH, WIDTH, WHOLE)
         else:
-            value, da = _backward(grad, a, FUNCTION, ALPHA)
+            value, da = _backward(grad, a, dtype, FUNCTION, ALPHA)
         _store_gradient(da, dpre, dbias, row, tile_m, cols, mask, WIDTH, 0, WHOLE)
         if y is not None:
             tl.store(y + row[:, None] * WIDTH + cols, value.to(y.dtype.element_ty), mask)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..configs import around, configured
 from ..formats import BLOCKS, E5M2, NVFP4, Copies, Copy, Format, Target, check, inverse_shape
-from . import activations, nvfp4
+from . import functions, nvfp4
 from .activations import _output_width
 from .launch import ceil_div, launch, max_partials, on_device_of, stride_unit
 from .quantize_tiles import amax_kernel, blocks_kernel, copy_kernel, rows_kernel
@@ -278,6 +278,6 @@ def activation_quantize(
 
     It is rounded to x's dtype before it is quantized. Raises ValueError as either of the two.
     """
-    flags = activations.constants(kind, params)
+    flags = functions.constants(kind, params)
     width = _output_width(x, kind, flags["GATED"])
     return copies(Source("activation", x, width, bias=bias, flags=flags), to, scale, want)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..configs import around, configured
 from ..formats import BLOCKS, E5M2, NVFP4, Copies, Format, Target, alike, check
-from . import activations, nvfp4
+from . import functions, nvfp4
 from .activations import FUSION, _output_width
 from .launch import (
     ceil_div,
@@ -62,7 +62,7 @@ def activation_backward_quantize(
     order: over up to 128 rows, then over those sums.
     Raises ValueError, also where a block would hold columns of both halves of a gated dx.
     """
-    flags, y_to = dict(activations.constants(kind, params)), y_to or to
+    flags, y_to = dict(functions.constants(kind, params)), y_to or to
     flags["WIDTH"] = width = _output_width(x, kind, flags["GATED"])
     check(to, scale, want)
     check(y_to, y_scale, y_want)

@@ -38,14 +38,14 @@ def _gradients(
     grad = _load(dy, row.to(tl.int64) * dy_stride * UNIT + cols, mask, True)
     at = row.to(tl.int64) * x_stride * UNIT + cols
     a = _load(x, at, mask, True)
+    dtype: tl.constexpr = x.dtype.element_ty
     if GATED:
         b = _load(x, at + WIDTH, mask, True)
         tl.debug_barrier()  # else the loads are spread over the computation, and wait one by one
-        dtype: tl.constexpr = x.dtype.element_ty
         value, da, db = _gate_backward(grad, a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
     else:
         tl.debug_barrier()
-        value, da = _backward(grad, a, FUNCTION, ALPHA)
+        value, da = _backward(grad, a, dtype, FUNCTION, ALPHA)
         db = da
     return value, da, db
 

@@ -39,12 +39,12 @@ def _source(
     at = row.to(tl.int64) * x_stride * UNIT + cols
     if SOURCE == "activation":
         value = _load_biased(x, bias, at, cols, mask, col_mask, True)
+        dtype: tl.constexpr = x.dtype.element_ty
         if GATED:
             b = _load_biased(x, bias, at + WIDTH, cols + WIDTH, mask, col_mask, True)
-            dtype: tl.constexpr = x.dtype.element_ty
             value = _gate(value, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
         else:
-            value, _, _ = FUNCTION(value, ALPHA)
+            value, _, _ = FUNCTION(value, ALPHA, dtype)
     else:
         value = _load(x, at, mask, True)
     if SOURCE == "plain":

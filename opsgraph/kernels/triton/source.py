@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .activations import Kind
+from .functions import Kind
 from .launch import packed, row_major
 
 PLAIN = Kind(None, False)._asdict()

@@ -1,6 +1,7 @@
 """The Triton activations against fp64 formulas and their autograd gradients, on the CPU."""
 
 from itertools import product
+from math import pi, sqrt
 from typing import NamedTuple
 
 import edges
@@ -10,8 +11,9 @@ from kernel_checks import DTYPES, INTERPRETING, close, laid_out, normal, twice
 from torch import Tensor
 from torch.nn import functional as F
 
-from opsgraph.kernels.reference.activations import Gate, halves, joined
-from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
+from opsgraph.kernels.reference.activations import Form, halves, joined
+from opsgraph.kernels.triton.activations import activation_backward, activation_forward
+from opsgraph.kernels.triton.functions import KINDS
 
 FUNCTIONS = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
@@ -20,7 +22,25 @@ FUNCTIONS = {
     "relu": torch.relu,
     "srelu": lambda x: torch.relu(x).square(),
     "silu": lambda x: x * torch.sigmoid(x),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu6": lambda x: torch.where(x <= 0, 0, torch.where(x >= 6, 6, x)),
+    "hardswish": lambda x: x * torch.where(x <= -3, 0, torch.where(x > 3, 6, x + 3)) / 6,
+    "mish": F.mish,
+    "leaky_relu": lambda x: torch.where(x > 0, x, x * 0.01),
+    "gelu_clipped": lambda x: torch.where(F.gelu(x).abs() > 10, 10, F.gelu(x)),
 }
+STEPS = {
+    "gelu steps": lambda x: 0.5 * x * (
+        1.0 + torch.tanh(sqrt(2 / pi) * (x + 0.044715 * torch.pow(x, 3.0)))
+    ),
+    "gelu_fast steps": lambda x: 0.5 * x * (
+        1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x))
+    ),
+    "gelu_erf steps": lambda x: x * 0.5 * (1.0 + torch.erf(x / sqrt(2.0))),
+    "qgelu steps": lambda x: x * torch.sigmoid(1.702 * x),
+}  # fmt: skip
 GATES = {
     "geglu": "gelu",
     "geglu_erf": "gelu_erf",
@@ -29,7 +49,7 @@ GATES = {
     "sreglu": "srelu",
     "swiglu": "silu",
 }
-GATED = {kind for kind, row in KINDS.items() if row.GATED}
+GATED = {kind for kind, row in KINDS.items() if row.GATED} | {"clamped_swiglu after"}
 
 
 def activation64(x: Tensor, kind: str, params: tuple[float, ...]) -> Tensor:
@@ -40,8 +60,11 @@ def activation64(x: Tensor, kind: str, params: tuple[float, ...]) -> Tensor:
         return FUNCTIONS[GATES[kind]](a) * b
     if kind == "glu":
         return torch.sigmoid(a) * b
-    assert kind == "clamped_swiglu"
     limit, alpha, offset = params or (7.0, 1.702, 1.0)
+    if kind.endswith("after"):
+        gate = a * torch.sigmoid(alpha * a)
+        gate = torch.where(gate > limit, limit, gate)
+        return gate * (torch.where(b.abs() > limit, limit * b.sign(), b) + offset)
     # Not torch.clamp, whose gradient at the limit differs between versions of PyTorch.
     a = torch.where(a > limit, limit, a)
     b = torch.where(b.abs() > limit, limit * b.sign(), b) + offset
@@ -75,6 +98,7 @@ def covering_cases() -> list[Case]:
     cases += [
         Case("clamped_swiglu", 5, 100, torch.float32, (0.5, 2.0, 0.25)),
         Case("clamped_swiglu", 5, 17, torch.bfloat16, (1.0, 1.0, 0.0), bias=True),
+        Case("clamped_swiglu after", 5, 17, torch.float32, (0.5, 1.0, 0.0)),
     ]
     return cases
 
@@ -122,13 +146,25 @@ def test_a_rounded_gate_is_an_activation_and_a_product(
     a, b = halves(x, None, second)
     act = activation_forward(a, GATES[kind])
     da = activation_backward(dy * b, a, GATES[kind])[0]
-    given = str(Gate(kind, True, second))
+    given = str(Form(kind, rounded=True, second=second))
     assert torch.equal(activation_forward(x, given), act * b)
     dx, y, _ = activation_backward(dy, x, given, want=("x", "y"))
     assert torch.equal(y, act * b)
     assert torch.equal(dx, joined(da, dy * act, None, second))
-    once = activation_forward(x, str(Gate(kind, False, second)))
+    once = activation_forward(x, str(Form(kind, second=second)))
     assert torch.equal(once, y) == (kind == "reglu")  # max(a, 0) has no digit to round
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_rounded_steps_are_those_of_pytorch(kind: str, device: str) -> None:
+    x = torch.linspace(-8, 8, 4001, device=device).bfloat16()[None]
+    y, plain = activation_forward(x, kind), kind.removesuffix(" steps")
+    assert (y != STEPS[kind](x)).double().mean() < 2e-3
+    assert (y != activation_forward(x, plain)).double().mean() > 0.1
+    dy = normal(*x.shape, dtype=torch.bfloat16, device=device)
+    dx, again, _ = activation_backward(dy, x, kind, want=("x", "y"))
+    assert torch.equal(dx, activation_backward(dy, x, plain)[0])
+    assert torch.equal(again, y)
 
 
 SUBSETS = [(), ("x",), ("y",), ("bias",), ("x", "y"), ("y", "bias"), ("x", "bias")]
@@ -175,8 +211,8 @@ def test_nan_stays(kind: str, device: str) -> None:
 
 def test_errors(device: str) -> None:
     x = torch.ones(2, 7, device=device)
-    with pytest.raises(ValueError, match=r"unknown activation 'tanh'; known: gelu, "):
-        activation_forward(x, "tanh")
+    with pytest.raises(ValueError, match=r"unknown activation 'cubic'; known: gelu, "):
+        activation_forward(x, "cubic")
     with pytest.raises(ValueError, match=r"swiglu halves its input's width, which is odd: 7"):
         activation_forward(x, "swiglu")
     with pytest.raises(ValueError, match=r"expected \(limit, alpha, offset\)"):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from opsgraph.kernels import configs
 from opsgraph.kernels.triton import gemm, persistent
-from opsgraph.kernels.triton.activations import KINDS, activation_forward
+from opsgraph.kernels.triton.activations import activation_forward
+from opsgraph.kernels.triton.functions import KINDS
 from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
 from opsgraph.kernels.triton.grouped import (
     grouped_dgrad,

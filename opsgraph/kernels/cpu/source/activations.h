@@ -54,17 +54,21 @@ struct Gelu {  // 0.5 * x * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2 / pi) * 
 // x * Phi(x), Phi the normal distribution function by Abramowitz and Stegun, 7.1.26: within 1.5e-7.
 struct GeluErf {
     static inline Slope at(float x, const float*) {
-        float above = x < -LARGE ? -LARGE : x, inner = above > LARGE ? LARGE : above;
-        float size = (inner < 0.0f ? -inner : inner) * 0.707106781f;
+        float above = x < -LARGE ? -LARGE : x, inner = above > LARGE ? LARGE : above, e;
+        float phi = normal(inner, e);
+        return {above * phi, phi + inner * 0.398942280f * e};
+    }
+    // Phi of x that is no further out than LARGE, and e^(-x^2 / 2).
+    static inline float normal(float x, float& e) {
+        float size = (x < 0.0f ? -x : x) * 0.707106781f;
         float t = 1.0f / fmadd(0.3275911f, size, 1.0f);
         float p = fmadd(t, 1.061405429f, -1.453152027f);
         p = fmadd(p, t, 1.421413741f);
         p = fmadd(p, t, -0.284496736f);
         p = fmadd(p, t, 0.254829592f);
-        float e = exponential_within(-size * size);
+        e = exponential_within(-size * size);
         float tail = 0.5f * p * t * e;
-        float phi = x < 0.0f ? tail : 1.0f - tail;
-        return {above * phi, phi + inner * 0.398942280f * e};
+        return x < 0.0f ? tail : 1.0f - tail;
     }
     static constexpr float LARGE = 13.2665f;  // where e^(-x^2 / 2) counts as 0
 };
@@ -118,13 +122,103 @@ struct SoftClip {  // beta * tanh(b / beta)
     }
 };
 
+struct Tanh {
+    static inline Slope at(float x, const float*) {
+        float t = hyperbolic_tangent(x);
+        return {t, 1.0f - t * t};
+    }
+};
+
+struct Relu6 {
+    static inline Slope at(float x, const float*) {
+        return {clamp(x, 0.0f, 6.0f), 1.0f, x <= 0.0f || x >= 6.0f};
+    }
+};
+
+struct HardSwish {  // x * clamp(x + 3, 0, 6) / 6
+    static inline Slope at(float x, const float*) {
+        float slope = x > 3.0f ? 1.0f : x / 3.0f + 0.5f, above = x < -3.0f ? -3.0f : x;
+        return {above * clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f, slope, x <= -3.0f};
+    }
+};
+
+struct LeakyRelu {  // p: the slope below 0
+    static inline Slope at(float x, const float* p) {
+        return {x > 0.0f ? x : x * p[0], x > 0.0f ? 1.0f : p[0]};
+    }
+};
+
+// x * tanh(log(1 + e^x)) = x * n / (n + 2), n = e^x * (e^x + 2)
+struct Mish {
+    static inline Slope at(float x, const float*) {
+        float above = x < LOW ? LOW : x, inner = above > HIGH ? HIGH : above;
+        float e = exponential_within(inner), n = e * (e + 2.0f), d = n + 2.0f;
+        float t = n / d;
+        return {above * t, t + inner * (4.0f * (n + 1.0f) / d) / d * (e / (1.0f + e))};
+    }
+    static constexpr float LOW = -87.0f, HIGH = 20.0f;  // where t is 0 and 1 within an ulp
+};
+
+template <class F>
+struct Between {  // F between two bounds; p: the upper one, minus the lower one
+    static inline Slope at(float x, const float* p) {
+        Slope f = F::at(x, p);
+        return {clamp(f.value, -p[0], p[0]), f.slope, f.value > p[0] || f.value < -p[0]};
+    }
+};
+
+template <class F>
+struct After {  // as Clamped, but the swish is what is clamped
+    static inline Slope at(float a, const float* p) {
+        Slope swish = F::at(a, p + 1);
+        return {swish.value > p[0] ? p[0] : swish.value, swish.slope, swish.value > p[0]};
+    }
+};
+
+// Values as transformers composes them of PyTorch's operations on bf16, each of which rounds; their
+// slopes are those of the functions.
+
+static inline float stored(float x) { return widen(narrow<bf16>(x)); }
+
+struct GeluSteps {
+    static inline Slope at(float x, const float* p) {
+        float cube = stored(stored(x * x) * x);
+        float u = stored(0.79788456f * stored(x + stored(0.044715f * cube)));
+        float more = stored(1.0f + stored(hyperbolic_tangent(u)));
+        return {stored(0.5f * x) * more, Gelu::at(x, p).slope};
+    }
+};
+
+struct GeluFastSteps {
+    static inline Slope at(float x, const float* p) {
+        float inner = stored(1.0f + stored(stored(0.044715f * x) * x));
+        float u = stored(stored(x * 0.7978845608f) * inner);
+        float more = stored(1.0f + stored(hyperbolic_tangent(u)));
+        return {stored(0.5f * x) * more, Gelu::at(x, p).slope};
+    }
+};
+
+struct GeluErfSteps {
+    static inline Slope at(float x, const float* p) {
+        float u = clamp(stored(x / 1.41421356f) * 1.41421356f, -GeluErf::LARGE, GeluErf::LARGE), e;
+        float erf = 2.0f * GeluErf::normal(u, e) - 1.0f;
+        return {stored(x * 0.5f) * stored(1.0f + stored(erf)), GeluErf::at(x, p).slope};
+    }
+};
+
+struct SwishSteps {  // p: alpha
+    static inline Slope at(float x, const float* p) {
+        return {x * stored(sigmoid(stored(p[0] * x))), AnySwish::at(x, p).slope};
+    }
+};
+
 struct Line {
     static inline Slope at(float b, const float*) { return {b, 1.0f}; }
 };
 
 // A factor or a product of a gated kind, rounded as bf16 where PyTorch would store it.
 template <bool ROUNDED>
-static inline float step(float x) { return ROUNDED ? widen(narrow<bf16>(x)) : x; }
+static inline float step(float x) { return ROUNDED ? stored(x) : x; }
 
 // n columns of one row. A plain activation is a gated one whose b are ones: that changes no bit.
 template <class F, class G, bool ROUNDED>
@@ -164,7 +258,11 @@ template <bool R>
 static const Kind kinds[] = {
     kind<R, Swish>(), kind<R, Gelu>(), kind<R, GeluErf>(), kind<R, Relu>(),
     kind<R, SquaredRelu>(), kind<R, Sigmoid>(), kind<R, Clamped<Swish>, Clip>(),
-    kind<R, Situ, SoftClip>(), kind<R, Clamped<AnySwish>, Clip>(),
+    kind<R, Situ, SoftClip>(), kind<R, Clamped<AnySwish>, Clip>(), kind<R, Tanh>(),
+    kind<R, Relu6>(), kind<R, HardSwish>(), kind<R, LeakyRelu>(), kind<R, Mish>(),
+    kind<R, Between<GeluErf>>(), kind<R, After<Swish>, Clip>(), kind<R, After<AnySwish>, Clip>(),
+    kind<R, GeluSteps>(), kind<R, GeluFastSteps>(), kind<R, GeluErfSteps>(),
+    kind<R, SwishSteps>(), kind<R, Clamped<SwishSteps>, Clip>(), kind<R, After<SwishSteps>, Clip>(),
 };
 
 static inline const Kind& kind_of(const Activation& t) {

@@ -1,0 +1,98 @@
+"""Activations by transformers' names, as modules of torch.nn, and inside others."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import opsgraph as og
+from opsgraph.ops import GELU, QGELU, ClippedGELU, Gated, ReLU6, SwiGLU
+from opsgraph.ops.activation_names import ACTIVATIONS, keywords
+
+NAMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_python": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_python_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "hardswish": F.hardswish,
+    "mish": F.mish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "linear": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_activations_by_transformers_names(name: str) -> None:
+    x = torch.linspace(-14, 14, 57)[None]
+    torch.testing.assert_close(ACTIVATIONS[name]()(x), NAMED[name](x))
+    og.LayerNormMLP(8, 8, activation=name, device="cpu")
+
+
+def test_arguments_of_a_name() -> None:
+    assert keywords("gelu_python") == keywords("gelu")
+    assert {"approximate", "round_steps"} <= {*keywords("gelu")}
+    assert {"round_gate", "gate_second", "glu_interleave_size"} <= {*keywords("swiglu")}
+    params = {"round_gate": True, "gate_second": True}
+    mlp = og.LayerNormMLP(8, 8, activation="swiglu", activation_params=params, device="cpu")
+    assert "swiglu rounded second" in mlp.plan().forward_source
+
+
+MODULES: dict[str, nn.Module] = {
+    "ReLU6": nn.ReLU6(),
+    "LeakyReLU": nn.LeakyReLU(0.3),
+    "Hardswish": nn.Hardswish(),
+    "Mish": nn.Mish(),
+    "Sigmoid": nn.Sigmoid(),
+    "Tanh": nn.Tanh(),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_from_torch_and_back(name: str) -> None:
+    module = og.Sequential.from_torch(nn.Sequential(MODULES[name]), strict=True)
+    x = torch.linspace(-8, 8, 33)[None]
+    assert type(module[0]).__name__ == name
+    torch.testing.assert_close(module(x), MODULES[name](x))
+    assert repr(module.to_torch()[0]) == repr(MODULES[name])
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: Gated(SwiGLU()), "Gated: got activation SwiGLU, expected an activation that"),  # type: ignore[arg-type]
+        (lambda: SwiGLU(round_gate="yes"), "SwiGLU: got round_gate='yes'"),  # type: ignore[arg-type]
+        (lambda: SwiGLU(gate_second=2), "SwiGLU: got gate_second=2"),  # type: ignore[arg-type]
+        (lambda: QGELU(round_steps=None), "QGELU: got round_steps=None"),  # type: ignore[arg-type]
+        (lambda: GELU("new"), "GELU: got approximate='new', expected 'tanh', 'none' or 'fast'"),
+        (lambda: ClippedGELU(-1.0), "ClippedGELU: got limit=-1.0"),
+    ],
+)
+def test_errors(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(og.OpsgraphError, match=message):
+        build()
+
+
+def test_a_gate_of_any_activation() -> None:
+    x = torch.randn(5, 12)
+    a, b = x.chunk(2, -1)
+    torch.testing.assert_close(Gated(ReLU6())(x), F.relu6(a) * b)
+    composed = Gated(GELU("none", round_steps=True), round_gate=True)
+    half = (x * 3).bfloat16()
+    a, b = half.chunk(2, -1)
+    expected = a * 0.5 * (1.0 + torch.erf(a / 2**0.5)) * b
+    torch.testing.assert_close(composed(half), expected)
