@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from math import prod
 from typing import Any
 
 import torch
@@ -111,8 +112,23 @@ class Assembly:
     ) -> None:  # fmt: skip
         first = next((n for n, uses in enumerate(self.uses) if number in uses), maker)
         self.base[number] = slot
-        result = Result(slot, sizes, dtype, self.buffers[number].device)
+        over = self.recording.recorder.taken.get(number)
+        if over is not None and not self._fits_over(over, slot, sizes, dtype):
+            over = None
+        result = Result(slot, sizes, dtype, self.buffers[number].device, over)
         self.results.setdefault(first, []).append(result)
+
+    def _fits_over(
+        self, argument: int, slot: int, sizes: tuple[int, ...], dtype: torch.dtype
+    ) -> bool:
+        """Whether an argument is laid out as a result in a slot that may take its memory."""
+        value = self.values[argument]
+        if not isinstance(value, Geometry):
+            return False
+        size = self.buffers[value.place.buffer].size
+        if slot < len(self.values) and (value.sizes, value.dtype) != (sizes, dtype):
+            return False
+        return _whole(value, size) and prod(sizes) * dtype.itemsize == size
 
     def _read(self, slot: int, part: int) -> None:
         self.last[slot] = max(part, self.last.get(slot, 0))

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..base.errors import OpsgraphError
 from ..guards.compiled import compiled
+from ..guards.owned import in_place_of
 from ..guards.torch_private import dispatch_modes, dispatch_stack, empty_strided
 from ..kernels.cpu import memory
 from ..plan.lines import Line
@@ -120,15 +121,18 @@ class Constant(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A contiguous tensor that PyTorch allocates."""
+    """A contiguous tensor that PyTorch allocates. over: the argument whose memory it may have."""
 
     slot: int
     sizes: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    over: int | None = None
 
     def text(self, variable: str) -> str:
         """The line that allocates it."""
+        if self.over is not None:
+            return f"{variable} = in_place_of({name(self.over)})"
         like = torch.empty(self.sizes, dtype=self.dtype, device="meta")
         if self.device.type == "cpu" and like.nbytes >= memory.LEAST:
             return f"{variable} = kept({self.sizes}, {self.dtype})"
@@ -267,6 +271,7 @@ class Record:
             "torch": torch, "replay": replay(device.type), "kept": memory.empty,
             "new": empty_strided(device), "fits": fits, "threads": torch.get_num_threads,
             "modes": dispatch_stack, "followed": dispatch_modes, "view": view, "freed": _freed,
+            "in_place_of": in_place_of,
         }  # fmt: skip
         if device.type == "cuda":
             namespace["stream"] = torch._C._cuda_getCurrentRawStream

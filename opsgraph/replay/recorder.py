@@ -147,6 +147,9 @@ class Recorder(TorchDispatchMode):
         self.buffers: list[Buffer] = []
         self._ranges: list[tuple[int, int, int]] = []
         """Begin, end and number of each buffer that is there."""
+        self.taken: dict[int, int] = {}
+        """Of results that may be written over an argument, if nothing else refers to that: its
+        number, by the result's buffer."""
         self.reading: Collection[int] = ()
         """The buffers of the values that a line reads."""
         self._events: list[Event] = []
@@ -267,6 +270,14 @@ class Recorder(TorchDispatchMode):
             return Matmul(made, (*places, room), named)
 
         self._note(event)
+
+    def in_place(self, made: Tensor, over: Tensor) -> None:
+        """Memory was made that may be that of another tensor, as `guards.owned` says."""
+        place, other = self.find(made.data_ptr()), self.find(over.data_ptr())
+        if place is not None and other is not None:
+            argument = self.buffers[other.buffer].argument
+            if argument is not None and argument < self.count:
+                self.taken[place.buffer] = argument
 
     def _places(self, addresses: Sequence[tuple[int, int]]) -> tuple[tuple[int, Place], ...]:
         return tuple((word, self._place(address)) for word, address in addresses if address)

@@ -90,9 +90,11 @@ class Recording:
                     self.recorder.refuse("a line in Python reads what it makes")
                 elif not _ours(line):
                     self.recorder.refuse("it is no function of opsgraph's")
-                elif any(self._size(reads.get(name)) >= LARGE for name in line.overwrites):
-                    self.recorder.refuse("it lets go of large memory midway")
                 run_line(line, self.ops, variables)
+                consumed = [reads.get(name) for name in line.overwrites]
+                taken = self.recorder.taken.values()
+                if any(self._size(k) >= LARGE and k not in taken for k in consumed):
+                    self.recorder.refuse("it lets go of large memory midway")
             events, reason = self.recorder.take()
             makes = {}
             for made in line.makes:
@@ -161,23 +163,28 @@ class Recording:
     def groups(self) -> list[list[Step]]:
         """Lines in Python alone, others together as far as memory allows."""
         groups: list[list[Step]] = []
-        joined = False
+        joined, made = False, set[int]()
+        """Of a stretch: whether the next line joins it, and the slots that it makes."""
         for step in self.steps:
             native = step.reason is None
             if native and joined:
                 groups[-1].append(step)
             else:
                 groups.append([step])
-            joined = native and not self._lets_go(step)
+                made = set()
+            made.update(step.makes.values())
+            joined = native and not self._lets_go(step, made)
         return groups
 
-    def _lets_go(self, step: Step) -> bool:
-        """Whether large memory is let go after a line, which later ones may be given."""
-        return any(self._size(step.reads.get(name)) >= LARGE for name in step.line.dead)
+    def _lets_go(self, step: Step, made: Collection[int]) -> bool:
+        """Whether large memory from before a stretch, which made what it says, is let go after a
+        line: later ones may be given it."""
+        slots = [step.reads.get(name) for name in step.line.dead]
+        return any(self._size(k) >= LARGE for k in slots if k not in made)
 
     def _size(self, slot: int | None) -> int:
-        """Bytes of the memory of an argument; 0 of what is none."""
-        value = self.values[slot] if slot is not None and slot < self.count else None
+        """Bytes of the memory of a value; 0 of what has none."""
+        value = None if slot is None else self.values[slot]
         if not isinstance(value, Geometry):
             return 0
         return self.recorder.buffers[value.place.buffer].size

@@ -159,7 +159,7 @@ def test_threads_never_share_a_block() -> None:
 
 
 def test_without_torchs_count_memory_is_torchs(monkeypatch, pool: Pool) -> None:
-    monkeypatch.setattr(memory, "_use_count", None)
+    monkeypatch.setattr(memory, "use_count", None)
     assert fresh().shape == SHAPE
     assert pool.held() == (0, 0)
 

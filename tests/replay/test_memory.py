@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from replays import (
+    INNER,
     NETS,
     ROWS,
     WIDTH,
@@ -22,8 +23,11 @@ from torch import Tensor, nn
 
 import opsgraph as og
 from benchmarks.memory import fresh_memory, tensor_peak
+from opsgraph.fuser import Fuser
+from opsgraph.guards.owned import in_place_of
+from opsgraph.kernels.cpu import activations, gemm, memory
 from opsgraph.kernels.cpu import build as library
-from opsgraph.kernels.cpu import memory
+from opsgraph.ops import BasicLinear, SwiGLU
 from opsgraph.replay import recording
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
@@ -134,3 +138,49 @@ def test_peak_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             if on:
                 assert any("native" in text for text in told(module.plan(True, x))["backward"])
     assert peaks[True] <= peaks[False]
+
+
+def _saves_memory(retain: bool) -> tuple[int, list[Any]]:
+    """A step's peak and gradients where a gradient may be written over what was saved."""
+
+    class InPlace(Fuser):
+        backend, priority = "cpu", 1
+        pattern = dict(act=SwiGLU, fc=BasicLinear)
+        consumes, gives, wants = ("act_x",), ("fc_x",), dict(fc_weight="y")
+
+        def bwd(self, dy: Tensor, act_x: list[Tensor], fc_weight: Tensor, want: Any) -> Any:
+            pre = act_x.pop()
+            gradient, out = gemm.dgrad(dy, fc_weight), in_place_of(pre)
+            names = frozenset(want)
+            dx, y, _ = activations.activation_backward(gradient, pre, "swiglu", want=names, out=out)
+            return dx, (y,)
+
+    InPlace.__module__ = "opsgraph.in_place"  # else it stays in Python
+    x, dy = random(512, WIDTH).requires_grad_(), random(512, WIDTH)
+    with og.register(InPlace), fresh_memory():
+        module = build("llama")
+
+        def run() -> None:
+            module(x).backward(dy, retain_graph=retain)
+
+        for _ in range(3):
+            x.grad = None
+            module.zero_grad()
+            run()
+        plan = module.plan(True, x)
+        assert "InPlace" in plan.backward_source
+        assert not any("Python" in text for text in told(plan)["backward"])
+        found = leaves([x.grad, *(p.grad for p in module.parameters())])
+        x.grad = None
+        module.zero_grad()
+        return tensor_peak(run), found
+
+
+def test_a_replay_writes_over_what_nothing_else_refers_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.use_deterministic_algorithms(False)  # filling memory is an op that is not replayed
+    monkeypatch.setattr(recording, "LARGE", 2**14)
+    (alone, found), (retained, expected) = _saves_memory(False), _saves_memory(True)
+    assert_same_bits(found, expected)
+    assert retained - alone > 0.9 * 512 * 2 * INNER * 4

@@ -7,13 +7,14 @@ library's GEMM and a pointwise kernel. On an H100, with 8192 rows and depths of 
 library was 1% to 9% faster (`benchmarks/gpu_gemm.py` measures it).
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...fuser import register
+from ...guards.owned import in_place_of
 from ...kernels.lazy import Lazy
 from ...kernels.triton import interpreting
 from ...op import Spec
@@ -57,10 +58,14 @@ class LinearActivation(_Epilogue):
         return y, (pre,)
 
 
-class _ActivationBackward(ActivationFuser):
-    """Backward of [bias,] activation and linear; `passes` gives dx, y and dbias."""
+@register
+class ActivationEpilogueBackward(_Epilogue):
+    """Backward of [bias,] activation and linear, the activation's gradient in the linear's dgrad.
 
-    passes: Callable[..., Any]
+    One GEMM writes the pre-activation's gradient, the linear's input computed again, and the bias's
+    sums; the gradient that arrives at the activation never reaches memory.
+    """
+
     pattern = dict(bias=Bias | None, act=Activation | GatedActivation, fc=BasicLinear)
     gives, wants = ("fc_x",), dict(bias_bias="bias", fc_weight="y")
 
@@ -69,29 +74,31 @@ class _ActivationBackward(ActivationFuser):
         bias_bias: Tensor | None, fc_weight: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
         more = act_kernel, act_params, want, None if bias_bias is None else bias_bias.dtype
-        dx, y, dbias = self.passes(dy, fc_weight, act_x, *more)
+        dx, y, dbias = gemms.linear_activation_backward(dy, fc_weight, act_x, *more)
         return dx, (dbias, y)
 
 
 @register
-class ActivationEpilogueBackward(_Epilogue, _ActivationBackward):
-    """Backward of [bias,] activation and linear, the activation's gradient in the linear's dgrad.
-
-    One GEMM writes the pre-activation's gradient, the linear's input computed again, and the bias's
-    sums; the gradient that arrives at the activation never reaches memory.
-    """
-
-    passes = staticmethod(lambda *arguments: gemms.linear_activation_backward(*arguments))
-
-
-@register
-class ActivationLinearBackward(_ActivationBackward):
+class ActivationLinearBackward(ActivationFuser):
     """Backward of [bias,] activation and linear: one pass between the linear's two GEMMs.
 
-    It writes the pre-activation's gradient, the linear's input computed again, and the bias's sums.
+    It writes the pre-activation's gradient over the pre-activation, if that has no other use, the
+    linear's input computed again over the GEMM's result, and the bias's sums.
     ActivationEpilogueBackward, registered before it, is taken where it may pay.
     """
 
-    passes = staticmethod(
-        lambda dy, w, *more: activations.activation_backward(library.matmul(dy, w), *more)
-    )
+    pattern = dict(bias=Bias | None, act=Activation | GatedActivation, fc=BasicLinear)
+    consumes, gives, wants = ("act_x",), ("fc_x",), dict(bias_bias="bias", fc_weight="y")
+
+    def bwd(
+        self, dy: Tensor, act_x: list[Tensor], act_kernel: str, act_params: Params,
+        bias_bias: Tensor | None, fc_weight: Tensor, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        pre = act_x.pop()
+        dact = library.matmul(dy, fc_weight)
+        out = in_place_of(pre) if "x" in want else None
+        dx, y, dbias = activations.activation_backward(
+            dact, pre, act_kernel, act_params, want,
+            None if bias_bias is None else bias_bias.dtype, (out, dact),
+        )  # fmt: skip
+        return dx, (dbias, y)

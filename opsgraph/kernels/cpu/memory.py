@@ -18,17 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...guards.torch_private import storage_uses
+from ...guards.owned import counted, owners, use_count
 from ...guards.watching import watching
 
 CPU = torch.device("cpu")
 LEAST = 2**20
 """Bytes below which a tensor gets memory of its own: the allocator keeps such blocks itself."""
-
-# Without a global lock Python's counts are spread over threads: too little to go by.
-_locked: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
-_use_count = storage_uses if _locked else None
-_tensor_use_count = getattr(Tensor, "_use_count", None)
 
 
 class Block(NamedTuple):
@@ -131,11 +126,11 @@ class Pool:
 
 def _references(block: Block) -> tuple[int, int]:
     """How many tensors (and storage objects) have the storage, and how many Python names."""
-    assert _use_count is not None
-    return _use_count(block.storage._cdata), sys.getrefcount(block.storage)
+    assert use_count is not None
+    return use_count(block.storage._cdata), sys.getrefcount(block.storage)
 
 
-_ALONE = _references(Block(torch.UntypedStorage(1), 0, 1)) if _use_count else (0, 0)
+_ALONE = _references(Block(torch.UntypedStorage(1), 0, 1)) if use_count else (0, 0)
 
 
 def _idle(block: Block) -> bool:
@@ -151,20 +146,11 @@ def _intact(block: Block) -> bool:
 pool = Pool()
 
 
-def _owners(x: Tensor) -> tuple[int, ...]:
-    """How many names a tensor and its storage have, and how many owners that Python cannot see."""
-    assert _use_count is not None
-    assert _tensor_use_count is not None
-    storage = x.untyped_storage()
-    tensors, storages = _tensor_use_count(x), _use_count(storage._cdata)
-    return sys.getrefcount(x), tensors, sys.getrefcount(storage), storages
-
-
 def _owners_of_ours() -> tuple[int, ...]:
     """The same of a fresh tensor. A call counts its arguments twice where Dynamo watches frames."""
     kept = torch.UntypedStorage(1)
     x = torch.empty(0, dtype=torch.uint8, device="cpu").set_(kept, 0, (1,))  # type: ignore[call-overload]
-    return (lambda x: _owners(x))(x)  # as `ours` calls it
+    return (lambda x: owners(x))(x)  # as `ours` calls it
 
 
 def ours(x: Tensor) -> bool:
@@ -172,17 +158,17 @@ def ours(x: Tensor) -> bool:
 
     x may then be overwritten. This is known only of tensors in kept memory.
     """
-    if _use_count is None or _tensor_use_count is None:
+    if not counted:
         return False
     if watching.recorder is not None:
         watching.recorder.refuse("it overwrites what nobody else holds")
-    return _owners(x) == _owners_of_ours() and pool.has(x)
+    return owners(x) == _owners_of_ours() and pool.has(x)
 
 
 def adopted(make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor of that shape and dtype for which make allocates; kept memory from now on."""
     size = prod(shape) * dtype.itemsize
-    return make() if size < LEAST or _use_count is None else pool.adopt(make, size)
+    return make() if size < LEAST or use_count is None else pool.adopt(make, size)
 
 
 @cache
@@ -193,7 +179,7 @@ def _bare(dtype: torch.dtype) -> Tensor:
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialized, contiguous tensor on the CPU, in kept memory if it is large."""
     size = prod(shape) * dtype.itemsize
-    if size < LEAST or _use_count is None:
+    if size < LEAST or use_count is None:
         return _bare(dtype).new_empty(*shape)  # torch.empty takes half as long again
     bare = torch.empty(0, dtype=dtype, device=CPU)
     made: Tensor = bare.set_(pool.take(size), 0, shape)  # type: ignore[call-overload]

@@ -23,6 +23,7 @@ from .launch import (
     multiprocessors,
     on_device_of,
     packed,
+    room,
     row_major,
     stride_unit,
     sum_partials,
@@ -178,9 +179,12 @@ def backward_kernel(
     dy, x, dx, y, dbias, rows, dy_stride, x_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, OVER: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns over a share of the rows: all of them in one step unless summing dbias."""
+    """A block of columns over a share of the rows: all of them in one step unless summing dbias.
+
+    OVER: whether dx may be x or y be dy; all of a tile is then read before any of it is written.
+    """
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     total: tl.constexpr = WIDTH * 2 if GATED else WIDTH
     dtype: tl.constexpr = x.dtype.element_ty
@@ -198,6 +202,8 @@ def backward_kernel(
         a = _load(x, at, mask)
         if GATED:
             b = _load(x, at + WIDTH, mask)
+            if OVER:
+                tl.debug_barrier()
             value, da, db = _gate_backward(
                 grad, a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET
             )  # fmt: skip
@@ -206,6 +212,8 @@ def backward_kernel(
             if dbias is not None:
                 b_sum += db
         else:
+            if OVER:
+                tl.debug_barrier()
             value, da = _backward(grad, a, dtype, FUNCTION, ALPHA)
         if dx is not None:
             tl.store(dx + row * total + cols, da.to(dx.dtype.element_ty), mask)
@@ -262,18 +270,20 @@ def activation_forward(
 def activation_backward(
     dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...] = (),
     want: Collection[str] = ("x",), bias_dtype: torch.dtype | None = None,
+    to: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradient of `activation_forward` by its input, in one pass over dy and x.
 
     x: the pre-activation (bias included). Returns (dx like x, y, dbias), None for what is not in
     want ("x", "y", "bias"): y is the activation, computed again; dbias `[width of x]` is the column
     sum of the unrounded dx, in fp32 and in a fixed order, then cast to bias_dtype or x's dtype.
+    to: memory for dx and y, which may be x and dy; used if it is contiguous and of x's dtype.
     """
     flags = constants(kind, params)
     width = _output_width(x, kind, flags["GATED"])
     rows, total = x.shape
-    dx = torch.empty(rows, total, dtype=x.dtype, device=x.device) if "x" in want else None
-    y = torch.empty(rows, width, dtype=x.dtype, device=x.device) if "y" in want else None
+    dx = room(to[0], x, total) if "x" in want else None
+    y = room(to[1], x, width) if "y" in want else None
     dbias = partials = None
     if "bias" in want:
         new = torch.empty if x.numel() else torch.zeros
@@ -294,6 +304,7 @@ def activation_backward(
             backward_kernel, (shares * blocks,),
             dy, x, dx, y, partials, rows, dy.stride(0) // unit, x.stride(0) // unit,
             UNIT=unit, WIDTH=width, STAGES=1 if dbias is None else 2,
+            OVER=any(each is not None for each in to),
             **flags, **options, **FUSION,
         )  # fmt: skip
         sum_partials(partials, dbias, None, None)

@@ -128,6 +128,15 @@ def _tell(
     )  # fmt: skip
 
 
+def room(given: Tensor | None, x: Tensor, width: int) -> Tensor:
+    """Memory for `[rows, width]` of x's dtype: what is given, if it is such and contiguous."""
+    shape = x.size(0), width
+    if given is not None and given.dtype == x.dtype and given.shape == shape:
+        if given.is_contiguous():
+            return given
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
+
+
 def row_major(x: Tensor) -> Tensor:
     """`x` itself when each row's elements are adjacent, else a contiguous copy."""
     return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()

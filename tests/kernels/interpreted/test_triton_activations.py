@@ -188,6 +188,26 @@ def test_backward_computes_what_is_wanted(want: tuple[str, ...], kind: str, devi
             close(value, value64, dx64.abs().sum(0) if key == "bias" else 0.0)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["gelu", "swiglu", "clamped_swiglu"])
+def test_results_may_be_written_over_what_they_are_made_of(
+    kind: str, bias: bool, device: str
+) -> None:
+    dtype, want = torch.bfloat16, ("x", "y", "bias") if bias else ("x", "y")
+    x = normal(37, 144 if "glu" in kind else 72, dtype=dtype, device=device)
+    dy = normal(37, 72, dtype=dtype, device=device, seed=1)
+    expected = activation_backward(dy, x, kind, want=want)
+    found = activation_backward(dy, x, kind, want=want, to=(x, dy))
+    assert found[0] is x
+    assert found[1] is dy
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+    strided = normal(37, 144, dtype=dtype, device=device)[:, :72]
+    made = activation_backward(dy, x, kind, want=("y",), to=(None, strided))[1]
+    assert made is not strided
+
+
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
 def test_empty(kind: str, shape: tuple[int, int], device: str) -> None:
