@@ -25,7 +25,9 @@ from ..ops.activations import (
 )
 from ..ops.elementwise import Dropout, Identity
 from ..ops.linear import Linear
+from ..ops.lora import LoRALinear
 from ..ops.norms import LayerNorm, RMSNorm
+from .adapters import adapted, is_peft, reason_against
 from .extras import verify_trailing
 from .known_models import of_transformers
 from .several import SeveralLayers
@@ -132,7 +134,8 @@ def op_from(module: nn.Module, left: dict[nn.Module, str] | None = None) -> nn.M
 def _of_several(cls: type[Op], modules: tuple[nn.Module, ...]) -> Op:
     """A Linear with the outputs of several layers, one after the other."""
     ops: list[Any] = []
-    for module in modules:
+    layers = tuple(_base_of(cls, module) if is_peft(module) else module for module in modules)
+    for module in layers:
         found = _op_or_reason(module)
         if type(found) is not Linear or not issubclass(Linear, cls):
             got = f"{type(module).__name__} among several" + (
@@ -152,7 +155,30 @@ def _of_several(cls: type[Op], modules: tuple[nn.Module, ...]) -> Op:
     names = {"weight": "weight"} | ({"bias": "bias"} if bias else {})
     rows = sum(op.out_features for op in ops)
     op = Linear(ops[0].in_features, rows, bias=bias, device="meta")
-    return op.borrow(SeveralLayers(modules), **names).train(modules[0].training)
+    op.borrow(SeveralLayers(layers), **names).train(layers[0].training)
+    return op if layers == modules else adapted(op, modules)
+
+
+def _of_peft(cls: type[Op], module: Any) -> Op:
+    """A LoRALinear of one layer; its Linear reads the base layer's parameters, and has none."""
+    base = _base_of(cls, module)
+    found = _op_or_reason(base)
+    if type(found) is not Linear:
+        raise OpError(cls.__name__, f"of({type(base).__name__}): {found}", "a linear base layer")
+    linear = Linear(found.in_features, found.out_features, found.has("bias"), device="meta")
+    names = {"weight": "weight"} | ({"bias": "bias"} if found.has("bias") else {})
+    linear.borrow(base, **names)
+    return adapted(linear, (module,))
+
+
+def _base_of(cls: type[Op], module: Any) -> nn.Module:
+    """The layer that an adapter of peft adapts. Raises OpError for one that is no LoRALinear."""
+    reason = None if is_untouched(module) else "it has hooks or a forward of its own"
+    if not issubclass(Linear, cls) and cls is not LoRALinear:
+        reason = "it is a linear layer with adapters"
+    if reason := reason or reason_against(module):
+        raise OpError(cls.__name__, f"of(peft's {type(module).__name__}): {reason}", "LoRA")
+    return module.get_base_layer()  # type: ignore[no-any-return]
 
 
 def _of(cls: type[Op], module: nn.Module, *more: nn.Module) -> Op:
@@ -167,11 +193,16 @@ def _of(cls: type[Op], module: nn.Module, *more: nn.Module) -> Op:
     theirs one after the other, as gate and up before a SwiGLU. The layers keep the parameters, and
     state_dict keys; their memory is made one block (`SeveralLayers`), so that nothing is copied at
     a call. The op has no parameters of its own then.
+
+    A linear layer with LoRA of peft, alone or among several, becomes a LoRALinear without
+    parameters of its own: they stay peft's, and what peft does to them later holds.
     """
     if more:
         return _of_several(cls, (module, *more))
     if not isinstance(module, nn.Module):
         raise OpError(cls.__name__, f"of({type(module).__name__})", "a module")
+    if is_peft(module):
+        return _of_peft(cls, module)
     found = _op_or_reason(module)
     if isinstance(found, str):
         raise OpError(cls.__name__, f"of({type(module).__name__}): {found}", "a module like it")

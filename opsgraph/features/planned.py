@@ -22,7 +22,7 @@ from .measured import PLANNERS
 from .quantized import QuantizedDefinitions
 from .show import logged
 from .verify import verified
-from .weight_gradients import send_elsewhere, with_elsewhere, with_places
+from .weight_gradients import of_what_runs, send_elsewhere, with_elsewhere, with_places
 
 
 def planned(
@@ -35,6 +35,7 @@ def planned(
     after = (send_elsewhere, checked) if config.check else (send_elsewhere,)
     definitions = partial(QuantizedDefinitions, partial(prepare_by, order), after)
     planner = PLANNERS[planner] if isinstance(planner, str) else planner
+    request = of_what_runs(run, request)
     run, request = with_casts(run, with_elsewhere(run, request))
     plan = make_plan(run, request, order, planner, config.fuel, definitions)
     plan = with_places(plan, request)

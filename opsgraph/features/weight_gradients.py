@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..fuser import Fuser
-from ..op import STORED, differentiable
+from ..op import BACKWARD, STORED, differentiable
+from ..op.functions import identity
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..plan.claims import Claim
@@ -96,3 +97,11 @@ def _by_the_op(program: Program, claim: Claim, line: Line) -> Line:
     if gradient in request.late:
         return line._replace(function="weigh", arguments=arguments)
     return line
+
+
+def of_what_runs(run: BasicOps, request: Request) -> Request:
+    """The request without the gradients of parameters whose op does nothing in this mode."""
+    ops = [*zip(run.kinds, run.ops, request.training, strict=True)]
+    still = [identity(kind, op, BACKWARD, training) for kind, op, training in ops]
+    idle = {run.name(name, i) for i, name in run.slots if still[i]}
+    return replace(request, gradients=request.gradients - idle)

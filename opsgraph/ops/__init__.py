@@ -30,6 +30,7 @@ from .elementwise import ConstantScale, Dropout, Identity, Reshape
 from .grouped import GroupedLinear
 from .l2 import L2Normalization
 from .linear import BasicLinear, Linear
+from .lora import LoRA, LoRALinear
 from .norms import LayerNorm, RMSNorm
 from .quantize import Quantize, QuantizeGrad
 from .residual import Add, AddExtraInput, MakeExtraOutput, Residual, Tee
@@ -72,6 +73,8 @@ __all__ = [
     "LayerNorm",
     "LeakyReLU",
     "Linear",
+    "LoRA",
+    "LoRALinear",
     "MakeExtraOutput",
     "Mish",
     "Modulate",

@@ -61,6 +61,31 @@ def _layer(parameters: dict[str, Tensor], x: Tensor, scale: Tensor, shift: Tenso
     return _modulated(parameters, h, scale, shift)
 
 
+def _lora(*args: Any, **options: Any) -> ops.LoRA:
+    """With lora_B other than 0, where it starts."""
+    op = ops.LoRA(*args, **options)
+    nn.init.normal_(op.lora_B)
+    return op
+
+
+def _branch(parameters: dict[str, Tensor], prefix: str, other: Tensor) -> Tensor:
+    return other @ parameters[f"{prefix}lora_A"].T @ parameters[f"{prefix}lora_B"].T
+
+
+def _low_rank(parameters: dict[str, Tensor], x: Tensor, other: Tensor) -> Tensor:
+    return x + 2.0 * _branch(parameters, "0.", other)
+
+
+def _low_rank_at_3(parameters: dict[str, Tensor], x: Tensor, other: Tensor) -> Tensor:
+    return x + nn.functional.pad(_branch(parameters, "0.", other), (3, 1))
+
+
+def _adapted(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    y = x @ parameters["0.linear.weight"].T + parameters["0.linear.bias"]
+    second = nn.functional.pad(_branch(parameters, "0.branches.1.", x), (2, 1))
+    return y + 2.0 * _branch(parameters, "0.branches.0.", x) + second
+
+
 class Case(NamedTuple):
     build: Callable[[], nn.Module]
     formula: Callable[..., Tensor]
@@ -78,6 +103,10 @@ def _sizes(shape: tuple[int, ...]) -> list[Tensor]:
 
 def _samples(shape: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape[0], shape[-1], dtype=torch.double) for _ in range(2)]
+
+
+def _others(shape: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(*shape[:-1], 6, dtype=torch.double)]
 
 
 CLAMPED = {"limit": 1.0, "alpha": 1.5, "glu_linear_offset": 0.5}
@@ -114,6 +143,15 @@ TABLE = {
     "AdaptiveRMSNorm": Case(lambda: ops.AdaptiveRMSNorm(eps=1e-3), _rms, _samples, SAMPLED[:2]),
     "AdaptiveLayerNorm": Case(
         lambda: ops.AdaptiveLayerNorm(8, eps=1e-3), _layer, _samples, SAMPLED[:2]
+    ),
+    "LoRA": Case(lambda: _lora(6, 8, 3, alpha=6.0), _low_rank, _others),
+    "LoRA from a column": Case(lambda: _lora(6, 4, 3, start=3), _low_rank_at_3, _others),
+    "LoRALinear": Case(
+        lambda: ops.LoRALinear(
+            ops.Linear(8, 5), _lora(8, 5, 3, alpha=6.0), _lora(8, 2, 3, start=2)
+        ),
+        _adapted,
+        lambda shape: [],
     ),
 }
 
