@@ -81,7 +81,7 @@ class Pass:
 
     def _run(self, arguments: tuple[Any, ...]) -> Any:
         """A call of other layouts than the last one."""
-        if not ops_alone() or (self.reason is not None and self.operands is None):
+        if (self.reason is not None and self.operands is None) or not ops_alone():
             return self.python(*arguments)
         if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
