@@ -348,7 +348,8 @@ class ClampedSwiGLU(_Composed, GatedActivation):
 
     @classmethod
     def sample(cls) -> Iterable[Op]:
-        return cls(), cls(1.0, 1.0, 0.0, clamp_after=True), cls(round_steps=True, round_gate=True)
+        clamped = cls(limit=1.0, alpha=1.0, glu_linear_offset=0.0, clamp_after=True)
+        return cls(), clamped, cls(round_steps=True, round_gate=True)
 
 
 class SiTUGLU(GatedActivation):
