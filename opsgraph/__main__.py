@@ -1,4 +1,4 @@
-"""`python -m opsgraph`: what is installed here (doctor), the ops, the fusers, and tuning."""
+"""`python -m opsgraph`: what is installed here (doctor), the ops, the fusers, tuning, measuring."""
 
 import argparse
 import inspect
@@ -21,6 +21,7 @@ from .fusers.cublaslt.products import FAMILIES, Family
 from .kernels.cpu import build, product
 from .kernels.directories import directories
 from .op import BACKWARD, FORWARD
+from .tune import bench
 from .tune import command as tune
 
 
@@ -30,12 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         commands.add_parser(command, help=_summary(_COMMANDS[command]))
-    tuner = commands.add_parser("tune", help=tune.ABOUT, description=tune.ABOUT)
-    tune.arguments(tuner)
+    with_arguments = {"tune": tune, "bench": bench}
+    for command, module in with_arguments.items():
+        about = module.ABOUT
+        module.arguments(commands.add_parser(command, help=about, description=about))
     args = parser.parse_args(argv)
     try:
-        lines = tune.run(args) if args.command == "tune" else _COMMANDS[args.command]()
-        print("\n".join(lines))
+        given = with_arguments.get(args.command)
+        for line in _COMMANDS[args.command]() if given is None else given.run(args):
+            print(line)
     except OpsgraphError as error:
         parser.error(str(error))
     return 0

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from fresh import Done, run
 
+from opsgraph.__main__ import main
+
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```(python|diff)\n(.*?)```", re.DOTALL)
 SLOW = ("docs/parallel.md",)
@@ -106,6 +108,16 @@ def test_the_glossary_is_short_and_true() -> None:
     rows = re.findall(r"^\| (\w+) \| .* \| `(\S+)` \|$", text("docs/glossary.md"), re.MULTILINE)
     assert 0 < len(rows) <= 12
     assert all((ROOT / "opsgraph" / path).exists() for _, path in rows)
+
+
+def test_commands_on_pages_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    known = set(re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE))
+    assert {"doctor", "tune", "bench"} <= known
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
+        named = re.findall(r"(?:python -m |`)opsgraph ([a-z]\w*)", page.read_text())
+        assert {*named} <= known, page.name
 
 
 def test_links_and_names_of_files_lead_somewhere() -> None:

@@ -59,14 +59,14 @@ def run(args: argparse.Namespace) -> Iterable[str]:
     return _report(began)
 
 
-def found(target: str) -> nn.Module:
+def found(target: str, who: str = "tune") -> nn.Module:
     """The module that `MODULE:OBJECT` names; a class or a function is called without arguments.
 
-    Raises OpError.
+    who: the command that asks, in errors. Raises OpError.
     """
     name, colon, path = target.partition(":")
     if not (name and colon and path):
-        raise OpError("tune", repr(target), "MODULE:OBJECT, as package.module:name")
+        raise OpError(who, repr(target), "MODULE:OBJECT, as package.module:name")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -74,7 +74,7 @@ def found(target: str) -> nn.Module:
         for attribute in path.split("."):
             value = getattr(value, attribute)
     except (ImportError, AttributeError) as error:
-        raise OpError("tune", str(error), "MODULE:OBJECT that can be imported") from error
+        raise OpError(who, str(error), "MODULE:OBJECT that can be imported") from error
     if callable(value) and not isinstance(value, nn.Module):
         value = value()
     if not isinstance(value, nn.Module):
@@ -93,13 +93,13 @@ def _context(args: argparse.Namespace, module: nn.Module) -> ExitStack:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], object]]:
+def progress(who: str = "tune") -> Iterator[Callable[[str], object]]:
     """Shows what is done next, on the standard error; with a bar where rich is installed."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     except ImportError:
-        yield lambda text: print(f"tune: {text}", file=sys.stderr)
+        yield lambda text: print(f"{who}: {text}", file=sys.stderr)
         return
     columns = BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

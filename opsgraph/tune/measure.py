@@ -79,7 +79,7 @@ def tune(
     for part in parts:
         calls: dict[Any, list[Call]] = {}
         for count in sorted(rows, reverse=True):
-            tensors = _inputs(part, count, width)
+            tensors = inputs(part, count, width)
             for training in (True, False):
                 told(f"products, {count} rows, {'training' if training else 'inference'}")
                 with _noted(calls), context():
@@ -97,7 +97,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
         yield from _parts(child)
 
 
-def _inputs(module: nn.Module, rows: int, width: int | None) -> list[Tensor]:
+def inputs(module: nn.Module, rows: int, width: int | None) -> list[Tensor]:
     """Random rows, with extra inputs; groups of rows are of equal sizes."""
     if isinstance(module, LayerNormMLP):
         width = module.hidden_size
