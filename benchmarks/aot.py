@@ -41,6 +41,7 @@ from opsgraph.kernels.triton.norms import (
 from opsgraph.kernels.triton.quantize import activation_quantize
 from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
 from opsgraph.kernels.triton.quantize_norms import norm_quantize
+from opsgraph.kernels.triton.scales import scale_backward, scale_forward
 from opsgraph.kernels.triton.sums import add, sum_rows
 
 TYPES = {
@@ -195,6 +196,8 @@ def _sums(width: int, dtype: torch.dtype) -> None:
     x, bias = _meta(4096, width, dtype=dtype), _meta(width, dtype=dtype)
     add(x, x, bias)
     add(x, x)
+    scale_forward(x, bias, x)
+    scale_backward(x, x, bias)
     add(x, None, bias)
     sum_rows(x, dtype)
 

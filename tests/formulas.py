@@ -146,6 +146,7 @@ FORMULAS: dict[type[nn.Module], Formula] = {
     ops.SwiGLU: gated(lambda op, a: silu(a)),
     ops.GLU: gated(lambda op, a: torch.sigmoid(a)),
     ops.ClampedSwiGLU: clamped_swiglu,
+    ops.LayerScale: lambda op, x, get: x * get("weight"),
     ops.Sigmoid: lambda op, x, get: torch.sigmoid(x),
     ops.Tanh: lambda op, x, get: torch.tanh(x),
     ops.ReLU6: lambda op, x, get: relu6(x),

@@ -29,6 +29,7 @@ from .collectives import AllGather, AllReduce, AllReduceGrad, ReduceScatter
 from .elementwise import ConstantScale, Dropout, Identity, Reshape
 from .grouped import GroupedLinear
 from .l2 import L2Normalization
+from .layer_scale import LayerScale
 from .linear import BasicLinear, Linear
 from .lora import LoRA, LoRALinear
 from .norms import LayerNorm, RMSNorm
@@ -71,6 +72,7 @@ __all__ = [
     "Identity",
     "L2Normalization",
     "LayerNorm",
+    "LayerScale",
     "LeakyReLU",
     "Linear",
     "LoRA",

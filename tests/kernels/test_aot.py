@@ -21,6 +21,8 @@ KERNELS = {
     "max_partials_kernel",
     "inverse_kernel",
     "add_kernel",
+    "scale_kernel",
+    "scale_backward_kernel",
     "sum_rows_kernel",
     "delayed_update_kernel",
     "raise_kernel",

@@ -10,8 +10,10 @@ from ...kernels.lazy import Lazy
 from ...ops import Bias
 from ...ops.activations import Activation, Function, GatedActivation
 from ..norms import NormForward, NormGradients
+from ..scales import ScaleForward, ScaleGradients
 
 norms = Lazy("cpu.norms")
+scales = Lazy("cpu.scales")
 activations = Lazy("cpu.activations")
 
 Want = tuple[str, ...]
@@ -35,6 +37,20 @@ class NormBackward(CPU, NormGradients):
     """Backward of a norm, with the residual's gradient added to dx where there is one."""
 
     kernels = norms
+
+
+@register
+class ScaleKernel(CPU, ScaleForward):
+    """A scale for each column [and residual add] in one pass."""
+
+    kernels = scales
+
+
+@register
+class ScaleBackward(CPU, ScaleGradients):
+    """Both gradients of a scale for each column, in one pass."""
+
+    kernels = scales
 
 
 @register

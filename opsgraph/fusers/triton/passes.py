@@ -12,8 +12,10 @@ from ...kernels.reference.activations import form_of
 from ...ops import Add, Bias, Dropout, Tee
 from ...ops.activations import Activation, GatedActivation, Params
 from ..norms import NormForward, NormGradients
+from ..scales import ScaleForward, ScaleGradients
 
 norms = Lazy("triton.norms")
+scales = Lazy("triton.scales")
 activations, functions = Lazy("triton.activations"), Lazy("triton.functions")
 dropouts = Lazy("triton.dropout")
 sums = Lazy("triton.sums")
@@ -37,6 +39,20 @@ class NormBackward(Triton, NormGradients):
     """Backward of a norm, with the residual's gradient added to dx where there is one."""
 
     kernels = norms
+
+
+@register
+class ScaleKernel(Triton, ScaleForward):
+    """A scale for each column [and residual add] in one pass."""
+
+    kernels = scales
+
+
+@register
+class ScaleBackward(Triton, ScaleGradients):
+    """Both gradients of a scale for each column, in one pass."""
+
+    kernels = scales
 
 
 class ActivationFuser(Triton):
