@@ -104,8 +104,14 @@ def random(
 
 
 def told(plan: Plan) -> dict[str, list[str]]:
-    """What the passes of a plan say of their replays."""
-    return {k: run.told() for k, run in plan.passes._asdict().items() if isinstance(run, Pass)}
+    """What the passes that calls of a plan run say of their replays."""
+    passes = plan.passes._asdict()
+    if plan.joined is not None:
+        passes = {
+            "forward": plan.joined.forward,
+            "backward": plan.joined.backward or passes["backward"],
+        }
+    return {k: run.told() for k, run in passes.items() if isinstance(run, Pass)}
 
 
 def is_native(plan: Plan) -> bool:

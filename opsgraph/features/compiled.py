@@ -31,6 +31,8 @@ from ..op import ROWS, Spec
 from ..plan import Plan
 from ..precision import tapes
 from ..precision.autocast import active
+from ..precision.delayed import pin_states
+from ..precision.recipe import DelayedScaling, recipe_of
 from .dimensions import flattened, unflattened
 from .recipes import StageRecipe, note_gradients
 
@@ -129,7 +131,7 @@ def _backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Te
     with torch.no_grad(), without_autocast(tensors[0]):
         results = plan.passes.backward(plan.ops, *tensors[:count], tensors[count:])
         # Past the version: the graph may have saved the buffers for another backward.
-        gradients = note_gradients(plan, results, [buffer.data.select(0, 0) for buffer in seen])
+        gradients = note_gradients(plan, results, [buffer.data for buffer in seen])
         return _distinct([g for g in gradients if g is not None], tensors)
 
 
@@ -296,6 +298,8 @@ class CompiledSequence:
         """Prepare while Dynamo traces. A method, so that equal layers share what is compiled."""
         _register_fakes()
         self._prepare(width)
+        if recipe is not None and isinstance(recipe_of(recipe), DelayedScaling):
+            pin_states()
         if recipe is not None and recipe not in self._recipes:
             self._recipes[recipe] = self._make_stages(recipe)
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ..guards.torch_private import dispatch_modes, followed, same_kinds
 from ..plan import Plan
 from ..precision.delayed import Scaling
-from ..precision.quantizers import ROLES
-from ..precision.reading import scales_of
+from ..precision.reading import fixed_of
 
 MOST = 64
 """Kinds of calls that a stage knows."""
@@ -58,13 +57,12 @@ class KnownCalls:
     def __init__(
         self, slots: Sequence[Place], absent: Sequence[Place], modes: Sequence[Any], plans: Any
     ) -> None:
-        self.never = [k for k, slot in enumerate(slots) if _is_none(*slot)]
+        self.never = [
+            k for k, slot in enumerate(slots) if isinstance(slot[0], Scaling) or _is_none(*slot)
+        ]
         read = [slot for k, slot in enumerate(slots) if k not in self.never]
         self.modules, self.names = [m for m, _ in read], [name for _, name in read]
-        self.scales: dict[int, tuple[Scaling, int]] = {}
-        for k, (module, name) in enumerate(read):
-            if isinstance(module, Scaling):
-                self.scales[k] = module, ROLES.index(name)
+        self.states = [*dict.fromkeys(m for m, _ in slots if isinstance(m, Scaling))]
         self.absent, self.appearing = [m for m, _ in absent], [name for _, name in absent]
         self.nothing = [None] * len(absent)
         self.modes, self.plans = modes, plans
@@ -74,16 +72,18 @@ class KnownCalls:
 
     def __call__(
         self, x: Tensor, extras: Sequence[Tensor]
-    ) -> tuple[Plan | None, list[Tensor | None]]:
-        """The plan of a call of a known kind, and the parameters that are there as such."""
+    ) -> tuple[Plan | None, list[Tensor | None], Sequence[Tensor] | None]:
+        """The plan of a call of a known kind; the parameters that are there as such; the scales.
+
+        The scales are those of each delayed state, `reading.fixed_of`.
+        """
         weights: list[Any] = [*map(dict.get, map(_parameters, self.modules), self.names)]
-        if self.scales:
-            for k, scale in zip(self.scales, scales_of(self.scales.values()), strict=True):
-                weights[k] = scale
+        scales = fixed_of(self.states) if self.states else ()
         last = self.last  # which another thread may replace
         same = (
             last is not None
-            and last.fits(x, *extras, *weights)
+            and scales is not None
+            and last.fits(x, *extras, *weights, *scales)
             and torch.is_grad_enabled() is last.grad
             and not followed()
             and self.plans.changes == last.changes
@@ -92,13 +92,16 @@ class KnownCalls:
         )
         for k in self.never:
             weights.insert(k, None)
-        return last.plan if same and last is not None else None, weights
+        return last.plan if same and last is not None else None, weights, scales
 
     def learn(
         self, key: tuple[Any, ...], plan: Plan, x: Tensor, extras: Sequence[Tensor], weights: Any
     ) -> None:
         """Know the kind of a call from now on. weights: all, wherever they come from."""
-        tensors = (x, *extras, *[w for k, w in enumerate(weights) if k not in self.never])
+        scales = fixed_of(self.states)
+        if scales is None:
+            return
+        tensors = (x, *extras, *[w for k, w in enumerate(weights) if k not in self.never], *scales)
         if key[5] is not None or dispatch_modes() or any(type(t) not in _PLAIN for t in tensors):
             return  # under autocast its dtype counts too
         grad, changes = torch.is_grad_enabled(), self.plans.changes
@@ -106,7 +109,7 @@ class KnownCalls:
         known = self.kinds.get(where)
         stale = known is not None and (known.changes != changes or not known.fits(*tensors))
         if stale or where not in self.kinds:
-            free = [*[t.dim() - 1 for t in (x, *extras)], *[0] * len(self.names)]
+            free = [*[t.dim() - 1 for t in (x, *extras)], *[0] * (len(self.names) + len(scales))]
             fits, known = same_kinds(tensors, free), None
             if fits is not None and fits(*tensors):
                 known = Known(fits, [*map(_training, self.modes)], grad, plan, changes)

@@ -10,6 +10,7 @@ A Sequential has stages of its own for each recipe; the hook is `SequenceRecipes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,16 +20,18 @@ from torch import Tensor, nn
 
 from ..base import config
 from ..base.errors import PlanError
+from ..guards.torch_private import saved_hooks
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..precision.autocast import active
-from ..precision.delayed import BACKWARD, Scaling
+from ..precision.delayed import BACKWARD, FORWARD, Scaling
 from ..precision.interned import drop_forgotten
 from ..precision.quantizers import Quantizer
-from ..precision.reading import buffers_of, scales_of
+from ..precision.reading import fixed_of, seen_by, taken_by
 from ..precision.recomputed import follow, moment
-from ..precision.recorded import raise_to, record
+from ..precision.recorded import note, record
 from ..precision.weights import QuantizedTensor
+from .joined import Joined, Layer, joined
 
 Parts = tuple[Tensor, ...]
 
@@ -80,12 +83,67 @@ class StageRecipe:
         """By the weight's place among the stage's weights."""
         self.states: dict[int, Scaling] = {}
         """The delayed scaling of each such weight, and of the layer that it belongs to."""
-        for slot, quantizer in run.quantizers.items():
-            k = run.slots.index(slot)
-            self.quantizers[k] = quantizer
-            state = run.ops[slot[0] - 1].home("scale")[0]
+        self.layers: list[Layer] = []
+        places = {slot: k for k, slot in enumerate(run.slots)}
+        for (i, name), quantizer in run.quantizers.items():
+            k = places[i, name]
+            self.quantizers[k], layer = quantizer, Layer(k)
+            state = run.ops[i - 1].home("scale")[0]
             if quantizer.delayed and isinstance(state, Scaling):
                 self.states[k] = state
+                layer = Layer(k, places[i - 1, "scale"], places.get((i + 1, "scale")))
+            self.layers.append(layer)
+        scales = [k for layer in self.layers for k in layer[1:] if k is not None]
+        self.reads = {k: partial(getattr, *slots[k]) for k in scales}
+        """What reads the scales among the weights, by their places."""
+        self.every = [*self.states.values()]
+        self.distinct = [*dict.fromkeys(self.every)]
+        self.order = [self.distinct.index(state) for state in self.every]
+        """Of each layer the place of its state among those that are distinct."""
+
+    def joined(self, plan: Plan) -> Joined | None:
+        """Passes that do what is done here too."""
+        return joined(plan, self.layers)
+
+    def forward(self, plan: Plan, weights: Any, scales: Any) -> tuple[Any, Sequence[Tensor]]:
+        """What runs a forward, and what it takes behind the weights.
+
+        scales: what `fixed_of` says of the states, if that was asked.
+        """
+        whole: Joined | None = plan.joined
+        alone = whole is None or active.first_microbatch is not None
+        if whole is not None and not alone and not self.every:
+            return whole.forward, ()
+        if not alone and scales is None:
+            scales = fixed_of(self.distinct)
+        # A checkpoint's hooks may make saved tensors again, by passes that are not joined.
+        if whole is None or alone or scales is None or saved_hooks():
+            for k, read in self.reads.items():
+                weights[k] = read() if weights[k] is None else weights[k]
+            return plan.passes.forward, self.prepare(plan, weights)
+        grad = torch.is_grad_enabled()
+        taken_by(self.distinct, grad)
+        for k in self.reads:  # calls of an unknown kind have read them
+            weights[k] = None
+        if len(scales) < len(self.order):
+            scales = [scales[k] for k in self.order]
+        if not grad:
+            return whole.silent, scales
+        return whole.forward, (*scales, *seen_by(self.every, FORWARD))
+
+    def after(self, ctx: Any, plan: Plan, outputs: Any, saved: Any) -> tuple[Any, Any]:
+        """After a forward: its outputs, and what it saves. Its amaxes are noted."""
+        if plan.specs.reports and not ctx.joined:
+            outputs = self.record(plan, outputs, True)
+        ctx.moment = moment(self.number, self.every) if saved_hooks() else None
+        return outputs, saved if ctx.moment is None else (ctx.moment, *saved)
+
+    def backward(self, plan: Plan) -> tuple[Any, Sequence[Tensor]]:
+        """What runs the backward after such a forward, and where it notes amaxes."""
+        run = plan.joined.backward
+        if run is None:
+            return plan.passes.backward, ()
+        return run, self.seen_gradients(plan)
 
     def prepare(self, plan: Plan, weights: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """The parts of the quantized weights, which the plan's forward takes behind the weights."""
@@ -109,7 +167,7 @@ class StageRecipe:
 
     def _scales(self, plan: Plan) -> list[Tensor]:
         states = self.states
-        return scales_of([(states[k], 1) for k, _, _ in plan.specs.prepared if k in states])
+        return [states[k].weight for k, _, _ in plan.specs.prepared if k in states]
 
     def _kept(self, plan: Plan, weights: Sequence[Any]) -> list[Any]:
         """In the place of each weight what the first microbatch made of it, if it made enough."""
@@ -153,18 +211,13 @@ class StageRecipe:
         states: Any = [self.slots[k - first][0] for k in plan.specs.reported]
         if torch.compiler.is_compiling():
             return [state.amax_backward for state in states]
-        return buffers_of(states, BACKWARD)
-
-    def moment(self) -> Tensor | None:
-        """Which recipe and which scales the call has that is saved."""
-        return moment(self.number, self.states.values())
+        return seen_by(states, BACKWARD)
 
 
 def note_gradients(plan: Plan, gradients: Sequence[Any], seen: Sequence[Tensor]) -> list[Any]:
     """Note, in `seen`, amaxes that stand where scales would have a gradient; returns the rest."""
     rest = list(gradients)
-    if seen:
-        raise_to(seen, [rest[k] for k in plan.specs.reported])
+    note(seen, [0] * len(seen), [rest[k] for k in plan.specs.reported])
     for k in plan.specs.reported:
         rest[k] = None
     return rest

@@ -59,12 +59,21 @@ def table(plan: Plan) -> str:
         each = ", ".join(f"{name} {cost:.0f}" for name, cost in plan.costs.items())
         taken = "; measured to be the fastest" if "measured" in plan.costs else ""
         lines.append(f"cost   {each} (weighted bytes per row){taken}")
-    passes = plan.passes._asdict().items()
-    told: dict[str, list[str]] = {name: getattr(run, "told", list)() for name, run in passes}
+    passes = plan.passes._asdict()
+    told: dict[str, list[str]] = {name: _told(run) for name, run in passes.items()}
+    if plan.joined is not None:
+        whole = {"forward": _told(plan.joined.forward) or _told(plan.joined.silent)}
+        whole["backward"] = _told(plan.joined.backward)
+        told = {name: whole.get(name) or texts for name, texts in told.items()}
     if any(told.values()):
         lines.append("replay")
         lines += [f"  {name:<9}{text}" for name, texts in told.items() for text in texts]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _told(run: Any) -> list[str]:
+    """What is known of a pass's replays."""
+    return run.told() if hasattr(run, "told") else []
 
 
 def graph(plan: Plan) -> "nx.MultiDiGraph[Any]":

@@ -62,36 +62,39 @@ class Unseen:
         for (i, _), home in zip(run.slots, slots, strict=True):
             mark_delayed(getattr(*home), waits[i])
 
-    def watch(self, plan: Plan, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
-        """What the backward has to know: the weights, and the backward that makes this call again.
+    def watch(self, plan: Plan, tensors: Sequence[Any]) -> tuple[Sequence[Any], list[int], int]:
+        """What the backward has to know: the weights, each one's edge, what makes the call again.
 
-        The latter is -1 for none. Raises OpError for a weight whose gradient would go astray.
+        That is the number of a backward, -1 for none. Raises OpError for a weight whose gradient
+        would go astray. tensors: all that the call has.
         """
         elsewhere: Elsewhere = plan.elsewhere or NOWHERE
-        late = elsewhere.late
+        late, weights = elsewhere.late, tensors[plan.specs.first_weight :]
+        edges = [0, *accumulate(tensor is not None for tensor in tensors)]
         for k in sorted({*late, *(k for _, k in elsewhere.into_main_grad)}):
             label = self.run.labels[self.run.slots[k][0]]
             verify_arrival(*self.slots[k], weights[k], label, k in late)
-        return weights, graph_task()
+        return weights, edges[plan.specs.first_weight :], graph_task()
 
-    def run_backward(self, plan: Plan, ctx: Any, grads: Sequence[Tensor], saved: list[Any]) -> Any:
+    def run_backward(
+        self, run: Any, plan: Plan, ctx: Any, grads: Sequence[Tensor], saved: list[Any]
+    ) -> Any:
         """The backward; calls that come where gradients would are queued, for `backward_dw`."""
-        weights, backward = ctx.watched
+        weights, edges, backward = ctx.watched
         if backward < 0:
             backward = graph_task()
         elsewhere: Elsewhere = plan.elsewhere or NOWHERE
         late, kept = elsewhere
         # The weight itself, whatever hooks of saved tensors have made of it.
         for place, k in kept:
-            saved[place] = weights[k]
+            saved[plan.joined.places[place] if ctx.joined else place] = weights[k]
         first = plan.specs.first_weight
         into_main_grad = {k for _, k in kept}
-        edges = [0, *accumulate(argument.spec is not None for argument in plan.specs.inputs)]
         unwanted: set[int] = set()
         for k in {*late, *into_main_grad}:
-            unwanted |= unasked(ctx.next_functions[edges[first + k]][0], weights[k])
+            unwanted |= unasked(ctx.next_functions[edges[k]][0], weights[k])
         with arriving(backward, frozenset(unwanted)):
-            gradients = list(plan.passes.backward(self.ops, *grads, saved))
+            gradients = list(run(self.ops, *grads, saved))
         for k in reversed(late):
             call, gradients[first + k] = gradients[first + k], None
             if call is not None and not unwanted.issuperset(map(id, parameters(weights[k]))):

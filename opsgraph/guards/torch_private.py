@@ -226,7 +226,12 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def ops_alone() -> bool:
     """Whether no transform follows PyTorch's ops, and no dispatch mode but our recorders'."""
-    return not (followed() or (dispatch_stack() and dispatch_modes()))
+    return not (  # `followed`, in one frame
+        transforms()
+        or forward_ad._current_level >= 0
+        or tracing()
+        or (dispatch_stack() and dispatch_modes())
+    )
 
 
 def followed() -> bool:

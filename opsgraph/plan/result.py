@@ -68,6 +68,8 @@ class Plan:
     """The same functions as calls run them: as they are, or replayed."""
     elsewhere: Any = None
     """Which weights' gradients go elsewhere, where features send some."""
+    joined: Any = field(default=None, repr=False, compare=False)
+    """Passes that also do what a recipe does around them, where features join them."""
 
     # Features set these: a picture, a networkx graph, its name to torch.compile; and `__str__`.
     draw: ClassVar[Callable[..., None]]

@@ -35,11 +35,10 @@ Rules, each of which was a bug once:
 - A state is never made, nor updated, in inference mode: it could not be trained with.
 - `amax_backward` is written past its version. A graph that torch.compile made saves it for its
   backward, and two forwards before two backwards would be an error.
-- Reads take scales from `fixed`, which each update makes anew and nothing writes to: a plan keeps
-  them, and a checkpoint inside a compiled graph reads again in the backward, when an update has
-  written to `scale`. Where `scale` is another tensor by now, or others wrote to it, they copy that;
-  so do those that another stream, a CUDA graph, a transform or a dispatch mode sees: for these
-  `fixed` is gone too early, or a constant.
+- Reads take scales that each update makes anew and nothing writes to (`Fixed`): a plan keeps them,
+  and a checkpoint inside a compiled graph reads again in the backward, when an update has written
+  to `scale`. Where `scale` is another tensor, or others wrote to it, they copy that; so do those
+  that another stream, a CUDA graph, a transform or a mode sees: for these it is gone, or constant.
 """
 
 from __future__ import annotations
@@ -95,7 +94,9 @@ class Scaling(nn.Module):
     amax_backward: Tensor
     amax_history: Tensor
     fixed: Tensor
-    """The scales, fp32 `[3]`, to which nothing writes."""
+    """The scales, fp32 `[3]`, to which nothing writes, for functions that Dynamo compiles: once it
+    has traced one, `pinned`, all states have them after each update."""
+    pinned = False
 
     def __init__(self, length: int, device: torch.device | None = None) -> None:
         super().__init__()
@@ -106,9 +107,8 @@ class Scaling(nn.Module):
             self.register_buffer(BACKWARD, torch.empty(1, **place))
             self.register_buffer("amax_history", torch.empty(length, len(ROLES), **place))
         self._seen: dict[str, Any] = {}
-        """Views of the buffers of amaxes, see `seen`."""
-        self._known: dict[Any, Any] = {}
-        self._again: dict[Any, Any] = {}
+        """The buffers of amaxes past their versions, see `seen`."""
+        self._known, self._again = dict[Any, Any](), dict[Any, Any]()
         """What updates need of this state and others, see `updates`."""
         self.reset_parameters()
         self.label = ""
@@ -123,29 +123,39 @@ class Scaling(nn.Module):
         """Whether `amax_forward` holds something that no context's end will take up."""
         self.updates = self.used = 0
         """How often forward scales were updated, by now and when a forward last read them."""
-        self.previous: Tensor | None = None
+        self._previous: Any = None
+        """What `previous` is, or where it is: a `Fixed`, and the place there."""
+
+    @property
+    def previous(self) -> Tensor | None:
         """The scales, fp32 `[3]`, before the last update of forward scales."""
+        found = self._previous
+        if isinstance(found, tuple):
+            found = self._previous = found[0].values[found[1]]
+        return found  # type: ignore[no-any-return]
 
     def fix(self) -> None:
         """Copy the scales to where nothing writes."""
         with torch.inference_mode(False), torch.no_grad():
             scale = self.scale
-            self.hold(Fixed(new_scales(1, scale.device).copy_(scale[None])), 0, scale)
+            fixed = Fixed(new_scales(1, scale.device).copy_(scale[None]), 1)
+        self.__dict__["_fixed"] = fixed, 0, scale, version_of(scale)
+        self.pin()
 
-    def hold(self, fixed: Fixed, place: int, scale: Tensor) -> None:
-        """Have reads take the scales from a place there, as long as `scale` stays as it is."""
-        host = self.__dict__  # past the module's look at each attribute
-        host["fixed"] = fixed.rows[place]
-        host["_fixed"] = fixed, 3 * place, scale, version_of(scale)
+    def pin(self) -> None:
+        """Set `fixed`."""
+        fixed, place, *_ = self.__dict__["_fixed"]
+        self.__dict__["fixed"] = fixed.rows()[place]
 
     def __getstate__(self) -> dict[str, Any]:
-        host = self.__dict__.copy()
-        for name in ("fixed", "_fixed", "_seen", "_known", "_again"):  # of these very buffers
+        host = self.__dict__ | {"previous": self.previous}
+        for name in ("fixed", "_fixed", "_seen", "_known", "_again", "_previous"):
             host.pop(name, None)
         return host
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._previous = self.__dict__.pop("previous", None)
         self._seen, self._known, self._again = {}, {}, {}
         self.fix()
 
@@ -195,11 +205,11 @@ class Scaling(nn.Module):
             if column < 2:
                 return snapshot(self.previous, column, (self, column))
         now: Any = self._buffers["scale"]
-        fixed, first, scale, version = host["_fixed"]
+        fixed, place, scale, version = host["_fixed"]
         same = scale is now and version_of(now) == version and fixed.is_for_now()
         if not same or followed_ops(now):
             return snapshot(now, column, (self, column))
-        return taken(fixed.views()[first + column], (self, column))
+        return taken(fixed.views()[3 * place + column], (self, column))
 
     @property
     def moment(self) -> int:
@@ -228,18 +238,18 @@ class Scaling(nn.Module):
             self.recorded = True
         return True
 
-    def seen(self, name: str, column: int = 0) -> Tensor:
-        """A column of a buffer of amaxes, fp32 `[]`, as a view past its version that is kept."""
+    def seen(self, name: str) -> Tensor:
+        """A buffer of amaxes as a tensor past its version, which is kept."""
         host = self.__dict__  # past the module's look at each attribute
         buffer: Any = host["_buffers"][name]
         if followed_ops(buffer):
-            return buffer.data.select(0, column)  # type: ignore[no-any-return]
-        views = host["_seen"].get(name)
-        if views is None or views[0] is not buffer or views[1] != buffer.data_ptr():
+            return buffer.data  # type: ignore[no-any-return]
+        known = host["_seen"].get(name)
+        if known is None or known[0] is not buffer or known[1] != buffer.data_ptr():
             with torch.inference_mode(False), torch.no_grad():
-                views = buffer, buffer.data_ptr(), buffer.data.unbind(0)
-            host["_seen"][name] = views
-        return views[2][column]  # type: ignore[no-any-return]
+                known = buffer, buffer.data_ptr(), buffer.data
+            host["_seen"][name] = known
+        return known[2]  # type: ignore[no-any-return]
 
     # -- another recipe, another place --
 
@@ -257,7 +267,7 @@ class Scaling(nn.Module):
                 converted = (self.scale * factor).clamp_max(FP32_MAX)
                 self.scale.copy_(torch.where(never, self.scale, converted))
                 if self.previous is not None:
-                    self.previous = self.previous * factor
+                    self._previous = self.previous * factor
             self.fix()
         self.terms = terms
 
@@ -337,16 +347,27 @@ def scaling_of(owner: nn.Module, weight: str, recipe: Served, label: str = "") -
         if not any(reference() is state for reference in references):
             references.append(weakref.ref(state))
             state.fresh = True
+        if Scaling.pinned:
+            state.pin()
     return state
 
 
-def states_of(recipe: Served) -> list[Scaling]:
-    """All states of a recipe, in the order in which they came to it."""
+def pin_states() -> None:
+    """Have all states hold `fixed` from now on, for Dynamo to read."""
     with config.lock:
-        references = _registered.get(recipe.key, [])
+        Scaling.pinned = True
+        for states in map(states_of, [*_registered]):
+            for state in states:
+                state.pin()
+
+
+def states_of(key: int) -> list[Scaling]:
+    """All states of a recipe of that number, in the order in which they came to it."""
+    with config.lock:
+        references = _registered.get(key, [])
         states = [state for reference in references if (state := reference()) is not None]
         if len(states) < len(references):
-            _registered[recipe.key] = [weakref.ref(state) for state in states]
+            _registered[key] = [weakref.ref(state) for state in states]
     return states
 
 

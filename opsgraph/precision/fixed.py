@@ -11,20 +11,27 @@ from ..guards.torch_private import ops_alone, stream_of
 
 
 class Fixed:
-    """Scales of some states to which nothing writes, fp32 `[count, 3]`, and a view of each.
+    """Scales of some states to which nothing writes, fp32 `[count, 3]`, and views of them.
 
-    Another stream may still read them when the last view of them is gone, so it gets copies.
+    Another stream may still read them when the last view of them is gone, so it gets copies. What
+    follows the `count` is there for `previous` alone.
     """
 
-    def __init__(self, values: Tensor) -> None:
-        self.values, self.device = values, values.device
-        self.rows = values.unbind(0)
+    def __init__(self, values: Tensor, count: int) -> None:
+        self.values, self.count, self.device = values, count, values.device
         self.stream = stream_of(self.device)
+        self._rows: Sequence[Tensor] = ()
         self._views: Sequence[Tensor] = ()
 
     def is_for_now(self) -> bool:
         """Whether views may be handed to what runs now: neither another stream nor a graph."""
         return stream_of(self.device) == self.stream and not capturing(self.device)
+
+    def rows(self) -> Sequence[Tensor]:
+        """The scales of each state, fp32 `[3]`; made when they are first asked for."""
+        if not self._rows:
+            self._rows = self.values.narrow(0, 0, self.count).unbind(0)
+        return self._rows
 
     def views(self) -> Sequence[Tensor]:
         """The scales, fp32 `[]`, by their place; made when they are first asked for."""

@@ -28,39 +28,48 @@ def usual() -> bool:
     )
 
 
-def scales_of(places: Iterable[tuple[Scaling, int]]) -> list[Tensor]:
-    """Scales of states, fp32 `[]`, a column of each; see `Scaling.activation`."""
+def fixed_of(states: Iterable[Scaling]) -> list[Tensor] | None:
+    """The scales of states, fp32 `[3]` each, as of one update; see `Scaling.fixed`.
+
+    None where each state has to be asked, see `Scaling.read`.
+    """
     if not usual():
-        return [state.read(column) for state, column in places]
-    grad, current, found = torch.is_grad_enabled(), None, []
-    views: Sequence[Tensor] = ()
-    for state, column in places:
+        return None
+    current, found = None, list[Tensor]()
+    rows: Sequence[Tensor] = ()
+    for state in states:
         host = state.__dict__  # past the module's look at each attribute
-        fixed, first, scale, version = host["_fixed"]
-        same = host["_buffers"]["scale"] is scale and type(scale) is Tensor
-        if not same or version != (version_of(scale) if version < 0 else scale._version):
-            found.append(state.read(column))
-            continue
+        fixed, place, scale, version = host["_fixed"]
+        if host["_buffers"]["scale"] is not scale or type(scale) is not Tensor:
+            return None
+        if version != (version_of(scale) if version < 0 else scale._version):
+            return None
         if fixed is not current:  # one update has made most
             if not fixed.is_for_now():
-                found.append(state.read(column))
-                continue
-            current, views = fixed, fixed.views()
-        if grad:
-            host["used"] = host["updates"]
-        found.append(views[first + column])
+                return None
+            current, rows = fixed, fixed.rows()
+        found.append(rows[place])
     return found
 
 
-def buffers_of(states: Sequence[Scaling], name: str, column: int = 0) -> list[Tensor]:
-    """A column of a buffer of amaxes of each state; see `Scaling.seen`."""
+def taken_by(states: Sequence[Scaling], grad: bool) -> None:
+    """Take down that a call has these states' scales. grad: whether it was made with grad."""
+    for state in states:
+        host = state.__dict__
+        if grad:
+            host["used"] = host["updates"]
+        host["recorded"] = grad
+
+
+def seen_by(states: Sequence[Scaling], name: str) -> list[Tensor]:
+    """A buffer of amaxes of each state; see `Scaling.seen`."""
     plain = ops_alone()
     found = []
     for state in states:
         host = state.__dict__
-        buffer, views = host["_buffers"][name], host["_seen"].get(name)
-        if plain and views is not None and views[0] is buffer and views[1] == buffer.data_ptr():
-            found.append(views[2][column])
+        buffer, known = host["_buffers"][name], host["_seen"].get(name)
+        if plain and known is not None and known[0] is buffer and known[1] == buffer.data_ptr():
+            found.append(known[2])
         else:
-            found.append(state.seen(name, column))
+            found.append(state.seen(name))
     return found

@@ -1,9 +1,13 @@
-"""Amaxes that a pass saw are noted in the buffers of delayed scaling, all of one kind in one op."""
+"""Amaxes that a pass saw are noted in the buffers of delayed scaling, all of one kind in one op.
+
+The usual call has a pass note them itself (`features.joined`), by a line that calls `note`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,7 +18,7 @@ from ..base.backend import backends
 from .delayed import FORWARD, Scaling
 from .fixed import followed_ops
 from .quantizers import ROLES
-from .reading import buffers_of, usual
+from .reading import seen_by, usual
 from .tapes import compiled_record
 
 
@@ -39,36 +43,47 @@ def record(states: Sequence[Scaling], role: str, amaxes: Sequence[Any], grad: bo
             for state, amax in noted:
                 compiled_record(state.amax_forward, amax, column)
     elif noted:
-        raise_to(buffers_of([s for s, _ in noted], FORWARD, column), [amax for _, amax in noted])
+        seen = seen_by([s for s, _ in noted], FORWARD)
+        note(seen, [column] * len(seen), [amax for _, amax in noted])
+
+
+def note(seen: Sequence[Tensor], columns: Sequence[int], amaxes: Sequence[Any]) -> None:
+    """Note amaxes in a column of a buffer each. amaxes: fp32 `[]`, None for nothing to note."""
+    three = zip(seen, columns, amaxes, strict=True)
+    pairs = [(each[column], amax) for each, column, amax in three if amax is not None]
+    if pairs:
+        raise_to(*zip(*pairs, strict=True))
 
 
 def raise_to(seen: Sequence[Tensor], amaxes: Sequence[Tensor]) -> None:
-    """Write the larger of both, or a NaN, to each of `seen`, fp32 `[]`."""
-    first, count = seen[0], len(seen)
-    one_by_one = followed_ops(first) or (
-        count > 1 and len(set(map(Tensor.data_ptr, seen))) < count  # a layer may stand twice
-    )
-    kernels = None if one_by_one else kernels_on(device := first.device)
+    """Write the larger of both, or a NaN, to each of `seen`, fp32 `[]`, one after the other.
+
+    A layer may stand twice, and so does what it saw.
+    """
+    first = seen[0]
+    followed = followed_ops(first)
+    kernels = None if followed else kernels_on(device := first.device)
     if kernels is not None and {amax.device for amax in amaxes} == {device}:
         kernels.raise_to(seen, amaxes)
         return
     values = [amax.detach() if amax.requires_grad else amax for amax in amaxes]
-    if not one_by_one:
+    if not followed and len(set(map(Tensor.data_ptr, seen))) == len(seen):
         torch._foreach_maximum_(list(seen), values)
         return
     for each, value in zip(seen, values, strict=True):
         torch.maximum(each, value, out=each)
 
 
+_WITH_KERNELS = "triton", "cpu"
+"""Backends that have them."""
+
+
 @cache
 def kernels_on(device: torch.device) -> Any:
     """The module of kernels for states and amaxes on a device, or None."""
-    allowed = config.read().backends
-    triton = backends().get("triton")
-    if triton is None or (allowed and "triton" not in allowed):
-        return None
-    if triton.why_not_on(device) is not None:
-        return None
-    from ..kernels.triton import delayed as kernels
-
-    return kernels
+    allowed, known = config.read().backends, backends()
+    for name in _WITH_KERNELS:
+        absent = name not in known or (allowed and name not in allowed)
+        if not absent and known[name].why_not_on(device) is None:
+            return import_module(f"..kernels.{name}.delayed", __package__)
+    return None

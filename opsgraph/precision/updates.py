@@ -34,7 +34,7 @@ _buffers_of = itemgetter("scale", FORWARD, BACKWARD, "amax_history")
 
 def serving(recipe: DelayedScaling) -> list[Scaling]:
     """All states of a recipe, each with that recipe's scales."""
-    states, terms = states_of(recipe), recipe.terms
+    states, terms = states_of(recipe.key), recipe.terms
     for state in states:
         if state.__dict__["terms"] is not terms and state.terms != terms:
             with config.lock:
@@ -106,7 +106,7 @@ def _update_on(
     if isinstance(known, _Table):
         latest = algorithm == "most_recent"
         update = partial(known.update, *known[1:], limits, recipe.margin, latest, names)
-        fixed = Fixed(update(amaxes))
+        fixed = Fixed(update(amaxes), count)
         if amaxes is None:
             kept = states[0].__dict__["_again"]
             kept[(recipe.key, *names)] = _Again(update, device, *_where(_all_buffers(states)))
@@ -114,14 +114,15 @@ def _update_on(
                 del kept[next(iter(kept))]
     else:
         scales: list[Any] = [state._buffers["scale"] for state in states]
-        fixed = Fixed(new_scales(count * (1 + forward), device))
+        values = new_scales(count * (1 + forward), device)
+        fixed = Fixed(values, count)
         if forward:
-            torch._foreach_copy_(list(fixed.rows[count:]), scales)
+            torch._foreach_copy_(list(values[count:].unbind(0)), scales)
         for name in names:
             ours = amaxes if amaxes is None else _of(amaxes, count, names, name)
             with torch.no_grad():
                 _by_formulas(known, recipe, name, limits[name == BACKWARD], ours)
-        torch._foreach_copy_(list(fixed.rows[:count]), scales)
+        torch._foreach_copy_(list(fixed.rows()), scales)
     _hold(states, fixed, forward)
 
 
@@ -131,9 +132,13 @@ def _hold(states: Sequence[Scaling], fixed: Fixed, forward: bool) -> None:
     for k, state in enumerate(states):
         host = state.__dict__
         if forward:
-            host["previous"] = fixed.rows[count + k]
+            host["_previous"] = fixed, count + k
             host["updates"] += 1
-        state.hold(fixed, k, host["_buffers"]["scale"])
+        scale = host["_buffers"]["scale"]
+        host["_fixed"] = fixed, k, scale, -1 if scale.is_inference() else scale._version
+        host.pop("fixed", None)
+        if Scaling.pinned:
+            state.pin()
 
 
 class _Again(NamedTuple):
@@ -142,7 +147,7 @@ class _Again(NamedTuple):
     update: Callable[[Tensor | None], Tensor]
     device: torch.device
     addresses: list[int]
-    lengths: list[int]
+    sizes: list[int]
 
 
 def _all_buffers(states: Sequence[Scaling]) -> list[Tensor]:
@@ -154,8 +159,8 @@ def _all_buffers(states: Sequence[Scaling]) -> list[Tensor]:
 
 
 def _where(buffers: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """The address of each, and the lengths of the histories."""
-    return [*map(Tensor.data_ptr, buffers)], [history.size(0) for history in buffers[3::4]]
+    """The address of each, and the sizes of the histories."""
+    return [*map(Tensor.data_ptr, buffers)], [*map(Tensor.numel, buffers[3::4])]
 
 
 def _as_before(states: Sequence[Scaling], recipe: DelayedScaling, names: Sequence[str]) -> bool:
@@ -169,7 +174,7 @@ def _as_before(states: Sequence[Scaling], recipe: DelayedScaling, names: Sequenc
     if _where(buffers) != again[2:]:
         return False
     with config.lock:  # other threads may run under the recipe
-        _hold(states, Fixed(again.update(None)), FORWARD in names)
+        _hold(states, Fixed(again.update(None), len(states)), FORWARD in names)
     return True
 
 
@@ -208,19 +213,19 @@ def _known(device: torch.device, states: Sequence[Scaling], by_kernel: bool) -> 
     buffers = _all_buffers(states)
     if set(map(type, buffers)) != {Tensor} or followed_ops(buffers[0]):
         return _views(buffers)
-    addresses, lengths = _where(buffers)
-    key = device, by_kernel, *lengths, *addresses
+    addresses, sizes = _where(buffers)
+    key = device, by_kernel, *sizes, *addresses
     kept = states[0].__dict__["_known"]
     known: _Table | _Views | None = kept.get(key)
     held = capturing(device)
     if known is None:
         kernel = _kernel(device) if by_kernel and not held else None  # a table comes from the host
         plain = all(each.is_contiguous() and each.dtype == torch.float32 for each in buffers)
-        if kernel is None or not plain or len(set(lengths)) > 1:
+        if kernel is None or not plain or len(set(sizes)) > 1:
             known = _views(buffers)
         else:
             table = torch.tensor(addresses).view(-1, 4).to(device)
-            known = _Table(kernel, table, lengths[0])
+            known = _Table(kernel, table, buffers[3].size(0))
         if held:
             return known
         kept[key] = known

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.cpu import memory
 from .record import NOTHING, Build, InPython, Record, Result, Stretch, View, used
 from .recording import Composite, Geometry, Recording, Step
 
@@ -86,8 +87,9 @@ class Assembly:
             if buffer.argument == slot:  # made by a line in Python
                 continue
             home = self.base.get(place.buffer)
-            if home is None and _whole(value, buffer.size):
-                self._result(place.buffer, slot, sizes, dtype, maker)
+            small = buffer.device.type != "cpu" or buffer.size < memory.LEAST
+            if home is None and _whole(value, buffer.size, small):
+                self._result(place.buffer, slot, sizes, dtype, maker, strides)
                 continue
             if home is None:
                 home = self._hidden(place.buffer, maker)
@@ -108,25 +110,28 @@ class Assembly:
         return slot
 
     def _result(
-        self, number: int, slot: int, sizes: tuple[int, ...], dtype: torch.dtype, maker: int
+        self, number: int, slot: int, sizes: tuple[int, ...], dtype: torch.dtype, maker: int,
+        strides: tuple[int, ...] | None = None,
     ) -> None:  # fmt: skip
         first = next((n for n, uses in enumerate(self.uses) if number in uses), maker)
         self.base[number] = slot
         over = self.recording.recorder.taken.get(number)
-        if over is not None and not self._fits_over(over, slot, sizes, dtype):
+        if over is not None and not self._fits_over(over, slot, sizes, dtype, strides):
             over = None
-        result = Result(slot, sizes, dtype, self.buffers[number].device, over)
+        result = Result(slot, sizes, dtype, self.buffers[number].device, over, strides)
         self.results.setdefault(first, []).append(result)
 
     def _fits_over(
-        self, argument: int, slot: int, sizes: tuple[int, ...], dtype: torch.dtype
-    ) -> bool:
+        self, argument: int, slot: int, sizes: tuple[int, ...], dtype: torch.dtype,
+        strides: tuple[int, ...] | None,
+    ) -> bool:  # fmt: skip
         """Whether an argument is laid out as a result in a slot that may take its memory."""
         value = self.values[argument]
         if not isinstance(value, Geometry):
             return False
         size = self.buffers[value.place.buffer].size
-        if slot < len(self.values) and (value.sizes, value.dtype) != (sizes, dtype):
+        same = value.sizes, value.dtype, value.strides
+        if slot < len(self.values) and same != (sizes, dtype, strides):
             return False
         return _whole(value, size) and prod(sizes) * dtype.itemsize == size
 
@@ -154,8 +159,8 @@ class Assembly:
         made = self.recording
         has_ops = made.function.parameters[:1] == ("ops",)
         return Record(
-            made.present, made.fits, made.saved, has_ops, parts, ends, returned, made.device,
-            made.recorder.shared,
+            made.count, made.present, made.twins, made.fits, made.saved, has_ops, parts, ends,
+            returned, made.device, made.recorder.shared,
         )  # fmt: skip
 
     def _part(self, number: int, group: list[Step]) -> Stretch | InPython:
@@ -213,10 +218,13 @@ class Assembly:
         return end
 
 
-def _whole(value: Geometry, size: int) -> bool:
-    """Whether a value is all of its buffer, by rows."""
+def _whole(value: Geometry, size: int, in_any_order: bool = False) -> bool:
+    """Whether a value is all of its buffer, by rows or in any order of its dimensions."""
     count, stride = value.dtype.itemsize, 1
-    for n, step in zip(reversed(value.sizes), reversed(value.strides), strict=True):
+    steps = [*zip(reversed(value.strides), reversed(value.sizes), strict=True)]
+    if in_any_order:
+        steps.sort()
+    for step, n in steps:
         if n != 1 and step != stride:
             return False
         count, stride = count * n, stride * n

@@ -11,10 +11,12 @@ from ..plan import Plan
 from ..plan.lines import Function, Line
 
 
-def _specs(plan: Plan, which: str) -> Iterator[tuple[str, Spec | None]]:
-    """The operands that a pass has specs of, by what errors call them, in order.
+def _specs(
+    plan: Plan, which: str, parameters: Sequence[str]
+) -> Iterator[tuple[str, str, Spec | None]]:
+    """The operands that a pass has specs of: their variables, what errors call them, the specs.
 
-    An extra input that its op checks itself has none.
+    An extra input that its op checks itself has none. parameters: of the function, after `ops`.
     """
     specs = plan.specs
     inputs = [
@@ -22,24 +24,26 @@ def _specs(plan: Plan, which: str) -> Iterator[tuple[str, Spec | None]]:
         for k, (name, spec, dims, _, _) in enumerate(specs.inputs)
     ]
     if which == "backward":
-        yield "the gradient of the output", specs.outputs[0]
-        for k in specs.taps:
-            yield f"the gradient of output {k}", specs.outputs[k]
+        yield parameters[0], "the gradient of the output", specs.outputs[0]
+        for variable, k in zip(parameters[1:], specs.taps, strict=False):
+            yield variable, f"the gradient of output {k}", specs.outputs[k]
         for name, spec, place in specs.saved:
-            yield name, spec if place is None else inputs[place][1]
+            yield name, name, spec if place is None else inputs[place][1]
     elif which == "forward":
-        yield from inputs
+        yield from ((name, name, spec) for name, spec in inputs)
     else:
-        yield from (inputs[specs.first_weight + weight] for weight, _, _ in specs.prepared)
+        for variable, (weight, _, _) in zip(parameters, specs.prepared, strict=False):
+            yield variable, *inputs[specs.first_weight + weight]
 
 
 def operands(plan: Plan, which: str, function: Function, names: Sequence[str]) -> Operands:
     """Those of a pass. names: by which its lines read them."""
-    readers = _readers(plan, function)
+    readers, places = _readers(plan, function), {name: k for k, name in enumerate(names)}
     expected: list[Operand | None] = [None] * len(names)
-    for k, (shown, spec) in enumerate(_specs(plan, which)):
-        where = readers.get(names[k])
-        if spec is not None and where is not None:
+    parameters = function.parameters[function.parameters[:1] == ("ops",) :]
+    for variable, shown, spec in _specs(plan, which, parameters):
+        where, k = readers.get(variable), places.get(variable)
+        if spec is not None and where is not None and k is not None:
             device, factor = spec.device, spec.factor
             expected[k] = Operand(where, shown, spec.shape, spec.dtype, device, factor)
     return Operands(which, expected)

@@ -28,7 +28,7 @@ def run_line(line: Line, ops: Any, variables: MutableMapping[str, Any]) -> Any:
         owner, _, name = line.function.rpartition(".")
         function = getattr(line.target, name) if owner else line.target
     result = function(*arguments, **keywords)
-    if line.function != "return":
+    if line.results and line.function != "return":
         _bind(line.results, result, variables)
     for name in line.dead:
         variables.pop(name, None)

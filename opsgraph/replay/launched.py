@@ -17,6 +17,7 @@ from ..base.errors import OpsgraphError
 from ..guards.compiled import compiled
 from ..guards.launching import launching
 from ..guards.torch_private import ops_alone
+from ..guards.watching import watching
 from .native import program, replay, why_not
 from .record import ALIGNED, PAGE, used
 from .recorder import Event, Recorder
@@ -76,9 +77,9 @@ def _fail(failed: int) -> None:
 def run(
     key: Hashable, function: Callable[..., None], tensors: Sequence[Tensor], anywhere: bool = False
 ) -> None:  # fmt: skip
-    """`function(*tensors)`, natively if that was recorded."""
+    """`function(*tensors)`, natively if that was recorded. A recorder sees the function."""
     known = _known.get(key, 0)
-    if known is False or not ops_alone():
+    if known is False or watching.recorder is not None or not ops_alone():
         function(*tensors)
     elif known == 0:
         _known[key] = 1  # kernels are compiled

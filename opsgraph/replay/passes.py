@@ -208,13 +208,17 @@ def _into_main_grad(plan: Plan, function: Function) -> set[int]:
     return found
 
 
-def replayed(plan: Plan, config: Config, why_not: str | None = None) -> Plan:
-    """The plan with passes that are replayed. why_not: why none is."""
+def replayed(
+    plan: Plan, config: Config, why_not: str | None = None, joined: Any = None
+) -> Plan:  # fmt: skip
+    """The plan with passes that are replayed. why_not: why none is.
+
+    joined: functions that do more than these, see `features.joined`; they are for replays alone.
+    """
     x = plan.specs.inputs[0].spec
     assert x is not None
 
-    def made(name: str, saved: Sequence[str] | None = None) -> Any:
-        function = plan.function(name)
+    def made(name: str, function: Function, saved: Sequence[str] | None = None) -> Any:
         if not function.lines:
             return function.call
         run = Pass(name, function, x.device, config, saved, why_not)
@@ -225,5 +229,14 @@ def replayed(plan: Plan, config: Config, why_not: str | None = None) -> Plan:
         return run
 
     saved = [value.name for value in plan.specs.saved]
-    passes = Passes(made("forward"), made("backward", saved), made("prepare"))
-    return replace(plan, passes=passes)
+    forward, backward, prepare = map(plan.function, ("forward", "backward", "prepare"))
+    passes = Passes(
+        made("forward", forward), made("backward", backward, saved), made("prepare", prepare)
+    )
+    if joined is None or getattr(passes.prepare, "reason", None) is not None:
+        return replace(plan, passes=passes)
+    whole = joined._replace(
+        forward=made("forward", joined.forward), silent=made("forward", joined.silent),
+        backward=joined.backward and made("backward", joined.backward, joined.saved),
+    )  # fmt: skip
+    return replace(plan, passes=passes, joined=whole)

@@ -121,22 +121,27 @@ class Constant(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A contiguous tensor that PyTorch allocates. over: the argument whose memory it may have."""
+    """A dense tensor that PyTorch allocates; it is contiguous where no strides are given.
+
+    over: the argument whose memory it may have.
+    """
 
     slot: int
     sizes: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     over: int | None = None
+    strides: tuple[int, ...] | None = None
 
     def text(self, variable: str) -> str:
         """The line that allocates it."""
         if self.over is not None:
             return f"{variable} = in_place_of({name(self.over)})"
         like = torch.empty(self.sizes, dtype=self.dtype, device="meta")
+        strides = self.strides or like.stride()
         if self.device.type == "cpu" and like.nbytes >= memory.LEAST:
             return f"{variable} = kept({self.sizes}, {self.dtype})"
-        return f"{variable} = new({self.sizes}, {like.stride()}, {self.dtype})"
+        return f"{variable} = new({self.sizes}, {strides}, {self.dtype})"
 
 
 class Stretch:
@@ -258,31 +263,35 @@ class Record:
     """A recorded pass. returned: what it returns, slots in tuples; ends: its views, by slot."""
 
     def __init__(
-        self, present: Sequence[bool], fits: Any, saved: int, has_ops: bool,
-        parts: Sequence[Stretch | InPython], ends: Mapping[int, int], returned: Any,
+        self, count: int, present: Sequence[int], twins: Mapping[int, int], fits: Any, saved: int,
+        has_ops: bool, parts: Sequence[Stretch | InPython], ends: Mapping[int, int], returned: Any,
         device: torch.device, shared: Iterable[tuple[int, int]] = (),
     ) -> None:  # fmt: skip
-        """present: which arguments are tensors. fits: tells whether such are laid out as recorded.
+        """count: of the arguments. present: which are tensors, twins: which are one of these again.
 
-        saved: how many, the last ones, come in a list. shared: those that have to share memory.
+        fits: tells whether tensors are laid out as recorded. saved: how many arguments, the last
+        ones, come in a list. shared: those that have to share memory.
         """
         self.parts = parts
         namespace: dict[str, Any] = {
             "torch": torch, "replay": replay(device.type), "kept": memory.empty,
-            "new": empty_strided(device), "fits": fits, "threads": torch.get_num_threads,
-            "modes": dispatch_stack, "followed": dispatch_modes, "view": view, "freed": _freed,
-            "in_place_of": in_place_of,
+            "new": empty_strided(device), "fits": fits, "exact": fits, "modes": dispatch_stack,
+            "threads": torch.get_num_threads, "followed": dispatch_modes, "view": view,
+            "freed": _freed, "in_place_of": in_place_of,
         }  # fmt: skip
         if device.type == "cuda":
             namespace["stream"] = torch._C._cuda_getCurrentRawStream
             namespace["current"] = torch._C._cuda_getDevice
             namespace["reduces"] = torch._C._get_cublas_allow_bf16_reduced_precision_reduction
-        names = [name(k) for k in range(len(present))]
+        names = [name(k) for k in range(count)]
         first = len(names) - saved
         head = [*["ops"] * has_ops, *names[:first], *["saved"] * bool(saved), "fits=fits"]
         lines = [f"{', '.join(names[first:])}, = saved"] if saved else []
-        tensors = ", ".join(n for n, there in zip(names, present, strict=True) if there)
+        tensors = ", ".join(map(name, present))
         test = f"modes() and followed() or not fits({tensors})"  # which may fit under a mode
+        if twins:
+            others = (f"{name(k)} is not {name(first)}" for k, first in twins.items())
+            test += f" or fits is exact and ({' or '.join(others)})"
         if device.type == "cpu":
             test = f"threads() != {torch.get_num_threads()} or {test}"
         if device.type == "cuda":
@@ -290,7 +299,7 @@ class Record:
             test = f"current() != {device.index} or reduces() != {reduces} or {test}"
         lines += [f"if {test}:", "    return None"]
         read = {k for part in parts if isinstance(part, Stretch) for k in part.bases}
-        pointers = sorted((read & {*range(len(present))}).union(*shared))
+        pointers = sorted((read & {*range(count)}).union(*shared))
         if pointers:
             values = ", ".join(f"{name(k)}.data_ptr()" for k in pointers)
             all_pointers = ", ".join(map(pointer, pointers))
@@ -302,7 +311,7 @@ class Record:
         lines += [f"if {' or '.join(tests)}:", "    return None"] if tests else []
         lines += ["saved.clear()"] * bool(saved)
         for number, part in enumerate(parts):
-            lines += part.text(number, namespace, len(present))
+            lines += part.text(number, namespace, count)
         lines += [f"{name(end)} = {name(slot)}.view_as({name(slot)})" for end, slot in ends.items()]
         lines.append(f"return {_spelled(returned)}")
         body = "\n".join(f"    {line}" for line in lines)

@@ -64,9 +64,12 @@ class Recording:
         self.saved = saved
         self.function, self.ops, self.device = function, ops, device
         self.count, self.in_python = len(arguments), set(in_python)
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        self.fits = same_layouts(tensors)
-        self.present = [isinstance(argument, Tensor) for argument in arguments]
+        first: dict[int, int] = {}
+        tensors = [(k, t) for k, t in enumerate(arguments) if isinstance(t, Tensor)]
+        self.twins = {k: n for k, t in tensors if (n := first.setdefault(id(t), k)) != k}
+        """Of arguments that are a tensor which was an argument before: which one that was."""
+        self.present = [k for k, _ in tensors if k not in self.twins]
+        self.fits = same_layouts([arguments[k] for k in self.present])
         self.recorder = Recorder(len(arguments))
         self.values = [self._handed(k, argument) for k, argument in enumerate(arguments)]
         """What each slot holds: a tensor's geometry, the type of what has none, or None."""

@@ -5,7 +5,7 @@ leading dimensions (`features.dimensions`), what autograd saves, the amaxes that
 Gradients that are no memory of a kernel's are told apart in the backward, see `see_through`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,26 +25,25 @@ from ..precision.recomputed import saved_again
 
 
 class PlanFunction(torch.autograd.Function):
-    """Runs a plan forward and backward: `apply(plan, stage, extra count, x, *extras, *weights)`."""
+    """Runs a plan: `apply(plan, stage, extra count, call, x, *extras, *weights)`. The call is what
+    runs the forward, and what that takes besides, to which no gradient comes."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, stage: Any, extras: int, *tensors: Tensor) -> Any:
-        x, ops = tensors[0], plan.ops
-        ctx.plan, ctx.stage = plan, stage
+    def forward(ctx: Any, plan: Plan, stage: Any, extras: int, call: Any, *tensors: Tensor) -> Any:
+        (run, more), x, ops = call, tensors[0], plan.ops
+        ctx.plan, ctx.stage, ctx.count = plan, stage, len(tensors)
+        ctx.joined = run is not plan.passes.forward
         ctx.lead = None if x.dim() == 2 else [t.shape for t in tensors[: extras + 1]]
         if ctx.lead is None and not plan.specs.autocast:
-            outputs, saved = plan.passes.forward(ops, *tensors)
+            outputs, saved = run(ops, *tensors, *more)
         else:
             inputs = flattened(plan, tensors)
             with without_autocast(x):
-                outputs, saved = plan.passes.forward(ops, *inputs, *tensors[extras + 1 :])
+                outputs, saved = run(ops, *inputs, *tensors[extras + 1 :], *more)
         if stage.recipe is not None:
-            if plan.specs.reports:
-                outputs = stage.recipe.record(plan, outputs, True)
-            ctx.moment = stage.recipe.moment()
-            saved = saved if ctx.moment is None else (ctx.moment, *saved)
+            outputs, saved = stage.recipe.after(ctx, plan, outputs, saved)
         if stage.eager_only is not None:
-            ctx.watched = stage.unseen.watch(plan, tensors[extras + 1 :])
+            ctx.watched = stage.unseen.watch(plan, tensors)
         if ctx.lead is not None:
             outputs = released(unflattened(plan, outputs, x.shape), outputs, tensors)
         elif len(outputs) > 1 or outputs[0]._is_view():
@@ -67,28 +66,29 @@ class PlanFunction(torch.autograd.Function):
         plain = plain and forward_ad._current_level < 0
         with without_autocast(dy) if plain else see_through(plan, whole, saved):
             flats = whole if ctx.lead is None else [flat(gradient, 2) for gradient in whole]
+            run, seen = recipe.backward(plan) if ctx.joined else (plan.passes.backward, ())
             if stage.eager_only is not None:
-                gradients = stage.unseen.run_backward(plan, ctx, flats, saved)
+                gradients = stage.unseen.run_backward(run, plan, ctx, (*flats, *seen), saved)
             else:
-                gradients = plan.passes.backward(plan.ops, *flats, saved)
+                gradients = run(plan.ops, *flats, *seen, saved)
             if ctx.lead is not None:
                 gradients = as_given(gradients, ctx.lead, flats, whole)
-            if plan.specs.reported:
+            if plan.specs.reported and not ctx.joined:
                 gradients = note_gradients(plan, gradients, recipe.seen_gradients(plan))
-        return None, None, None, *gradients
+        return None, None, None, None, *gradients[: ctx.count]
 
 
 run_training: Callable[..., Any] = apply_of(PlanFunction)
-"""Forward with gradients wanted, `(plan, stage, extra count, x, *extras, *weights)`: tensors of
-which none is left over by a transform."""
+"""Forward with gradients wanted, `PlanFunction.apply` of tensors of which none is left over by a
+transform."""
 
 
-def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -> Any:
+def run_inference(plan: Plan, stage: Any, extras: int, tensors: Any, call: Any = None) -> Any:
     """The forward alone, no gradient being wanted."""
-    x, ops = tensors[0], plan.ops
+    (run, more), x, ops = call or (plan.passes.forward, ()), tensors[0], plan.ops
     flat_already = x.dim() == 2
     if flat_already and not plan.specs.autocast:
-        outputs = plan.passes.forward(ops, *tensors)[0]
+        outputs = run(ops, *tensors, *more)[0]
     elif plan.specs.identity:
         return x
     else:
@@ -96,8 +96,8 @@ def run_inference(plan: Plan, stage: Any, extras: int, tensors: Sequence[Any]) -
         if stage.double_backward:
             copy_gradients(inputs)
         with without_autocast(x):
-            outputs = plan.passes.forward(ops, *inputs, *tensors[extras + 1 :])[0]
-    if plan.specs.reports:
+            outputs = run(ops, *inputs, *tensors[extras + 1 :], *more)[0]
+    if plan.specs.reports and run is plan.passes.forward:
         outputs = stage.recipe.record(plan, outputs, torch.is_grad_enabled())
     if not flat_already:
         views = unflattened(plan, outputs, x.shape)

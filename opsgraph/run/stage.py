@@ -87,9 +87,8 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         self.extras = ExtraInputs(run)
         self.trailing = self.extras.trailing
         self.output_names = [run.ops[i].channels.get("d") for i in run.outputs]
-        self.modes = [
-            op for kind, op in zip(run.kinds, run.ops, strict=True) if kind.training_matters
-        ]
+        both = zip(run.kinds, run.ops, strict=True)
+        self.modes = [op for kind, op in both if kind.training_matters]
         self.ops = run.ops
         self.recipe = None if recipe is None else StageRecipe(recipe, run, self.slots)
         self.table = table_for(run, options)
@@ -105,9 +104,7 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
             op.touch()
         return self.again()  # type: ignore[no-any-return]
 
-    def key(
-        self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Tensor | None]
-    ) -> PlainKey:
+    def key(self, x: Tensor, extras: Sequence[Tensor], weights: Sequence[Any]) -> PlainKey:
         """All that changes what is right for a call."""
         return key_of(x, extras, weights, self.modes, self.double_backward)
 
@@ -131,15 +128,15 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         request = request_of(key, run, self.extras.dims, weights, options)
         plan = planned(run, request, options.order, planner or options.planner, options.config)
         whole = "autograd runs through it" if options.double_backward else None
-        return replayed(plan, options.config, whole)
+        return replayed(plan, options.config, whole, self.recipe and self.recipe.joined(plan))
 
     def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
         if extras or self.trailing:
             extras = self.extras.verified(x, extras)
-        plan, found = (None, None) if compiling else self.known(x, extras)
+        plan, found, scales = (None, None, None) if compiling else self.known(x, extras)
         if plan is None:
             return self._by_key(x, extras, found, compiling)
-        return self.run_plan(plan, x, extras, found)
+        return self.run_plan(plan, x, extras, found, scales)
 
     def _by_key(self, x: Tensor, extras: Sequence[Tensor], found: Any, compiling: bool) -> Any:
         """A call of no known kind. found: the parameters, but for attributes; None if not read."""
@@ -163,14 +160,14 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         self.known.learn(key, plan, x, extras, weights)
         return self.run_plan(plan, x, extras, weights)
 
-    def run_plan(self, plan: Plan, x: Tensor, extras: Sequence[Tensor], weights: Any) -> Any:
-        """A call with a plan; extras are verified."""
-        if self.recipe is not None and plan.specs.prepared:
-            weights = [*weights, *self.recipe.prepare(plan, weights)]
+    def run_plan(self, plan: Plan, x: Tensor, extras: Any, weights: Any, scales: Any = None) -> Any:
+        """A call with a plan; extras are verified. scales: delayed ones, where they were read."""
+        recipe: Any = plan.specs.prepared and self.recipe
+        call = recipe.forward(plan, weights, scales) if recipe else (plan.passes.forward, ())
         try:
             if plan.specs.training:
-                return run_training(plan, self, len(extras), x, *extras, *weights)
-            return run_inference(plan, self, len(extras), (x, *extras, *weights))
+                return run_training(plan, self, len(extras), call, x, *extras, *weights)
+            return run_inference(plan, self, len(extras), (x, *extras, *weights), call)
         except OpError as error:
             place(error, self.table.run.labels)
             raise
@@ -178,4 +175,4 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
             if not (plan.specs.training and any(t.is_inference() for t in (x, *extras))):
                 raise
         x, *extras = (t.clone() if t.is_inference() else t for t in (x, *extras))
-        return run_training(plan, self, len(extras), x, *extras, *weights)
+        return run_training(plan, self, len(extras), call, x, *extras, *weights)

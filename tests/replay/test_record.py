@@ -107,11 +107,11 @@ def record(
 ) -> Record:
     """A record of these parts, of a pass without ops."""
     settings = {
-        "saved": 0, "has_ops": False, "ends": {}, "shared": (), **options
+        "saved": 0, "has_ops": False, "ends": {}, "shared": (), "twins": {}, **options
     }  # fmt: skip
     return Record(
-        present=[True] * len(arguments), fits=same_layouts(arguments), parts=parts,
-        returned=returned, device=CPU, **settings,
+        count=len(arguments), present=range(len(arguments)), fits=same_layouts(arguments),
+        parts=parts, returned=returned, device=CPU, **settings,
     )  # fmt: skip
 
 

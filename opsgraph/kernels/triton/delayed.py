@@ -113,6 +113,7 @@ PAIRS = 8
 @triton.jit
 def _raise(seen, amax):
     if seen is not None:
+        tl.debug_barrier()  # it may be the one before
         old, new = tl.load(seen), tl.load(amax)
         tl.store(seen, tl.where((new > old) | (new != new), new, old))
 
@@ -132,7 +133,7 @@ def raise_kernel(
 
 
 def raise_to(seen: Sequence[Tensor], amaxes: Sequence[Tensor]) -> None:
-    """Write the larger of both, or a NaN, to each of `seen`, fp32 `[]`, which share no memory."""
+    """Write the larger of both, or a NaN, to each of `seen`, fp32 `[]`, one after the other."""
     for first in range(0, len(seen), PAIRS):
         some, others = seen[first : first + PAIRS], amaxes[first : first + PAIRS]
         count = len(some)

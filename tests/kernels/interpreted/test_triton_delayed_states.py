@@ -39,10 +39,12 @@ def states(module: nn.Module) -> list[Scaling]:
 
 def found(module: nn.Module) -> list[Tensor]:
     values = [value.cpu() for state in states(module) for value in state.buffers()]
-    values += [state.fixed.cpu() for state in states(module)]
-    return values + [
-        state.previous[:2].cpu() for state in states(module) if state.previous is not None
-    ]
+    for state in states(module):
+        state.pin()
+        values.append(state.fixed.cpu())
+        if state.previous is not None:
+            values.append(state.previous[:2].cpu())
+    return values
 
 
 def _data(module: nn.Module) -> nn.Module:

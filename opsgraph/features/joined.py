@@ -1,0 +1,208 @@
+"""Passes of a plan under a recipe, joined with what is done around them, as one function each.
+
+    forward   quantizes the weights, and notes the amaxes of weights and activations
+    silent    the same and notes none, for calls without grad
+    backward  notes the amaxes of gradients
+
+Their arguments are the plan's own. In the place of parts of quantized weights come, for each layer
+whose scaling is delayed, its scales, fp32 `[3]`, and the buffer of the amaxes that are noted. So
+there is one native call where there were four, what only the forward reads of a quantized weight is
+a temporary of it, and nothing is made for a scale. They save the scales where the plan saves one.
+
+Calls that something watches run the plan's own functions: `precision.reading.usual` says which.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..plan import Plan
+from ..plan.lines import Function, Line, literal, value, values
+from ..precision.recorded import note
+
+
+class Layer(NamedTuple):
+    """A quantized weight's place among the stage's weights, and those of its delayed scales."""
+
+    weight: int
+    activation: int | None = None
+    gradient: int | None = None
+
+
+class Joined(NamedTuple):
+    """The functions; as calls run them, where they are replayed.
+
+    backward: None where the plan's own does nothing less. saved: what the backward reads, each
+    once; places: where that is which the plan's own backward reads.
+    """
+
+    forward: Any
+    silent: Any
+    backward: Any
+    saved: tuple[str, ...]
+    places: tuple[int, ...]
+
+
+def joined(plan: Plan, layers: Sequence[Layer]) -> Joined | None:
+    """Those of a plan; None for one that quantizes no weight."""
+    if not plan.specs.prepared:
+        return None
+    return _Joining(plan, layers).joined()
+
+
+def part(scales: Tensor, column: int) -> Tensor:
+    """A scale, fp32 `[]`, of those of a layer."""
+    return scales[column]
+
+
+def _scales(n: int) -> str:
+    return f"scales_{n}"
+
+
+def _seen(n: int) -> str:
+    return f"seen_{n}"
+
+
+class _Joining:
+    """Joins a plan's functions. In the source layer n has `scales_n` and `seen_n`."""
+
+    def __init__(self, plan: Plan, layers: Sequence[Layer]) -> None:
+        self.plan, self.specs = plan, plan.specs
+        self.prepare, self.forward, self.backward = map(
+            plan.function, ("prepare", "forward", "backward")
+        )
+        self.delayed = [layer for layer in layers if layer.activation is not None]
+        self.parts = len(_returned(self.prepare)[0])
+        self.count = len(self.specs.inputs) - self.parts
+        self.owners: dict[str, tuple[int, int]] = {}
+        """The layer and the column of each scale that is an argument."""
+        for n, layer in enumerate(self.delayed):
+            for column, place in ((0, layer.activation), (2, layer.gradient)):
+                if place is not None:
+                    self.owners[self.name(place)] = n, column
+        self.names = [value.name for value in self.specs.saved]
+        self.saved = tuple(dict.fromkeys(map(self.owner, self.names)))
+        self.places = tuple(self.saved.index(self.owner(name)) for name in self.names)
+
+    def name(self, place: int) -> str:
+        """What the weight at a place is called."""
+        return self.specs.inputs[self.specs.first_weight + place].name
+
+    def owner(self, name: str) -> str:
+        """What is saved in the place of a variable."""
+        return _scales(self.owners[name][0]) if name in self.owners else name
+
+    def joined(self) -> Joined:
+        more = self.delayed and self.backward.lines
+        backward = self.noting_backward() if more else None
+        forwards = self.forward_of(True), self.forward_of(False)
+        return Joined(*forwards, backward, self.saved, self.places)
+
+    def part(self, n: int, column: int, name: str) -> Line:
+        return Line("part", (value(_scales(n)), literal(column)), name, part, note="scale")
+
+    def forward_of(self, noting: bool) -> Function:
+        """The forward. noting: whether it notes amaxes."""
+        noting = noting and bool(self.delayed)
+        count = len(self.delayed)
+        own = self.forward.parameters[: 1 + self.count]
+        more = [*map(_scales, range(count)), *map(_seen, range(count * noting))]
+        read = {name for line in self.forward.lines[:-1] for name in line.reads}
+        lines = [self.part(*place, name) for name, place in self.owners.items() if name in read]
+        weights = [self.name(place) for place, _, _ in self.specs.prepared]
+        names = self.prepare.parameters[: len(weights)]
+        both = zip(weights, names, strict=True)
+        lines += [Line("bind", (value(given),), name) for given, name in both if given != name]
+        scales = self.prepare.parameters[len(weights) :]
+        lines += [self.part(n, 1, name) for n, name in enumerate(scales)]
+        lines += [*self.prepare.lines[:-1], *self.forward.lines[:-1]]
+        outputs, _ = _returned(self.forward)
+        first = len(outputs) - self.specs.reports
+        if noting:
+            amaxes = *outputs[first:], *_returned(self.prepare)[1]
+            lines.append(_note([*range(count)] * 2, [0] * count + [1] * count, amaxes))
+        lines.append(Line("return", (outputs[:first], values(self.saved))))
+        run = partial(self._run_forward(), noting)
+        return Function("", run, (*own, *more), tuple(lines))
+
+    def _run_forward(self) -> Callable[..., Any]:
+        """The forward in Python: the plan's functions, one after the other."""
+        plan, owners, count = self.plan, self.owners, self.count
+        places = [self.specs.first_weight + place for place, _, _ in self.specs.prepared]
+        inputs = [argument.name for argument in self.specs.inputs[:count]]
+        layers, first = len(self.delayed), len(self.specs.outputs) - self.specs.reports
+        names, reports = self.names, bool(self.specs.reports)
+
+        def forward(noting: bool, ops: Any, *arguments: Any) -> Any:
+            given, scales = list(arguments[:count]), arguments[count : count + layers]
+            seen = arguments[count + layers :]
+            operands = [given[k] for k in places]
+            parts, amaxes = plan.run_prepare(*operands, *[part(each, 1) for each in scales])
+            for k, name in enumerate(inputs):
+                if name in owners:
+                    n, column = owners[name]
+                    given[k] = part(scales[n], column)
+            outputs, saved = plan.run_forward(ops, *given, *parts)
+            if noting and reports:
+                note(seen * 2, (0,) * layers + (1,) * layers, (*outputs[first:], *amaxes))
+            kept: dict[Any, Tensor] = {}
+            for name, tensor in zip(names, saved, strict=True):
+                if name in owners:
+                    kept[owners[name][0]] = scales[owners[name][0]]
+                else:
+                    kept[name] = tensor
+            return outputs[:first], tuple(kept.values())
+
+        return forward
+
+    def noting_backward(self) -> Function:
+        """The backward."""
+        plan, lines = self.plan, list(self.backward.lines)
+        start = 0
+        if self.saved:
+            lines[0], start = lines[0]._replace(results=self.saved), 2
+        read = {name for line in lines[start:] for name in line.reads}
+        lines[start:start] = [
+            self.part(*place, name) for name, place in self.owners.items() if name in read
+        ]
+        gradients = list(_returned(self.backward)[0][: self.count])
+        reported = self.specs.reported
+        layers = [self.owners[self.specs.inputs[k].name][0] for k in reported]
+        amaxes = tuple(gradients[k] for k in reported)
+        notes = [_note(layers, [0] * len(layers), amaxes)] * bool(reported)
+        for k in reported:
+            gradients[k] = literal(None)
+        lines[-1:] = [*notes, Line("return", (tuple(gradients),))]
+        own = self.backward.parameters[:-1]
+        parameters = (*own, *map(_seen, layers), "saved")
+        owners, names, places, count = self.owners, self.names, self.places, self.count
+
+        def backward(*arguments: Any) -> Any:
+            kept = arguments[-1]
+            saved = [
+                part(kept[k], owners[name][1]) if name in owners else kept[k]
+                for name, k in zip(names, places, strict=True)
+            ]
+            kept.clear()
+            found = list(plan.run_backward(*arguments[: len(own)], saved)[:count])
+            if reported:
+                seen = arguments[len(own) : -1]
+                note(seen, (0,) * len(seen), [found[k] for k in reported])
+            for k in reported:
+                found[k] = None
+            return tuple(found)
+
+        return Function("", backward, parameters, tuple(lines))
+
+
+def _returned(function: Function) -> Any:
+    """What a function returns: its arguments, in tuples."""
+    return function.lines[-1].arguments
+
+
+def _note(layers: Sequence[int], columns: Sequence[int], amaxes: Any) -> Line:
+    """The line that notes amaxes, in a column of the buffer of a layer each."""
+    seen = values(map(_seen, layers))
+    return Line("note", (seen, literal(tuple(columns)), tuple(amaxes)), (), note, note="amaxes")
