@@ -5,6 +5,7 @@ of 16 rows in bf16, beside torch.nn; and the time that planning takes. On a GPU:
 inference beside PyTorch, torch.compile, Liger and TransformerEngine where they can be imported, in
 bf16 and under every recipe that the device has; split over GPUs with --ranks. opsgraph runs its
 passes from Python (OPSGRAPH_REPLAY=0), replayed, and as a CUDA graph. All take turns in one run.
+On both: what planning and recording add to a module's first calls (`benchmarks.first_call`).
 
     python -m benchmarks.overhead [--repeats 60] [--inner 200] [--out FILE]
     python -m benchmarks.overhead --device cuda [--sizes 64x256x512,...] [--recipes none,...]
@@ -25,8 +26,8 @@ from typing import Any
 import torch
 
 import opsgraph as og
+from benchmarks import first_call, tables
 from benchmarks import overhead_device as device_cases
-from benchmarks import tables
 from benchmarks.calls import FORWARD, INFERENCE, TRAINING, Clock, case_of, prepare, samples_of
 from benchmarks.peers import CANDIDATES, ON_CPU, ON_RANKS, RECIPES, Block
 from benchmarks.timing import alternate, machine
@@ -136,14 +137,15 @@ def facts() -> dict[str, Any]:
 
 
 def misses(results: dict[str, Any]) -> list[str]:
-    """What is above its limit, on a CPU: the tiny MLP's calls, and planning."""
+    """What is above its limit, on a CPU: the tiny MLP's calls, planning, and first calls."""
     slow = []
     for case in results["cases"]:
         own, other = (case["seconds"][name]["host"] for name in ("opsgraph", "nn.Sequential"))
         if case["rows"] == TINY.rows and own["median"] > HOST_LIMIT * other["median"]:
             slow.append(case["kind"])
     planning = results["planning_seconds"]
-    return slow + [name for name, seconds in planning.items() if seconds > PLANNING_LIMITS[name]]
+    slow += [name for name, seconds in planning.items() if seconds > PLANNING_LIMITS[name]]
+    return slow + first_call.misses(results["first_calls"])
 
 
 def planning_table(seconds: dict[str, float]) -> str:
@@ -195,6 +197,23 @@ def found_cases(args: argparse.Namespace, clock: Clock) -> Iterator[dict[str, An
         yield from device_cases.cases_on_ranks(sizes, recipes, names, clock, device, args.ranks)
 
 
+def first_cases(args: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
+    """What the first calls of the smallest size cost: without a recipe, and in those asked for."""
+    recipes = names_of(args.recipes, RECIPES) or ["none"]
+    if args.device == "cpu":
+        place, dtype, size = CPU, TINY.dtype, (TINY.rows, TINY.hidden, TINY.ffn)
+    else:
+        place, dtype = torch.device(args.device), torch.bfloat16
+        size = min(sizes_of(args.sizes) if args.sizes else device_cases.SIZES)
+        recipes = recipes if args.recipes else device_cases.able(place)[0]
+    blocks, threads = first_call.blocks(size, recipes, dtype, place), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        return first_call.cases(blocks, clock.repeats, clock.synchronize)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def clock_of(args: argparse.Namespace) -> Clock:
     """The clocks for a device; on GPUs a sample has few calls, and they are not waited for."""
     if args.device == "cpu":
@@ -238,6 +257,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results["cases"].append(case)
         tables.show(case)
         out.write_text(json.dumps(results, indent=1) + "\n")  # what is there survives a crash
+    if args.ranks == 1:
+        results["first_calls"] = first_cases(args, clock)
+        print(first_call.table(results["first_calls"]), end="\n\n")
+        out.write_text(json.dumps(results, indent=1) + "\n")
     if not on_cpu:
         return 0
     results["planning_seconds"] = planning_seconds(clock.repeats)

@@ -288,11 +288,11 @@ def _engine_peer(block: Block, module: nn.Module) -> Peer:
 _shorter = count()
 
 
-def ours(block: Block, weights: Weights, overlap: tuple[str, ...] = ()) -> Peer:
+def ours(block: Block, weights: Weights, overlap: tuple[str, ...] = (), eps: float = EPS) -> Peer:
     """opsgraph's Sequential."""
     column, row = _split(block)
     module = og.Sequential(
-        RMSNorm(block.hidden, eps=EPS, **block.place),
+        RMSNorm(block.hidden, eps=eps, **block.place),
         Linear(block.hidden, 2 * block.ffn, bias=False, overlap=overlap, **column, **block.place),
         SwiGLU(),
         Linear(block.ffn, block.hidden, bias=False, overlap=overlap, **row, **block.place),

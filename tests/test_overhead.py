@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import opsgraph as og
-from benchmarks import calls, overhead, overhead_device, peers, tables
+from benchmarks import calls, first_call, overhead, overhead_device, peers, tables
 from benchmarks.calls import INFERENCE, TRAINING, Clock, Sample
 from benchmarks.peers import Block, Candidate, Peer
 from benchmarks.timing import spread, take_turns
@@ -57,6 +57,33 @@ def test_planning_is_measured_afresh(planner: str) -> None:
     first, second = make(), make()
     assert first is not second
     assert first.forward_source == second.forward_source
+
+
+def test_first_calls_are_those_of_modules_that_are_new_and_are_replayed() -> None:
+    made, epoch = first_call.ours, config.epoch
+    modules: list[Any] = []
+
+    def kept(*arguments: Any, **options: Any) -> Peer:
+        peer = made(*arguments, **options)
+        modules.append((peer.module, os.environ[peers.REPLAY]))
+        return peer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(first_call, "ours", kept)
+        found = first_call.measured(SMALL, 3)
+    assert config.epoch == epoch
+    assert [on for _, on in modules] == ["0", *"1111"]
+    plans = [module.plan(True, torch.zeros(4, 8)) for module, _ in modules]
+    assert len({plan.forward_source for plan in plans}) == 5
+    assert ["OPSGRAPH_REPLAY=0" in str(plan) for plan in plans] == [True, *[False] * 4]
+    assert all("native call" in str(plan) for plan in plans[1:])
+    seconds = found["seconds"]
+    assert seconds["planning"]["median"] > 0
+    told = first_call.table([found])
+    assert f"{seconds['together']['median'] * 1e3:.2f}" in told
+    slow = found | {"seconds": {"together": {"median": 1.0}}, "recipe": "delayed"}
+    fast = found | {"seconds": {"together": {"median": 1e-3}}}
+    assert first_call.misses([slow, fast]) == ["first calls DelayedScaling"]
 
 
 def test_a_spread_is_the_median_and_the_quartiles() -> None:
@@ -268,6 +295,7 @@ def test_a_short_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert overhead.main([*arguments, "--check"]) == 1
     assert torch.get_num_threads() == threads
     found = json.loads(out.read_text())
+    assert [each["recipe"] for each in found["first_calls"]] == ["none"]
     assert [(each["kind"], each["rows"]) for each in found["cases"]] == [
         ("inference", 4),
         ("forward with gradients", 4),
@@ -312,6 +340,8 @@ def test_a_short_run_on_a_gpu(tmp_path: Path) -> None:
     arguments = ["--device", "cuda", "--repeats", "2", "--inner", "1", "--steps", "1"]
     less = ["--sizes", "64x64x128", "--recipes", "none,delayed", "--without", "torch.compile"]
     assert overhead.main([*arguments, *less, "--out", str(out)]) == 0
+    firsts = json.loads(out.read_text())["first_calls"]
+    assert [each["recipe"] for each in firsts] == ["none", "delayed"]
     for each in json.loads(out.read_text())["cases"]:
         assert {*COLUMNS, "opsgraph (CUDA graph)"} <= set(each["seconds"]), each["refused"]
 
