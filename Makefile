@@ -76,7 +76,7 @@ examples: $(VENV)/installed  ## run every example but the two that train
 bench: $(VENV)/installed  ## host cost against nn.Sequential
 	$(BIN)/python -m benchmarks.overhead
 
-docs: $(VENV)/docs  ## build the documentation into site/
+docs: $(VENV)/docs  ## build the documentation as a site, in site/
 	$(BIN)/python -m mkdocs build --strict
 
 $(VENV)/docs: $(VENV)/installed

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,8 @@ def test_readme_runs_and_so_does_its_fuser(tmp_path: Path) -> None:
 
 
 def test_what_is_added_is_short() -> None:
-    blocks = BLOCK.findall(text("docs/extending.md"))
+    pages = ("docs/writing-an-op.md", "docs/writing-a-fuser.md", "docs/recipes.md")
+    blocks = [block for page in pages for block in BLOCK.findall(text(page))]
     diffs = [added(body) for kind, body in blocks if kind == "diff"]
     assert len(diffs) == 5  # an activation, a norm, a backend for one op, a fused step, a recipe
     for diff in diffs:
@@ -108,6 +111,25 @@ def test_the_glossary_is_short_and_true() -> None:
     rows = re.findall(r"^\| (\w+) \| .* \| `(\S+)` \|$", text("docs/glossary.md"), re.MULTILINE)
     assert 0 < len(rows) <= 12
     assert all((ROOT / "opsgraph" / path).exists() for _, path in rows)
+
+
+def test_the_site_has_every_page_of_the_navigation() -> None:
+    named = re.findall(r": ([\w/-]+\.md)$", text("mkdocs.yml"), re.MULTILINE)
+    assert len(named) == len({*named}) > 20
+    assert all((ROOT / "docs" / name).exists() for name in named)
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_its_pages_ask_for_nothing_from_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="pip install opsgraph[docs]")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {page.name: page.read_text() for page in tmp_path.glob("*.html")}
+    assert "speed over PyTorch" in pages["benchmarks.html"]  # of README
+    assert (tmp_path / "results" / "cpu.png").exists()
+    for name, page in pages.items():
+        assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=.?https?:", page), name
 
 
 def test_commands_on_pages_exist(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What other people write: ops, fusers and their registration, as docs/extending.md shows it."""
+"""What other people write: ops, fusers and their registration, as docs/writing-*.md show it."""
 
 import sys
 from collections.abc import Iterator

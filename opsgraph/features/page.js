@@ -4,7 +4,7 @@ const buttons = [...document.querySelectorAll(".line button")];
 const lines = [...document.querySelectorAll(".source pre span")];
 const shown = () => buttons.filter((button) => button.offsetParent !== null);
 
-function choose(chosen) {
+function choose(chosen, scrolls) {
   for (const button of buttons) {
     const pressed = button === chosen;
     button.setAttribute("aria-pressed", pressed);
@@ -14,7 +14,7 @@ function choose(chosen) {
   const key = chosen.dataset.key;
   for (const line of lines) line.classList.toggle("marked", Boolean(key) && line.dataset.key === key);
   const first = lines.find((line) => line.classList.contains("marked"));
-  if (first) first.scrollIntoView({ block: "nearest" });
+  if (first && scrolls) first.scrollIntoView({ block: "nearest" });
 }
 
 function beside(button, way) {
@@ -41,7 +41,7 @@ document.querySelector(".line").addEventListener("keydown", (event) => {
   if (target) target.focus();
 });
 for (const button of buttons) {
-  button.addEventListener("focus", () => choose(button));
+  button.addEventListener("focus", () => choose(button, true));
   button.addEventListener("click", () => button.focus());
 }
 for (const line of lines) {
@@ -53,6 +53,6 @@ for (const line of lines) {
 document.getElementById("refused").addEventListener("change", (event) => {
   document.body.classList.toggle("only-taken", !event.target.checked);
   const pressed = buttons.find((button) => button.getAttribute("aria-pressed") === "true");
-  if (pressed && pressed.offsetParent === null) choose(shown()[0]);
+  if (pressed && pressed.offsetParent === null) choose(shown()[0], false);
 });
-if (buttons.length) choose(buttons[0]);
+if (buttons.length) choose(buttons[0], false);
