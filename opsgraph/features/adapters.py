@@ -18,9 +18,14 @@ _NAMES = "lora_A", "lora_B"
 
 
 def is_peft(module: nn.Module) -> bool:
-    """Whether that is peft's linear layer with LoRA, of which subclasses may compute anything."""
-    known = sys.modules.get("peft.tuners.lora.layer")
-    return known is not None and type(module) is known.Linear
+    """Whether that is peft's linear layer with LoRA, or that of a weight that torchao stores.
+
+    Other subclasses may compute anything.
+    """
+    kinds = {"peft.tuners.lora.layer": "Linear", "peft.tuners.lora.torchao": "TorchaoLoraLinear"}
+    return any(
+        type(module) is getattr(sys.modules.get(name), kind, None) for name, kind in kinds.items()
+    )
 
 
 class Adapter(nn.Module):

@@ -23,6 +23,7 @@ from ..ops.activations import (
     SiLU,
     Tanh,
 )
+from ..ops.dequantized import DequantizedLinear, dequantizes
 from ..ops.elementwise import Dropout, Identity
 from ..ops.linear import Linear
 from ..ops.lora import LoRALinear
@@ -34,7 +35,8 @@ from .several import SeveralLayers
 
 
 def _linear(module: nn.Linear) -> Op:
-    return Linear(
+    kind = DequantizedLinear if dequantizes(module.weight) else Linear
+    return kind(
         module.in_features, module.out_features, bias=module.bias is not None, device="meta"
     )
 
@@ -163,9 +165,10 @@ def _of_peft(cls: type[Op], module: Any) -> Op:
     """A LoRALinear of one layer; its Linear reads the base layer's parameters, and has none."""
     base = _base_of(cls, module)
     found = _op_or_reason(base)
-    if type(found) is not Linear:
+    if not isinstance(found, Linear):
         raise OpError(cls.__name__, f"of({type(base).__name__}): {found}", "a linear base layer")
-    linear = Linear(found.in_features, found.out_features, found.has("bias"), device="meta")
+    kind = type(found)
+    linear = kind(found.in_features, found.out_features, found.has("bias"), device="meta")
     names = {"weight": "weight"} | ({"bias": "bias"} if found.has("bias") else {})
     linear.borrow(base, **names)
     return adapted(linear, (module,))

@@ -15,6 +15,7 @@ from ..base.errors import OpError, PlanError
 from ..guards.validation import Checked, Fixed, features, number, place, size, whole
 from ..kernels.reference.dropout import keep_mask
 from ..op import Lowered, Op, Spec
+from .dequantized import dequantizes
 from .linear import Linear
 from .parameters import empty_parameter
 from .residual import OpList, Tee
@@ -299,10 +300,12 @@ class LoRALinear(Op):
     def merged(self) -> Linear:
         """A Linear that computes the same with one product; nothing of this op is modified.
 
-        The weight is summed in fp32, or in fp64 for fp64, and rounded once.
+        The weight is summed in fp32, or in fp64 for fp64, and rounded once; one that is stored in
+        another way is dequantized.
         """
         weight = self.linear.home("weight")
         whole = getattr(*weight)
+        whole = whole.dequantize() if dequantizes(whole) else whole
         total = whole.detach().to(torch.promote_types(whole.dtype, torch.float32), copy=True)
         for branch in self.loras:
             a, b = (getattr(*branch.home(name)) for name in ("lora_A", "lora_B"))
