@@ -1,4 +1,4 @@
-"""`python -m opsgraph`: what is installed here (doctor), the ops, the fusers, tuning, measuring."""
+"""`python -m opsgraph`: what is installed (doctor), ops, fusers, plans, measuring, tuning."""
 
 import argparse
 import inspect
@@ -18,6 +18,7 @@ from .base.backend import backends
 from .base.errors import OpsgraphError
 from .fuser import Fuser, registered
 from .fusers.cublaslt.products import FAMILIES, Family
+from .integrations import explain
 from .kernels.cpu import build, product
 from .kernels.directories import directories
 from .op import BACKWARD, FORWARD
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         commands.add_parser(command, help=_summary(_COMMANDS[command]))
-    with_arguments = {"tune": tune, "bench": bench}
+    with_arguments = {"explain": explain, "bench": bench, "tune": tune}
     for command, module in with_arguments.items():
         about = module.ABOUT
         module.arguments(commands.add_parser(command, help=about, description=about))
