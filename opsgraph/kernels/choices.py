@@ -55,7 +55,8 @@ class Choices:
 
     kind: of what, a word. machine: for what they hold. measure: returns the fastest of the
     candidates that it is given. files: where they are kept: read from the first that is there,
-    written to the first that can be; with none they are forgotten with the process.
+    written to the first that can be; with none they are forgotten with the process. forgotten:
+    called when choices are forgotten, for those who remember what was made of them.
     """
 
     renewed = 0.0
@@ -64,8 +65,10 @@ class Choices:
     def __init__(
         self, kind: str, machine: Callable[[], tuple[str, ...]], measure: Measure,
         files: Callable[[], Iterable[Path]] | None = None,
+        forgotten: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
         self.kind, self.machine, self.measure = kind, machine, measure
+        self.forgotten = forgotten
         self.files = files if files is not None else self._places
         self._lock = threading.RLock()
         self._found: dict[str, Choice] | None = None
@@ -139,6 +142,8 @@ class Choices:
                 left = {key: made for key, made in there.items() if key not in gone}
                 if what and len(left) < len(there):
                     replace(path, self._content(left))
+            if gone:
+                self.forgotten()
             return len(gone)
 
     def _loaded(self) -> dict[str, Choice]:
@@ -203,11 +208,15 @@ def gpu(device: torch.device) -> tuple[str, ...]:
     return (chip.name, f"sm_{chip.major}{chip.minor}", *versions)
 
 
-def store(kind: str, machine: tuple[str, ...], measure: Measure) -> Choices:
+def store(
+    kind: str, machine: tuple[str, ...], measure: Measure,
+    forgotten: Callable[[], object] = lambda: None,
+) -> Choices:  # fmt: skip
     """The choices of a kind for a machine: the same object for all who ask."""
     with _making:
         if (kind, machine) not in _stores:
-            _stores[kind, machine] = Choices(kind, lambda: machine, measure)
+            made = Choices(kind, lambda: machine, measure, forgotten=forgotten)
+            _stores[kind, machine] = made
         return _stores[kind, machine]
 
 

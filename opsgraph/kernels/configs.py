@@ -19,14 +19,18 @@ Where = tuple[Any, ...]
 """A kernel's name and the key."""
 
 _chosen: dict[Where, Config] = {}
+"""By where; behind the number of the GPU where there are several kinds of them."""
 _asked: dict[Where, Sequence[Config]] | None = None
 """What was asked for and is not known, while that is noted."""
 
 
 def configured(kernel: str, key: Where, offered: Callable[..., Sequence[Config]]) -> Config:
-    """The configuration of a kernel for a key: of those that `offered(*key)` gives."""
+    """The configuration of a kernel for a key: of those that `offered(*key)` gives.
+
+    It is that for the current GPU.
+    """
     where = kernel, *key
-    found = _chosen.get(where)
+    found = _chosen.get(_here(where))
     return found if found is not None else _find(where, offered(*key))
 
 
@@ -55,13 +59,26 @@ def _find(where: Where, offered: Sequence[Config]) -> Config:
     known = kept.known(text(where))
     for config in offered:
         if text(config.items()) == known:
-            _chosen[where] = config
+            _chosen[_here(where)] = config
             return config
     if asked is not None:
         asked[where] = offered
     else:
-        _chosen[where] = offered[0]
+        _chosen[_here(where)] = offered[0]
     return offered[0]
+
+
+def _here(where: Where) -> Where:
+    if torch.cuda.is_initialized() and _kinds() > 1:
+        return torch.cuda.current_device(), *where
+    return where
+
+
+@cache
+def _kinds() -> int:
+    """How many kinds of GPUs there are."""
+    every = range(torch.cuda.device_count())
+    return len({gpu(torch.device("cuda", index)) for index in every})
 
 
 def text(parts: Any) -> str:
@@ -82,7 +99,8 @@ def _on(index: int) -> Choices:
     import triton
 
     machine = gpu(torch.device("cuda", index))
-    return store("launch", (*machine, f"triton {triton.__version__}"), fastest_on_cuda)
+    versions = f"triton {triton.__version__}"
+    return store("launch", (*machine, versions), fastest_on_cuda, lambda: _chosen.clear())
 
 
 @contextmanager
@@ -104,14 +122,14 @@ def decide(where: Where, offered: Sequence[Config], run: Callable[[], object]) -
         return
 
     def tried(config: Config) -> object:
-        _chosen[where] = config
+        _chosen[_here(where)] = config
         return run()
 
     def runs() -> Mapping[str, Callable[[], object]]:
         return working({name: partial(tried, config) for name, config in named.items()})
 
     try:
-        _chosen[where] = named[kept.choose(text(where), runs)]
+        _chosen[_here(where)] = named[kept.choose(text(where), runs)]
     except BaseException:
-        _chosen.pop(where, None)
+        _chosen.pop(_here(where), None)
         raise

@@ -9,7 +9,7 @@ import torch
 
 from ..kernels.cpu import memory
 from .record import NOTHING, Build, InPython, Record, Result, Stretch, View, used
-from .recording import Composite, Geometry, Recording, Step
+from .recording import Composite, Geometry, Recording, Step, flat
 
 
 def assembled(recording: Recording) -> Record | None:
@@ -116,16 +116,17 @@ class Assembly:
         first = next((n for n, uses in enumerate(self.uses) if number in uses), maker)
         self.base[number] = slot
         over = self.recording.recorder.taken.get(number)
-        if over is not None and not self._fits_over(over, slot, sizes, dtype, strides):
+        if over is not None and not self._fits_over(over, number, slot, sizes, dtype, strides):
             over = None
         result = Result(slot, sizes, dtype, self.buffers[number].device, over, strides)
         self.results.setdefault(first, []).append(result)
 
     def _fits_over(
-        self, argument: int, slot: int, sizes: tuple[int, ...], dtype: torch.dtype,
+        self, argument: int, number: int, slot: int, sizes: tuple[int, ...], dtype: torch.dtype,
         strides: tuple[int, ...] | None,
     ) -> bool:  # fmt: skip
-        """Whether an argument is laid out as a result in a slot that may take its memory."""
+        """Whether a result, a buffer that a slot shows, may take an argument's memory: it is laid
+        out alike, and nothing reads the argument afterwards."""
         value = self.values[argument]
         if not isinstance(value, Geometry):
             return False
@@ -133,7 +134,30 @@ class Assembly:
         same = value.sizes, value.dtype, value.strides
         if slot < len(self.values) and same != (sizes, dtype, strides):
             return False
-        return _whole(value, size) and prod(sizes) * dtype.itemsize == size
+        whole = _whole(value, size) and prod(sizes) * dtype.itemsize == size
+        return whole and not self._read_later(value.place.buffer, number)
+
+    def _read_later(self, buffer: int, made: int) -> bool:
+        """Whether a buffer, or a view of it, is read after the first use of another one."""
+        begun = False
+        for step in (step for group in self.groups for step in group):
+            if begun and any(buffer in self._shown(slot) for slot in step.reads.values()):
+                return True
+            for event in step.events:
+                if begun and buffer in used(event):
+                    return True
+                begun = begun or made in used(event)
+        return any(buffer in self._shown(slot) for _, slot in flat(self.recording.returned))
+
+    def _shown(self, slot: int) -> set[int]:
+        """The buffers that a value shows."""
+        found, left = set[int](), [self.values[slot]]
+        for value in left:
+            if isinstance(value, Geometry):
+                found.add(value.place.buffer)
+            elif isinstance(value, Composite):
+                left += value.parts
+        return found
 
     def _read(self, slot: int, part: int) -> None:
         self.last[slot] = max(part, self.last.get(slot, 0))

@@ -147,6 +147,8 @@ class Recorder(TorchDispatchMode):
         self.buffers: list[Buffer] = []
         self._ranges: list[tuple[int, int, int]] = []
         """Begin, end and number of each buffer that is there."""
+        self.consumed: Collection[int | None] = ()
+        """The arguments that a line may overwrite, by their numbers."""
         self.taken: dict[int, int] = {}
         """Of results that may be written over an argument, if nothing else refers to that: its
         number, by the result's buffer."""
@@ -276,7 +278,7 @@ class Recorder(TorchDispatchMode):
         place, other = self.find(made.data_ptr()), self.find(over.data_ptr())
         if place is not None and other is not None:
             argument = self.buffers[other.buffer].argument
-            if argument is not None and argument < self.count:
+            if argument is not None and argument < self.count and argument in self.consumed:
                 self.taken[place.buffer] = argument
 
     def _places(self, addresses: Sequence[tuple[int, int]]) -> tuple[tuple[int, Place], ...]:

@@ -93,8 +93,9 @@ class Recording:
                     self.recorder.refuse("a line in Python reads what it makes")
                 elif not _ours(line):
                     self.recorder.refuse("it is no function of opsgraph's")
-                run_line(line, self.ops, variables)
                 consumed = [reads.get(name) for name in line.overwrites]
+                self.recorder.consumed = consumed
+                run_line(line, self.ops, variables)
                 taken = self.recorder.taken.values()
                 if any(self._size(k) >= LARGE and k not in taken for k in consumed):
                     self.recorder.refuse("it lets go of large memory midway")
@@ -152,7 +153,7 @@ class Recording:
     def needed(self) -> set[int] | None:
         """The slots that replays have to fill; None where `in_python` has grown for it."""
         python = [step for step in self.steps if step.reason is not None]
-        leaves = {slot for _, slot in _flat(self.returned)}
+        leaves = {slot for _, slot in flat(self.returned)}
         needed = {k for step in python for k in step.reads.values()} | leaves
         opaque = {k for k in needed if isinstance(self.values[k], type)}
         again = {
@@ -212,11 +213,12 @@ def _ours(line: Line) -> bool:
     return str(kind.__module__).startswith("opsgraph.") and "_vjp" not in line.function
 
 
-def _flat(nested: Any) -> Iterable[tuple[str, int]]:
+def flat(nested: Any) -> Iterable[tuple[str, int]]:
+    """What a pass returns, one after the other: category and slot."""
     if nested is None:
         return
     if nested and isinstance(nested[0], str):
         yield nested
         return
     for item in nested:
-        yield from _flat(item)
+        yield from flat(item)

@@ -49,8 +49,14 @@ def test_calls_choose_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", [og.recipe.Float8CurrentScaling, og.recipe.DelayedScaling])
-def test_on_a_gpu_no_backward_transposes_weights(recipe: type) -> None:
-    """A product reads operands by rows: kernels write both copies when weights are quantized."""
+def test_on_a_gpu_no_backward_transposes_weights(
+    recipe: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product reads operands by rows: kernels write both copies when weights are quantized.
+
+    Without the library products are emulated: their sums are converted, which is a copy.
+    """
+    monkeypatch.setenv("OPSGRAPH_BACKENDS", "triton,cublaslt,aten,reference")
     options: Any = dict(bias=False, device="cuda", dtype=torch.bfloat16)
     module = og.Sequential(Linear(64, 128, **options), Linear(128, 64, **options))
     with og.autocast(recipe=recipe()):

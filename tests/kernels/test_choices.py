@@ -188,7 +188,12 @@ def test_forgotten_choices_are_measured_again(path: Path) -> None:
     made = made_at(path, measure)
     for key in ("one", "two", "three"):
         made.choose(key, runs("a"))
+    told = []
+    made.forgotten = lambda: told.append(None)
+    assert made.forget(["four"]) == 0
+    assert not told
     assert made.forget(["two", "four"]) == 1
+    assert told == [None]
     assert set(names(path)) == set(made.all()) == {"one", "three"}
     made.choose("two", runs("a"))
     assert measure.calls == 4

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from opsgraph.kernels import configs
+from opsgraph.kernels import choices, configs
 from opsgraph.kernels.choices import Choice, Choices
 from opsgraph.kernels.configs import asked, configured, decide
 
@@ -57,6 +58,27 @@ def test_decided_by_measuring_and_kept(kept: Choices, monkeypatch) -> None:
     with asked() as found:
         assert configured("norm", (64, 2), offered)["num_warps"] == 8
     assert not found, "it is known"
+
+
+def test_gpus_of_two_kinds_have_a_choice_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = [
+        Choices("launch", lambda: ("chip",), lambda runs, k=k: [*runs][k], list) for k in (0, 2)
+    ]
+    found, number = [], [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "current_device", lambda: number[0])
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setattr(configs, "gpu", lambda device: (f"chip {device.index}",))
+        patch.setattr(configs, "_kinds", configs._kinds.__wrapped__)
+        patch.setattr(configs, "_chosen", {})
+        patch.setattr(configs, "choices", lambda: stores[number[0]])
+        patch.setattr(choices, "measurable", lambda: True)
+        for number[0] in (0, 1):
+            decide(WHERE, offered(64, 2), lambda: None)
+        for number[0] in (0, 1, 0):
+            found.append(configured("norm", (64, 2), offered)["num_warps"])
+    assert found == [2, 8, 2]
 
 
 def test_what_is_offered_no_longer_is_not_taken(kept: Choices) -> None:

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from opsgraph.kernels.cublaslt import gemm, scaled_mm
 from opsgraph.kernels.cublaslt import library as lt
+from opsgraph.kernels.cublaslt import product as products
 from opsgraph.kernels.cublaslt.product import product
+from opsgraph.kernels.formats import FOUR
 from opsgraph.kernels.reference import quantize as reference
 
 pytestmark = pytest.mark.gpu
@@ -80,7 +82,7 @@ def factors(data: Tensor, scale: Tensor, scaling: str, first: bool) -> scaled_mm
     if scaling == "rows":
         return scaled_mm.of_rows(data, scale)
     if scaling == "blocks":
-        return scaled_mm.of_blocks(data, scale, None, first)
+        return scaled_mm.of_blocks(data, scale, None, FOUR if first else 1)
     return scaled_mm.of_squares(data, scale, None)
 
 
@@ -146,3 +148,22 @@ def test_a_product_that_the_library_lacks_is_pytorchs(monkeypatch: pytest.Monkey
     with pytest.warns(UserWarning, match="PyTorch multiplies where it can: no algorithm"):
         got = gemm.matmul(a, b)
     assert torch.equal(got, a @ b)
+
+
+def test_algorithms_are_checked_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the library names pass; a name of other bytes does not, and is measured anew."""
+    monkeypatch.setattr(products, "_products", {})
+    monkeypatch.setattr(products, "SMALL", 0)
+    a, b = matrix(512, 256, False), matrix(256, 384, True)
+    out = torch.empty(512, 384, device="cuda", dtype=BF16)
+    product(out, a, b)
+    (made,) = products._products.values()
+    assert len(made.algorithms) > 1
+    for algorithm in made.algorithms:
+        again = lt.Algorithm.of(algorithm.name)
+        assert made.checked(again) is again
+    with pytest.raises(lt.CublasError):
+        made.checked(lt.Algorithm.of(f"0 {'ff' * 64}"))
+    out.zero_()
+    product(out, a, b)
+    assert error(out, a.double() @ b.double()) < 0.01

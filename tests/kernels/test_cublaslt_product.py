@@ -13,6 +13,7 @@ from opsgraph.kernels.cublaslt import gemm
 from opsgraph.kernels.cublaslt import library as lt
 from opsgraph.kernels.cublaslt import product as products
 
+_CHOICES = products._choices
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
 
@@ -37,6 +38,8 @@ class Fake:
         self.layouts: list[tuple[int, ...]] = []
         self.set: list[tuple[str, int, int]] = []
         self.calls: list[tuple[int, ...]] = []
+        self.status = self.needs = 0
+        """What products return, and the workspace that a checked algorithm takes."""
 
     def cublasLtGetVersion(self) -> int:
         return 130000
@@ -74,10 +77,15 @@ class Fake:
         arguments[9]._obj.value = self.algorithms
         return 0
 
+    def cublasLtMatmulAlgoCheck(self, *arguments: Any) -> int:
+        algorithm = lt.Algorithm.from_address(arguments[6])
+        lt.Algorithm.from_address(arguments[7]).workspace = self.needs
+        return 0 if algorithm.words[0] < self.algorithms else 7
+
     def cublasLtMatmul(self, *arguments: Any) -> int:
         algorithm = lt.Algorithm.from_address(arguments[12])
         self.calls.append((algorithm.words[0], *arguments))
-        return 0
+        return self.status
 
     def attribute(self, key: int, kind: str = "description") -> int | None:
         """The last value of one."""
@@ -124,10 +132,19 @@ def test_a_class_is_described_once(fake: Fake) -> None:
     assert len(fake.set) > told
 
 
-def test_a_remembered_name_that_names_no_algorithm(
-    fake: Fake, monkeypatch: pytest.MonkeyPatch
+FIRST, NONE = "00" * 64, "09" + "00" * 63
+"""The words of the first algorithm, and those of one that the fake library does not know."""
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [("nonsense", 0), ("0 00", 0), (f"0 {NONE}", 0), (f"{2**26} {FIRST}", 0), (f"0 {FIRST}", 1)],
+)
+def test_a_remembered_name_that_names_no_algorithm_for_a_product(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, name: str, needs: int
 ) -> None:
-    monkeypatch.setattr(choices.Choices, "known", lambda self, key: "nonsense")
+    fake.needs = needs
+    monkeypatch.setattr(choices.Choices, "known", lambda self, key: name)
     products.product(*operands())
     assert [call[0] for call in fake.calls] == [0, 1, 2, 2]  # three are tried, the last is taken
 
@@ -288,6 +305,59 @@ def test_a_library_without_an_algorithm(fake: Fake, monkeypatch: pytest.MonkeyPa
         with pytest.raises(lt.CublasError, match="no algorithm"):
             products.product(*operands())
         monkeypatch.setattr(products, "Product", None)
+
+
+def test_what_may_pass_is_tried_again_and_what_lasts_is_not(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "SMALL", 2**30)
+    out, a, b = operands()
+    for status, calls in ((3, 1), (14, 2)):
+        fake.status = status
+        with pytest.raises(lt.CublasError, match=f"cublasLtMatmul: status {status}, "):
+            products.product(out, a, b)
+        assert len(fake.calls) == calls
+    fake.status = 0
+    products.product(out, a, b)
+    assert len(fake.calls) == 3
+
+    def describe(status: int) -> None:
+        monkeypatch.setattr(fake, "cublasLtMatmulDescInit_internal", lambda *_: status)
+        with pytest.raises(lt.CublasError, match=f"status {status}, "):
+            products.product(*operands(k=80))
+
+    describe(3)
+    assert len(products._products) == 1, "memory may be there at the next call"
+    describe(15)
+    assert len(products._products) == 2
+    with pytest.raises(lt.CublasError, match=r"bfloat16 \[\*, 80\] by torch.bfloat16 \[80, 48\]: "):
+        products.product(*operands(k=80))
+
+
+def test_scales_of_rows_and_blocks_have_to_be_aligned(fake: Fake) -> None:
+    out, a, b = operands()
+    left, right = a.to(FP8), b.t().to(FP8).t()
+    scales = torch.ones(33)[1:].view(1, 32), torch.ones(1, 4)
+    with pytest.raises(lt.CublasError, match="no multiple of 16 bytes"):
+        products.product(out, left, right, scales, (lt.BLOCK, lt.SQUARE))
+    assert not fake.calls
+    products.product(out, left, right, (scales[0][0, 0], scales[1][0, 1]))  # each of a tensor
+    assert fake.calls
+
+
+def test_forgotten_choices_are_forgotten_in_memory_too(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(choices, "directories", lambda: [tmp_path])
+    monkeypatch.setattr(choices, "gpu", lambda device: ("a chip of this test",))
+    monkeypatch.setattr(products, "_measured", last)
+    monkeypatch.setattr(products, "_choices", _CHOICES.__wrapped__)
+    products.product(*operands())
+    assert products._products
+    assert _CHOICES.__wrapped__(0).forget() == 1
+    assert not products._products
+    products.product(*operands())
+    assert [call[0] for call in fake.calls] == [0, 1, 2, 2] * 2
 
 
 @pytest.mark.parametrize("sizes, strides, expected", [

@@ -140,24 +140,39 @@ def test_peak_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert peaks[True] <= peaks[False]
 
 
+class _InPlace(Fuser):
+    """As ActivationLinearBackward on a GPU."""
+
+    backend, priority = "cpu", 1
+    pattern = dict(act=SwiGLU, fc=BasicLinear)
+    consumes, gives, wants = ("act_x",), ("fc_x",), dict(fc_weight="y")
+
+    def bwd(self, dy: Tensor, act_x: list[Tensor], fc_weight: Tensor, want: Any) -> Any:
+        pre = act_x.pop()
+        gradient, out = gemm.dgrad(dy, fc_weight), in_place_of(pre)
+        names = frozenset(want)
+        dx, y, _ = activations.activation_backward(gradient, pre, "swiglu", want=names, out=out)
+        return dx, (y,)
+
+
+class _Exp(og.Op):
+    """e^x, whose backward reads its result."""
+
+    def fwd(self, x: Tensor) -> Any:
+        return x.exp(), ()
+
+    def bwd(self, dy: Tensor, y: Tensor) -> Any:
+        return dy * y, ()
+
+
+_InPlace.__module__ = "opsgraph.in_place"  # else it stays in Python
+
+
 def _saves_memory(retain: bool) -> tuple[int, list[Any]]:
     """A step's peak and gradients where a gradient may be written over what was saved."""
 
-    class InPlace(Fuser):
-        backend, priority = "cpu", 1
-        pattern = dict(act=SwiGLU, fc=BasicLinear)
-        consumes, gives, wants = ("act_x",), ("fc_x",), dict(fc_weight="y")
-
-        def bwd(self, dy: Tensor, act_x: list[Tensor], fc_weight: Tensor, want: Any) -> Any:
-            pre = act_x.pop()
-            gradient, out = gemm.dgrad(dy, fc_weight), in_place_of(pre)
-            names = frozenset(want)
-            dx, y, _ = activations.activation_backward(gradient, pre, "swiglu", want=names, out=out)
-            return dx, (y,)
-
-    InPlace.__module__ = "opsgraph.in_place"  # else it stays in Python
     x, dy = random(512, WIDTH).requires_grad_(), random(512, WIDTH)
-    with og.register(InPlace), fresh_memory():
+    with og.register(_InPlace), fresh_memory():
         module = build("llama")
 
         def run() -> None:
@@ -184,3 +199,24 @@ def test_a_replay_writes_over_what_nothing_else_refers_to(
     (alone, found), (retained, expected) = _saves_memory(False), _saves_memory(True)
     assert_same_bits(found, expected)
     assert retained - alone > 0.9 * 512 * 2 * INNER * 4
+
+
+def test_what_is_read_later_is_not_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(recording, "LARGE", 2**14)
+    x, dy = random(64, 2 * INNER), random(64, WIDTH)
+
+    def make() -> og.Sequential:
+        torch.manual_seed(0)
+        return og.Sequential(_Exp(), SwiGLU(), og.ops.Linear(INNER, WIDTH, bias=False))
+
+    def use(module: og.Sequential) -> Any:
+        found = []
+        for _ in range(4):
+            leaf = x.clone().requires_grad_()
+            found += torch.autograd.grad(module(leaf), [leaf, *module.parameters()], dy)
+        return found
+
+    with og.register(_InPlace):
+        module = compare(make, use)
+        assert "InPlace" in module.plan(True, x).backward_source

@@ -80,7 +80,7 @@ LAYOUTS = {
     )
 }
 
-choices = Choices("gemm", machine, fastest)
+choices = Choices("gemm", machine, fastest, forgotten=lambda: _chosen.clear())
 _chosen: dict[tuple[object, ...], Layout | None] = {}
 
 

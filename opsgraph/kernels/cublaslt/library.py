@@ -25,6 +25,8 @@ PLAIN, RELU, WITH_BIAS, GELU = 1, 2, 4, 32
 MOST_WORKSPACE, REDUCTIONS, ALIGNMENTS = 1, 3, (5, 6, 7, 8)
 """Attributes of a preference: workspace in bytes, ways to add up the parts of a split depth,
 alignments of the four operands in bytes."""
+WORKSPACE = 2**25
+"""Bytes of the workspace that PyTorch gives a product on Hopper."""
 IN_FP32 = 2
 """The way to add up parts that gives repeatable results of fp32's precision: in a workspace."""
 
@@ -44,15 +46,37 @@ class Algorithm(ctypes.Structure):
 
     @classmethod
     def of(cls, name: str) -> "Algorithm":
-        """The algorithm of a name."""
+        """The algorithm of a name. Raises ValueError where that is none."""
         workspace, _, words = name.partition(" ")
-        made = cls(workspace=int(workspace))
-        made.words[:] = memoryview(bytes.fromhex(words)).cast("Q").tolist()
+        if not 0 <= int(workspace) <= WORKSPACE:
+            raise ValueError(f"got a workspace of {workspace} bytes, expected at most {WORKSPACE}")
+        made, content = cls(workspace=int(workspace)), bytes.fromhex(words)
+        if len(content) != ctypes.sizeof(made.words):
+            raise ValueError(f"got words of {len(content)} bytes")
+        made.words[:] = memoryview(content).cast("Q").tolist()
         return made
 
 
+_STATUSES = {
+    1: "not initialized", 3: "out of memory", 7: "invalid value", 8: "not on this chip",
+    11: "memory cannot be read", 13: "execution failed", 14: "internal error", 15: "not supported",
+}  # fmt: skip
+_LASTING = (7, 8, 15)
+"""Statuses that a product of the same class has at the next call too."""
+
+
 class CublasError(Exception):
-    """A status of the library's that is no success."""
+    """What the library cannot compute. lasting: whether that holds for all products of a class."""
+
+    def __init__(self, reason: str, lasting: bool = True) -> None:
+        super().__init__(reason)
+        self.lasting = lasting
+
+    @classmethod
+    def of(cls, name: str, status: int) -> "CublasError":
+        """The error of a function that returned a status."""
+        reason = _STATUSES.get(status, "unknown")
+        return cls(f"{name}: status {status}, {reason}", status in _LASTING)
 
 
 _WORD, _INT = ctypes.c_void_p, ctypes.c_int
@@ -61,6 +85,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cublasLtMatmulDescSetAttribute": [_WORD, _INT, _WORD, ctypes.c_size_t],
     "cublasLtMatmulPreferenceSetAttribute": [_WORD, _INT, _WORD, ctypes.c_size_t],
     "cublasLtMatmulAlgoGetHeuristic": [_WORD] * 7 + [_INT, _WORD, _WORD],
+    "cublasLtMatmulAlgoCheck": [_WORD] * 8,
     "cublasLtMatmulDescInit_internal": [_WORD, ctypes.c_size_t, _INT, _INT],
     "cublasLtMatrixLayoutCreate": [_WORD, _INT, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64],
     "cublasLtMatmulPreferenceCreate": [_WORD],
@@ -86,7 +111,7 @@ def library() -> Any:
 def call(name: str, *arguments: Any) -> None:
     """Call a function. Raises CublasError."""
     if status := getattr(library(), name)(*arguments):
-        raise CublasError(f"{name}: {status}")
+        raise CublasError.of(name, status)
 
 
 def made(kind: str, *arguments: Any) -> int:

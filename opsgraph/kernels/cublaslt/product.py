@@ -24,8 +24,8 @@ from .. import choices
 from ..timing import fastest_on_cuda
 from . import library as lt
 
-WORKSPACE, TRIED = 2**25, 16
-"""Bytes of the workspace that PyTorch gives a product on Hopper, algorithms to ask for."""
+TRIED = 16
+"""Algorithms to ask for."""
 SMALL = 2**27
 """Multiplications up to which a product is by the library's first algorithm: it takes a few
 microseconds by any."""
@@ -110,7 +110,7 @@ class Product:
             if word.value != address:
                 word.value = address
                 if status := put(self.description, attribute, place, 8):
-                    raise lt.CublasError(f"address of attribute {attribute}: {status}")
+                    raise lt.CublasError.of(f"address of attribute {attribute}", status)
 
     @cached_property
     def algorithms(self) -> list[lt.Algorithm]:
@@ -120,7 +120,7 @@ class Product:
         """
         preference = lt.made("MatmulPreference")
         try:
-            most = ctypes.c_uint64(WORKSPACE)
+            most = ctypes.c_uint64(lt.WORKSPACE)
             lt.assign("MatmulPreference", preference, lt.MOST_WORKSPACE, most)
             limits = dict.fromkeys(lt.ALIGNMENTS, self.alignment) | {lt.REDUCTIONS: lt.IN_FP32}
             for attribute, limit in limits.items():
@@ -137,6 +137,18 @@ class Product:
         if not there:
             raise lt.CublasError("the library has no algorithm")
         return there
+
+    def checked(self, algorithm: lt.Algorithm) -> lt.Algorithm:
+        """It, if the library computes this product by it. Raises CublasError."""
+        found = lt.Algorithm()
+        lt.call(
+            "cublasLtMatmulAlgoCheck", self.handle, self.description, self.first, self.second,
+            self.added, self.result, ctypes.addressof(algorithm), ctypes.addressof(found),
+        )  # fmt: skip
+        if found.workspace > algorithm.workspace:
+            needs = f"{found.workspace} bytes of workspace, not {algorithm.workspace}"
+            raise lt.CublasError(f"an algorithm takes {needs}")
+        return algorithm
 
     def run(
         self, out: Tensor, a: int, b: int, c: int, addresses: Sequence[int], by: int | None = None
@@ -159,7 +171,7 @@ class Product:
                 self.beta, c, self.added, result, self.result, address, space, size, stream,
             )  # fmt: skip
         if status:
-            raise lt.CublasError(f"cublasLtMatmul: {status}")
+            raise lt.CublasError.of("cublasLtMatmul", status)
 
 
 Operands = tuple[Tensor, int, int, int, Sequence[int]]
@@ -177,9 +189,9 @@ def product(
     """`alpha * a @ b (+ c) (+ bias)`, written to out, which c may be. Raises CublasError.
 
     a: `[m, k]`, b: `[k, n]`, by rows or by columns; of FP8 a is by rows, b by columns. out:
-    `[m, n]`, by rows. scales: fp32, which values are multiplied with; modes: what each covers
-    (`library.TENSOR` and its like). bias: `[n]`. fast: sum FP8 products in the tensor cores'
-    shorter accumulators. epilogue: besides a bias.
+    `[m, n]`, by rows. scales: fp32, which values are multiplied with, and if not of tensors at
+    multiples of 16 bytes; modes: what each covers (`library.TENSOR` and its like). bias: `[n]`.
+    fast: sum FP8 products in the tensor cores' shorter accumulators. epilogue: besides a bias.
     """
     device = out.device.index
     if torch._C._cuda_getDevice() != device:
@@ -188,6 +200,8 @@ def product(
     addresses = []
     if scales is not None:
         addresses = [scales[1].data_ptr(), scales[0].data_ptr()]
+        if modes != (lt.TENSOR, lt.TENSOR) and (addresses[0] | addresses[1]) & 15:
+            raise lt.CublasError("scales begin at no multiple of 16 bytes", lasting=False)
     if bias is not None:
         addresses.append(bias.data_ptr())
     first, second, third = a.data_ptr(), b.data_ptr(), out.data_ptr()
@@ -220,7 +234,7 @@ def product(
                 a.size(0) * b.numel() <= SMALL,
             )
     if isinstance(made, str):
-        raise lt.CublasError(made)
+        raise lt.CublasError(f"{a.dtype} [*, {a.size(1)}] by {b.dtype} {[*b.shape]}: {made}")
     made.run(out, first, second, fourth, addresses)
     if watching.recorder is not None and key not in _products:  # it dies, and is chosen anew
         watching.recorder.refuse("what runs fastest is not known yet")
@@ -237,11 +251,14 @@ def _made(
     """The product of a class, or why there is none.
 
     It is known from now on, unless its algorithm could not be measured now and may be later.
+    Raises CublasError where the next call may fare better.
     """
     try:
         made = make()
         made.use(made.algorithms[0] if small else _chosen(repr(key[1:]), made, operands))
     except lt.CublasError as error:
+        if not error.lasting:
+            raise
         _products[key] = str(error)
         return str(error)
     if small or choices.measurable() or len(made.__dict__.get("algorithms", ())) < 2:
@@ -254,8 +271,9 @@ def _chosen(key: str, made: Product, operands: Operands) -> lt.Algorithm:
     kept = _choices(made.device)
     known = kept.known(key)
     if known is not None:
-        with suppress(ValueError):  # what is on disk may be no name: then it is measured again
-            return lt.Algorithm.of(known)  # the library need not be asked, which takes its time
+        # What is on disk may be no name, or that of no algorithm for this: it is measured again.
+        with suppress(ValueError, lt.CublasError):
+            return made.checked(lt.Algorithm.of(known))  # asking for algorithms takes its time
     names = [each.name for each in made.algorithms]
     if len(names) == 1:
         return made.algorithms[0]
@@ -271,7 +289,7 @@ def _choices(device: int) -> choices.Choices:
     """Those of a kind of device, of these versions of the library and of PyTorch."""
     version = f"cublasLt {lt.library().cublasLtGetVersion()}"
     machine = choices.gpu(torch.device("cuda", device))
-    return choices.store("product", (*machine, version), _measured)
+    return choices.store("product", (*machine, version), _measured, lambda: _products.clear())
 
 
 def _measured(runs: Mapping[str, choices.Run]) -> choices.Choice:

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .ptx import rounded
+
 STRIDES = ["rows", "x_stride", "other_stride"]
 _BACKWARD_STRIDES = ["rows", "dy_stride", "x_stride", "dother_stride"]
 
@@ -28,21 +30,13 @@ def _load_weight(weight, cols, mask, ZERO_CENTERED: tl.constexpr):
 
 
 @triton.jit
-def _rounded(value, DTYPE: tl.constexpr):
-    if DTYPE is None:
-        return value
-    else:
-        return value.to(DTYPE).to(tl.float32)
-
-
-@triton.jit
 def _affine(
     xc, rstd, weight, bias, cols, mask, ZERO_CENTERED: tl.constexpr,
     NORMALIZED: tl.constexpr = None, PRODUCT: tl.constexpr = None,
 ):  # fmt: skip
-    y = _rounded(xc * rstd, NORMALIZED)
+    y = rounded(xc * rstd, NORMALIZED)
     if weight is not None:
-        y = _rounded(y * _load_weight(weight, cols, mask, ZERO_CENTERED), PRODUCT)
+        y = rounded(y * _load_weight(weight, cols, mask, ZERO_CENTERED), PRODUCT)
     if bias is not None:
         y += _load_weight(bias, cols, mask, False)
     return y
@@ -99,9 +93,9 @@ def normalized(
     value = _load(x, row * x_stride + cols, mask)
     if other is not None:
         value += _load(other, row * other_stride + cols, mask)
-        rounded = value.to(total.dtype.element_ty)
-        tl.store(total + row * WIDTH + cols, rounded, mask)
-        value = rounded.to(tl.float32)
+        stored = value.to(total.dtype.element_ty)
+        tl.store(total + row * WIDTH + cols, stored, mask)
+        value = stored.to(tl.float32)
     if CENTER:
         first = load_first(x, other, row, x_stride, other_stride, inside)
         center = first + row_sum(tl.where(there, value - first, 0.0)) / WIDTH
@@ -258,7 +252,7 @@ def backward_kernel(
         m, xc = grad.to(tl.float32), value.to(tl.float32) - center
         # Before dx, so that `m = dy` can turn into `dy * weight` in place: fewer registers.
         if dweight is not None:
-            dweight_sum += m * _rounded(xc * scale, NORMALIZED)
+            dweight_sum += m * rounded(xc * scale, NORMALIZED)
         if dbias is not None:
             dbias_sum += m
         if dx is not None:
@@ -335,7 +329,7 @@ def backward_wide_kernel(
         if mean is not None:
             value -= _load(mean, row, inside)
         if dweight is not None:
-            dweight_sum += grad * _rounded(value * scale, NORMALIZED)
+            dweight_sum += grad * rounded(value * scale, NORMALIZED)
         if dbias is not None:
             dbias_sum += grad
         if dx is not None:

@@ -46,8 +46,13 @@ def widened(x):
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
-    """fp32 rounded to another dtype, as fp32. The compiler converts one bf16 at a time, slowly."""
-    if PTX and dtype == tl.bfloat16:
+    """fp32 rounded to another dtype, if there is one, as fp32.
+
+    The compiler converts one bf16 at a time, slowly.
+    """
+    if dtype is None:
+        return value
+    elif PTX and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "{.reg .b32 pair; cvt.rn.bf16x2.f32 pair, $3, $2; shl.b32 $0, pair, 16; "
             "and.b32 $1, pair, 0xffff0000;}",
