@@ -130,6 +130,7 @@ def test_the_site_builds_and_its_pages_ask_for_nothing_from_elsewhere(tmp_path: 
     assert (tmp_path / "results" / "cpu.png").exists()
     for name, page in pages.items():
         assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=.?https?:", page), name
+        assert 'class="mermaid"' not in page, "which would be drawn by a script from elsewhere"
 
 
 def test_commands_on_pages_exist(capsys: pytest.CaptureFixture[str]) -> None:

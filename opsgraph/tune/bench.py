@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import OpError
+from ..layernorm_mlp import LayerNormMLP
 from ..ops.activations import SwiGLU
 from ..ops.linear import Linear
 from ..ops.norms import RMSNorm
@@ -33,6 +34,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 ALLOWED = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-10}
 """How far results may be from PyTorch's, in times of the largest."""
 ROUNDS = 5, 100
+Part = Sequential | LayerNormMLP
 NEWLINE = "\n"
 
 
@@ -70,14 +72,15 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     module.to(device=args.device or default, dtype=dtype)
     sequences = [*_sequences(module)]
     if not sequences:
-        raise OpError("bench", f"{type(module).__name__} without a Sequential", "one in it")
+        expected = "a Sequential or a LayerNormMLP in it"
+        raise OpError("bench", type(module).__name__, expected)
     counts = Counter(map(repr, sequences))
     chosen = {repr(sequence): sequence for sequence in sequences}
     results: dict[str, dict[str, Result]] = {}
     notes: list[str] = []
     with progress("bench") as told:
         for key, sequence in chosen.items():
-            title = ", ".join(map(_named, sequence))
+            title = ", ".join(map(_named, _ops(sequence)))
             title += f" ({counts[key]} times)" if counts[key] > 1 else ""
             rounds = args.seconds / len(chosen)
             compiles = not args.no_compile
@@ -110,7 +113,7 @@ def built(sizes: str) -> Sequential:
 
 
 def measured(
-    sequence: Sequential,
+    sequence: Part,
     rows: int,
     width: int | None,
     seconds: float,
@@ -122,11 +125,12 @@ def measured(
 
     compiles: with torch.compile. told: is called with what is done next. notes: takes what failed.
     """
-    eager = Eager(*sequence)
+    eager = Eager(*_ops(sequence))
+    parameters = [p for p in sequence.parameters() if p.requires_grad]
     x, *extras = inputs(sequence, rows, width)
     if extras:
         raise OpError("bench", "a sequence with extra inputs", "one that takes x alone")
-    _compare(sequence, eager, x)
+    _compare(sequence, eager, x, parameters)
     modules: dict[str, Any] = {OURS: sequence, EAGER: eager}
     if compiles:
         told("compiling")
@@ -135,13 +139,13 @@ def measured(
     saved = {}
     for name, module in modules.items():
         both = {
-            (name, "step"): Call(module, True, _stepping(module, x)),
+            (name, "step"): Call(module, True, _stepping(module, x, parameters)),
             (name, "inference"): Call(module, False, _inferring(module, x)),
         }
         try:
             for call in both.values():
                 call.prepared()()
-            saved[name] = _saved_bytes(module.train(), x)
+            saved[name] = _saved_bytes(module.train(), x, parameters)
         except Exception as error:
             if name != COMPILED:
                 raise
@@ -161,8 +165,12 @@ def _named(module: nn.Module) -> str:
     return f"{name}({', '.join(map(_named, inner))})" if inner else name
 
 
-def _sequences(module: nn.Module) -> Iterator[Sequential]:
-    if isinstance(module, Sequential):
+def _ops(part: Part) -> Iterable[nn.Module]:
+    return part if isinstance(part, Sequential) else part._built()[0]
+
+
+def _sequences(module: nn.Module) -> Iterator[Part]:
+    if isinstance(module, (Sequential, LayerNormMLP)):
         yield module
         return
     if type(module) is nn.Sequential:
@@ -188,9 +196,10 @@ class Call(NamedTuple):
         return self.function
 
 
-def _stepping(module: nn.Module, x: Tensor) -> Callable[[], list[Tensor]]:
+def _stepping(
+    module: nn.Module, x: Tensor, parameters: Sequence[Tensor]
+) -> Callable[[], list[Tensor]]:
     """A call of forward and backward; returns y and the gradients, made anew."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     x = x.detach().requires_grad_()
     dy: list[Tensor] = []
 
@@ -212,25 +221,22 @@ def _inferring(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def _compare(ours: nn.Module, eager: nn.Module, x: Tensor) -> None:
+def _compare(ours: nn.Module, eager: nn.Module, x: Tensor, parameters: Sequence[Tensor]) -> None:
     """Raises OpError if y or a gradient is not what PyTorch computes; without dropout."""
-    by_parameter = {p: name for name, p in ours.named_parameters() if p.requires_grad}
-    values: list[dict[str, Tensor]] = []
-    for module in (ours, eager):
-        names = [by_parameter[p] for p in module.parameters() if p.requires_grad]
-        found = _stepping(module.eval(), x)()
-        values.append(dict(zip(["y", "the gradient of x", *names], found, strict=True)))
-    for name, value in values[0].items():
-        other = values[1][name].double()
+    names = ["y", "the gradient of x"]
+    names += [f"the gradient of {name}" for name, p in ours.named_parameters() if p.requires_grad]
+    pairs = zip(*(_stepping(m.eval(), x, parameters)() for m in (ours, eager)), strict=True)
+    for name, (value, other) in zip(names, pairs, strict=True):
+        other = other.double()
         gap, scale = (t.abs().amax().item() for t in (value.double() - other, other))
         if not gap <= ALLOWED[x.dtype] * max(scale, 1e-30):
             expected = f"at most {ALLOWED[x.dtype]:g} of its largest value, {scale:.2e}"
             raise OpError("bench", f"{name} that differs from PyTorch's by {gap:.2e}", expected)
 
 
-def _saved_bytes(module: nn.Module, x: Tensor) -> int:
+def _saved_bytes(module: nn.Module, x: Tensor, parameters: Sequence[Tensor]) -> int:
     """Bytes kept from forward to backward: each storage once, those of parameters excluded."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in (*parameters, *module.parameters())}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -36,13 +36,14 @@ ACTIVATIONS = (GELU(), GELU("none"), ReLU(), SiLU(), SwiGLU(), ReGLU(), GEGLU(),
 
 
 class Net(nn.Module):
-    """Two equal sequences, another one, and a plain one."""
+    """Two equal sequences, a LayerNormMLP, and a plain sequence."""
 
     def __init__(self) -> None:
         super().__init__()
         self.equal = nn.ModuleList(
             og.Sequential(Residual(RMSNorm(16), Linear(16, 16))) for _ in range(2)
         )
+        self.mlp = og.LayerNormMLP(16, 32, normalization="RMSNorm", device="cpu")
         self.plain = nn.Sequential(nn.RMSNorm(16), nn.Linear(16, 8))
 
 
@@ -84,7 +85,8 @@ def test_a_model_has_each_kind_of_sequence_measured_once(
     told = lines(capsys, tmp_path, "net:Net")
     assert "Residual(RMSNorm, Linear) (2 times)" in told
     assert "RMSNorm, Linear" in told
-    assert sum(line.startswith("opsgraph ") for line in told) == 2
+    assert "RMSNorm, Linear, GELU, Linear" in told
+    assert sum(line.startswith("opsgraph ") for line in told) == 3
 
 
 def test_a_terminal_has_rich_tables(
@@ -151,7 +153,7 @@ def test_nothing_is_told_of_results_that_are_not_pytorchs(
         (("--mlp", "16,0"), "expected two sizes, as --mlp 1024,4096"),
         (("--mlp", "16,32", "--rows", "0"), "got --rows 0, expected at least 1"),
         (("net:nothing",), "expected MODULE:OBJECT that can be imported"),
-        (("torch.nn:Identity",), "got Identity without a Sequential"),
+        (("torch.nn:Identity",), "got Identity, expected a Sequential or a LayerNormMLP"),
         (("net:make_extra",), "AddExtraInput in a sequence"),
     ],
 )
