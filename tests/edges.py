@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from formulas import clamp
 from torch import Tensor
 
 INF, NAN = math.inf, math.nan
@@ -45,7 +46,7 @@ SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _clamped_swiglu(a: Tensor, b: Tensor) -> Tensor:
-    return _qgelu(a.clamp(max=7)) * (b.clamp(-7, 7) + 1)
+    return _qgelu(clamp(a, -INF, 7)) * (clamp(b, -7, 7) + 1)
 
 
 MASKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

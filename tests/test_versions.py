@@ -90,6 +90,14 @@ def test_no_gradient_depends_on_clamp(name: str) -> None:
         assert called not in ("clamp", "clamp_", "clamp_min", "clamp_max", "clip"), node.lineno
 
 
+@pytest.mark.parametrize("name", ["features/dimensions.py", "features/compiled.py"])
+def test_dynamo_meets_no_zip_of_unequal_lengths(name: str) -> None:
+    """In PyTorch 2.9 it takes every zip for a strict one."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "zip":
+            assert "strict=True" in ast.unparse(node), node.lineno
+
+
 @pytest.mark.parametrize("name", [*DIFFERENTIATED, "kernels/reference/norms.py"])
 def test_vmap_meets_no_view_of_another_dtype(name: str) -> None:
     """It has no rule for it up to PyTorch 2.11."""

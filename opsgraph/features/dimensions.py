@@ -33,7 +33,8 @@ def flattened(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor]:
     count = plan.specs.first_weight
     if count == 1:
         return [flat(tensors[0], 2)]
-    pairs = zip(tensors[:count], plan.specs.inputs, strict=False)
+    # Dynamo of PyTorch 2.9 takes every zip for a strict one.
+    pairs = zip(tensors[:count], plan.specs.inputs[:count], strict=True)
     return [flat(tensor, argument.dims) for tensor, argument in pairs]
 
 
@@ -43,7 +44,7 @@ def unflattened(plan: Plan, outputs: Sequence[Tensor], shape: torch.Size) -> lis
         lead = shape[:-1]
         return [y.view(*lead, y.shape[-1]) for y in outputs]
     views = []
-    for y, spec in zip(outputs, plan.specs.outputs, strict=False):
+    for y, spec in zip(outputs, plan.specs.outputs[: len(outputs)], strict=True):
         up, down = spec.factor.as_integer_ratio()
         if len(shape) < 2 or shape[0] * up % down:
             sizes = f"[rows, *, {shape[-1]}], rows a multiple of {down}"
