@@ -17,7 +17,7 @@ SMOKE := $(patsubst %,tests/%.py,test_versions base/test_errors test_main plan/t
 TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types floors unit slow gpu versions test-torch demo examples bench docs clean
+.PHONY: help venv test lint types floors unit slow gpu tools versions test-torch demo examples bench docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
@@ -47,6 +47,10 @@ floors: $(VENV)/installed  ## import-linter: who may import whom
 
 unit: $(VENV)/installed  ## pytest, two processes
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+tools: $(VENV)/installed  ## the tests of other tools, which are installed first (300 MB)
+	$(PIP) --editable '.[tools]'
+	$(BIN)/python -m pytest tests/tools -m "not gpu"
 
 versions:  ## the smoke set with each PyTorch of VERSIONS, in .venvs (gigabytes)
 	for torch in $(VERSIONS); do \

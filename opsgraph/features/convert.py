@@ -29,6 +29,7 @@ from ..ops.linear import Linear
 from ..ops.lora import LoRALinear
 from ..ops.norms import LayerNorm, RMSNorm
 from .adapters import adapted, is_peft, reason_against
+from .called import CalledOp, reason, spread
 from .extras import verify_trailing
 from .known_models import of_transformers
 from .several import SeveralLayers
@@ -225,7 +226,10 @@ def _share(source: nn.Module, target: nn.Module) -> None:
 
 
 class PlainOp(nn.Module):
-    """An op run by its reference functions under plain autograd: no plan, no fusion."""
+    """An op run by its reference functions under plain autograd: no plan, no fusion.
+
+    One with hooks or a forward of its own is called, as a Sequential calls it.
+    """
 
     def __init__(self, op: Op) -> None:
         super().__init__()
@@ -233,6 +237,10 @@ class PlainOp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `[*, width]`."""
+        called: Tensor = CalledOp(self.op, self._run)(x) if reason(self.op) else self._run(x)
+        return called
+
+    def _run(self, x: Tensor) -> Tensor:
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         verify_trailing(self.op, type(self.op).__name__, shape)
         for kind, op in self.op.lower():
@@ -285,7 +293,11 @@ def module_from(module: nn.Module, label: str) -> nn.Module:
         raise PlanError(f"{label}: it exchanges tensors with other ranks, as no torch module does")
     if any(kind.extra_inputs or kind.taps for kind in kinds):
         raise PlanError(f"{label}: it has extra inputs or outputs, which nn.Sequential cannot pass")
-    made = _TO[type(module)](module) if type(module) in _TO else PlainOp(module)
+    entries = [*spread(label, module, False)]
+    if len(entries) > 1:  # ops inside have hooks
+        return nn.Sequential(*(module_from(entry.module, label) for entry in entries))
+    known = type(module) in _TO and reason(module) is None
+    made = _TO[type(module)](module) if known else PlainOp(module)
     if not isinstance(made, PlainOp):
         _share(module, made)
     return made.train(module.training)

@@ -63,6 +63,8 @@ class Followed:
     """What a stage does when it is followed."""
 
     again: partial[Any]
+    table: Any
+    recipe: Any
     eager_only: str | None
     double_backward: bool
     run_inference: Callable[..., Any]
@@ -92,8 +94,21 @@ class Followed:
 
     @constant_under_compile
     def is_followed(self) -> bool:
-        """Whether Dynamo traces inside a transform; it guards that by itself."""
-        return (followed() or top_transform() is not None) and self.stand_in is not None
+        """Whether Dynamo traces inside a transform, which it guards by itself, or for an export."""
+        wanted = followed() or top_transform() is not None or self._is_exported()
+        return wanted and self.stand_in is not None
+
+    def _is_exported(self) -> bool:
+        """Whether torch.export traces what the reference can stand for.
+
+        A program goes to processes that have none of this one's plans, so it is of PyTorch's ops.
+        """
+        return (
+            torch.compiler.is_exporting()
+            and self.recipe is None
+            and self.eager_only is None
+            and not any(kind.collective for kind in self.table.run.kinds)
+        )
 
     def check_gradients(self) -> None:
         """Raises PlanError where weight gradients would go past PyTorch's own autograd."""

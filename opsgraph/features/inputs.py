@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import OpError
-from ..guards.torch_private import constant_under_compile
+from ..guards.torch_private import constant_under_compile, tracing
 from ..op import Op
 
 
@@ -75,6 +75,8 @@ def explain(module: nn.Sequential, stages: Sequence[Any], x: Any, extras: Sequen
 
     stages: the module's. Raises OpError for what is no tensor.
     """
+    if tracing() and extras and extras[-1] is None:  # the old ONNX exporter fills in defaults
+        return module(x, *extras[:-1])
     first = next((m for m in module._modules.values() if m is not None), None)
     if isinstance(first, Op):
         width = first.in_width or "width"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..base.errors import OpError, PlanError
 from ..op import Op
+from .inputs import verify_tensor
 
 OUTPUT, GRAD_INPUT = "output", "grad_input"
 
@@ -58,7 +59,8 @@ def run_with(
     Raises OpError for a key that is no op of the sequence, a keyword that the op does not know, a
     buffer at another place than it can be used, or one that does not fit.
     """
-    if torch.compiler.is_compiling():
+    verify_tensor(x, "input")  # a torch.fx.Tracer stands in for every argument
+    if op_kwargs and torch.compiler.is_compiling():
         raise PlanError("op_kwargs: its buffers are written to, which torch.compile cannot see")
     given = _resolved(module, op_kwargs)
     output, grad_input = given.get(OUTPUT), given.get(GRAD_INPUT)

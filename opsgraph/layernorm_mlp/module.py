@@ -16,7 +16,6 @@ from ..base import config
 from ..base.errors import OpsgraphError
 from ..features.dtensor import own_part
 from ..guards.torch_private import constant_under_compile
-from ..guards.validation import flag
 from ..guards.watched import Watched
 from ..op import Op
 from ..ops import AllGather, Linear, Tee
@@ -37,6 +36,7 @@ from .settings import (
     attributes,
     checked,
     default_device,
+    first_microbatch,
     same_size,
     tensor_parallel,
 )
@@ -328,8 +328,8 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
         step yet. All others are added. Under a recipe, True keeps the quantized weights, and False
         uses those of the last call with True; None quantizes them anew and keeps nothing.
         """
-        if is_first_microbatch not in (None, True, False):
-            flag("LayerNormMLP", "is_first_microbatch", is_first_microbatch)
+        if not (is_first_microbatch is None or isinstance(is_first_microbatch, bool)):
+            is_first_microbatch = first_microbatch(inp, is_first_microbatch)
         if is_first_microbatch and self.fuse_wgrad_accumulation:
             for name in ("fc1_weight", "fc2_weight"):
                 expect_overwrite(getattr(self, name))

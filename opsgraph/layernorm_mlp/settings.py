@@ -7,6 +7,7 @@ import torch
 from torch.utils._device import DeviceContext
 
 from ..base.errors import OpError, OpsgraphError
+from ..features.inputs import verify_tensor
 from ..guards.validation import epsilon, flag, function, place, size, text, whole
 from ..op import Op
 from ..ops import LayerNorm, RMSNorm
@@ -156,3 +157,9 @@ def _check_overlap(arguments: Mapping[str, Any], tp: Group) -> None:
             f"{WHO}: got {', '.join(on)} without sequence parallelism, expected "
             "sequence_parallel=True and tp_size > 1"
         )
+
+
+def first_microbatch(inp: Any, value: Any) -> bool:
+    """`is_first_microbatch` as a bool. Raises OpError for what is none, or an input of torch.fx."""
+    verify_tensor(inp, "input")  # a torch.fx.Tracer stands in for every argument
+    return flag(WHO, "is_first_microbatch", value)

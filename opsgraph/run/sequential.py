@@ -134,7 +134,7 @@ class Sequential(
         The keyword `output` has the last op's result written to a buffer of the caller's, of which
         y is then a view; `grad_input` that of x's gradient. Both are for GroupedLinear.
         """
-        if op_kwargs:
+        if op_kwargs is not None:
             return run_with(self, input, extra_inputs, op_kwargs)
         if torch.compiler.is_compiling():
             return self._run_compiled(input, extra_inputs)

@@ -20,6 +20,7 @@ from opsgraph.ops import (
     Add,
     AddExtraInput,
     Dropout,
+    LayerNorm,
     Linear,
     MakeExtraOutput,
     ReLU,
@@ -253,22 +254,35 @@ def test_a_stack_of_layers_in_one_graph() -> None:
     assert compiled.count <= 2
 
 
-def test_a_saved_export_where_nothing_was_planned(
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_has_ops_of_pytorch_alone(tmp_path: Path, strict: bool) -> None:
+    """So it runs in processes without opsgraph."""
+    modules = {
+        "sequence": og.Sequential(LayerNorm(8), Linear(8, 16), SwiGLU(), Linear(8, 8)),
+        "block": og.LayerNormMLP(8, 16, normalization="RMSNorm", activation="swiglu", device="cpu"),
+    }
+    x, rows = torch.randn(3, 8), torch.export.Dim("rows", min=2, max=64)
+    for name, module in modules.items():
+        path = tmp_path / f"{name}.pt2"
+        exported = torch.export.export(module, (x,), dynamic_shapes=({0: rows},), strict=strict)
+        assert "opsgraph" not in str(exported.graph)
+        torch.export.save(exported, path)
+        other = torch.randn(9, 8)
+        torch.testing.assert_close(torch.export.load(path).module()(other), module(other))
+
+
+def test_a_saved_export_of_a_recipe_where_nothing_was_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A graph of the module holds a plan by name and says so; one of to_torch() is whole."""
-    module, x = og.Sequential(RMSNorm(8), Linear(8, 8)), torch.ones(3, 8)
-    wanted, paths = module(x), {}
-    for name, kind in {"plan": module, "torch": module.to_torch()}.items():
-        paths[name] = tmp_path / f"{name}.pt2"
-        torch.export.save(torch.export.export(kind, (x,)), paths[name])
+    """Its graph holds a plan by name, for the reference has no recipe, and says so."""
+    module, x = og.Sequential(RMSNorm(16), Linear(16, 16)), torch.ones(16, 16)
+    path = tmp_path / "plan.pt2"
+    with og.autocast(recipe=og.recipe.Float8CurrentScaling()):
+        torch.export.save(torch.export.export(module, (x,)), path)
     monkeypatch.setattr(compiled_plans, "_handles", {})
     monkeypatch.setattr(compiled_plans, "_serial", Counter())
     with pytest.raises(RuntimeError, match=r"in another process .* Export the module's to_torch"):
-        torch.export.load(paths["plan"]).module()(x)
-    plain = torch.export.load(paths["torch"])
-    assert "opsgraph" not in str(plain.graph)
-    torch.testing.assert_close(plain.module()(x), wanted)
+        torch.export.load(path).module()(x)
 
 
 def test_export() -> None:
@@ -278,7 +292,7 @@ def test_export() -> None:
         exported = torch.export.export(module, (x,), dynamic_shapes=({0: rows},))
         for count in (5, 9):
             x = torch.randn(count, 16)
-            assert torch.equal(exported.module()(x), module(x))
+            torch.testing.assert_close(exported.module()(x), module(x))
 
 
 def test_no_more_is_saved_than_the_plan_says() -> None:

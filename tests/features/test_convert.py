@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import opsgraph as og
@@ -69,6 +70,43 @@ def test_to_torch_runs_other_ops_plainly() -> None:
     x = torch.randn(2, 3, 8, dtype=torch.double, requires_grad=True)
     torch.testing.assert_close(plain(x), module(x))
     assert torch.autograd.gradcheck(plain, (x,))
+
+
+def _doubled(module: nn.Module, args: object, y: torch.Tensor) -> torch.Tensor:
+    return 2 * y
+
+
+PUT_ON: dict[str, Callable[[nn.Module], object]] = {
+    "prune": lambda module: nn.utils.prune.l1_unstructured(module, "weight", amount=0.5),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrization": nn.utils.parametrizations.weight_norm,
+    "hook": lambda module: module.register_forward_hook(_doubled),
+    "forward": lambda module: setattr(
+        module, "forward", lambda x, plain=module.forward: 2 * plain(x)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.*norm` is deprecated")
+@pytest.mark.parametrize("kind", PUT_ON)
+def test_to_torch_keeps_what_was_put_on_an_op(kind: str) -> None:
+    torch.manual_seed(0)
+    module = og.Sequential(RMSNorm(8), Linear(8, 12), GELU("none")).double().eval()
+    PUT_ON[kind](module[1])
+    plain, x = module.to_torch(), torch.randn(5, 8, dtype=torch.double)
+    for scale in (1.0, 1.5):
+        module.load_state_dict({k: v * scale for k, v in module.state_dict().items()})
+        torch.testing.assert_close(plain(x), module(x), rtol=1e-10, atol=1e-12)
+        shared = {id(p) for p in module.parameters()}
+        assert {id(p) for p in plain.parameters()} == shared
+        gradients = []
+        for one in (plain, module):
+            module.zero_grad()
+            one(x).square().sum().backward()
+            gradients.append([p.grad for p in module.parameters()])
+        torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
+    assert torch.autograd.gradgradcheck(plain, (x[:2].requires_grad_(),))
 
 
 def test_training_mode_is_kept() -> None:

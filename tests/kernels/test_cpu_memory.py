@@ -158,6 +158,17 @@ def test_threads_never_share_a_block() -> None:
     assert not wrong
 
 
+def test_a_storage_may_be_resized_although_numpy_had_its_block(pool: Pool) -> None:
+    for _ in range(2):
+        first = fresh()
+        first.numpy()
+        del first
+        second = fresh()
+        second.untyped_storage().resize_(0)
+        assert not second.untyped_storage().nbytes()
+        del second
+
+
 def test_without_torchs_count_memory_is_torchs(monkeypatch, pool: Pool) -> None:
     monkeypatch.setattr(memory, "use_count", None)
     assert fresh().shape == SHAPE

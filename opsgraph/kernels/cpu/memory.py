@@ -58,9 +58,10 @@ class Pool:
             for k, block in enumerate(blocks):
                 if _idle(block):
                     blocks.append(blocks.pop(k))
-                    if _intact(block):
+                    if _intact(block) and block.storage.resizable():
                         return block.storage
-                    blocks.pop()  # resized, or moved to memory that other processes see
+                    # Resized, moved to memory that other processes see, or marked by numpy().
+                    blocks.pop()
                     break
             self._drop(size)
             storage = torch.UntypedStorage(size)

@@ -82,15 +82,17 @@ def gamma(weight: Tensor | None, zero_centered: int, x: Tensor) -> Tensor | None
 def shrunk(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """x for arithmetic, rows with values above 2^50 times a power of two, to about 2^44.
 
-    Returns the powers too, fp32 `[rows, 1]`, or None where x is fp16 or fp64, which need none. The
+    Returns the powers too, fp32 `[rows, 1]`, or None where x is fp16 or fp64, which need none, and
+    where torch.jit.trace or torch.export records. The
     differences within such a row are either zero, or so large that eps does not count beside their
     squares.
     """
     h = wide(x)
     if x.dtype in (torch.float16, torch.float64):
         return h, None
-    # torch.jit.trace records no view of another dtype.
-    if torch.jit.is_tracing() or not x.numel():  # type: ignore[attr-defined,no-untyped-call]
+    # What is recorded for other runtimes has ops that these know: ONNX has no frexp.
+    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined,no-untyped-call]
+    if recorded or not x.numel():
         return h, None
     largest = h.abs().amax(-1, keepdim=True)
     # Not by its bits: vmap knows no view of another dtype up to PyTorch 2.11.
