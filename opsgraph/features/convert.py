@@ -33,6 +33,7 @@ from .called import CalledOp, reason, spread
 from .extras import verify_trailing
 from .known_models import of_transformers
 from .several import SeveralLayers
+from .transposed import TransposedLayer, is_conv1d
 
 
 def _linear(module: nn.Linear) -> Op:
@@ -162,6 +163,17 @@ def _of_several(cls: type[Op], modules: tuple[nn.Module, ...]) -> Op:
     return op if layers == modules else adapted(op, modules)
 
 
+def _of_conv1d(cls: type[Op], module: Any) -> Op:
+    """A Linear without parameters of its own, of a layer whose weight is `[in, out]`."""
+    if not is_untouched(module) or module._buffers or module._modules:
+        got = f"of({type(module).__name__}) with hooks, submodules or a forward of its own"
+        raise OpError(cls.__name__, got, "a plain one")
+    rows, columns = module.weight.shape
+    op = Linear(rows, columns, device="meta")
+    op.borrow(TransposedLayer(module), weight="weight", bias="bias")
+    return op.train(module.training)
+
+
 def _of_peft(cls: type[Op], module: Any) -> Op:
     """A LoRALinear of one layer; its Linear reads the base layer's parameters, and has none."""
     base = _base_of(cls, module)
@@ -198,6 +210,9 @@ def _of(cls: type[Op], module: nn.Module, *more: nn.Module) -> Op:
     state_dict keys; their memory is made one block (`SeveralLayers`), so that nothing is copied at
     a call. The op has no parameters of its own then.
 
+    transformers' Conv1D becomes a Linear that reads the transposed view of its weight; the layer
+    keeps the parameters, and the op has none of its own.
+
     A linear layer with LoRA of peft, alone or among several, becomes a LoRALinear without
     parameters of its own: they stay peft's, and what peft does to them later holds.
     """
@@ -207,6 +222,8 @@ def _of(cls: type[Op], module: nn.Module, *more: nn.Module) -> Op:
         raise OpError(cls.__name__, f"of({type(module).__name__})", "a module")
     if is_peft(module):
         return _of_peft(cls, module)
+    if is_conv1d(module) and issubclass(Linear, cls):
+        return _of_conv1d(cls, module)
     found = _op_or_reason(module)
     if isinstance(found, str):
         raise OpError(cls.__name__, f"of({type(module).__name__}): {found}", "a module like it")

@@ -16,6 +16,7 @@ from ..op import Op
 from ..ops.activations import GELU, QGELU, ClippedGELU, Mish, SiLU, SReLU
 from ..ops.elementwise import Identity
 from ..ops.norms import RMSNorm
+from .transposed import is_conv1d
 
 _ACTIVATIONS: dict[str, Callable[[Any], Op | str]] = {
     "SiLUActivation": lambda module: SiLU(),
@@ -56,6 +57,8 @@ def of_transformers(module: nn.Module) -> Op | str | None:
         return None
     if kind.__name__ in _ACTIVATIONS:
         return _ACTIVATIONS[kind.__name__](module)
+    if is_conv1d(module):
+        return "its weight is [in, out]: Linear.of(layer) reads it, and the layer keeps it"
     return _norm(module) if "Norm" in kind.__name__ else None
 
 

@@ -364,6 +364,56 @@ def test_activations_of_transformers_are_ops() -> None:
         SiLU.of(alien)
 
 
+class Conv1D(nn.Module):
+    """As transformers': the weight is `[in, out]`."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, out: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, out) / width**0.5)
+        self.bias = nn.Parameter(torch.randn(out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_conv1d_is_a_linear_that_reads_its_weight(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    first, second = Conv1D(48, 24).to(dtype), Conv1D(24, 48).to(dtype)
+    module = og.Sequential(Linear.of(first), SiLU(), Linear.of(second))
+    assert not list(module.parameters())
+    x = torch.randn(5, 24).to(dtype).requires_grad_()
+    again = x.detach().clone().requires_grad_()
+    for _ in range(3):  # recorded, then replayed
+        first.zero_grad(), second.zero_grad()
+        y, expected = module(x), second(nn.functional.silu(first(again)))
+        tolerance = {"rtol": 2e-2, "atol": 3e-2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(y, expected, **tolerance)
+        y.sum().backward()
+        found = [p.grad for p in (*first.parameters(), *second.parameters())]
+        first.zero_grad(), second.zero_grad()
+        expected.sum().backward()
+        for p, gradient in zip((*first.parameters(), *second.parameters()), found, strict=True):
+            torch.testing.assert_close(gradient, p.grad, **tolerance)
+    with torch.no_grad():
+        first.weight.mul_(2)
+    twice = second(nn.functional.silu(first(x)))
+    torch.testing.assert_close(module(x), twice, rtol=4e-2, atol=6e-2)
+    copied = copy.deepcopy(nn.ModuleList([first, second, module]))
+    assert copied[2][0].home("weight")[0].layer is copied[0]
+
+
+def test_a_conv1d_is_taken_by_linear_of_alone() -> None:
+    with pytest.raises(og.PlanError, match=r"its weight is \[in, out\]: Linear.of\(layer\)"):
+        og.Sequential.from_torch(nn.Sequential(Conv1D(4, 4)), strict=True)
+    hooked = Conv1D(4, 4)
+    hooked.register_forward_hook(lambda *_: None)
+    with pytest.raises(og.OpError, match=r"Linear: got of\(Conv1D\) with hooks"):
+        Linear.of(hooked)
+
+
 def test_what_is_left_alone_is_said_with_its_reason() -> None:
     hooked = nn.ReLU()
     hooked.register_forward_hook(lambda *_: None)
