@@ -2,22 +2,25 @@
 
 Under torch.autocast a run computes in autocast's dtype from its input on. A residual stream is
 older than that: in `x + f(x)` PyTorch's sum has the dtype of x. So what only passes the stream on,
-Tee and Add, leaves it in the dtype it comes in, and a `Cast` stands before each op that computes on
-it. Where no stream is in another dtype, the input is cast once and nothing is inserted.
+Tee and Add, leaves it in the dtype it comes in. A norm reads it so, and rounds y alone; a `Cast`
+stands before each other op that computes on it. Where no stream is in another dtype, the input is
+cast once and nothing is inserted.
 
 The hooks are `Request.casts` and the run that `make_plan` is given.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..guards.names import root
 from ..op import FORWARD, Op, Placed, Spec
-from ..op.functions import identity, promotes
+from ..op.functions import identity, promotes, said
+from ..ops.norms import LayerNorm, RMSNorm
+from ..ops.quantize import Quantize
 from ..plan.basic_ops import BasicOps
 from ..plan.program import Request
 
@@ -52,18 +55,20 @@ def with_casts(run: BasicOps, request: Request) -> tuple[BasicOps, Request]:
     compute = request.compute
     if compute is None:
         return run, request
-    streams = False
-    if any(kind.taps or promotes(kind) for kind in run.kinds):
-        casts, streams = _casts(run, request, compute)
-        run = _inserted(run, casts) if streams else run
+    streams = _streams(run, request, compute)
+    changes = _changes(run, request, compute, request.x.dtype if streams else compute)
+    run = _changed(run, changes) if changes else run
     return run, replace(request, casts=_cast_arguments(run, request, compute, streams))
 
 
-def _inserted(run: BasicOps, casts: Mapping[int, Cast]) -> BasicOps:
-    prefix, entries = _prefix(run, casts), list[Placed]()
+def _changed(run: BasicOps, changes: Mapping[int, Op]) -> BasicOps:
+    prefix, entries = _prefix(run, changes), list[Placed]()
     for i, entry in enumerate(run.entries):
-        if i in casts:
-            entries.append(Placed(Cast, casts[i], entry.label, prefix))
+        change = changes.get(i)
+        if isinstance(change, Cast):
+            entries.append(Placed(Cast, change, entry.label, prefix))
+        elif change is not None:
+            entry = entry._replace(op=change)
         entries.append(entry)
     return run.with_entries(entries)
 
@@ -82,12 +87,29 @@ def _cast_arguments(
     return frozenset(n for n, dtype in others if dtype.is_floating_point and dtype != compute)
 
 
-def _casts(run: BasicOps, request: Request, compute: torch.dtype) -> tuple[dict[int, Cast], bool]:
-    """Casts by the op that they stand before, and whether any stream is in another dtype."""
+def _streams(run: BasicOps, request: Request, compute: torch.dtype) -> bool:
+    """Whether a Tee or an Add passes on what has another dtype."""
+    if not any(kind.taps or promotes(kind) for kind in run.kinds):
+        return False
+    found = list[bool]()
+    _changes(run, request, compute, request.x.dtype, found)
+    return any(found)
+
+
+def _changes(
+    run: BasicOps, request: Request, compute: torch.dtype, dtype: torch.dtype,
+    streams: list[bool] | None = None,
+) -> dict[int, Op]:  # fmt: skip
+    """Casts by the op that they stand before, and norms that take the place of an op.
+
+    dtype: of x where the run begins. streams: takes whether each op passes another dtype on. A norm
+    reads a stream as it is, as under PyTorch's autocast, and rounds its y to autocast's dtype.
+    """
     extras = {
         (i, name): spec.dtype for (i, name, _), spec in zip(run.inputs, request.extras, strict=True)
     }
-    dtype, dtypes, casts, stream = request.x.dtype, [], dict[int, Cast](), False
+    dtypes, changes = list[torch.dtype](), dict[int, Op]()
+    quantized = Quantize in run.kinds  # whose kernels read norms of their own dtype
     for i, (kind, op) in enumerate(zip(run.kinds, run.ops, strict=True)):
         dtypes.append(dtype)
         for name in promotes(kind):
@@ -95,21 +117,40 @@ def _casts(run: BasicOps, request: Request, compute: torch.dtype) -> tuple[dict[
             other = extras[i, name] if source is None else dtypes[source]
             dtype = torch.promote_types(dtype, other)
         passed = bool(promotes(kind)) or identity(kind, op, FORWARD, request.training[i])
-        if dtype != compute and not passed:
-            casts[i], dtype = Cast(compute, dtype), compute
-        stream = stream or (dtype != compute and (kind.taps or bool(promotes(kind))))
-    return casts, stream
+        ours = kind.fwd in _NORMS and not quantized
+        if dtype != compute and not passed and not ours:
+            changes[i], dtype = Cast(compute, dtype), compute
+        if streams is not None:
+            streams.append(dtype != compute and (kind.taps or bool(promotes(kind))))
+        if not passed:
+            made = _result(run, request, i, dtype)
+            if ours and (made != compute or dtype != compute):
+                changes[i], made = cast(Any, op).rounded_once(compute), compute
+            dtype = made
+    return changes
 
 
-def _roots(prefix: str, run: BasicOps, casts: Mapping[int, Cast]) -> set[str]:
+_NORMS = {RMSNorm.fwd, LayerNorm.fwd}
+
+
+def _result(run: BasicOps, request: Request, i: int, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what an op makes of such an x."""
+    kind = run.kinds[i]
+    own = {name: request.weights.get(run.name(name, i)) for name in said(kind, "typed_by")}
+    others = {name: spec.dtype for name, spec in own.items() if spec}
+    return kind.result(run.ops[i], dtype, others) if others else dtype
+
+
+def _roots(prefix: str, run: BasicOps, changes: Mapping[int, Op]) -> set[str]:
     """The roots of what casts add to the source."""
+    casts = (i for i, change in changes.items() if isinstance(change, Cast))
     numbers = [f"{prefix}{run.edges[i]}" for i in casts]
     return {root(f"{word}{number}") for number in numbers for word in ("x", "d", "dy")}
 
 
-def _prefix(run: BasicOps, casts: Mapping[int, Cast]) -> str:
+def _prefix(run: BasicOps, changes: Mapping[int, Op]) -> str:
     """What stands before a cast's number: "c", or more of them where a name has that already."""
     prefix = "c"
-    while not run.name.roots.isdisjoint(_roots(prefix, run, casts)):
+    while not run.name.roots.isdisjoint(_roots(prefix, run, changes)):
         prefix += "c"
     return prefix

@@ -13,7 +13,7 @@ class NormForward(Fuser):
     """[Residual add and] norm in one pass; hands out the sum. kernels: with `norm_forward`."""
 
     kernels: ClassVar[Any]
-    pattern = dict(add=Add | None, norm=RMSNorm | LayerNorm)
+    pattern, promotes = dict(add=Add | None, norm=RMSNorm | LayerNorm), True
     saves = ("norm_x", "norm_mean", "norm_rstd")
     wants = dict(norm_mean="mean", norm_rstd="rstd")
 

@@ -13,7 +13,7 @@ class ScaleForward(Fuser):
     """A scale for each column [and residual add], of two dtypes too. kernels: `scale_forward`."""
 
     kernels: ClassVar[Any]
-    pattern = dict(scale=LayerScale, add=Add | None)
+    pattern, promotes = dict(scale=LayerScale, add=Add | None), True
 
     def fwd(self, x: Tensor, scale_weight: Tensor, add_other: Tensor | None) -> Any:
         return self.kernels.scale_forward(x, scale_weight, add_other), ()

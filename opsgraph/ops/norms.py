@@ -1,6 +1,7 @@
 """RMSNorm and LayerNorm, over the last dimension or the last few."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from math import prod
 from typing import Any, ClassVar
 
@@ -175,7 +176,14 @@ class _Norm(Op):
         return (*self.trailing(), self.width)
 
     def out(self, x: Spec) -> Spec:
-        return x
+        return x.like(dtype=norms.dtypes(x.dtype, None, None, self.normalized_dtype).y)
+
+    def rounded_once(self, dtype: torch.dtype) -> "_Norm":
+        """The same norm, of whatever it reads, with a y that is rounded once, to a dtype."""
+        other = copy(self)
+        name = str(dtype).removeprefix("torch.")
+        other.__dict__ |= {"normalized_dtype": f"{norms.ONCE}{name}"}
+        return other
 
     def saved(self, x: Spec) -> dict[str, Spec]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

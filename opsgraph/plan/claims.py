@@ -29,7 +29,7 @@ from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD
 from ..op.functions import family, passes, verify_backward
 from .program import GAP, INPUT, PRIVATE, SAVED, Argument, Program, Value
-from .rejection import Rejection, obstacle, reasons
+from .rejection import Rejection, reasons
 
 
 class Call(NamedTuple):
@@ -217,14 +217,13 @@ class Space:
             flag and not (direction == BACKWARD and passes(kind))
             for flag, kind in zip(still, program.kinds, strict=True)
         ]
-        obstacles = [obstacle(program, i, flag) for i, flag in enumerate(still)]
         matcher, kinds = Matcher.of(fusers, direction), list(map(family, program.kinds))
         for start in range(program.count):
             for match in matcher.at(start, kinds, crossed):
                 if direction == BACKWARD and not program.flows[match.stop]:
                     continue
                 spent = "OPSGRAPH_FUEL is used up" if self._fuel == 0 else None
-                reason = next(reasons(program, match, direction, obstacles), spent)
+                reason = next(reasons(program, match, direction, still), spent)
                 if reason is None:
                     self._fuel = self._fuel and self._fuel - 1
                     yield match

@@ -1,9 +1,9 @@
 """`Rejection`: why a fuser, or a backend, is not used somewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..fuser import Match
+from ..fuser import Fuser, Match
 from ..op import BACKWARD
 from ..op.functions import passes
 from .program import Program
@@ -30,23 +30,21 @@ class Rejection(_Rejection):
         return rejection
 
 
-def obstacle(program: Program, i: int, still: bool) -> str | None:
-    """Why no fuser may cover an op in a pass, or None. still: whether the op does nothing there."""
+def obstacle(program: Program, i: int, still: bool, fuser: Fuser) -> str | None:
+    """Why a fuser may not cover an op in a pass. still: whether the op does nothing there."""
     if still and program.kinds[i].training_matters:
         return f"{program.kinds[i].__name__} does nothing in this mode"
-    for dtype in program.promoted(i):
+    for dtype in () if fuser.promotes else program.promoted(i):
         if dtype != program.specs[i].dtype:
             return f"{program.numbers[i]} adds {dtype} to {program.specs[i].dtype}"
     return None
 
 
-def reasons(
-    program: Program, match: Match, direction: str, obstacles: list[str | None]
-) -> Iterator[str]:
-    """What speaks against a fuser at a place. obstacles: of each op of the program."""
+def reasons(program: Program, match: Match, direction: str, still: Sequence[bool]) -> Iterator[str]:
+    """What speaks against a fuser at a place. still: which ops do nothing in that pass."""
     fuser, x = match.fuser, program.specs[match.start]
     ops = [i for i in match.positions.values() if i is not None]
-    yield from (reason for i in ops if (reason := obstacles[i]))
+    yield from (reason for i in ops if (reason := obstacle(program, i, still[i], fuser)))
     packed = [i for i in ops if program.packed(i, "weight", direction)]
     if packed and not fuser.quantized:
         yield "it takes plain values, and the recipe quantizes the linear's"

@@ -122,6 +122,26 @@ def test_fused_kernels_say_why_they_do_not_add_two_dtypes() -> None:
     assert "adds torch.float32 to torch.bfloat16" in str(plan)
 
 
+def test_norms_and_scales_add_two_dtypes_in_one_pass() -> None:
+    weights = {"dtype": BF16}
+    norm = RMSNorm(8, normalized_dtype="weight", **weights)
+    module = og.Sequential(
+        Tee("r"), norm, Linear(8, 8, **weights), og.ops.LayerScale(8, **weights), Add("r"), norm
+    )
+    x = torch.randn(3, 8, requires_grad=True)
+    plan = str(module.plan(x=x))
+    taken = [name for name in ("NormKernel", "ScaleKernel") if name in plan]
+    if not taken:
+        pytest.skip("no kernels")
+    assert "4-5  ScaleKernel" in plan
+    two = og.Sequential(Linear(8, 8, **weights), Add(), norm)
+    x, r = torch.randn(3, 8, dtype=BF16), torch.randn(3, 8)
+    y = two(x, r)
+    (made,) = two._stages[0].plans.values()
+    assert "2-3  NormKernel" in str(made)
+    assert torch.equal(y, norm(two[0](x) + r))
+
+
 # -- autocast --
 
 
@@ -309,3 +329,39 @@ def test_autocast_casts_again_after_a_wider_sum() -> None:
         found = _results(module, inputs, list(module.parameters()))
         _compare(found, _results(plain, inputs, list(module.parameters())))
     assert found[0].dtype == FP32
+
+
+@pytest.mark.parametrize(
+    "norm", [og.ops.LayerNorm(64), RMSNorm(64), RMSNorm(64, normalized_dtype="weight")]
+)
+def test_autocast_norms_read_a_stream_as_it_is(norm: og.Op) -> None:
+    """Rounded to bf16, these rows would have nothing left that a LayerNorm could read."""
+    torch.manual_seed(0)
+    fc, x = Linear(64, 64), torch.randn(6, 64) + 1000 * isinstance(norm, og.ops.LayerNorm)
+    module, parameters = og.Sequential(Residual(norm, fc)), [*norm.parameters(), *fc.parameters()]
+    centered = isinstance(norm, og.ops.LayerNorm)
+
+    def plain(x: Tensor) -> Tensor:
+        h = (
+            nn.functional.layer_norm(x, (64,), norm.weight, norm.bias)
+            if centered
+            else nn.functional.rms_norm(x, (64,), norm.weight, 1e-5)
+        )
+        return x + nn.functional.linear(h, fc.weight, fc.bias)
+
+    with torch.autocast("cpu", dtype=BF16):
+        plan = module.plan(x=x)
+        assert "Cast" not in str(plan)
+        found, expected = (_results(f, [x], parameters) for f in (module, plain))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).norm() < 1e-2 * other.norm()
+    assert torch.equal(found[0], module.forward(x)) is False  # that is fp32 throughout
+
+
+def test_autocast_norms_of_no_stream_give_autocasts_dtype() -> None:
+    module = og.Sequential(RMSNorm(8, normalized_dtype="weight"), Linear(8, 8))
+    with torch.autocast("cpu", dtype=BF16):
+        assert module(torch.randn(3, 8)).dtype == BF16
+        scaled = og.Sequential(Tee("r"), Linear(8, 8), og.ops.LayerScale(8), Add("r"))
+        assert scaled(torch.randn(3, 8)).dtype == FP32

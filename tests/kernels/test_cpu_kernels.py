@@ -222,6 +222,22 @@ def test_the_residual_is_expanded_or_refused() -> None:
         norms.norm_forward(x, None, None, 1e-5, other=random(5, 8))
 
 
+@pytest.mark.parametrize("center", [False, True], ids=["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("width", [33, 5000])
+@pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[::-1]], ids=str)
+def test_a_residual_of_another_dtype(dtypes: Any, width: int, center: bool) -> None:
+    """Bit for bit the norm of PyTorch's sum, which is fp32."""
+    x, other = random(7, width, dtype=dtypes[0]), random(7, width, dtype=dtypes[1])
+    weight, bias = random(width), random(width) if center else None
+    for to in (None, "once to bfloat16"):
+        more = {"center": center, "normalized_dtype": to}
+        found = norms.norm_forward(x, weight, bias, 1e-5, other=other, **more)
+        expected = norms.norm_forward(x + other, weight, bias, 1e-5, **more)
+        assert torch.equal(found[3], x + other)
+        assert found[0].dtype == (torch.float32 if to is None else torch.bfloat16)
+        assert all(torch.equal(found[k], expected[k]) for k in ((0, 1, 2) if center else (0, 2)))
+
+
 def formula(op: Any, x: Tensor) -> Tensor:
     return FORMULAS[type(op)](op, x, lambda name: None)
 

@@ -129,7 +129,7 @@ class Alone(Triton):
 class BiasKernel(Alone):
     """Bias [and residual add] in one pass."""
 
-    pattern = dict(bias=Bias, add=Add | None)
+    pattern, promotes = dict(bias=Bias, add=Add | None), True
 
     def fwd(self, x: Tensor, bias_bias: Tensor, add_other: Tensor | None) -> Any:
         return sums.add(x, add_other, bias_bias), ()
@@ -152,7 +152,7 @@ class BiasBackward(Alone):
 class AddKernel(Alone):
     """A residual add."""
 
-    pattern = dict(add=Add)
+    pattern, promotes = dict(add=Add), True
 
     def fwd(self, x: Tensor, add_other: Tensor) -> Any:
         return sums.add(x, add_other), ()

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..reference import norms as reference
+from ..reference.scales import dtype_of
 from .launch import DTYPES, Kernel, address, direct, lines, rows_of, vector, verify_length
 from .memory import empty
 
-_FIELDS = "9q 3P 3q 2P 2q 3P 4P d"  # struct Norm in source/norms.h
+_FIELDS = "11q 3P 3q 2P 2q 3P 4P d"  # struct Norm in source/norms.h
 _forward_kernel = Kernel("opsgraph_norm_forward", _FIELDS, "norms")
 _backward_kernel = Kernel("opsgraph_norm_backward", _FIELDS, "norms")
 _FP32 = torch.float32
@@ -40,18 +41,22 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`y = c * rstd * w + bias` with `rstd = rsqrt(mean(c^2) + eps)` and `t = x`, or `x + other`.
 
-    center: LayerNorm, `c = t - mean`, else RMSNorm, `c = t`. x, other, total: `[rows, width]` of
-    x's dtype; the sum is rounded to it before the norm reads it. weight, bias: `[width]` of any
+    center: LayerNorm, `c = t - mean`, else RMSNorm, `c = t`. x, other, total: `[rows, width]`,
+    total of the dtype to which PyTorch promotes; the sum is rounded to it before the norm reads it.
+    weight, bias: `[width]` of any
     float dtype or None; `w = 1 + weight` when zero_centered. mean, rstd: fp32 `[rows, 1]`.
     Returns (y, mean, rstd, total), None for what is not in want, or not there.
     """
-    to = reference.dtypes_of(x, weight, bias, normalized_dtype)
+    dtype = x.dtype if other is None else dtype_of(x.dtype, other.dtype)
+    to = reference.dtypes_of(dtype, weight, bias, normalized_dtype)
     rounding = _rounding(to)
-    if rounding is None or not direct(x, weight, bias, other):
+    added = dtype if other is None else other.dtype
+    known = rounding is not None and {x.dtype, added} <= DTYPES.keys()
+    if rounding is None or not known or not direct(x, weight, bias, other):
         return _forward_by_formula(
             x, weight, bias, eps, zero_centered, other, center, want, normalized_dtype
         )
-    shape, dtype = x.shape, x.dtype
+    shape, given = x.shape, (DTYPES[x.dtype], DTYPES[added])
     rows, width = shape
     y = empty(shape, to.y)
     total = None if other is None else empty(shape, dtype)
@@ -61,12 +66,13 @@ def norm_forward(
         zeros = [None if t is None else t.zero_() for t in (mean, rstd)]
         return y, zeros[0], zeros[1], total
     x, stride = lines(x)
-    other, other_stride = (None, 0) if other is None else rows_of(other, shape, dtype)
+    other, other_stride = (None, 0) if other is None else rows_of(other, shape, added)
     weight, weight_at, weight_dtype = vector(weight, width)
     bias, bias_at, bias_dtype = vector(bias, width)
     _forward_kernel(
-        DTYPES[dtype], *rounding, center, zero_centered, torch.get_num_threads(), rows, width,
-        x.data_ptr(), address(other), 0, stride, other_stride, 0,
+        DTYPES[dtype], rounding[0], *given, *rounding[1:], center, zero_centered,
+        torch.get_num_threads(), rows, width, x.data_ptr(), address(other), 0, stride,
+        other_stride, 0,
         weight_at, bias_at, weight_dtype, bias_dtype,
         y.data_ptr(), address(total), 0, address(mean), address(rstd), 0, 0, eps,
     )  # fmt: skip
@@ -131,8 +137,8 @@ def norm_backward(
         factor, weight_at, weight_dtype = vector(weight, width)
         shift, bias_at, bias_dtype = vector(bias, width)
         _backward_kernel(
-            DTYPES[dtype], *rounding, mean is not None, zero_centered, torch.get_num_threads(),
-            rows, width,
+            DTYPES[dtype], rounding[0], 0, 0, *rounding[1:], mean is not None, zero_centered,
+            torch.get_num_threads(), rows, width,
             x.data_ptr(), address(dother), dy.data_ptr(), stride, other_stride, dy_stride,
             weight_at, bias_at, weight_dtype, bias_dtype,
             address(y), 0, address(dx), address(mean), rstd.data_ptr(),

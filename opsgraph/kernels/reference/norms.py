@@ -28,6 +28,8 @@ from . import wide
 
 ROUNDED = 2
 """What `zero_centered` is where `1 + weight` is rounded to the weight's dtype."""
+ONCE = "once to "
+"""What `normalized_dtype` begins with where nothing but y is rounded, to the dtype after it."""
 
 
 class Dtypes(NamedTuple):
@@ -46,6 +48,8 @@ def dtypes(
     """How a norm rounds, by the dtypes of x and of the parameters that are there."""
     if normalized_dtype is None:
         return Dtypes(None, None, x)
+    if normalized_dtype.startswith(ONCE):
+        return Dtypes(None, None, getattr(torch, normalized_dtype.removeprefix(ONCE)))
     first: torch.dtype | None = x
     if normalized_dtype == "weight" and weight is not None:
         first = weight if weight.itemsize == 2 else None
@@ -57,11 +61,13 @@ def dtypes(
 
 
 def dtypes_of(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_dtype: str | None
-) -> Dtypes:
-    """`dtypes` of tensors."""
+    x: Tensor | torch.dtype, weight: Tensor | None, bias: Tensor | None,
+    normalized_dtype: str | None,
+) -> Dtypes:  # fmt: skip
+    """`dtypes` of tensors, and of x or its dtype."""
     first, second = (None if t is None else t.dtype for t in (weight, bias))
-    return dtypes(x.dtype, first, second, normalized_dtype)
+    read = x.dtype if isinstance(x, Tensor) else x
+    return dtypes(read, first, second, normalized_dtype)
 
 
 def _rounded(value: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -43,12 +43,12 @@ def _affine(
 
 
 @triton.jit
-def load_first(x, other, row, x_stride, other_stride, inside):
-    """The first value of rows, or of the sums of two."""
+def load_first(x, other, row, x_stride, other_stride, inside, DTYPE: tl.constexpr):
+    """The first value of rows, or of the sums of two, which DTYPE stores."""
     first = _load(x, row * x_stride, inside)
     if other is not None:
         first += _load(other, row * other_stride, inside)
-        first = first.to(x.dtype.element_ty).to(tl.float32)
+        first = first.to(DTYPE).to(tl.float32)
     return first
 
 
@@ -97,7 +97,8 @@ def normalized(
         tl.store(total + row * WIDTH + cols, stored, mask)
         value = stored.to(tl.float32)
     if CENTER:
-        first = load_first(x, other, row, x_stride, other_stride, inside)
+        dtype: tl.constexpr = x.dtype.element_ty if total is None else total.dtype.element_ty
+        first = load_first(x, other, row, x_stride, other_stride, inside, dtype)
         center = first + row_sum(tl.where(there, value - first, 0.0)) / WIDTH
         value = tl.where(there, value - center, 0.0)
         if mean is not None:
@@ -145,7 +146,7 @@ def _wide_statistics(
     center = 0.0
     squares = 0.0
     if CENTER:
-        center = load_first(x, other, 0, 0, 0, True)
+        center = load_first(x, other, 0, 0, 0, True, DTYPE)
     first = center
     for start in tl.range(0, WIDTH, BLOCK):
         cols = start + tl.arange(0, BLOCK)
@@ -174,7 +175,8 @@ def forward_wide_kernel(
     x += row * x_stride * UNIT
     if other is not None:
         other += row * other_stride * UNIT
-    center, variance = _wide_statistics(x, other, WIDTH, CENTER, BLOCK, x.dtype.element_ty)
+    dtype: tl.constexpr = x.dtype.element_ty if total is None else total.dtype.element_ty
+    center, variance = _wide_statistics(x, other, WIDTH, CENTER, BLOCK, dtype)
     scale = tl.rsqrt(variance + EPS)
     if mean is not None:
         tl.store(mean + row, center)
@@ -183,7 +185,7 @@ def forward_wide_kernel(
     for start in tl.range(0, WIDTH, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = cols < WIDTH
-        value = _load_total(x, other, cols, mask, x.dtype.element_ty)
+        value = _load_total(x, other, cols, mask, dtype)
         if total is not None:
             tl.store(total + row * WIDTH + cols, value.to(total.dtype.element_ty), mask)
         if y is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..configs import around, configured
 from ..reference.norms import dtypes_of
+from ..reference.scales import dtype_of
 from .launch import (
     ceil_div,
     launch,
@@ -123,15 +124,17 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """y by the formula at the top of this file, of x or of `x + other`.
 
-    center: LayerNorm, else RMSNorm. x, other, total: `[rows, width]` of x's dtype; the sum is
-    rounded to it before the norm reads it. weight, bias: `[width]` of any float dtype or None;
-    `1 + weight` counts when zero_centered. mean, rstd: fp32 `[rows, 1]`, the mean of centred values
-    alone. Returns (y, mean, rstd, total), None for what is not in want, or not there.
+    center: LayerNorm, else RMSNorm. x, other, total: `[rows, width]`, total of the dtype to which
+    PyTorch promotes; the sum is rounded to it before the norm reads it. weight, bias: `[width]` of
+    any float dtype or None; `1 + weight` counts when zero_centered. mean, rstd: fp32 `[rows, 1]`,
+    the mean of centred values alone. Returns (y, mean, rstd, total), None for what is not in want,
+    or not there.
     """
     rows, width = x.shape
-    to = dtypes_of(x, weight, bias, normalized_dtype)
+    read = x.dtype if other is None else dtype_of(x.dtype, other.dtype)
+    to = dtypes_of(read, weight, bias, normalized_dtype)
     y = torch.empty(rows, width, dtype=to.y, device=x.device)
-    total = None if other is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    total = None if other is None else torch.empty(rows, width, dtype=read, device=x.device)
     new = torch.empty if y.numel() else torch.zeros
     mean, rstd = (
         new(rows, 1, dtype=torch.float32, device=x.device) if there and name in want else None
@@ -143,7 +146,7 @@ def norm_forward(
     other = None if other is None else row_major(other)
     weight, bias = packed(weight), packed(bias)
     unit = stride_unit(x, other)
-    config = forward_config(width, x.element_size())
+    config = forward_config(width, read.itemsize)
     kernel = forward_wide_kernel if width > NARROW else forward_kernel
     grid = (ceil_div(rows, config.get("ROWS", 1)),)
     with on_device_of(x):

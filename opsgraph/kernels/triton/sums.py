@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.scales import dtype_of
 from .activations import config
 from .launch import (
     ceil_div,
@@ -38,12 +39,13 @@ def add_kernel(
 
 
 def add(x: Tensor, other: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """`y = (x + bias) + other`, each sum in fp32 and rounded to x's dtype, as PyTorch does it.
+    """`y = (x + bias) + other`, each sum in fp32 and rounded as PyTorch does it, the first to x's.
 
-    x, other, y: `[rows, width]`, y of x's dtype; bias: `[width]`.
+    x, other, y: `[rows, width]`, y of the dtype to which PyTorch promotes; bias: `[width]`.
     """
     rows, width = x.shape
-    y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    dtype = x.dtype if other is None else dtype_of(x.dtype, other.dtype)
+    y = torch.empty(rows, width, dtype=dtype, device=x.device)
     if not y.numel():
         return y
     x, other, bias = row_major(x), None if other is None else row_major(other), packed(bias)

@@ -255,3 +255,27 @@ def test_layernorm_of_equal_values_is_the_bias(width: int, device: str) -> None:
         expected = (m - m.mean(1, keepdim=True)) * EPS**-0.5
         rtol = 1e-4 if dtype == torch.float32 else 8e-3
         torch.testing.assert_close(dx.double(), expected, rtol=rtol, atol=1e-2)
+
+
+@pytest.mark.parametrize("width", [33, 64, 40000])
+@pytest.mark.parametrize("center", [False, True], ids=["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)],
+    ids=str,
+)
+def test_a_residual_of_another_dtype(
+    dtypes: tuple[torch.dtype, torch.dtype], center: bool, width: int, device: str
+) -> None:
+    """Bit for bit the norm of PyTorch's sum, which is fp32."""
+    x = normal(3, width, dtype=dtypes[0], device=device)
+    other = normal(3, width, dtype=dtypes[1], device=device, seed=1)
+    weight = normal(width, dtype=torch.float32, device=device, seed=2)
+    for to in (None, "once to bfloat16"):
+        more = {"center": center, "normalized_dtype": to}
+        found = norm_forward(x, weight, weight, EPS, other=other, **more)
+        expected = norm_forward(x + other, weight, weight, EPS, **more)
+        assert torch.equal(found[3], x + other)
+        assert found[0].dtype == (torch.float32 if to is None else torch.bfloat16)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[2], expected[2])

@@ -7,7 +7,8 @@
 #include "scalar.h"
 
 struct Norm {
-    int64_t dtype, y_dtype;  // of x and y
+    int64_t dtype, y_dtype;  // of what is normalized and of y
+    int64_t x_dtype, other_dtype;  // of the two that are added up, where there are two
     int64_t rounds_normalized, rounds_product;  // h, and h * gamma, to bf16
     int64_t center, zero_centered, threads, rows, width;  // zero_centered: 2 rounds 1 + weight
     const void *x, *other, *dy;
@@ -76,9 +77,29 @@ static inline void write_row(
     function(x, gamma, beta, mean, rstd, y, n.width);
 }
 
-template <class T>
-LOOP void add(const T* __restrict a, const T* __restrict b, T* __restrict sum, int64_t width) {
+template <class A, class B, class T>
+LOOP void add(const A* __restrict a, const B* __restrict b, T* __restrict sum, int64_t width) {
     for (int64_t j = 0; j < width; j++) sum[j] = narrow<T>(widen(a[j]) + widen(b[j]));
+}
+
+template <class A, class B, class T>
+static void add_row(const Norm& n, int64_t row, T* total) {
+    add(static_cast<const A*>(n.x) + row * n.x_stride,
+        static_cast<const B*>(n.other) + row * n.other_stride, total, n.width);
+}
+
+// x + other of a row: either of T or, where that is fp32, of bf16.
+static void total_of(const Norm& n, int64_t row, bf16* total) {
+    add_row<bf16, bf16>(n, row, total);
+}
+
+static void total_of(const Norm& n, int64_t row, float* total) {
+    if (n.x_dtype)
+        add_row<bf16, float>(n, row, total);
+    else if (n.other_dtype)
+        add_row<float, bf16>(n, row, total);
+    else
+        add_row<float, float>(n, row, total);
 }
 
 constexpr double LARGEST = 3.4028234663852886e38;
@@ -170,7 +191,7 @@ static void norm_forward(const Norm& n) {
             const T* x = static_cast<const T*>(n.x) + row * n.x_stride;
             if (n.other) {
                 T* total = static_cast<T*>(n.total) + row * n.width;
-                add(x, static_cast<const T*>(n.other) + row * n.other_stride, total, n.width);
+                total_of(n, row, total);
                 x = total;
             }
             float mean = 0;
@@ -236,7 +257,7 @@ LOOP void add_weight_gradient(
 }
 
 template <class T>
-LOOP void add_row(const T* __restrict dy, float* __restrict sums, int64_t width) {
+LOOP void add_columns(const T* __restrict dy, float* __restrict sums, int64_t width) {
     for (int64_t j = 0; j < width; j++) sums[j] += widen(dy[j]);
 }
 
@@ -251,7 +272,7 @@ LOOP void norm_backward_row(
     auto* add_weight =
         n.rounds_normalized ? add_weight_gradient<T, Y, true> : add_weight_gradient<T, Y, false>;
     if (dweight) add_weight(dy, x, mean, rstd, dweight, width);
-    if (dbias) add_row(dy, dbias, width);
+    if (dbias) add_columns(dy, dbias, width);
     if (n.dx) {
         float first, second;
         dots<T, Y, Center>(dy, x, gamma, mean, rstd, width, first, second);
