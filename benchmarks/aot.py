@@ -43,6 +43,7 @@ from opsgraph.kernels.triton.quantize_backward import activation_backward_quanti
 from opsgraph.kernels.triton.quantize_norms import norm_quantize
 from opsgraph.kernels.triton.scales import scale_backward, scale_forward
 from opsgraph.kernels.triton.sums import add, sum_rows
+from opsgraph.kernels.triton.xielu import xielu_backward, xielu_forward
 
 TYPES = {
     torch.int32: "i32",
@@ -198,6 +199,9 @@ def _sums(width: int, dtype: torch.dtype) -> None:
     add(x, x)
     scale_forward(x, bias, x)
     scale_backward(x, x, bias)
+    alpha = _meta(1, dtype=dtype)
+    xielu_forward(x, alpha, alpha, 0.5, -1e-6)
+    xielu_backward(x, x, alpha, alpha, 0.5, -1e-6)
     add(x, None, bias)
     sum_rows(x, dtype)
 

@@ -106,6 +106,14 @@ def relu(x: Tensor) -> Tensor:
     return torch.where(x <= 0, 0, x)
 
 
+def xielu(op: Any, x: Tensor, get: Any) -> Tensor:
+    """transformers' formula; min's gradient at a tie is not compared."""
+    p = torch.nn.functional.softplus(get("alpha_p"))
+    n = op.beta + torch.nn.functional.softplus(get("alpha_n"))
+    below = torch.expm1(torch.where(x > op.eps, op.eps, x)) - x
+    return torch.where(x > 0, p * x * x, n * below) + op.beta * x
+
+
 def relu6(x: Tensor) -> Tensor:
     return torch.where(x <= 0, 0, torch.where(x >= 6, 6, x))
 
@@ -147,6 +155,7 @@ FORMULAS: dict[type[nn.Module], Formula] = {
     ops.GLU: gated(lambda op, a: torch.sigmoid(a)),
     ops.ClampedSwiGLU: clamped_swiglu,
     ops.LayerScale: lambda op, x, get: x * get("weight"),
+    ops.XIELU: xielu,
     ops.Sigmoid: lambda op, x, get: torch.sigmoid(x),
     ops.Tanh: lambda op, x, get: torch.tanh(x),
     ops.ReLU6: lambda op, x, get: relu6(x),

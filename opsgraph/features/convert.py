@@ -28,6 +28,7 @@ from ..ops.elementwise import Dropout, Identity
 from ..ops.linear import Linear
 from ..ops.lora import LoRALinear
 from ..ops.norms import LayerNorm, RMSNorm
+from ..ops.xielu import XIELU
 from .adapters import adapted, is_peft, reason_against
 from .called import CalledOp, reason, spread
 from .extras import verify_trailing
@@ -80,6 +81,8 @@ _PARAMETERS = {
     nn.LayerNorm: {"weight", "bias"},
     nn.RMSNorm: {"weight"},
 }
+_CONSTANTS: dict[type[Op], tuple[str, ...]] = {XIELU: ("beta", "eps")}
+"""Buffers of a module that are constants of the op."""
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -106,7 +109,7 @@ def _op_or_reason(module: nn.Module) -> Op | str:
     op = _FROM[kind](module) if kind in _FROM else of_transformers(module)
     if not isinstance(op, Op):
         return op or f"no op is known for the class {name}"
-    expected = _PARAMETERS.get(kind, set(op._parameters))
+    expected = _PARAMETERS.get(kind, {*op._parameters, *_CONSTANTS.get(type(op), ())})
     if {*module._parameters, *module._buffers, *module._modules} != expected:
         return "it has other parameters, buffers or submodules than its class gives it"
     names = [name for name, parameter in module._parameters.items() if parameter is not None]

@@ -16,6 +16,7 @@ from ..op import Op
 from ..ops.activations import GELU, QGELU, ClippedGELU, Mish, SiLU, SReLU
 from ..ops.elementwise import Identity
 from ..ops.norms import RMSNorm
+from ..ops.xielu import XIELU
 from .transposed import is_conv1d
 
 _ACTIVATIONS: dict[str, Callable[[Any], Op | str]] = {
@@ -31,6 +32,9 @@ _ACTIVATIONS: dict[str, Callable[[Any], Op | str]] = {
     "MishActivation": lambda module: Mish(),
     "ClippedGELUActivation": lambda module: _clipped(module),
     "LinearActivation": lambda module: Identity(),
+    "XIELUActivation": lambda module: XIELU(
+        beta=float(module.beta), eps=float(module.eps), alpha_n_init=float(module.beta) + 1.0
+    ),
 }
 _ROUNDINGS = (None, "input", "weight")
 _GAINS: tuple[dict[str, Any], ...] = (

@@ -46,6 +46,7 @@ from .scaled import (
     ScaledSwiGLU,
     ScaledTanhSReLU,
 )
+from .xielu import XIELU
 
 __all__ = [
     "GEGLU",
@@ -53,6 +54,7 @@ __all__ = [
     "GLU",
     "QGEGLU",
     "QGELU",
+    "XIELU",
     "AdaptiveLayerNorm",
     "AdaptiveRMSNorm",
     "Add",

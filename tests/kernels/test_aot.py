@@ -23,6 +23,8 @@ KERNELS = {
     "add_kernel",
     "scale_kernel",
     "scale_backward_kernel",
+    "xielu_kernel",
+    "xielu_backward_kernel",
     "sum_rows_kernel",
     "delayed_update_kernel",
     "raise_kernel",

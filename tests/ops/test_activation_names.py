@@ -96,3 +96,36 @@ def test_a_gate_of_any_activation() -> None:
     a, b = half.chunk(2, -1)
     expected = a * 0.5 * (1.0 + torch.erf(a / 2**0.5)) * b
     torch.testing.assert_close(composed(half), expected)
+
+
+class XIELUActivation(nn.Module):
+    """As transformers has it."""
+
+    __module__ = "transformers.activations"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(torch.tensor([0.3]))
+        self.alpha_n = nn.Parameter(torch.tensor([-0.2]))
+        self.register_buffer("beta", torch.tensor(0.25))
+        self.register_buffer("eps", torch.tensor(-1e-6))
+
+
+def test_xielu_of_transformers_shares_its_scalars() -> None:
+    module = XIELUActivation()
+    op = og.ops.XIELU.of(module)
+    assert op.alpha_p is module.alpha_p
+    assert (op.beta, op.eps) == (0.25, float(module.eps))
+    x = torch.randn(4, 6, requires_grad=True)
+    op(x).sum().backward()
+    assert module.alpha_n.grad is not None
+    assert og.Sequential.from_torch(nn.Sequential(module), strict=True)[0].beta == 0.25
+
+
+def test_xielu_begins_as_it_is_told() -> None:
+    op = og.ops.XIELU(0.7, 1.25, 0.25)
+    p = F.softplus(op.alpha_p)
+    torch.testing.assert_close(p, torch.tensor([0.7]))
+    torch.testing.assert_close(op.beta + F.softplus(op.alpha_n), torch.tensor([1.25]))
+    with pytest.raises(og.OpsgraphError, match=r"alpha_n_init=0\.2, expected a number above 0\.25"):
+        og.ops.XIELU(0.7, 0.2, 0.25)

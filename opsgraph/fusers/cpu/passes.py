@@ -11,9 +11,10 @@ from ...ops import Bias
 from ...ops.activations import Activation, Function, GatedActivation
 from ..norms import NormForward, NormGradients
 from ..scales import ScaleForward, ScaleGradients
+from ..xielu import XIELUFuser
 
 norms = Lazy("cpu.norms")
-scales = Lazy("cpu.scales")
+scales, xielu = Lazy("cpu.scales"), Lazy("cpu.xielu")
 activations = Lazy("cpu.activations")
 
 Want = tuple[str, ...]
@@ -51,6 +52,13 @@ class ScaleBackward(CPU, ScaleGradients):
     """Both gradients of a scale for each column, in one pass."""
 
     kernels = scales
+
+
+@register
+class XIELUKernel(CPU, XIELUFuser):
+    """xIELU, and its three gradients, each in one pass."""
+
+    kernels = xielu
 
 
 @register

@@ -13,9 +13,10 @@ from ...ops import Add, Bias, Dropout, Tee
 from ...ops.activations import Activation, GatedActivation, Params
 from ..norms import NormForward, NormGradients
 from ..scales import ScaleForward, ScaleGradients
+from ..xielu import XIELUFuser
 
 norms = Lazy("triton.norms")
-scales = Lazy("triton.scales")
+scales, xielu = Lazy("triton.scales"), Lazy("triton.xielu")
 activations, functions = Lazy("triton.activations"), Lazy("triton.functions")
 dropouts = Lazy("triton.dropout")
 sums = Lazy("triton.sums")
@@ -53,6 +54,13 @@ class ScaleBackward(Triton, ScaleGradients):
     """Both gradients of a scale for each column, in one pass."""
 
     kernels = scales
+
+
+@register
+class XIELUKernel(Triton, XIELUFuser):
+    """xIELU, and its three gradients, each in one pass."""
+
+    kernels = xielu
 
 
 class ActivationFuser(Triton):
