@@ -188,6 +188,11 @@ def _activation(kind: str, width: int, dtype: torch.dtype, backward: bool) -> No
         activation_forward(x, kind, bias=_meta(x.size(1), dtype=dtype))
 
 
+def _interleaved(x: Tensor) -> None:
+    activation_forward(x, "clamped_swiglu", interleave=1)
+    activation_backward(x[:, ::2], x, "clamped_swiglu", interleave=1)
+
+
 def _dropout(width: int, dtype: torch.dtype) -> None:
     x = _meta(4096, width, dtype=dtype)
     dropout(x, _meta(dtype=torch.int64), 0.1, residual=x, bias=_meta(width, dtype=dtype))
@@ -322,6 +327,8 @@ def cases(which: str) -> Iterator[Case]:
         for width in (14336, 1000) if which == "all" else (14336,):
             name = f"{kind} {'backward' if backward else 'forward'} {TYPES[dtype]} {width}"
             yield name, _activation, (kind, width, dtype, backward)
+    x = _meta(4096, 200, dtype=half)
+    yield "clamped_swiglu interleaved 100", _interleaved, (x,)
     for backward in (False, True):
         name = f"swiglu {'backward' if backward else 'forward'} second, rounded"
         yield name, _activation, ("swiglu rounded second", 14336, half, backward)

@@ -10,7 +10,7 @@ from ...fuser import Fuser, register
 from ...kernels.lazy import Lazy
 from ...kernels.reference.activations import form_of
 from ...ops import Add, Bias, Dropout, Tee
-from ...ops.activations import Activation, GatedActivation, Params
+from ...ops.activations import Activation, Function, GatedActivation
 from ..norms import NormForward, NormGradients
 from ..scales import ScaleForward, ScaleGradients
 from ..xielu import XIELUFuser
@@ -66,11 +66,14 @@ class XIELUKernel(Triton, XIELUFuser):
 class ActivationFuser(Triton):
     """What all fusers with an activation refuse."""
 
+    interleaved = False
+    """Whether gate and value may alternate."""
+
     def reject(self, act: Any) -> str | None:
         """Why the kernels cannot compute an activation, or None."""
         if form_of(act.kernel).name not in functions.KINDS:
             return f"its kernel has no {act.kernel}"
-        if act.glu_interleave_size is not None:
+        if act.glu_interleave_size is not None and not self.interleaved:
             return "its kernel takes halves, not interleaved gate and value"
         return None
 
@@ -80,9 +83,11 @@ class ActivationKernel(ActivationFuser):
     """An activation, plain or gated."""
 
     pattern = dict(act=Activation | GatedActivation)
+    interleaved = True
 
-    def fwd(self, x: Tensor, act_kernel: str, act_params: Params) -> Any:
-        return activations.activation_forward(x, act_kernel, act_params), ()
+    def fwd(self, x: Tensor, act_function: Function) -> Any:
+        kind, params, interleave = act_function
+        return activations.activation_forward(x, kind, params, interleave=interleave), ()
 
 
 @register
@@ -91,14 +96,16 @@ class ActivationBackward(ActivationFuser):
 
     pattern = dict(bias=Bias | None, act=Activation | GatedActivation)
     wants = dict(bias_bias="bias")
+    interleaved = True
 
     def bwd(
-        self, dy: Tensor, act_x: Tensor, act_kernel: str, act_params: Params,
-        bias_bias: Tensor | None, want: Collection[str],
+        self, dy: Tensor, act_x: Tensor, act_function: Function, bias_bias: Tensor | None,
+        want: Collection[str],
     ) -> Any:  # fmt: skip
         dtype = None if bias_bias is None else bias_bias.dtype
+        kind, params, interleave = act_function
         dx, _, dbias = activations.activation_backward(
-            dy, act_x, act_kernel, act_params, want, dtype
+            dy, act_x, kind, params, want, dtype, interleave=interleave
         )
         return dx, (dbias,)
 

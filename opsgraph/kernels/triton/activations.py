@@ -151,23 +151,34 @@ def _load_biased(x, bias, offset, cols, mask, col_mask, PAIRS: tl.constexpr = Fa
     return value
 
 
+@triton.jit
+def _first(cols, INTERLEAVE: tl.constexpr):
+    """Where the columns of y have their first value in x: halves, or blocks in turns."""
+    if INTERLEAVE is None:
+        return cols
+    else:
+        return cols + cols // INTERLEAVE * INTERLEAVE
+
+
 @triton.jit(do_not_specialize=["rows", "x_stride"])
 def forward_kernel(
     x, bias, y, rows, x_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, INTERLEAVE: tl.constexpr = None,
 ):  # fmt: skip
+    gap: tl.constexpr = WIDTH if INTERLEAVE is None else INTERLEAVE
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     tile = tl.program_id(0) // blocks
     cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
     row = tl.arange(0, ROWS)[:, None].to(tl.int64) + tile * ROWS
     mask = (row < rows) & (cols < WIDTH)
-    at = row * x_stride * UNIT + cols
-    a = _load_biased(x, bias, at, cols, mask, cols < WIDTH)
+    first = _first(cols, INTERLEAVE)
+    at = row * x_stride * UNIT + first
+    a = _load_biased(x, bias, at, first, mask, cols < WIDTH)
     dtype: tl.constexpr = x.dtype.element_ty
     if GATED:
-        b = _load_biased(x, bias, at + WIDTH, cols + WIDTH, mask, cols < WIDTH)
+        b = _load_biased(x, bias, at + gap, first + gap, mask, cols < WIDTH)
         out = _gate(a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
     else:
         out, _, _ = FUNCTION(a, ALPHA, dtype)
@@ -180,6 +191,7 @@ def backward_kernel(
     UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, OVER: tl.constexpr,
+    INTERLEAVE: tl.constexpr = None,
 ):  # fmt: skip
     """A block of columns over a share of the rows: all of them in one step unless summing dbias.
 
@@ -188,8 +200,10 @@ def backward_kernel(
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     total: tl.constexpr = WIDTH * 2 if GATED else WIDTH
     dtype: tl.constexpr = x.dtype.element_ty
+    gap: tl.constexpr = WIDTH if INTERLEAVE is None else INTERLEAVE
     share = tl.program_id(0) // blocks
     cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    first = _first(cols, INTERLEAVE)
     a_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in tl.range(
@@ -198,17 +212,17 @@ def backward_kernel(
         row = tl.arange(0, ROWS)[:, None].to(tl.int64) + tile * ROWS
         mask = (row < rows) & (cols < WIDTH)
         grad = _load(dy, row * dy_stride * UNIT + cols, mask)
-        at = row * x_stride * UNIT + cols
+        at = row * x_stride * UNIT + first
         a = _load(x, at, mask)
         if GATED:
-            b = _load(x, at + WIDTH, mask)
+            b = _load(x, at + gap, mask)
             if OVER:
                 tl.debug_barrier()
             value, da, db = _gate_backward(
                 grad, a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET
             )  # fmt: skip
             if dx is not None:
-                tl.store(dx + row * total + WIDTH + cols, db.to(dx.dtype.element_ty), mask)
+                tl.store(dx + row * total + gap + first, db.to(dx.dtype.element_ty), mask)
             if dbias is not None:
                 b_sum += db
         else:
@@ -216,17 +230,17 @@ def backward_kernel(
                 tl.debug_barrier()
             value, da = _backward(grad, a, dtype, FUNCTION, ALPHA)
         if dx is not None:
-            tl.store(dx + row * total + cols, da.to(dx.dtype.element_ty), mask)
+            tl.store(dx + row * total + first, da.to(dx.dtype.element_ty), mask)
         if y is not None:
             tl.store(y + row * WIDTH + cols, value.to(y.dtype.element_ty), mask)
         if dbias is not None:
             a_sum += da
     if dbias is not None:
         columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-        partial = dbias + share.to(tl.int64) * total + columns
+        partial = dbias + share.to(tl.int64) * total + _first(columns, INTERLEAVE)
         tl.store(partial, tl.sum(a_sum, 0), columns < WIDTH)
         if GATED:
-            tl.store(partial + WIDTH, tl.sum(b_sum, 0), columns < WIDTH)
+            tl.store(partial + gap, tl.sum(b_sum, 0), columns < WIDTH)
 
 
 def _output_width(x: Tensor, kind: str, gated: int) -> int:
@@ -236,9 +250,12 @@ def _output_width(x: Tensor, kind: str, gated: int) -> int:
 
 
 def activation_forward(
-    x: Tensor, kind: str, params: tuple[float, ...] = (), bias: Tensor | None = None
-) -> Tensor:
+    x: Tensor, kind: str, params: tuple[float, ...] = (), bias: Tensor | None = None,
+    interleave: int | None = None,
+) -> Tensor:  # fmt: skip
     """`y = f(x + bias)`, or `f(a) * b` with a, b the halves of `x + bias`.
+
+    interleave: gate and value alternate in blocks of `interleave` columns.
 
     x: `[rows, width]`; y: `[rows, width]`, or `[rows, width / 2]` for gated kinds, of x's dtype.
     bias: `[width]`; the sum is rounded to x's dtype. kind: a key of `KINDS`, with the words of
@@ -261,7 +278,7 @@ def activation_forward(
         launch(
             forward_kernel, grid,
             x, bias, y, rows, x.stride(0) // unit,
-            UNIT=unit, WIDTH=width,
+            UNIT=unit, WIDTH=width, INTERLEAVE=interleave,
             **flags, **options, **FUSION,
         )  # fmt: skip
     return y
@@ -270,7 +287,7 @@ def activation_forward(
 def activation_backward(
     dy: Tensor, x: Tensor, kind: str, params: tuple[float, ...] = (),
     want: Collection[str] = ("x",), bias_dtype: torch.dtype | None = None,
-    to: tuple[Tensor | None, Tensor | None] = (None, None),
+    to: tuple[Tensor | None, Tensor | None] = (None, None), interleave: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradient of `activation_forward` by its input, in one pass over dy and x.
 
@@ -304,7 +321,7 @@ def activation_backward(
             backward_kernel, (shares * blocks,),
             dy, x, dx, y, partials, rows, dy.stride(0) // unit, x.stride(0) // unit,
             UNIT=unit, WIDTH=width, STAGES=1 if dbias is None else 2,
-            OVER=any(each is not None for each in to),
+            OVER=any(each is not None for each in to), INTERLEAVE=interleave,
             **flags, **options, **FUSION,
         )  # fmt: skip
         sum_partials(partials, dbias, None, None)

@@ -155,6 +155,27 @@ def test_a_rounded_gate_is_an_activation_and_a_product(
     assert torch.equal(once, y) == (kind == "reglu")  # max(a, 0) has no digit to round
 
 
+@pytest.mark.parametrize("width", [24, 300])
+@pytest.mark.parametrize("block", [1, 3, 12])
+@pytest.mark.parametrize("kind", ["swiglu", "geglu_erf second", "clamped_swiglu rounded"])
+def test_an_interleaved_gate_is_that_of_halves(
+    kind: str, block: int, width: int, device: str
+) -> None:
+    """Bit for bit what the halves give, in another order."""
+    plain = normal(7, 2 * width, dtype=torch.bfloat16, device=device) * 3
+    dy = normal(7, width, dtype=torch.bfloat16, device=device, seed=1)
+    bias = normal(2 * width, dtype=torch.float32, device=device, seed=2)
+    x, mixed = (joined(*t.chunk(2, 1), block) for t in (plain, bias[None]))
+    y = activation_forward(x, kind, (), mixed[0], interleave=block)
+    assert torch.equal(y, activation_forward(plain, kind, (), bias))
+    want = ("x", "y", "bias")
+    found = activation_backward(dy, x, kind, want=want, interleave=block)
+    expected = activation_backward(dy, plain, kind, want=want)
+    assert torch.equal(found[0], joined(*expected[0].chunk(2, 1), block))
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[2], joined(*expected[2][None].chunk(2, 1), block)[0])
+
+
 @pytest.mark.parametrize("kind", STEPS)
 def test_rounded_steps_are_those_of_pytorch(kind: str, device: str) -> None:
     x = torch.linspace(-8, 8, 4001, device=device).bfloat16()[None]
