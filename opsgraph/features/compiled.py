@@ -276,7 +276,8 @@ class Compiled:
             raise PlanError(self.eager_only)
         plan: Plan = getattr(self.table.exposed, self._expose(key))
         if self.double_backward:  # traced through, for autograd to see the ops
-            return self.run_inference(plan, self, len(extras), (x, *extras, *weights))
+            call = plan.run_forward, ()  # not a replay: Dynamo does not know all that it looks at
+            return self.run_inference(plan, self, len(extras), (x, *extras, *weights), call)
         if self.recipe is not None and plan.specs.prepared:
             self.recipe.check_traceable(weights)
             weights = [*weights, *self.recipe.prepare(plan, weights)]

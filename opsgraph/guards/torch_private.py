@@ -57,10 +57,8 @@ def dispatch_modes() -> int:
     return count - watching.modes if count else 0  # Dynamo sees no thread's own values
 
 
-tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+tracing: Callable[[], bool] = _find("_C._is_tracing", getattr(torch.jit, "is_tracing", None))
 """Whether torch.jit.trace, or the ONNX exporter that is built on it, records."""
-if torch.__version__ >= "2.13":  # Dynamo up to 2.11 does not trace what costs a third of that
-    tracing = _find("_C._is_tracing", tracing)
 
 _tracer: Callable[[], Any] = _find("_C._get_tracing_state", lambda: None)
 _set_tracer: Callable[[Any], None] = _find("_C._set_tracing_state", lambda state: None)
