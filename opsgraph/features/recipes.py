@@ -129,21 +129,23 @@ class StageRecipe:
             scales = [scales[k] for k in self.order]
         if not grad:
             return whole.silent, scales
-        return whole.forward, (*scales, *seen_by(self.every, FORWARD))
+        return whole.forward, (*scales, *seen_by(self.every, FORWARD, alone=True))
 
     def after(self, ctx: Any, plan: Plan, outputs: Any, saved: Any) -> tuple[Any, Any]:
         """After a forward: its outputs, and what it saves. Its amaxes are noted."""
         if plan.specs.reports and not ctx.joined:
             outputs = self.record(plan, outputs, True)
-        ctx.moment = moment(self.number, self.every) if saved_hooks() else None
+        unhooked = (ctx.joined and self.every) or not saved_hooks()
+        ctx.moment = None if unhooked else moment(self.number, self.every)
         return outputs, saved if ctx.moment is None else (ctx.moment, *saved)
 
     def backward(self, plan: Plan) -> tuple[Any, Sequence[Tensor]]:
         """What runs the backward after such a forward, and where it notes amaxes."""
-        run = plan.joined.backward
+        run, first = plan.joined.backward, plan.specs.first_weight
         if run is None:
             return plan.passes.backward, ()
-        return run, self.seen_gradients(plan)
+        states: Any = [self.slots[k - first][0] for k in plan.specs.reported]
+        return run, seen_by(states, BACKWARD)
 
     def prepare(self, plan: Plan, weights: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """The parts of the quantized weights, which the plan's forward takes behind the weights."""

@@ -22,7 +22,7 @@ from ..guards.torch_private import graph_task
 from ..guards.validation import flag
 from .delayed import Scaling, scaling_of
 from .recipe import DelayedScaling, Recipe, recipe_of
-from .tapes import recomputing, tapes
+from .tapes import tapes
 from .updates import catch_up, serving, update_backward, update_forward
 
 
@@ -43,10 +43,10 @@ class Active(threading.local):
         self.first_microbatch: bool | None = None
         """True: keep quantized weights for the microbatches that follow; False: use those."""
 
-    def push(self, context: Any) -> None:
+    def push(self, context: Any, compiling: bool = False) -> None:
         """Open a context: the innermost counts."""
         self.stack = (*self.stack, context)
-        self.tasks = (*self.tasks, -1 if torch.compiler.is_compiling() else graph_task())
+        self.tasks = (*self.tasks, -1 if compiling else graph_task())
         self.key = context.key
 
     def pop(self, context: Any) -> None:
@@ -115,14 +115,15 @@ class autocast:
         self.group = amax_reduction_group
 
     def __enter__(self) -> autocast:
+        compiling = torch.compiler.is_compiling()
         if isinstance(self.recipe, DelayedScaling):
-            if torch.compiler.is_compiling():
+            if compiling:
                 raise OpsgraphError(
                     "autocast: got DelayedScaling inside a compiled function, expected the context "
                     "around its call, where it can update all scales at once"
                 )
             _open(self.recipe, self.group)
-        active.push(self)
+        active.push(self, compiling)
         return self
 
     def __exit__(
@@ -158,7 +159,7 @@ class autocast:
 def _open(recipe: DelayedScaling, group: Any) -> None:
     """Count a context of a delayed recipe; the outermost updates the scales of gradients."""
     tapes.turns += 1
-    context, again = active.delayed.get(recipe.key), recomputing()
+    context, again = active.delayed.get(recipe.key), graph_task() != -1
     if context is not None or again:
         serving(recipe)
     if context is None:
@@ -177,7 +178,7 @@ def _close(recipe: DelayedScaling) -> None:
     context.depth -= 1
     if context.depth == 0:
         del active.delayed[recipe.key]
-        if torch.is_grad_enabled() and not recomputing():
+        if torch.is_grad_enabled() and graph_task() == -1:
             update_forward(recipe, context.group)
     if active.delayed and active.key in active.delayed:  # the innermost again
         serving(recipe_of(active.key))  # type: ignore[arg-type]

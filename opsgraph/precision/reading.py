@@ -18,22 +18,20 @@ from .tapes import tapes
 
 
 def usual() -> bool:
-    """Whether that is so."""
-    return (
-        not torch.compiler.is_compiling()
-        and graph_task() == -1
-        and not tapes.recording
-        and tapes.replaying is None
-        and ops_alone()
-    )
+    """Whether that is so, and nothing compiles."""
+    return not torch.compiler.is_compiling() and _unwatched()
+
+
+def _unwatched() -> bool:
+    return graph_task() == -1 and not tapes.recording and tapes.replaying is None and ops_alone()
 
 
 def fixed_of(states: Iterable[Scaling]) -> list[Tensor] | None:
-    """The scales of states, fp32 `[3]` each, as of one update; see `Scaling.fixed`.
+    """The scales of states, fp32 `[3]` each, as of one update; for calls that nothing compiles.
 
     None where each state has to be asked, see `Scaling.read`.
     """
-    if not usual():
+    if not _unwatched():
         return None
     current, found = None, list[Tensor]()
     rows: Sequence[Tensor] = ()
@@ -61,9 +59,9 @@ def taken_by(states: Sequence[Scaling], grad: bool) -> None:
         host["recorded"] = grad
 
 
-def seen_by(states: Sequence[Scaling], name: str) -> list[Tensor]:
-    """A buffer of amaxes of each state; see `Scaling.seen`."""
-    plain = ops_alone()
+def seen_by(states: Sequence[Scaling], name: str, alone: bool | None = None) -> list[Tensor]:
+    """A buffer of amaxes of each state; see `Scaling.seen`. alone: `ops_alone`, if it is known."""
+    plain = ops_alone() if alone is None else alone
     found = []
     for state in states:
         host = state.__dict__

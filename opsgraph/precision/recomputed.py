@@ -27,7 +27,7 @@ from ..base.errors import OpsgraphError
 from ..guards.torch_private import dispatch_modes, graph_task, saved_hooks
 from .autocast import active
 from .delayed import Scaling
-from .tapes import Replay, Tape, recomputing, tapes
+from .tapes import Replay, Tape, tapes
 
 
 def _lost(part: str) -> OpsgraphError:
@@ -42,7 +42,7 @@ def follow(last: int | None) -> int | None:
 
     Raises OpsgraphError for a reentrant checkpoint's recomputation in another one.
     """
-    if not recomputing():
+    if graph_task() == -1:
         return last if torch.is_grad_enabled() else active.key
     if last != active.key and tapes.replaying is None and torch.is_grad_enabled():
         inside = active.tasks and active.tasks[-1] == graph_task()  # its function has a context

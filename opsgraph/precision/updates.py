@@ -169,9 +169,9 @@ def _as_before(states: Sequence[Scaling], recipe: DelayedScaling, names: Sequenc
     if again is None or torch.is_inference_mode_enabled() or not ops_alone():
         return False
     buffers = _all_buffers(states)
-    if {*map(type, buffers)} != {Tensor} or capturing(again.device):
+    if {*map(type, buffers)} != {Tensor} or _where(buffers) != again[2:]:
         return False
-    if _where(buffers) != again[2:]:
+    if again.device.type == "cuda" and capturing(again.device):
         return False
     with config.lock:  # other threads may run under the recipe
         _hold(states, Fixed(again.update(None), len(states)), FORWARD in names)

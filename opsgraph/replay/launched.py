@@ -43,7 +43,7 @@ class _Native:
         device = tensors[0].device
         every = [(0, event) for event in events]
         self.program = program(every, lambda place: (place.buffer, place.offset), 0, device)
-        names = [f"p{k}" for k in range(len(tensors))]
+        names, given = ([f"{kind}{k}" for k in range(len(tensors))] for kind in "pt")
         aligned = [n for n, t in zip(names, tensors, strict=True) if t.data_ptr() % ALIGNED == 0]
         tests = [f"min({', '.join(names)}, {PAGE}) < {PAGE}"]
         if aligned and not anywhere:
@@ -59,7 +59,8 @@ class _Native:
             namespace["current"] = torch._C._cuda_getDevice
             tests.insert(0, f"current() != {device.index}")
         source = f"""def launched(tensors):
-    {", ".join(names)}, = [tensor.data_ptr() for tensor in tensors]
+    {", ".join(given)}, = tensors
+    {", ".join(names)} = {", ".join(f"{name}.data_ptr()" for name in given)}
     if {" or ".join(tests)}:
         return False
     failed = replay(start, pack({", ".join(names)}), {stream})
