@@ -111,40 +111,37 @@ PAIRS = 8
 
 
 @triton.jit
-def _raise(seen, amax):
-    if seen is not None:
-        tl.debug_barrier()  # it may be the one before
+def _raise(seen, amax, there):
+    tl.debug_barrier()  # it may be the one before
+    if there:
         old, new = tl.load(seen), tl.load(amax)
         tl.store(seen, tl.where((new > old) | (new != new), new, old))
 
 
-@triton.jit(do_not_specialize_on_alignment=[*range(2 * PAIRS)])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=[*range(2 * PAIRS)])
 def raise_kernel(
-    s0, s1, s2, s3, s4, s5, s6, s7, a0, a1, a2, a3, a4, a5, a6, a7
+    s0, s1, s2, s3, s4, s5, s6, s7, a0, a1, a2, a3, a4, a5, a6, a7, count
 ):  # fmt: skip
-    _raise(s0, a0)
-    _raise(s1, a1)
-    _raise(s2, a2)
-    _raise(s3, a3)
-    _raise(s4, a4)
-    _raise(s5, a5)
-    _raise(s6, a6)
-    _raise(s7, a7)
+    _raise(s0, a0, count > 0)
+    _raise(s1, a1, count > 1)
+    _raise(s2, a2, count > 2)
+    _raise(s3, a3, count > 3)
+    _raise(s4, a4, count > 4)
+    _raise(s5, a5, count > 5)
+    _raise(s6, a6, count > 6)
+    _raise(s7, a7, count > 7)
 
 
 def raise_to(seen: Sequence[Tensor], amaxes: Sequence[Tensor]) -> None:
     """Write the larger of both, or a NaN, to each of `seen`, fp32 `[]`, one after the other."""
     for first in range(0, len(seen), PAIRS):
         some, others = seen[first : first + PAIRS], amaxes[first : first + PAIRS]
-        count = len(some)
-        key = "raise", some[0].device, count
+        key = "raise", some[0].device, len(some)
         launching.run(key, _raise_some, [*some, *others], anywhere=True)
 
 
 def _raise_some(*tensors: Tensor) -> None:
     count = len(tensors) // 2
-    nothing = [None] * (PAIRS - count)
+    both = ([*side, *[side[0]] * (PAIRS - count)] for side in (tensors[:count], tensors[count:]))
     with on_device_of(tensors[0]):
-        launch(
-            raise_kernel, (1,), *tensors[:count], *nothing, *tensors[count:], *nothing, num_warps=1
-        )
+        launch(raise_kernel, (1,), *(each for side in both for each in side), count, num_warps=1)
