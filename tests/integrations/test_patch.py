@@ -32,6 +32,16 @@ class RoundingNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class Weightless(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
+
+
 class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -87,13 +97,13 @@ class Before(nn.Module):
         self.norm2, self.mlp = norm(H), mlp or Gated()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + torch.tanh(self.attention(self.norm1(x)))
+        x = x + torch.sin(self.attention(self.norm1(x)))
         return x + self.mlp(self.norm2(x))
 
 
 class After(Before):
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(x + torch.tanh(self.attention(x)))
+        x = self.norm1(x + torch.sin(self.attention(x)))
         return self.norm2(x + self.mlp(x))
 
 
@@ -111,7 +121,7 @@ class Sandwich(Before):
 class Shared(Before):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm1(x)
-        return self.mlp(h) + torch.tanh(self.attention(h)) + x
+        return self.mlp(h) + torch.sin(self.attention(h)) + x
 
 
 class Scaled(Before):
@@ -119,10 +129,37 @@ class Scaled(Before):
         return x + 0.5 * self.mlp(self.norm2(x))
 
 
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.lambda1
+
+
+class LayerScaled(Before):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = Scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.mlp(self.norm2(x))) + x
+
+
+class OwnScale(Before):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma * self.mlp(self.norm2(x)) + x
+
+
 class InPlace(Before):
     def forward(self, x: Tensor) -> Tensor:
         y = self.mlp(self.norm2(x))
-        y += torch.tanh(self.attention(x))
+        y += torch.sin(self.attention(x))
         return y + x
 
 
@@ -170,6 +207,9 @@ _GATED = "RMSNorm, Linear(gate, up), SwiGLU, Linear"
 _WIRINGS = {
     "gated": (Before, f"residual({_GATED})"),
     "merged": (lambda: Before(Merged()), "residual(RMSNorm, Linear, GEGLU, Linear)"),
+    "swapped": (
+        lambda: Before(Merged(swapped=True)), "residual(RMSNorm, Linear, GEGLU, Linear)"
+    ),
     "plain": (
         lambda: Before(Plain(), nn.LayerNorm), "residual(LayerNorm, Linear, GELU, Linear)"
     ),
@@ -185,7 +225,12 @@ _WIRINGS = {
     "sandwich": (Sandwich, f"residual({_GATED}, RMSNorm)"),
     "shared": (Shared, "Linear(gate, up), SwiGLU, Linear, add, add"),
     "scaled": (Scaled, f"residual({_GATED}, ConstantScale)"),
-    "in place": (InPlace, _GATED),
+    "without weight": (
+        lambda: Before(Plain(), Weightless), "residual(RMSNorm, Linear, GELU, Linear)"
+    ),
+    "vector": (LayerScaled, f"residual({_GATED}, LayerScale)"),
+    "own vector": (OwnScale, f"residual({_GATED}, LayerScale)"),
+    "in place": (InPlace, f"residual({_GATED}, add)"),
 }  # fmt: skip
 
 
@@ -225,14 +270,17 @@ def test_a_plan_runs_and_the_modules_do_not(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_in_bf16_the_error_is_not_larger_than_the_models() -> None:
     model = Model(count=1)
-    exact = _results(copy.deepcopy(model).double(), X.double())
+    x = torch.randn(400, H, generator=torch.Generator().manual_seed(5))
+    exact = _results(copy.deepcopy(model).double(), x.double())
     model.bfloat16()
-    own = _results(model, X.bfloat16())
+    own = _results(model, x.bfloat16())
     report = _patched(model)
     assert f"residual({_GATED})" in _found(report)
-    for ours, theirs, right in zip(_results(model, X.bfloat16()), own, exact, strict=True):
-        error = float((ours - right).norm())
-        assert error <= 1.1 * float((theirs - right).norm()) + 1e-3 * float(right.norm())
+    ratios = []
+    for ours, theirs, right in zip(_results(model, x.bfloat16()), own, exact, strict=True):
+        error, before = (float((each - right).abs().mean()) for each in (ours, theirs))
+        ratios.append(error / before)
+    assert sum(ratios) / len(ratios) <= 1.1
 
 
 def test_a_cast_after_patching_runs_plans_or_the_modules() -> None:
@@ -544,3 +592,25 @@ def test_a_hook_on_a_whole_mlp_and_a_parametrization_count() -> None:
         down = each.layers[1].mlp.down_proj
         parametrize.register_parametrization(down, "weight", nn.Tanh())
     _same(_results(model), _results(plain))
+
+
+SHARED = nn.GELU()
+
+
+def test_a_module_of_all_models_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.modules.activation, "shared", SHARED, raising=False)
+    for _ in range(2):
+        report = _patched(Model(lambda: Before(Plain(SHARED))))
+        assert "residual(RMSNorm, Linear, GELU, Linear)" in _found(report)
+        assert "forward" not in SHARED.__dict__
+
+
+def test_a_model_that_draws_random_numbers_is_compared_with_the_same() -> None:
+    class Noisy(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + torch.rand_like(x))
+
+    model = Noisy()
+    state = torch.get_rng_state()
+    assert _patched(model).difference < 1e-5
+    assert torch.equal(torch.get_rng_state(), state)

@@ -13,16 +13,24 @@ from ...op import Op
 from ...ops.activations import (
     GEGLU,
     GELU,
+    GLU,
     QGEGLU,
     QGELU,
+    Gated,
+    Hardswish,
+    Mish,
     ReGLU,
     ReLU,
+    ReLU6,
+    Sigmoid,
     SiLU,
     SReGLU,
     SReLU,
     SwiGLU,
+    Tanh,
 )  # fmt: skip
 from ...ops.elementwise import ConstantScale
+from ...ops.layer_scale import LayerScale
 from ...ops.linear import Linear
 from ...ops.residual import Add, Tee
 from .states import State, is_activation, is_kind
@@ -32,8 +40,19 @@ _FUNCTIONS: dict[str, Callable[[], Op]] = {
     "gelu_erf": lambda: GELU("none"),
     "gelu_tanh": GELU,
     "relu": ReLU,
+    "relu6": ReLU6,
+    "hardswish": Hardswish,
+    "mish": Mish,
+    "sigmoid": Sigmoid,
+    "tanh": Tanh,
 }
-_GATED: dict[type[Op], type[Op]] = {SiLU: SwiGLU, ReLU: ReGLU, SReLU: SReGLU, QGELU: QGEGLU}
+_GATED: dict[type[Op], type[Op]] = {
+    SiLU: SwiGLU,
+    ReLU: ReGLU,
+    SReLU: SReGLU,
+    QGELU: QGEGLU,
+    Sigmoid: GLU,
+}
 
 
 class CannotBuild(Exception):
@@ -54,8 +73,8 @@ class Transposed(nn.Module):
         return super().__getattr__(name)
 
 
-Places = dict[nn.Module, nn.Module]
-"""Modules in whose place others are read, as copies in a proof."""
+Places = dict[Any, nn.Module]
+"""By unit or vector, modules in whose place others are read, as copies in a proof."""
 
 
 def ops_of(state: State, places: Places | None = None) -> list[Op]:
@@ -88,6 +107,11 @@ class _Builder:
             return [*before, self._module(what)]
         if kind == "function":
             return [*before, _FUNCTIONS[what]()]
+        if kind == "vector":
+            width = what.now().shape[0]
+            home = self.places.get(what, what.module)
+            scale = LayerScale(width, device="meta").borrow(home, weight=what.attribute)
+            return [*before, scale]
         return [*before, ConstantScale(what) if kind == "scale" else Add()]
 
     def _residual(self, state: State, earlier: State | None) -> list[Op]:
@@ -96,7 +120,7 @@ class _Builder:
 
     def _module(self, unit: Any) -> Op:
         op: Op = unit.leaf.make()
-        module = self.places.get(unit.module, unit.module)
+        module = self.places.get(unit, unit.module)
         for own, theirs in unit.leaf.names.items():
             transposed = unit.leaf.transposed and own == "weight"
             op.borrow(Transposed(module) if transposed else module, **{own: theirs})
@@ -110,22 +134,20 @@ class _Builder:
             if source is None:
                 continue
             if source.step.kind == up.step.kind == "half" and source.inputs == up.inputs:
-                if source.step.what == 1:
-                    raise CannotBuild("the gate is the second half")
-                return [*self.ops(source.inputs[0], base), self._gate(gate)]
+                gated = self._gate(gate, gate_second=source.step.what == 1)
+                return [*self.ops(source.inputs[0], base), gated]
             if _is_linear(source) and _is_linear(up) and source.inputs == up.inputs:
                 before = self.ops(source.inputs[0], base)
                 return [*before, self._joined(source.step.what, up.step.what), self._gate(gate)]
         raise CannotBuild("a product is not that of a gate and a value")
 
-    def _gate(self, state: State) -> Op:
+    def _gate(self, state: State, **options: bool) -> Op:
         kind, what = state.step
-        op = what.leaf.make() if kind == "module" else _FUNCTIONS[what]()
+        op: Any = what.leaf.make() if kind == "module" else _FUNCTIONS[what]()
         if isinstance(op, GELU):
-            return GEGLU(op.approximate)
-        if type(op) not in _GATED:
-            raise CannotBuild(f"no op gates by {type(op).__name__}")
-        return _GATED[type(op)]()
+            return GEGLU(op.approximate, **options)
+        kind_of = _GATED.get(type(op))
+        return Gated(op, **options) if kind_of is None else kind_of(**options)
 
     def _joined(self, gate: Any, up: Any) -> Op:
         if gate.leaf.transposed or up.leaf.transposed:
@@ -134,7 +156,7 @@ class _Builder:
         bias = "bias" in gate.leaf.names
         if (one.in_features, bias) != (other.in_features, "bias" in up.leaf.names):
             raise CannotBuild("gate and up differ in width or bias")
-        modules = [self.places.get(unit.module, unit.module) for unit in (gate, up)]
+        modules = [self.places.get(unit, unit.module) for unit in (gate, up)]
         rows = one.out_features + other.out_features
         op = Linear(one.in_features, rows, bias=bias, device="meta")
         names = {"weight": "weight"} | ({"bias": "bias"} if bias else {})

@@ -77,9 +77,10 @@ class Unit:
         if type(x) is not Tensor or x.is_meta:
             return False
         if self.book.learning is not None:
-            return True
+            return self.leaf.width is None or x.shape[-1] == self.leaf.width
         return (
             self.first is not None
+            and (self.leaf.width is None or x.shape[-1] == self.leaf.width)
             and x.dtype in self.book.dtypes
             and not torch.is_autocast_enabled(x.device.type)
             and not any(self.watched)
@@ -132,6 +133,8 @@ class Deferred(Tensor):
     extras: tuple[Tensor, ...]
     book: Book
     value: Tensor | None
+    total: Tensor | None
+    """What it became by `+=`."""
     versions: list[int]
     grad_mode: bool
     __torch_dispatch__: Any
@@ -145,14 +148,14 @@ class Deferred(Tensor):
             Deferred, (*root.shape[:-1], width), dtype=dtype, device=root.device
         )
         made.state, made.root, made.parents, made.extras = state, root, parents, extras
-        made.book, made.value = book, None
+        made.book, made.value, made.total = book, None, None
         made.versions = [*map(version, (root, *extras))]
         made.grad_mode = torch.is_grad_enabled()
         return made  # type: ignore[no-any-return]
 
     def further(self, step: Step, *more: Any, extra: Tensor | None = None) -> Any:
         """The value after a step, which may read more Deferreds; None where it is not proven."""
-        if self.grad_mode is not torch.is_grad_enabled():
+        if self.grad_mode is not torch.is_grad_enabled() or self.total is not None:
             return None
         states = [d if d is None else d.state for d in more]
         state = self.state.next.get((step, *states))
@@ -181,6 +184,8 @@ class Deferred(Tensor):
         """The value."""
         if self.book.learning is not None:
             self.book.learning.read(self)
+        if self.total is not None:
+            return computed(self.total)  # type: ignore[no-any-return]
         if self.value is None:
             if why := self.stale():
                 units = ", ".join(unit.name for unit in units_of(self.state))
@@ -245,6 +250,18 @@ def _add(a: Any, b: Any, **options: Any) -> Any:
     return None
 
 
+def _add_in_place(a: Any, b: Any, **options: Any) -> Any:
+    """`a += b` as `a + b`; whoever still holds a gets the sum, as it was."""
+    if type(a) is not Deferred or type(b) is Deferred:
+        return None
+    if a.value is not None and a.book.learning is None:
+        return None
+    found = _add(a, b, **options)
+    if found is not None:
+        a.total = found
+    return found
+
+
 def _multiply(a: Any, b: Any) -> Any:
     if type(a) is not Deferred:
         a, b = b, a
@@ -252,7 +269,16 @@ def _multiply(a: Any, b: Any) -> Any:
         if a.root is not b.root or a.extras or b.extras:
             return None
         return a.further(Step("product"), b)
-    return a.further(Step("scale", float(b))) if type(b) in (int, float) else None
+    if type(b) in (int, float):
+        return a.further(Step("scale", float(b)))
+    if type(b) is not nn.Parameter or b.ndim != 1 or b.shape[-1] != a.shape[-1]:
+        return None
+    steps = [step for step, *_ in a.state.next if step.kind == "vector"]
+    step = next((step for step in steps if step.what.now() is b), None)
+    if step is None and a.book.learning is not None:
+        vector = a.book.learning.vector(b)
+        step = None if vector is None else Step("vector", vector)
+    return None if step is None else a.further(step)
 
 
 def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
@@ -300,11 +326,17 @@ def _same(x: Any, *args: Any, **kwargs: Any) -> Any:
 
 _FOLLOWED: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.add, torch.add, Tensor.__radd__), _add),
+    **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _add_in_place),
     **dict.fromkeys((Tensor.mul, torch.mul), _multiply),
     functional.dropout: _dropout,
     torch.dropout: _dropout,
     functional.silu: _function("silu"),
     functional.gelu: _gelu,
+    functional.relu6: _function("relu6"),
+    functional.hardswish: _function("hardswish"),
+    functional.mish: _function("mish"),
+    **dict.fromkeys((functional.sigmoid, torch.sigmoid, Tensor.sigmoid), _function("sigmoid")),
+    **dict.fromkeys((functional.tanh, torch.tanh, Tensor.tanh), _function("tanh")),
     **dict.fromkeys((functional.relu, torch.relu, Tensor.relu), _function("relu")),
     **dict.fromkeys((Tensor.chunk, torch.chunk), _chunk),
     **dict.fromkeys((Tensor.split, torch.split), _split),

@@ -46,10 +46,13 @@ def examples(model: nn.Module) -> Iterator[dict[str, Any]]:
         if "input_ids" in names:
             yield {"input_ids": tokens(text), **pixels, **options}
         yield {**pixels, **decoder, **options}
+        frames = getattr(config, "num_frames", None) or 8
+        yield {"pixel_values": floats(1, frames, channels, high, wide)}
     for name in ("input_features", "input_values"):
         if name in names:
-            bins = getattr(config, "num_mel_bins", None) or getattr(config, "num_mel_bins", 80)
-            for sizes in ((1, bins, 2 * _positions(config)), (1, 64, bins), (1, 4000)):
+            bins = getattr(config, "num_mel_bins", None) or 80
+            length = 2 * _positions(config)
+            for sizes in ((1, bins, length), (1, 64, bins), (1, 4000), (1, 1, 4000)):
                 yield {name: floats(*sizes), **decoder, **options}
     for name in ("hidden_states", "inputs_embeds", "x", "input"):
         if name in names:

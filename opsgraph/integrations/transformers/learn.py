@@ -10,9 +10,9 @@ from weakref import ref
 from torch import Tensor, nn
 
 from .deferred import Book, Deferred, Unit, original, version
-from .states import State, all_states, units_of
+from .states import State, Vector, all_states, units_of
 
-MOST = 12
+MOST = 30
 """Runs until nothing changes any more; each settles at least one value."""
 
 
@@ -26,8 +26,8 @@ class Learning:
     drops: whether dropout counts as a step that no plan contains, as it does in training.
     """
 
-    def __init__(self, drops: bool) -> None:
-        self.drops = drops
+    def __init__(self, model: nn.Module, vectors: dict[int, Vector], drops: bool) -> None:
+        self.model, self.vectors, self.drops = model, vectors, drops
         self.made: list[Noted] = []
 
     def reached(
@@ -49,6 +49,16 @@ class Learning:
         found.noted = noted  # type: ignore[attr-defined]
         self.made.append(noted)
         return value if state.eager else found
+
+    def vector(self, parameter: Tensor) -> Vector | None:
+        """Where a parameter is held."""
+        if id(parameter) not in self.vectors:
+            for name, module in self.model.named_modules():
+                for attribute, held in module._parameters.items():
+                    if held is parameter:
+                        vector = Vector(f"{name}.{attribute}", module, attribute)
+                        self.vectors[id(parameter)] = vector
+        return self.vectors.get(id(parameter))
 
     def read(self, deferred: Deferred) -> None:
         """The model reads a value."""
@@ -166,18 +176,23 @@ def learn(
     """
     hooks = [module.register_forward_hook(_leaves) for module in boundaries(model, units)]
     try:
-        _learn(book, units, run, prove)
+        _learn(model, book, units, run, prove)
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def _learn(
-    book: Book, units: Sequence[Unit], run: Callable[[], Any], prove: Callable[[Noted], str | None]
+    model: nn.Module,
+    book: Book,
+    units: Sequence[Unit],
+    run: Callable[[], Any],
+    prove: Callable[[Noted], str | None],
 ) -> None:
     quiet, drops = 0, False
+    vectors: dict[int, Vector] = {}
     for _ in range(MOST):
-        book.learning = Learning(drops)
+        book.learning = Learning(model, vectors, drops)
         try:
             result = run()  # what is still there after it has left the model
             finals, changed = _settle(book.learning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -13,14 +14,29 @@ from torch.nn import functional
 
 from ...features.convert import is_untouched
 from ...op import Op
-from ...ops.activations import GELU, QGELU, ReLU, SiLU, SReLU
+from ...ops.activations import (
+    GELU,
+    QGELU,
+    ClippedGELU,
+    Hardswish,
+    LeakyReLU,
+    Mish,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    SReLU,
+    Tanh,
+)  # fmt: skip
 from ...ops.linear import Linear
 from ...ops.norms import LayerNorm, RMSNorm
 
 _EPS = 1e-5, 1e-6, 1e-8, 1e-12, 1e-7, 0.0
 _BIAS = "bias", "beta", "b"
 _ACTIVATIONS: tuple[tuple[type[Op], tuple[Any, ...]], ...] = (
-    (SiLU, ()), (GELU, ("none",)), (GELU, ()), (QGELU, ()), (ReLU, ()), (SReLU, ()),
+    (SiLU, ()), (GELU, ("none",)), (GELU, ()), (QGELU, ()), (ReLU, ()), (SReLU, ()), (ReLU6, ()),
+    (Hardswish, ()), (Mish, ()), (ClippedGELU, ()), (Sigmoid, ()), (Tanh, ()), (LeakyReLU, ()),
+    (LeakyReLU, (0.2,)), (LeakyReLU, (0.1,)),
 )  # fmt: skip
 _ROUNDINGS = None, "input", "weight"
 _GAINS: tuple[dict[str, Any], ...] = (
@@ -48,6 +64,8 @@ class Leaf:
     options: dict[str, Any]
     names: dict[str, str]
     transposed: bool = False
+    width: int | None = None
+    """Of what it takes; None for any."""
 
     def make(self) -> Any:
         """The op, without parameters."""
@@ -76,8 +94,14 @@ def leaf_of(module: nn.Module, known: dict[Any, Any]) -> Leaf | None:
         return None
     if not parameters and isinstance(module, nn.Dropout | nn.Identity | nn.ModuleList):
         return None
+    if not parameters and any(
+        module is v for v in vars(sys.modules[type(module).__module__]).values()
+    ):
+        return None  # a module of all models, as transformers' gelu
     if any(not p.is_floating_point() for p in parameters.values()):
         raise Refused("its weight is quantized")
+    if any(buffer is not None for buffer in module._buffers.values()):
+        return None
     if not is_untouched(module):
         raise Refused("it has hooks or a forward of its own")
     attributes = {
@@ -109,11 +133,12 @@ def _linear(module: nn.Module, parameters: dict[str, Tensor]) -> Leaf | None:
     if type(module) is nn.Linear:
         out, width = weight.shape
         options = {"bias": bias is not None, "device": "meta"}
-        return Leaf("linear", Linear, (width, out), options, names)
+        return Leaf("linear", Linear, (width, out), options, names, False, width)
     for transposed in (False, True):
         matrix = weight.t() if transposed else weight
         out, width = matrix.shape
-        x = torch.randn(2, 3, width, device=weight.device).to(weight.dtype)
+        probe = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))
+        x = probe.to(weight.device, weight.dtype)
         try:
             y = module(x)
         except Exception:  # whatever it raises, it is no linear layer of this layout
@@ -123,22 +148,25 @@ def _linear(module: nn.Module, parameters: dict[str, Tensor]) -> Leaf | None:
         same = type(y) is Tensor and y.shape == z.shape and y.dtype == z.dtype
         if same and torch.allclose(y.double(), z.double(), near, near * float(z.abs().max())):
             options = {"bias": bias is not None, "device": "meta"}
-            return Leaf("linear", Linear, (width, out), options, names, transposed)
+            return Leaf("linear", Linear, (width, out), options, names, transposed, width)
     return None
 
 
-def _plain(op: Op, x: Tensor) -> Tensor:
-    constants = [op.constant(name, None) for name in ("kernel", "params")]  # type: ignore[arg-type]
-    return op.fwd(x, *constants)[0]
+def _plain(op: Any, x: Tensor) -> Tensor:
+    kernel, params, _ = op.function
+    return op.fwd(x, kernel, params)[0]  # type: ignore[no-any-return]
 
 
 def _activation(module: nn.Module) -> Leaf | None:
     x = torch.cat([torch.linspace(-14, 14, 561), torch.tensor([-90.0, 50.0, 1e-3])])
     x = x.reshape(2, 6, 47)
+    given = x.clone()
     try:
-        y = module(x.clone())
+        y = module(given)
     except Exception:  # whatever it raises, it is no activation
         return None
+    if not torch.equal(given, x):
+        raise Refused("it changes its input in place")
     if type(y) is not Tensor or y.shape != x.shape or y.dtype != x.dtype:
         return None
     for op, arguments in _ACTIVATIONS:
@@ -158,6 +186,7 @@ def _norm(module: nn.Module, parameters: dict[str, Tensor]) -> Leaf | None:
     rows = torch.randn(48, width, generator=probe) + 0.3
     for k, size in enumerate((30, 1e-2, 1e-3, 1e-4)):
         rows[8 * k : 8 * k + 8] *= size
+    rows = rows.view(3, 16, width)  # of norms over other dimensions than the last, none takes it
     values = {n: torch.randn(width, generator=probe) * 0.3 + 0.7 for n in names}
     exact = _run(module, names, values, rows, torch.float32)
     if exact is None:
@@ -170,7 +199,9 @@ def _norm(module: nn.Module, parameters: dict[str, Tensor]) -> Leaf | None:
             y is None or _near(y, _op_run(op, _cast(values, w), rows.to(d)), 0.02)
             for (_, w), (d, y) in zip(_DTYPES, runs, strict=True)
         ):
-            return Leaf("norm", type(op), (op.normalized_shape, op.eps), _options(op), names)
+            own = width if parameters else None
+            arguments = own, op.eps
+            return Leaf("norm", type(op), arguments, _options(op), names, False, own)
     return None
 
 
@@ -211,7 +242,9 @@ def _run(
 def _op_run(op: Any, values: dict[str, Tensor], x: Tensor) -> Tensor:
     parameters = [values.get(name) for name in op.names]
     gamma = op.constant("zero_centered_gamma", None)
-    return op.fwd(x, *parameters, op.eps, gamma, op.normalized_dtype)[0]  # type: ignore[no-any-return]
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor = op.fwd(rows, *parameters, op.eps, gamma, op.normalized_dtype)[0]
+    return y.view(x.shape)
 
 
 def _near(y: Tensor, z: Tensor, tolerance: float) -> bool:

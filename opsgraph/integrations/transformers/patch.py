@@ -6,6 +6,7 @@ import os.path
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def _patched(
         unit.install()
 
     def run() -> Any:
-        with torch.enable_grad():
+        with _seeded(), torch.enable_grad():
             return model(**given)
 
     learn(model, book, book.units, run, prover)
@@ -135,7 +136,7 @@ def _watch(model: nn.Module, book: Book) -> None:
         if unit.first is None:
             continue
         units = {u: None for state in all_states([unit]) for u in units_of(state)}
-        names = [u.name for u in units]
+        names = [u.name for u in units if isinstance(u, Unit)]
         shared = _shared(names)
         inside = {
             name.rsplit(".", k)[0] for name in names for k in range(name.count(".") + 1)
@@ -146,8 +147,16 @@ def _watch(model: nn.Module, book: Book) -> None:
 
 
 def _outputs(model: nn.Module, given: dict[str, Any]) -> list[Tensor]:
-    with torch.no_grad():
+    with _seeded(), torch.no_grad():
         return list(_tensors(model(**given)))
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """The same random numbers in each run, and the caller's unchanged."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ...base.errors import OpsgraphError
 from ...plan import Plan
 from ...run.sequential import Sequential
-from .build import CannotBuild, ops_of
-from .deferred import original
+from .build import CannotBuild, Places, ops_of
+from .deferred import Unit, original
 from .learn import Noted
-from .states import State, units_of
+from .states import State, Vector, units_of
 
 ROWS = 24
 DRAWS = 32
@@ -80,8 +80,8 @@ class Prover:
         for dtype in self.dtypes:
             try:
                 reason = _compare(noted, dtype, proof)
-            except OpsgraphError as error:
-                reason = str(error)
+            except Exception as error:  # whatever either raises, the plan is not taken
+                reason = f"{type(error).__name__}: {error}"
             if reason is not None:
                 proof.reason = f"{dtype}".removeprefix("torch.") + f": {reason}"
                 return proof
@@ -92,12 +92,12 @@ def _shown(state: State) -> list[str]:
     shown: list[str] = []
     for op in ops_of(state):
         name = type(op).__name__
-        homes = getattr(next(iter(op._homes.values()), (None,))[0], "layers", None)
-        if homes is not None and len(homes) > 1:
+        home = next(iter(op._homes.values()), (None,))[0]
+        if len(getattr(home, "layers", ())) > 1:
             name += "(gate, up)"
-        shown.append({"Tee": "residual(", "Add": "add"}.get(name, name))
-    if "residual(" in shown:
-        shown[shown.index("add")] = ")"
+        if name == "Add":
+            name = "add" if op.channels["other"] is None else ")"
+        shown.append("residual(" if name == "Tee" else name)
     return shown
 
 
@@ -118,14 +118,18 @@ def _signature(state: State, noted: Noted) -> tuple[Any, ...]:
             return numbers[state]
         numbers[state] = len(numbers)
         kind, what = state.step
-        shown = order[what] if kind == "module" else what
+        shown = order[what] if kind in ("module", "vector") else what
         return kind, shown, *map(step, state.inputs)
 
     leaves = [
-        (id(unit.leaf), *[(tuple(p.shape), p.dtype, p.device) for p in unit.module.parameters()])
-        for unit in order
+        (id(getattr(unit, "leaf", None)), *[(tuple(p.shape), p.dtype, p.device) for p in held])
+        for unit, held in ((unit, _held(unit)) for unit in order)
     ]
     return step(state), *leaves, noted.root.shape[-1]
+
+
+def _held(unit: Any) -> list[Tensor]:
+    return [unit.now()] if isinstance(unit, Vector) else list(unit.module.parameters())
 
 
 def _examples(noted: Noted, dtype: torch.dtype, draw: int) -> list[Tensor]:
@@ -230,37 +234,50 @@ class Errors:
         return (self.mine + floor) / (self.own + floor) if self.own + floor else 1.0
 
 
-def _copies(units: Sequence[Any], dtype: torch.dtype) -> dict[nn.Module, nn.Module]:
-    """Copies of modules in a dtype; parameters that are not of the most common one stay wider."""
-    found = {}
+def _copies(units: Sequence[Any], dtype: torch.dtype) -> Places:
+    """Copies of what holds the parameters of units and vectors, in a dtype."""
+    found: Places = {}
     for unit in units:
-        forward = unit.module.__dict__.pop("forward", None)
-        try:
-            found[unit.module] = copy.deepcopy(unit.module).to(dtype).eval()
-        finally:
-            if forward is not None:
-                unit.module.__dict__["forward"] = forward
-        found[unit.module].requires_grad_(True)
+        if isinstance(unit, Vector):
+            made = nn.Module()
+            made.register_parameter(unit.attribute, nn.Parameter(unit.now().detach().to(dtype)))
+        else:
+            forward = unit.module.__dict__.pop("forward", None)
+            try:
+                made = copy.deepcopy(unit.module).to(dtype).eval()
+            finally:
+                if forward is not None:
+                    unit.module.__dict__["forward"] = forward
+        found[unit] = made.requires_grad_(True)
     return found
 
 
-def _named(units: Sequence[Any], copies: dict[nn.Module, nn.Module]) -> list[tuple[str, Tensor]]:
+def _named(units: Sequence[Any], copies: Places) -> list[tuple[str, Tensor]]:
     return [
         (f"{unit.name}.{name}", parameter)
         for unit in units
-        for name, parameter in copies[unit.module].named_parameters()
+        for name, parameter in copies[unit].named_parameters()
     ]
 
 
-def _parameters(units: Sequence[Any], copies: dict[nn.Module, nn.Module]) -> list[Tensor]:
+def _parameters(units: Sequence[Any], copies: Places) -> list[Tensor]:
     return [parameter for _, parameter in _named(units, copies)]
 
 
-def _own(state: State, copies: dict[nn.Module, nn.Module]) -> Callable[..., Tensor]:
-    def run(root: Tensor, *extras: Tensor) -> Tensor:
-        return state.run(root, extras, lambda module, x: original(copies[module], x))
+class _Calls:
+    """Calls the copies in the place of units' modules."""
 
-    return run
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self.of = {unit.module: made for unit, made in places.items() if isinstance(unit, Unit)}
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        return original(self.of[module], x)  # type: ignore[no-any-return]
+
+
+def _own(state: State, copies: Places) -> Callable[..., Tensor]:
+    calls = _Calls(copies)
+    return lambda root, *extras: state.run(root, extras, calls)
 
 
 class _Kept:

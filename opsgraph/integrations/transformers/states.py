@@ -14,6 +14,11 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_erf": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
+    "relu6": functional.relu6,
+    "hardswish": functional.hardswish,
+    "mish": functional.mish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
 }
 Call = Callable[[nn.Module, Tensor], Tensor]
 
@@ -22,8 +27,8 @@ class Step(NamedTuple):
     """The last thing done.
 
     kind: "module" (what: the Unit), "function" (its name in FUNCTIONS), "half" (0 or 1, of the last
-    dimension), "scale" (a number), "product" (of two values), "residual" (the sum with an earlier
-    value or the root), "extra" (the sum with another tensor).
+    dimension), "scale" (a number), "vector" (a Vector), "product" (of two values), "residual" (the
+    sum with an earlier value or the root), "extra" (the sum with another tensor).
     """
 
     kind: str
@@ -93,6 +98,9 @@ class State:
             return half
         if kind == "scale":
             return values[0] * float(what)
+        if kind == "vector":
+            vector: Tensor = what.read(call)
+            return values[0] * vector
         if kind == "product":
             return values[0] * values[1]
         if kind == "residual":
@@ -121,9 +129,25 @@ def is_activation(state: State) -> bool:
     return state.step.kind == "function" or is_kind(state.step, "activation")
 
 
+class Vector:
+    """A parameter that a model's code multiplies a value by, and the module that holds it."""
+
+    def __init__(self, name: str, module: nn.Module, attribute: str) -> None:
+        self.name, self.module, self.attribute = name, module, attribute
+
+    def now(self, module: nn.Module | None = None) -> Tensor:
+        """The parameter; module: in the place of its own."""
+        found: Tensor = getattr(module or self.module, self.attribute)
+        return found
+
+    def read(self, call: Any) -> Tensor:
+        """The parameter, or that of the copy which a proof calls."""
+        return self.now(getattr(call, "places", {}).get(self))
+
+
 def units_of(state: State) -> list[Any]:
-    """The units that a state was reached by, in the order in which they compute."""
-    found = [s.step.what for s in state.before() if s.step.kind == "module"]
+    """The units and vectors that a state was reached by, in the order in which they compute."""
+    found = [s.step.what for s in state.before() if s.step.kind in ("module", "vector")]
     return list(dict.fromkeys(reversed(found)))
 
 
