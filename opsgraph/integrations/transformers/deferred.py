@@ -9,13 +9,14 @@ the model's own modules: so whatever the model's code does with it, it gets the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .states import State, Step, all_states, units_of
+from .states import Kind, State, Step, all_states, kind_of, units_of
 
 
 class Book:
@@ -23,8 +24,6 @@ class Book:
 
     def __init__(self) -> None:
         self.learning: Any = None
-        self.dtypes: set[torch.dtype] = set()
-        """Of roots: those that the proofs were made with."""
         self.units: list[Unit] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -43,6 +42,8 @@ class Unit:
         self.name, self.module, self.leaf, self.book = name, module, leaf, book
         self.first: State | None = None
         """What it makes of a tensor."""
+        self.kinds: set[Kind] = set()
+        """Of calls for which all plans that it may start were proven."""
         self.watched: list[Any] = []
         """Dicts of hooks: while any is filled, the modules of its plans run as they are."""
         self.forwards: list[tuple[dict[str, Any], Any]] = []
@@ -81,8 +82,7 @@ class Unit:
         return (
             self.first is not None
             and (self.leaf.width is None or x.shape[-1] == self.leaf.width)
-            and x.dtype in self.book.dtypes
-            and not torch.is_autocast_enabled(x.device.type)
+            and kind_of(x) in self.kinds
             and not any(self.watched)
             and all(place.get("forward") is forward for place, forward in self.forwards)
             and torch._C._get_tracing_state() is None
@@ -135,6 +135,7 @@ class Deferred(Tensor):
     value: Tensor | None
     total: Tensor | None
     """What it became by `+=`."""
+    kind: Kind
     versions: list[int]
     grad_mode: bool
     __torch_dispatch__: Any
@@ -143,12 +144,14 @@ class Deferred(Tensor):
     def of(
         state: State, root: Tensor, parents: tuple[Any, ...], extras: tuple[Tensor, ...], book: Book
     ) -> Deferred:
-        width, dtype = state.like[root.dtype]
+        kind = kind_of(root)
+        width, dtype = state.like[kind]
         made: Any = Tensor._make_wrapper_subclass(
             Deferred, (*root.shape[:-1], width), dtype=dtype, device=root.device
         )
         made.state, made.root, made.parents, made.extras = state, root, parents, extras
         made.book, made.value, made.total = book, None, None
+        made.kind = kind
         made.versions = [*map(version, (root, *extras))]
         made.grad_mode = torch.is_grad_enabled()
         return made  # type: ignore[no-any-return]
@@ -156,6 +159,8 @@ class Deferred(Tensor):
     def further(self, step: Step, *more: Any, extra: Tensor | None = None) -> Any:
         """The value after a step, which may read more Deferreds; None where it is not proven."""
         if self.grad_mode is not torch.is_grad_enabled() or self.total is not None:
+            return None
+        if self.kind != kind_of(self.root):
             return None
         states = [d if d is None else d.state for d in more]
         state = self.state.next.get((step, *states))
@@ -193,7 +198,7 @@ class Deferred(Tensor):
                     f"opsgraph: a value of {units} is computed late, and {why}; "
                     "opsgraph.integrations.transformers.unpatch(model) avoids it"
                 )
-            with torch.set_grad_enabled(self.grad_mode):
+            with torch.set_grad_enabled(self.grad_mode), _as_made(self):
                 if self.state.plan is not None:
                     self.value = self.state.plan(self.root, *self.extras)
                 else:
@@ -214,6 +219,14 @@ class Deferred(Tensor):
             if found is not None:
                 return found
         return func(*computed(args), **computed(kwargs))
+
+
+def _as_made(deferred: Deferred) -> AbstractContextManager[Any]:
+    """Autocast as it was when a value was put off."""
+    root, (_, dtype) = deferred.root, deferred.kind
+    if deferred.kind == kind_of(root):
+        return nullcontext()
+    return torch.autocast(root.device.type, dtype, enabled=dtype is not None)
 
 
 def _refuse(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

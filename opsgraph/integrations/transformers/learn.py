@@ -10,7 +10,7 @@ from weakref import ref
 from torch import Tensor, nn
 
 from .deferred import Book, Deferred, Unit, original, version
-from .states import State, Vector, all_states, units_of
+from .states import State, Vector, all_states, kind_of, units_of
 
 MOST = 30
 """Runs until nothing changes any more; each settles at least one value."""
@@ -39,7 +39,7 @@ class Learning:
             return None
         values = [root if d is None else d.value for d in parents]
         value = state.compute(values, extras[-1] if extras else None, original)
-        state.like[root.dtype] = value.shape[-1], value.dtype
+        state.like[kind_of(root)] = value.shape[-1], value.dtype
         if value.shape[:-1] != root.shape[:-1]:
             state.barred = "it changes sizes before the last"
             return None

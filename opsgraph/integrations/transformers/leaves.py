@@ -30,6 +30,7 @@ from ...ops.activations import (
 )  # fmt: skip
 from ...ops.linear import Linear
 from ...ops.norms import LayerNorm, RMSNorm
+from ...ops.xielu import XIELU
 
 _EPS = 1e-5, 1e-6, 1e-8, 1e-12, 1e-7, 0.0
 _BIAS = "bias", "beta", "b"
@@ -100,7 +101,8 @@ def leaf_of(module: nn.Module, known: dict[Any, Any]) -> Leaf | None:
         return None  # a module of all models, as transformers' gelu
     if any(not p.is_floating_point() for p in parameters.values()):
         raise Refused("its weight is quantized")
-    if any(buffer is not None for buffer in module._buffers.values()):
+    buffers = {n: b for n, b in module._buffers.items() if b is not None}
+    if buffers and (set(buffers) != {"beta", "eps"} or set(parameters) != {"alpha_p", "alpha_n"}):
         return None
     if not is_untouched(module):
         raise Refused("it has hooks or a forward of its own")
@@ -111,7 +113,16 @@ def leaf_of(module: nn.Module, known: dict[Any, Any]) -> Leaf | None:
     }  # fmt: skip
     others = [id(v) for k, v in module.__dict__.items() if k not in attributes and k[0] != "_"]
     dtypes = [p.dtype for p in parameters.values()]
-    key = (type(module), *map(repr, attributes.items()), *shapes, *dtypes, *others, *parameters)
+    held = [b.item() for b in buffers.values()]
+    key = (
+        type(module),
+        *held,
+        *map(repr, attributes.items()),
+        *shapes,
+        *dtypes,
+        *others,
+        *parameters,
+    )
     if key not in known:
         with torch.no_grad():
             known[key] = _found(module, parameters, is_linear)
@@ -121,6 +132,8 @@ def leaf_of(module: nn.Module, known: dict[Any, Any]) -> Leaf | None:
 def _found(module: nn.Module, parameters: dict[str, Tensor], is_linear: bool) -> Leaf | None:
     if is_linear:
         return _linear(module, parameters)
+    if module._buffers:
+        return _xielu(module)
     if not parameters and (found := _activation(module)) is not None:
         return found
     return _norm(module, parameters)
@@ -173,6 +186,18 @@ def _activation(module: nn.Module) -> Leaf | None:
         if torch.allclose(y.double(), _plain(op(*arguments), x.double()), rtol=1e-4, atol=2e-6):
             return Leaf("activation", op, arguments, {}, {})
     return None
+
+
+def _xielu(module: nn.Module) -> Leaf | None:
+    constants = [float(module._buffers[name]) for name in ("beta", "eps")]  # type: ignore[arg-type]
+    arguments = 0.8, max(0.8, 2 * constants[0]), *constants
+    op: Any = XIELU(*arguments, device="meta")
+    x = torch.linspace(-14, 14, 561)
+    values = [module._parameters[name] for name in ("alpha_p", "alpha_n")]
+    if not _near(module(x), op.fwd(x, *values, *constants)[0], 1e-4):
+        return None
+    names = {"alpha_p": "alpha_p", "alpha_n": "alpha_n"}
+    return Leaf("activation", XIELU, arguments, {"device": "meta"}, names)
 
 
 def _norm(module: nn.Module, parameters: dict[str, Tensor]) -> Leaf | None:

@@ -110,7 +110,6 @@ def _patched(
     learn(model, book, book.units, run, prover)
     barred = [s for s in all_states(book.units) if s.barred not in (None, NOTHING)]
     keep_proven(book.units)
-    book.dtypes = set(dtypes)
     unused = [unit for unit in book.units if not _takes_part(unit, book)]
     for unit in unused:
         unit.remove()
@@ -135,7 +134,9 @@ def _watch(model: nn.Module, book: Book) -> None:
     for unit in book.units:
         if unit.first is None:
             continue
-        units = {u: None for state in all_states([unit]) for u in units_of(state)}
+        states = [s for s in all_states(book.units) if s.plan and unit.first in s.before()]
+        unit.kinds = set.intersection(*(set(state.like) for state in states))
+        units = {u: None for state in states for u in units_of(state)}
         names = [u.name for u in units if isinstance(u, Unit)]
         shared = _shared(names)
         inside = {

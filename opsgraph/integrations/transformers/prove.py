@@ -16,7 +16,7 @@ from ...run.sequential import Sequential
 from .build import CannotBuild, Places, ops_of
 from .deferred import Unit, original
 from .learn import Noted
-from .states import State, Vector, units_of
+from .states import Kind, State, Vector, units_of
 
 ROWS = 24
 DRAWS = 32
@@ -44,8 +44,8 @@ class Proof:
     saved: int = 0
     """Bytes that the plan keeps for each row."""
     saved_before: int = 0
-    like: dict[torch.dtype, list[tuple[int, torch.dtype]]] = field(default_factory=dict)
-    """The width and dtype of each value on the way, by the root's dtype."""
+    like: dict[Kind, list[tuple[int, torch.dtype]]] = field(default_factory=dict)
+    """The width and dtype of each value on the way, by the kind of call."""
 
 
 class Prover:
@@ -70,22 +70,30 @@ class Prover:
         if proof.reason is not None:
             return proof.reason
         state.plan = made
-        for dtype, likes in proof.like.items():
+        for kind, likes in proof.like.items():
             for before, like in zip(dict.fromkeys(state.before()), likes, strict=True):
-                before.like[dtype] = like
+                before.like[kind] = like
         return None
 
     def _prove(self, noted: Noted) -> Proof:
         proof = Proof(_shown(noted.state))
         for dtype in self.dtypes:
-            try:
-                reason = _compare(noted, dtype, proof)
-            except Exception as error:  # whatever either raises, the plan is not taken
-                reason = f"{type(error).__name__}: {error}"
-            if reason is not None:
-                proof.reason = f"{dtype}".removeprefix("torch.") + f": {reason}"
+            proof.reason = self._reason(noted, (dtype, None), proof)
+            if proof.reason is not None:
                 return proof
+        # Without a reason against it: otherwise the modules run under autocast.
+        self._reason(noted, (torch.float32, torch.bfloat16), proof)
         return proof
+
+    def _reason(self, noted: Noted, kind: Kind, proof: Proof) -> str | None:
+        try:
+            reason = _compare(noted, kind, proof)
+        except Exception as error:  # whatever either raises, the plan is not taken
+            reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            proof.like.pop(kind, None)
+            return f"{kind[0]}".removeprefix("torch.") + f": {reason}"
+        return None
 
 
 def _shown(state: State) -> list[str]:
@@ -163,8 +171,10 @@ def _results(
     return [y.detach(), *gradients]
 
 
-def _compare(noted: Noted, dtype: torch.dtype, proof: Proof) -> str | None:
-    state = noted.state
+def _compare(noted: Noted, kind: Kind, proof: Proof) -> str | None:
+    state, (dtype, cast) = noted.state, kind
+    half = dtype in _HALF or cast is not None
+    device = noted.root.device.type
     units = units_of(state)
     ours, exact = _copies(units, dtype), _copies(units, torch.float64)
     parameters, precise = _parameters(units, ours), _parameters(units, exact)
@@ -172,42 +182,45 @@ def _compare(noted: Noted, dtype: torch.dtype, proof: Proof) -> str | None:
     names = ["the result", "the input's gradient"]
     names += ["an added value's gradient"] * len(noted.extras)
     names += [f"the gradient of {name}" for name, _ in _named(units, ours)]
-    errors = [Errors() for _ in names]
-    for draw in range(DRAWS if dtype in _HALF else 1):
+    errors = [Errors(cast or dtype) for _ in names]
+    for draw in range(DRAWS if half else 1):
         given = _examples(noted, dtype, draw)
         kept = _Kept(parameters)
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
-            theirs = _results(_own(state, ours), given, parameters)
-        found = _results(plan, given, parameters)
+        with torch.autocast(device, cast, enabled=cast is not None):
+            with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
+                theirs = _results(_own(state, ours), given, parameters)
+            found = _results(plan, given, parameters)
         true = _results(_own(state, exact), [tensor.double() for tensor in given], precise)
         if draw == 0:
-            proof.saved_before = kept.bytes // ROWS
-            made = plan.plan(True, given[0])
-            proof.saved, proof.steps = made.saved_bytes_per_row, _steps(made)
-            with torch.no_grad():
+            if cast is None:
+                proof.saved_before = kept.bytes // ROWS
+                made = plan.plan(True, given[0])
+                proof.saved, proof.steps = made.saved_bytes_per_row, _steps(made)
+            with torch.no_grad(), torch.autocast(device, cast, enabled=cast is not None):
                 values = [_own(before, ours)(*given) for before in dict.fromkeys(state.before())]
-            proof.like[dtype] = [(value.shape[-1], value.dtype) for value in values]
+            proof.like[kind] = [(value.shape[-1], value.dtype) for value in values]
         for k, error in enumerate(errors):
             if (reason := error.add(found[k], theirs[k], true[k])) is not None:
                 return f"{names[k]} {reason}"
         if all(error.worse <= WORSE for error in errors):
             break
-    if dtype in _HALF:
+    for name, error in zip(names, errors, strict=True):
+        if error.difference > EXACT and not half:
+            return f"{name} differs by {error.difference:.1e}"
+        if error.worse > WORSE and half:
+            return f"{name} has {error.worse:.2f} of the module's error"
+    if half:
         proof.half = max(proof.half, *(error.worse for error in errors))
     else:
         proof.fp32 = max(proof.fp32, *(error.difference for error in errors))
-    for name, error in zip(names, errors, strict=True):
-        if error.difference > EXACT and dtype not in _HALF:
-            return f"{name} differs by {error.difference:.1e}"
-        if error.worse > WORSE and dtype in _HALF:
-            return f"{name} has {error.worse:.2f} of the module's error"
     return None
 
 
 class Errors:
     """Of one result: the plan's and the modules', over draws."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.mine = self.own = self.size = self.difference = 0.0
 
     def add(self, mine: Tensor | None, own: Tensor | None, right: Tensor | None) -> str | None:
@@ -223,8 +236,8 @@ class Errors:
         self.difference = max(self.difference, difference)
         self.mine += float((mine.double() - right).abs().sum())
         self.own += float((own.double() - right).abs().sum())
-        if own.dtype in _HALF:
-            self.size += float(right.abs().sum()) * torch.finfo(own.dtype).eps
+        if self.dtype in _HALF:
+            self.size += float(right.abs().sum()) * torch.finfo(self.dtype).eps
         return None
 
     @property

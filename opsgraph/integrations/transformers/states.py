@@ -21,6 +21,15 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 Call = Callable[[nn.Module, Tensor], Tensor]
+Kind = tuple[torch.dtype, torch.dtype | None]
+"""Of a call: the root's dtype, and autocast's where that is on."""
+
+
+def kind_of(root: Tensor) -> Kind:
+    """The kind of a call for a root, now."""
+    device = root.device.type
+    on = torch.is_autocast_enabled(device)
+    return root.dtype, torch.get_autocast_dtype(device) if on else None
 
 
 class Step(NamedTuple):
@@ -59,8 +68,8 @@ class State:
         """Why no plan may contain this step, where none may."""
         self.open = self._is_open()
         """Whether a linear layer's value waits for its activation, as gate and up do."""
-        self.like: dict[torch.dtype, tuple[int, torch.dtype]] = {}
-        """The width and dtype of the value, by the root's dtype."""
+        self.like: dict[Kind, tuple[int, torch.dtype]] = {}
+        """The width and dtype of the value, by the kind of call."""
 
     def _is_open(self) -> bool:
         if is_activation(self):
