@@ -15,7 +15,6 @@ A Tee may stand between the exchange and the linear: the gathered value is then 
 gradient that arrives there is added before the exchange.
 """
 
-import os
 from collections.abc import Collection
 from typing import Any, ClassVar
 
@@ -28,8 +27,9 @@ from ..kernels.exchange import collectives, pieces
 from ..kernels.lazy import Lazy
 from ..op import Op, Spec
 from ..ops import AllGather, AllReduce, AllReduceGrad, BasicLinear, Bias, ReduceScatter, Tee
+from ..ops.main_grad import weight_gradient
 
-symmetric = Lazy("exchange.symmetric")
+symmetric, gemm = Lazy("exchange.symmetric"), Lazy("cublaslt.gemm")
 
 
 def _verify_rows(x: Tensor, group_size: int) -> None:
@@ -40,7 +40,13 @@ def _verify_rows(x: Tensor, group_size: int) -> None:
 
 def _dgrad(dy: Tensor, weight: Tensor, also: Tensor | None) -> Tensor:
     """The gradient of a linear's input, and of what else reads it."""
-    return dy @ weight if also is None else torch.addmm(also, dy, weight)
+    dx: Tensor = gemm.matmul(dy, weight, None, also)
+    return dx
+
+
+def _wgrad(fc: Any, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    """The gradient of a linear's weight, or that into its main_grad."""
+    return weight_gradient(fc, lambda dy, x: gemm.matmul(dy.t(), x), dy, x, weight)
 
 
 class _Exchange(Fuser):
@@ -63,8 +69,8 @@ class _Symmetric(_Exchange):
     def reject(self, exchange: Any, fc: Any, x: Spec) -> str | None:
         if self.flag and self.flag not in getattr(fc, "overlap", ()):
             return f"it takes {self.flag}, which is off"
-        here = max(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        if exchange.group_size > here:
+        if not collectives.on_one_node(exchange.group_size):
+            here = collectives.gpus_here()
             return f"its group of {exchange.group_size} ranks is more than the {here} of this node"
         return super().reject(exchange, fc, x)
 
@@ -117,7 +123,7 @@ class GatherLinearBackward(_Exchange):
         dx = self.scatter(dy, fc_weight, tee_d, group, weighs) if "x" in want else None
         dweight = None
         if arriving is not None:
-            dweight = fc.wgrad(dy, collectives.wait(arriving), fc_weight_stored)
+            dweight = _wgrad(fc, dy, collectives.wait(arriving), fc_weight_stored)
         return collectives.wait(dx) if isinstance(dx, collectives.Pending) else dx, (dweight,)
 
 
@@ -157,7 +163,7 @@ class LinearReduceBackward(_Exchange):
             dx = _dgrad(dy, fc_weight, tee_d)
             leaving = pieces.start_all_reduce_in_place(dx, exchange_group)
         if "fc_weight" in want:
-            dweight = fc.wgrad(dy, fc_x, fc_weight_stored)
+            dweight = _wgrad(fc, dy, fc_x, fc_weight_stored)
         return None if leaving is None else collectives.wait(leaving), (dweight,)
 
 
@@ -187,7 +193,7 @@ class LinearScatter(_Exchange):
             dx, whole = self.kernels.gather_matmul(dy, fc_weight, None, *group, weighs)
         else:
             whole = collectives.all_gather(dy, *group)
-        return dx, (fc.wgrad(whole, fc_x, fc_weight_stored) if weighs else None,)
+        return dx, (_wgrad(fc, whole, fc_x, fc_weight_stored) if weighs else None,)
 
 
 class SymmetricLinearScatter(_Symmetric, LinearScatter):

@@ -175,6 +175,18 @@ resolve_group: Callable[[str], Any] = _find(
 """The process group of that name; RuntimeError or ValueError if there is none."""
 
 
+def exchange_options(kind: str, later: bool) -> Any:
+    """Options of a process group's "all_gather", "reduce_scatter" or "all_reduce", a sum.
+
+    later: whether work goes on beside it; else a group that can runs it on the current stream.
+    """
+    name = {"all_gather": "Allgather", "reduce_scatter": "ReduceScatter"}.get(kind, "Allreduce")
+    options = _find(f"_C._distributed_c10d.{name}Options", None)()
+    if not later and hasattr(options, "asyncOp"):
+        options.asyncOp = False
+    return options
+
+
 @cache
 def multiplies_bf16() -> bool:
     """Whether this CPU has units for bf16; without it fp32 is as fast, and sums are exact."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..kernels.cpu import memory
-from .record import NOTHING, Build, InPython, Record, Result, Stretch, View, used
+from .events import used
+from .record import NOTHING, Build, InPython, Layout, Record, Result, Stretch, View
 from .recording import Composite, Geometry, Recording, Step, flat
 
 
@@ -57,6 +58,12 @@ class Assembly:
         self.free = len(self.values)
         """The next slot that nothing has."""
         self._place({*needed, *leaves}, kept)
+        self.layouts: dict[int, Layout] = {
+            result.slot: result.layout for some in self.results.values() for result in some
+        }
+        for slot, value in enumerate(self.values[: recording.count]):
+            if isinstance(value, Geometry):
+                self.layouts[slot] = value[1:]
         for number, builds in self.builds.items():
             for build in builds:
                 for k in build.slots:
@@ -206,7 +213,7 @@ class Assembly:
         builds = [self._at_home(build) for build in self.builds.get(number, [])]
         return Stretch(
             self.recording.device, events, names, inputs, results, views, self.base,
-            self.buffers, builds,
+            self.buffers, builds, self.layouts,
         )  # fmt: skip
 
     def _at_home(self, build: Build) -> Build:

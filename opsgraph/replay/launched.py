@@ -18,9 +18,10 @@ from ..guards.compiled import compiled
 from ..guards.launching import launching
 from ..guards.torch_private import ops_alone
 from ..guards.watching import watching
+from .events import Event, Exchange, Wait, used
 from .native import program, replay, why_not
-from .record import ALIGNED, PAGE, used
-from .recorder import Event, Recorder
+from .record import ALIGNED, PAGE
+from .recorder import Recorder
 
 MOST = 256
 """Keys of which something is kept."""
@@ -107,7 +108,8 @@ def _recorded(
     with recorder:
         function(*tensors)
     events, reason = recorder.take()
-    own = all(buffer < count for event in events for buffer in used(event))
+    local = not any(isinstance(event, Exchange | Wait) for event in events)
+    own = local and all(buffer < count for event in events for buffer in used(event))
     if reason is not None or None in placed or recorder.shared or not own:
         return None
     return _Native(events, tensors, anywhere)

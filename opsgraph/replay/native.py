@@ -11,16 +11,16 @@ import torch
 from ..kernels.cpu import build
 from ..kernels.cublaslt import library as cublaslt
 from . import shim
-from .recorder import Aten, Event, Kernel, Launch, Matmul, Operand, Place
+from .events import Aten, Event, Exchange, Kernel, Launch, Matmul, Operand, Place, Wait
 
 END, KERNEL, LAUNCH, ATEN, MATMUL = range(5)
 NONE, ARENA = -2, -1
 """In the place of a buffer's number; the arena is one that the library provides."""
-KINDS = ("mm", "addmm", "bmm", "copy", "zero")
+KINDS = ("mm", "addmm", "bmm", "copy", "zero", "baddbmm")
 """Ops of PyTorch, in the order of the library's codes."""
 _COMMON = ("create_tensor_from_blob", "delete_tensor_object", "copy_", "zero_")
 _CONTEXT = ("cuCtxGetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent")
-_PRODUCTS = ("mm_out", "addmm_out", "bmm_out")
+_PRODUCTS = ("mm_out", "addmm_out", "bmm_out", "baddbmm_out")
 
 Replay = Callable[[int, bytes, int], int]
 
@@ -94,6 +94,7 @@ def _encoded(event: Event, locate: Locate) -> tuple[int, list[int]]:
         return ATEN, _aten(event, locate)
     if isinstance(event, Matmul):
         return MATMUL, _matmul(event, locate)
+    assert not isinstance(event, Exchange | Wait), "the library has no exchanges"
     count = len(event.words) // 8
     head = [event.function, 0, 0, 0, 0, 0]
     if isinstance(event, Launch):

@@ -10,13 +10,14 @@ which two temporaries share memory unless they are in use at the same time.
             return None
         p0, p1 = v0.data_ptr(), v1.data_ptr()
         v3 = new((4, 64), (64, 1), torch.float32)
-        failed = replay(program0, pack0(p0, p1, v3.data_ptr()), 0)
+        failed = replay(program0_0, pack0(p0, p1, v3.data_ptr()), 0)
         if failed:
             fail0(failed)
         return (v3,), (v0,)
 """
 
 import ctypes
+import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -28,15 +29,19 @@ from torch import Tensor
 from ..base.errors import OpsgraphError
 from ..guards.compiled import compiled
 from ..guards.owned import in_place_of
-from ..guards.torch_private import dispatch_modes, dispatch_stack, empty_strided
+from ..guards.torch_private import (
+    dispatch_modes,
+    dispatch_stack,
+    empty_strided,
+)
 from ..kernels.cpu import memory
 from ..plan.lines import Line
+from .arena import arena
+from .events import Buffer, Event, Matmul, Operand, Place
+from .exchanges import count, divided, texts
 from .interpreter import run_line
 from .native import ARENA, program, replay
-from .recorder import Aten, Buffer, Event, Matmul, Place
 
-ALIGNMENT = 256
-"""Bytes that temporaries in an arena begin at multiples of."""
 PAGE = 4096
 """No memory begins at an address below: it was freed, as `resize_(0)` of a storage does."""
 ALIGNED = 16
@@ -133,15 +138,20 @@ class Result(NamedTuple):
     over: int | None = None
     strides: tuple[int, ...] | None = None
 
+    @property
+    def layout(self) -> Layout:
+        """Dtype, sizes, strides."""
+        strides = torch.empty(self.sizes, dtype=self.dtype, device="meta").stride()
+        return self.dtype, self.sizes, self.strides or strides
+
     def text(self, variable: str) -> str:
         """The line that allocates it."""
         if self.over is not None:
             return f"{variable} = in_place_of({name(self.over)})"
-        like = torch.empty(self.sizes, dtype=self.dtype, device="meta")
-        strides = self.strides or like.stride()
-        if self.device.type == "cpu" and like.nbytes >= memory.LEAST:
+        size = math.prod(self.sizes) * self.dtype.itemsize
+        if self.device.type == "cpu" and size >= memory.LEAST:
             return f"{variable} = kept({self.sizes}, {self.dtype})"
-        return f"{variable} = new({self.sizes}, {strides}, {self.dtype})"
+        return f"{variable} = new({self.sizes}, {self.layout[2]}, {self.dtype})"
 
 
 class Stretch:
@@ -151,17 +161,19 @@ class Stretch:
         self, device: torch.device, events: Sequence[tuple[int, Event]], names: Sequence[str],
         inputs: Sequence[int], results: Sequence[Result], views: Sequence[View],
         home: Mapping[int, int], buffers: Sequence[Buffer], builds: Sequence[Build] = (),
+        layouts: Mapping[int, Layout] | None = None,
     ) -> None:  # fmt: skip
-        """home: the slot of each buffer that is no temporary."""
+        """home: the slot of each buffer that is no temporary. layouts: of what slots hold."""
         self.builds = builds
         self.device, self.names, self.results, self.views = device, names, results, views
-        self.count, self.dead = len(events), list[int]()
+        self.dead, self.pieces = list[int](), divided(events)
         alone = [event for _, event in events]
         offsets, self.arena = arena(alone, lambda buffer: buffer not in home, buffers)
         self.bases = (*inputs, *(result.slot for result in results))
         self.reads = {*inputs, *(view.base for view in views)}
         order = {slot: k for k, slot in enumerate(self.bases)}
-        self.provided = self.arena if device.type == "cpu" and self.arena < memory.LEAST else 0
+        alone_on_cpu = device.type == "cpu" and self.arena < memory.LEAST and len(self.pieces) < 2
+        self.provided = self.arena if alone_on_cpu else 0
         """The arena's size where the library provides it."""
         room = ARENA if self.provided else len(order)
 
@@ -170,9 +182,25 @@ class Stretch:
                 return order[home[place.buffer]], place.offset
             return room, offsets[place.buffer] + place.offset
 
-        self.program = program(events, locate, self.provided, device)
+        def spelled(operand: Operand) -> str:
+            place, layout = operand.place, (operand.dtype, operand.sizes, operand.strides)
+            slot, offset = home.get(place.buffer), place.offset
+            if slot is None:
+                return (
+                    f"view(room, {', '.join(map(str, layout))}, {offsets[place.buffer] + offset})"
+                )
+            if not offset and layouts is not None and layouts.get(slot) == layout:
+                return name(slot)
+            return f"view({name(slot)}, {', '.join(map(str, layout))}, {offset})"
+
+        self.programs = [
+            program(piece, locate, self.provided, device) if isinstance(piece, list) else None
+            for piece in self.pieces
+        ]
+        self.spelled = spelled
+        """How source spells the tensor of an operand."""
         self.held = [event for event in alone if isinstance(event, Matmul)]
-        """What the program has addresses of."""
+        """What the programs have addresses of."""
 
     def text(self, number: int, namespace: dict[str, Any], count: int) -> Iterator[str]:
         """Its lines of source, with what they name in the namespace. count: of the arguments."""
@@ -188,12 +216,18 @@ class Stretch:
         namespace[f"pack{number}"] = struct.Struct(f"={len(addresses)}q").pack
         namespace[f"fail{number}"] = self.fail
         stream = "0" if self.device.type == "cpu" else f"stream({self.device.index})"
-        namespace[f"program{number}"] = ctypes.addressof(self.program)
-        if self.count:
-            packed = f"pack{number}({', '.join(addresses)})"
-            yield f"failed = replay(program{number}, {packed}, {stream})"
-            yield "if failed:"
-            yield f"    fail{number}(failed)"
+        packed = f"pack{number}({', '.join(addresses)})"
+        if len(self.pieces) > 1:
+            yield f"addresses = {packed}"
+            packed = "addresses"
+        between = texts(self.pieces, self.spelled, namespace)
+        for k, (made, exchange) in enumerate(zip(self.programs, between, strict=True)):
+            yield from exchange
+            if made is not None:
+                namespace[f"program{number}_{k}"] = ctypes.addressof(made)
+                yield f"failed = replay(program{number}_{k}, {packed}, {stream})"
+                yield "if failed:"
+                yield f"    fail{number}(failed)"
         for view in self.views:
             yield view.text()
         for build in self.builds:
@@ -203,7 +237,7 @@ class Stretch:
 
     def __str__(self) -> str:
         where = dict.fromkeys(name.partition(":")[0] for name in self.names)
-        return f"{', '.join(where)}: {self.count} launches in one native call"
+        return f"{', '.join(where)}: {count(self.pieces)}"
 
     def fail(self, failed: int) -> None:
         """Raise for the step that failed, whose code the library returned."""
@@ -335,38 +369,3 @@ def _spelled(returned: Any) -> str:
     if isinstance(returned, tuple):
         return f"({''.join(f'{_spelled(item)}, ' for item in returned)})"
     return name(returned)
-
-
-def arena(
-    events: Sequence[Event], temporary: Callable[[int], bool], buffers: Sequence[Buffer]
-) -> tuple[dict[int, int], int]:
-    """Where each temporary buffer of a stretch lies in its arena, and the arena's size in bytes.
-
-    The largest first, each at the lowest place that is free while it is in use.
-    """
-    uses: dict[int, list[int]] = {}
-    for number, event in enumerate(events):
-        for buffer in used(event):
-            if temporary(buffer):
-                uses.setdefault(buffer, []).append(number)
-    placed: list[tuple[int, int, int, int]] = []
-    offsets, size = dict[int, int](), 0
-    for buffer in sorted(uses, key=lambda b: -buffers[b].size):
-        first, last = uses[buffer][0], uses[buffer][-1]
-        need, at = -(-buffers[buffer].size // ALIGNMENT) * ALIGNMENT, 0
-        for start, end, begin, stop in sorted(placed):
-            if begin <= last and first <= stop and start < at + need and at < end:
-                at = end
-        placed.append((at, at + need, first, last))
-        offsets[buffer], size = at, max(size, at + need)
-    return offsets, size
-
-
-def used(event: Event) -> list[int]:
-    """The buffers that an event reads or writes."""
-    if isinstance(event, Aten):
-        return [operand.place.buffer for operand in event.operands if operand is not None]
-    if isinstance(event, Matmul):
-        places = [place for place in event.places if place is not None]
-        return [place.buffer for place in (*places, *(place for _, place in event.pointers))]
-    return [place.buffer for _, place in event.places]

@@ -17,7 +17,7 @@ Rules:
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,74 +25,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..guards.watching import watching
 from ..kernels.cublaslt.product import Product
+from .events import (
+    Aten,
+    Buffer,
+    Event,
+    Exchange,
+    Kernel,
+    Launch,
+    Matmul,
+    Operand,
+    Place,
+    Wait,
+)  # fmt: skip
 from .shim import dtype_code
-
-
-class Place(NamedTuple):
-    """An address: an offset in bytes from where a buffer begins."""
-
-    buffer: int
-    offset: int
-
-
-class Operand(NamedTuple):
-    """A tensor that an op of PyTorch reads or writes, as the op sees it."""
-
-    place: Place
-    dtype: torch.dtype
-    device: torch.device
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class Kernel(NamedTuple):
-    """A call of a C function with one record of 8-byte words, of which some are addresses."""
-
-    function: int
-    words: bytes
-    places: tuple[tuple[int, Place], ...]
-
-
-class Launch(NamedTuple):
-    """A launch of a CUDA kernel: its parameters as 8-byte words, of which some are addresses."""
-
-    function: int
-    grid: tuple[int, int, int]
-    threads: int
-    shared: int
-    words: bytes
-    places: tuple[tuple[int, Place], ...]
-
-
-class Aten(NamedTuple):
-    """A call of an op of PyTorch that writes to its first operand."""
-
-    kind: str
-    operands: tuple[Operand | None, ...]
-    scalars: tuple[float, float] = (0.0, 0.0)
-
-
-class Matmul(NamedTuple):
-    """A product by cublasLt. places: of b, a, c, the result, and the workspace.
-
-    pointers: attributes of the description that are addresses.
-    """
-
-    product: Product
-    places: tuple[Place | None, ...]
-    pointers: tuple[tuple[int, Place], ...] = ()
-
-
-Event = Kernel | Launch | Aten | Matmul
-
-
-class Buffer(NamedTuple):
-    """Memory of a size in bytes on a device. argument: its number, None for what was allocated."""
-
-    size: int
-    device: torch.device
-    argument: int | None = None
-
 
 MOST_WORDS = 96
 """Words of a kernel's record or parameters that the library has room for."""
@@ -117,9 +62,17 @@ _VIEWS = {
 _PRODUCTS = {
     "aten.mm.default": ("mm", 2), "aten.mm.out": ("mm", 2), "aten.bmm.default": ("bmm", 2),
     "aten.bmm.out": ("bmm", 2), "aten.addmm.default": ("addmm", 3),
-    "aten.addmm.out": ("addmm", 3),
+    "aten.addmm.out": ("addmm", 3), "aten.baddbmm.default": ("baddbmm", 3),
+    "aten.baddbmm.out": ("baddbmm", 3),
 }  # fmt: skip
 """What each computes, and how many operands it reads."""
+_EXCHANGES = {
+    "_c10d_functional.all_gather_into_tensor.default": "all_gather",
+    "_c10d_functional.reduce_scatter_tensor.default": "reduce_scatter",
+    "_c10d_functional.all_reduce.default": "all_reduce",
+    "_c10d_functional.all_reduce_.default": "all_reduce",
+}
+_WAIT = "_c10d_functional.wait_tensor.default"
 
 
 def span(tensor: Tensor) -> int:
@@ -157,6 +110,7 @@ class Recorder(TorchDispatchMode):
         self._events: list[Event] = []
         self._first = 0
         self._reason: str | None = None
+        self._under_way: list[Exchange] = []
 
     def argument(self, k: int, tensor: Tensor) -> Place | None:
         """Make the memory of a tensor known, replays are handed it as number k; its place."""
@@ -175,6 +129,7 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         self._events, self._reason, self._first = [], None, len(self.buffers)
+        self._under_way = []
         watching.recorder = self
         watching.modes += 1
         return super().__enter__()  # type: ignore[no-untyped-call]
@@ -186,6 +141,8 @@ class Recorder(TorchDispatchMode):
 
     def take(self) -> tuple[list[Event], str | None]:
         """The events of the line that just ran, and why there are none if it stays in Python."""
+        if self._under_way:
+            self.refuse("it leaves an exchange under way")
         if self._reason is not None:  # what it allocated is no buffer of a stretch
             self._ranges = [r for r in self._ranges if r[2] < self._first]
             return [], self._reason
@@ -326,6 +283,10 @@ class Recorder(TorchDispatchMode):
                 self._allocated(result)
             scalars = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
             self._aten(kind, result, *args[:count], scalars=scalars)
+        elif name in _EXCHANGES:
+            self._exchange(_EXCHANGES[name], result, *args)
+        elif name == _WAIT:
+            self._wait(args[0])
         else:
             for tensor in _tensors(result):
                 if not any(tensor is one for one in _tensors((args, kwargs))):
@@ -336,6 +297,30 @@ class Recorder(TorchDispatchMode):
         operands = tuple(map(self._operand, tensors))
         self._writes(operands[0])
         self._note(lambda: Aten(kind, operands, scalars))
+
+    def _exchange(self, kind: str, result: Tensor, sent: Tensor, *rest: Any) -> None:
+        """rest: of a sum "sum", its name; the size of the group perhaps; its name."""
+        if kind != "all_gather" and rest[0] != "sum":
+            raise _Refused("only sums are replayed")
+        if result.data_ptr() != sent.data_ptr():
+            self._allocated(result)
+            if kind == "all_reduce":  # of a copy, in place
+                self._aten("copy", result, sent)
+        into = self._operand(result)
+        of = into if kind == "all_reduce" else self._operand(sent)
+        self._writes(into)
+        assert into is not None
+        assert of is not None
+        started = Exchange(kind, rest[-1], into, of)
+        self._under_way.append(started)
+        self._note(lambda: started)
+
+    def _wait(self, result: Tensor) -> None:
+        place = self._place(result.data_ptr())
+        found = [exchange for exchange in self._under_way if exchange.result.place == place]
+        if found:  # else it was waited for before
+            self._under_way.remove(found[0])
+            self._note(lambda: Wait(found[0]))
 
     def _writes(self, operand: Operand | None) -> None:
         if operand is None or self.buffers[operand.place.buffer].argument is not None:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..guards.torch_private import same_layouts
 from ..plan.lines import Function, Line
+from .events import Event, Place
 from .interpreter import run_line
 from .record import Constant
-from .recorder import Event, Place, Recorder, span
+from .recorder import Recorder, span
 
 STRUCTURAL = ("bind", "clear", "pass", "return")
 """Lines that move names and touch no memory."""

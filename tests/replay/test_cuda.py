@@ -281,7 +281,7 @@ def test_a_failing_launch_is_named_and_the_next_call_works() -> None:
     record = module.plan(True, x).passes.forward.record
     stretch = record.parts[0]
     assert is_native(module.plan(True, x))
-    words = stretch.program
+    (words,) = stretch.programs
     at = next(  # of the first launch: its line, the length of the rest, function, grid, threads
         k for k in starts(words) if words[k] == native.LAUNCH
     )

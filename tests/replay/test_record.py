@@ -15,8 +15,9 @@ import opsgraph as og
 from opsgraph.guards.torch_private import same_layouts
 from opsgraph.kernels.cpu import build as library
 from opsgraph.plan.lines import Line, value
+from opsgraph.replay.arena import ALIGNMENT, arena
+from opsgraph.replay.events import used
 from opsgraph.replay.record import (
-    ALIGNMENT,
     Build,
     Constant,
     InPython,
@@ -24,8 +25,6 @@ from opsgraph.replay.record import (
     Result,
     Stretch,
     View,
-    arena,
-    used,
     view,
 )
 from opsgraph.replay.recorder import Aten, Buffer, Event, Kernel, Operand, Place

@@ -8,10 +8,21 @@ Between CPUs an exchange is over when it has started: with several under way Glo
 the heap now and then (PyTorch 2.13; docs/parallel.md tells what was tried).
 """
 
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def on_one_node(group_size: int) -> bool:
+    """Whether as many ranks may be on this node: torchrun says how many are, and devices tell."""
+    return group_size <= gpus_here()
+
+
+def gpus_here() -> int:
+    """The ranks that torchrun started here, or the devices, whatever is more."""
+    return max(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class Pending(NamedTuple):

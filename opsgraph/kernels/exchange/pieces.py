@@ -9,18 +9,29 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .collectives import Pending, start_all_gather, start_reduce_scatter, started, wait
+from ..lazy import Lazy
+from .collectives import Pending, on_one_node, start_all_gather, start_reduce_scatter, started, wait
+
+gemm = Lazy("cublaslt.gemm")
 
 PIECES = 4
 """Into how many pieces a collective is cut at most."""
+NEAR = 1
+"""The same between GPUs of one node. There NCCL and a product share multiprocessors, and take as
+long side by side as one after the other: on two H200 pieces cost 2 to 3% of a step."""
 ROWS = 256
 """The fewest rows of a rank in a piece. A product takes each rank's rows apart: with fewer, GPUs
 have empty tiles, and CPUs lay out the weight too often (128 cost 16% more time, 256 nothing)."""
 
 
-def cuts(rows: int) -> list[tuple[int, int]]:
-    """The pieces of a rank's rows: start and stop of each."""
-    count = max(1, min(PIECES, rows // ROWS))
+def most(x: Tensor, group_size: int) -> int:
+    """Into how many pieces a gather or a scatter of x is cut at most."""
+    return NEAR if x.is_cuda and on_one_node(group_size) else PIECES
+
+
+def cuts(rows: int, most: int | None = None) -> list[tuple[int, int]]:
+    """The pieces of a rank's rows, at most `most` or `PIECES`: start and stop of each."""
+    count = max(1, min(PIECES if most is None else most, rows // ROWS))
     return list(pairwise(rows * k // count for k in range(count + 1)))
 
 
@@ -41,7 +52,10 @@ def gather_matmul(
     x: `[rows, k]` on each rank; b: `[k, n]`; bias: `[n]` or None; y: `[group_size * rows, n]`.
     """
     rows, width = x.shape
-    runs = cuts(rows)
+    runs = cuts(rows, most(x, group_size))
+    if len(runs) == 1:
+        gathered = wait(start_all_gather(x, group, group_size))
+        return gemm.matmul(gathered, b, bias), gathered if keep else None
     arriving = [start_all_gather(x[start:stop], group, group_size) for start, stop in runs]
     y = x.new_empty(group_size, rows, b.shape[1])
     whole = x.new_empty(group_size, rows, width) if keep else None
@@ -59,13 +73,17 @@ def matmul_scatter(x: Tensor, b: Tensor, group: str, group_size: int) -> Tensor:
     x: `[rows, k]`, rows a multiple of group_size; b: `[k, n]`; y: `[rows / group_size, n]`.
     """
     parts = x.unflatten(0, (group_size, x.shape[0] // group_size))
-    leaving = []
-    for start, stop in cuts(parts.shape[1]):
+    runs, leaving = cuts(parts.shape[1], most(x, group_size)), []
+    if len(runs) == 1:
+        return wait(start_reduce_scatter(gemm.matmul(x, b), group, group_size))
+    for start, stop in runs:
         piece = x.new_empty(group_size, stop - start, b.shape[1])
         _multiply(parts[:, start:stop], b, None, piece)
         leaving.append(start_reduce_scatter(piece.flatten(0, 1), group, group_size))
-    arrived = [wait(piece) for piece in leaving]
-    return arrived[0] if len(arrived) == 1 else torch.cat(arrived)
+    y = x.new_empty(parts.shape[1], b.shape[1])
+    for (start, stop), pending in zip(runs, leaving, strict=True):
+        y[start:stop] = wait(pending)
+    return y
 
 
 def matmul_all_reduce(x: Tensor, b: Tensor, group: str) -> Tensor:

@@ -11,7 +11,7 @@ using Word = int64_t;
 using Tensor = struct Opaque*;
 
 enum Opcode : Word { END, KERNEL, LAUNCH, ATEN, MATMUL };
-enum Aten : Word { MM, ADDMM, BMM, COPY, ZERO };
+enum Aten : Word { MM, ADDMM, BMM, COPY, ZERO, BADDBMM };
 const int MOST_WORDS = 96, MOST_TENSORS = 8;
 const Word NONE = -2, ARENA = -1;  // in the place of a buffer's number
 const Word ALIGNMENT = 64;
@@ -29,6 +29,7 @@ struct Called {
     int32_t (*mm[2])(Tensor, Tensor, Tensor);
     int32_t (*addmm[2])(Tensor, Tensor, Tensor, Tensor, double, double);
     int32_t (*bmm[2])(Tensor, Tensor, Tensor);
+    int32_t (*baddbmm[2])(Tensor, Tensor, Tensor, Tensor, double, double);
     int32_t (*launch)(
         void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
         void**);
@@ -69,7 +70,9 @@ class Buffers {
         }
     }
 
-    Word operator[](Word number) const { return number == ARENA ? arena : given[number]; }
+    Word operator[](Word number) const {
+        return number == ARENA ? arena : given[number];
+    }
 };
 
 // A tensor over a caller's memory, for one call of PyTorch's: [buffer, offset, dtype, device type,
@@ -115,6 +118,7 @@ static int64_t aten(const Word* at, const Buffers& buffers) {
         case MM: return called.mm[cuda](t[0], t[1], t[2]);
         case ADDMM: return called.addmm[cuda](t[0], t[1], t[2], t[3], scalars[0], scalars[1]);
         case BMM: return called.bmm[cuda](t[0], t[1], t[2]);
+        case BADDBMM: return called.baddbmm[cuda](t[0], t[1], t[2], t[3], scalars[0], scalars[1]);
         case COPY: return called.copy(t[0], t[1], 0);
         case ZERO: return called.zero(t[0]);
     }
