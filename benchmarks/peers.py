@@ -288,14 +288,17 @@ def _engine_peer(block: Block, module: nn.Module) -> Peer:
 _shorter = count()
 
 
-def ours(block: Block, weights: Weights, overlap: tuple[str, ...] = (), eps: float = EPS) -> Peer:
-    """opsgraph's Sequential."""
+def ours(
+    block: Block, weights: Weights, overlap: tuple[str, ...] = (), eps: float = EPS, **options: Any
+) -> Peer:  # fmt: skip
+    """opsgraph's Sequential. options: how it plans."""
     column, row = _split(block)
     module = og.Sequential(
         RMSNorm(block.hidden, eps=eps, **block.place),
         Linear(block.hidden, 2 * block.ffn, bias=False, overlap=overlap, **column, **block.place),
         SwiGLU(),
         Linear(block.ffn, block.hidden, bias=False, overlap=overlap, **row, **block.place),
+        **options,
     )
     load(module, weights)
     if block.recipe == "none":
