@@ -303,7 +303,7 @@ def op_gates(op: Any) -> bool:
     return activations.row(op.kind, op.params).gated
 
 
-GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_erf": "gelu_erf", "reglu": "relu"}
+GATES = {"swiglu": "silu", "glu": "sigmoid", "sreglu": "srelu", "reglu": "relu"}
 
 
 @pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
@@ -325,6 +325,22 @@ def test_a_rounded_gate_is_an_activation_and_a_product(
     plain = str(reference.Form(kind, second=second))
     once = activations.activation_forward(x, plain, (), interleave)[0]
     assert torch.equal(once, y) == (kind == "reglu")  # max(a, 0) has no digit to round
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_a_rounded_geglu_has_the_bits_of_pytorch(approximate: str) -> None:
+    """Where all but a tanh beyond -4, which has another last bit, is the same."""
+    x, dy = random(70, 1212, dtype=torch.bfloat16), random(70, 606, dtype=torch.bfloat16)
+    wide = x.clone().requires_grad_()
+    a, b = wide.chunk(2, 1)
+    expected = torch.nn.functional.gelu(a, approximate=approximate) * b
+    expected.backward(dy)
+    kind = "geglu" if approximate == "tanh" else "geglu_erf"
+    y = activations.activation_forward(x, f"{kind} rounded")[0]
+    assert (y != expected).double().mean() < 1e-3
+    dx, again, _ = activations.activation_backward(dy, x, f"{kind} rounded", want=("x", "y"))
+    assert torch.equal(again, y)
+    torch.testing.assert_close(dx, wide.grad, rtol=1e-2, atol=1e-3)
 
 
 def test_a_rounded_swiglu_has_the_bits_of_pytorch() -> None:

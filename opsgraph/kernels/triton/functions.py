@@ -124,6 +124,16 @@ def _gelu_clipped(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
     return inside, slope, tl.abs(value) > ALPHA
 
 
+@triton.jit
+def _gelu_as_pytorch(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
+    """By PyTorch's formula, which cancels far below 0: for gates that round as it does."""
+    inner = tl.where(x < -10.0667, -10.0667, tl.where(x > 10.0379, 10.0379, x))
+    u = 0.7978845608028654 * (inner + 0.044715 * (inner * inner * inner))
+    above = tl.where(x < -10.0667, -10.0667, x)
+    _, slope, off = _gelu(x, 1.0, DTYPE)
+    return 0.5 * above * (1.0 + _hyperbolic_tangent(u)), slope, off
+
+
 # Values as transformers composes them of PyTorch's operations, each of which rounds; their slopes
 # are those of the functions.
 
@@ -218,6 +228,8 @@ def constants(kind: str, params: tuple[float, ...] = ()) -> dict[str, Any]:
     if form.steps:
         steps = _gelu_fast_steps if name == "gelu_fast" else STEPS[row.FUNCTION]
         row = row._replace(FUNCTION=steps)
+    elif form.rounded and row.FUNCTION is _gelu:
+        row = row._replace(FUNCTION=_gelu_as_pytorch)
     if row.GATED or form.gated:
         row = row._replace(GATED=1 + 2 * form.rounded + 4 * form.second + 8 * form.after)
     return row._asdict()

@@ -135,7 +135,7 @@ def test_forward_and_backward(case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
-@pytest.mark.parametrize("kind", ["swiglu", "geglu_erf", "reglu"])
+@pytest.mark.parametrize("kind", ["swiglu", "geglu_erf", "reglu", "sreglu"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_rounded_gate_is_an_activation_and_a_product(
     dtype: torch.dtype, kind: str, second: bool, device: str
@@ -153,6 +153,17 @@ def test_a_rounded_gate_is_an_activation_and_a_product(
     assert torch.equal(dx, joined(da, dy * act, None, second))
     once = activation_forward(x, str(Form(kind, second=second)))
     assert torch.equal(once, y) == (kind == "reglu")  # max(a, 0) has no digit to round
+
+
+def test_a_rounded_geglu_is_that_of_pytorch(device: str) -> None:
+    x = normal(40, 200, dtype=torch.bfloat16, device=device)
+    a, b = x.chunk(2, 1)
+    expected = F.gelu(a, approximate="tanh") * b
+    y = activation_forward(x, "geglu rounded")
+    assert (y != expected).double().mean() < 2e-3
+    assert (y != activation_forward(x, "geglu")).double().mean() > 0.1
+    dy = normal(40, 100, dtype=torch.bfloat16, device=device, seed=1)
+    assert torch.equal(activation_backward(dy, x, "geglu rounded", want=("y",))[1], y)
 
 
 @pytest.mark.parametrize("width", [24, 300])

@@ -73,6 +73,29 @@ struct GeluErf {
     static constexpr float LARGE = 13.2665f;  // where e^(-x^2 / 2) counts as 0
 };
 
+// Values by PyTorch's formulas, which cancel far below 0: for gates that round as it does.
+struct GeluAsPyTorch {
+    static inline Slope at(float x, const float* p) {
+        float above = x < Gelu::LOW ? Gelu::LOW : x, inner = above > Gelu::HIGH ? Gelu::HIGH : above;
+        float u = 0.79788456f * (inner + 0.044715f * (inner * inner * inner));
+        return {0.5f * above * (1.0f + hyperbolic_tangent(u)), Gelu::at(x, p).slope};
+    }
+};
+
+struct GeluErfAsPyTorch {
+    static inline Slope at(float x, const float* p) {
+        constexpr float LARGE = GeluErf::LARGE;
+        float above = x < -LARGE ? -LARGE : x, inner = above > LARGE ? LARGE : above, e;
+        float erf = 2.0f * GeluErf::normal(inner, e) - 1.0f;
+        return {above * 0.5f * (1.0f + erf), GeluErf::at(x, p).slope};
+    }
+};
+
+template <bool R, class F, class AsPyTorch>
+struct Either {
+    static inline Slope at(float x, const float* p) { return R ? AsPyTorch::at(x, p) : F::at(x, p); }
+};
+
 struct Relu {
     static inline Slope at(float x, const float*) {
         return {x <= 0.0f ? 0.0f : x, 1.0f, x <= 0.0f};  // a NaN stays one
@@ -256,7 +279,8 @@ constexpr Kind kind() {
 // In the order of FUNCTIONS in activations.py.
 template <bool R>
 static const Kind kinds[] = {
-    kind<R, Swish>(), kind<R, Gelu>(), kind<R, GeluErf>(), kind<R, Relu>(),
+    kind<R, Swish>(), kind<R, Either<R, Gelu, GeluAsPyTorch>>(),
+    kind<R, Either<R, GeluErf, GeluErfAsPyTorch>>(), kind<R, Relu>(),
     kind<R, SquaredRelu>(), kind<R, Sigmoid>(), kind<R, Clamped<Swish>, Clip>(),
     kind<R, Situ, SoftClip>(), kind<R, Clamped<AnySwish>, Clip>(), kind<R, Tanh>(),
     kind<R, Relu6>(), kind<R, HardSwish>(), kind<R, LeakyRelu>(), kind<R, Mish>(),
