@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base.errors import OpsgraphError
 from ..guards.torch_private import forward_gradients, graph_task
@@ -138,6 +138,14 @@ def _main_grad(weight: Tensor) -> Tensor:
         got = tuple(main.shape) if isinstance(main, Tensor) else main
         raise OpsgraphError(
             f"Linear: got main_grad {got}, expected a tensor {tuple(weight.shape)} on the weight"
+        )
+    if (
+        type(main) in (Tensor, nn.Parameter)
+        and main.numel()
+        and not main.untyped_storage().nbytes()
+    ):
+        raise OpsgraphError(
+            "Linear: got a main_grad with a freed storage, expected one with memory"
         )
     return main
 

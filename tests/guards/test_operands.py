@@ -276,6 +276,20 @@ def test_rows_and_groups_of_rows() -> None:
             operands.verify([*given[:k], wrong, *given[k + 1 :]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_main_grad_whose_storage_was_freed(calls: int, dtype: torch.dtype) -> None:
+    layer = Linear(WIDTH, WIDTH, accumulate_into_main_grad=True, dtype=dtype)
+    module, x = og.Sequential(layer), random(ROWS, WIDTH, dtype=dtype)
+    for _ in range(calls):
+        layer.weight.main_grad = torch.zeros(WIDTH, WIDTH)
+        module(x).sum().backward()
+    layer.weight.main_grad = torch.zeros(WIDTH, WIDTH)
+    y = module(x)
+    layer.weight.main_grad.untyped_storage().resize_(0)
+    with pytest.raises(og.OpsgraphError, match="got a main_grad with a freed storage"):
+        y.sum().backward()
+
+
 def test_a_residual_and_its_gradient(calls: int) -> None:
     """Values with several readers: each is checked by the first of them."""
     make = lambda: og.Sequential(Tee("r"), RMSNorm(WIDTH), Linear(WIDTH, WIDTH), Add("r"))  # noqa: E731

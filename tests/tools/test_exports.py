@@ -69,3 +69,18 @@ def test_tensorboard(module: nn.Module, x: Tensor, tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_graph(module, x)
     assert any(tmp_path.iterdir())
+
+
+def test_torch_fx_is_told_of_leaves(module: nn.Module, x: Tensor) -> None:
+    with pytest.raises(
+        og.OpError, match=r"torch\.fx Proxy.*a torch\.fx\.Tracer has to call .* leaf"
+    ):
+        torch.fx.symbolic_trace(module)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, one: nn.Module, name: str) -> bool:
+            return one is module or super().is_leaf_module(one, name)
+
+    model = nn.Sequential(module, nn.ReLU())
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    torch.testing.assert_close(traced(x), model(x))
