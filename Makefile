@@ -13,7 +13,8 @@ SMOKE := $(patsubst %,tests/%.py,test_versions base/test_errors test_main plan/t
 	run/test_sequential run/test_autograd features/test_compile precision/test_recipe \
 	precision/test_recipes_compile precision/test_delayed precision/test_weights \
 	layernorm_mlp/test_module layernorm_mlp/test_interface fusers/cublaslt/test_products ops/test_ops \
-	ops/test_extra_ops kernels/test_reference_quantize kernels/test_scaled_mm kernels/test_cpu_kernels)
+	ops/test_extra_ops ops/test_lora ops/test_dequantized kernels/test_reference_quantize \
+	kernels/test_scaled_mm kernels/test_cpu_kernels)
 TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 
 .DEFAULT_GOAL := help

@@ -92,7 +92,7 @@ def test_no_gradient_depends_on_clamp(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["features/dimensions.py", "features/compiled.py"])
 def test_dynamo_meets_no_zip_of_unequal_lengths(name: str) -> None:
-    """In PyTorch 2.9 it takes every zip for a strict one."""
+    """In PyTorch 2.9 it takes strict=False for strict=True."""
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "zip":
             assert "strict=True" in ast.unparse(node), node.lineno

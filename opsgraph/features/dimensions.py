@@ -33,7 +33,7 @@ def flattened(plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor]:
     count = plan.specs.first_weight
     if count == 1:
         return [flat(tensors[0], 2)]
-    # Dynamo of PyTorch 2.9 takes every zip for a strict one.
+    # Dynamo of PyTorch 2.9 takes strict=False for strict=True.
     pairs = zip(tensors[:count], plan.specs.inputs[:count], strict=True)
     return [flat(tensor, argument.dims) for tensor, argument in pairs]
 
