@@ -193,7 +193,8 @@ def _all(calls: Iterable[Call], plan: Plan) -> None:
 def _by_lines(plan: Plan) -> Plan:
     """A plan whose functions measure the configurations that their lines ask for."""
     names = "forward", "backward", "prepare"
-    return replace(plan, passes=Passes(*(partial(_pass, plan.function(n)) for n in names)))
+    passes = Passes(*(partial(_pass, plan.function(n)) for n in names))
+    return replace(plan, passes=passes, joined=None)
 
 
 def _pass(function: Function, *arguments: Any) -> Any:
