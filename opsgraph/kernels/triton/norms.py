@@ -200,8 +200,10 @@ def norm_backward(
         blocks = ceil_div(width, config["BLOCK"])
         most = max(1, multiprocessors(x.device) * 8 // blocks)
     programs = min(ceil_div(rows, config["ROWS"]), most)
-    partials = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
-    into = partials[0] if dweight is not None else None, partials[1] if dbias is not None else None
+    into = [
+        None if made is None else torch.empty(programs, width, dtype=torch.float32, device=x.device)
+        for made in (dweight, dbias)
+    ]
     flags = {"UNIT": unit, "WIDTH": width, "ZERO_CENTERED": int(zero_centered)}
     normalized = ROUNDED[dtypes_of(x, weight, bias, normalized_dtype).normalized]
     with on_device_of(x):
