@@ -1,9 +1,9 @@
 """What the first calls of a module cost beyond compiling: planning, and recording its passes.
 
 A module of a structure that was never planned, whose kernels and products another one has used: its
-norm has another epsilon. Its first training step plans both passes, its second records them. From
-each is taken what a step takes that is neither: that of a module which runs its passes from Python,
-as the first two do as well. `benchmarks.overhead` measures it.
+ops have other names. Its first training step plans both passes, its second records them. From each
+is taken what a step takes that is neither: that of a module which runs its passes from Python, as
+the first two do as well. `benchmarks.overhead` measures it.
 """
 
 import statistics
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.calls import TRAINING, calls_of, inputs
-from benchmarks.peers import EPS, RECIPES, Block, Weights, make_weights, ours, replay
+from benchmarks.peers import RECIPES, Block, Weights, make_weights, ours, replay
 from benchmarks.timing import spread
+from opsgraph.guards import compiled
 
 LIMIT = 3e-3
 """Seconds that planning and recording may take together."""
@@ -46,8 +47,9 @@ class First(NamedTuple):
 
 
 def new_step(block: Block, weights: Weights) -> Step:
-    """A training step of a module that no plan was made for."""
-    peer = ours(block, weights, eps=EPS * (1 + 1e-6 * next(_numbers)))
+    """A training step of a module that no plan was made for. Its source is compiled anew, too."""
+    compiled._code.cache_clear()
+    peer = ours(block, weights, prefix=f"{next(_numbers)}_")
     step: Step = calls_of(peer, *inputs(block))[TRAINING]
     return step
 

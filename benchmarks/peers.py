@@ -5,6 +5,7 @@ alone: one that is missing, or refuses the device, costs its own column and noth
 """
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -289,17 +290,18 @@ _shorter = count()
 
 
 def ours(
-    block: Block, weights: Weights, overlap: tuple[str, ...] = (), eps: float = EPS, **options: Any
+    block: Block, weights: Weights, overlap: tuple[str, ...] = (), prefix: str = "", **options: Any
 ) -> Peer:  # fmt: skip
-    """opsgraph's Sequential. options: how it plans."""
+    """opsgraph's Sequential. prefix: of the names of its ops; options: how it plans."""
     column, row = _split(block)
-    module = og.Sequential(
-        RMSNorm(block.hidden, eps=eps, **block.place),
+    layers = (
+        RMSNorm(block.hidden, eps=EPS, **block.place),
         Linear(block.hidden, 2 * block.ffn, bias=False, overlap=overlap, **column, **block.place),
         SwiGLU(),
         Linear(block.ffn, block.hidden, bias=False, overlap=overlap, **row, **block.place),
-        **options,
     )
+    named = OrderedDict((f"{prefix}{k}", each) for k, each in enumerate(layers))
+    module = og.Sequential(named, **options)
     load(module, weights)
     if block.recipe == "none":
         return Peer(module)
