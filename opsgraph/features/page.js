@@ -17,6 +17,11 @@ function choose(chosen, scrolls) {
   if (first && scrolls) first.scrollIntoView({ block: "nearest" });
 }
 
+function move(button) {
+  button.focus();
+  choose(button, true); // also where the window is not focused, and no event comes
+}
+
 function beside(button, way) {
   // The nearest row above or below, and in it the step whose middle is nearest.
   const { top, left, width } = button.getBoundingClientRect();
@@ -38,17 +43,17 @@ document.querySelector(".line").addEventListener("keydown", (event) => {
   if (!(event.key in targets)) return;
   event.preventDefault();
   const target = targets[event.key]();
-  if (target) target.focus();
+  if (target) move(target);
 });
 for (const button of buttons) {
   button.addEventListener("focus", () => choose(button, true));
-  button.addEventListener("click", () => button.focus());
+  button.addEventListener("click", () => move(button));
 }
 for (const line of lines) {
   const button = buttons.find((button) => button.dataset.key && button.dataset.key === line.dataset.key);
   if (!button) continue;
   line.classList.add("leads");
-  line.addEventListener("click", () => button.focus());
+  line.addEventListener("click", () => move(button));
 }
 document.getElementById("refused").addEventListener("change", (event) => {
   document.body.classList.toggle("only-taken", !event.target.checked);

@@ -105,14 +105,23 @@ def _place(plan: Plan, name: str) -> int:
     return plan.numbers.index(max(ends, key=len)) if ends else len(plan.numbers) - 1
 
 
-def _kept(plan: Plan, name: str) -> Iterator[tuple[str, str]]:
-    """Facts of a kept value, from the lines that make and read it."""
-    makers = [line.note for line in plan.forward_lines if name in line.makes]
-    readers = [line.note or line.function for line in plan.backward_lines if name in line.reads]
-    yield "is", "kept for the backward"
-    yield "takes", _bytes(plan.saved[name])
-    yield "made by", ", ".join(makers) or "the caller"
-    yield "needed by", "; ".join(dict.fromkeys(readers))
+def _kept(plan: Plan) -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:
+    """Each kept value with its facts, from the lines that make and read it."""
+    makers = {name: line.note for line in plan.forward_lines for name in line.makes}
+    readers: dict[str, dict[str, None]] = {}
+    for line in plan.backward_lines:
+        for name in line.reads:
+            readers.setdefault(name, {})[line.note or line.function] = None
+    for name, size in plan.saved.items():
+        yield (
+            name,
+            (
+                ("is", "kept for the backward"),
+                ("takes", _bytes(size)),
+                ("made by", makers.get(name, "the caller")),
+                ("needed by", "; ".join(readers.get(name, ()))),
+            ),
+        )
 
 
 # -- how it is written --
@@ -199,25 +208,27 @@ def _identity(box: Box) -> str:
 
 
 def _chips(plan: Plan, row: int, tag: str) -> Iterator[str]:
+    """A cell for each op that has kept values."""
     most = max(plan.saved.values()) or 1
-    for i in range(len(plan.kinds)):
-        chips = "".join(
+    places: dict[int, str] = {}
+    for name, size in plan.saved.items():
+        chip = (
             f'<{tag} type="button" class="box value" data-facts="value {escaped(name)}" '
             f'aria-pressed="false" style="--share: {size / most:.3f}">{escaped(name)} '
             f"<small>{size:,} B</small></{tag}>"
-            for name, size in plan.saved.items()
-            if _place(plan, name) == i
         )
-        if chips:
-            yield _cell(row, i, i, chips, 'class="values"')
+        place = _place(plan, name)
+        places[place] = places.get(place, "") + chip
+    for place, chips in places.items():
+        yield _cell(row, place, place, chips, 'class="values"')
 
 
 def _facts(plan: Plan) -> Iterator[str]:
     for direction in (FORWARD, BACKWARD):
         for box in _boxes(plan, direction):
             yield _article(_identity(box), f"{box.name}, {direction}", box.facts)
-    for name in plan.saved:
-        yield _article(f"value {name}", name, _kept(plan, name))
+    for name, facts in _kept(plan):
+        yield _article(f"value {name}", name, facts)
 
 
 def _article(identity: str, title: str, facts: Iterable[tuple[str, str]]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import opsgraph as og
 from opsgraph.ops import BasicLinear, Bias, Linear, RMSNorm, SiLU
+from opsgraph.plan.lines import Line
 
 VOID = {"meta", "input"}
 BROWSER = next(
@@ -122,6 +123,24 @@ def test_it_asks_for_nothing_from_elsewhere(page: Path) -> None:
     assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttpRequest|import\(", text)
     [policy] = [m for m in Reader(text).all("meta") if m.get("http-equiv")]
     assert policy["content"].startswith("default-src 'none';")
+
+
+def test_a_long_plan_has_a_page_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line is looked at once, however many values are kept."""
+    layers = [layer for _ in range(100) for layer in (RMSNorm(8), Linear(8, 8, bias=False), SiLU())]
+    plan = og.Sequential(*layers, backends=("reference",)).plan()
+    seen = 0
+    reads = Line.reads.fget
+
+    def counted(line: Line) -> list[str]:
+        nonlocal seen
+        seen += 1
+        return reads(line)  # type: ignore[misc]
+
+    monkeypatch.setattr(Line, "reads", property(counted))
+    plan.draw(tmp_path / "plan.html")
+    assert len(plan.saved) >= 200
+    assert seen == len(plan.backward_lines)
 
 
 def test_a_name_with_markup_stays_text(tmp_path: Path) -> None:
