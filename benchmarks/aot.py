@@ -188,6 +188,12 @@ def _activation(kind: str, width: int, dtype: torch.dtype, backward: bool) -> No
         activation_forward(x, kind, bias=_meta(x.size(1), dtype=dtype))
 
 
+def _xielu(width: int, dtype: torch.dtype) -> None:
+    x, alpha = _meta(4096, width, dtype=dtype), _meta(1, dtype=dtype)
+    xielu_forward(x, alpha, alpha, 0.5, -1e-6)
+    xielu_backward(x, x, alpha, alpha, 0.5, -1e-6)
+
+
 def _interleaved(x: Tensor) -> None:
     activation_forward(x, "clamped_swiglu", interleave=1)
     activation_backward(x[:, ::2], x, "clamped_swiglu", interleave=1)
@@ -204,9 +210,6 @@ def _sums(width: int, dtype: torch.dtype) -> None:
     add(x, x)
     scale_forward(x, bias, x)
     scale_backward(x, x, bias)
-    alpha = _meta(1, dtype=dtype)
-    xielu_forward(x, alpha, alpha, 0.5, -1e-6)
-    xielu_backward(x, x, alpha, alpha, 0.5, -1e-6)
     add(x, None, bias)
     sum_rows(x, dtype)
 
@@ -329,6 +332,7 @@ def cases(which: str) -> Iterator[Case]:
             yield name, _activation, (kind, width, dtype, backward)
     x = _meta(4096, 200, dtype=half)
     yield "clamped_swiglu interleaved 100", _interleaved, (x,)
+    yield "xielu bf16 100", _xielu, (100, half)  # the last sum is of two columns
     for backward in (False, True):
         name = f"swiglu {'backward' if backward else 'forward'} second, rounded"
         yield name, _activation, ("swiglu rounded second", 14336, half, backward)
