@@ -101,10 +101,10 @@ def test_a_family_runs_as_plans_with_its_results(family: str) -> None:
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("family", families.listed())
-def test_every_family(family: str) -> None:
+@pytest.mark.parametrize("family, reached", families.listed().items())
+def test_every_family(family: str, reached: str) -> None:
     result = families.check(family)
-    assert result.reached not in ("wrong", "failed"), families.line(result)
+    assert result.reached in (reached, "full", "part"), families.line(result)
 
 
 def test_the_page_about_models_runs() -> None:
