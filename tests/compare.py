@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import formulas
 import torch
 from torch import Tensor, nn
 
 from opsgraph import Sequential
 from opsgraph.ops.sizes import complete_sizes
+from opsgraph.testing import formulas
 
 TOLERANCES = {
     torch.float64: (1e-9, 1e-9),

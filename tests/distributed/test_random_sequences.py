@@ -3,7 +3,6 @@
 import random
 from typing import Any
 
-import formulas
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 import opsgraph as og
 from opsgraph import ops
 from opsgraph.parallel import TensorParallel
+from opsgraph.testing import formulas
 from opsgraph.testing.distributed import Ranks
 
 WIDTH = 8

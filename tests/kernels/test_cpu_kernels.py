@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from formulas import FORMULAS, layernorm, rmsnorm
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,6 +13,7 @@ from opsgraph import ops
 from opsgraph.kernels.cpu import activations, build, norms
 from opsgraph.kernels.cpu.transpose import transposed
 from opsgraph.kernels.reference import activations as reference
+from opsgraph.testing.formulas import FORMULAS, layernorm, rmsnorm
 
 pytestmark = [
     pytest.mark.usefixtures("seeded"),

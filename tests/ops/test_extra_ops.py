@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from compare import LAYOUTS, lay_out
-from formulas import FORMULAS
 from torch import Tensor, nn
 
 import opsgraph as og
 from opsgraph import ops
+from opsgraph.testing.formulas import FORMULAS
 
 TOLERANCES = {
     torch.float32: (1e-3, 1e-5),  # GEMMs inside

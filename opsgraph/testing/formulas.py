@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opsgraph import Op, ops
-from opsgraph.kernels.reference.dropout import keep_mask
+from .. import ops
+from ..kernels.reference.dropout import keep_mask
+from ..op import Op
 
 Parameters = Mapping[str, Tensor]
-Formula = Callable[[Any, Tensor, Callable[[str], Tensor | None]], Tensor]
+Formula = Callable[[Any, Tensor, Callable[[str], Any]], Tensor]
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
@@ -51,16 +52,20 @@ def clamped_swiglu(op: Any, x: Tensor, get: Any) -> Tensor:
     a, b = halves(op, x)
     b = clamp(b, -limit, limit) + offset
     if op.clamp_after:
-        return clamp(a * torch.sigmoid(alpha * a), -math.inf, limit) * b
-    a = clamp(a, -math.inf, limit)
-    return a * torch.sigmoid(alpha * a) * b
+        gate = clamp(a * torch.sigmoid(alpha * a), -math.inf, limit)
+    else:
+        a = clamp(a, -math.inf, limit)
+        gate = a * torch.sigmoid(alpha * a)
+    y: Tensor = gate * b
+    return y
 
 
 def situglu(op: Any, x: Tensor, get: Any) -> Tensor:
     beta1, beta2 = op.params
     a, b = halves(op, x)
     gate = beta1 * torch.tanh(a / beta1) * torch.sigmoid(a)
-    return gate * beta2 * torch.tanh(b / beta2)
+    y: Tensor = gate * beta2 * torch.tanh(b / beta2)
+    return y
 
 
 def affine(op: Any, x: Tensor, get: Any) -> Tensor:
@@ -86,7 +91,7 @@ def l2normalization(op: Any, x: Tensor, get: Any) -> Tensor:
 
 
 def linear(op: Any, x: Tensor, get: Any) -> Tensor:
-    y = torch.einsum("...i,oi->...o", x, get("weight"))
+    y: Tensor = x @ get("weight").T
     bias = get("bias")
     return y if bias is None else y + bias
 
@@ -111,7 +116,8 @@ def xielu(op: Any, x: Tensor, get: Any) -> Tensor:
     p = torch.nn.functional.softplus(get("alpha_p"))
     n = op.beta + torch.nn.functional.softplus(get("alpha_n"))
     below = torch.expm1(torch.where(x > op.eps, op.eps, x)) - x
-    return torch.where(x > 0, p * x * x, n * below) + op.beta * x
+    y: Tensor = torch.where(x > 0, p * x * x, n * below) + op.beta * x
+    return y
 
 
 def relu6(x: Tensor) -> Tensor:
@@ -183,7 +189,7 @@ def _steps(modules: Mapping[str, nn.Module], prefix: str) -> Iterator[tuple[str,
     for name, module in modules.items():
         if isinstance(module, ops.Residual):
             yield "", "push"
-            yield from _steps(module.ops._modules, f"{prefix}{name}.ops.")  # type: ignore[arg-type]
+            yield from _steps(module.ops._modules, f"{prefix}{name}.ops.")
             yield "", "pop"
         else:
             yield f"{prefix}{name}.", module
@@ -205,7 +211,7 @@ def run(
     parameters: by their names in the module's state dict. extra: called with the value at an Add
     that no Tee serves, it returns the extra input.
     """
-    steps = list(_steps(module._modules, ""))  # type: ignore[arg-type]
+    steps = list(_steps(module._modules, ""))
     reads = [(i, _channel(step)) for i, (_, step) in enumerate(steps) if isinstance(step, ops.Add)]
     channels: dict[str | None, Tensor] = {}
     stack: list[Tensor] = []

@@ -1,0 +1,100 @@
+"""What formulas say of a call: the fp64 answer, and how far off a dtype may be."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import formulas
+from .compare import Answer, worse
+from .low import SHARES, in_low_precision
+
+
+class Question(NamedTuple):
+    """A call of a module."""
+
+    module: Any
+    """A Sequential of ops."""
+    inputs: Sequence[Tensor]
+    """x and the extra inputs."""
+    seed: int
+    """Of dropout, and of the outputs' gradients."""
+    training: bool
+    random: Callable[[Sequence[int], int], Tensor]
+    """Values of a shape, from a seed."""
+
+
+def dys_of(question: Question, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the outputs, for the backward of a call."""
+    return [question.random(y.shape, question.seed + 7 + k) for k, y in enumerate(outputs)]
+
+
+def answer(question: Question, dtype: torch.dtype) -> Answer:
+    """Outputs and gradients by the formulas, in a dtype."""
+    with torch.enable_grad():
+        wide = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in question.inputs]
+        torch.manual_seed(question.seed)
+        outputs, parameters = by_formulas(question.module, dtype, wide)
+        leaves = {f"input {k}": x for k, x in enumerate(wide)} | parameters
+        wanted = {id(leaf): leaf for leaf in leaves.values() if leaf.requires_grad}
+        pairs = zip(outputs, dys_of(question, outputs), strict=True)
+        moving = [(y, dy.to(dtype)) for y, dy in pairs if y.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if question.training and wanted and moving:
+            ys, dys = zip(*moving, strict=True)
+            found = torch.autograd.grad(ys, list(wanted.values()), dys, allow_unused=True)
+    by_leaf = dict(zip(wanted, found, strict=True))
+    gradients = {name: by_leaf.get(id(leaf)) for name, leaf in leaves.items()}
+    return Answer([y.detach() for y in outputs], gradients)
+
+
+def plain_answer(question: Question, exact: Answer, dtype: torch.dtype, low: bool) -> Answer:
+    """The worst answer that formulas give in a dtype; low: also with products in FP8.
+
+    A value that is rounded may be on the other side of a bound, which inputs that are off by a few
+    roundings show.
+    """
+    found = answer(question, dtype)
+    for k in (1, 2, 3) if dtype in (torch.bfloat16, torch.float16) else (1,):
+        near = [
+            _near(question, x, dtype, k).requires_grad_(x.requires_grad) for x in question.inputs
+        ]
+        found = worse(exact, found, answer(question._replace(inputs=near), torch.float64))
+    for share in SHARES if low else ():
+        with in_low_precision(share):
+            found = worse(exact, found, answer(question, dtype))
+    return found
+
+
+def _near(question: Question, x: Tensor, dtype: torch.dtype, k: int) -> Tensor:
+    noise = question.random(x.shape, question.seed + k).double() * 2 * torch.finfo(dtype).eps
+    return (x.detach().double() * (1 + noise)).requires_grad_(x.requires_grad)
+
+
+def by_formulas(
+    module: nn.Sequential,
+    dtype: torch.dtype,
+    inputs: Sequence[Tensor],
+    record: Callable[[torch.Size], None] | None = None,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """All outputs, and the copies of the parameters in a dtype, by all their names.
+
+    record: told of the shape of each extra input, none of which is then given.
+    """
+    made: dict[int, Tensor] = {}
+    parameters = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        if id(p) not in made:
+            made[id(p)] = p.detach().to(dtype).requires_grad_(p.requires_grad)
+        parameters[name] = made[id(p)]
+    rest = iter(inputs[1:])
+
+    def extra(x: Tensor) -> Tensor:
+        if record is None:
+            return next(rest)
+        record(x.shape)
+        return x
+
+    y, outputs = formulas.run(module, inputs[0].to(dtype), parameters, extra)
+    return [y, *outputs], parameters

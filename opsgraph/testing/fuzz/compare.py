@@ -1,0 +1,78 @@
+"""How far a result may be from fp64: as far as the same formulas in the result's own dtype."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+UNITS = {torch.float64: 10**7, torch.float32: 1000, torch.float16: 16, torch.bfloat16: 16}
+"""Units of a dtype's precision, of the largest element, that any result may be off by."""
+RATIO = 6.0
+"""How many times the error of plain formulas an error may be."""
+
+
+class Answer(NamedTuple):
+    """Outputs and gradients by name, None for a leaf that gets none."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor | None]
+
+
+class Wrong(AssertionError):
+    """A result that is not what the formulas give."""
+
+
+def check(what: str, found: Tensor | None, exact: Tensor | None, plain: Tensor | None) -> None:
+    """Compare a value with the fp64 one; plain: by the same formulas in the module's dtype.
+
+    Raises Wrong with the error that came and the one allowed. A gradient of None has to be None.
+    """
+    if found is None or exact is None:
+        if found is not exact:
+            raise Wrong(f"{what}: got {_kind(found)}, expected {_kind(exact)}")
+        return
+    if found.shape != exact.shape:
+        raise Wrong(f"{what}: got shape {tuple(found.shape)}, expected {tuple(exact.shape)}")
+    if not found.numel():
+        return
+    error, size = (found.double() - exact).norm(), exact.norm()
+    dtype = found.dtype if plain is None else plain.dtype
+    allowed = float(UNITS[dtype] * torch.finfo(dtype).eps * size)
+    if plain is not None:
+        allowed += RATIO * float((plain.double() - exact).norm())
+    most = torch.finfo(found.dtype).max
+    if (plain is not None and not plain.isfinite().all()) or exact.abs().max() > most / 16:
+        return  # formulas in this dtype overflow as well
+    if not error <= allowed:  # a NaN is wrong too
+        raise Wrong(f"{what}: off by {error:.3g} of {size:.3g}, allowed {allowed:.3g}")
+
+
+def worse(exact: Answer, one: Answer, other: Answer) -> Answer:
+    """Of two answers, for each value, the one further from the exact one."""
+
+    def further(value: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        if value is None or a is None or b is None:
+            return a
+        return a if (a.double() - value).norm() >= (b.double() - value).norm() else b.to(a.dtype)
+
+    outputs: Sequence[Any] = list(map(further, exact.outputs, one.outputs, other.outputs))
+    gradients = {
+        name: further(value, one.gradients[name], other.gradients[name])
+        for name, value in exact.gradients.items()
+    }
+    return Answer(list(outputs), gradients)
+
+
+def anything(answer: Answer) -> Answer:
+    """An answer with which any other of the same shapes agrees."""
+
+    def endless(value: Tensor | None) -> Tensor | None:
+        return None if value is None else torch.full_like(value, float("inf"))
+
+    return Answer([torch.full_like(y, float("inf")) for y in answer.outputs],
+                  {name: endless(g) for name, g in answer.gradients.items()})  # fmt: skip
+
+
+def _kind(value: Tensor | None) -> str:
+    return "None" if value is None else f"a tensor {tuple(value.shape)}"

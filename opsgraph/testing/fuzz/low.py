@@ -1,0 +1,58 @@
+"""Formulas whose products take FP8: how far a recipe's results may be from fp64."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from .. import formulas
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+
+
+SHARES = (1.0, 0.5, None)
+"""Of a value's amax, what its scale is made of: all of it; less, as a scale from earlier calls may
+be; or a scale of 1, as at a start."""
+
+
+def cast(x: Tensor, dtype: torch.dtype, share: float | None) -> Tensor:
+    """x rounded to FP8, by a scale that brings a share of its largest value to the format's."""
+    amax, largest = float(x.abs().max()) if x.numel() else 0.0, LARGEST[dtype]
+    scale = largest / (amax * share) if share and amax else 1.0
+    return ((x * scale).clamp(-largest, largest).to(dtype).to(x.dtype) / scale).to(x.dtype)
+
+
+class Product(torch.autograd.Function):
+    """`x @ w.T` of values in E4M3, and its gradients from one in E5M2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, share: float | None) -> Tensor:
+        """x: [..., in]; w: [out, in]."""
+        x, w = (cast(value, torch.float8_e4m3fn, share) for value in (x, w))
+        ctx.save_for_backward(x, w)
+        ctx.share = share
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> Any:
+        """dy: [..., out]."""
+        x, w = ctx.saved_tensors
+        dy = cast(dys[0], torch.float8_e5m2, ctx.share)
+        return dy @ w, dy.flatten(0, -2).T @ x.flatten(0, -2), None
+
+
+@contextmanager
+def in_low_precision(share: float | None) -> Iterator[None]:
+    """Let the formulas' Linear multiply in FP8; share: see `SHARES`."""
+
+    def linear(op: Any, x: Tensor, get: Any) -> Tensor:
+        y: Tensor = Product.apply(x, get("weight"), share)  # type: ignore[no-untyped-call]
+        bias = get("bias")
+        return y if bias is None else y + bias
+
+    with mock.patch.dict(formulas.FORMULAS, {ops.Linear: linear, ops.BasicLinear: linear}):
+        yield

@@ -1,0 +1,121 @@
+"""Random lives of random modules, and that the fuzzer finds what is planted."""
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from opsgraph.precision import tapes
+from opsgraph.testing.fuzz import Impossible, Life, Wrong
+from opsgraph.testing.fuzz.__main__ import main
+from opsgraph.testing.fuzz.lives import Plot, Step, live, script, shrink
+
+FOUND = sorted((Path(__file__).parent / "found").glob("*.py"))
+
+
+def lived(seeds: range, device: str = "cpu") -> int:
+    """Live the lives of these seeds; returns how many steps they took."""
+    steps = 0
+    for seed in seeds:
+        plot = Plot(seed, device=device)
+        life = live(plot.start, plot.steps)
+        steps += life.steps
+        if life.error is not None:
+            raise AssertionError(f"seed {seed}:\n{script(plot.start, plot.steps)}") from life.error
+    return steps
+
+
+def test_lives() -> None:
+    assert lived(range(20)) > 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(10))
+def test_more_lives(part: int) -> None:
+    assert lived(range(10_000 + 50 * part, 10_050 + 50 * part)) > 400
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", range(8))
+def test_lives_on_a_gpu(part: int) -> None:
+    assert lived(range(20_000 + 25 * part, 20_025 + 25 * part), "cuda") > 200
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
+def test_what_was_found_stays_mended(path: Path) -> None:
+    runpy.run_path(str(path))
+
+
+def scales_by_order(patch: pytest.MonkeyPatch) -> None:
+    """What a checkpoint did before: the n-th scale it reads is the n-th that its forward read."""
+    by_order = tapes.taken
+    patch.setattr("opsgraph.precision.delayed.taken", lambda scale, _: by_order(scale, None))
+
+
+def unseen_modes(patch: pytest.MonkeyPatch) -> None:
+    """Calls of a known kind that do not see `train()` and `eval()`."""
+    patch.setattr("opsgraph.features.known._training", lambda module: True)
+
+
+def unseen_edits(patch: pytest.MonkeyPatch) -> None:
+    """A module that does not see that an op changed."""
+    patch.setattr("opsgraph.run.sequential.Sequential._forget", lambda self: None)
+
+
+START = Step("__init__", ("float32", 3), {"planner": "greedy"})
+LONG = [
+    Step("build", (8, "Linear(8, 8)", "Dropout(1.0)", "Bias(8)", "Residual(GELU())"), {}),
+    Step("call", (), {"lead": (5,), "layout": "strided", "backward": "twice"}),
+    Step("freeze", ("0.bias", True), {}),
+    Step("call", (), {"seed": 5, "mode": "no_grad", "input_grad": True}),
+    Step("insert", (2, "L2Normalization(eps=0.1)"), {}),
+    Step("replace", ("0.weight", 7), {}),
+    Step("call", (), {"seed": 9, "lead": (2, 3), "backward": "later"}),
+    Step("train", (False,), {}),
+    Step("call", (), {"seed": 2, "lead": (2, 3), "thread": True}),
+    Step("finish", (0,), {}),
+]
+
+
+@pytest.mark.parametrize("plant", [unseen_modes, unseen_edits])
+def test_a_planted_fault_is_found_and_shrunk(
+    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """To a script that fails by itself, and is shorter than the life."""
+    assert live(START, LONG).error is None
+    plant(monkeypatch)
+    assert isinstance(live(START, LONG).error, Wrong)
+    shorter = shrink(START, LONG, lambda error: isinstance(error, Wrong))
+    assert len(shorter) <= 4
+    path = tmp_path / "failed.py"
+    path.write_text(script(START, shorter))
+    with pytest.raises(Wrong):
+        runpy.run_path(str(path))
+
+
+def test_scales_taken_by_order_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    scales_by_order(monkeypatch)
+    with pytest.raises(Wrong, match="gradient"):
+        runpy.run_path(str(Path(__file__).parent / "found/delayed_checkpoint_after_an_option.py"))
+
+
+def test_a_step_that_does_not_apply_is_left_out() -> None:
+    life = Life()
+    life.build(4, "GELU()")
+    with pytest.raises(Impossible):
+        life.replace("0.weight", 1)
+    start = Step("__init__", (), {})
+    steps = [Step("build", (4, "GELU()"), {}), Step("remove", (3,), {}), Step("call", (), {})]
+    assert live(start, steps) == (2, None)
+
+
+def test_the_command_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opsgraph.testing.fuzz.__main__.BLOCK", 1)
+    arguments = ["--minutes", "0", "--seed", "7", "--processes", "1", "--out", str(tmp_path)]
+    log = tmp_path / "cpu-7.jsonl"
+    log.write_text('{"first": 7, "steps": 12, "failed": []}\n')
+    assert main(arguments) == 0
+    assert "1 lives, 12 steps" in capsys.readouterr().out
