@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from formulas import clamp
 from torch import Tensor
+
+from opsgraph.testing.formulas import clamp
 
 INF, NAN = math.inf, math.nan
 SIZES = (

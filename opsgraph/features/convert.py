@@ -231,8 +231,8 @@ def _of(cls: type[Op], module: nn.Module, *more: nn.Module) -> Op:
     if isinstance(found, str):
         raise OpError(cls.__name__, f"of({type(module).__name__}): {found}", "a module like it")
     if not isinstance(found, cls):
-        got = f"of({type(module).__name__}), which is {type(found).__name__}"
-        raise OpError(cls.__name__, got, "a module that computes the same")
+        got = f"of({type(module).__name__}), which computes what {type(found).__name__} does"
+        raise OpError(cls.__name__, got, f"a module that computes what {cls.__name__} does")
     return found
 
 

@@ -70,6 +70,8 @@ def _made(target: str, layers: int) -> nn.Module:
         transformers: Any = import_module("transformers")
     except ImportError:
         raise OpError("explain", target, "MODULE:OBJECT, or transformers to be installed") from None
+    if target.endswith(".json") and not Path(target).is_file():
+        raise OpError("explain", target, "a config.json that is there")
     try:
         config = transformers.AutoConfig.from_pretrained(target)
         for part in {id(c): c for c in (config, config.get_text_config())}.values():

@@ -50,6 +50,6 @@ for _backend in (
     Backend("triton", "Triton kernels", ("cuda",), _triton, interpreting),
     Backend("cublaslt", "products of cuBLASLt, by measured algorithms", ("cuda",), _cublaslt),
     Backend("cpu", "C++ kernels, compiled here at first use", ("cpu",), _cpu),
-    Backend("aten", "PyTorch's own fused calls (cublasLt, oneDNN)"),
+    Backend("aten", "PyTorch's own fused calls (cuBLASLt, oneDNN)"),
 ):
     add_backend(_backend)

@@ -392,4 +392,4 @@ def _integers(value: Any, count: int, where: str) -> Tensor:
         raise OpError(where, f"split_sizes {sizes}", expected)
     if len(sizes) != count:
         raise OpError(where, f"{len(sizes)} split_sizes {sizes}", expected)
-    return torch.tensor([index(size) for size in sizes], dtype=torch.int64)
+    return torch.tensor([index(size) for size in sizes], dtype=torch.int64, device="cpu")

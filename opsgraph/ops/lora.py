@@ -180,7 +180,8 @@ class LoRA(Op):
         return _gradients(dy, other, lora_A, lora_B, scale, start, want)
 
     def extra_repr(self) -> str:
-        more = f", dropout={self.dropout}" if self.dropout else ""
+        more = "" if self.start is None else f", start={self.start}"
+        more += f", dropout={self.dropout}" if self.dropout else ""
         return f"{self.in_features}, {self.out_features}, {self.rank}, scale={self.scale:g}{more}"
 
     @classmethod

@@ -1,7 +1,7 @@
 """XIELU, an activation with two trainable scalars: Apertus' (Huang and Schlag, 2024)."""
 
 from collections.abc import Collection, Iterable
-from math import isfinite
+from math import expm1, inf, isfinite, log
 from typing import Any
 
 import torch
@@ -42,10 +42,12 @@ class XIELU(Op):
         place("XIELU", device, dtype)
         super().__init__()
         self.beta, self.eps = beta, eps
-        above = "a number above {}".format
-        self.alpha_p_init = number("XIELU", "alpha_p_init", alpha_p_init, above(0), lambda v: v > 0)
+        above = "a finite number above {}".format
+        self.alpha_p_init = number(
+            "XIELU", "alpha_p_init", alpha_p_init, above(0), lambda v: 0 < v < inf
+        )
         self.alpha_n_init = number(
-            "XIELU", "alpha_n_init", alpha_n_init, above(self.beta), lambda v: v > self.beta
+            "XIELU", "alpha_n_init", alpha_n_init, above(self.beta), lambda v: self.beta < v < inf
         )
         self.alpha_p = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.alpha_n = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
@@ -56,8 +58,8 @@ class XIELU(Op):
         for parameter, begin in (
             (self.alpha_p, self.alpha_p_init), (self.alpha_n, self.alpha_n_init - self.beta)
         ):  # fmt: skip
-            value = torch.log(torch.expm1(torch.tensor(begin, dtype=torch.float64)))
-            nn.init.constant_(parameter, float(value))
+            # log(exp(begin) - 1), of whatever size
+            nn.init.constant_(parameter, begin + log(-expm1(-begin)))
 
     def out(self, x: Spec) -> Spec:
         return x

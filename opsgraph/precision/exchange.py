@@ -96,7 +96,7 @@ def _verify(agree: Tensor, count: int, wait: bool) -> None:
         if not bool(agree):
             _fail(count)
     elif not torch.cuda.is_current_stream_capturing():
-        known = torch.empty((), dtype=torch.bool, pin_memory=True)
+        known = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
         known.copy_(agree, non_blocking=True)
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(agree.device))

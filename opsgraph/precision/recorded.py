@@ -5,6 +5,7 @@ The usual call has a pass note them itself (`features.joined`), by a line that c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -78,9 +79,14 @@ _WITH_KERNELS = "triton", "cpu"
 """Backends that have them."""
 
 
-@cache
 def kernels_on(device: torch.device) -> Any:
     """The module of kernels for states and amaxes on a device, or None."""
+    return _kernels_on(device, os.environ.get("OPSGRAPH_BACKENDS"))
+
+
+@cache
+def _kernels_on(device: torch.device, allowed_now: str | None) -> Any:
+    """The same for a setting of the environment, which may change."""
     allowed, known = config.read().backends, backends()
     for name in _WITH_KERNELS:
         absent = name not in known or (allowed and name not in allowed)

@@ -171,7 +171,7 @@ def _as_before(states: Sequence[Scaling], recipe: DelayedScaling, names: Sequenc
     buffers = _all_buffers(states)
     if {*map(type, buffers)} != {Tensor} or _where(buffers) != again[2:]:
         return False
-    if again.device.type == "cuda" and capturing(again.device):
+    if capturing(again.device):
         return False
     with config.lock:  # other threads may run under the recipe
         _hold(states, Fixed(again.update(None), len(states)), FORWARD in names)
@@ -224,7 +224,7 @@ def _known(device: torch.device, states: Sequence[Scaling], by_kernel: bool) -> 
         if kernel is None or not plain or len(set(sizes)) > 1:
             known = _views(buffers)
         else:
-            table = torch.tensor(addresses).view(-1, 4).to(device)
+            table = torch.tensor(addresses, device="cpu").view(-1, 4).to(device)
             known = _Table(kernel, table, buffers[3].size(0))
         if held:
             return known

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, product
 from typing import Any
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -60,8 +59,8 @@ def samples(fuser: Fuser, few: bool = False) -> Iterator[list[Op]]:
 
     Under a recipe a linear layer stands for the Quantize or QuantizeGrad that it brings, and a
     GroupedLinear for what it becomes. few: only enough variants for every alternative to occur, one
-    sample of each class, and of many classes of a kind, as activations are, a few that hang on the
-    fuser's name.
+    sample of each class, and of many classes of a kind, as activations are, a few that differ from
+    one fuser to the next.
     """
     linear = partial(BasicLinear, out_features=QUANTIZED_WIDTH)
 
@@ -74,7 +73,8 @@ def samples(fuser: Fuser, few: bool = False) -> Iterator[list[Op]]:
         if not few:
             return each
         classes = list({type(op): op for op in reversed(each)}.values())
-        return classes[crc32(fuser.name.encode()) % -(-len(classes) // 4) :: -(-len(classes) // 4)]
+        step = -(-len(classes) // 6)
+        return classes[fuser.serial % step :: step]
 
     every = list(variants(fuser.pattern))
     for variant in _covering(every) if few else every:

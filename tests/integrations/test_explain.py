@@ -95,3 +95,6 @@ def test_no_such_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     with pytest.raises(SystemExit, match="2"):
         main(["explain", str(tmp_path)])
     assert "expected a config that makes a model" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["explain", str(tmp_path / "none.json")])
+    assert "none.json, expected a config.json that is there" in capsys.readouterr().err

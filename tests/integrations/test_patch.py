@@ -420,6 +420,66 @@ def test_code_that_uses_values_in_another_way_gets_them() -> None:
     _same(_results(model), _results(plain))
 
 
+class Changing(nn.Module):
+    """Writes over values that it has made others of, in one of several ways; at first in none."""
+
+    way = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(H, eps=1e-6)
+        self.mlp = Gated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, mlp, what, _, how = self.norm(x), self.mlp, *self.way.partition(" ")
+
+        def change(name: str, value: Tensor) -> Tensor:
+            if name != what:
+                return value
+            if how == "sum":
+                value += x.repeat(1, 2)[:, : value.shape[1]]
+                return value
+            return value.mul_(3.0)
+
+        gate = mlp.gate_proj(h)
+        h = change("norm", h)
+        active = functional.silu(gate)
+        gate, up = change("gate", gate), mlp.up_proj(h)
+        up = change("up", up)
+        if what == "gate":
+            return active * up + gate
+        y = mlp.down_proj(active * up)
+        h = change("input", h)
+        return h + y if self.way else x + y
+
+
+@pytest.mark.parametrize("how", ["sum", "product"])
+@pytest.mark.parametrize("what", ["norm", "gate", "up", "input"])
+def test_values_written_over_after_others_were_made_of_them(what: str, how: str) -> None:
+    model = Changing()
+    plain = copy.deepcopy(model)
+    x = torch.randn(4, H)
+    patch(model, {"x": x})
+    model.way = plain.way = f"{what} {how}"
+    for grad in (torch.enable_grad, torch.inference_mode):
+        with grad():
+            torch.testing.assert_close(model(x) + 0, plain(x))
+
+
+def test_arguments_that_are_not_followed_are_pytorchs() -> None:
+    class Named(Changing):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            gate, value = self.mlp.gate_proj(h).split(split_size=F // 2, dim=-1)
+            return torch.cat([torch.mul(functional.silu(gate), value, out=None), h], 1)
+
+    model = Named()
+    plain = copy.deepcopy(model)
+    x = torch.randn(4, H)
+    patch(model, {"x": x})
+    torch.testing.assert_close(model(x), plain(x))
+
+
 def test_late_values_of_changed_tensors_raise() -> None:
     class Switched(Before):
         more = False

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from formulas import xielu as formula
 from torch import Tensor
 
 from opsgraph.kernels.cpu import build, xielu
+from opsgraph.testing.formulas import xielu as formula
 
 pytestmark = [
     pytest.mark.usefixtures("seeded"),

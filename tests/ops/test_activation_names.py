@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import opsgraph as og
-from opsgraph.ops import GELU, QGELU, ClippedGELU, Gated, ReLU6, SwiGLU
+from opsgraph.ops import GELU, QGELU, XIELU, ClippedGELU, Gated, ReLU6, SwiGLU
 from opsgraph.ops.activation_names import ACTIVATIONS, keywords
 
 NAMED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -127,5 +127,25 @@ def test_xielu_begins_as_it_is_told() -> None:
     p = F.softplus(op.alpha_p)
     torch.testing.assert_close(p, torch.tensor([0.7]))
     torch.testing.assert_close(op.beta + F.softplus(op.alpha_n), torch.tensor([1.25]))
-    with pytest.raises(og.OpsgraphError, match=r"alpha_n_init=0\.2, expected a number above 0\.25"):
+    with pytest.raises(
+        og.OpsgraphError, match=r"alpha_n_init=0\.2, expected a finite number above 0\.25"
+    ):
         og.ops.XIELU(0.7, 0.2, 0.25)
+
+
+@pytest.mark.parametrize("begin", [0.01, 3.0, 1000.0])
+def test_xielu_begins_with_what_it_is_given(begin: float) -> None:
+    op = og.ops.XIELU(begin, begin + 0.5, dtype=torch.float64)
+    for parameter in (op.alpha_p, op.alpha_n):
+        torch.testing.assert_close(torch.nn.functional.softplus(parameter).item(), begin)
+    with pytest.raises(og.OpsgraphError, match="alpha_p_init=inf, expected a finite number"):
+        og.ops.XIELU(float("inf"))
+
+
+@pytest.mark.parametrize("begin", [0.8, 1e-6, 30.0, 900.0])
+def test_xielu_begins_as_told(begin: float) -> None:
+    op = XIELU(begin, begin + 0.5)
+    torch.testing.assert_close(F.softplus(op.alpha_p), torch.tensor([begin]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(F.softplus(op.alpha_n), torch.tensor([begin]), rtol=1e-3, atol=0)
+    with torch.device("meta"):
+        assert XIELU(begin, begin + 0.5).alpha_p.is_meta

@@ -260,3 +260,15 @@ def test_a_dummy_where_it_is_asked_for() -> None:
     assert op.weight2.grad_added_to_main_grad is True
     assert not op.weight2.grad.any()
     assert op.weight2.main_grad.any()
+
+
+def test_modules_do_not_mind_the_default_device() -> None:
+    grouped, x = og.Sequential(GroupedLinear(2, 32, 32)), torch.randn(6, 32)
+    linear = og.Sequential(og.ops.Linear(32, 32))
+    recipe = og.recipe.DelayedScaling()
+    expected = grouped(x, [2, 4])
+    with torch.device("meta"):
+        assert torch.equal(grouped(x, [2, 4]), expected)
+        with og.autocast(recipe=recipe):
+            linear(x).sum().backward()
+    assert linear[0].weight.grad.device.type == "cpu"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -120,6 +121,8 @@ def reach(
         return found  # type: ignore[no-any-return]
     if state.now:
         return state.plan(root, *extras)  # type: ignore[no-any-return]
+    if any(x.is_inference() for x in (root, *extras)):
+        return None  # they do not tell whether they were changed before the value is computed
     return Deferred.of(state, root, parents, extras, book)
 
 
@@ -133,6 +136,8 @@ class Deferred(Tensor):
     extras: tuple[Tensor, ...]
     book: Book
     value: Tensor | None
+    written: int
+    """How often the value had been changed in place when it was computed."""
     total: Tensor | None
     """What it became by `+=`."""
     kind: Kind
@@ -150,7 +155,7 @@ class Deferred(Tensor):
             Deferred, (*root.shape[:-1], width), dtype=dtype, device=root.device
         )
         made.state, made.root, made.parents, made.extras = state, root, parents, extras
-        made.book, made.value, made.total = book, None, None
+        made.book, made.value, made.total, made.written = book, None, None, 0
         made.kind = kind
         made.versions = [*map(version, (root, *extras))]
         made.grad_mode = torch.is_grad_enabled()
@@ -159,6 +164,8 @@ class Deferred(Tensor):
     def further(self, step: Step, *more: Any, extra: Tensor | None = None) -> Any:
         """The value after a step, which may read more Deferreds; None where it is not proven."""
         if self.grad_mode is not torch.is_grad_enabled() or self.total is not None:
+            return None
+        if not all(d is None or d.intact() for d in more):
             return None
         if self.kind != kind_of(self.root):
             return None
@@ -176,6 +183,12 @@ class Deferred(Tensor):
             return None
         extras = self.extras if extra is None else (*self.extras, extra)
         return reach(state, self.root, (self, *more), extras, self.book)
+
+    def intact(self) -> bool:
+        """Whether it still has the value of its state: none was added to it, or written over it."""
+        if self.value is None or self.total is not None:
+            return self.total is None
+        return not self.value.is_inference() and version(self.value) == self.written
 
     def stale(self) -> str | None:
         """Why the value can no longer be computed, or None."""
@@ -201,10 +214,13 @@ class Deferred(Tensor):
             with torch.set_grad_enabled(self.grad_mode), _as_made(self):
                 if self.state.plan is not None:
                     self.value = self.state.plan(self.root, *self.extras)
+                elif not all(d is None or d.intact() for d in self.parents):
+                    self.value = self.state.run(self.root, self.extras, original)
                 else:
                     values = [self.root if d is None else d.compute() for d in self.parents]
                     extra = self.extras[-1] if self.extras else None
                     self.value = self.state.compute(values, extra, original)
+            self.written = version(self.value)
         return self.value
 
     @classmethod
@@ -214,11 +230,20 @@ class Deferred(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         follow = _FOLLOWED.get(func)
-        if follow is not None:
+        if follow is not None and (not kwargs or _takes(follow, args, kwargs)):
             found = follow(*args, **kwargs)
             if found is not None:
                 return found
         return func(*computed(args), **computed(kwargs))
+
+
+def _takes(follow: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether arguments are what a function of `_FOLLOWED` knows: `out=` is not."""
+    try:
+        signature(follow).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _as_made(deferred: Deferred) -> AbstractContextManager[Any]:

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from formulas import xielu as formula
 from kernel_checks import DTYPES, close, laid_out, normal, twice
 
 from opsgraph.kernels.triton.xielu import xielu_backward, xielu_forward
+from opsgraph.testing.formulas import xielu as formula
 
 BETA, EPS = 0.5, -1e-6
 
