@@ -13,6 +13,7 @@ from replays import build, random
 
 import opsgraph as og
 from opsgraph.kernels.cpu import build as library
+from opsgraph.precision.delayed import Scaling
 from opsgraph.replay.record import Build, InPython, view
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
@@ -21,6 +22,12 @@ ROWS, WIDTH = 6, 64
 ASIDE = {InPython.run.__code__, Build.make.__code__, view.__code__}
 """Lines in Python, and what is made for them. Emulated products are such; on CUDA there are none
 under these recipes."""
+
+
+@pytest.fixture(autouse=True)
+def before_any_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first compiled call of a process on, each update hands its scales to Dynamo too."""
+    monkeypatch.setattr(Scaling, "pinned", False)
 
 
 def calls(step: Callable[[], Any]) -> Counter[str]:
