@@ -1,0 +1,37 @@
+"""The list of planted faults fits the product as it is, so it cannot rot."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.mutation.faults import FAULTS
+from tests.mutation.form import Edit, Fault, misfits, plant
+from tests.mutation.reverted import REVERTED
+
+ALL = (*FAULTS, *REVERTED)
+
+
+def test_every_fault_can_be_planted() -> None:
+    assert [reason for fault in ALL for reason in misfits(fault)] == []
+
+
+def test_names_are_unique_and_words_are_there() -> None:
+    assert max(Counter(fault.name for fault in ALL).values()) == 1
+    assert all(fault.breaks.endswith(".") for fault in ALL)
+
+
+def test_a_fault_is_planted_and_taken_out_again(tmp_path: Path) -> None:
+    (tmp_path / "opsgraph").mkdir()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_it.py").touch()
+    path = tmp_path / "opsgraph/it.py"
+    path.write_text("one two")
+    edits = Edit("it.py", "one", "1"), Edit("it.py", "two", "2")
+    fault = Fault("it", "All.", edits, ("test_it.py",))
+    with plant(fault, tmp_path):
+        assert path.read_text() == "1 2"
+    assert path.read_text() == "one two"
+    path.write_text("one one two")
+    with pytest.raises(ValueError, match="got 2 times 'one' in it.py"), plant(fault, tmp_path):
+        pass
