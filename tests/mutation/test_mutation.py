@@ -33,5 +33,5 @@ def test_a_fault_is_planted_and_taken_out_again(tmp_path: Path) -> None:
         assert path.read_text() == "1 2"
     assert path.read_text() == "one two"
     path.write_text("one one two")
-    with pytest.raises(ValueError, match="got 2 times 'one' in it.py"), plant(fault, tmp_path):
+    with pytest.raises(ValueError, match="got 2 times 'one'"), plant(fault, tmp_path):
         pass
