@@ -43,10 +43,6 @@ MOST_WORDS = 96
 """Words of a kernel's record or parameters that the library has room for."""
 
 
-NOT_ON_GPUS = "exchanges between GPUs are not replayed"
-"""Their replays are tested between CPUs alone; nobody has run them over NCCL."""
-
-
 class _Refused(Exception):
     """Why a line stays in Python."""
 
@@ -287,16 +283,15 @@ class Recorder(TorchDispatchMode):
                 self._allocated(result)
             scalars = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
             self._aten(kind, result, *args[:count], scalars=scalars)
-        elif name in _EXCHANGES and not result.is_cuda:
+        elif name in _EXCHANGES:
             self._exchange(_EXCHANGES[name], result, *args)
-        elif name == _WAIT and not result.is_cuda:
+        elif name == _WAIT:
             self._wait(args[0])
         else:
             for tensor in _tensors(result):
                 if not any(tensor is one for one in _tensors((args, kwargs))):
                     self._allocated(tensor, known=False)
-            exchange = name in _EXCHANGES or name == _WAIT
-            raise _Refused(NOT_ON_GPUS if exchange else "replays do not know it")
+            raise _Refused("replays do not know it")
 
     def _aten(self, kind: str, *tensors: Any, scalars: tuple[float, float] = (0.0, 0.0)) -> None:
         operands = tuple(map(self._operand, tensors))

@@ -73,6 +73,35 @@ def test_bits_are_those_of_calls_in_python(ranks: Ranks) -> None:
         assert texts[2][0].endswith("and 8 exchanges")
 
 
+def same_bits_on_gpus(rank: int, size: int) -> list[list[str]]:
+    """What the plans say of their passes, with row counts that change from call to call."""
+    device, texts = torch.device("cuda", rank), []
+    torch.cuda.set_device(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        for sequence_parallel in (True, False):
+            x = rows_of(rank, size, PIECES, sequence_parallel).to(device, dtype)
+
+            def make(parallel: bool = sequence_parallel, dtype: torch.dtype = dtype) -> Any:
+                return block(rank, parallel).to(device, dtype)
+
+            def use(module: og.Sequential, x: Tensor = x) -> Any:
+                whole = [step(module, x) for _ in range(20)]
+                return whole + [step(module, x[: 32 * n]) for n in (1, 7, 3, 7, 5, 1, 9)]
+
+            passes = told(compare(make, use).plan())
+            texts.append([text for each in passes.values() for text in each])
+    torch.cuda.synchronize()
+    return texts
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_bits_on_gpus_are_those_of_calls_in_python(ranks: Ranks) -> None:
+    for texts in ranks.run(same_bits_on_gpus, 2, timeout=240):
+        assert not [text for each in texts for text in each if "c10d" in text]
+        assert "exchanges" in texts[0][0]
+
+
 def another_group(rank: int, size: int) -> None:
     """Of a group that takes the place, and the name, of another one; then of none."""
     x, made = rows_of(rank, size, WHOLE, True), block(rank, True)
