@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import opsgraph as og
-from opsgraph.integrations.transformers import Report, build, deferred, patch, unpatch
+from opsgraph.integrations.transformers import Report, build, deferred, patch, states, unpatch
 
 H, F = 16, 24
 
@@ -679,3 +679,15 @@ def test_a_model_that_draws_random_numbers_is_compared_with_the_same() -> None:
     state = torch.get_rng_state()
     assert _patched(model).difference < 1e-5
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_step_counts_once_however_many_paths_lead_to_it() -> None:
+    top = states.State(states.Step("scale", 2.0), (None,))
+    for _ in range(60):  # 2 ** 60 paths
+        branch = states.State(states.Step("function", "relu"), (top,))
+        top = states.State(states.Step("residual"), (branch, top))
+    order = top.before()
+    assert len(order) == len(set(order)) == 121
+    assert all(order.index(s) < order.index(i) for s in order for i in s.inputs if i)
+    x = torch.full((2, H), 2.0**-70)
+    torch.testing.assert_close(top.run(x, [], deferred.original)[top], x * 2.0**61)

@@ -235,7 +235,7 @@ def test_nothing_is_measured_while_kernels_are_traced(path: Path) -> None:
 
 def test_fastest_takes_turns_and_drops_the_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, order = [0.0], []
-    times = {"usual": [9, 4, 4] + [5] * 5, "slow": [1, 6], "quick": [9, 5, 3, 3] + [4] * 5}
+    times = {"usual": [9, 4, 4] + [5] * 5, "slow": [4, 6], "quick": [9, 5, 3, 3] + [4] * 5}
 
     def run(name: str) -> None:
         clock[0] += times[name].pop(0)
@@ -244,8 +244,28 @@ def test_fastest_takes_turns_and_drops_the_slow(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cpu.time, "perf_counter", lambda: clock[0])
     candidates = {name: lambda name=name: run(name) for name in times}
     assert fastest(candidates, rounds=3) == Choice("quick", "usual", 0.8)
-    assert "".join(name[0] for name in order) == "uussqq" + "uq" + "q" + "qu" * 5
+    assert "".join(name[0] for name in order) == "usq" * 2 + "uq" + "q" + "qu" * 5
     assert not any(times.values())
+
+
+def test_what_is_far_slower_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], []
+
+    def run(name: str, seconds: float) -> None:
+        clock[0] += seconds
+        calls.append(name)
+
+    monkeypatch.setattr(cpu.time, "perf_counter", lambda: clock[0])
+    candidates = {
+        name: lambda name=name, seconds=seconds: run(name, seconds)
+        for name, seconds in (("usual", 0.5), ("slow", 0.6), ("best", 0.05))
+    }
+    assert fastest(candidates, rounds=3) == Choice("best", "usual", pytest.approx(0.1))
+    assert (calls.count("usual"), calls.count("slow")) == (1, 1)
+    calls.clear()
+    candidates["usual"] = lambda: run("usual", 0.19)  # far from none
+    assert fastest(candidates, rounds=3).name == "best"
+    assert calls.count("usual") == 2 + cpu.PAIRS
 
 
 def test_what_was_quick_while_the_machine_was_is_not_taken(monkeypatch) -> None:

@@ -215,7 +215,8 @@ class Deferred(Tensor):
                 if self.state.plan is not None:
                     self.value = self.state.plan(self.root, *self.extras)
                 elif not all(d is None or d.intact() for d in self.parents):
-                    self.value = self.state.run(self.root, self.extras, original)
+                    found = self.state.run(self.root, self.extras, original)
+                    self.value = found[self.state]
                 else:
                     values = [self.root if d is None else d.compute() for d in self.parents]
                     extra = self.extras[-1] if self.extras else None

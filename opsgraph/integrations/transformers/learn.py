@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
 from torch import Tensor, nn
 
-from .deferred import Book, Deferred, Unit, original, version
+from .deferred import Book, Deferred, Unit, computed, original, version
 from .states import State, Vector, all_states, kind_of, units_of
 
 MOST = 30
@@ -86,12 +86,15 @@ class Noted:
         """Whether the model has changed in place what a plan would have kept for its backward."""
         return self.versions != [*map(version, (self.root, *self.extras))]
 
-    def before(self) -> Iterable[Noted]:
-        """Itself and all that it was made of."""
-        yield self
-        for parent in self.parents:
-            if parent is not None:
-                yield from parent.before()
+    def before(self) -> list[Noted]:
+        """Itself and all that it was made of, each once."""
+        found = {id(self): self}
+        waiting = [self]
+        while waiting:
+            parents = [p for p in waiting.pop().parents if p is not None and id(p) not in found]
+            found |= {id(parent): parent for parent in parents}
+            waiting += parents
+        return [*found.values()]
 
 
 def worth(state: State) -> bool:
@@ -155,11 +158,9 @@ def boundaries(model: nn.Module, units: Sequence[Unit]) -> list[nn.Module]:
     return found
 
 
-def _leaves(module: nn.Module, args: Any, result: Any) -> None:
-    """A hook: what a layer returns is read."""
-    for value in result if isinstance(result, tuple | list) else (result,):
-        if type(value) is Deferred:
-            value.compute()
+def _leaves(module: nn.Module, args: Any, result: Any) -> Any:
+    """A hook: what a layer returns is read, and what follows starts from it."""
+    return computed(result)
 
 
 def learn(

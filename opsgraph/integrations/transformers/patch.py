@@ -99,7 +99,7 @@ def _patched(
 ) -> Report:
     own = {p.dtype for p in model.parameters() if p.is_floating_point()}
     dtypes = list(dict.fromkeys((torch.float32, torch.bfloat16, *own)))
-    prover = Prover(dtypes)
+    prover = Prover(dtypes, casts=torch.float32 in own)
     for unit in book.units:
         unit.install()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,8 @@ from .deferred import Unit, original
 from .learn import Noted
 from .states import Kind, State, Vector, units_of
 
-ROWS = 24
+ROWS, FEWER, WIDE = 24, 8, 512
+"""Of probe values, and of those as wide as `WIDE`, which suffice for less time."""
 DRAWS = 32
 """Of probe values at most: the errors of 16-bit values are summed over them until they suffice."""
 SAMPLED = 2**16
@@ -51,10 +53,13 @@ class Proof:
 
 
 class Prover:
-    """Builds and proves plans; what has the signature of a proven one is compared once."""
+    """Builds and proves plans; what has the signature of a proven one is compared once.
 
-    def __init__(self, dtypes: Sequence[torch.dtype]) -> None:
-        self.dtypes = dtypes
+    casts: whether fp32 values are to be taken under bf16 autocast.
+    """
+
+    def __init__(self, dtypes: Sequence[torch.dtype], casts: bool) -> None:
+        self.dtypes, self.casts = dtypes, casts
         self.proofs: dict[Any, Proof] = {}
         self.of: dict[State, Proof] = {}
 
@@ -73,7 +78,7 @@ class Prover:
             return proof.reason
         state.plan = made
         for kind, likes in proof.like.items():
-            for before, like in zip(dict.fromkeys(state.before()), likes, strict=True):
+            for before, like in zip(state.before(), likes, strict=True):
                 before.like[kind] = like
         return None
 
@@ -83,8 +88,8 @@ class Prover:
             proof.reason = self._reason(noted, (dtype, None), proof)
             if proof.reason is not None:
                 return proof
-        # Without a reason against it: otherwise the modules run under autocast.
-        self._reason(noted, (torch.float32, torch.bfloat16), proof)
+        if self.casts:  # without a reason against it: otherwise the modules run under autocast
+            self._reason(noted, (torch.float32, torch.bfloat16), proof)
         return proof
 
     def _reason(self, noted: Noted, kind: Kind, proof: Proof) -> str | None:
@@ -146,11 +151,12 @@ def _examples(noted: Noted, dtype: torch.dtype, draw: int) -> list[Tensor]:
     """A root and extra inputs: the model's own rows, and larger ones."""
     found = []
     device = noted.root.device
+    count = ROWS if noted.root.shape[-1] < WIDE else FEWER
     for k, tensor in enumerate((noted.root, *noted.extras)):
         generator = torch.Generator().manual_seed(8 * draw + k)
-        rows = torch.randn(ROWS, tensor.shape[-1], generator=generator)
-        rows[ROWS // 3 : ROWS // 2] *= 10
-        own = tensor.detach().reshape(-1, tensor.shape[-1])[: ROWS // 3].float().cpu()
+        rows = torch.randn(count, tensor.shape[-1], generator=generator)
+        rows[count // 3 : count // 2] *= 10
+        own = tensor.detach().reshape(-1, tensor.shape[-1])[: count // 3].float().cpu()
         rows[: len(own)] = own
         found.append(rows.to(device, dtype))
     return found
@@ -160,16 +166,19 @@ Results = list[Tensor | None]
 
 
 def _results(
-    f: Callable[..., Tensor], given: Sequence[Tensor], parameters: Sequence[Tensor]
-) -> Results:
+    f: Callable[..., Tensor], given: Sequence[Tensor], parameters: Sequence[Tensor],
+    kept: AbstractContextManager[Any] | None = None,
+) -> Results:  # fmt: skip
+    """The result and its gradients. kept: is entered while the result is computed."""
     inputs = [tensor.clone().requires_grad_() for tensor in given]
-    with torch.enable_grad():
+    with torch.enable_grad(), kept or nullcontext():
         y = f(*inputs)
-        weights = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64)
-        dy = weights[torch.randperm(y.numel(), generator=torch.Generator().manual_seed(1))]
-        gradients = torch.autograd.grad(
-            y, [*inputs, *parameters], dy.view(y.shape).to(y.dtype), allow_unused=True
-        )
+    weights = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64)
+    dy = weights[torch.randperm(y.numel(), generator=torch.Generator().manual_seed(1))]
+    with torch.enable_grad():
+        # A sum, because a gradient that is given has torch import sympy, which takes a second.
+        loss = (y * dy.view(y.shape).to(y.dtype)).sum()
+        gradients = torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)
     return [y.detach(), *gradients]
 
 
@@ -178,8 +187,8 @@ def _compare(noted: Noted, kind: Kind, proof: Proof) -> str | None:
     half = dtype in _HALF or cast is not None
     device = noted.root.device.type
     units = units_of(state)
-    ours, exact = _copies(units, dtype), _copies(units, torch.float64)
-    parameters, precise = _parameters(units, ours), _parameters(units, exact)
+    ours, exact = _copies(units, dtype), _copies(units, torch.float64) if half else {}
+    parameters, precise = _parameters(units, ours), _parameters(units, exact) if half else []
     plan = Sequential(*ops_of(state, ours))
     names = ["the result", "the input's gradient"]
     names += ["an added value's gradient"] * len(noted.extras)
@@ -189,18 +198,19 @@ def _compare(noted: Noted, kind: Kind, proof: Proof) -> str | None:
         given = _examples(noted, dtype, draw)
         kept = _Kept(parameters)
         with torch.autocast(device, cast, enabled=cast is not None):
-            with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
-                theirs = _results(_own(state, ours), given, parameters)
+            hooks = torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x)
+            theirs = _results(_own(state, ours), given, parameters, hooks)
             found = _results(plan, given, parameters)
-        true = _results(_own(state, exact), [tensor.double() for tensor in given], precise)
+        doubles = [tensor.double() for tensor in given]
+        true = _results(_own(state, exact), doubles, precise) if half else theirs
         if draw == 0:
             if cast is None:
-                proof.saved_before = kept.bytes // ROWS
+                proof.saved_before = kept.bytes // len(given[0])
                 made = plan.plan(True, given[0])
                 proof.saved, proof.steps = made.saved_bytes_per_row, _steps(made)
             with torch.no_grad(), torch.autocast(device, cast, enabled=cast is not None):
-                values = [_own(before, ours)(*given) for before in dict.fromkeys(state.before())]
-            proof.like[kind] = [(value.shape[-1], value.dtype) for value in values]
+                values = state.run(given[0], given[1:], _Calls(ours))
+            proof.like[kind] = [(values[s].shape[-1], values[s].dtype) for s in state.before()]
         for k, error in enumerate(errors):
             if (reason := error.add(found[k], theirs[k], true[k])) is not None:
                 return f"{names[k]} {reason}"
@@ -295,7 +305,7 @@ class _Calls:
 
 def _own(state: State, copies: Places) -> Callable[..., Tensor]:
     calls = _Calls(copies)
-    return lambda root, *extras: state.run(root, extras, calls)
+    return lambda root, *extras: state.run(root, extras, calls)[state]
 
 
 class _Kept:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,7 @@ class State:
         self.step = step
         self.inputs = inputs
         """What the step reads; None is the root."""
+        self._before: tuple[State, ...] = ()
         self.next: dict[Any, State] = {}
         """By step and further inputs; only what was proven, once a model is patched."""
         self.plan: Any = None
@@ -88,12 +89,19 @@ class State:
         """What a step makes of this state, for `next`, which it is not put into."""
         return (step, *more), State(step, (self, *more))
 
-    def before(self) -> Iterator[State]:
-        """This state and all that it was reached from, the later first."""
-        yield self
-        for state in self.inputs:
-            if state is not None:
-                yield from state.before()
+    def before(self) -> tuple[State, ...]:
+        """This state and all that it was reached from, each once, the later first."""
+        if not self._before:
+            found: dict[State, None] = {}
+            waiting = [self]
+            while waiting:
+                state = waiting[-1]
+                inputs = [s for s in state.inputs if s is not None and s not in found]
+                waiting += inputs
+                if not inputs:
+                    found[waiting.pop()] = None
+            self._before = tuple(reversed(found))
+        return self._before
 
     def compute(self, values: Sequence[Tensor], extra: Tensor | None, call: Call) -> Tensor:
         """The step on values, as the model's own code does it. call: runs a module."""
@@ -117,20 +125,18 @@ class State:
         assert extra is not None
         return values[0] + extra
 
-    def run(self, root: Tensor, extras: Sequence[Tensor], call: Call) -> Tensor:
-        """The value by the model's own modules and functions, each run once."""
+    def run(self, root: Tensor, extras: Sequence[Tensor], call: Call) -> dict[State | None, Tensor]:
+        """The values of this state and those before it, by the model's own modules and functions.
+
+        Each is run once. The root's value, that of None, is among them.
+        """
         rest = list(extras)
         done: dict[State | None, Tensor] = {None: root}
-
-        def value(state: State | None) -> Tensor:
-            if state not in done:
-                assert state is not None
-                values = [value(before) for before in state.inputs]
-                extra = rest.pop(0) if state.step.kind == "extra" else None
-                done[state] = state.compute(values, extra, call)
-            return done[state]
-
-        return value(self)
+        for state in reversed(self.before()):
+            values = [done[before] for before in state.inputs]
+            extra = rest.pop(0) if state.step.kind == "extra" else None
+            done[state] = state.compute(values, extra, call)
+        return done
 
 
 def is_activation(state: State) -> bool:
@@ -156,8 +162,8 @@ class Vector:
 
 def units_of(state: State) -> list[Any]:
     """The units and vectors that a state was reached by, in the order in which they compute."""
-    found = [s.step.what for s in state.before() if s.step.kind in ("module", "vector")]
-    return list(dict.fromkeys(reversed(found)))
+    steps = [s.step for s in reversed(state.before())]
+    return list(dict.fromkeys(step.what for step in steps if step.kind in ("module", "vector")))
 
 
 def all_states(units: Sequence[Any]) -> list[State]:

@@ -14,12 +14,17 @@ CLEARLY = 0.97
 """A candidate takes the first one's place only if it needs less than that part of its time."""
 NEAR = 1.25
 """Candidates that need more than that times the best are measured no further."""
+FAR = 4.0
+"""What needs so many times the best's time is not measured again, if it is `LONG` too: the library
+may need seconds for a product of bf16 without AVX-512."""
+LONG = 0.1
+"""Seconds, more than what is made at first use takes."""
 ENOUGH = 0.1
 """Seconds that rounds of quick candidates go on for, since their times vary the more."""
 MOST_ROUNDS = 12
 PAIRS = 5
 """Rounds of the best one against the usual one alone: a machine's speed may change meanwhile."""
-RULES = 5
+RULES = 6
 """Number of the rules by which is measured: other rules' choices are not read."""
 
 
@@ -28,12 +33,11 @@ def fastest(candidates: Mapping[str, Run], rounds: int = 3) -> Choice:
 
     rounds: how often each runs at the least; quick ones run up to `MOST_ROUNDS` times. The first
     candidate, the usual one, keeps its place unless another is clearly faster, there and in the
-    median of some rounds of the two alone.
+    median of some rounds of the two alone; those are left out where it is far slower.
     """
-    least = {}
-    for name, run in candidates.items():
-        run()  # makes what the library makes at first use
-        least[name] = _seconds(run)
+    first = {name: _seconds(run) for name, run in candidates.items()}  # and makes what stays
+    far = max(LONG, FAR * min(first.values()))
+    least = {n: first[n] if first[n] > far else _seconds(run) for n, run in candidates.items()}
     more = int(ENOUGH / max(sum(least.values()), 1e-9))
     for _ in range(max(rounds, min(MOST_ROUNDS, more)) - 1):
         bound = NEAR * min(least.values())
@@ -44,6 +48,8 @@ def fastest(candidates: Mapping[str, Run], rounds: int = 3) -> Choice:
     best = min(least, key=least.__getitem__)
     if least[best] >= CLEARLY * least[usual]:
         return Choice(usual, usual)
+    if least[usual] >= FAR * least[best]:
+        return Choice(best, usual, least[best] / least[usual])
     ratios = [_seconds(candidates[best]) / _seconds(candidates[usual]) for _ in range(PAIRS)]
     ratio = sorted(ratios)[PAIRS // 2]
     return Choice(best, usual, ratio) if ratio < CLEARLY else Choice(usual, usual)
