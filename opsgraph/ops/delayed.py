@@ -98,7 +98,9 @@ class Late(NamedTuple):
     ) -> "Late":  # fmt: skip
         """A gradient as a step has given it."""
         read = tensors([gradient]) if isinstance(gradient, partial) else ()
-        checked = [t for t in read if t is not weight and not t.is_inference()]
+        # A checkpoint hands out another tensor of the same memory for the weight.
+        own = weight.data_ptr()
+        checked = [t for t in read if t.data_ptr() != own and not t.is_inference()]
         versions = tuple((t, t._version) for t in checked)
         return cls(*home, weight, gradient, into_main_grad, unwanted, versions)
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..kernels.reference.dropout import keep_mask
+from ..layernorm_mlp import LayerNormMLP
 from ..op import Op
+from ..ops.activation_names import ACTIVATIONS
 
 Parameters = Mapping[str, Tensor]
 Formula = Callable[[Any, Tensor, Callable[[str], Any]], Tensor]
@@ -77,7 +79,11 @@ def affine(op: Any, x: Tensor, get: Any) -> Tensor:
 
 
 def rmsnorm(op: Any, x: Tensor, get: Any) -> Tensor:
-    return affine(op, x * torch.rsqrt((x * x).mean(-1, keepdim=True) + op.eps), get)
+    """`eps=None` is the epsilon of the dtype that statistics have: at least fp32."""
+    eps = op.eps
+    if eps is None:
+        eps = torch.finfo(torch.promote_types(op.weight.dtype, torch.float32)).eps
+    return affine(op, x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps), get)
 
 
 def layernorm(op: Any, x: Tensor, get: Any) -> Tensor:
@@ -184,7 +190,7 @@ FORMULAS: dict[type[nn.Module], Formula] = {
 """The rest, Tee, Add and their like, Residual, and Reshape (a plain module), are `run`'s."""
 
 
-def _steps(modules: Mapping[str, nn.Module], prefix: str) -> Iterator[tuple[str, Any]]:
+def _steps(modules: Mapping[str, nn.Module | None], prefix: str) -> Iterator[tuple[str, Any]]:
     """`(prefix of its parameters, module)` of each step; a Residual is `"push"`, ..., `"pop"`."""
     for name, module in modules.items():
         if isinstance(module, ops.Residual):
@@ -201,16 +207,18 @@ def _channel(step: Any) -> str | None:
 
 
 def run(
-    module: nn.Sequential,
+    module: nn.Module,
     x: Tensor,
     parameters: Parameters,
     extra: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Returns y and the extra outputs.
+    """Returns y and the extra outputs of a Sequential or a LayerNormMLP.
 
     parameters: by their names in the module's state dict. extra: called with the value at an Add
     that no Tee serves, it returns the extra input.
     """
+    if isinstance(module, LayerNormMLP):
+        return layernorm_mlp(module, x, parameters)
     steps = list(_steps(module._modules, ""))
     reads = [(i, _channel(step)) for i, (_, step) in enumerate(steps) if isinstance(step, ops.Add)]
     channels: dict[str | None, Tensor] = {}
@@ -239,5 +247,29 @@ def run(
             x = FORMULAS[type(step)](step, x, lambda name, p=prefix: parameters.get(p + name))  # type: ignore[misc]
         else:
             own = {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}
-            x = torch.func.functional_call(step, own, (x,))
+            if isinstance(step, LayerNormMLP):
+                x, _ = layernorm_mlp(step, x, own)
+            else:
+                x = torch.func.functional_call(step, own, (x,))
     return x, outputs
+
+
+def layernorm_mlp(module: Any, x: Tensor, parameters: Parameters) -> tuple[Tensor, list[Tensor]]:
+    """A LayerNormMLP's out, and the rest that it returns."""
+
+    def get(prefix: str) -> Callable[[str], Any]:
+        return lambda name: parameters.get(prefix + name)
+
+    norm = {"LayerNorm": layernorm, "RMSNorm": rmsnorm}[module.normalization]
+    normed = norm(module, x, get("layer_norm_"))
+    act: Any = ACTIVATIONS[module.activation](**module.activation_params)
+    product = FORMULAS[ops.Linear]  # as it is now: under a recipe another one
+    h = FORMULAS[type(act)](act, product(module, normed, get("fc1_")), get(""))
+    bias, outputs = parameters.get("fc2_bias"), []
+    if module.return_bias and bias is not None:
+        outputs.append(bias)
+    if module.return_layernorm_output:
+        outputs.append(normed)
+    apart = module.return_bias
+    y = product(module, h, lambda name: None if apart and name == "bias" else get("fc2_")(name))
+    return y, outputs

@@ -9,7 +9,8 @@ import pytest
 from opsgraph.precision import tapes
 from opsgraph.testing.fuzz import Impossible, Life, Wrong
 from opsgraph.testing.fuzz.__main__ import main
-from opsgraph.testing.fuzz.lives import Plot, Step, live, script, shrink
+from opsgraph.testing.fuzz.lives import Step, live, script, shrink
+from opsgraph.testing.fuzz.plots import Plot
 
 FOUND = sorted((Path(__file__).parent / "found").glob("*.py"))
 

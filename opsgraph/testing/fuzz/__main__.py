@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .blocks import BLOCK, Block, run_block
+from .plots import BACKENDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,9 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=1.0, help="how long (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first life (default 0)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--device", help="interpreter: of Triton, on the CPU", choices=[*BACKENDS], default="cpu"
+    )
     parser.add_argument("--out", type=Path, default=Path("fuzz"), help="folder (default fuzz)")
     args = parser.parse_args(argv)
+    if args.device == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the processes start
     log = args.out / f"{args.device}-{args.seed}.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     past = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -56,7 +61,7 @@ def _firsts(seed: int, done: set[int]) -> Iterator[int]:
 def _blocks(firsts: Iterator[int], device: str, processes: int, end: float) -> Iterator[Block]:
     """Blocks as they are done, by some processes, started until a moment."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, maxtasksperchild=50) as pool:
+    with context.Pool(processes, maxtasksperchild=100) as pool:
         waiting: list[Any] = []
         while waiting or time.monotonic() < end:
             while len(waiting) < 2 * processes and time.monotonic() < end:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import formulas
-from .compare import Answer, worse
+from .compare import Answer, anything, worse
 from .low import SHARES, in_low_precision
 
 
@@ -15,7 +15,7 @@ class Question(NamedTuple):
     """A call of a module."""
 
     module: Any
-    """A Sequential of ops."""
+    """A Sequential of ops, or a LayerNormMLP."""
     inputs: Sequence[Tensor]
     """x and the extra inputs."""
     seed: int
@@ -23,6 +23,34 @@ class Question(NamedTuple):
     training: bool
     random: Callable[[Sequence[int], int], Tensor]
     """Values of a shape, from a seed."""
+
+
+class Allowed:
+    """How far off a call's results may be; see `plain_answer`.
+
+    Worked out when a result asks, or by `keep`, before what the question holds changes.
+    """
+
+    def __init__(self, question: Question, exact: Answer, dtype: torch.dtype, low: bool) -> None:
+        self.question, self.exact, self.dtype, self.low = question, exact, dtype, low
+        self.answer: Answer | None = None
+
+    def keep(self) -> Answer:
+        """The answer by plain formulas."""
+        if self.answer is None:
+            self.answer = plain_answer(self.question, self.exact, self.dtype, self.low)
+        return self.answer
+
+    def anything(self) -> None:
+        """Allow any result of the right shape."""
+        self.answer = anything(self.exact)
+
+
+def draw_from(seed: int, device: str) -> None:
+    """`torch.manual_seed`, which asks after every kind of device, for one that is there."""
+    torch.default_generator.manual_seed(seed)
+    if device == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def dys_of(question: Question, outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -34,7 +62,7 @@ def answer(question: Question, dtype: torch.dtype) -> Answer:
     """Outputs and gradients by the formulas, in a dtype."""
     with torch.enable_grad():
         wide = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in question.inputs]
-        torch.manual_seed(question.seed)
+        draw_from(question.seed, question.inputs[0].device.type)
         outputs, parameters = by_formulas(question.module, dtype, wide)
         leaves = {f"input {k}": x for k, x in enumerate(wide)} | parameters
         wanted = {id(leaf): leaf for leaf in leaves.values() if leaf.requires_grad}
@@ -73,7 +101,7 @@ def _near(question: Question, x: Tensor, dtype: torch.dtype, k: int) -> Tensor:
 
 
 def by_formulas(
-    module: nn.Sequential,
+    module: nn.Module,
     dtype: torch.dtype,
     inputs: Sequence[Tensor],
     record: Callable[[torch.Size], None] | None = None,

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from .lives import Plot, live, script, shrink
+from .lives import live, script, shrink
+from .plots import Plot
 
-BLOCK = 20
+BLOCK = 5
 """Lives that a process takes at once."""
 
 

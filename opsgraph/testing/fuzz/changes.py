@@ -1,41 +1,29 @@
-"""What may change of a module between its calls."""
+"""What may change of a module between its calls: its ops, attributes and parameters."""
 
-import copy
-import io
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ... import ops
-from ...fuser import Fuser, register
-from ...fuser.registry import Handle
-from ...precision import recipe
+from ...base.errors import OpError, OpsgraphError, PlanError
+from ...features import verify
+from ...kernels.triton import interpreting
+from ...layernorm_mlp import LayerNormMLP
 from ...run.sequential import Sequential
-from .compare import Answer
+from .answers import Allowed, by_formulas
+from .compare import Answer, Wrong, check
 
-RECIPES: dict[str, Callable[[], Any]] = {
-    "current": recipe.Float8CurrentScaling,
-    "delayed": recipe.DelayedScaling,
-    "blocks": recipe.Float8BlockScaling,
-    "mxfp8": recipe.MXFP8BlockScaling,
-}
+verify.every = True
+"""The code of every plan is verified."""
 
 
 class Impossible(Exception):
     """A step that this life cannot take: an op or a parameter that it names is not there."""
-
-
-class Scaling(Fuser):
-    """What `Life.register` registers: a Bias and a scale in one step."""
-
-    backend = "reference"
-    pattern = dict(bias=ops.Bias, scale=ops.ConstantScale)
-
-    def fwd(self, x: Tensor, bias_bias: Tensor, scale: ops.ConstantScale) -> Any:
-        """Gives `(x + bias) * scale`."""
-        return (x + bias_bias) * scale.scale, ()
 
 
 class Pending(NamedTuple):
@@ -46,13 +34,24 @@ class Pending(NamedTuple):
     leaves: dict[str, Tensor]
     versions: dict[str, int]
     exact: Answer
-    plain: Answer
+    allowed: Allowed
     recomputes: bool
     """Whether the backward calls the module again, as it then is."""
+    module: Any
+    late: frozenset[str]
+    """Weights whose gradients wait for `backward_dw`."""
+    accumulated: frozenset[str]
+    """Weights whose gradients go to their main_grad."""
+
+    def sure(self, name: str) -> bool:
+        """Whether all names of a leaf say the same of where and when its gradient arrives."""
+        leaf = self.leaves[name]
+        names = [other for other, one in self.leaves.items() if one is leaf]
+        return len({(n in self.late, n in self.accumulated) for n in names}) == 1
 
 
 class Changes:
-    """A Sequential and what is done to it; each method's arguments are plain literals.
+    """A module and what is done to it; each method's arguments are plain literals.
 
     A method raises Impossible if it does not apply.
     """
@@ -63,13 +62,15 @@ class Changes:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.seed, self.device, self.options = seed, device, options
         self.pending: list[Pending] = []
-        self.handles: list[Handle] = []
-        self.recipes = {name: make() for name, make in RECIPES.items()}
         self.module: Any = None
         self.behind = False
         """Whether delayed scales may be those of quite other values: a call has to come first."""
         self.edited = False
         """Whether ops may no longer fit each other."""
+        self.kept: tuple[str, ...] | None = None
+        """The recipe under which a first microbatch has kept its weights, if they still are so."""
+        self.shapes: dict[tuple[int, ...], list[torch.Size]] = {}
+        """Of the extra inputs, by the input's dimensions before the last."""
 
     # -- structure --
 
@@ -79,43 +80,78 @@ class Changes:
         self.module = Sequential(
             *map(_op, sources), device=self.device, dtype=self.dtype, **self.options
         )
+        self._complete()
         self._fill()
+
+    def mlp(self, hidden: int, ffn: int, **arguments: Any) -> None:
+        """Make the module a LayerNormMLP."""
+        self.width = hidden
+        place: Any = {"device": self.device, "params_dtype": self.dtype}
+        self.module = LayerNormMLP(hidden, ffn, **arguments, **place)
+        self._fill()
+
+    def from_torch(self, width: int, *sources: str) -> None:
+        """Make it of torch.nn's modules; equal sources are one module, which stands there twice."""
+        self.width = width
+        made = {source: eval(source, vars(nn).copy()) for source in sources}
+        plain = nn.Sequential(*(made[source] for source in sources)).to(self.device, self.dtype)
+        self.module = Sequential.from_torch(plain, **self.options)
+        self._fill()
+        x = self._random((5, width), 3)
+        with torch.no_grad():
+            self.module.eval()
+            found = self.module(x)
+            exact = plain.eval().double()(x.double())
+            rounded = plain.to(self.dtype)(x)
+            check("output of the converted module", found, exact, self.dtype, lambda: rounded)
+        self.module.train()
 
     def insert(self, index: int, source: str) -> None:
         """Put an op in at an index."""
-        self._changed()
-        if not 0 <= index <= len(self.module):
+        self._changed(ops=True)
+        if not 0 <= index <= len(self._list()):
             raise Impossible
         self.module.insert(index, _op(source).to(self.device, self.dtype))
-        self.edited = True
+        self._fill()
+
+    def append_inside(self, index: int, source: str) -> None:
+        """Put an op at the end of a Residual."""
+        self._changed(ops=True)
+        inside = self._at(index)
+        if not isinstance(inside, ops.Residual):
+            raise Impossible
+        inside.ops.append(_op(source).to(self.device, self.dtype))
         self._fill()
 
     def remove(self, index: int) -> None:
         """Take the op at an index out."""
-        self._changed()
+        self._changed(ops=True)
         self._at(index)
-        del self.module[index]
-        self.edited = True
+        del self._list()[index]
 
     def swap(self, index: int, source: str) -> None:
         """Put another op in the place of one."""
-        self._changed()
+        self._changed(ops=True)
         self._at(index)
-        self.module[index] = _op(source).to(self.device, self.dtype)
-        self.edited = True
+        self._list()[index] = _op(source).to(self.device, self.dtype)
         self._fill()
 
     def set(self, index: int, name: str, value: Any) -> None:
         """Set an attribute of an op."""
-        self._changed()
         op = self._at(index)
         if not hasattr(op, name):
             raise Impossible
-        setattr(op, name, value)
-        self.edited = True
+        self._changed(ops=True)
+        try:
+            setattr(op, name, value)
+        except OpsgraphError:
+            if isinstance(op, LayerNormMLP):  # it says what cannot be set later
+                raise Impossible from None
+            raise
 
     def option(self, name: str, value: Any) -> None:
         """Set an option of the Sequential."""
+        self._list()
         self._changed(values=False)
         setattr(self.module, name, value)
 
@@ -126,6 +162,38 @@ class Changes:
         self._changed()
         owner, leaf, old = self._parameter(name)
         setattr(owner, leaf, nn.Parameter(self._values(old.shape, seed), old.requires_grad))
+
+    def bias(self, index: int, seed: int, there: bool) -> None:
+        """Give a Linear a bias that had none, or take it away."""
+        op = self._at(index)
+        if type(op) is not ops.Linear:
+            raise Impossible
+        self._changed()
+        op.register_parameter(
+            "bias", nn.Parameter(self._values((op.out_features,), seed)) if there else None
+        )
+
+    def misfit(self, name: str, more: int) -> None:
+        """Call with a parameter of another length, which has to be an error, and put it back."""
+        self._changed(values=False)
+        owner, leaf, old = self._parameter(name)
+        shape = [size + more for size in old.shape]
+        unread = name == "fc2_bias" and self.module.return_bias
+        if unread or any(size < 1 for size in shape) or self._owned(old) > 1:
+            raise Impossible
+        setattr(owner, leaf, nn.Parameter(self._values(shape, 1)))
+        try:
+            shapes: list[torch.Size] = []
+            x = self._random((3, self.width), 0)
+            with suppress(RuntimeError, AssertionError):
+                by_formulas(self.module, torch.float64, [x], shapes.append)
+            try:
+                self.module(x, *(self._random(s, 0) for s in shapes))
+            except (OpError, PlanError, TypeError):
+                return
+            raise Wrong(f"{name} of shape {shape} was taken")
+        finally:
+            setattr(owner, leaf, old)
 
     def assign_data(self, name: str, seed: int) -> None:
         """Set `.data` of a parameter."""
@@ -144,6 +212,8 @@ class Changes:
         """Set `requires_grad` of a parameter."""
         self._changed(values=False)
         _, _, parameter = self._parameter(name)
+        if hasattr(parameter, "main_grad"):
+            raise Impossible  # whether a gradient that is due still arrives is not said
         parameter.requires_grad_(not frozen)
 
     def tie(self, name: str, other: str) -> None:
@@ -166,49 +236,6 @@ class Changes:
         self._changed(values=False)
         self.module.train(mode)
 
-    # -- copies --
-
-    def copy(self) -> None:
-        """Go on with a deepcopy."""
-        self._no_graph()
-        self.module = copy.deepcopy(self.module)
-
-    def pickle(self) -> None:
-        """Go on with what torch.save and torch.load make of the module."""
-        self._no_graph()
-        buffer = io.BytesIO()
-        torch.save(self.module, buffer)
-        buffer.seek(0)
-        self.module = torch.load(buffer, weights_only=False)
-
-    def load(self, seed: int, assign: bool) -> None:
-        """Load a state dict of other values."""
-        self._changed()
-        state = {
-            name: self._values(p.shape, seed + k)
-            for k, (name, p) in enumerate(self.module.named_parameters(remove_duplicate=False))
-        }
-        self.module.load_state_dict(state, strict=False, assign=assign)
-
-    # -- fusers --
-
-    def register(self) -> None:
-        """Register a fuser of one's own."""
-        self._changed(values=False)
-        self.handles.append(register(Scaling))
-
-    def unregister(self) -> None:
-        """Take the latest one out."""
-        self._changed(values=False)
-        if not self.handles:
-            raise Impossible
-        self.handles.pop().unregister()
-
-    def end(self) -> None:
-        """Take out what was registered."""
-        while self.handles:
-            self.handles.pop().unregister()
-
     # -- how --
 
     def _random(self, shape: Sequence[int], seed: int) -> Tensor:
@@ -220,27 +247,56 @@ class Changes:
         """Of a parameter: of one spread, and such that a wrong one tells; none is 0 or 1."""
         return self._random(shape, seed) * 0.6 + 0.3
 
-    def _changed(self, values: bool = True, data: bool = False) -> None:
+    def _changed(self, values: bool = True, data: bool = False, ops: bool = False) -> None:
         """Drop what cannot run any more: a checkpointed call would recompute with other ops or
         values than its forward had. data: so does a backward whose parameters got other memory.
+        ops: the ops may no longer fit.
         """
         self.pending = [p for p in self.pending if not (data or p.recomputes)]
         self.behind |= values
+        self.edited |= ops
+        if values or ops:
+            self.kept = None
+            self.shapes.clear()
 
     def _fill(self) -> None:
         with torch.no_grad():
             for k, (_, parameter) in enumerate(self.module.named_parameters()):
                 parameter.copy_(self._values(parameter.shape, 31 + k))
 
-    def _no_graph(self) -> None:
-        if any(p.grad_fn is not None for p in self.module.parameters()):
+    def _complete(self) -> None:
+        """Sizes that were left out are found by the first calls, of several threads."""
+        if not any(isinstance(p, UninitializedParameter) for p in self.module.parameters()):
+            return
+        x = self._random((3, self.width), 0)
+
+        def call() -> None:
+            with torch.inference_mode():
+                self.module(x)
+
+        several = 1 if interpreting() else 4  # Triton's interpreter runs in one thread at a time
+        threads = [threading.Thread(target=call) for _ in range(several)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+
+    def _list(self) -> Any:
+        if not isinstance(self.module, Sequential):
             raise Impossible
+        return self.module
 
     def _at(self, index: int) -> nn.Module:
-        if not 0 <= index < len(self.module):
+        if isinstance(self.module, LayerNormMLP) and index == 0:
+            return self.module
+        if not 0 <= index < len(self._list()):
             raise Impossible
         found: nn.Module = self.module[index]
         return found
+
+    def _owned(self, parameter: Tensor) -> int:
+        """How many names a parameter has."""
+        return sum(p is parameter for _, p in self.module.named_parameters(remove_duplicate=False))
 
     def _parameter(self, name: str) -> tuple[nn.Module, str, nn.Parameter]:
         path, _, leaf = name.rpartition(".")
@@ -249,11 +305,12 @@ class Changes:
             parameter = getattr(owner, leaf)
         except AttributeError:
             raise Impossible from None
-        if parameter is None:
+        if not isinstance(parameter, nn.Parameter):
             raise Impossible
         return owner, leaf, parameter
 
 
 def _op(source: str) -> Any:
-    """An op from its source, in which names are those of `ops`."""
-    return eval(source, vars(ops).copy())  # our own drafts and scripts, no one's input
+    """An op from its source, in which names are those of `ops`, torch.nn's by `nn.`."""
+    names = vars(ops) | {"LayerNormMLP": LayerNormMLP, "nn": nn}
+    return eval(source, names)  # our own drafts and scripts, no one's input

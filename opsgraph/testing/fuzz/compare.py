@@ -1,6 +1,6 @@
 """How far a result may be from fp64: as far as the same formulas in the result's own dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,18 @@ class Wrong(AssertionError):
     """A result that is not what the formulas give."""
 
 
-def check(what: str, found: Tensor | None, exact: Tensor | None, plain: Tensor | None) -> None:
-    """Compare a value with the fp64 one; plain: by the same formulas in the module's dtype.
+def check(
+    what: str,
+    found: Tensor | None,
+    exact: Tensor | None,
+    dtype: torch.dtype,
+    plain: Callable[[], Tensor | None],
+) -> None:
+    """Compare a value with the fp64 one.
 
-    Raises Wrong with the error that came and the one allowed. A gradient of None has to be None.
+    dtype: in which it was computed. plain: gives it by the same formulas in that dtype; asked only
+    where the value is further off than a few units. Raises Wrong with the error that came and the
+    one allowed. A gradient of None has to be None.
     """
     if found is None or exact is None:
         if found is not exact:
@@ -37,13 +45,15 @@ def check(what: str, found: Tensor | None, exact: Tensor | None, plain: Tensor |
     if not found.numel():
         return
     error, size = (found.double() - exact).norm(), exact.norm()
-    dtype = found.dtype if plain is None else plain.dtype
     allowed = float(UNITS[dtype] * torch.finfo(dtype).eps * size)
-    if plain is not None:
-        allowed += RATIO * float((plain.double() - exact).norm())
-    most = torch.finfo(found.dtype).max
-    if (plain is not None and not plain.isfinite().all()) or exact.abs().max() > most / 16:
-        return  # formulas in this dtype overflow as well
+    if error <= allowed:
+        return
+    if (other := plain()) is not None:
+        if not other.isfinite().all():
+            return  # formulas in this dtype overflow as well
+        allowed += RATIO * float((other.double() - exact).norm())
+    if exact.abs().max() > torch.finfo(found.dtype).max / 16:
+        return
     if not error <= allowed:  # a NaN is wrong too
         raise Wrong(f"{what}: off by {error:.3g} of {size:.3g}, allowed {allowed:.3g}")
 

@@ -2,23 +2,37 @@
 
 from random import Random
 
-PLAIN = ("GELU()", "GELU('none')", "QGELU()", "ReLU()", "SReLU()", "SiLU()")
+PLAIN = ("GELU()", "GELU('none')", "QGELU()", "ReLU()", "SReLU()", "SiLU()", "Sigmoid()", "Tanh()")
+RARE = ("ReLU6()", "Hardswish()", "Mish()", "LeakyReLU(0.1)", "ClippedGELU(1.5)", "XIELU()")
 GATED = ("GEGLU", "QGEGLU", "ReGLU", "SReGLU", "SwiGLU", "GLU", "ClampedSwiGLU", "SiTUGLU")
 NORMS = ("RMSNorm", "LayerNorm")
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 QUANTIZED_WIDTHS = (32, 64, 128)
 """Widths that every recipe takes."""
 CHANNELS = ("a", "b")
+OF_TORCH = ("nn.GELU()", "nn.Softplus()", "nn.SiLU()")
+ACTIVATIONS = ("gelu", "geglu", "qgelu", "qgeglu", "relu", "reglu", "srelu", "sreglu", "silu") + (
+    "swiglu", "glu", "clamped_swiglu", "situglu", "gelu_python", "mish", "linear",
+)  # fmt: skip
+FLAGS = ("zero_centered_gamma", "checkpoint", "delay_wgrad_compute", "fuse_wgrad_accumulation")
+RETURNS = ("return_bias", "return_layernorm_output")
 
 
 class Draft:
     """Draws ops one after another, keeping the width and the channels that there are.
 
-    widths: what a Linear may have as out_features.
+    widths: what a Linear may have as out_features. more: arguments of every Linear. lazy: leave
+    sizes out.
     """
 
-    def __init__(self, random: Random, widths: tuple[int, ...] = WIDTHS) -> None:
-        self.random, self.sizes = random, widths
+    def __init__(
+        self,
+        random: Random,
+        widths: tuple[int, ...] = WIDTHS,
+        more: str = "",
+        lazy: bool = False,
+    ) -> None:
+        self.random, self.sizes, self.more, self.lazy = random, widths, more, lazy
         self.widths: dict[str, int] = {}
         self.extra: set[str] = set()
         """Names that an Add has read without a Tee: no Tee may come after it."""
@@ -30,7 +44,7 @@ class Draft:
             source, width = self.op(width, depth)
             found.append(source)
         if keep and width != start:
-            found.append(f"Linear({width}, {start})")
+            found.append(self.linear(width, start))
         return found
 
     def op(self, width: int, depth: int) -> tuple[str, int]:
@@ -38,25 +52,50 @@ class Draft:
         one = self.random.choice
         kinds = ["plain", "norm", "linear", "linear", "bias", "tee", "add"] * 2
         kinds += ["l2", "scale", "dropout", "still"] + ["residual"] * 3 * (depth > 0)
+        kinds += ["layer scale"] + ["module"] * (depth == 2 and not self.lazy)
         kinds += ["gated"] * 4 * (width % 2 == 0 and width // 2 >= min(self.sizes))
         kind = one(kinds)
         if kind == "gated":
             block = one([None, None, *(n for n in (1, 2) if width % (2 * n) == 0)])
-            return f"{one(GATED)}(glu_interleave_size={block})", width // 2
+            more = one(("", "", "", ", gate_second=True", ", round_gate=True"))
+            return f"{one(GATED)}(glu_interleave_size={block}{more})", width // 2
         if kind == "linear":
-            out, bias = one(self.sizes), one((True, False))
-            return f"Linear({width}, {out}, bias={bias})", out
+            out = one(self.sizes)
+            return self.linear(width, out), out
+        if kind == "module":
+            if one((True, False)):
+                return f"LayerNormMLP({width}, {one(self.sizes)}, {self.mlp()})", width
+            return one((*OF_TORCH, f"nn.Linear({width}, {width})")), width
         return self.of_same_width(kind, width, depth), width
+
+    def linear(self, width: int, out: int) -> str:
+        """Source of a linear layer."""
+        short = self.lazy and self.random.random() < 0.5
+        sizes = f"out_features={out}" if short else f"{width}, {out}"
+        bias = self.random.choice((", bias=True", ", bias=False", None))
+        if bias is None:
+            return f"BasicLinear({sizes}{self.more})"
+        return f"Linear({sizes}{bias}{self.more})"
+
+    def mlp(self) -> str:
+        """Arguments of a LayerNormMLP, but for its sizes."""
+        one = self.random.choice
+        flags = [f"{name}=True" for name in FLAGS[:3] if self.random.random() < 0.2]
+        more = [f"activation={one(ACTIVATIONS)!r}", f"normalization={one(NORMS)!r}", "eps=0.1"]
+        return ", ".join([*more, f"bias={one((True, True, False))}", *flags])
 
     def of_same_width(self, kind: str, width: int, depth: int) -> str:
         """Source of an op that keeps the width."""
         one = self.random.choice
         if kind == "plain":
-            return one(PLAIN)
+            return one((*PLAIN, *PLAIN, *RARE))
+        if kind == "layer scale":
+            return f"LayerScale({width})"
         if kind == "norm":
             affine, zero = one((True, True, False)), one((True, False))
             more = f"elementwise_affine={affine}, zero_centered_gamma={zero}"
-            return f"{one(NORMS)}({width}, eps=0.1, {more})"
+            size = "" if self.lazy else f"{width}, "
+            return f"{one(NORMS)}({size}eps=0.1, {more})"
         if kind == "bias":
             return f"Bias({width})"
         if kind == "l2":
@@ -66,7 +105,9 @@ class Draft:
         if kind == "dropout":
             return f"Dropout({one((0.0, 0.4, 1.0))})"
         if kind == "residual":
+            lazy, self.lazy = self.lazy, False  # neighbours do not tell sizes across its bounds
             inner = self.sequence(width, self.random.randint(0, 3), depth - 1, keep=True)
+            self.lazy = lazy
             return f"Residual({', '.join(inner)})"
         return self.wire(kind, width) if kind in ("tee", "add") else "Identity()"
 
@@ -82,8 +123,25 @@ class Draft:
             return f"Tee({name!r}, to_caller={one((False, False, True))})"
         fitting = [name for name, other in self.widths.items() if other == width]
         name = one([None, *free, *fitting, *fitting])
+        if self.lazy and name not in fitting:
+            return "Identity()"  # an extra input's size may not be known yet
         if name is None:
             return "Add()"
         if name in free:
             self.extra.add(name)
         return f"Add({name!r})"
+
+
+def of_torch(random: Random, widths: tuple[int, ...], width: int, count: int) -> list[str]:
+    """Source of torch.nn's modules in a sequence that takes `width`; some stand there twice."""
+    one = random.choice
+    found: list[str] = []
+    for _ in range(count):
+        out = one(widths)
+        norms = f"RMSNorm({width})", f"LayerNorm({width}, eps=0.1)", f"RMSNorm({width}, eps=0.1)"
+        plain = "GELU()", "SiLU()", "GELU('tanh')", "Dropout(0.4)", "Tanh()", "LeakyReLU(0.2)"
+        linear = f"Linear({width}, {out}, bias={one((True, False))})"
+        source = one((linear, linear, one(norms), one(plain), one(plain), "Identity()"))
+        width = out if source == linear else width
+        found.append(source)
+    return found

@@ -1,0 +1,183 @@
+"""Drawing a life: its start and its steps, all from one seed."""
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+from .drafts import ACTIVATIONS, FLAGS, QUANTIZED_WIDTHS, RETURNS, WIDTHS, Draft, of_torch
+from .lives import Step
+from .states import RECIPES
+
+LEADS = ((4,), (), (1,), (5,), (0,), (2, 3), (2, 0), (16,), (32,), (33,))
+LAYOUTS = ("plain", "plain", "transposed", "strided", "expanded", "level")
+SIZES = (1.0, 1.0, 1.0, 1.0, 1e-3, 100.0)
+BACKENDS = {
+    "cpu": (("cpu", "reference"), ("cpu", "aten", "reference")),
+    "cuda": (("triton", "aten", "reference"), ("triton", "reference")),
+    "interpreter": (("triton", "reference"), ("triton", "reference")),
+}
+DTYPES = ("float32", "float32", "bfloat16", "float16", "float64")
+ATTRIBUTES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("eps", (0.1, 0.5)),
+    ("p", (0.0, 0.3, 1.0)),
+    ("approximate", ("tanh", "none")),
+    ("scale", (-0.5, 2.0, 3.0)),
+    ("zero_centered_gamma", (True, False)),
+    ("glu_interleave_size", (None, 1)),
+    ("to_caller", (True, False)),
+    ("gate_second", (True, False)),
+    ("negative_slope", (0.3,)),
+    ("limit", (0.5, 2.0)),
+)
+OF_MLP: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("eps", (0.1, 0.5)),
+    ("activation", ACTIVATIONS),
+    ("normalization", ("RMSNorm", "LayerNorm")),
+    *((name, (True, False)) for name in (*FLAGS[:3], *RETURNS)),
+)
+OPTIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("planner", ("greedy", "optimal")),
+    ("recompute", (True, False)),
+    ("checkpoint", (True, False)),
+    ("delay_wgrad_compute", (True, False)),
+)
+
+
+class Plot:
+    """The start of a life and its steps.
+
+    device: "cpu", "cuda" or "interpreter": a CPU on which Triton's kernels are interpreted.
+    """
+
+    def __init__(self, seed: int, length: int = 24, device: str = "cpu") -> None:
+        self.random = Random(seed)
+        one, chance = self.random.choice, self.random.random
+        self.quantized = chance() < 0.3
+        widths = QUANTIZED_WIDTHS if self.quantized else WIDTHS
+        main = ", accumulate_into_main_grad=True" * (chance() < 0.15)
+        self.draft = Draft(self.random, widths, main, chance() < 0.1)
+        dtype = one(("float32", "bfloat16")) if self.quantized else one(DTYPES)
+        self.narrow = self.quantized or dtype == "float16"
+        """Whether formulas of other values than those of size 1 overflow, or are rounded to 0."""
+        self.backends = BACKENDS[device]
+        options: dict[str, Any] = {name: one(values) for name, values in OPTIONS if chance() < 0.2}
+        backends = one((None, None, *self.backends, ("reference",)))
+        options |= {"backends": backends} if backends else {}
+        self.width = one(widths)
+        self.is_mlp = chance() < 0.15
+        sources: Sequence[str] = ()
+        if self.is_mlp:
+            built, options = self.mlp(one(widths)), {}
+        elif chance() < 0.08:
+            sources = of_torch(self.random, widths, self.width, self.random.randint(1, 8))
+            built = Step("from_torch", (self.width, *sources), {})
+        else:
+            sources = self.draft.sequence(self.width, self.random.randint(1, 8), depth=2)
+            built = Step("build", (self.width, *sources), {})
+        place = {} if device == "interpreter" else {"device": device}
+        self.start = Step("__init__", (dtype, seed % 97), {**place, **options})
+        self.steps = [built, self.call()]
+        while len(self.steps) < length:
+            self.steps.append(self.step(len(sources)))
+
+    def mlp(self, ffn: int) -> Step:
+        """Make a LayerNormMLP."""
+        one, chance = self.random.choice, self.random.random
+        flags: dict[str, Any] = {name: True for name in (*FLAGS, *RETURNS) if chance() < 0.2}
+        flags["bias"] = chance() < 0.7
+        flags["normalization"] = one(("LayerNorm", "RMSNorm"))
+        return Step("mlp", (self.width, ffn), {"activation": one(ACTIVATIONS), "eps": 0.1, **flags})
+
+    def parameter(self, count: int) -> str:
+        """A parameter's name."""
+        one, index = self.random.choice, self.random.randrange(max(1, count))
+        if self.is_mlp:
+            return one(("layer_norm_", "fc1_", "fc2_")) + one(("weight", "bias"))
+        inside = one(("", "", "", "ops.0.", "ops.1."))
+        return f"{index}.{inside}{one(('weight', 'weight', 'bias', 'fc1_weight'))}"
+
+    def step(self, count: int) -> Step:
+        """Any step but the first; count: of ops."""
+        one, draw = self.random.choice, self.random.randrange
+        index, seed, name = draw(count + 1), draw(1000), self.parameter(count)
+        recipe = one([*RECIPES])
+        choices: tuple[Callable[[], Step], ...] = (
+            *[self.call] * 18,
+            lambda: Step("finish", (draw(3),), {"thread": one((True, False))}),
+            lambda: Step("finish", (0,), {}),
+            lambda: Step("backward_dw", (), {}),
+            lambda: Step("main_grads", (one((True, False)), one((True, False))), {}),
+            lambda: Step("replace", (name, seed), {}),
+            lambda: Step("assign_data", (name, seed), {}),
+            lambda: Step("change", (name, seed), {}),
+            lambda: Step("freeze", (name, one((True, True, False))), {}),
+            lambda: Step("tie", (name, self.parameter(count)), {}),
+            lambda: Step("bias", (index, seed, one((True, False))), {}),
+            lambda: Step("misfit", (name, one((1, -1, 2))), {}),
+            lambda: Step("to", (one(("float32", "bfloat16")),), {}),
+            lambda: Step("train", (one((True, False)),), {}),
+            lambda: Step("copy", (one((True, False, False)),), {}),
+            lambda: Step("pickle", (), {}),
+            lambda: Step("average", (seed,), {}),
+            lambda: Step("load", (seed, one((True, False))), {}),
+            lambda: Step("prepare", (recipe,), {}) if self.quantized else self.call(),
+            lambda: Step("resume", (), {}),
+            lambda: Step("reset", (), {}) if self.quantized else self.call(),
+            lambda: Step("hook", (index,), {}),
+            lambda: Step("unhook", (), {}),
+            lambda: Step("register", (), {}),
+            lambda: Step("unregister", (), {}),
+            lambda: Step("zero_grad", (one((True, False)),), {}),
+            lambda: self.option(),
+            lambda: Step("option", ("backends", one((None, *self.backends))), {}),
+            lambda: self.attribute(index),
+            lambda: self.attribute(index),
+            lambda: Step("insert", (index, self.same_width()), {}),
+            lambda: Step("append_inside", (index, self.same_width()), {}),
+            lambda: Step("remove", (index,), {}),
+        )
+        return one(choices)()
+
+    def option(self) -> Step:
+        """Set an option of a Sequential to one of its values."""
+        name, values = self.random.choice(OPTIONS)
+        return Step("option", (name, self.random.choice(values)), {})
+
+    def attribute(self, index: int) -> Step:
+        """Set an attribute of an op, or of a LayerNormMLP, to one of its values."""
+        name, values = self.random.choice(OF_MLP if self.is_mlp else ATTRIBUTES)
+        return Step("set", (0 if self.is_mlp else index, name, self.random.choice(values)), {})
+
+    def same_width(self) -> str:
+        """An op that fits anywhere."""
+        kind = self.random.choice(("plain", "scale", "still", "l2", "dropout", "tee"))
+        return "Tee()" if kind == "tee" else self.draft.of_same_width(kind, self.width, 0)
+
+    def call(self) -> Step:
+        """A call of the module with what may be around it."""
+        one, chance = self.random.choice, self.random.random
+        options: dict[str, Any] = {"lead": one(LEADS), "seed": self.random.randrange(1000)}
+        if self.quantized:
+            options["lead"] = one(((16,), (32,), (48,), (2, 16)))
+            if chance() < 0.8:
+                options["recipes"] = tuple(one([*RECIPES]) for _ in range(one((1, 1, 2))))
+        elif chance() < 0.15:
+            options["autocast"] = True
+        options["layout"] = one(LAYOUTS[: -1 if self.quantized else None])
+        options["size"] = one(SIZES[: 4 if self.narrow else None])
+        options["mode"] = one(("training", "training", "training", "no_grad", "inference"))
+        options["backward"] = one(("now", "now", "twice", "later", "late", "never"))
+        options["input_grad"] = chance() < 0.7
+        options["thread"] = chance() < 0.15
+        if options["mode"] == "training" and chance() < 0.2:
+            # A reentrant one has the recipe of the last call without grad; see docs/reliability.md.
+            held = "recipes" in options or options["backward"] == "later"
+            reentrant = options["input_grad"] and chance() < 0.4 and not held
+            options["checkpointed"] = "reentrant" if reentrant else "saved"
+        if self.is_mlp and chance() < 0.3:
+            options["first"] = chance() < 0.5
+        elif chance() < 0.0005:
+            options["compiled"] = one(("eager", "aot_eager"))
+        defaults = (False, "plain", 1.0)
+        given = {k: v for k, v in options.items() if v not in defaults or k == "first"}
+        return Step("call", (), given)

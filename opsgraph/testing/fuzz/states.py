@@ -1,0 +1,167 @@
+"""What else may become of a module: copies, state dicts, scales, hooks, and fusers registered."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ... import ops
+from ...fuser import Fuser, register
+from ...fuser.registry import Handle
+from ...precision import recipe
+from ...precision.delayed import Scaling as DelayedState
+from .changes import Changes, Impossible
+from .compare import Wrong
+
+RECIPES: dict[str, Callable[[], Any]] = {
+    "current": recipe.Float8CurrentScaling,
+    "delayed": recipe.DelayedScaling,
+    "blocks": recipe.Float8BlockScaling,
+    "mxfp8": recipe.MXFP8BlockScaling,
+    "rows": lambda: recipe.Float8CurrentScaling(row_wise=True),
+    "exact backward": lambda: recipe.Float8CurrentScaling(backward_override="high_precision"),
+    "dequantized": lambda: recipe.Float8CurrentScaling(backward_override="dequantized"),
+}
+
+
+class Scaling(Fuser):
+    """What `Life.register` registers: a Bias and a scale in one step."""
+
+    backend = "reference"
+    pattern = dict(bias=ops.Bias, scale=ops.ConstantScale)
+
+    def fwd(self, x: Tensor, bias_bias: Tensor, scale: ops.ConstantScale) -> Any:
+        """Gives `(x + bias) * scale`."""
+        return (x + bias_bias) * scale.scale, ()
+
+
+class States(Changes):
+    """`Changes`, and what does not concern one op or parameter."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.handles: list[Handle] = []
+        self.hooks: list[Any] = []
+        self.recipes = {name: make() for name, make in RECIPES.items()}
+
+    # -- copies --
+
+    def copy(self, shallow: bool = False) -> None:
+        """Go on with a deepcopy, or with a `copy.copy`."""
+        self._no_graph()
+        self.module = copy.copy(self.module) if shallow else copy.deepcopy(self.module)
+
+    def pickle(self) -> None:
+        """Go on with what torch.save and torch.load make of the module."""
+        self._no_graph()
+        buffer = io.BytesIO()
+        torch.save(self.module, buffer)
+        buffer.seek(0)
+        self.module = torch.load(buffer, weights_only=False)
+
+    def average(self, seed: int) -> None:
+        """Go on with a moving average of the module and of itself with other parameters."""
+        self._no_graph()
+        self._changed()
+        if not list(self.module.parameters()):
+            raise Impossible  # PyTorch takes no mean of nothing
+        averaged = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+        averaged.update_parameters(self.module)
+        with torch.no_grad():
+            for k, parameter in enumerate(self.module.parameters()):
+                parameter.copy_(self._values(parameter.shape, seed + k))
+        averaged.update_parameters(self.module)
+        self.module = averaged.module
+
+    def load(self, seed: int, assign: bool) -> None:
+        """Load a state dict of other values."""
+        self._changed(data=assign)
+        state = {
+            name: self._values(p.shape, seed + k)
+            for k, (name, p) in enumerate(self.module.named_parameters(remove_duplicate=False))
+        }
+        self.module.load_state_dict(state, strict=False, assign=assign)
+
+    # -- scales --
+
+    def prepare(self, name: str) -> None:
+        """Have a recipe make its scales."""
+        self.recipes[name].prepare(self.module)
+        self.behind = True
+
+    def resume(self) -> None:
+        """Go on with a copy that has loaded the state dict, without gradients the same bits."""
+        self._no_graph()
+        state = io.BytesIO()
+        torch.save(self.module.state_dict(), state)
+        state.seek(0)
+        other = copy.deepcopy(self.module)
+        for module in other.modules():
+            if isinstance(module, DelayedState):
+                module.reset_parameters()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        other.load_state_dict(torch.load(state))
+        for (key, one), two in zip(
+            self.module.state_dict().items(), other.state_dict().values(), strict=True
+        ):
+            if not torch.equal(one, two):
+                raise Wrong(f"{key} was not loaded")
+        self.module = other
+
+    def reset(self) -> None:
+        """Have scales start anew."""
+        states = [m for m in self.module.modules() if isinstance(m, DelayedState)]
+        if not states:
+            raise Impossible
+        self._changed()
+        for state in states:
+            state.reset_parameters()
+
+    # -- hooks and fusers --
+
+    def hook(self, index: int) -> None:
+        """Register a forward hook that does nothing: the op is called as a module."""
+        self._changed(values=False)
+        if self._at(index) is self.module:
+            raise Impossible
+        self.hooks.append(self._at(index).register_forward_hook(_nothing))
+
+    def unhook(self) -> None:
+        """Remove the latest one."""
+        self._changed(values=False)
+        if not self.hooks:
+            raise Impossible
+        self.hooks.pop().remove()
+
+    def register(self) -> None:
+        """Register a fuser of one's own."""
+        self._changed(values=False)
+        self.handles.append(register(Scaling))
+
+    def unregister(self) -> None:
+        """Take the latest one out."""
+        self._changed(values=False)
+        if not self.handles:
+            raise Impossible
+        self.handles.pop().unregister()
+
+    def end(self) -> None:
+        """Take out what was registered."""
+        while self.handles:
+            self.handles.pop().unregister()
+
+    # -- how --
+
+    def _no_graph(self) -> None:
+        if any(p.grad_fn is not None for p in self.module.parameters()):
+            raise Impossible
+
+
+def _nothing(*_: Any) -> None:
+    """A forward hook."""
