@@ -9,7 +9,9 @@ from itertools import count
 
 import torch
 
-from opsgraph.testing.fuzz.lives import Plot, live
+from opsgraph.kernels.triton import interpreting
+from opsgraph.testing.fuzz.lives import live
+from opsgraph.testing.fuzz.plots import Plot
 
 
 def main(seed: int, seconds: float) -> int:
@@ -19,7 +21,7 @@ def main(seed: int, seconds: float) -> int:
     for life in count(seed):
         if time.monotonic() > end:
             return 0
-        plot = Plot(life)
+        plot = Plot(life, device="interpreter" if interpreting() else "cpu")
         lived = live(plot.start, plot.steps)
         if lived.error is not None:
             said = " ".join(str(lived.error).split())

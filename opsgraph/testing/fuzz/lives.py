@@ -41,7 +41,8 @@ def live(start: Step, steps: Sequence[Step]) -> Lived:
                 getattr(life, step.method)(*step.args, **step.kwargs)
                 taken += 1
             except Impossible:
-                continue
+                if step.method in BUILDS:
+                    break
     except Exception as error:
         return Lived(taken, error)
     finally:
