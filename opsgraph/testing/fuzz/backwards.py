@@ -74,7 +74,9 @@ class Backwards(States):
                 weight.__dict__ |= {"main_grad": torch.zeros_like(weight, dtype=wide), **self.main}
 
     def _backward(self, waiting: Pending, twice: bool = False, late: bool = False) -> None:
-        changed = any(t._version != waiting.versions[n] for n, t in waiting.leaves.items())
+        changed = waiting.touched or any(
+            t._version != waiting.versions[n] for n, t in waiting.leaves.items()
+        )
         pairs = zip(waiting.outputs, waiting.dys, strict=True)
         moving = [(y, dy.to(y.dtype)) for y, dy in pairs if y.requires_grad]
         ys, dys = zip(*moving, strict=True)

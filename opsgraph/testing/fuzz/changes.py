@@ -37,6 +37,8 @@ class Pending(NamedTuple):
     allowed: Allowed
     recomputes: bool
     """Whether the backward calls the module again, as it then is."""
+    touched: bool
+    """Whether outputs were changed in place."""
     module: Any
     late: frozenset[str]
     """Weights whose gradients wait for `backward_dw`."""
@@ -194,6 +196,31 @@ class Changes:
             raise Wrong(f"{name} of shape {shape} was taken")
         finally:
             setattr(owner, leaf, old)
+
+    def misuse(self, kind: str) -> None:
+        """Call with what is no input, which has to be an error that says so."""
+        x = self._random((3, self.width), 0)
+        shapes: list[torch.Size] = []
+        with suppress(RuntimeError, AssertionError):
+            by_formulas(self.module, torch.float64, [x], shapes.append)
+        extras = [self._random(shape, 0) for shape in shapes]
+        wrong: dict[str, list[Any]] = {
+            "none": [None, *extras],
+            "list": [x.tolist(), *extras],
+            "integers": [x.long(), *extras],
+            "width": [self._random((3, self.width + 1), 0), *extras],
+            "surplus": [x, *extras, x],
+            "none surplus": [x, *extras, None],
+        }
+        if isinstance(self.module, LayerNormMLP) and kind.endswith("surplus"):
+            raise Impossible
+        if kind == "width" and all(p.dim() == 0 for p in self.module.parameters()):
+            raise Impossible  # any width is right
+        try:
+            self.module(*wrong[kind])
+        except OpError:
+            return
+        raise Wrong(f"{kind} was taken")
 
     def assign_data(self, name: str, seed: int) -> None:
         """Set `.data` of a parameter."""

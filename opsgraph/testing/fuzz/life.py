@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ...base.errors import OpError, PlanError
 from ...precision.autocast import autocast
 from ...precision.recomputed import checkpoint_contexts
+from ...run.sequential import Sequential
 from .answers import Allowed, Question, answer, by_formulas, draw_from, dys_of
 from .backwards import Backwards, accumulated, delayed, elsewhere
 from .changes import Impossible, Pending
@@ -43,6 +44,7 @@ class Life(Backwards):
         layout: str = "plain",
         size: float = 1.0,
         thread: bool = False,
+        inplace: bool = False,
         autocast: bool = False,
         seed: int = 0,
     ) -> None:
@@ -50,7 +52,8 @@ class Life(Backwards):
 
         lead: the input's dimensions before the last. size: of its values. backward: "now", "twice",
         "later" (see `finish`), "late" (see `backward_dw`) or "never". recipes: the contexts around
-        the call, outermost first. compiled: a backend of torch.compile. first:
+        the call, outermost first. inplace: change the outputs before the backward.
+        compiled: a backend of torch.compile. first:
         `is_first_microbatch` of LayerNormMLP.
         """
         draw_from(seed + self.seed, self.device)
@@ -78,6 +81,7 @@ class Life(Backwards):
                 self._enter(stack, recipes, autocast, seed)
                 return self._run(inputs, checkpointed, compiled, first)
 
+        heard = self.heard
         try:
             outputs = elsewhere(thread, run)
         except OpError as error:
@@ -85,6 +89,8 @@ class Life(Backwards):
                 return  # formulas without a size of their own take any width
             raise
         self._check_outputs(outputs, exact, allowed, any_dtype=autocast)
+        if self.heard == heard and any(op in self._ops() for op, _ in self.hooks):
+            raise Wrong("a hook was not called")
         for name, (value, version) in before.items():
             if leaves[name]._version != version or not torch.equal(leaves[name], value):
                 raise Wrong(f"{name} was changed by the call")
@@ -95,6 +101,8 @@ class Life(Backwards):
             if training and any(g is not None for g in exact.gradients.values()):
                 raise Wrong("no output requires grad")
             return
+        if inplace:
+            self._change_outputs(outputs, leaves)
         waiting = Pending(
             outputs,
             dys_of(question, exact.outputs),
@@ -103,6 +111,7 @@ class Life(Backwards):
             exact,
             allowed,
             checkpointed is not None,
+            inplace,
             self.module,
             delayed(self.module),
             accumulated(self.module),
@@ -139,6 +148,16 @@ class Life(Backwards):
                     weight.__dict__["first"] = True
         elif recipes and self.kept != tuple(recipes):
             allowed.anything()  # weights of another time, or of another recipe
+
+    def _ops(self) -> list[Any]:
+        return list(self.module) if isinstance(self.module, Sequential) else []
+
+    def _change_outputs(self, outputs: Sequence[Tensor], leaves: dict[str, Tensor]) -> None:
+        """As a caller may who adds to a result in place."""
+        whole = [t.untyped_storage().data_ptr() for t in (*outputs, *leaves.values())]
+        for y in outputs:  # one that is an input as well, or another output, is a view
+            if y.requires_grad and whole.count(y.untyped_storage().data_ptr()) == 1:
+                y += 1
 
     def _enter(self, stack: ExitStack, recipes: Sequence[str], cast: bool, seed: int) -> None:
         draw_from(seed, self.device)

@@ -16,6 +16,7 @@ BACKENDS = {
     "cuda": (("triton", "aten", "reference"), ("triton", "reference")),
     "interpreter": (("triton", "reference"), ("triton", "reference")),
 }
+MISUSES = ("none", "list", "surplus", "none surplus")
 DTYPES = ("float32", "float32", "bfloat16", "float16", "float64")
 ATTRIBUTES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("eps", (0.1, 0.5)),
@@ -114,6 +115,7 @@ class Plot:
             lambda: Step("tie", (name, self.parameter(count)), {}),
             lambda: Step("bias", (index, seed, one((True, False))), {}),
             lambda: Step("misfit", (name, one((1, -1, 2))), {}),
+            lambda: Step("misuse", (one(MISUSES),), {}),
             lambda: Step("to", (one(("float32", "bfloat16")),), {}),
             lambda: Step("train", (one((True, False)),), {}),
             lambda: Step("copy", (one((True, False, False)),), {}),
@@ -168,6 +170,7 @@ class Plot:
         options["mode"] = one(("training", "training", "training", "no_grad", "inference"))
         options["backward"] = one(("now", "now", "twice", "later", "late", "never"))
         options["input_grad"] = chance() < 0.7
+        options["inplace"] = chance() < 0.1
         options["thread"] = chance() < 0.15
         if options["mode"] == "training" and chance() < 0.2:
             # A reentrant one has the recipe of the last call without grad; see docs/reliability.md.

@@ -46,18 +46,20 @@ class States(Changes):
         super().__init__(*args, **options)
         self.handles: list[Handle] = []
         self.hooks: list[Any] = []
+        self.heard = 0
+        """How often a hook was called."""
         self.recipes = {name: make() for name, make in RECIPES.items()}
 
     # -- copies --
 
     def copy(self, shallow: bool = False) -> None:
         """Go on with a deepcopy, or with a `copy.copy`."""
-        self._no_graph()
+        self._copied()
         self.module = copy.copy(self.module) if shallow else copy.deepcopy(self.module)
 
     def pickle(self) -> None:
         """Go on with what torch.save and torch.load make of the module."""
-        self._no_graph()
+        self._copied()
         buffer = io.BytesIO()
         torch.save(self.module, buffer)
         buffer.seek(0)
@@ -65,7 +67,7 @@ class States(Changes):
 
     def average(self, seed: int) -> None:
         """Go on with a moving average of the module and of itself with other parameters."""
-        self._no_graph()
+        self._copied()
         self._changed()
         if not list(self.module.parameters()):
             raise Impossible  # PyTorch takes no mean of nothing
@@ -84,7 +86,7 @@ class States(Changes):
             name: self._values(p.shape, seed + k)
             for k, (name, p) in enumerate(self.module.named_parameters(remove_duplicate=False))
         }
-        self.module.load_state_dict(state, strict=False, assign=assign)
+        self.module.load_state_dict(state, assign=assign)
 
     # -- scales --
 
@@ -95,7 +97,7 @@ class States(Changes):
 
     def resume(self) -> None:
         """Go on with a copy that has loaded the state dict, without gradients the same bits."""
-        self._no_graph()
+        self._copied()
         state = io.BytesIO()
         torch.save(self.module.state_dict(), state)
         state.seek(0)
@@ -126,18 +128,19 @@ class States(Changes):
     # -- hooks and fusers --
 
     def hook(self, index: int) -> None:
-        """Register a forward hook that does nothing: the op is called as a module."""
+        """Register a forward hook, which has to be called: the op is run as a module."""
         self._changed(values=False)
-        if self._at(index) is self.module:
+        op = self._at(index)
+        if op is self.module:
             raise Impossible
-        self.hooks.append(self._at(index).register_forward_hook(_nothing))
+        self.hooks.append((op, op.register_forward_hook(self._hear)))
 
     def unhook(self) -> None:
         """Remove the latest one."""
         self._changed(values=False)
         if not self.hooks:
             raise Impossible
-        self.hooks.pop().remove()
+        self.hooks.pop()[1].remove()
 
     def register(self) -> None:
         """Register a fuser of one's own."""
@@ -158,10 +161,9 @@ class States(Changes):
 
     # -- how --
 
-    def _no_graph(self) -> None:
-        if any(p.grad_fn is not None for p in self.module.parameters()):
-            raise Impossible
+    def _copied(self) -> None:
+        while self.hooks:  # a copy's hooks would be this life's
+            self.unhook()
 
-
-def _nothing(*_: Any) -> None:
-    """A forward hook."""
+    def _hear(self, *_: Any) -> None:
+        self.heard += 1
