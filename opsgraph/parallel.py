@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .base.errors import OpsgraphError
+from .guards.validation import flag, mapping, shown
+from .guards.validation import module as verify_module
 from .kernels.exchange import collectives
 from .layernorm_mlp.module import LayerNormMLP
 from .op import Op
@@ -54,7 +56,8 @@ def shard_state_dict(whole: Mapping[str, Any], module: nn.Module) -> dict[str, A
     What ranks do not split is passed on as it is. Raises OpsgraphError for a size that the ranks do
     not divide.
     """
-    made = dict(whole)
+    made = dict(mapping("shard_state_dict", "whole", whole))
+    verify_module("shard_state_dict", module)
     for name, (partition, _) in _splits(module).items():
         name = name if name in made else _inside(name)
         if name not in made or partition.size == 1:
@@ -82,7 +85,7 @@ def gather_state_dict(module: nn.Module) -> dict[str, Any]:
     A collective: every rank calls it.
     """
     made: dict[str, Any] = {}
-    splits = _splits(module)
+    splits = _splits(verify_module("gather_state_dict", module))
     for name, value in module.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if name in splits:
@@ -105,7 +108,7 @@ def distributed_state_dict(module: nn.Module) -> dict[str, Any]:
     `load_distributed_state_dict`. A collective where FSDP has sharded the module.
     """
     made: dict[str, Any] = {}
-    splits = _splits(module)
+    splits = _splits(verify_module("distributed_state_dict", module))
     for name, value in module.state_dict().items():
         made[name] = value
         if name not in splits or splits[name].distributed:
@@ -121,21 +124,38 @@ def distributed_state_dict(module: nn.Module) -> dict[str, Any]:
 
 
 def load_distributed_state_dict(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Put into the module what was loaded into its `distributed_state_dict`."""
+    """Put into the module what was loaded into its `distributed_state_dict`.
+
+    Raises OpsgraphError for what does not fit the module, and then changes none of its parameters.
+    """
+    who = "load_distributed_state_dict"
+    verify_module(who, module)
+    mapping(who, "state", state)
     for prefix, child in list(module.named_modules()):
         before_loading(child, state, f"{prefix}." if prefix else "")
     splits, own = _splits(module), module.state_dict()
+    loads: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for name, value in state.items():
+            if name not in own:
+                raise OpsgraphError(f"{who}: got {name!r}, expected some of {', '.join(own)}")
             target = own[name]
+            if isinstance(target, Tensor) and not isinstance(value, Tensor):
+                raise OpsgraphError(f"{who}: got {name}={shown(value)}, expected a tensor")
             if name in splits and not splits[name].distributed:
                 value = value.to_local() if isinstance(value, DTensor) else value
                 value = value.flatten(0, 1) if splits[name].partition.stride > 1 else value
                 if isinstance(target, DTensor):
                     place = target.device_mesh, target.placements
                     value = distribute_tensor(value, *place, src_data_rank=None)
-            if isinstance(target, Tensor):
-                target.copy_(value)
+            if not isinstance(target, Tensor):
+                continue
+            if value.shape != target.shape:
+                got, expected = tuple(value.shape), tuple(target.shape)
+                raise OpsgraphError(f"{who}: got {name} of shape {got}, expected {expected}")
+            loads.append((target, value))
+        for target, value in loads:
+            target.copy_(value)
 
 
 def _apart(value: Tensor, partition: Partition) -> tuple[Tensor, int]:
@@ -161,7 +181,7 @@ class TensorParallel(ParallelStyle):
 
     def __init__(self, *, sequence_parallel: bool = False) -> None:
         super().__init__()
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel = flag("TensorParallel", "sequence_parallel", sequence_parallel)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         group = group_of(device_mesh, "TensorParallel")

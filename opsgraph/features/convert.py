@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..base.errors import OpError, PlanError
+from ..guards.validation import flag
 from ..op import Op, arguments, row
 from ..ops.activations import (
     GELU,
@@ -32,6 +33,7 @@ from ..ops.xielu import XIELU
 from .adapters import adapted, is_peft, reason_against
 from .called import CalledOp, reason, spread
 from .extras import verify_trailing
+from .inputs import described
 from .known_models import of_transformers
 from .several import SeveralLayers
 from .transposed import TransposedLayer, is_conv1d
@@ -45,13 +47,8 @@ def _linear(module: nn.Linear) -> Op:
 
 
 def _layer_norm(module: nn.LayerNorm) -> Op:
-    return LayerNorm(
-        module.normalized_shape,
-        module.eps,
-        module.weight is not None,
-        module.bias is not None,
-        device="meta",
-    )
+    has = module.weight is not None, module.bias is not None
+    return LayerNorm(module.normalized_shape, module.eps, *has, device="meta")
 
 
 def _rms_norm(module: nn.RMSNorm) -> Op:
@@ -145,10 +142,9 @@ def _of_several(cls: type[Op], modules: tuple[nn.Module, ...]) -> Op:
     for module in layers:
         found = _op_or_reason(module)
         if type(found) is not Linear or not issubclass(Linear, cls):
-            got = f"{type(module).__name__} among several" + (
-                f": {found}" if isinstance(found, str) else ""
-            )
-            raise OpError(cls.__name__, f"of({got})", "linear layers")
+            why = f": {found}" if isinstance(found, str) else ""
+            got = f"of({type(module).__name__} among several{why})"
+            raise OpError(cls.__name__, got, "linear layers")
         ops.append(found)
     for name, values in {
         "in_features": [op.in_features for op in ops],
@@ -200,13 +196,13 @@ def _base_of(cls: type[Op], module: Any) -> nn.Module:
     return module.get_base_layer()  # type: ignore[no-any-return]
 
 
-def _of(cls: type[Op], module: nn.Module, *more: nn.Module) -> Op:
+def _of(cls: type[Op], *modules: nn.Module) -> Op:
     """An op of this class that computes what a module does, with that module's own parameters.
 
-    module: a torch.nn layer, norm or activation, or one of transformers, as `from_torch` takes
-    them. Its parameters become those of the op, under the op's names; a parameter put in the place
-    of one later is not seen by the other. Copies and pickles of both together share them too.
-    Raises OpError for a module that would compute something else than the op.
+    modules: one torch.nn layer, norm or activation, or one of transformers, as `from_torch` takes
+    them; or several linear layers. Its parameters become those of the op, under the op's names; one
+    put in a parameter's place later is not seen by the other. Copies and pickles of both together
+    share them too. Raises OpError for a module that would compute something else than the op.
 
     Several linear layers of one input width, dtype and device become one product whose outputs are
     theirs one after the other, as gate and up before a SwiGLU. The layers keep the parameters, and
@@ -219,10 +215,14 @@ def _of(cls: type[Op], module: nn.Module, *more: nn.Module) -> Op:
     A linear layer with LoRA of peft, alone or among several, becomes a LoRALinear without
     parameters of its own: they stay peft's, and what peft does to them later holds.
     """
-    if more:
-        return _of_several(cls, (module, *more))
-    if not isinstance(module, nn.Module):
-        raise OpError(cls.__name__, f"of({type(module).__name__})", "a module")
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise OpError(cls.__name__, f"of({described(module)})", "a torch.nn.Module")
+    if len(modules) != 1:
+        if not modules:
+            raise OpError(cls.__name__, "of() without arguments", "a torch.nn.Module")
+        return _of_several(cls, modules)
+    (module,) = modules
     if is_peft(module):
         return _of_peft(cls, module)
     if is_conv1d(module) and issubclass(Linear, cls):
@@ -388,6 +388,7 @@ class Converts(nn.Module):
         if own or "forward" in module.__dict__:
             got = f"a {type(module).__name__} with a forward of its own"
             raise PlanError(f"from_torch: got {got}, expected one that runs its modules in order")
+        strict = flag("from_torch", "strict", strict)
         left: dict[nn.Module, str] = {}
         converted = _converted(module, cls, options, {None: None}, left)
         _tell(module, left, strict)

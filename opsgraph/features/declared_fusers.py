@@ -3,7 +3,9 @@
 The fusers of opsgraph itself are registered before this file is there: a test verifies them.
 """
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ from ..base.errors import RegisterError
 from ..fuser import Fuser
 from ..fuser.base import alternatives
 from ..fuser.registry import checks
+from ..guards.arguments import is_names
 from ..guards.cached import per_class
 from ..op import BACKWARD, STORED, Op, arguments, differentiable, weights
 
@@ -65,9 +68,16 @@ def _of_options(fuser: Fuser) -> Iterator[str]:
     if not isinstance(priority, int | float | None) or priority != priority:
         yield f"got priority {priority!r}, expected a number or None"
     for option in ("saves", "consumes", "gives"):
-        value = getattr(fuser, option)
-        if isinstance(value, str) or not all(isinstance(n, str) for n in value):
+        if not is_names(value := getattr(fuser, option)):
             yield f"got {option} = {value!r}, expected a tuple of names"
+    for method in ("fwd", "bwd", "wgrad", "dgrad", "reject", "reject_formats"):
+        function = getattr(fuser, method)
+        if function is not None and not callable(function):
+            yield f"got {method} = {function!r}, expected a method or None"
+        if function is not None and (starred := _starred(function)):
+            yield f"got {method}({starred}), expected an argument for each value"
+    if fuser.consumes and not fuser.bwd:
+        yield f"got consumes = {fuser.consumes!r} and no bwd, which would take it"
     listed = isinstance(dtypes, Collection) and all(isinstance(d, torch.dtype) for d in dtypes)
     if dtypes is not None and not listed:
         yield f"got dtypes = {dtypes!r}, expected a tuple of torch's dtypes, or None"
@@ -78,6 +88,12 @@ def _of_options(fuser: Fuser) -> Iterator[str]:
         yield "it has neither fwd nor bwd"
     if backward not in ([], ["bwd"], ["wgrad", "dgrad"]):
         yield f"got {' and '.join(backward)}, expected bwd, or wgrad and dgrad"
+
+
+def _starred(function: Callable[..., Any]) -> str | None:
+    """An argument of a function that stands for any number of values, or None."""
+    given = inspect.signature(function).parameters.values()
+    return next((str(p) for p in given if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)), None)
 
 
 def _named(kinds: Kinds, names: Callable[[type[Op]], Iterable[str]]) -> set[str]:

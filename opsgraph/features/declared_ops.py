@@ -4,7 +4,7 @@ Stages verify what they are made of. The other hook is `Op.verify_added`, for op
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from keyword import iskeyword
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..guards.constants import plain
 from ..guards.constants import verify as verify_constant
 from ..op import STORED, Op, Placed, arguments, differentiable, weights
 from ..op.functions import backward_functions, definer, said
+from ..ops.lora import ADAPTED
 from ..plan.basic_ops import BasicOps
 
 OWN = frozenset({"x", "y", "dy", "want", "self"})
@@ -105,6 +106,22 @@ def verify_entries(entries: Sequence[Placed]) -> None:
             if not hasattr(op, name):
                 raise PlanError(f"{label}: got no {name!r}, which its constants name")
             verify_constant(plain(getattr(op, name)), label, name)
+    _verify_adapted(entries)
+
+
+def _verify_adapted(entries: Sequence[Placed]) -> None:
+    """Raises PlanError for a LoRALinear that stands twice, or a branch that two of them hold."""
+    seen: dict[tuple[bool, object], str] = {}
+    for _, op, label, *_ in entries:
+        if not isinstance(op.channels, Mapping):
+            raise PlanError(f"{label}: got channels = {op.channels!r}, expected a dict of names")
+        for value, channel in op.channels.items():
+            if channel is None or not channel.startswith(ADAPTED):
+                continue
+            first = seen.setdefault((op.taps, channel if op.taps else id(op)), label)
+            if first != label and (op.taps or value == "other"):
+                what = "the LoRALinear of" if op.taps else "a LoRA of"
+                raise PlanError(f"{label}: got {what} {first} again, expected another")
 
 
 def verify_added(module: Any, name: str = "") -> None:
@@ -150,10 +167,13 @@ def check_shapes(
 ) -> None:
     """Raises OpError for a parameter of another shape than its op says, by its owner's name."""
     for (i, name), (_, shown), weight in zip(run.slots, places, weights, strict=True):
-        expected = run.kinds[i].shape_of(ops[i], name)
-        if weight is None and name in run.kinds[i].required:
+        kind = run.kinds[i]
+        expected = kind.shape_of(ops[i], name)
+        if weight is None and name in kind.required:
             shape = "" if expected is None else f" of shape {_text(expected)}"
             raise OpError(run.labels[i], f"{shown}=None", f"a parameter{shape}")
+        if weight is not None and name in kind.typed_by and not weight.is_floating_point():
+            raise OpError(run.labels[i], f"{shown} dtype {weight.dtype}", "a float")
         if weight is None or expected is None:
             continue
         got = tuple(weight.shape)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..base import config
 from ..base.errors import OpsgraphError, PlanError
+from ..guards.validation import flag
 from ..op import Op
 from ..ops.sizes import width_between
 from ..plan import Plan
 from .extras import ExtraInputs
+from .inputs import verify_tensor
 from .page import fragment
 from .show import escaped
 
@@ -89,6 +91,9 @@ class SequenceExamples:
         x: an example input; by default one in the parameters' dtype and device. Returns a Plan, or
         `Plans`, a tuple of them, where plain modules stand between ops.
         """
+        training = flag("plan", "training", training)
+        if x is not None:
+            verify_tensor(x, "plan")
         if self._epoch != config.epoch:
             self._prepare(None if x is None else x.shape[-1])
         found: list[Plan] = []

@@ -25,7 +25,10 @@ def described(value: Any) -> str:
     kind = type(value)
     if kind.__module__.startswith("torch.fx"):
         return f"a torch.fx {kind.__name__}"
-    return f"a {kind.__name__ if kind.__module__ == 'builtins' else _full_name(kind)}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = kind.__name__ if kind.__module__ == "builtins" else _full_name(kind)
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _full_name(kind: type) -> str:
@@ -90,6 +93,8 @@ def explain(module: nn.Sequential, stages: Sequence[Any], x: Any, extras: Sequen
         if not hasattr(run.kinds[i], "taken"):  # the op says itself what it takes
             verify_tensor(value, f"{run.labels[i]} {name}")
             _verify_dense(value, f"{run.labels[i]} {name}")
+            if isinstance(value, Tensor) and value.is_nested and not x.is_nested:
+                raise OpError(f"{run.labels[i]} {name}", "a nested tensor", "a dense one, as x is")
     _verify_dense(x, "input")
     if isinstance(x, Tensor) and x.is_nested and isinstance(first, Op):
         return _run_nested(module, x, extras)

@@ -46,10 +46,10 @@ class Operands:
         """Whether tensors are laid out as those that were remembered, and have memory."""
         there = [tensor for tensor in tensors if tensor is not None]
         fits = self._last
-        return fits is not None and fits(*there) and all(map(Tensor.data_ptr, there))
+        return fits is not None and fits(*there) and not any(map(cut, there))
 
     def verify(self, tensors: Sequence[Tensor | None], remember: bool = False) -> None:
-        """Raises OpError for another shape, dtype or device than planned, or a cut storage.
+        """Raises OpError for another shape, dtype or device than planned.
 
         remember: whether `again` is to know tensors like these.
         """
@@ -66,11 +66,6 @@ class Operands:
                 raise self._error(operand, _shown(shape, tensor.dtype), sizes)
             if tensor.device != operand.device:
                 raise self._error(operand, f"one on {tensor.device}", sizes)
-            has = tensor.untyped_storage().nbytes()
-            end = (tensor.storage_offset() + _reach(tensor)) * tensor.element_size()
-            if 0 < has < end:
-                got = f"a storage of {has} bytes, which reaches {end} bytes into it,"
-                raise self._error(operand, got, sizes)
         if remember:
             self._last = same_layouts([tensor for tensor in tensors if tensor is not None])
 
@@ -82,20 +77,19 @@ class Operands:
         """The tensors, with copies of those whose memory does not hold their values.
 
         Such are zeros that PyTorch does not store, and values that it stores negated; None where
-        there are none. Raises OpError for a tensor whose storage was freed.
+        there are none. Raises OpError for a tensor whose storage was freed, or cut short.
         """
         made: list[Tensor | None] | None = None
         for k, tensor in enumerate(tensors):
             if tensor is None:
                 continue
-            negated = tensor.is_neg()
-            if not negated and (tensor.data_ptr() or not tensor.numel()):
-                continue
-            if not (negated or tensor._is_zerotensor()):
+            if lacking := cut(tensor):
                 operand = self.expected[k]
-                name, where = (operand.name, operand.where) if operand else ("a tensor", "replay")
-                got = f"a freed storage for {name} in its {self.which}"
+                name, where = (operand.name, operand.where) if operand else ("a tensor", "a kernel")
+                got = f"{lacking} for {name} in its {self.which}"
                 raise OpError(where, got, "one with memory")
+            if not (tensor.is_neg() or tensor._is_zerotensor()):
+                continue
             made = list(tensors) if made is None else made
             made[k] = torch.empty_like(tensor.detach()).copy_(tensor.detach())
         return made
@@ -106,12 +100,24 @@ def _sizes(sizes: tuple[int, ...], rows: Any) -> tuple[int, ...]:
     return tuple(size if size >= 0 else int(-(-rows // -size)) for size in sizes)
 
 
-def _reach(tensor: Tensor) -> int:
+def reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
     """How many elements lie from a tensor's first to its last one."""
-    if not tensor.numel():
+    if 0 in sizes:
         return 0
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return 1 + sum((size - 1) * stride for size, stride in pairs)
+    return 1 + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
+
+
+def cut(tensor: Tensor) -> str | None:
+    """What is wrong with a storage that ends before its tensor does; None where it does not."""
+    if tensor._is_zerotensor():
+        return None  # PyTorch stores none
+    has, elements = tensor.untyped_storage().nbytes(), reach(tensor.shape, tensor.stride())
+    end = int(elements and tensor.storage_offset() + elements) * tensor.element_size()
+    if has >= end:
+        return None
+    if not has:
+        return "a freed storage"
+    return f"a storage of {has} bytes where {end} are needed"
 
 
 def _shown(sizes: Sequence[int], dtype: torch.dtype) -> str:

@@ -4,16 +4,28 @@ NumPy's numbers and tensors of one element are taken as the numbers that they ar
 raises OpError, which names the op, what came and what was expected.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from math import isfinite
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import SymInt, Tensor, nn
 
 from ..base.errors import OpError, PlanError
+
+TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes of parameters."""
+_TRAINED = ", ".join(str(dtype) for dtype in TRAINED)
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value in an error, on one line."""
+    if isinstance(value, Tensor):
+        return f"a tensor {str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _plain(who: str, name: str, value: Any) -> Any:
@@ -36,8 +48,13 @@ def number(
     """A float for which `allowed` is true; `expected` says so in words."""
     plain = _plain(who, name, value)
     if isinstance(plain, bool) or not isinstance(plain, Real) or not allowed(float(plain)):
-        raise OpError(who, f"{name}={value!r}", expected)
+        raise OpError(who, f"{name}={shown(value)}", expected)
     return float(plain)
+
+
+def finite(who: str, name: str, value: Any) -> float:
+    """A finite number."""
+    return number(who, name, value, "a finite number", isfinite)
 
 
 def positive(who: str, name: str, value: Any) -> float:
@@ -54,7 +71,7 @@ def whole(who: str, name: str, value: Any, least: int = 1, other: str = "") -> i
     """A whole number, at least `least`. other: what else would do, for the message."""
     plain = _plain(who, name, value)
     if isinstance(plain, bool) or not isinstance(plain, Integral | SymInt) or plain < least:
-        raise OpError(who, f"{name}={value!r}", f"a whole number, {least} or above{other}")
+        raise OpError(who, f"{name}={shown(value)}", f"a whole number, {least} or above{other}")
     return int(plain)
 
 
@@ -72,7 +89,7 @@ def flag(who: str, name: str, value: Any) -> bool:
     """True or False; 1 and 0 will do."""
     plain = _plain(who, name, value)
     if not isinstance(plain, Integral) or plain not in (0, 1):
-        raise OpError(who, f"{name}={value!r}", "True or False")
+        raise OpError(who, f"{name}={shown(value)}", "True or False")
     return bool(plain)
 
 
@@ -81,24 +98,24 @@ def choice(who: str, name: str, value: Any, known: Collection[str | None]) -> An
     if not isinstance(value, str | None) or value not in known:
         *most, last = map(repr, known)
         expected = f"{', '.join(most)} or {last}" if most else last
-        raise OpError(who, f"{name}={value!r}", expected)
+        raise OpError(who, f"{name}={shown(value)}", expected)
     return value
 
 
 def text(who: str, name: str, value: Any) -> str | None:
     """A name, or None."""
     if value is not None and not isinstance(value, str):
-        raise OpError(who, f"{name}={value!r}", "a str or None")
+        raise OpError(who, f"{name}={shown(value)}", "a str or None")
     return value
 
 
 def names(who: str, name: str, value: Any) -> tuple[str, ...]:
     """A collection of names, sorted."""
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise OpError(who, f"{name}={value!r}", "a list of names")
+        raise OpError(who, f"{name}={shown(value)}", "a list of names")
     listed = tuple(value)
     if not all(isinstance(item, str) for item in listed):
-        raise OpError(who, f"{name}={value!r}", "a list of names")
+        raise OpError(who, f"{name}={shown(value)}", "a list of names")
     return tuple(sorted(listed))
 
 
@@ -109,7 +126,7 @@ def listed(who: str, name: str, value: Any) -> tuple[str, ...] | None:
     if isinstance(value, str) or not isinstance(value, Collection):
         one = value if isinstance(value, str) else "name"
         raise PlanError(
-            f'{who}: got {name}={value!r}, expected a tuple of names: {name}=("{one}",)'
+            f'{who}: got {name}={shown(value)}, expected a tuple of names: {name}=("{one}",)'
         )
     return tuple(value)
 
@@ -133,14 +150,29 @@ def known(
 def function(who: str, name: str, value: Any) -> Any:
     """Something to call, or None."""
     if value is not None and not callable(value):
-        raise OpError(who, f"{name}={value!r}", "a function or None")
+        raise OpError(who, f"{name}={shown(value)}", "a function or None")
+    return value
+
+
+def module(who: str, value: Any) -> Any:
+    """A module."""
+    if not isinstance(value, nn.Module):
+        got = f"the class {value.__name__}" if isinstance(value, type) else shown(value)
+        raise OpError(who, got, "a torch.nn.Module")
+    return value
+
+
+def mapping(who: str, name: str, value: Any) -> Any:
+    """A dict, or what is like one."""
+    if not isinstance(value, Mapping):
+        raise OpError(who, f"{name}={shown(value)}", "a dict")
     return value
 
 
 def place(who: str, device: Any, dtype: Any) -> None:
     """Where parameters go: a device and a float dtype, or None for the default."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise OpError(who, f"dtype={dtype!r}", "a float dtype of torch or None")
+    if dtype is not None and dtype not in TRAINED:
+        raise OpError(who, f"dtype={dtype!r}", f"a float dtype of torch or None: {_TRAINED}")
     try:
         torch.device(device) if device is not None else None
     except (RuntimeError, TypeError) as error:

@@ -19,6 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from ..base import config
+from ..base.errors import OpError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -153,6 +154,8 @@ class Watched(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's; what appears or disappears is a change of the structure."""
+        if param is not None and param.is_nested:
+            raise OpError(type(self).__name__, f"a nested tensor for {name}", "a dense one")
         before = self._parameters.get(name, self)
         super().register_parameter(name, param)
         if before is self or (before is None) != (param is None):

@@ -12,17 +12,10 @@ from ..guards.validation import epsilon, flag, function, place, size, text, whol
 from ..op import Op
 from ..ops import LayerNorm, RMSNorm
 from ..ops.activation_names import ACTIVATIONS, GATED, keywords
-from ..ops.collectives import SYMMETRIC, Group, group_of
+from ..ops.collectives import OVERLAP, SYMMETRIC, Group, group_of
 
 WHO = "LayerNormMLP"
 NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
-OVERLAP = (
-    "ub_overlap_ag",
-    "ub_overlap_rs",
-    "ub_overlap_rs_dgrad",
-    "ub_bulk_dgrad",
-    "ub_bulk_wgrad",
-)
 FLAGS = (
     "sequence_parallel",
     "return_bias",

@@ -208,8 +208,8 @@ class Op(StateDicts):
     def set_extra_input_channel(self, index: int, name: str) -> None:
         """Have an extra input read the channel of that name, which an earlier op must provide."""
         inputs = tuple(self.channels) if not self.taps else ()
-        if not 0 <= index < len(inputs):
-            raise IndexError(f"{type(self).__name__}: got extra input {index} of {len(inputs)}")
+        if not isinstance(index, int) or not 0 <= index < len(inputs):
+            raise IndexError(f"{type(self).__name__}: got extra input {index!r} of {len(inputs)}")
         self.channels[inputs[index]] = text(type(self).__name__, "name", name)
         self.strict.add(inputs[index])
         self.touch()
@@ -219,7 +219,7 @@ class Op(StateDicts):
     ) -> None:
         """Have an extra output provide a channel; the caller gets it too unless told otherwise."""
         if not self.taps or index != 0:
-            raise IndexError(f"{type(self).__name__}: got extra output {index} of {self.taps:d}")
+            raise IndexError(f"{type(self).__name__}: got extra output {index!r} of {self.taps:d}")
         self.channels["d"] = text(type(self).__name__, "name", name)
         self.to_caller = output_to_caller
         self.touch()
@@ -257,8 +257,8 @@ class Op(StateDicts):
             if own not in self._parameters:
                 expected = there.format("the op", sorted(self._parameters))
                 raise OpError(type(self).__name__, f"{own!r} to borrow under", expected)
-            if not hasattr(module, theirs):
-                held = sorted(dict(module.named_parameters(recurse=False)))
+            if not isinstance(theirs, str) or not hasattr(module, theirs):
+                held = sorted(getattr(module, "_parameters", ()))
                 expected = there.format(type(module).__name__, held)
                 raise OpError(type(self).__name__, f"{theirs!r} to borrow", expected)
         for own, theirs in names.items():

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
     GroupLike = dist.ProcessGroup | DeviceMesh | str
 
+OVERLAP = (
+    "ub_overlap_ag",
+    "ub_overlap_rs",
+    "ub_overlap_rs_dgrad",
+    "ub_bulk_dgrad",
+    "ub_bulk_wgrad",
+)
+"""What a layer may ask to have exchanges hidden by."""
 SYMMETRIC = ("multimem_all_reduce", "two_shot", "one_shot")
 """All-reduces over symmetric memory that a row-parallel layer may ask for."""
 

@@ -249,6 +249,9 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             kind = str(value.dtype).removeprefix("torch.")
             got = f"split_sizes {kind} of shape {tuple(value.shape)}"
             raise OpError(where, got, f"integers of shape ({count},), one for each group")
+        if value.layout is not torch.strided or value.is_meta:
+            got = f"split_sizes on {value.device} of layout {value.layout}"
+            raise OpError(where, got, "a dense tensor with values")
         if type(value) is Tensor and value.is_cpu and not torch.compiler.is_compiling():
             verify_sizes(where, value.tolist(), rows)
         sizes: Tensor = value.to(torch.int64)
@@ -390,6 +393,6 @@ def _integers(value: Any, count: int, where: str) -> Tensor:
     sizes = list(value)
     if any(isinstance(size, bool) or not hasattr(size, "__index__") for size in sizes):
         raise OpError(where, f"split_sizes {sizes}", expected)
-    if len(sizes) != count:
+    if len(sizes) != count or any(abs(index(size)) >= 2**63 for size in sizes):
         raise OpError(where, f"{len(sizes)} split_sizes {sizes}", expected)
     return torch.tensor([index(size) for size in sizes], dtype=torch.int64, device="cpu")

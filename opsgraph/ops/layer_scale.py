@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..guards.validation import Checked, features, number, place
+from ..guards.validation import Checked, features, finite, place
 from ..kernels.reference import scales
 from ..op import Op, Spec
 from .parameters import empty_parameter
@@ -32,7 +32,7 @@ class LayerScale(Op):
     ) -> None:
         place("LayerScale", device, dtype)
         super().__init__()
-        self.init_value = number("LayerScale", "init_value", init_value)
+        self.init_value = finite("LayerScale", "init_value", init_value)
         self.width = width
         self.weight = empty_parameter((width,), device, dtype)
         self.reset_parameters()

@@ -31,6 +31,7 @@ from ..precision.quantizers import Quantized
 from ..precision.weights import hold
 from .bias import Bias
 from .collectives import (
+    OVERLAP,
     SYMMETRIC,
     AllGather,
     AllReduce,
@@ -53,6 +54,10 @@ PARALLEL = "another layer, or opsgraph.parallel.TensorParallel"
 
 def _reduction(who: str, name: str, value: Any) -> Any:
     return choice(who, name, value, (None, *SYMMETRIC))
+
+
+def _overlap(who: str, name: str, value: Any) -> Any:
+    return tuple(choice(who, name, item, OVERLAP) for item in names(who, name, value))
 
 
 _serials = itertools.count()
@@ -108,7 +113,7 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
     delay_wgrad_compute = Checked(flag)
     init_method = Checked(function)
     rng_state_tracker_function = Checked(function)
-    overlap = Checked(names)
+    overlap = Checked(_overlap)
     partition_stride = Checked(whole)
     symmetric_ar_type = Checked(_reduction)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..base.errors import OpError, PlanError
-from ..guards.validation import Checked, Fixed, features, number, place, size, whole
+from ..guards.validation import Checked, Fixed, features, finite, number, place, size, text, whole
 from ..kernels.reference.dropout import keep_mask
 from ..op import Lowered, Op, Spec
 from .dequantized import dequantizes
@@ -22,6 +22,8 @@ from .residual import OpList, Tee
 from .sizes import infer_sizes
 
 _serial = itertools.count()
+ADAPTED = "adapted "
+"""What names of the channels begin with that LoRALinears make."""
 _channels: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """What each LoRALinear calls its input; a copy calls it otherwise."""
 Gradients = tuple[Tensor | None, tuple[Tensor | None, ...]]
@@ -108,10 +110,10 @@ class LoRA(Op):
         who = type(self).__name__
         place(who, device, dtype)
         super().__init__()
-        self.channels["other"] = name
+        self.channels["other"] = text(who, "name", name)
         self.in_features = whole(who, "in_features", in_features, 0)
         self.out_features, self.rank = out_features, whole(who, "rank", rank)
-        self.scale = 1.0 if alpha is None else number(who, "alpha", alpha) / self.rank
+        self.scale = 1.0 if alpha is None else finite(who, "alpha", alpha) / self.rank
         self.start, self.dropout = size(who, "start", start, 0), dropout
         self.lora_A = empty_parameter((self.rank, self.in_features), device, dtype)
         self.lora_B = empty_parameter((self.out_features, self.rank), device, dtype)
@@ -251,7 +253,7 @@ class LoRALinear(Op):
         super().__init__()
         who = type(self).__name__
         if wrong := [type(op).__name__ for op in (linear,) if not isinstance(op, Linear)]:
-            raise OpError(who, f"linear of {wrong[0]}", "a Linear")
+            raise OpError(who, f"linear of {wrong[0]}", "a Linear of opsgraph.ops")
         if linear.in_features is None or linear.out_features is None or linear.group_size > 1:
             raise OpError(who, f"{linear!r}", "a Linear with its sizes, not split among ranks")
         for branch in branches:
@@ -284,7 +286,7 @@ class LoRALinear(Op):
         return [Tee(self._name(self.loras)), self.linear, *self.loras]
 
     def _name(self, branches: Iterable[LoRA]) -> str:
-        name = _channels.setdefault(self, f"adapted {next(_serial)}")
+        name = _channels.setdefault(self, f"{ADAPTED}{next(_serial)}")
         for branch in branches:
             branch.channels["other"] = name
         return name

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import OpsgraphError
+from ..guards.operands import cut
 from ..guards.torch_private import forward_gradients, graph_task
+from ..guards.validation import TRAINED
 from ..kernels.lazy import Lazy
 
 gemm = Lazy("cublaslt.gemm")
@@ -133,21 +135,32 @@ def exact_gradient(product: Callable[..., Tensor], dy: Any, x: Any, weight: Tens
 
 def _main_grad(weight: Tensor) -> Tensor:
     get = getattr(weight, "get_main_grad", None)
-    main = getattr(weight, "main_grad", None) if get is None else get()
+    main = get() if callable(get) else getattr(weight, "main_grad", None) if get is None else get
     if not isinstance(main, Tensor) or main.shape != weight.shape:
         got = tuple(main.shape) if isinstance(main, Tensor) else main
         raise OpsgraphError(
             f"Linear: got main_grad {got}, expected a tensor {tuple(weight.shape)} on the weight"
         )
-    if (
-        type(main) in (Tensor, nn.Parameter)
-        and main.numel()
-        and not main.untyped_storage().nbytes()
-    ):
-        raise OpsgraphError(
-            "Linear: got a main_grad with a freed storage, expected one with memory"
-        )
+    if reason := None if type(main) not in (Tensor, nn.Parameter) else _unwritable(main, weight):
+        raise OpsgraphError(f"Linear: got a main_grad {reason}")
     return main
+
+
+def _unwritable(main: Tensor, weight: Tensor) -> str | None:
+    """Why no gradient can be added into a buffer, or None."""
+    if main.dtype not in TRAINED:
+        return f"of {main.dtype}, expected one of {', '.join(map(str, TRAINED))}"
+    if main.device != weight.device:
+        return f"on {main.device}, expected {weight.device}, where the weight is"
+    if main.layout is not torch.strided:
+        return f"of layout {main.layout}, expected a dense one"
+    if not main.numel():
+        return None
+    if any(not step and size > 1 for size, step in zip(main.shape, main.stride(), strict=True)):
+        return f"with strides {main.stride()}, expected memory of its own for each element"
+    if lacking := cut(main):
+        return f"with {lacking}, expected one with memory"
+    return None
 
 
 def dummy(weight: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..base.errors import OpsgraphError
 from ..guards.torch_private import graph_task
-from ..guards.validation import flag
+from ..guards.validation import flag, shown
 from .delayed import Scaling, scaling_of
 from .recipe import DelayedScaling, Recipe, recipe_of
 from .tapes import tapes
@@ -109,6 +109,9 @@ class autocast:
     ) -> None:
         if recipe is not None and not isinstance(recipe, Recipe):
             raise OpsgraphError(f"autocast: got recipe {recipe!r}, expected one of opsgraph.recipe")
+        if amax_reduction_group is not None and not hasattr(amax_reduction_group, "rank"):
+            got = f"autocast: got amax_reduction_group {amax_reduction_group!r}"
+            raise OpsgraphError(f"{got}, expected a process group or None")
         on = enabled is True or flag("autocast", "enabled", enabled)
         self.recipe = (recipe or _DEFAULT) if on else None
         self.key = None if self.recipe is None else self.recipe.key
@@ -137,6 +140,8 @@ class autocast:
             _close(self.recipe)
 
     def __call__(self, function: Any) -> Any:
+        if not callable(function):
+            raise OpsgraphError(f"autocast: got {shown(function)} to decorate, expected a function")
         for runs_later in (inspect.isgeneratorfunction, inspect.iscoroutinefunction,
                       inspect.isasyncgenfunction):  # fmt: skip
             if runs_later(function):

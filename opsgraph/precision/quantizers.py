@@ -22,6 +22,7 @@ from ..kernels.cpu.dequantize import decode, dequantize
 from ..kernels.formats import FOUR, NVFP4, Format, Target, inverse_shape, layout_of
 from ..kernels.reference import quantize
 from ..op import ROWS, Spec, Storage
+from .quantizable import verify_call, verify_fields
 
 BF16 = torch.bfloat16
 COPIES = ("row", "col")
@@ -118,6 +119,9 @@ class Quantizer:
     """Whether kernels may stand in for `copy`: by default in classes that give `format` themselves.
     A class that inherits it may quantize in a way of its own."""
 
+    def __post_init__(self) -> None:
+        verify_fields(self)
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "by_kernels" not in vars(cls):
@@ -131,7 +135,8 @@ class Quantizer:
     @property
     def storage(self) -> Storage:
         """The layout of copies, for specs."""
-        assert self.format is not None
+        if self.format is None:
+            raise NotImplementedError(f"{type(self).__name__}: it has no format of its own")
         return Storage(*layout_of(self.format)[:5])
 
     def copy(self, x: Tensor, scale: Tensor | None = None, col: bool = False) -> Copy:
@@ -139,7 +144,7 @@ class Quantizer:
 
         col: whether x is the transpose of a value, whose `col` copy is wanted.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: it has no copy of its own")
 
     def inverts_on(self, device: torch.device) -> bool:
         """Whether `1 / scale` is a part of copies, made once for all products that read them."""
@@ -200,6 +205,7 @@ class Quantizer:
         self, x: Tensor, want: Collection[str] = COPIES, scale: Tensor | None = None
     ) -> Quantized:
         """Quantize `[rows, width]`; of `want` are "row" and "col"."""
+        verify_call(self, x, want, scale)
         value = x.float() if x.dtype == torch.float64 else x
         row = col = None
         if "row" in want or self.shared:

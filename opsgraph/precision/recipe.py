@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ..base.errors import OpsgraphError
 from ..guards.cached import cached_property
-from ..guards.validation import flag
+from ..guards.validation import choice, flag, shown
+from ..guards.validation import module as verify_module
 from ..kernels.reference.quantize import FP8_MAX
 from . import delayed, interned
 from .microscaled import MXQuantizer, NVFP4Quantizer
@@ -49,6 +50,7 @@ class Format(Enum):
 
     def of(self, role: str) -> torch.dtype:
         """The dtype of a role's data."""
+        role = choice("Format", "role", role, ROLES)
         dtype: torch.dtype = getattr(torch, self.value[role == "gradient"])
         return dtype
 
@@ -127,13 +129,14 @@ class Recipe:
 
         DelayedScaling does; otherwise their first call under it would.
         """
+        verify_module(type(self).__name__, module)
 
     def _fail(self, got: str, expected: str) -> None:
         raise OpsgraphError(f"{type(self).__name__}: got {got}, expected {expected}")
 
     def quantizer(self, role: str) -> Quantizer:
         """How tensors of a role are quantized."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: it has no quantizer(role) of its own")
 
     def undelayed(self, role: str) -> Quantizer:
         """The same for a tensor that has no history of amaxes."""
@@ -147,6 +150,8 @@ class Recipe:
         """
         if role not in ROLES:
             self._fail(f"role {role!r}", f"one of {', '.join(ROLES)}")
+        if not isinstance(x, Tensor) or not x.dim() or not x.is_floating_point():
+            self._fail(shown(x), "a float tensor [*, width]")
         rows = x.reshape(-1, x.shape[-1])
         copy = self.quantizer(role)(rows, ("row",), self.first_scale(rows, role)).row
         assert copy is not None
@@ -193,6 +198,7 @@ class DelayedScaling(Recipe):
         A state dict then has them: call it before torch.distributed.checkpoint asks a module what
         to load, and on every rank of an amax_reduction_group. What is there already stays.
         """
+        super().prepare(module)
         delayed.prepare(module, self)
 
     @cached_property
@@ -272,6 +278,7 @@ class NVFP4BlockScaling(Recipe):
     disable_2d_quantization: bool = False
 
     def quantizer(self, role: str) -> Quantizer:
+        role = choice("NVFP4BlockScaling", "role", role, ROLES)
         if role == "weight":
             return NVFP4Quantizer(1 if self.disable_2d_quantization else 16)
         stochastic = role == "gradient" and not self.disable_stochastic_rounding

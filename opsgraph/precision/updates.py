@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..base import config
-from ..base.errors import OpsgraphError
 from ..guards.torch_private import ops_alone
 from ..kernels.reference.quantize import FP8_MAX, delayed_update, new_scales
 from .delayed import BACKWARD, FORWARD, Scaling, states_of
@@ -262,11 +261,6 @@ def _by_formulas(
     new_history, new_scale = delayed_update(
         torch.cat((amax[None], history[1:])), scale, limit, recipe.margin, recipe.amax_compute_algo
     )
-    if new_scale.shape != scale.shape:
-        raise OpsgraphError(
-            f"DelayedScaling: amax_compute_algo returned {tuple(new_scale.shape)}, "
-            f"expected {tuple(scale.shape)}"
-        )
     width = seen[0].numel()
     nothing = amax.new_full((width,), -1.0)
     torch._foreach_copy_(

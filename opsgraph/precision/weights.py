@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..base.errors import OpsgraphError
+from ..guards.validation import flag
 from .autocast import active
 from .quantizers import Copy, Quantized, Quantizer, transposed
 from .recipe import DelayedScaling, Recipe, recipe_of
@@ -164,10 +165,13 @@ def quantized_model_init(
     if recipe is not None and not isinstance(recipe, Recipe):
         got = f"quantized_model_init: got recipe {recipe!r}"
         raise OpsgraphError(f"{got}, expected one of opsgraph.recipe")
+    enabled = flag("quantized_model_init", "enabled", enabled)
+    preserve = preserve_high_precision_init_val
+    preserve = flag("quantized_model_init", "preserve_high_precision_init_val", preserve)
     before = active.init
     recipe = recipe or DelayedScaling()  # alive as long as its number is used
     key = recipe.key
-    active.init = (key, preserve_high_precision_init_val) if enabled else None
+    active.init = (key, preserve) if enabled else None
     try:
         yield
     finally:

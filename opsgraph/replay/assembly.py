@@ -189,9 +189,15 @@ class Assembly:
             part.dead += [slot for slot, last in self.last.items() if last == number]
         made = self.recording
         has_ops = made.function.parameters[:1] == ("ops",)
+        read = {k for part in parts for k in _read_by(part)}.union(*made.recorder.shared)
+        layouts = {
+            k: (value.dtype, value.sizes, value.strides)
+            for k in made.present
+            if k in read and isinstance(value := self.values[k], Geometry)
+        }
         return Record(
             made.count, made.present, made.twins, made.fits, made.saved, has_ops, parts, ends,
-            returned, made.device, made.recorder.shared,
+            returned, made.device, made.recorder.shared, layouts,
         )  # fmt: skip
 
     def _part(self, number: int, group: list[Step]) -> Stretch | InPython:
@@ -247,6 +253,10 @@ class Assembly:
         end, self.free = self.free, self.free + 1
         ends[end] = slot
         return end
+
+
+def _read_by(part: Stretch | InPython) -> Iterable[int]:
+    return part.bases if isinstance(part, Stretch) else part.reads.values()
 
 
 def _whole(value: Geometry, size: int, in_any_order: bool = False) -> bool:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..base.errors import OpsgraphError
 from ..guards.compiled import compiled
+from ..guards.operands import reach
 from ..guards.owned import in_place_of
 from ..guards.torch_private import (
     dispatch_modes,
@@ -43,7 +44,7 @@ from .interpreter import run_line
 from .native import ARENA, program, replay
 
 PAGE = 4096
-"""No memory begins at an address below: it was freed, as `resize_(0)` of a storage does."""
+"""No memory of a tensor begins at an address below."""
 ALIGNED = 16
 """Bytes that arguments have to begin at multiples of, on CUDA."""
 
@@ -299,19 +300,19 @@ class Record:
     def __init__(
         self, count: int, present: Sequence[int], twins: Mapping[int, int], fits: Any, saved: int,
         has_ops: bool, parts: Sequence[Stretch | InPython], ends: Mapping[int, int], returned: Any,
-        device: torch.device, shared: Iterable[tuple[int, int]] = (),
+        device: torch.device, shared: Iterable[tuple[int, int]], layouts: Mapping[int, Layout],
     ) -> None:  # fmt: skip
         """count: of the arguments. present: which are tensors, twins: which are one of these again.
 
         fits: tells whether tensors are laid out as recorded. saved: how many arguments, the last
-        ones, come in a list. shared: those that have to share memory.
+        ones, come in a list. shared: those that have to share memory. layouts: of the arguments.
         """
         self.parts = parts
         namespace: dict[str, Any] = {
             "torch": torch, "replay": replay(device.type), "kept": memory.empty,
             "new": empty_strided(device), "fits": fits, "exact": fits, "modes": dispatch_stack,
             "threads": torch.get_num_threads, "followed": dispatch_modes, "view": view,
-            "freed": _freed, "in_place_of": in_place_of,
+            "in_place_of": in_place_of,
         }  # fmt: skip
         if device.type == "cuda":
             namespace["stream"] = torch._C._cuda_getCurrentRawStream
@@ -338,7 +339,8 @@ class Record:
             values = ", ".join(f"{name(k)}.data_ptr()" for k in pointers)
             all_pointers = ", ".join(map(pointer, pointers))
             lines.append(f"{all_pointers} = {values}")
-            lines += [f"if min({all_pointers}, {PAGE}) < {PAGE}:", "    freed()"]
+        if needed := [_room(k, *layout) for k, layout in layouts.items() if k in present]:
+            lines += [f"if {' or '.join(needed)}:", "    return None"]
         tests = [f"{pointer(k)} != {pointer(other)}" for k, other in sorted(shared)]
         if device.type == "cuda" and pointers:  # what kernels are compiled for
             tests.append(f"({' | '.join(map(pointer, pointers))}) % {ALIGNED}")
@@ -357,8 +359,11 @@ class Record:
         """The same, which also looks whether arguments are laid out as recorded."""
 
 
-def _freed() -> None:
-    raise OpsgraphError("replay: got a tensor whose storage was freed, expected one with memory")
+def _room(slot: int, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int]) -> str:
+    """Text that is true where the storage of an argument ends before the argument does."""
+    given, size = name(slot), dtype.itemsize
+    offset = f"{given}.storage_offset()" + (f" * {size}" if size > 1 else "")
+    return f"len({given}.untyped_storage()) - {offset} < {reach(sizes, strides) * size}"
 
 
 def _fits(*tensors: Any) -> bool:

@@ -42,7 +42,8 @@ class Options:
             "backends": listed(WHO, "backends", self.backends),
             "fusers": listed(WHO, "fusers", self.fusers),
         }
-        known(WHO, "backend", checked["backends"], known_backends())
+        given = ("()",) if checked["backends"] == () else checked["backends"]
+        known(WHO, "backend", given, known_backends())
         for name in ("double_backward", "recompute", "checkpoint", "delay_wgrad_compute"):
             checked[name] = flag(WHO, name, getattr(self, name))
         for name, value in checked.items():
@@ -52,6 +53,8 @@ class Options:
     def of(cls, given: dict[str, Any], queue: Queue | None = None) -> Options:
         """Options by name. queue: whose the delayed gradients are, where not the module's own."""
         known(WHO, "an option", given, (*NAMES, "device", "dtype"))
+        if not isinstance(queue, Queue | None):
+            known(WHO, "an option", ["queue"], NAMES)
         return cls(**given, queue=Queue() if queue is None else queue)
 
     def verify_fusers(self) -> None:

@@ -116,9 +116,37 @@ def test_storages_that_were_freed_between_the_passes_or_are_an_inputs(calls: int
         _module(calls)(x)
 
 
-def test_a_storage_that_was_cut_is_seen_at_new_layouts() -> None:
-    module = _module(0)
-    with pytest.raises(OpError, match="got a storage of 16 bytes, which reaches 64 bytes into it"):
+@pytest.mark.parametrize("name", ["0.weight", "1.weight", "3.bias"])
+def test_a_storage_that_was_cut(calls: int, name: str) -> None:
+    """In the forward and in the backward, where the layout is one that was seen before."""
+    module = _module(calls)
+    needed = module.get_parameter(name).untyped_storage().nbytes()
+    pattern = rf"got a storage of 16 bytes where {needed} are needed for \w+ in its forward"
+    kept = module.get_parameter(name).detach().clone()
+    _freed(name, 16)(module)
+    with pytest.raises(OpError, match=pattern):
+        _step(module)
+    with torch.no_grad(), pytest.raises(OpError, match=pattern):
+        module(random(ROWS, WIDTH))
+    _freed(name, needed)(module)
+    with torch.no_grad():
+        module.get_parameter(name).copy_(kept)
+    _step(module)
+
+
+def test_a_view_into_a_storage_that_was_cut(calls: int) -> None:
+    module = _module(calls)
+    for start in (0, WIDTH):
+        x = random(ROWS, 2 * WIDTH)[:, start : start + WIDTH]
+        module(x)
+        x.untyped_storage().resize_(4 * WIDTH * ROWS)
+        with pytest.raises(OpError, match="0:RMSNorm: got a storage of 384 bytes where .* for x0"):
+            module(x)
+
+
+def test_a_storage_that_was_cut_between_the_passes(calls: int) -> None:
+    module = _module(calls)
+    with pytest.raises(OpError, match="got a storage of 16 bytes where 64 are needed for weight0"):
         _step(module, _freed("0.weight", 16))
 
 

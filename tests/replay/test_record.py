@@ -105,8 +105,10 @@ def record(
     *parts: Any, arguments: Sequence[Tensor], returned: Any = (2,), **options: Any
 ) -> Record:
     """A record of these parts, of a pass without ops."""
+    layouts = {k: (t.dtype, tuple(t.shape), t.stride()) for k, t in enumerate(arguments)}
     settings = {
-        "saved": 0, "has_ops": False, "ends": {}, "shared": (), "twins": {}, **options
+        "saved": 0, "has_ops": False, "ends": {}, "shared": (), "twins": {}, "layouts": layouts,
+        **options,
     }  # fmt: skip
     return Record(
         count=len(arguments), present=range(len(arguments)), fits=same_layouts(arguments),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...base.errors import OpsgraphError
 from ...features.several import SeveralLayers
+from ...guards.validation import mapping, module
 from .deferred import Book, Deferred, Unit, keep_proven
 from .example import example_for
 from .learn import NOTHING, learn
@@ -36,21 +37,24 @@ def patch(model: nn.Module, example: Mapping[str, Any] | None = None) -> Report:
     patched already, on the meta device, or without an example; then the model is as it was.
     """
     start = time.perf_counter()
+    module("patch", model)
+    if example is not None:
+        mapping("patch", "example", example)
     if _book(model) is not None:
         raise OpsgraphError("patch: the model is patched already; unpatch(model) comes first")
     if any(p.is_meta for p in model.parameters()):
         raise OpsgraphError("patch: got a model on the meta device, expected one with its weights")
-    modes = {module: module.training for module in model.modules()}
+    modes = {part: part.training for part in model.modules()}
     model.eval()
     book, left, known = Book(), [], {}  # type: ignore[var-annotated]
-    for name, module in model.named_modules():
+    for name, part in model.named_modules():
         try:
-            leaf = leaf_of(module, known)
+            leaf = leaf_of(part, known)
         except Refused as error:
-            left.append((name, type(module).__name__, str(error)))
+            left.append((name, type(part).__name__, str(error)))
             continue
         if leaf is not None:
-            book.units.append(Unit(name, module, leaf, book))
+            book.units.append(Unit(name, part, leaf, book))
     try:
         given = dict(example) if example is not None else example_for(model)
         before = _outputs(model, given)
@@ -59,8 +63,8 @@ def patch(model: nn.Module, example: Mapping[str, Any] | None = None) -> Report:
         _restore(book)
         raise
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for part, mode in modes.items():
+            part.training = mode
     object.__setattr__(report, "seconds", time.perf_counter() - start)
     return report
 
@@ -70,15 +74,15 @@ def unpatch(model: nn.Module) -> None:
 
     Raises OpsgraphError for a model that is not patched.
     """
-    book = _book(model)
+    book = _book(module("unpatch", model))
     if book is None:
         raise OpsgraphError("unpatch: the model is not patched")
     _restore(book)
 
 
 def _book(model: nn.Module) -> Book | None:
-    for module in model.modules():
-        unit = getattr(module.__dict__.get("forward"), "__self__", None)
+    for part in model.modules():
+        unit = getattr(part.__dict__.get("forward"), "__self__", None)
         if isinstance(unit, Unit):
             return unit.book
     return None

@@ -32,6 +32,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...base.errors import OpsgraphError
+from ...guards.validation import shown
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
 FP32_MAX = torch.finfo(torch.float32).max
@@ -178,6 +181,10 @@ def delayed_update(
     """
     if callable(algorithm):
         amax = algorithm(history)
+        if not isinstance(amax, Tensor) or amax.shape != scale.shape:
+            got = tuple(amax.shape) if isinstance(amax, Tensor) else shown(amax)
+            expected = f"expected a tensor {tuple(scale.shape)}"
+            raise OpsgraphError(f"DelayedScaling: amax_compute_algo returned {got}, {expected}")
     else:
         amax = history.amax(0) if algorithm == "max" else history[0]
     new = quotient(fp8_max, amax)
