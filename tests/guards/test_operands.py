@@ -140,7 +140,7 @@ def test_a_view_into_a_storage_that_was_cut(calls: int) -> None:
         x = random(ROWS, 2 * WIDTH)[:, start : start + WIDTH]
         module(x)
         x.untyped_storage().resize_(4 * WIDTH * ROWS)
-        with pytest.raises(OpError, match="0:RMSNorm: got a storage of 384 bytes where .* for x0"):
+        with pytest.raises(OpError, match=r"0:RMSNorm: got a storage of 384 bytes where .* for x0"):
             module(x)
 
 

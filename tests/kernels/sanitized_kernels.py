@@ -60,7 +60,7 @@ NETS: dict[str, Callable[[int, int], list[nn.Module]]] = {
     "gpt": lambda w, h: [LayerNorm(w), Linear(w, h), GELU(), Linear(h, w, bias=False)],
     "residual": lambda w, h: [Tee("r"), RMSNorm(w), Linear(w, h), SReLU(), Linear(h, w), Add("r")],
     "gated": lambda w, h: [BasicLinear(w, 2 * h), GEGLU("none"), Bias(h), SiLU()],
-    "interleaved": lambda w, h: [Linear(w, 8 * h), SwiGLU(4), ConstantScale(0.5), LayerScale(4 * h)],
+    "blocks": lambda w, h: [Linear(w, 8 * h), SwiGLU(4), ConstantScale(0.5), LayerScale(4 * h)],
     "clamped": lambda w, h: [Linear(w, 2 * h), ClampedSwiGLU(), Dropout(0.3), XIELU()],
     "adapted": lambda w, h: [LoRALinear(Linear(w, h), LoRA(w, h, 3), LoRA(w, h, 2)), GELU("none")],
     "adaptive": lambda w, h: [AdaptiveLayerNorm(w), Linear(w, h)],
