@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base.errors import OpError, OpsgraphError
 from ..guards.torch_private import resolve_group
-from ..guards.validation import flag
+from ..guards.validation import choice, flag, names
 from ..kernels.exchange import collectives
 from ..op import BACKWARD, FORWARD, Op, Spec
 
@@ -34,6 +34,16 @@ OVERLAP = (
 """What a layer may ask to have exchanges hidden by."""
 SYMMETRIC = ("multimem_all_reduce", "two_shot", "one_shot")
 """All-reduces over symmetric memory that a row-parallel layer may ask for."""
+
+
+def reduction(who: str, name: str, value: Any) -> Any:
+    """One of `SYMMETRIC`, or None."""
+    return choice(who, name, value, (None, *SYMMETRIC))
+
+
+def overlaps(who: str, name: str, value: Any) -> Any:
+    """Some of `OVERLAP`, sorted."""
+    return tuple(choice(who, name, item, OVERLAP) for item in names(who, name, value))
 
 
 class Group(NamedTuple):

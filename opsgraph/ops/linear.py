@@ -19,7 +19,6 @@ from ..guards.validation import (
     features,
     flag,
     function,
-    names,
     place,
     whole,
 )
@@ -31,14 +30,14 @@ from ..precision.quantizers import Quantized
 from ..precision.weights import hold
 from .bias import Bias
 from .collectives import (
-    OVERLAP,
-    SYMMETRIC,
     AllGather,
     AllReduce,
     AllReduceGrad,
     Group,
     ReduceScatter,
     group_of,
+    overlaps,
+    reduction,
 )
 from .delayed import Queue, TellsOfWeightGradients, mark_delayed, queue_of
 from .main_grad import weight_gradient
@@ -50,14 +49,6 @@ if TYPE_CHECKING:
 
 PARALLEL = "another layer, or opsgraph.parallel.TensorParallel"
 """What splits a layer among ranks, which no attribute does later."""
-
-
-def _reduction(who: str, name: str, value: Any) -> Any:
-    return choice(who, name, value, (None, *SYMMETRIC))
-
-
-def _overlap(who: str, name: str, value: Any) -> Any:
-    return tuple(choice(who, name, item, OVERLAP) for item in names(who, name, value))
 
 
 _serials = itertools.count()
@@ -113,9 +104,9 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
     delay_wgrad_compute = Checked(flag)
     init_method = Checked(function)
     rng_state_tracker_function = Checked(function)
-    overlap = Checked(_overlap)
+    overlap = Checked(overlaps)
     partition_stride = Checked(whole)
-    symmetric_ar_type = Checked(_reduction)
+    symmetric_ar_type = Checked(reduction)
 
     def __init__(
         self,
