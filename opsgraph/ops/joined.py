@@ -60,8 +60,8 @@ def _is_row(module: nn.Module, names: tuple[str, ...], tensors: tuple[Tensor, ..
 def _verify(module: nn.Module, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> None:
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.device != tensors[0].device:
-            got, expected = f"{name} on {tensor.device}", f"{tensors[0].device}, as the others are"
-            raise OpError(type(module).__name__, got, expected)
+            expected_text = f"{tensors[0].device}, as the others are"
+            raise OpError(type(module).__name__, f"{name} on {tensor.device}", expected_text)
         if tensor.shape != tensors[0].shape:
             got, expected = (tuple(shape) for shape in (tensor.shape, tensors[0].shape))
             expected_text = f"{expected}, as the others have"
