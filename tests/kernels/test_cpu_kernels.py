@@ -188,6 +188,7 @@ def strided(x: Tensor) -> dict[str, Tensor]:
 def test_strided_and_expanded_tensors(dtype: torch.dtype) -> None:
     norm = Norm(40, 30, dtype, True)
     y, x, statistics = norm.forward(True)
+    alone = norm.forward(False)[0]
     grads = norm.backward(x, statistics, True)
     pre, dy = random(40, 30, dtype=dtype), random(40, 15, dtype=dtype)
     act, dpre = activations.activation_forward(pre, "swiglu")[0], None
@@ -198,6 +199,7 @@ def test_strided_and_expanded_tensors(dtype: torch.dtype) -> None:
         for name in ("x", "dy", "other", "dother"):
             setattr(other, name, strided(getattr(norm, name))[layout])
         assert torch.equal(other.forward(True)[0], y), layout
+        assert torch.equal(other.forward(False)[0], alone), layout
         again = other.backward(strided(x)[layout], statistics, True)
         for one, two in zip(again, grads, strict=True):
             assert torch.equal(one, two), layout

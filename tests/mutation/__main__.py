@@ -1,9 +1,10 @@
 """`python -m tests.mutation`: plants faults one by one, and records what notices each.
 
-A copy of the package and its tests is made in a temporary folder. A fault is planted there; the
-tests that it names are run until one fails, then lives of the fuzzer until one fails. First both
-have to pass in the copy as it is. What was noticed is written to `benchmarks/results/mutation.json`
-after each fault; a fault that stands there is not run again without `--again`.
+A copy of the package and its tests is made in a temporary folder. First all that the faults name
+has to pass in the copy as it is. Then each fault is planted there; the tests that it names are run
+until one fails, and lives of the fuzzer until one fails. What was noticed is written to
+`benchmarks/results/mutation.json` after each fault; a fault that stands there is not run again
+without `--again`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(name in fault.name for name in given.names or [""])
         if given.again or fault.name not in record
     ]
-    whole: set[Any] = set()
     missed = 0
     with tempfile.TemporaryDirectory(prefix="opsgraph-mutation-") as folder:
         root = Path(folder) / "opsgraph"
         copy(root)
+        if (failure := wrong_without(chosen, root, given.fuzz)) is not None:
+            print(f"fails without a fault: {failure}")
+            return 2
         for fault in chosen:
-            checks = {"tests": tests_of(fault)}
+            checks = {"tests": tests_of(fault.tests, fault.interpreted)}
             if given.fuzz:
-                checks["fuzzer"] = lives_of(fault, given.fuzz)
-            for command in checks.values():
-                key = *command, fault.interpreted
-                if key not in whole and (outcome := run(command, root, fault))["noticed"]:
-                    print(f"fails without a fault: {' '.join(command)}\n{outcome['by']}")
-                    return 2
-                whole.add(key)
+                checks["fuzzer"] = lives_of(fault.seed, given.fuzz)
             with plant(fault, root):
-                found = {name: run(command, root, fault) for name, command in checks.items()}
+                found = {name: run(c, root, fault.interpreted) for name, c in checks.items()}
             record[fault.name] = {"breaks": fault.breaks, **found}
             RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
             missed += not found["tests"]["noticed"]
@@ -77,25 +74,40 @@ def copy(root: Path) -> None:
             shutil.copy(ROOT / name, root / name)
 
 
-def tests_of(fault: Fault) -> list[str]:
-    """The command that runs its tests."""
-    plugin = ["-p", "tests.kernels.interpreted.quick_interpreter"] if fault.interpreted else []
-    paths = [f"tests/{name}" for name in fault.tests]
+def wrong_without(faults: Iterable[Fault], root: Path, seconds: int) -> str | None:
+    """What fails in the copy as it is, of all tests and lives that the faults name."""
+    named: dict[bool, set[str]] = {False: set(), True: set()}
+    lives = set()
+    for fault in faults:
+        named[fault.interpreted] |= {*fault.tests}
+        lives.add((fault.seed, fault.interpreted))
+    commands = [(tests_of(sorted(tests), way), way) for way, tests in named.items() if tests]
+    commands += [(lives_of(seed, seconds), way) for seed, way in sorted(lives) if seconds]
+    outcomes = (run(command, root, way, 1800) for command, way in commands)
+    return next((outcome["by"] for outcome in outcomes if outcome["noticed"]), None)
+
+
+def tests_of(tests: Iterable[str], interpreted: bool) -> list[str]:
+    """The command that runs tests until one fails."""
+    plugin = ["-p", "tests.kernels.interpreted.quick_interpreter"] if interpreted else []
+    paths = [f"tests/{name}" for name in tests]
     options = ["-x", "-q", "--tb=no", "--no-header", "-p", "no:cacheprovider"]
     return [sys.executable, "-m", "pytest", *options, *plugin, *paths]
 
 
-def lives_of(fault: Fault, seconds: int) -> list[str]:
-    """The command that lives lives."""
-    return [sys.executable, "-m", "tests.mutation.lives", str(fault.seed), str(seconds)]
+def lives_of(seed: int, seconds: int) -> list[str]:
+    """The command that lives lives until one fails."""
+    return [sys.executable, "-m", "tests.mutation.lives", str(seed), str(seconds)]
 
 
-def run(command: Sequence[str], root: Path, fault: Fault) -> dict[str, Any]:
+def run(
+    command: Sequence[str], root: Path, interpreted: bool, limit: int = LIMIT
+) -> dict[str, Any]:
     """Whether a command failed in the copy, after how many seconds, and what it said of it."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "OPSGRAPH"))}
     environment |= {"PYTHONPATH": str(root), "XDG_CACHE_HOME": str(root.parent / "cache")}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1"}  # its dates are to the second
-    if fault.interpreted:
+    if interpreted:
         environment["TRITON_INTERPRET"] = "1"
     start = time.monotonic()
     process = subprocess.Popen(
@@ -103,11 +115,11 @@ def run(command: Sequence[str], root: Path, fault: Fault) -> dict[str, Any]:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        said, _ = process.communicate(timeout=LIMIT)
+        said, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        said = f"FAILED to end within {LIMIT} s"
+        said = f"FAILED to end within {limit} s"
     lines = said.strip().splitlines() or [""]
     by = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1])
     seconds = round(time.monotonic() - start, 1)

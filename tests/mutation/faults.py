@@ -1,13 +1,8 @@
 """Planted faults: what a slip of a hand would leave, in each part of the product."""
 
-from .form import Fault, fault
+from .form import Fault
+from .in_kernels import CPU, TRITON
+from .in_plans import CASTS, CODE, PLANNER
+from .in_state import MODULES, SCALES
 
-KERNELS = (
-    fault(
-        "norm-epsilon", "A norm on the CPU ignores its epsilon.",
-        "kernels/cpu/source/norms.h", "__builtin_sqrt(square + n.eps)", "__builtin_sqrt(square)",
-        "kernels/test_cpu_kernels.py",
-    ),
-)  # fmt: skip
-
-FAULTS: tuple[Fault, ...] = KERNELS
+FAULTS: tuple[Fault, ...] = (*CPU, *TRITON, *PLANNER, *CODE, *CASTS, *MODULES, *SCALES)

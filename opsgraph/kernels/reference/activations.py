@@ -65,11 +65,17 @@ def _flat(
     )
 
 
+def _erf_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """Of the exact GELU; PyTorch's own cancels far below 0."""
+    density = torch.exp(-0.5 * x * x) * (1 / sqrt(2 * pi))
+    return dy * (0.5 * torch.special.erfc(x * -sqrt(0.5)) + x * density)
+
+
 def _gelu(approximate: str) -> Function:
-    return _flat(
-        partial(F.gelu, approximate=approximate),
-        partial(aten.gelu_backward.default, approximate=approximate),
-    )
+    value = partial(F.gelu, approximate=approximate)
+    if approximate == "none":
+        return _flat(value, _erf_gradient)
+    return _flat(value, partial(aten.gelu_backward.default, approximate=approximate))
 
 
 def _leaky_relu(slope: float) -> Function:
@@ -104,7 +110,7 @@ FUNCTIONS = {
     "sigmoid": Function(torch.sigmoid, _sigmoid_gradient),
     "tanh": Function(torch.tanh, lambda dy, x: aten.tanh_backward(dy, torch.tanh(x))),
     "relu6": Function(F.relu6, lambda dy, x: aten.hardtanh_backward(dy, x, 0, 6)),
-    "hardswish": Function(F.hardswish, aten.hardswish_backward.default),
+    "hardswish": _flat(F.hardswish, aten.hardswish_backward.default),
     "mish": _flat(F.mish, aten.mish_backward.default),
 }
 

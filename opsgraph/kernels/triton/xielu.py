@@ -44,6 +44,12 @@ def _term(x, EPS: tl.constexpr):
     return tl.where(x > 0.0, x * x, _beyond_linear(u) + (u - x))
 
 
+@triton.jit
+def _value(x, p, n, BETA: tl.constexpr, EPS: tl.constexpr):
+    """No square of x, which may overflow before the value does."""
+    return tl.where(x > 0.0, x * (p * x + BETA), _term(x, EPS) * n + BETA * x)
+
+
 @triton.jit(do_not_specialize=["rows", "x_stride"])
 def xielu_kernel(
     x, alpha_p, alpha_n, y, rows, x_stride, BETA: tl.constexpr, EPS: tl.constexpr,
@@ -55,7 +61,7 @@ def xielu_kernel(
     mask = (row < rows) & (cols < WIDTH)
     value = tl.load(x + row * x_stride * UNIT + cols, mask, other=0.0).to(tl.float32)
     p, n = _softplus(alpha_p), BETA + _softplus(alpha_n)
-    out = _term(value, EPS) * tl.where(value > 0.0, p, n) + BETA * value
+    out = _value(value, p, n, BETA, EPS)
     tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
 
 

@@ -24,58 +24,75 @@ struct Slope {
 
 // Where f is 0 or x within an ulp, and f' 0 or 1, x is clamped: a 0 is multiplied with no infinity.
 
+// x * sigmoid(u); steep: x times u's slope. Up to 2.5 the error of s nearly cancels in s + u * s * (1 - s).
+SHORT Slope by_sigmoid(float x, float u, float steep) {
+    Logistic s = logistic_within(u);
+    float near = 1.0f - s.value, other = u < 2.5f ? near : s.other;
+    return {x / s.divisor, fmadd(steep * other, s.value, s.value)};
+}
+
 struct Swish {  // x * sigmoid(alpha * x), alpha > 0
-    static inline Slope at(float x, const float* p) {
+    SHORT Slope at(float x, const float* p) {
         const float low = -88.7f / p[0], high = 88.0f / p[0];
         float above = x < low ? low : x, inner = above > high ? high : above;
-        float u = p[0] * inner, s = sigmoid_within(u);
-        return {above * s, s + u * s * (1.0f - s)};
+        return by_sigmoid(above, p[0] * inner, p[0] * inner);
     }
 };
 
 struct Sigmoid {
-    static inline Slope at(float x, const float*) {
-        float s = sigmoid(x);
-        return {s, s * (1.0f - s)};
+    SHORT Slope at(float x, const float*) {
+        Logistic s = logistic(x);
+        return {s.value, s.value * s.other};
     }
 };
 
 struct Gelu {  // 0.5 * x * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 * x^3)
-    static inline Slope at(float x, const float*) {
+    SHORT Slope at(float x, const float*) {
         float above = x < LOW ? LOW : x, inner = above > HIGH ? HIGH : above;
         float square = inner * inner;
-        float s = sigmoid_within(1.59576912f * inner * (1.0f + 0.044715f * square));
-        float outer = 1.59576912f * (1.0f + 0.134145f * square);
-        return {above * s, s + inner * s * (1.0f - s) * outer};
+        float u = inner * fmadd(0.0713548128f, square, 1.59576912f);
+        float steep = inner * fmadd(0.214064438f, square, 1.59576912f);
+        return by_sigmoid(above, u, steep);
     }
     static constexpr float LOW = -10.0667f, HIGH = 10.0379f;  // where 2u is -88.7 and 88
 };
 
-// x * Phi(x), Phi the normal distribution function by Abramowitz and Stegun, 7.1.26: within 1.5e-7.
+// x * Phi(x), Phi the normal distribution function: below -1 it is e^(-x^2 / 2) * t * p(t) with
+// t = 1 / (1 + 0.35 |x|), up to 1 it is 0.5 + x * q(x^2), p and q fitted for relative errors of 4e-8.
 struct GeluErf {
-    static inline Slope at(float x, const float*) {
+    SHORT Slope at(float x, const float*) {
         float above = x < -LARGE ? -LARGE : x, inner = above > LARGE ? LARGE : above, e;
         float phi = normal(inner, e);
         return {above * phi, phi + inner * 0.398942280f * e};
     }
     // Phi of x that is no further out than LARGE, and e^(-x^2 / 2).
-    static inline float normal(float x, float& e) {
-        float size = (x < 0.0f ? -x : x) * 0.707106781f;
-        float t = 1.0f / fmadd(0.3275911f, size, 1.0f);
-        float p = fmadd(t, 1.061405429f, -1.453152027f);
-        p = fmadd(p, t, 1.421413741f);
-        p = fmadd(p, t, -0.284496736f);
-        p = fmadd(p, t, 0.254829592f);
-        e = exponential_within(-size * size);
-        float tail = 0.5f * p * t * e;
-        return x < 0.0f ? tail : 1.0f - tail;
+    SHORT float normal(float x, float& e) {
+        float size = x < 0.0f ? -x : x, square = size * size, rest = fmadd(size, size, -square);
+        float t = 1.0f / fmadd(0.35f, size, 1.0f);
+        float p = fmadd(t, -2.915957015e-2f, 1.440392480e-1f);
+        p = fmadd(p, t, -2.558565116e-1f);
+        p = fmadd(p, t, 1.593400730e-1f);
+        p = fmadd(p, t, -2.322667073e-2f);
+        p = fmadd(p, t, 1.055586986e-1f);
+        p = fmadd(p, t, 1.198196804e-1f);
+        p = fmadd(p, t, 1.398637431e-1f);
+        p = fmadd(p, t, 1.396212934e-1f);
+        e = exponential_within(-0.5f * square);
+        e = fmadd(-0.5f * rest, e, e);
+        float tail = p * t * e, q = fmadd(square, -7.654208275e-6f, 1.134863705e-4f);
+        q = fmadd(q, square, -1.186329988e-3f);
+        q = fmadd(q, square, 9.973322973e-3f);
+        q = fmadd(q, square, -6.649035960e-2f);
+        q = fmadd(q, square, 3.989422917e-1f);
+        float near = fmadd(x, q, 0.5f), above = 1.0f - tail, far = x < 0.0f ? tail : above;
+        return size < 1.0f ? near : far;
     }
     static constexpr float LARGE = 13.2665f;  // where e^(-x^2 / 2) counts as 0
 };
 
 // Values by PyTorch's formulas, which cancel far below 0: for gates that round as it does.
 struct GeluAsPyTorch {
-    static inline Slope at(float x, const float* p) {
+    SHORT Slope at(float x, const float* p) {
         float above = x < Gelu::LOW ? Gelu::LOW : x, inner = above > Gelu::HIGH ? Gelu::HIGH : above;
         float u = 0.79788456f * (inner + 0.044715f * (inner * inner * inner));
         return {0.5f * above * (1.0f + hyperbolic_tangent(u)), Gelu::at(x, p).slope};
@@ -83,7 +100,7 @@ struct GeluAsPyTorch {
 };
 
 struct GeluErfAsPyTorch {
-    static inline Slope at(float x, const float* p) {
+    SHORT Slope at(float x, const float* p) {
         constexpr float LARGE = GeluErf::LARGE;
         float above = x < -LARGE ? -LARGE : x, inner = above > LARGE ? LARGE : above, e;
         float erf = 2.0f * GeluErf::normal(inner, e) - 1.0f;
@@ -93,17 +110,17 @@ struct GeluErfAsPyTorch {
 
 template <bool R, class F, class AsPyTorch>
 struct Either {
-    static inline Slope at(float x, const float* p) { return R ? AsPyTorch::at(x, p) : F::at(x, p); }
+    SHORT Slope at(float x, const float* p) { return R ? AsPyTorch::at(x, p) : F::at(x, p); }
 };
 
 struct Relu {
-    static inline Slope at(float x, const float*) {
+    SHORT Slope at(float x, const float*) {
         return {x <= 0.0f ? 0.0f : x, 1.0f, x <= 0.0f};  // a NaN stays one
     }
 };
 
 struct SquaredRelu {
-    static inline Slope at(float x, const float*) {
+    SHORT Slope at(float x, const float*) {
         float positive = x <= 0.0f ? 0.0f : x;
         return {positive * positive, 2.0f * positive, x <= 0.0f};
     }
@@ -111,80 +128,83 @@ struct SquaredRelu {
 
 template <class F>
 struct Clamped {  // swish of min(a, limit); p: limit, alpha, offset
-    static inline Slope at(float a, const float* p) {
+    SHORT Slope at(float a, const float* p) {
         Slope swish = F::at(a > p[0] ? p[0] : a, p + 1);
         return {swish.value, swish.slope, a > p[0]};
     }
 };
 
 struct AnySwish {  // of an alpha that is not positive
-    static inline Slope at(float x, const float* p) {
-        float u = clamp(p[0] * x, -88.7f, 88.0f), s = sigmoid_within(u);
-        return {x * s, s + u * s * (1.0f - s)};
+    SHORT Slope at(float x, const float* p) {
+        float u = clamp(p[0] * x, -88.7f, 88.0f);
+        Logistic s = logistic_within(u);
+        return {x * s.value, fmadd(u * s.other, s.value, s.value)};
     }
 };
 
 struct Clip {
-    static inline Slope at(float b, const float* p) {
+    SHORT Slope at(float b, const float* p) {
         float inside = b > p[0] ? p[0] : b < -p[0] ? -p[0] : b;
         return {inside + p[2], 1.0f, (b < 0.0f ? -b : b) > p[0]};
     }
 };
 
 struct Situ {  // beta * tanh(a / beta) * sigmoid(a)
-    static inline Slope at(float a, const float* p) {
-        float s = sigmoid(a), t = hyperbolic_tangent(a / p[0]);
-        return {p[0] * t * s, s * (1.0f - t * t) + p[0] * t * s * (1.0f - s)};
+    SHORT Slope at(float a, const float* p) {
+        Logistic s = logistic(a);
+        Hyperbolic t = hyperbolic(a / p[0]);
+        float wide = p[0] * t.value;
+        return {wide / s.divisor, s.value * fmadd(wide, s.other, t.slope)};
     }
 };
 
 struct SoftClip {  // beta * tanh(b / beta)
-    static inline Slope at(float b, const float* p) {
-        float t = hyperbolic_tangent(b / p[1]);
-        return {p[1] * t, 1.0f - t * t};
+    SHORT Slope at(float b, const float* p) {
+        Hyperbolic t = hyperbolic(b / p[1]);
+        return {p[1] * t.value, t.slope};
     }
 };
 
 struct Tanh {
-    static inline Slope at(float x, const float*) {
-        float t = hyperbolic_tangent(x);
-        return {t, 1.0f - t * t};
+    SHORT Slope at(float x, const float*) {
+        Hyperbolic t = hyperbolic(x);
+        return {t.value, t.slope};
     }
 };
 
 struct Relu6 {
-    static inline Slope at(float x, const float*) {
+    SHORT Slope at(float x, const float*) {
         return {clamp(x, 0.0f, 6.0f), 1.0f, x <= 0.0f || x >= 6.0f};
     }
 };
 
 struct HardSwish {  // x * clamp(x + 3, 0, 6) / 6
-    static inline Slope at(float x, const float*) {
+    SHORT Slope at(float x, const float*) {
         float slope = x > 3.0f ? 1.0f : x / 3.0f + 0.5f, above = x < -3.0f ? -3.0f : x;
         return {above * clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f, slope, x <= -3.0f};
     }
 };
 
 struct LeakyRelu {  // p: the slope below 0
-    static inline Slope at(float x, const float* p) {
+    SHORT Slope at(float x, const float* p) {
         return {x > 0.0f ? x : x * p[0], x > 0.0f ? 1.0f : p[0]};
     }
 };
 
 // x * tanh(log(1 + e^x)) = x * n / (n + 2), n = e^x * (e^x + 2)
 struct Mish {
-    static inline Slope at(float x, const float*) {
+    SHORT Slope at(float x, const float*) {
         float above = x < LOW ? LOW : x, inner = above > HIGH ? HIGH : above;
-        float e = exponential_within(inner), n = e * (e + 2.0f), d = n + 2.0f;
-        float t = n / d;
-        return {above * t, t + inner * (4.0f * (n + 1.0f) / d) / d * (e / (1.0f + e))};
+        float e = exponential_within(inner), n = fmadd(e, e, 2.0f * e), d = n + 2.0f, i = 1.0f / d;
+        float t = n * i, rest = i * (fmadd(-t, d, n) - t * (n - (d - 2.0f)));
+        return {fmadd(above, t, inner * rest), t + fmadd(inner * i, 4.0f * fmadd(e, e, e) * i, rest)};
     }
-    static constexpr float LOW = -87.0f, HIGH = 20.0f;  // where t is 0 and 1 within an ulp
+    static constexpr float LOW = -88.0f, HIGH = 20.0f;  // where t is 0, and 1 within an ulp
 };
 
 template <class F>
 struct Between {  // F between two bounds; p: the upper one, minus the lower one
-    static inline Slope at(float x, const float* p) {
+    SHORT Slope at(float x, const float* p) {
         Slope f = F::at(x, p);
         return {clamp(f.value, -p[0], p[0]), f.slope, f.value > p[0] || f.value < -p[0]};
     }
@@ -192,7 +212,7 @@ struct Between {  // F between two bounds; p: the upper one, minus the lower one
 
 template <class F>
 struct After {  // as Clamped, but the swish is what is clamped
-    static inline Slope at(float a, const float* p) {
+    SHORT Slope at(float a, const float* p) {
         Slope swish = F::at(a, p + 1);
         return {swish.value > p[0] ? p[0] : swish.value, swish.slope, swish.value > p[0]};
     }
@@ -204,7 +224,7 @@ struct After {  // as Clamped, but the swish is what is clamped
 static inline float stored(float x) { return widen(narrow<bf16>(x)); }
 
 struct GeluSteps {
-    static inline Slope at(float x, const float* p) {
+    SHORT Slope at(float x, const float* p) {
         float cube = stored(stored(x * x) * x);
         float u = stored(0.79788456f * stored(x + stored(0.044715f * cube)));
         float more = stored(1.0f + stored(hyperbolic_tangent(u)));
@@ -213,7 +233,7 @@ struct GeluSteps {
 };
 
 struct GeluFastSteps {
-    static inline Slope at(float x, const float* p) {
+    SHORT Slope at(float x, const float* p) {
         float inner = stored(1.0f + stored(stored(0.044715f * x) * x));
         float u = stored(stored(x * 0.7978845608f) * inner);
         float more = stored(1.0f + stored(hyperbolic_tangent(u)));
@@ -222,7 +242,7 @@ struct GeluFastSteps {
 };
 
 struct GeluErfSteps {
-    static inline Slope at(float x, const float* p) {
+    SHORT Slope at(float x, const float* p) {
         float u = clamp(stored(x / 1.41421356f) * 1.41421356f, -GeluErf::LARGE, GeluErf::LARGE), e;
         float erf = 2.0f * GeluErf::normal(u, e) - 1.0f;
         return {stored(x * 0.5f) * stored(1.0f + stored(erf)), GeluErf::at(x, p).slope};
@@ -230,13 +250,13 @@ struct GeluErfSteps {
 };
 
 struct SwishSteps {  // p: alpha
-    static inline Slope at(float x, const float* p) {
+    SHORT Slope at(float x, const float* p) {
         return {x * stored(sigmoid(stored(p[0] * x))), AnySwish::at(x, p).slope};
     }
 };
 
 struct Line {
-    static inline Slope at(float b, const float*) { return {b, 1.0f}; }
+    SHORT Slope at(float b, const float*) { return {b, 1.0f}; }
 };
 
 // A factor or a product of a gated kind, rounded as bf16 where PyTorch would store it.

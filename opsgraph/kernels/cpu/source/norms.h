@@ -50,7 +50,7 @@ LOOP void normalize(
     float mean, float rstd, Y* __restrict y, int64_t width) {
     if constexpr (Center)
         for (int64_t j = 0; j < width; j++)
-            y[j] = narrow<Y>((widen(x[j]) - mean) * rstd * gamma[j] + beta[j]);
+            y[j] = narrow<Y>(fmadd((widen(x[j]) - mean) * rstd, gamma[j], beta[j]));
     else
         for (int64_t j = 0; j < width; j++) y[j] = narrow<Y>(widen(x[j]) * rstd * gamma[j]);
 }
@@ -102,9 +102,22 @@ static void total_of(const Norm& n, int64_t row, float* total) {
         add_row<float, float>(n, row, total);
 }
 
+// What sums over the columns of a narrow row of T are added up in: bf16 has no use for more digits.
+template <class T>
+struct Sums {
+    using In = double;
+};
+
+template <>
+struct Sums<bf16> {
+    using In = float;
+};
+
+template <class T>
+using Sum = typename Sums<T>::In;
+
 constexpr double LARGEST = 3.4028234663852886e38;
-// Columns from which on a single sum in fp32 would round too often, and `row_sums` costs no more:
-// of one sum, and of two. bf16 has no use for more digits.
+// Columns from which on `row_sums` costs no more than sums in fp64: of one sum, and of two.
 constexpr int64_t WIDE = 1024, WIDE_PAIR = 4096;
 
 template <class T>
@@ -115,10 +128,10 @@ LOOP float mean_of(const T* __restrict x, int64_t width) {
             row_sums<1>(width, &sum, [=](auto at, auto* to) { to[0] += at(x); });
             return float(sum / double(width));
         }
-    float sum = 0;
+    Sum<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < width; j++) sum += widen(x[j]);
-    return sum / float(width);
+    return float(sum / Sum<T>(width));
 }
 
 struct Moments {  // the mean of centred values (0 without Center), and of their squares
@@ -138,10 +151,10 @@ LOOP Moments moments(const T* __restrict x, int64_t width, float center) {
             });
             return {sums[1] / count, sums[0] / count};
         }
-    float square = 0, rest = 0;
+    Sum<T> square = 0, rest = 0;
 #pragma omp simd reduction(+ : square, rest)
     for (int64_t j = 0; j < width; j++) {
-        float centred = Center ? widen(x[j]) - center : widen(x[j]);
+        const Sum<T> centred = Center ? widen(x[j]) - center : widen(x[j]);
         square += centred * centred;
         if (Center) rest += centred;
     }
@@ -222,15 +235,15 @@ LOOP void dots(
             second = float(sums[1] / double(width));
             return;
         }
-    float sum = 0, dot = 0;
+    Sum<T> sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
     for (int64_t j = 0; j < width; j++) {
         float m = widen(dy[j]) * gamma[j];
         if (Center) sum += m;
-        dot += m * ((widen(x[j]) - mean) * rstd);
+        dot += Sum<T>(m) * ((widen(x[j]) - mean) * rstd);
     }
-    first = sum / float(width);
-    second = dot / float(width);
+    first = float(sum / Sum<T>(width));
+    second = float(dot / Sum<T>(width));
 }
 
 // dx may be dy.
@@ -241,7 +254,7 @@ LOOP void input_gradient(
 #pragma omp simd
     for (int64_t j = 0; j < width; j++) {
         float h = (widen(x[j]) - mean) * rstd;
-        float d = rstd * (widen(dy[j]) * gamma[j] - first - h * second);
+        float d = rstd * fmadd(-h, second, widen(dy[j]) * gamma[j] - first);
         dx[j] = narrow<T>(Add ? d + widen(other[j]) : d);
     }
 }

@@ -19,21 +19,29 @@ struct Xielu {
 struct Factors {
     float p, n, beta, eps;
     explicit Factors(const Xielu& t)
-        : p(softplus(*t.alpha_p)), n(float(t.beta) + softplus(*t.alpha_n)), beta(float(t.beta)),
-          eps(float(t.eps)) {}
-    static float softplus(float a) { return a > 20.0f ? a : float(std::log1p(std::exp(double(a)))); }
+        : p(float(softplus(*t.alpha_p))), n(float(t.beta + softplus(*t.alpha_n))),
+          beta(float(t.beta)), eps(float(t.eps)) {}
+    static double softplus(double a) { return a > 40.0 ? a : std::log1p(std::exp(a)); }
 };
 
-// e^u - 1 - u: the power series near 0, where the difference would cancel.
-static inline float beyond_linear(float u) {
+// (e^u - 1 - u) / u^2 near 0, by the power series.
+static inline float series(float u) {
     float s = 2.48015873e-5f;
     s = fmadd(s, u, 1.98412698e-4f);
     s = fmadd(s, u, 1.38888889e-3f);
     s = fmadd(s, u, 8.33333333e-3f);
     s = fmadd(s, u, 4.16666667e-2f);
     s = fmadd(s, u, 1.66666667e-1f);
-    s = fmadd(s, u, 0.5f);
-    return u > -0.5f ? u * u * s : exponential(u) - 1.0f - u;
+    return fmadd(s, u, 0.5f);
+}
+
+// e^u - 1 - u and e^u - 1, where the differences would cancel by the series.
+static inline float beyond_linear(float u) {
+    return u > -0.5f ? u * u * series(u) : exponential(u) - 1.0f - u;
+}
+
+static inline float beyond_one(float u) {
+    return u > -0.5f ? fmadd(u * u, series(u), u) : exponential(u) - 1.0f;
 }
 
 // What multiplies p above 0, and n elsewhere.
@@ -46,7 +54,8 @@ template <class T>
 LOOP void xielu_row(const T* __restrict x, T* __restrict y, int64_t n, const Factors& f) {
     for (int64_t j = 0; j < n; j++) {
         float v = widen(x[j]);
-        y[j] = narrow<T>(term(v, f.eps) * (v > 0.0f ? f.p : f.n) + f.beta * v);
+        float above = v * fmadd(f.p, v, f.beta);  // no square, which may overflow before the value
+        y[j] = narrow<T>(v > 0.0f ? above : fmadd(term(v, f.eps), f.n, f.beta * v));
     }
 }
 
@@ -54,9 +63,9 @@ template <class T>
 LOOP void xielu_gradient(
     const T* __restrict dy, const T* __restrict x, T* __restrict dx, int64_t n, const Factors& f) {
     for (int64_t j = 0; j < n; j++) {
-        float v = widen(x[j]), below = v < f.eps ? exponential(v) - 1.0f : -1.0f;
-        float slope = v > 0.0f ? 2.0f * f.p * v : f.n * below;
-        dx[j] = narrow<T>(widen(dy[j]) * (slope + f.beta));
+        float v = widen(x[j]), below = v < f.eps ? beyond_one(v) : -1.0f;
+        float slope = v > 0.0f ? fmadd(2.0f * f.p, v, f.beta) : fmadd(f.n, below, f.beta);
+        dx[j] = narrow<T>(widen(dy[j]) * slope);
     }
 }
 
