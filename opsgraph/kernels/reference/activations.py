@@ -68,7 +68,8 @@ def _flat(
 def _erf_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """Of the exact GELU; PyTorch's own cancels far below 0."""
     density = torch.exp(-0.5 * x * x) * (1 / sqrt(2 * pi))
-    return dy * (0.5 * torch.special.erfc(x * -sqrt(0.5)) + x * density)
+    slope: Tensor = 0.5 * torch.special.erfc(x * -sqrt(0.5)) + x * density
+    return dy * slope
 
 
 def _gelu(approximate: str) -> Function:
