@@ -513,6 +513,64 @@ def test_late_values_of_changed_tensors_raise() -> None:
         model(X)
 
 
+class Between(Before):
+    """Calls back between the modules of a chain."""
+
+    def then(self) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm2(x)
+        gate, up = self.mlp.gate_proj(h), self.mlp.up_proj(h)
+        self.then()
+        return x + self.mlp.down_proj(self.mlp.act_fn(gate) * up)
+
+
+def _write(module: Any) -> None:
+    with torch.no_grad():
+        module.weight.mul_(2.0)
+
+
+def _replace(module: Any) -> None:
+    module.weight = nn.Parameter(module.weight.detach() * 2)
+
+
+@pytest.mark.parametrize("change", [_write, _replace])
+def test_parameters_that_change_inside_a_chain(change: Callable[[Any], None]) -> None:
+    model = Model(Between, 1)
+    plain = copy.deepcopy(model)
+    _patched(model)
+    for name in ("norm2", "mlp.up_proj"):  # read before
+        model.layers[0].then = lambda name=name: change(model.layers[0].get_submodule(name))
+        with pytest.raises(RuntimeError, match="or replaced"):
+            model(X)
+        change(plain.layers[0].get_submodule(name))
+    for each in (model, plain):  # read later
+        each.layers[0].then = lambda each=each: change(each.layers[0].mlp.down_proj)
+    torch.testing.assert_close(model(X), plain(X))
+
+
+@pytest.mark.parametrize("name", ["norm2", "mlp", "mlp.up_proj", "mlp.down_proj"])
+def test_a_part_cast_after_patching_has_the_modules_run(name: str) -> None:
+    model = Model(count=1)
+    plain = copy.deepcopy(model)
+    _patched(model)
+    for each in (model, plain):
+        each.layers[0].get_submodule(name).bfloat16()
+
+    def outcome(each: nn.Module) -> Any:
+        try:
+            return each(X)
+        except RuntimeError as error:
+            return str(error)
+
+    found, expected = outcome(model), outcome(plain)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected)
+
+
 def test_what_is_in_place_or_without_gradients_while_learning_stays() -> None:
     class Odd(Before):
         def forward(self, x: Tensor) -> Tensor:

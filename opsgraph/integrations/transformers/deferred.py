@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .seen import Seen, seen_by, unchanged, version
 from .states import Kind, State, Step, all_states, kind_of, units_of
 
 
@@ -49,6 +50,8 @@ class Unit:
         """Dicts of hooks: while any is filled, the modules of its plans run as they are."""
         self.forwards: list[tuple[dict[str, Any], Any]] = []
         """Attributes of modules and the forward that is to be found there."""
+        self.read: list[tuple[dict[str, Any], str]] = []
+        """Where the parameters of its plans are: they are to have the dtype of what is given."""
 
     def install(self) -> None:
         self.module.forward = self.forward
@@ -86,6 +89,7 @@ class Unit:
             and kind_of(x) in self.kinds
             and not any(self.watched)
             and all(place.get("forward") is forward for place, forward in self.forwards)
+            and all(getattr(of.get(name), "dtype", None) is x.dtype for of, name in self.read)
             and torch._C._get_tracing_state() is None
         )
 
@@ -107,11 +111,6 @@ def computed(value: Any) -> Any:
     return value
 
 
-def version(x: Tensor) -> int:
-    """How often a tensor was changed in place, as far as it tells."""
-    return 0 if x.is_inference() else x._version
-
-
 def reach(
     state: State, root: Tensor, parents: tuple[Any, ...], extras: tuple[Tensor, ...], book: Book
 ) -> Tensor | None:
@@ -120,6 +119,8 @@ def reach(
         found = book.learning.reached(state, root, parents, extras, book)
         return found  # type: ignore[no-any-return]
     if state.now:
+        if any(d is not None and d.stale() for d in parents):
+            return Deferred.of(state, root, parents, extras, book).compute()  # which raises
         return state.plan(root, *extras)  # type: ignore[no-any-return]
     if any(x.is_inference() for x in (root, *extras)):
         return None  # they do not tell whether they were changed before the value is computed
@@ -141,7 +142,7 @@ class Deferred(Tensor):
     total: Tensor | None
     """What it became by `+=`."""
     kind: Kind
-    versions: list[int]
+    seen: tuple[Seen, ...]
     grad_mode: bool
     __torch_dispatch__: Any
 
@@ -157,7 +158,7 @@ class Deferred(Tensor):
         made.state, made.root, made.parents, made.extras = state, root, parents, extras
         made.book, made.value, made.total, made.written = book, None, None, 0
         made.kind = kind
-        made.versions = [*map(version, (root, *extras))]
+        made.seen = seen_by(state, root, parents, extras)
         made.grad_mode = torch.is_grad_enabled()
         return made  # type: ignore[no-any-return]
 
@@ -178,8 +179,8 @@ class Deferred(Tensor):
             return None
         if self.value is not None and self.book.learning is None:
             return None
-        if self.stale() is not None:
-            self.compute()  # which raises, or notes it
+        if self.book.learning is not None and self.stale() is not None:
+            self.compute()  # which notes it
             return None
         extras = self.extras if extra is None else (*self.extras, extra)
         return reach(state, self.root, (self, *more), extras, self.book)
@@ -192,8 +193,8 @@ class Deferred(Tensor):
 
     def stale(self) -> str | None:
         """Why the value can no longer be computed, or None."""
-        if self.versions != [*map(version, (self.root, *self.extras))]:
-            return "what it is computed of was changed in place"
+        if not unchanged(self.seen):
+            return "what it is computed of was changed in place, or replaced"
         if self.grad_mode and not torch.is_grad_enabled():
             return "it is first read where no gradients are recorded, and was made where they are"
         return None

@@ -9,7 +9,8 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from .deferred import Book, Deferred, Unit, computed, original, version
+from .deferred import Book, Deferred, Unit, computed, original
+from .seen import unchanged
 from .states import State, Vector, all_states, kind_of, units_of
 
 MOST = 30
@@ -73,7 +74,7 @@ class Noted:
     def __init__(self, deferred: Deferred, parents: Sequence[Noted | None]) -> None:
         self.state, self.parents = deferred.state, parents
         self.root, self.extras = deferred.root, deferred.extras
-        self.deferred, self.versions = ref(deferred), deferred.versions
+        self.deferred, self.seen = ref(deferred), deferred.seen
         self.read = False
         self.late = False
         """Whether it is used when it could no longer be computed."""
@@ -84,7 +85,7 @@ class Noted:
 
     def changed(self) -> bool:
         """Whether the model has changed in place what a plan would have kept for its backward."""
-        return self.versions != [*map(version, (self.root, *self.extras))]
+        return not unchanged(self.seen)
 
     def before(self) -> list[Noted]:
         """Itself and all that it was made of, each once."""

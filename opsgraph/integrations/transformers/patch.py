@@ -141,6 +141,11 @@ def _watch(model: nn.Module, book: Book) -> None:
         states = [s for s in all_states(book.units) if s.plan and unit.first in s.before()]
         unit.kinds = set.intersection(*(set(state.like) for state in states))
         units = {u: None for state in states for u in units_of(state)}
+        unit.read = [
+            (u.module._parameters, name)
+            for u in units
+            for name in (u.leaf.names.values() if isinstance(u, Unit) else (u.attribute,))
+        ]
         names = [u.name for u in units if isinstance(u, Unit)]
         shared = _shared(names)
         inside = {
