@@ -235,7 +235,7 @@ def test_nothing_is_measured_while_kernels_are_traced(path: Path) -> None:
 
 def test_fastest_takes_turns_and_drops_the_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, order = [0.0], []
-    times = {"usual": [9, 4, 4] + [5] * 5, "slow": [4, 6], "quick": [9, 5, 3, 3] + [4] * 5}
+    times = {"usual": [9, 4, 4] + [5] * 5, "slow": [6, 6], "quick": [9, 5, 3, 3] + [4] * 5}
 
     def run(name: str) -> None:
         clock[0] += times[name].pop(0)

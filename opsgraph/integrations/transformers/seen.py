@@ -1,4 +1,4 @@
-"""Whether what a value is computed of is still as it was when the model's code reached the value."""
+"""Whether what a value is computed of is still as the model's code found it."""
 
 from __future__ import annotations
 

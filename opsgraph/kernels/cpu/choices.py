@@ -37,7 +37,10 @@ def fastest(candidates: Mapping[str, Run], rounds: int = 3) -> Choice:
     """
     first = {name: _seconds(run) for name, run in candidates.items()}  # and makes what stays
     far = max(LONG, FAR * min(first.values()))
-    least = {n: first[n] if first[n] > far else _seconds(run) for n, run in candidates.items()}
+    least = {
+        n: first[n] if first[n] > far else min(first[n], _seconds(run))
+        for n, run in candidates.items()
+    }
     more = int(ENOUGH / max(sum(least.values()), 1e-9))
     for _ in range(max(rounds, min(MOST_ROUNDS, more)) - 1):
         bound = NEAR * min(least.values())
