@@ -18,7 +18,7 @@ SMOKE := $(patsubst %,tests/%.py,test_versions base/test_errors test_main plan/t
 TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types floors unit slow gpu tools versions test-torch demo examples bench docs clean
+.PHONY: help venv test lint types floors unit slow soak gpu tools versions test-torch demo examples bench docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
@@ -67,6 +67,9 @@ test-torch:  ## the smoke set with the PyTorch of VERSION=, as 2.11, in .venvs
 
 slow: $(VENV)/installed  ## the tests that are not run every day, two processes
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
+
+soak: $(VENV)/installed  ## train for an hour while everything changes; nothing may grow
+	$(BIN)/python -m benchmarks.soak
 
 gpu: $(VENV)/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -6,7 +6,7 @@ are in fp32; the activation that a backward computes again has the forward's bit
 """
 
 from collections.abc import Collection
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -92,7 +92,7 @@ class Row(NamedTuple):
         return DTYPES[dtype], *kind, threads, rows, width, period, shift
 
 
-@cache
+@lru_cache(maxsize=256)
 def row(kind: str, params: tuple[float, ...] = ()) -> Row:
     """A kind's row of the table, with params in the place of its own. Raises ValueError."""
     form = reference.form_of(kind)

@@ -5,7 +5,7 @@ each step. It returns value, slope, and whether the gradient is 0 whatever it is
 (`x < x`: nowhere). In the forward the slope is not read, and the compiler drops it.
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import triton
@@ -211,7 +211,7 @@ PARAMS = {
 STEPS = {_gelu: _gelu_steps, _gelu_erf: _gelu_erf_steps, _swish: _swish_steps}
 
 
-@cache
+@lru_cache(maxsize=256)
 def constants(kind: str, params: tuple[float, ...] = ()) -> dict[str, Any]:
     """The kernels' compile-time arguments for a kind; params as in `activation_forward`."""
     form = form_of(kind)
