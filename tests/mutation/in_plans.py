@@ -107,8 +107,8 @@ CASTS: tuple[Fault, ...] = (
         *SOURCES, "features/test_casting.py",
     ),
     fault(
-        "cast-back", "The gradient of a cast stays in the dtype of its output.",
-        "features/casting.py", "return dy.to(back), ()", "return dy, ()",
+        "cast-forward", "A cast under autocast leaves its input as it is.",
+        "features/casting.py", "return x.to(to), ()", "return x, ()",
         "features/test_casting.py",
     ),
     fault(
