@@ -43,11 +43,11 @@ def backends() -> dict[str, Backend]:
 def add_backend(backend: Backend, before: str = "reference") -> None:
     """Make a backend known, so that fusers may name it, and prefer it to the one called `before`.
 
-    Raises ValueError if it is known already, or if no backend is called `before`.
+    Raises ValueError for a name that is no word or known already, and if none is called `before`.
     """
     global _BACKENDS
-    if backend.name in _BACKENDS:
-        raise ValueError(f"backend {backend.name!r} is known already")
+    if backend.name in _BACKENDS or not backend.name.isidentifier():
+        raise ValueError(f"backend {backend.name!r} is known already, or no word")
     if before not in _BACKENDS:
         raise ValueError(f"got before={before!r}, expected one of {', '.join(_BACKENDS)}")
     found: dict[str, Backend] = {}

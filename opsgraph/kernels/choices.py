@@ -4,7 +4,7 @@ A file holds the choices of one kind for one machine: a CPU or GPU model with th
 runs there. It lies in the user's cache directory (`directories`). It is replaced as a whole by
 renaming, after what others have written meanwhile is read again. Writers may overwrite each other's
 entries, which are then measured again, but no reader ever sees half a file. A file that cannot be
-read or written is left out with a warning.
+read or written, or that another user could have written, is left out with a warning.
 """
 
 import json
@@ -22,7 +22,7 @@ import torch
 
 from ..guards.torch_private import dispatch_modes
 from ..guards.watching import watching
-from .directories import directories, replace
+from .directories import directories, read, replace
 
 Run = Callable[[], object]
 Measure = Callable[[Mapping[str, Run]], "str | Choice"]
@@ -241,14 +241,16 @@ def kept() -> list[Kept]:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Choice]]:
     """What a file says, and its choices; nothing where it is missing, or spoilt, with a warning."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read(path))
         choices = {key: Choice(**made) for key, made in found["choices"].items()}
         if not all(isinstance(made.name, str) for made in choices.values()):
             raise TypeError
         return found, choices
     except (FileNotFoundError, NotADirectoryError):
         return {}, {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        why = error.strerror or str(error)
+    except ValueError as error:
         why = str(error)
     except (TypeError, KeyError, AttributeError):
         why = "it holds no choices"

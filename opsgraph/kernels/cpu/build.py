@@ -15,7 +15,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 import threading
@@ -24,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from ..directories import directories, replace
+from ..directories import directories, private, replace
 
 SOURCES = Path(__file__).parent / "source"
 EVERYDAY = ("norms", "activations", "transpose", "product")
@@ -120,11 +119,8 @@ def _load(library: str) -> ctypes.CDLL:
     for directory in directories():
         path = directory / f"{name}-{_digest(content)}.so"
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if _private(directory):
-                replace(path, content)
-                return ctypes.CDLL(str(path))
-            failures.append(f"{directory} belongs to another user or is writable by others")
+            replace(path, content)
+            return ctypes.CDLL(str(path))
         except OSError as error:
             failures.append(f"{directory}: {error.strerror or error}")
     raise BuildError(f"the compiled kernels cannot be kept and loaded: {'; '.join(failures)}")
@@ -132,18 +128,8 @@ def _load(library: str) -> ctypes.CDLL:
 
 def _intact(path: Path) -> bool:
     """Whether a file is as this user made it, and no other user could have. Raises OSError."""
-    ours = _private(path.parent) and _private(path)
+    ours = private(path.parent) and private(path)
     return ours and path.stem.endswith(f"-{_digest(path.read_bytes())}")
-
-
-def _private(path: Path) -> bool:
-    """Whether no other user can have made the file, or can put another one in its place."""
-    if not hasattr(os, "getuid"):
-        return True
-    found = path.lstat()
-    above = [parent.stat().st_mode for parent in path.parents]
-    exposed = any(mode & stat.S_IWOTH and not mode & stat.S_ISVTX for mode in above)
-    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022 and not exposed
 
 
 def _compiled(library: str, command: list[str]) -> bytes:
