@@ -234,6 +234,7 @@ _WIRINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("wiring", _WIRINGS)
 def test_each_wiring_is_one_plan_with_the_same_results(wiring: str) -> None:
     make, found = _WIRINGS[wiring]
@@ -453,6 +454,7 @@ class Changing(nn.Module):
         return h + y if self.way else x + y
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("how", ["sum", "product"])
 @pytest.mark.parametrize("what", ["norm", "gate", "up", "input"])
 def test_values_written_over_after_others_were_made_of_them(what: str, how: str) -> None:
@@ -550,6 +552,7 @@ def test_parameters_that_change_inside_a_chain(change: Callable[[Any], None]) ->
     torch.testing.assert_close(model(X), plain(X))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["norm2", "mlp", "mlp.up_proj", "mlp.down_proj"])
 def test_a_part_cast_after_patching_has_the_modules_run(name: str) -> None:
     model = Model(count=1)

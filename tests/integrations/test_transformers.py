@@ -92,6 +92,7 @@ _REDUCED = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", _REDUCED)
 def test_a_family_runs_as_plans_with_its_results(family: str) -> None:
     result = families.check(family)

@@ -37,6 +37,18 @@ def examples(model: nn.Module) -> Iterator[dict[str, Any]]:
     decoder = {"decoder_input_ids": tokens(text)} if "decoder_input_ids" in names else {}
     if "input_ids" in names:
         yield {"input_ids": tokens(text), **decoder, **options}
+    if "input_ids" in names and "bbox" in names:
+        boxes = {"bbox": floats(1, TOKENS, 4).sigmoid()}
+        yield {"input_ids": tokens(text), **boxes, **decoder, **options}
+    if "grid_thw" in names:
+        side = 2 * (getattr(config, "spatial_merge_size", None) or 1)
+        channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
+        depth, size = (
+            getattr(config, name, None) or 1 for name in ("temporal_patch_size", "patch_size")
+        )
+        patches = floats(side * side, channels * depth * size**2)
+        grid = torch.tensor([[1, side, side]], device=device)
+        yield {next(name for name in names if name != "self"): patches, "grid_thw": grid}
     if "pixel_values" in names:
         vision = getattr(config, "vision_config", None) or config
         channels = getattr(vision, "num_channels", None) or 3

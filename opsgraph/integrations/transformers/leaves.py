@@ -216,17 +216,16 @@ def _norm(module: nn.Module, parameters: dict[str, Tensor]) -> Leaf | None:
     exact = _run(module, names, values, rows, torch.float32)
     if exact is None:
         return None
-    settings = list(_settings(module, width, values))
-    close: list[Any] = [op for op in settings if _near(exact, _op_run(op, values, rows), 2e-5)]
     runs = [(d, _run(module, names, _cast(values, w), rows.to(d), w)) for d, w in _DTYPES]
-    for op in close:
-        if all(
-            y is None or _near(y, _op_run(op, _cast(values, w), rows.to(d)), 0.02)
+    found: Any
+    for found in _settings(module, width, values):
+        if _near(exact, _op_run(found, values, rows), 2e-5) and all(
+            y is None or _near(y, _op_run(found, _cast(values, w), rows.to(d)), 0.02)
             for (_, w), (d, y) in zip(_DTYPES, runs, strict=True)
         ):
             own = width if parameters else None
-            arguments = own, op.eps
-            return Leaf("norm", type(op), arguments, _options(op), names, False, own)
+            options = _options(found)
+            return Leaf("norm", type(found), (own, found.eps), options, names, False, own)
     return None
 
 
