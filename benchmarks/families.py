@@ -418,10 +418,14 @@ def _exactly(plain: nn.Module, patched: nn.Module, example: dict[str, Any]) -> t
             own = torch.tensor(errors[1][name], dtype=torch.float64).clamp_min(1e-15)
             quotients = torch.tensor(mine).div(own).log()
             least = quotients.mean() - SURE * quotients.std() / len(mine) ** 0.5
-            print(f"{name}: {mean:.1e}, {quotients.mean().exp():.2f} of the unpatched model's error")
+            print(
+                f"{name}: {mean:.1e}, {quotients.mean().exp():.2f} of the unpatched model's error"
+            )
             worst = max(worst, mean if float(least.exp()) > BF16 else 0.0)
     if worst == 0.0:
-        worst = max((m for m in (sum(e) / len(e) for e in errors[0].values()) if m <= FP32), default=0.0)
+        worst = max(
+            (m for m in (sum(e) / len(e) for e in errors[0].values()) if m <= FP32), default=0.0
+        )
     return (0.0 if outputs[0] <= BF16 * outputs[1] else outputs[0]), worst
 
 
