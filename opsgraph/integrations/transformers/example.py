@@ -43,9 +43,8 @@ def examples(model: nn.Module) -> Iterator[dict[str, Any]]:
     if "grid_thw" in names:
         side = 2 * (getattr(config, "spatial_merge_size", None) or 1)
         channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
-        depth, size = (
-            getattr(config, name, None) or 1 for name in ("temporal_patch_size", "patch_size")
-        )
+        depth = getattr(config, "temporal_patch_size", None) or 1
+        size = getattr(config, "patch_size", None) or 1
         patches = floats(side * side, channels * depth * size**2)
         grid = torch.tensor([[1, side, side]], device=device)
         yield {next(name for name in names if name != "self"): patches, "grid_thw": grid}
