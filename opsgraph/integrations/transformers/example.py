@@ -42,9 +42,9 @@ def examples(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield {"input_ids": tokens(text), **boxes, **decoder, **options}
     if "grid_thw" in names:
         side = 2 * (getattr(config, "spatial_merge_size", None) or 1)
-        channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
-        depth = getattr(config, "temporal_patch_size", None) or 1
-        size = getattr(config, "patch_size", None) or 1
+        channels: int = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
+        depth: int = getattr(config, "temporal_patch_size", None) or 1
+        size: int = getattr(config, "patch_size", None) or 1
         patches = floats(side * side, channels * depth * size**2)
         grid = torch.tensor([[1, side, side]], device=device)
         yield {next(name for name in names if name != "self"): patches, "grid_thw": grid}
