@@ -41,11 +41,10 @@ def examples(model: nn.Module) -> Iterator[dict[str, Any]]:
         boxes = {"bbox": floats(1, TOKENS, 4).sigmoid()}
         yield {"input_ids": tokens(text), **boxes, **decoder, **options}
     if "grid_thw" in names:
-        side = 2 * (getattr(config, "spatial_merge_size", None) or 1)
-        channels: int = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
-        depth: int = getattr(config, "temporal_patch_size", None) or 1
-        size: int = getattr(config, "patch_size", None) or 1
-        patches = floats(side * side, channels * depth * size**2)
+        named = "spatial_merge_size", "in_channels", "temporal_patch_size", "patch_size"
+        merged, channels, depth, size = (int(getattr(config, name, None) or 0) for name in named)
+        side, channels = 2 * (merged or 1), channels or int(getattr(config, "num_channels", 3))
+        patches = floats(side * side, channels * (depth or 1) * size**2)
         grid = torch.tensor([[1, side, side]], device=device)
         yield {next(name for name in names if name != "self"): patches, "grid_thw": grid}
     if "pixel_values" in names:
