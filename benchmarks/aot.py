@@ -28,7 +28,7 @@ from triton.runtime import JITFunction
 from opsgraph.kernels.formats import BLOCKS, NVFP4, Format
 from opsgraph.kernels.triton import gemm, norms, persistent, quantize
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
-from opsgraph.kernels.triton.delayed import delayed_update, raise_to
+from opsgraph.kernels.triton.delayed import raise_to, updating
 from opsgraph.kernels.triton.dropout import dropout
 from opsgraph.kernels.triton.functions import KINDS, constants
 from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
@@ -258,9 +258,9 @@ def _inverse(rows: int, depth: int, cols: bool) -> None:
 def _delayed(length: int, reduced: bool) -> None:
     """reduced: both updates at once, of amaxes that a group reduced."""
     names = ("amax_backward", "amax_forward") if reduced else ("amax_forward",)
-    found = _meta(30) if reduced else None
-    table = _meta(10, 4, dtype=torch.int64)
-    delayed_update(table, length, (448.0, 57344.0), 0.0, False, names, found)
+    found = (_meta(30),) if reduced else ()
+    table, fixed = _meta(10, 4, dtype=torch.int64), _meta(20, 3, dtype=torch.float32)
+    updating(table, length, (448.0, 57344.0), 0.0, False, names, reduced)(table, fixed, *found)
 
 
 def _noted(count: int) -> None:

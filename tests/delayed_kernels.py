@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opsgraph.guards.launching import Launch
 from opsgraph.kernels.reference import quantize
 
 FORWARD, BACKWARD = "amax_forward", "amax_backward"
@@ -58,7 +59,7 @@ UPDATES: dict[Any, list[Any]] = {
 
 
 def check_update(
-    update: Callable[..., Tensor], length: int, margin: float, algorithm: str,
+    updating: Callable[..., Launch], length: int, margin: float, algorithm: str,
     names: tuple[str, ...], is_reduced: bool, device: str,
 ) -> None:  # fmt: skip
     """Of some states."""
@@ -77,7 +78,9 @@ def check_update(
     table = torch.tensor([[b.data_ptr() for b in buffers] for buffers in states], device=device)
     latest = algorithm == "most_recent"
     before = [bits([buffers[0].clone()]) for buffers in states]
-    fixed = update(table, length, LIMITS, margin, latest, names, found)
+    fixed = quantize.new_scales(len(states) * (1 + (FORWARD in names)), table.device)
+    update = updating(table, length, LIMITS, margin, latest, names, is_reduced)
+    update(table, fixed, *([found] if found is not None else []))
     for k, buffers in enumerate(states):
         assert all(map(torch.equal, bits(buffers), bits(want[k])))
         assert torch.equal(*bits([fixed[k].clone(), buffers[0]]))

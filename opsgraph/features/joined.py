@@ -82,6 +82,13 @@ class _Joining:
             for column, place in ((0, layer.activation), (2, layer.gradient)):
                 if place is not None:
                     self.owners[self.name(place)] = n, column
+        parts = iter(self.specs.inputs[self.count :])
+        layers = {layer.weight: n for n, layer in enumerate(self.delayed)}
+        for place, copies, number in self.specs.prepared:
+            for _ in copies:
+                _, scale, *_ = [next(parts).name for _ in range(number)]
+                if place in layers:  # the copy has the scale that it was made with
+                    self.owners[scale] = layers[place], 1
         self.names = [value.name for value in self.specs.saved]
         self.saved = tuple(dict.fromkeys(map(self.owner, self.names)))
         self.places = tuple(self.saved.index(self.owner(name)) for name in self.names)
@@ -110,6 +117,7 @@ class _Joining:
         own = self.forward.parameters[: 1 + self.count]
         more = [*map(_scales, range(count)), *map(_seen, range(count * noting))]
         read = {name for line in self.forward.lines[:-1] for name in line.reads}
+        read -= {name for line in self.prepare.lines for name in line.makes}
         lines = [self.part(*place, name) for name, place in self.owners.items() if name in read]
         weights = [self.name(place) for place, _, _ in self.specs.prepared]
         names = self.prepare.parameters[: len(weights)]

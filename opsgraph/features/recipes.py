@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..base import config
 from ..base.errors import PlanError
-from ..guards.torch_private import saved_hooks
+from ..guards.torch_private import graph_task, saved_hooks
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..precision.autocast import active
@@ -62,6 +62,8 @@ class SequenceRecipes:
             with config.lock:
                 found = self._recipes[key] = self._make_stages(key)
                 drop_forgotten(self._recipes)
+        if graph_task() == -1 and torch.is_grad_enabled():
+            return found  # such a call follows none
         if (last := follow(self._last)) != self._last:
             with config.lock:
                 self.__dict__["_last"], self.__dict__["_epoch"] = last, -1
@@ -111,25 +113,24 @@ class StageRecipe:
         scales: what `fixed_of` says of the states, if that was asked.
         """
         whole: Joined | None = plan.joined
-        alone = whole is None or active.first_microbatch is not None
-        if whole is not None and not alone and not self.every:
-            return whole.forward, ()
-        if not alone and scales is None:
-            scales = fixed_of(self.distinct)
-        # A checkpoint's hooks may make saved tensors again, by passes that are not joined.
-        if whole is None or alone or scales is None or saved_hooks():
-            for k, read in self.reads.items():
-                weights[k] = read() if weights[k] is None else weights[k]
-            return plan.passes.forward, self.prepare(plan, weights)
-        grad = torch.is_grad_enabled()
-        taken_by(self.distinct, grad)
-        for k in self.reads:  # calls of an unknown kind have read them
-            weights[k] = None
-        if len(scales) < len(self.order):
-            scales = [scales[k] for k in self.order]
-        if not grad:
-            return whole.silent, scales
-        return whole.forward, (*scales, *seen_by(self.every, FORWARD, alone=True))
+        if whole is not None and active.first_microbatch is None:
+            if not self.every:
+                return whole.forward, ()
+            if scales is None and not any(isinstance(w, QuantizedTensor) for w in weights):
+                scales = fixed_of(self.distinct)  # held weights have scales of their own
+            # A checkpoint's hooks may make saved tensors again, by passes that are not joined.
+            if scales is not None and not saved_hooks():
+                taken_by(self.distinct, grad := torch.is_grad_enabled())
+                for k in self.reads:  # calls of an unknown kind have read them
+                    weights[k] = None
+                if len(scales) < len(self.order):
+                    scales = [scales[k] for k in self.order]
+                if not grad:
+                    return whole.silent, scales
+                return whole.forward, (*scales, *seen_by(self.every, FORWARD))
+        for k, read in self.reads.items():
+            weights[k] = read() if weights[k] is None else weights[k]
+        return plan.passes.forward, self.prepare(plan, weights)
 
     def after(self, ctx: Any, plan: Plan, outputs: Any, saved: Any) -> tuple[Any, Any]:
         """After a forward: its outputs, and what it saves. Its amaxes are noted."""

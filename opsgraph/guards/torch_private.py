@@ -7,7 +7,7 @@ the test of this file names the versions that were seen to have them all.
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -87,26 +87,28 @@ storage_uses: Callable[[int], int] | None = _find("_C._storage_Use_Count", None)
 graph_task: Callable[[], int] = _find("_C._current_graph_task_id", lambda: -1)
 """The number of the backward that PyTorch's engine runs on this thread; -1 for none."""
 
-_saved_hooks: Callable[[bool], Any] = _find(
-    "_C._autograd._top_saved_tensors_default_hooks", lambda unless_tracing: True
+saved_hooks: Callable[[], Any] = partial(
+    _find("_C._autograd._top_saved_tensors_default_hooks", lambda unless_tracing: True), True
 )
+"""The hooks of saved tensors that are active, as a checkpoint has them that is not reentrant."""
+
+stream_of: Callable[[int], int] = _find(
+    "_C._cuda_getCurrentRawStream", lambda number: torch.cuda.current_stream(number).cuda_stream
+)
+"""The address of the current stream of the CUDA device of that number."""
+
+current_device: Callable[[], int] = _find("_C._cuda_getDevice", torch.cuda.current_device)
+"""The number of the current device of CUDA."""
+
+capturing_here: Callable[[], bool] = _find(
+    "_C._cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
+)
+"""Whether a CUDA graph takes down what runs on the current device."""
 
 
-def saved_hooks() -> bool:
-    """Whether hooks of saved tensors are active, as a checkpoint has them that is not reentrant."""
-    return _saved_hooks(True) is not None
-
-
-_raw_stream: Callable[[int], int] | None = _find("_C._cuda_getCurrentRawStream", None)
-
-
-def stream_of(device: torch.device) -> int:
-    """The address of the current stream of a CUDA device; 0 elsewhere."""
-    if device.type != "cuda":
-        return 0
-    if _raw_stream is None or device.index is None:
-        return int(torch.cuda.current_stream(device).cuda_stream)
-    return _raw_stream(device.index)
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph takes down what runs, to run it again on what is there then."""
+    return device.type == "cuda" and capturing_here()
 
 
 def empty_strided(device: torch.device) -> Callable[[Any, Any, torch.dtype], Tensor]:

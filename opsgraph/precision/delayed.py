@@ -106,8 +106,6 @@ class Scaling(nn.Module):
             self.register_buffer(FORWARD, torch.empty(2, **place))
             self.register_buffer(BACKWARD, torch.empty(1, **place))
             self.register_buffer("amax_history", torch.empty(length, len(ROLES), **place))
-        self._seen: dict[str, Any] = {}
-        """The buffers of amaxes past their versions, see `seen`."""
         self._known, self._again = dict[Any, Any](), dict[Any, Any]()
         """What updates need of this state and others, see `updates`."""
         self.reset_parameters()
@@ -138,9 +136,10 @@ class Scaling(nn.Module):
         """Copy the scales to where nothing writes."""
         with torch.inference_mode(False), torch.no_grad():
             scale = self.scale
-            fixed = Fixed(new_scales(1, scale.device).copy_(scale[None]), 1)
+            fixed = Fixed(new_scales(1, scale.device).copy_(scale[None]))
         self.__dict__["_fixed"] = fixed, 0, scale, version_of(scale)
-        self.pin()
+        if Scaling.pinned:
+            self.pin()
 
     def pin(self) -> None:
         """Set `fixed`."""
@@ -149,14 +148,14 @@ class Scaling(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         host = self.__dict__ | {"previous": self.previous}
-        for name in ("fixed", "_fixed", "_seen", "_known", "_again", "_previous"):
+        for name in ("fixed", "_fixed", "_known", "_again", "_previous"):
             host.pop(name, None)
         return host
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._previous = self.__dict__.pop("previous", None)
-        self._seen, self._known, self._again = {}, {}, {}
+        self._known, self._again = {}, {}
         self.fix()
 
     def reset_parameters(self, but: Collection[str] = ()) -> None:
@@ -237,19 +236,6 @@ class Scaling(nn.Module):
         elif not self.recorded and role == "activation":
             self.recorded = True
         return True
-
-    def seen(self, name: str) -> Tensor:
-        """A buffer of amaxes as a tensor past its version, which is kept."""
-        host = self.__dict__  # past the module's look at each attribute
-        buffer: Any = host["_buffers"][name]
-        if followed_ops(buffer):
-            return buffer.data  # type: ignore[no-any-return]
-        known = host["_seen"].get(name)
-        if known is None or known[0] is not buffer or known[1] != buffer.data_ptr():
-            with torch.inference_mode(False), torch.no_grad():
-                known = buffer, buffer.data_ptr(), buffer.data
-            host["_seen"][name] = known
-        return known[2]  # type: ignore[no-any-return]
 
     # -- another recipe, another place --
 
@@ -363,11 +349,11 @@ def pin_states() -> None:
 
 def states_of(key: int) -> list[Scaling]:
     """All states of a recipe of that number, in the order in which they came to it."""
-    with config.lock:
-        references = _registered.get(key, [])
-        states = [state for reference in references if (state := reference()) is not None]
-        if len(states) < len(references):
-            _registered[key] = [weakref.ref(state) for state in states]
+    references = _registered.get(key, [])
+    states = [state for reference in references if (state := reference()) is not None]
+    if len(states) < len(references):
+        with config.lock:
+            _registered[key] = [r for r in _registered[key] if r() is not None]
     return states
 
 

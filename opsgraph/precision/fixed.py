@@ -7,30 +7,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..guards.torch_private import ops_alone, stream_of
+from ..guards.torch_private import capturing_here, ops_alone, stream_of
 
 
 class Fixed:
     """Scales of some states to which nothing writes, fp32 `[count, 3]`, and views of them.
 
     Another stream may still read them when the last view of them is gone, so it gets copies. What
-    follows the `count` is there for `previous` alone.
+    the scales were before the update may follow, for `previous` alone.
     """
 
-    def __init__(self, values: Tensor, count: int) -> None:
-        self.values, self.count, self.device = values, count, values.device
-        self.stream = stream_of(self.device)
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.number = values.get_device() if values.is_cuda else None
+        """Of the device; None for one whose work waits in no stream."""
+        self.stream = 0 if self.number is None else stream_of(self.number)
         self._rows: Sequence[Tensor] = ()
         self._views: Sequence[Tensor] = ()
 
     def is_for_now(self) -> bool:
         """Whether views may be handed to what runs now: neither another stream nor a graph."""
-        return stream_of(self.device) == self.stream and not capturing(self.device)
+        number = self.number
+        return number is None or (stream_of(number) == self.stream and not capturing_here())
 
     def rows(self) -> Sequence[Tensor]:
-        """The scales of each state, fp32 `[3]`; made when they are first asked for."""
+        """The scales by their place, fp32 `[3]`; made when they are first asked for."""
         if not self._rows:
-            self._rows = self.values.narrow(0, 0, self.count).unbind(0)
+            self._rows = self.values.unbind(0)
         return self._rows
 
     def views(self) -> Sequence[Tensor]:
@@ -48,8 +51,3 @@ def version_of(scale: Tensor) -> int:
 def followed_ops(buffer: Tensor) -> bool:
     """Whether a transform, a mode or a subclass has to see the ops on a buffer."""
     return type(buffer) is not Tensor or not ops_alone()
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph takes down what runs, to run it again on what is there then."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

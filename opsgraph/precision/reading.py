@@ -7,6 +7,7 @@ each state is asked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter, itemgetter
 
 import torch
 from torch import Tensor
@@ -17,13 +18,18 @@ from .fixed import version_of
 from .tapes import tapes
 
 
+_buffers = attrgetter("_buffers")
+
+
 def usual() -> bool:
     """Whether that is so, and nothing compiles."""
     return not torch.compiler.is_compiling() and _unwatched()
 
 
 def _unwatched() -> bool:
-    return graph_task() == -1 and not tapes.recording and tapes.replaying is None and ops_alone()
+    return (
+        graph_task() == -1 and not tapes.recording and tapes.replaying is None and ops_alone()
+    )
 
 
 def fixed_of(states: Iterable[Scaling]) -> list[Tensor] | None:
@@ -59,15 +65,6 @@ def taken_by(states: Sequence[Scaling], grad: bool) -> None:
         host["recorded"] = grad
 
 
-def seen_by(states: Sequence[Scaling], name: str, alone: bool | None = None) -> list[Tensor]:
-    """A buffer of amaxes of each state; see `Scaling.seen`. alone: `ops_alone`, if it is known."""
-    plain = ops_alone() if alone is None else alone
-    found = []
-    for state in states:
-        host = state.__dict__
-        buffer, known = host["_buffers"][name], host["_seen"].get(name)
-        if plain and known is not None and known[0] is buffer and known[1] == buffer.data_ptr():
-            found.append(known[2])
-        else:
-            found.append(state.seen(name))
-    return found
+def seen_by(states: Iterable[Scaling], name: str) -> list[Tensor]:
+    """A buffer of amaxes of each state."""
+    return [*map(itemgetter(name), map(_buffers, states))]

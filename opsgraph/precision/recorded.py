@@ -49,9 +49,12 @@ def record(states: Sequence[Scaling], role: str, amaxes: Sequence[Any], grad: bo
 
 
 def note(seen: Sequence[Tensor], columns: Sequence[int], amaxes: Sequence[Any]) -> None:
-    """Note amaxes in a column of a buffer each. amaxes: fp32 `[]`, None for nothing to note."""
+    """Note amaxes in a column of a buffer each, past its version.
+
+    amaxes: fp32 `[]`, None for nothing to note.
+    """
     three = zip(seen, columns, amaxes, strict=True)
-    pairs = [(each[column], amax) for each, column, amax in three if amax is not None]
+    pairs = [(each.data[column], amax) for each, column, amax in three if amax is not None]
     if pairs:
         raise_to(*zip(*pairs, strict=True))
 

@@ -11,24 +11,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from operator import itemgetter
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..base import config
-from ..guards.torch_private import ops_alone
+from ..guards.launching import Launch
+from ..guards.torch_private import (
+    capturing,
+    capturing_here,
+    current_device,
+    empty_strided,
+    ops_alone,
+)
 from ..kernels.reference.quantize import FP8_MAX, delayed_update, new_scales
 from .delayed import BACKWARD, FORWARD, Scaling, states_of
 from .exchange import reduce_flat
-from .fixed import Fixed, capturing, followed_ops
+from .fixed import Fixed, followed_ops
 from .recipe import DelayedScaling, Format
 from .recorded import kernels_on
 
 _COLUMNS = {FORWARD: slice(0, 2), BACKWARD: slice(2, 3)}
 _NORMAL: AbstractContextManager[Any] = nullcontext()
-_buffers_of = itemgetter("scale", FORWARD, BACKWARD, "amax_history")
+_buffers = attrgetter("_buffers")
+_four = itemgetter("scale", FORWARD, BACKWARD, "amax_history")
 
 
 def serving(recipe: DelayedScaling) -> list[Scaling]:
@@ -46,19 +55,23 @@ def update_backward(recipe: DelayedScaling, group: Any) -> None:
 
     Reads then have what `scale` holds, whoever wrote it, as torch.distributed.checkpoint does.
     """
-    states, reduced = serving(recipe), group is not None and recipe.reduce_amax
-    late = reduced  # ranks need not have run the same layers: with a group always both
+    states, late = serving(recipe), False
     for state in states:
         host = state.__dict__  # past the module's look at each attribute
         if host["fresh"] or host["late"]:
             late = late or host["late"]
             host["fresh"] = host["late"] = False
-    _update(states, recipe, group if reduced else None, (BACKWARD, FORWARD)[: 1 + late])
+    if group is not None and recipe.reduce_amax:  # ranks need not have run the same layers
+        _update(states, recipe, group, (BACKWARD, FORWARD))
+    elif late or not _as_before(states, recipe, (BACKWARD,)):
+        _update(states, recipe, None, (BACKWARD, FORWARD)[: 1 + late])
 
 
 def update_forward(recipe: DelayedScaling, group: Any) -> None:
     """When a recipe's outermost context ends: new scales of activations and weights."""
-    _update(serving(recipe), recipe, group if recipe.reduce_amax else None, (FORWARD,))
+    states, group = serving(recipe), group if recipe.reduce_amax else None
+    if group is not None or not _as_before(states, recipe, (FORWARD,)):
+        _update(states, recipe, group, (FORWARD,))
 
 
 def catch_up(state: Scaling, recipe: DelayedScaling) -> None:
@@ -76,8 +89,6 @@ def _update(
 
     Raises OpsgraphError if ranks of the group have other states.
     """
-    if group is None and (not states or _as_before(states, recipe, names)):
-        return
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NORMAL:
         largest = None
         if group is not None:
@@ -102,40 +113,42 @@ def _update_on(
     limits = _limits(recipe.fp8_format)
     algorithm = recipe.amax_compute_algo
     known = _known(device, states, isinstance(algorithm, str))
+    values = new_scales(count * (1 + forward), device)
     if isinstance(known, _Table):
         latest = algorithm == "most_recent"
-        update = partial(known.update, *known[1:], limits, recipe.margin, latest, names)
-        fixed = Fixed(update(amaxes), count)
+        given = () if amaxes is None else (amaxes,)
+        launch = known.updating(*known[1:], limits, recipe.margin, latest, names, bool(given))
+        launch(known.addresses, values, *given)
         if amaxes is None:
+            layout = tuple(values.shape), values.stride(), values.dtype
+            new, number = partial(empty_strided(device), *layout), device.index
+            again = _Again(launch, known.addresses, new, number, *_memory(states)[1:])
             kept = states[0].__dict__["_again"]
-            kept[(recipe.key, *names)] = _Again(update, device, *_where(_all_buffers(states)))
+            kept[(recipe.key, *names)] = again
             if len(kept) > _MOST:
                 del kept[next(iter(kept))]
     else:
         scales: list[Any] = [state._buffers["scale"] for state in states]
-        values = new_scales(count * (1 + forward), device)
-        fixed = Fixed(values, count)
         if forward:
             torch._foreach_copy_(list(values[count:].unbind(0)), scales)
         for name in names:
             ours = amaxes if amaxes is None else _of(amaxes, count, names, name)
             with torch.no_grad():
                 _by_formulas(known, recipe, name, limits[name == BACKWARD], ours)
-        torch._foreach_copy_(list(fixed.rows()), scales)
-    _hold(states, fixed, forward)
+        torch._foreach_copy_(list(values[:count].unbind(0)), scales)
+    _hold(states, Fixed(values), forward)
 
 
 def _hold(states: Sequence[Scaling], fixed: Fixed, forward: bool) -> None:
     """Have states read their new scales. forward: whether those of before stand behind them."""
     count = len(states)
     for k, state in enumerate(states):
-        host = state.__dict__
+        host = state.__dict__  # past the module's look at each attribute
+        scale = host["_buffers"]["scale"]
+        host["_fixed"] = fixed, k, scale, -1 if scale.is_inference() else scale._version
         if forward:
             host["_previous"] = fixed, count + k
             host["updates"] += 1
-        scale = host["_buffers"]["scale"]
-        host["_fixed"] = fixed, k, scale, -1 if scale.is_inference() else scale._version
-        host.pop("fixed", None)
         if Scaling.pinned:
             state.pin()
 
@@ -143,37 +156,42 @@ def _hold(states: Sequence[Scaling], fixed: Fixed, forward: bool) -> None:
 class _Again(NamedTuple):
     """An update by a kernel of states with buffers at certain addresses."""
 
-    update: Callable[[Tensor | None], Tensor]
-    device: torch.device
+    launch: Launch
+    table: Tensor
+    new: Callable[[], Tensor]
+    """Allocates what scales are written to, on the current device."""
+    number: int | None
+    """Of the device; None on a CPU."""
     addresses: list[int]
     sizes: list[int]
 
 
-def _all_buffers(states: Sequence[Scaling]) -> list[Tensor]:
-    """The four buffers of each state."""
-    buffers: list[Tensor] = []
-    for state in states:
-        buffers += _buffers_of(state.__dict__["_buffers"])
-    return buffers
+def _memory(states: Sequence[Scaling]) -> list[list[Any]]:
+    """The four buffers of each state, where they begin, and the sizes of the histories.
 
-
-def _where(buffers: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """The address of each, and the sizes of the histories."""
-    return [*map(Tensor.data_ptr, buffers)], [*map(Tensor.numel, buffers[3::4])]
+    Nothing is known of where they are if one is of a subclass.
+    """
+    buffers = [*chain.from_iterable(map(_four, map(_buffers, states)))]
+    if {*map(type, buffers)} != {Tensor}:
+        return [buffers, [], []]
+    return [buffers, [*map(Tensor.data_ptr, buffers)], [*map(Tensor.numel, buffers[3::4])]]
 
 
 def _as_before(states: Sequence[Scaling], recipe: DelayedScaling, names: Sequence[str]) -> bool:
     """Update states by the same kernel on the same memory; returns False where it is another."""
-    again = states[0].__dict__["_again"].get((recipe.key, *names))
+    if not states:
+        return True
+    again: _Again | None = states[0].__dict__["_again"].get((recipe.key, *names))
     if again is None or torch.is_inference_mode_enabled() or not ops_alone():
         return False
-    buffers = _all_buffers(states)
-    if {*map(type, buffers)} != {Tensor} or _where(buffers) != again[2:]:
+    launch, table, new, number, *where = again
+    if number is not None and (current_device() != number or capturing_here()):
         return False
-    if capturing(again.device):
+    if _memory(states)[1:] != where:
         return False
     with config.lock:  # other threads may run under the recipe
-        _hold(states, Fixed(again.update(None), len(states)), FORWARD in names)
+        launch(table, values := new())
+        _hold(states, Fixed(values), FORWARD in names)
     return True
 
 
@@ -186,7 +204,7 @@ def _limits(to: Format) -> tuple[float, float]:
 class _Table(NamedTuple):
     """A kernel, and what it needs of states with buffers at certain addresses."""
 
-    update: Callable[..., Tensor]
+    updating: Callable[..., Launch]
     addresses: Tensor
     length: int
     """Of all histories."""
@@ -209,10 +227,9 @@ _captured: dict[Any, _Table] = {}
 
 def _known(device: torch.device, states: Sequence[Scaling], by_kernel: bool) -> _Table | _Views:
     """What the first of some states keeps of all, looked at anew where an address is new."""
-    buffers = _all_buffers(states)
-    if set(map(type, buffers)) != {Tensor} or followed_ops(buffers[0]):
+    buffers, addresses, sizes = _memory(states)
+    if not addresses or followed_ops(buffers[0]):
         return _views(buffers)
-    addresses, sizes = _where(buffers)
     key = device, by_kernel, *sizes, *addresses
     kept = states[0].__dict__["_known"]
     known: _Table | _Views | None = kept.get(key)
@@ -244,10 +261,10 @@ def _views(buffers: Sequence[Tensor]) -> _Views:
     )
 
 
-def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
+def _kernel(device: torch.device) -> Callable[..., Launch] | None:
     """What updates states on a device in one launch, or None."""
     kernels = kernels_on(device)
-    return None if kernels is None else kernels.delayed_update
+    return None if kernels is None else kernels.updating
 
 
 def _by_formulas(

@@ -16,7 +16,6 @@ from ..base import config
 from ..base.errors import OpsgraphError
 from ..guards.compiled import compiled
 from ..guards.launching import launching
-from ..guards.torch_private import ops_alone
 from ..guards.watching import watching
 from .events import Event, Exchange, Wait, used
 from .native import program, replay, why_not
@@ -25,8 +24,7 @@ from .recorder import Recorder
 
 MOST = 256
 """Keys of which something is kept."""
-_known: dict[Hashable, Any] = {}
-"""By key what launches natively; until then how many calls there were, False where nothing does."""
+_known: dict[Hashable, "Launch"] = {}
 ATTEMPTS = 4
 """Calls that are recorded until one launches what was compiled before."""
 
@@ -34,7 +32,7 @@ ATTEMPTS = 4
 class _Native:
     """Launches that were recorded, on tensors that begin elsewhere.
 
-    `run(tensors)` returns False, having done nothing, where these are not as recorded: kernels may
+    `run(*tensors)` returns False, having done nothing, where these are not as recorded: kernels may
     be compiled for addresses that are multiples of 16, unless tensors may begin anywhere.
     """
 
@@ -59,8 +57,7 @@ class _Native:
             )
             namespace["current"] = torch._C._cuda_getDevice
             tests.insert(0, f"current() != {device.index}")
-        source = f"""def launched(tensors):
-    {", ".join(given)}, = tensors
+        source = f"""def launched({", ".join(given)}):
     {", ".join(names)} = {", ".join(f"{name}.data_ptr()" for name in given)}
     if {" or ".join(tests)}:
         return False
@@ -69,31 +66,44 @@ class _Native:
         fail(failed)
     return True
 """
-        self.run: Callable[[Sequence[Tensor]], bool] = compiled("launched", source, namespace)
+        self.run: Callable[..., bool] = compiled("launched", source, namespace)
 
 
 def _fail(failed: int) -> None:
     raise OpsgraphError(f"got error {failed >> 32} from a launch, expected none")
 
 
-def run(
-    key: Hashable, function: Callable[..., None], tensors: Sequence[Tensor], anywhere: bool = False
-) -> None:  # fmt: skip
-    """`function(*tensors)`, natively if that was recorded. A recorder sees the function."""
-    known = _known.get(key, 0)
-    if known is False or watching.recorder is not None or not ops_alone():
-        function(*tensors)
-    elif known == 0:
-        _known[key] = 1  # kernels are compiled
-        function(*tensors)
+class Launch:
+    """Launches what a function launches, natively once that was recorded."""
+
+    def __init__(self, function: Callable[..., None], anywhere: bool) -> None:
+        self.function, self.anywhere = function, anywhere
+        self.calls = 0
+        """How many there were until it is known whether one is native."""
+        self.native: _Native | None = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        if watching.recorder is not None:  # which sees the function
+            self.function(*tensors)
+        elif self.native is not None:
+            if not self.native.run(*tensors):
+                self.function(*tensors)
+        elif 0 < self.calls <= ATTEMPTS:
+            self.calls += 1
+            self.native = _recorded(self.function, tensors, self.anywhere)
+        else:
+            self.calls += 1  # kernels are compiled
+            self.function(*tensors)
+
+
+def by(key: Hashable, function: Callable[..., None], anywhere: bool = False) -> Launch:
+    """What launches it, see `guards.launching`."""
+    known = _known.get(key)
+    if known is None:
+        known = _known[key] = Launch(function, anywhere)
         if len(_known) > MOST:
             _known.pop(next(iter([*_known])), None)  # another thread may have dropped it
-    elif type(known) is int:
-        made = _recorded(function, tensors, anywhere)
-        again = made is None and known < ATTEMPTS
-        _known[key] = known + 1 if again else made or False
-    elif not known.run(tensors):
-        function(*tensors)
+    return known
 
 
 def _recorded(
@@ -115,4 +125,4 @@ def _recorded(
     return _Native(events, tensors, anywhere)
 
 
-launching.run = run
+launching.by = by

@@ -4,7 +4,7 @@ import pytest
 from delayed_kernels import UPDATES, check_noting, check_update
 
 from opsgraph.kernels.cpu import build
-from opsgraph.kernels.cpu.delayed import delayed_update, raise_to
+from opsgraph.kernels.cpu.delayed import raise_to, updating
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason="no C++ compiler")
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(build.why_not() is not None, reason="no C++ comp
 @pytest.mark.parametrize("length", UPDATES["length"][:4])
 def test_bits(length: int, margin: float, algorithm: str, names: tuple[str, ...]) -> None:
     for is_reduced in UPDATES["is_reduced"]:
-        check_update(delayed_update, length, margin, algorithm, names, is_reduced, "cpu")
+        check_update(updating, length, margin, algorithm, names, is_reduced, "cpu")
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 11])

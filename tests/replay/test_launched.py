@@ -8,7 +8,6 @@ from replays import random, replaying
 from torch import Tensor
 
 from opsgraph.guards.launching import launching
-from opsgraph.guards.torch_private import PassThrough
 from opsgraph.guards.watching import watching
 from opsgraph.kernels.cpu import build as library
 from opsgraph.kernels.cpu.transpose import _kernel as transpose
@@ -38,7 +37,7 @@ class Calls:
 
 def runs(calls: Calls, x: Tensor, y: Tensor) -> None:
     """Once, with the right result."""
-    launching.run("transpose", calls, [x, y])
+    launching.by("transpose", calls)(x, y)
     assert torch.equal(y, x.t())
 
 
@@ -54,15 +53,6 @@ def test_what_begins_elsewhere_in_16_bytes_is_launched_in_python() -> None:
     for _ in range(3):
         runs(calls, random(4, 8), torch.zeros(8, 4))
     runs(calls, random(33)[1:].view(4, 8), torch.zeros(8, 4))
-    assert calls.count == 3
-
-
-def test_modes_see_the_function() -> None:
-    calls = Calls()
-    for _ in range(3):
-        runs(calls, random(4, 8), torch.zeros(8, 4))
-    with PassThrough():  # type: ignore[no-untyped-call]
-        runs(calls, random(4, 8), torch.zeros(8, 4))
     assert calls.count == 3
 
 
@@ -83,7 +73,7 @@ def test_what_the_recorder_does_not_know_stays_in_python() -> None:
 
     for k in range(4):
         seen = torch.tensor(2.0)
-        launching.run("maximum", maximum, [seen, torch.tensor(float(k))])
+        launching.by("maximum", maximum)(seen, torch.tensor(float(k)))
         assert seen == max(2.0, k)
     assert len(calls) == 4
 
@@ -98,14 +88,14 @@ def test_memory_that_a_function_allocates_is_no_argument() -> None:
 
     for k in range(4):
         x, y = random(4, 8, seed=k), torch.zeros(4, 8)
-        launching.run("twice", twice, [x, y])
+        launching.by("twice", twice)(x, y)
         assert torch.equal(x, y)
     assert calls.count == 4
 
 
 def test_few_keys_are_kept() -> None:
     for k in range(launched.MOST + 5):
-        launching.run(k, lambda x: None, [torch.zeros(1)])
+        launching.by(k, lambda x: None)(torch.zeros(1))
     assert len(launched._known) == launched.MOST
 
 
@@ -119,7 +109,7 @@ def test_a_call_that_compiles_a_kernel_is_recorded_later() -> None:
 
     for k in range(5):
         x, y = random(4, 8, seed=k), torch.zeros(8, 4)
-        launching.run("compiles", compiles, [x, y])
+        launching.by("compiles", compiles)(x, y)
         assert torch.equal(y, x.t())
     assert calls.count == 3
 
@@ -128,6 +118,6 @@ def test_what_is_compiled_for_no_alignment_is_launched_anywhere() -> None:
     calls = Calls()
     for k in range(4):
         x, y = random(33)[k % 2 :][:32].view(4, 8), torch.zeros(8, 4)
-        launching.run("anywhere", calls, [x, y], anywhere=True)
+        launching.by("anywhere", calls, anywhere=True)(x, y)
         assert torch.equal(y, x.t())
     assert calls.count == 2

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ...guards.launching import launching
-from ..reference.quantize import new_scales
+from ...guards.launching import Launch, launching
 from .launch import Kernel, address
 
 PAIRS = 8
@@ -14,24 +13,22 @@ _update = Kernel("opsgraph_delayed_update", "5q 3d 3P", "delayed")
 _raise = Kernel("opsgraph_raise", f"q {2 * PAIRS}P", "delayed")
 
 
-def delayed_update(
+def updating(
     table: Tensor, length: int, limits: tuple[float, float], margin: float, latest: bool,
-    updates: Sequence[str], reduced: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`kernels.triton.delayed.delayed_update`, of states on the CPU."""
-    states, forward = table.size(0), "amax_forward" in updates
-    fixed = new_scales(states * (1 + forward), table.device)
+    updates: Sequence[str], reduced: bool = False,
+) -> Launch:  # fmt: skip
+    """`kernels.triton.delayed.updating`, of states on the CPU."""
+    states, factor = table.size(0), 2.0**-margin
+    forward, backward = (f"amax_{way}" in updates for way in ("forward", "backward"))
 
-    def update(table: Tensor, fixed: Tensor, reduced: Tensor | None = None) -> None:
+    def update(table: Tensor, fixed: Tensor, amaxes: Tensor | None = None) -> None:
         _update(
-            states, length, forward, "amax_backward" in updates, latest, *limits, 2.0**-margin,
-            table.data_ptr(), address(reduced), fixed.data_ptr(),
+            states, length, forward, backward, latest, *limits, factor,
+            table.data_ptr(), address(amaxes), fixed.data_ptr(),
         )  # fmt: skip
 
-    key = "update", table.device, states, length, limits, margin, latest, *updates
-    given = [table, fixed] if reduced is None else [table, fixed, reduced]
-    launching.run((*key, len(given)), update, given)
-    return fixed
+    key = "update", table.device, states, length, limits, margin, latest, *updates, reduced
+    return launching.by(key, update)
 
 
 def raise_to(seen: Sequence[Tensor], amaxes: Sequence[Tensor]) -> None:

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...guards.launching import launching
-from ..reference.quantize import FP32_MAX, new_scales
+from ...guards.launching import Launch, launching
+from ..reference.quantize import FP32_MAX
 from .launch import launch, on_device_of
 
 MOST = 1024
@@ -72,38 +72,35 @@ def delayed_update_kernel(
     tl.store(fixed + (state * 3 + column) * 4, result)
 
 
-def delayed_update(
+def updating(
     table: Tensor, length: int, limits: tuple[float, float], margin: float, latest: bool,
-    updates: Sequence[str], reduced: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`reference.quantize.delayed_update` on the buffers of states; returns all their scales.
+    updates: Sequence[str], reduced: bool = False,
+) -> Launch:  # fmt: skip
+    """What does `reference.quantize.delayed_update` on the buffers of states.
 
-    table: int64 `[states, 4]`, the addresses of each state's scale `[3]`, amax_forward `[2]`,
-    amax_backward `[1]` and amax_history `[length, 3]`, fp32 and contiguous, on the table's device.
-    What updates names, "amax_forward" or "amax_backward", becomes history and scales, by limits for
-    each, and is -1 afterwards; an amax below 0 changes nothing. latest: whether scales come from
-    the latest amax alone. reduced: where the amaxes are, all of updates one after the other. The
-    scales are as `new_scales` lays them out; after "amax_forward" those of before follow.
+    It is launched on the table and on where all scales are to be (`new_scales`), and, if reduced,
+    on where the amaxes are, fp32, all of updates one after the other. table: int64 `[states, 4]`,
+    the addresses of each state's scale `[3]`, amax_forward `[2]`, amax_backward `[1]` and
+    amax_history `[length, 3]`, fp32 and contiguous, on the table's device. What updates names,
+    "amax_forward" or "amax_backward", becomes history and scales, by limits for each, and is -1
+    afterwards; an amax below 0 changes nothing. latest: whether scales come from the latest amax
+    alone. After "amax_forward" the scales of before follow.
     """
-    forward = "amax_forward" in updates
-    fixed = new_scales(table.size(0) * (1 + forward), table.device)
+    states, block = table.size(0), min(MOST, 1 << (length - 1).bit_length())
+    options = dict(
+        FORWARD="amax_forward" in updates, BACKWARD="amax_backward" in updates, LATEST=latest,
+        LARGEST=FP32_MAX, BLOCK=block, num_warps=max(1, min(4, block // 256)),
+    )  # fmt: skip
 
-    def update(table: Tensor, fixed: Tensor, reduced: Tensor | None = None) -> None:
-        block = min(MOST, 1 << (length - 1).bit_length())
-        options = dict(
-            FORWARD=forward, BACKWARD="amax_backward" in updates, LATEST=latest, LARGEST=FP32_MAX,
-            BLOCK=block, num_warps=max(1, min(4, block // 256)),
-        )  # fmt: skip
+    def update(table: Tensor, fixed: Tensor, amaxes: Tensor | None = None) -> None:
         with on_device_of(table):
             launch(
-                delayed_update_kernel, (3 * table.size(0),),
-                table, reduced, fixed, length, *limits, 2.0**-margin, **options,
+                delayed_update_kernel, (3 * states,),
+                table, amaxes, fixed, length, *limits, 2.0**-margin, **options,
             )  # fmt: skip
 
-    key = "update", table.device, table.size(0), length, limits, margin, latest, *updates
-    given = [table, fixed] if reduced is None else [table, fixed, reduced]
-    launching.run((*key, len(given)), update, given)
-    return fixed
+    key = "update", table.device, states, length, limits, margin, latest, *updates, reduced
+    return launching.by(key, update)
 
 
 PAIRS = 8
@@ -137,7 +134,7 @@ def raise_to(seen: Sequence[Tensor], amaxes: Sequence[Tensor]) -> None:
     for first in range(0, len(seen), PAIRS):
         some, others = seen[first : first + PAIRS], amaxes[first : first + PAIRS]
         key = "raise", some[0].device, len(some)
-        launching.run(key, _raise_some, [*some, *others], anywhere=True)
+        launching.by(key, _raise_some, anywhere=True)(*some, *others)
 
 
 def _raise_some(*tensors: Tensor) -> None:

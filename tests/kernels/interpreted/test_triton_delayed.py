@@ -3,7 +3,7 @@
 import pytest
 from delayed_kernels import UPDATES, check_noting, check_update
 
-from opsgraph.kernels.triton.delayed import delayed_update, raise_to
+from opsgraph.kernels.triton.delayed import raise_to, updating
 
 
 @pytest.mark.parametrize("is_reduced", UPDATES["is_reduced"])
@@ -14,7 +14,7 @@ def test_bits(
     length: int, margin: float, algorithm: str, names: tuple[str, ...], is_reduced: bool,
     device: str,
 ) -> None:  # fmt: skip
-    check_update(delayed_update, length, margin, algorithm, names, is_reduced, device)
+    check_update(updating, length, margin, algorithm, names, is_reduced, device)
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 11])

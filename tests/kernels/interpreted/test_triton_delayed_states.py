@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import opsgraph as og
+from opsgraph.guards.launching import Launch
 from opsgraph.kernels.triton import delayed as kernel
 from opsgraph.ops import Linear, SiLU
 from opsgraph.precision import updates
@@ -95,15 +96,25 @@ def run(recipe: og.recipe.DelayedScaling, move: Callable[[Any], Any], device: st
     return between + found(moved)
 
 
+def counting() -> tuple[list[Any], Callable[..., Launch]]:
+    """What updates states, and a list of the launches: with what they were made, on what table."""
+    launches = list[Any]()
+
+    def counted(*arguments: Any) -> Launch:
+        launch = kernel.updating(*arguments)
+
+        def launched(table: Tensor, *tensors: Tensor) -> None:
+            launches.append((*arguments, table))
+            launch(table, *tensors)
+
+        return launched
+
+    return launches, counted
+
+
 @pytest.mark.parametrize("move", MOVES)
 def test_the_same_bits(move: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = []
-    update = kernel.delayed_update
-
-    def counted(*arguments: Any) -> Tensor:
-        launches.append(arguments)
-        return update(*arguments)
-
+    launches, counted = counting()
     monkeypatch.setattr(updates, "_kernel", lambda device: None)
     length = 20 + list(MOVES).index(move)
     recipe = og.recipe.DelayedScaling(amax_history_len=length)
@@ -120,30 +131,20 @@ def test_the_same_bits(move: str, device: str, monkeypatch: pytest.MonkeyPatch) 
 def test_one_launch_as_a_context_opens_and_one_as_it_ends(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launches, update = [], kernel.delayed_update
-
-    def counted(*arguments: Any) -> Tensor:
-        launches.append(arguments)
-        return update(*arguments)
-
+    launches, counted = counting()
     monkeypatch.setattr(updates, "_kernel", lambda device: counted)
     module, recipe = made(device), og.recipe.DelayedScaling(amax_history_len=40)
     step(module, recipe, 1.0)
     launches.clear()
     step(module, recipe, 2.0)
-    assert [names for *_, names, _ in launches] == [("amax_backward",), ("amax_forward",)]
-    first, second = (arguments[0] for arguments in launches)
+    assert [names for *_, names, _, _ in launches] == [("amax_backward",), ("amax_forward",)]
+    first, second = (table for *_, table in launches)
     assert first is second  # the table, which nothing made necessary to make again
 
 
 def test_graphs_take_tables_that_were_there(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And keep them. Where there is none, the formulas are captured."""
-    launches, update = [], kernel.delayed_update
-
-    def counted(*arguments: Any) -> Tensor:
-        launches.append(arguments)
-        return update(*arguments)
-
+    launches, counted = counting()
     monkeypatch.setattr(updates, "_kernel", lambda device: counted)
     monkeypatch.setattr(updates, "_captured", {})
     recipe = og.recipe.DelayedScaling(amax_history_len=41)
@@ -153,10 +154,11 @@ def test_graphs_take_tables_that_were_there(device: str, monkeypatch: pytest.Mon
     *_, table = states(module)[0]._known.values()  # of both, not of the one that was alone at first
     for capturing in (False, True):
         monkeypatch.setattr(updates, "capturing", lambda device, value=capturing: value)
+        monkeypatch.setattr(updates, "runs_at_once", lambda device, value=capturing: not value)
         launches.clear()
         step(module, recipe, 3.0)
         assert len(launches) == 2
-        assert all(arguments[0] is table.addresses for arguments in launches)
+        assert all(used is table.addresses for *_, used in launches)
         assert list(updates._captured.values()) == [table] * capturing
     del module
     launches.clear()
