@@ -83,12 +83,12 @@ class _Joining:
                 if place is not None:
                     self.owners[self.name(place)] = n, column
         parts = iter(self.specs.inputs[self.count :])
-        layers = {layer.weight: n for n, layer in enumerate(self.delayed)}
+        numbers = {layer.weight: n for n, layer in enumerate(self.delayed)}
         for place, copies, number in self.specs.prepared:
             for _ in copies:
                 _, scale, *_ = [next(parts).name for _ in range(number)]
-                if place in layers:  # the copy has the scale that it was made with
-                    self.owners[scale] = layers[place], 1
+                if place in numbers:  # the copy has the scale that it was made with
+                    self.owners[scale] = numbers[place], 1
         self.names = [value.name for value in self.specs.saved]
         self.saved = tuple(dict.fromkeys(map(self.owner, self.names)))
         self.places = tuple(self.saved.index(self.owner(name)) for name in self.names)
@@ -125,7 +125,10 @@ class _Joining:
         lines += [Line("bind", (value(given),), name) for given, name in both if given != name]
         scales = self.prepare.parameters[len(weights) :]
         lines += [self.part(n, 1, name) for n, name in enumerate(scales)]
-        lines += [*self.prepare.lines[:-1], *self.forward.lines[:-1]]
+        prepare = self.prepare.lines[:-1]
+        if self.delayed:
+            prepare = tuple(_preparing(line, noting) for line in prepare)
+        lines += [*prepare, *(_wanting(line, noting) for line in self.forward.lines[:-1])]
         outputs, _ = _returned(self.forward)
         first = len(outputs) - self.specs.reports
         if noting:
@@ -184,6 +187,7 @@ class _Joining:
             gradients[k] = literal(None)
         lines[-1:] = [*notes, Line("return", (tuple(gradients),))]
         own = self.backward.parameters[:-1]
+        lines = [_wanting(line, True) for line in lines]
         parameters = (*own, *map(_seen, layers), "saved")
         owners, names, places, count = self.owners, self.names, self.places, self.count
 
@@ -208,6 +212,32 @@ class _Joining:
 def _returned(function: Function) -> Any:
     """What a function returns: its arguments, in tuples."""
     return function.lines[-1].arguments
+
+
+def _wanting(line: Line, noting: bool) -> Line:
+    """A line of a step as a joined pass has it: of an amax it wants what is noted alone."""
+    target, keywords = line.target, dict(line.keywords)
+    want: Any = keywords.get("want")
+    if want is None or "amax" not in want.value or not _own(target):
+        return line
+    words = tuple(word for word in want.value if word != "amax")
+    words += _amax(target.backend) if noting else ()
+    return line._replace(keywords=(*(keywords | {"want": literal(words)}).items(),))
+
+
+def _preparing(line: Line, noting: bool) -> Line:
+    """The same of a line that quantizes a weight whose scaling is delayed."""
+    words = _amax(line.note.split()[-1]) if noting else ()
+    return line._replace(keywords=(("amax", literal(words)),))
+
+
+def _own(target: Any) -> bool:
+    return str(type(target).__module__).startswith("opsgraph.") and hasattr(target, "backend")
+
+
+def _amax(backend: str) -> tuple[str, ...]:
+    """What a backend is to give for an amax that is noted."""
+    return ("amaxes",) if backend == "triton" else ("amax",)
 
 
 def _note(layers: Sequence[int], columns: Sequence[int], amaxes: Any) -> Line:

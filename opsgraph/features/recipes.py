@@ -142,11 +142,9 @@ class StageRecipe:
 
     def backward(self, plan: Plan) -> tuple[Any, Sequence[Tensor]]:
         """What runs the backward after such a forward, and where it notes amaxes."""
-        run, first = plan.joined.backward, plan.specs.first_weight
-        if run is None:
-            return plan.passes.backward, ()
+        first = plan.specs.first_weight
         states: Any = [self.slots[k - first][0] for k in plan.specs.reported]
-        return run, seen_by(states, BACKWARD)
+        return plan.joined.backward, seen_by(states, BACKWARD)
 
     def prepare(self, plan: Plan, weights: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """The parts of the quantized weights, which the plan's forward takes behind the weights."""

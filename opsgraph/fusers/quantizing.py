@@ -88,18 +88,20 @@ def prepare_by(
     """What quantizes weights like this one, for the `prepare` of a plan to call.
 
     A QuantizedTensor in the same layout is taken as it is held, and has no amax. A tuple is what an
-    earlier call returned. Under torch.compile the compiler sees into the quantizer's formulas.
+    earlier call returned. amax: what is wanted of a delayed one's. Under torch.compile the compiler
+    sees into the quantizer's formulas.
     """
     backend, kernel = _chosen(order, quantizer, weight)
     delayed = quantizer.delayed
-    names = (*copies, "amax") if delayed else copies
 
     def parts(value: Quantized) -> tuple[Tensor, ...]:
         if len(copies) == 1:
             return quantizer.parts(value, copies[0])
         return (*quantizer.parts(value, copies[0]), *quantizer.parts(value, copies[1]))
 
-    def prepare(weight: Any, scale: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def prepare(
+        weight: Any, scale: Tensor | None = None, amax: tuple[str, ...] = ("amax",)
+    ) -> tuple[Tensor | None, ...]:
         if isinstance(weight, tuple):
             return weight
         weight = weight.detach()
@@ -108,8 +110,8 @@ def prepare_by(
                 return (*parts(held), None) if delayed else parts(held)
             weight = weight.dequantize()
         run = _by_formulas if torch.compiler.is_compiling() else kernel
-        value, amax = run(quantizer, weight, scale, names)
-        return (*parts(value), amax) if delayed else parts(value)
+        value, found = run(quantizer, weight, scale, (*copies, *amax) if delayed else copies)
+        return (*parts(value), found) if delayed else parts(value)
 
     return backend, prepare
 

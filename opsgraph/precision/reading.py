@@ -17,7 +17,6 @@ from .delayed import Scaling
 from .fixed import version_of
 from .tapes import tapes
 
-
 _buffers = attrgetter("_buffers")
 
 
@@ -27,9 +26,7 @@ def usual() -> bool:
 
 
 def _unwatched() -> bool:
-    return (
-        graph_task() == -1 and not tapes.recording and tapes.replaying is None and ops_alone()
-    )
+    return graph_task() == -1 and not tapes.recording and tapes.replaying is None and ops_alone()
 
 
 def fixed_of(states: Iterable[Scaling]) -> list[Tensor] | None:

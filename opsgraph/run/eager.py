@@ -32,7 +32,7 @@ class PlanFunction(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, stage: Any, extras: int, call: Any, *tensors: Tensor) -> Any:
         (run, more), x, ops = call, tensors[0], plan.ops
         ctx.plan, ctx.stage, ctx.count = plan, stage, len(tensors)
-        ctx.joined = run is not plan.passes.forward
+        ctx.joined = run is not plan.passes.forward and plan.joined.backward is not None
         ctx.lead = None if x.dim() == 2 else [t.shape for t in tensors[: extras + 1]]
         if ctx.lead is None and not plan.specs.autocast:
             outputs, saved = run(ops, *tensors, *more)

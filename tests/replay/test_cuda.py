@@ -23,7 +23,7 @@ from replays import (
 from torch import Tensor
 
 import opsgraph as og
-from opsgraph.ops import GroupedLinear, SwiGLU
+from opsgraph.ops import GroupedLinear, Linear, RMSNorm, SwiGLU
 from opsgraph.replay import native
 
 pytestmark = pytest.mark.gpu
@@ -94,6 +94,24 @@ def test_groups_of_rows() -> None:
     use(module)
     plan = module.plan(True, random(256, 64, dtype=BF16, device="cuda"))
     assert is_native(plan), told(plan)
+
+
+def test_amaxes_take_one_launch() -> None:
+    """Blocks have none: what quantizes leaves its amax in parts, and one kernel notes all."""
+    launches: dict[str, list[int]] = {}
+    for name in ("delayed", "blocks"):
+        layers = Linear(128, 256, bias=False), SwiGLU(), Linear(128, 128, bias=False)
+        module = og.Sequential(RMSNorm(128), *layers, device="cuda", dtype=BF16)
+        x = random(128, 128, dtype=BF16, device="cuda").requires_grad_()
+        with og.autocast(recipe=recipe_cases.RECIPES[name]):
+            for _ in range(4):
+                module(x).backward(x.detach())
+            texts = told(module.plan(True, x))
+        lines = [line for each in texts.values() for line in each]
+        assert all(line.endswith("in one native call") for line in lines), texts
+        counts = [line.split(": ")[1].split()[0] for line in lines]
+        launches[name] = [*map(int, counts)]
+    assert [a - b for a, b in zip(*launches.values(), strict=True)] == [1, 1]
 
 
 @pytest.mark.parametrize("name", recipe_cases.RECIPES)

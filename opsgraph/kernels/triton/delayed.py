@@ -103,42 +103,66 @@ def updating(
     return launching.by(key, update)
 
 
-PAIRS = 8
-"""Amaxes that one launch notes."""
+PAIRS, RAISED = 8, 1024
+"""Amaxes that one launch notes, and how many values of one it has at a time."""
 
 
 @triton.jit
-def _raise(seen, amax, there):
-    tl.debug_barrier()  # it may be the one before
-    if there:
-        old, new = tl.load(seen), tl.load(amax)
+def _raise(seen, amaxes, number, BLOCK: tl.constexpr):
+    count = number // 16
+    if count > 0:
+        slot = tl.arange(0, BLOCK)
+        largest = tl.full([BLOCK], -1.0, tl.float32)
+        broken = tl.zeros([BLOCK], tl.int32)
+        for start in tl.range(0, count, BLOCK):
+            value = tl.load(amaxes + start + slot, start + slot < count, other=-1.0)
+            broken = broken | (value != value).to(tl.int32)
+            largest = tl.maximum(largest, value)
+        tl.debug_barrier()  # it may be the one before
+        new = tl.where(tl.max(broken, 0) > 0, float("nan"), tl.max(largest, 0))
+        old = tl.load(seen)
         tl.store(seen, tl.where((new > old) | (new != new), new, old))
+        tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=[*range(2 * PAIRS)])
+@triton.jit(
+    do_not_specialize=[f"n{k}" for k in range(PAIRS)],
+    do_not_specialize_on_alignment=[*range(2 * PAIRS)],
+)
 def raise_kernel(
-    s0, s1, s2, s3, s4, s5, s6, s7, a0, a1, a2, a3, a4, a5, a6, a7, count
+    s0, s1, s2, s3, s4, s5, s6, s7, a0, a1, a2, a3, a4, a5, a6, a7,
+    n0, n1, n2, n3, n4, n5, n6, n7, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    _raise(s0, a0, count > 0)
-    _raise(s1, a1, count > 1)
-    _raise(s2, a2, count > 2)
-    _raise(s3, a3, count > 3)
-    _raise(s4, a4, count > 4)
-    _raise(s5, a5, count > 5)
-    _raise(s6, a6, count > 6)
-    _raise(s7, a7, count > 7)
+    """The amaxes of each of `seen` are at an address, as many as a 16th of n; 0 for none."""
+    _raise(s0, a0, n0, BLOCK)
+    _raise(s1, a1, n1, BLOCK)
+    _raise(s2, a2, n2, BLOCK)
+    _raise(s3, a3, n3, BLOCK)
+    _raise(s4, a4, n4, BLOCK)
+    _raise(s5, a5, n5, BLOCK)
+    _raise(s6, a6, n6, BLOCK)
+    _raise(s7, a7, n7, BLOCK)
 
 
 def raise_to(seen: Sequence[Tensor], amaxes: Sequence[Tensor]) -> None:
-    """Write the larger of both, or a NaN, to each of `seen`, fp32 `[]`, one after the other."""
+    """Write the larger of both, or a NaN, to each of `seen`, fp32 `[]`, one after the other.
+
+    amaxes: fp32 `[]`, or `[n]`, of which the largest counts.
+    """
     for first in range(0, len(seen), PAIRS):
         some, others = seen[first : first + PAIRS], amaxes[first : first + PAIRS]
-        key = "raise", some[0].device, len(some)
+        key = "raise", some[0].device, len(some), *map(Tensor.numel, others)
         launching.by(key, _raise_some, anywhere=True)(*some, *others)
 
 
 def _raise_some(*tensors: Tensor) -> None:
     count = len(tensors) // 2
     both = ([*side, *[side[0]] * (PAIRS - count)] for side in (tensors[:count], tensors[count:]))
+    # All of a kind for which Triton compiles one kernel: replays need it when they are recorded.
+    counts = *map(Tensor.numel, tensors[count:]), *[0] * (PAIRS - count)
+    numbers = [16 * number + 2 for number in counts]
     with on_device_of(tensors[0]):
-        launch(raise_kernel, (1,), *(each for side in both for each in side), count, num_warps=1)
+        launch(
+            raise_kernel, (1,), *(each for side in both for each in side), *numbers,
+            BLOCK=RAISED, num_warps=4,
+        )  # fmt: skip

@@ -119,6 +119,8 @@ class Output(NamedTuple):
     written: Tensor | None = None
     amax: bool = False
     """Whether the kernel has to find the amax."""
+    in_parts: bool = False
+    """Whether that is left as the amaxes of all programs, fp32 `[programs]`."""
     inverse: Tensor | None = None
     """Where to write `1 / scale` of scaling "tensor"."""
 
@@ -145,7 +147,12 @@ class Output(NamedTuple):
 
     def copies(self, want: Collection[str], amax: Tensor | None) -> Copies:
         """What was wanted, once it is written."""
-        return Copies(self.row, self.col, amax if "amax" in want else None, self.inverse)
+        known = amax if "amax" in want or "amaxes" in want else None
+        return Copies(self.row, self.col, known, self.inverse)
+
+    def found(self, amaxes: Tensor | None) -> Tensor | None:
+        """The amax of those that programs found, in the form that was wanted."""
+        return amaxes if amaxes is None or self.in_parts else max_partials(amaxes)
 
 
 def new_output(
@@ -163,7 +170,9 @@ def new_output(
             inverse = torch.empty_like(scale)
     row = new_copy(rows, width, to, x, scale) if "row" in want else None
     col = new_copy(width, rows, to, x, scale) if "col" in want else None
-    return Output(row, col, given, written, "amax" in want and amax is None, inverse)
+    in_parts = "amaxes" in want
+    finds = amax is None and (in_parts or "amax" in want)
+    return Output(row, col, given, written, finds, in_parts, inverse)
 
 
 def copies(
@@ -216,8 +225,7 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
             ROW_UNIT=row_unit, UNIT=unit, **source.constants(), **constants(to, x.device),
             SCALING=to.scaling, BLOCK=min(BLOCKS[to.scaling], options["C"]), **options,
         )  # fmt: skip
-        found = amaxes if amaxes is not None else col_amaxes
-        return None if found is None else max_partials(found)
+        return output.found(amaxes if amaxes is not None else col_amaxes)
 
 
 def _run_blocks(source: Source, to: Format, output: Output) -> None:
@@ -265,7 +273,8 @@ def quantize(
     """The copies of x (fp32, fp16 or bf16, `[rows, width]`) that are in want: "row", "col", "amax".
 
     scale, fp32 `[]`, is for scaling "tensor": without it the scale is x's own (current scaling).
-    Only that scaling gives the amax. Raises ValueError for what is not defined.
+    Only that scaling gives the amax. Where a scale is given, "amaxes" wants it as fp32 `[n]`, some
+    whose largest it is: one launch less. Raises ValueError for what is not defined.
     """
     return copies(Source("plain", x, x.size(1)), to, scale, want)
 

@@ -14,7 +14,6 @@ from .activations import FUSION, _output_width
 from .launch import (
     ceil_div,
     launch,
-    max_partials,
     on_device_of,
     row_major,
     stride_unit,
@@ -81,7 +80,7 @@ def activation_backward_quantize(
     if to.scaling == "rows":
         raise ValueError("an activation's gradient cannot be scaled by rows in one pass")
     rows, total = x.shape
-    want = {"row", "col", "amax"}.intersection(want)
+    want = {"row", "col", "amax", "amaxes"}.intersection(want)
     current = Output(amax=to.scaling == "tensor" and scale is None and bool(want))
     y_current = Output(amax=to.scaling == "tensor" and y_scale is None and bool(y_want))
     amax, y_amax, _ = _run(dy, x, flags, to, y_to.dtype, current, y_current)
@@ -142,7 +141,4 @@ def _run(
             )  # fmt: skip
             sum_partials(sums, bias, None, None)
     with on_device_of(x):
-        found, y_found = (
-            None if partials is None else max_partials(partials) for partials in (amaxes, y_amaxes)
-        )
-    return found, y_found, bias
+        return dx.found(amaxes), y.found(y_amaxes), bias

@@ -19,7 +19,6 @@ from ..formats import BLOCKS, NVFP4, Copies, Format, Target, check
 from .launch import (
     ceil_div,
     launch,
-    max_partials,
     on_device_of,
     packed,
     row_major,
@@ -113,7 +112,7 @@ def _read(
             SCALING="blocks" if to.scaling == "rows" else to.scaling, BLOCK=block,
             **config, **constants(to, x.device), **flags,
         )  # fmt: skip
-        return *read, None if amax is None else max_partials(amax)
+        return *read, output.found(amax)
 
 
 def norm_quantize(
@@ -129,9 +128,10 @@ def norm_quantize(
     rows, width = x.shape
     narrow, wanted = width <= NARROW, set(want)
     first = Format("tensor") if isinstance(to, NVFP4) else to  # NVFP4 too needs the amax first
-    output = Output(amax=narrow and first.scaling == "tensor" and (scale is None or "amax" in want))
+    finds = scale is None or "amax" in want
+    output = Output(amax=narrow and first.scaling == "tensor" and finds)
     if narrow and (scale is not None or first.scaling in ("rows", "blocks", "mx")):
-        output = new_output(rows, width, first, x, scale, wanted & {"row", "amax"}, None)
+        output = new_output(rows, width, first, x, scale, wanted & {"row", "amax", "amaxes"}, None)
         wanted -= {"row"}
     total, mean, rstd, amax = _read(
         x, weight, bias, eps, zero_centered, other, center, first, output

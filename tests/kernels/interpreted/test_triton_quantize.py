@@ -3,8 +3,9 @@
 The reference is itself held to an independent oracle: `test_reference_quantize.py`.
 """
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -238,6 +239,25 @@ def test_activation_backward(
     alone = activation_backward_quantize(dy, x, kind, to, want=("row",))
     check(alone[0], dx, to, None, ("row",))
     assert alone[1:] == (Copies(None, None, None), None)
+
+
+def test_an_amax_in_parts(device: str) -> None:
+    """What is written is the same, and the largest part is the amax."""
+    scale, to = torch.tensor(3.0, device=device), Format("tensor")
+
+    def both(run: Callable[..., Any]) -> None:
+        whole, parts = (run(want=(*BOTH, "rstd", word)) for word in ("amax", "amaxes"))
+        assert (whole.amax.dim(), parts.amax.dim()) == (0, 1)
+        assert torch.equal(parts.amax.amax(), whole.amax)
+        for one, other in zip((*whole.row, *whole.col), (*parts.row, *parts.col), strict=True):
+            assert torch.equal(bits(one), bits(other))
+
+    for rows, width in ((1, 16), (130, 256), (3, 20000)):
+        x = normal(rows, width, dtype=HALF, device=device)
+        both(partial(quantize, x, to, scale))
+        both(lambda want, x=x: norm_quantize(x, None, None, EPS, to, scale=scale, want=want)[0])
+        both(partial(activation_quantize, x, "swiglu", to, scale=scale))
+        both(lambda want, x=x: activation_backward_quantize(x, x, "gelu", to, (), scale, want)[0])
 
 
 def test_bias_gradient_sums_unrounded_values(device: str) -> None:
