@@ -127,8 +127,8 @@ class _Joining:
         lines += [self.part(n, 1, name) for n, name in enumerate(scales)]
         prepare = self.prepare.lines[:-1]
         if self.delayed:
-            prepare = tuple(_preparing(line, noting) for line in prepare)
-        lines += [*prepare, *(_wanting(line, noting) for line in self.forward.lines[:-1])]
+            prepare = tuple(map(_preparing, prepare))
+        lines += [*prepare, *map(_wanting, self.forward.lines[:-1])]
         outputs, _ = _returned(self.forward)
         first = len(outputs) - self.specs.reports
         if noting:
@@ -187,7 +187,7 @@ class _Joining:
             gradients[k] = literal(None)
         lines[-1:] = [*notes, Line("return", (tuple(gradients),))]
         own = self.backward.parameters[:-1]
-        lines = [_wanting(line, True) for line in lines]
+        lines = [*map(_wanting, lines)]
         parameters = (*own, *map(_seen, layers), "saved")
         owners, names, places, count = self.owners, self.names, self.places, self.count
 
@@ -214,30 +214,27 @@ def _returned(function: Function) -> Any:
     return function.lines[-1].arguments
 
 
-def _wanting(line: Line, noting: bool) -> Line:
-    """A line of a step as a joined pass has it: of an amax it wants what is noted alone."""
+def _wanting(line: Line) -> Line:
+    """A line of a step as a joined pass has it: of Triton's kernels it wants amaxes in parts.
+
+    So `note` is all that is launched for them. Passes that note none want them too: their first
+    call runs the plan's own functions, and a kernel that was compiled for those is recorded.
+    """
     target, keywords = line.target, dict(line.keywords)
     want: Any = keywords.get("want")
-    if want is None or "amax" not in want.value or not _own(target):
+    if want is None or getattr(target, "backend", None) != "triton":
         return line
-    words = tuple(word for word in want.value if word != "amax")
-    words += _amax(target.backend) if noting else ()
+    if not type(target).__module__.startswith("opsgraph."):
+        return line
+    words = tuple("amaxes" if word == "amax" else word for word in want.value)
     return line._replace(keywords=(*(keywords | {"want": literal(words)}).items(),))
 
 
-def _preparing(line: Line, noting: bool) -> Line:
+def _preparing(line: Line) -> Line:
     """The same of a line that quantizes a weight whose scaling is delayed."""
-    words = _amax(line.note.split()[-1]) if noting else ()
-    return line._replace(keywords=(("amax", literal(words)),))
-
-
-def _own(target: Any) -> bool:
-    return str(type(target).__module__).startswith("opsgraph.") and hasattr(target, "backend")
-
-
-def _amax(backend: str) -> tuple[str, ...]:
-    """What a backend is to give for an amax that is noted."""
-    return ("amaxes",) if backend == "triton" else ("amax",)
+    if not line.note.endswith(" triton"):
+        return line
+    return line._replace(keywords=(("amax", literal(("amaxes",))),))
 
 
 def _note(layers: Sequence[int], columns: Sequence[int], amaxes: Any) -> Line:

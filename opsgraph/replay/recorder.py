@@ -17,6 +17,7 @@ Rules:
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,6 +76,12 @@ _EXCHANGES = {
 _WAIT = "_c10d_functional.wait_tensor.default"
 
 
+@cache
+def _name(func: Any) -> str:
+    """What an op is called, as its text is."""
+    return str(func)
+
+
 def span(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to its last one's end."""
     if not tensor.numel():
@@ -84,7 +91,7 @@ def span(tensor: Tensor) -> int:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the events of one line after the other: `with recorder: ...`, then `take()`."""
+    """Notes the events of one line after the other: `begin()`, the line, `take()`, inside of it."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -127,9 +134,13 @@ class Recorder(TorchDispatchMode):
 
     # -- a line --
 
-    def __enter__(self) -> Any:
+    def begin(self) -> None:
+        """A line begins, as the first one does when the recorder is entered."""
         self._events, self._reason, self._first = [], None, len(self.buffers)
         self._under_way = []
+
+    def __enter__(self) -> Any:
+        self.begin()
         watching.recorder = self
         watching.modes += 1
         return super().__enter__()  # type: ignore[no-untyped-call]
@@ -257,7 +268,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         try:
-            self._see(str(func), args, kwargs, result)
+            self._see(_name(func), args, kwargs, result)
         except _Refused as refused:
             self.refuse(f"{func}: {refused}")
         return result

@@ -81,34 +81,39 @@ class Recording:
     def run(self, variables: dict[str, Any]) -> Any:
         """Run the pass. variables: the arguments by name, and what the lines bind them from."""
         result: Any = None
-        for number, line in enumerate(self.function.lines):
-            reads = {name: self.slots[name] for name in line.reads if name in self.slots}
-            if line.function in STRUCTURAL:
-                self._move(line)
-                result = run_line(line, self.ops, variables)
-                continue
-            read = [self.values[slot] for slot in reads.values()]
-            self.recorder.reading = {v.place.buffer for v in read if isinstance(v, Geometry)}
-            with self.recorder:
-                if number in self.in_python:
-                    self.recorder.refuse("a line in Python reads what it makes")
-                elif not _ours(line):
-                    self.recorder.refuse("it is no function of opsgraph's")
-                consumed = [reads.get(name) for name in line.overwrites]
-                self.recorder.consumed = consumed
-                run_line(line, self.ops, variables)
-                taken = self.recorder.taken.values()
-                if any(self._size(k) >= LARGE and k not in taken for k in consumed):
-                    self.recorder.refuse("it lets go of large memory midway")
-            events, reason = self.recorder.take()
-            makes = {}
-            for made in line.makes:
-                self.slots[made] = makes[made] = k = len(self.values)
-                value = variables.get(made)
-                known = self._described(value) if reason is None else self._made(k, value)
-                self.values.append(known)
-            self.steps.append(Step(number, line, reads, makes, events, reason))
+        with self.recorder:
+            for number, line in enumerate(self.function.lines):
+                if line.function in STRUCTURAL:
+                    self._move(line)
+                    result = run_line(line, self.ops, variables)
+                else:
+                    self._step(number, line, variables)
         return result
+
+    def _step(self, number: int, line: Line, variables: dict[str, Any]) -> None:
+        """Run a line, and note what it does."""
+        recorder = self.recorder
+        reads = {name: self.slots[name] for name in line.reads if name in self.slots}
+        read = [self.values[slot] for slot in reads.values()]
+        recorder.begin()
+        recorder.reading = {v.place.buffer for v in read if isinstance(v, Geometry)}
+        if number in self.in_python:
+            recorder.refuse("a line in Python reads what it makes")
+        elif not _ours(line):
+            recorder.refuse("it is no function of opsgraph's")
+        recorder.consumed = consumed = [reads.get(name) for name in line.overwrites]
+        run_line(line, self.ops, variables)
+        taken = recorder.taken.values()
+        if any(self._size(k) >= LARGE and k not in taken for k in consumed):
+            recorder.refuse("it lets go of large memory midway")
+        events, reason = recorder.take()
+        makes = {}
+        for made in line.makes:
+            self.slots[made] = makes[made] = k = len(self.values)
+            value = variables.get(made)
+            known = self._described(value) if reason is None else self._made(k, value)
+            self.values.append(known)
+        self.steps.append(Step(number, line, reads, makes, events, reason))
 
     def _handed(self, slot: int, value: Any) -> Any:
         """What a slot holds that a replay does not make itself."""

@@ -65,20 +65,6 @@ def test_a_block_with_biases_and_a_residual(name: str) -> None:
     assert plan.joined.forward is not plan.passes.forward
 
 
-def test_calls_without_grad_ask_for_no_amax() -> None:
-    module, recipe = block(), RECIPES["delayed"]()
-    with og.autocast(recipe=recipe):
-        plan = module.plan(True, random(ROWS, WIDTH, dtype=torch.bfloat16))
-
-    def wanted(function: Any) -> list[bool]:
-        words = [dict(line.keywords) for line in function.lines]
-        names = [each.get("want") or each.get("amax") for each in words]
-        return [word is not None and "amax" in word.value for word in names]
-
-    assert sum(wanted(plan.joined.forward.function)) == 4
-    assert sum(wanted(plan.joined.silent.function)) == 0
-
-
 def test_a_layer_that_stands_twice() -> None:
     def make() -> Any:
         torch.manual_seed(0)

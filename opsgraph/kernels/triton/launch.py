@@ -90,6 +90,24 @@ def _with_scratch(scratch: Any, run: Any, *operands: Any, **constants: Any) -> A
 _INTEGERS = re.compile("[iu][0-9]+")
 
 
+@cache
+def _form(kernel: Any, compiled: Any) -> tuple[str, tuple[str, ...]]:
+    """How parameters lie that a compiled kernel takes: a struct's format, the type of each.
+
+    A type that is not known ends them; what the kernel was compiled for is "constexpr".
+    """
+    form, kinds = "=", list[str]()
+    for name in kernel.arg_names:
+        kinds.append(kind := compiled.src.signature[name])
+        if kind.startswith("*") or _INTEGERS.fullmatch(kind):
+            form += "q"
+        elif kind == "fp32":
+            form += "f4x"
+        elif kind != "constexpr":
+            break
+    return form, tuple(kinds)
+
+
 def _tell(
     kernel: Any, compiled: Any, grid: tuple[int, ...], operands: tuple[Any, ...],
     scratch: Tensor | None,
@@ -100,22 +118,18 @@ def _tell(
     areas (`triton/backends/nvidia/driver.c`, 3.6 to 3.9): the first one's is for descriptors that a
     kernel makes, the second one's our kernels do not use.
     """
-    metadata, types = compiled.metadata, compiled.src.signature
-    words, addresses = b"", []
-    for name, operand in zip(kernel.arg_names, operands, strict=False):
-        kind = types[name]
-        if kind == "constexpr":
-            continue
-        if kind.startswith("*"):
-            addresses.append((len(words) // 8, operand.data_ptr()))
-            words += bytes(8)
-        elif _INTEGERS.fullmatch(kind):
-            words += struct.pack("=q", operand)
-        elif kind == "fp32":
-            words += struct.pack("=f4x", operand)
-        else:
-            watching.recorder.refuse(f"a kernel has a parameter of type {kind}")
-            return
+    metadata, (form, kinds) = compiled.metadata, _form(kernel, compiled)
+    if len(kinds) < len(kernel.arg_names):
+        watching.recorder.refuse(f"a kernel has a parameter of type {kinds[-1]}")
+        return
+    values, addresses = list[Any](), []
+    for kind, operand in zip(kinds, operands, strict=False):
+        if kind[0] == "*":
+            addresses.append((len(values), operand.data_ptr()))
+            values.append(0)
+        elif kind != "constexpr":
+            values.append(operand)
+    words = struct.pack(form, *values)
     if scratch is not None:
         addresses.append((len(words) // 8, scratch.data_ptr()))
     extras = "profile_scratch_size", "launch_cooperative_grid", "launch_pdl"
