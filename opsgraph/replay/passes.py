@@ -7,9 +7,10 @@ subclasses of tensors, for tensors that are laid out as none before.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ class Pass:
         self.saved = len(saved or ())
         self.operands: Operands | None = None
         """What it expects; None where PyTorch's ops alone run."""
+        self.expects: Callable[[], Operands] | None = None
+        """Finds that out, for the first call: a plan has passes that few calls run."""
         self.records: OrderedDict[Any, Any] = OrderedDict()
         """What replays calls of a key; None until the second call, False where nothing does."""
         self.in_python: set[int] = set()
@@ -81,6 +84,8 @@ class Pass:
 
     def _run(self, arguments: tuple[Any, ...]) -> Any:
         """A call of other layouts than the last one."""
+        if (expects := self.expects) is not None:
+            self.operands, self.expects = expects(), None
         if (self.reason is not None and self.operands is None) or not ops_alone():
             return self.python(*arguments)
         if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
@@ -223,7 +228,7 @@ def replayed(
             return function.call
         run = Pass(name, function, x.device, config, saved, why_not)
         if why_not is None and x.device.type in ("cpu", "cuda"):
-            run.operands = operands(plan, name, function, run.names)
+            run.expects = partial(operands, plan, name, function, run.names)
         if saved is not None:
             run.in_python = _into_main_grad(plan, function)
         return run
