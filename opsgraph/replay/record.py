@@ -8,9 +8,9 @@ which two temporaries share memory unless they are in use at the same time.
     def replayed(ops, v0, v1, fits=fits):
         if modes() and followed() or not fits(v0, v1):
             return None
-        p0, p1, = map(address, (v0, v1, ))
+        p0, p1 = v0.data_ptr(), v1.data_ptr()
         v3, = starmap(new, layouts0)
-        failed = replay(program0_0, pack0(p0, p1, *map(address, (v3, ))), 0)
+        failed = replay(program0_0, pack0(p0, p1, v3.data_ptr()), 0)
         if failed:
             fail0(failed)
         return (v3,), (v0,)
@@ -206,12 +206,13 @@ class Stretch:
 
     def text(self, number: int, namespace: dict[str, Any], count: int) -> Iterator[str]:
         """Its lines of source, with what they name in the namespace. count: of the arguments."""
-        addresses = [pointer(slot) for slot in self.bases if slot < count]
-        others = [name(slot) for slot in self.bases if slot >= count]
+        addresses = [
+            pointer(slot) if slot < count else f"{name(slot)}.data_ptr()" for slot in self.bases
+        ]
         results = [(name(result.slot), result) for result in self.results]
         if self.arena > self.provided:
             results.append(("room", Result(NOTHING, (self.arena,), torch.uint8, self.device)))
-            others.append("room")
+            addresses.append("room.data_ptr()")
         yield from filter(None, (result.text(variable) for variable, result in results))
         if new := {variable: r for variable, r in results if r.text(variable) is None}:
             layouts = [
@@ -219,9 +220,8 @@ class Stretch:
                 for dtype, sizes, strides in (r.layout for r in new.values())
             ]
             namespace[f"layouts{number}"] = layouts
-            yield f"{_row(new)}= starmap(new, layouts{number})"
-        namespace[f"pack{number}"] = struct.Struct(f"={len(addresses) + len(others)}q").pack
-        addresses += [f"*map(address, ({_row(others)}))"] * bool(others)
+            yield f"{', '.join(new)}, = starmap(new, layouts{number})"
+        namespace[f"pack{number}"] = struct.Struct(f"={len(addresses)}q").pack
         namespace[f"fail{number}"] = self.fail
         stream = "0" if self.device.type == "cpu" else f"stream({self.device.index})"
         packed = f"pack{number}({', '.join(addresses)})"
@@ -319,7 +319,7 @@ class Record:
             "torch": torch, "replay": replay(device.type), "kept": memory.empty,
             "new": empty_strided(device), "fits": fits, "exact": fits, "modes": dispatch_stack,
             "threads": torch.get_num_threads, "followed": dispatch_modes, "view": view,
-            "in_place_of": in_place_of, "address": Tensor.data_ptr, "starmap": starmap,
+            "in_place_of": in_place_of, "starmap": starmap,
         }  # fmt: skip
         if device.type == "cuda":
             namespace["stream"] = torch._C._cuda_getCurrentRawStream
@@ -344,7 +344,8 @@ class Record:
         pointers = sorted((read & {*range(count)}).union(*shared))
         if pointers:
             all_pointers = ", ".join(map(pointer, pointers))
-            lines.append(f"{all_pointers}, = map(address, ({_row(map(name, pointers))}))")
+            values = ", ".join(f"{name(k)}.data_ptr()" for k in pointers)
+            lines.append(f"{all_pointers} = {values}")
         if needed := [_room(k, *layout) for k, layout in layouts.items() if k in present]:
             lines += [f"if {' or '.join(needed)}:", "    return None"]
         tests = [f"{pointer(k)} != {pointer(other)}" for k, other in sorted(shared)]
@@ -363,10 +364,6 @@ class Record:
         """Replays the pass; returns None, having done nothing, where memory is not as recorded."""
         self.run_if: Callable[..., Any] | None = None if fits is None else run
         """The same, which also looks whether arguments are laid out as recorded."""
-
-
-def _row(names: Iterable[str]) -> str:
-    return "".join(f"{name}, " for name in names)
 
 
 def _room(slot: int, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int]) -> str:
