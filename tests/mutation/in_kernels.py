@@ -166,7 +166,7 @@ TRITON: tuple[Fault, ...] = (
     ),
     fault(
         "triton-norm-dx", "The input gradient of a norm lacks a factor of rstd squared.",
-        _NORMS, "(scale * scale * scale * dot / WIDTH) * xc", "(scale * dot / WIDTH) * xc",
+        _NORMS, "m - scale * (scale * dot / WIDTH) * xc", "m - (dot / WIDTH) * xc",
         f"{_TESTS}/test_triton_norms.py",
     ),
     fault(

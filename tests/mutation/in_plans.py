@@ -61,7 +61,7 @@ CODE: tuple[Fault, ...] = (
     fault(
         "gradients-added", "The second gradient of a value takes the place of the first.",
         "plan/codegen.py", 'self.add(Line("add", (value(name), value(gradient)), name))',
-        'self.add(Line("bind", (value(gradient),), name))', "test_fuzz.py",
+        'self.add(Line("bind", (value(gradient),), name))', "run/test_key.py",
     ),
     fault(
         "views-returned", "An input that is also an output is returned as it is.",

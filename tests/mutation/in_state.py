@@ -30,15 +30,17 @@ MODULES: tuple[Fault, ...] = (
     fault(
         "key-of-modes", "Training and evaluation share a plan.",
         "run/key.py", "trains = tuple([op.training for op in modes]) if modes else ()",
-        "trains = tuple([True for op in modes]) if modes else ()", *RUN,
+        "trains = tuple([True for op in modes]) if modes else ()", "run/test_key.py", *RUN,
     ),
     fault(
         "key-of-frozen", "Frozen and trained weights share a plan.",
-        "run/key.py", "grad and w.requires_grad,", "grad,", *RUN, "run/test_autograd.py",
+        "run/key.py", "grad and w.requires_grad,", "grad,", "run/test_key.py", *RUN,
+        "run/test_autograd.py",
     ),
     fault(
         "key-of-autocast", "Calls with and without autocast share a plan.",
-        "run/key.py", "compute = torch.get_autocast_dtype(kind)", "compute = None", *RUN,
+        "run/key.py", "compute = torch.get_autocast_dtype(kind)", "compute = None",
+        "run/test_key.py", *RUN,
         "features/test_casting.py",
     ),
     fault(

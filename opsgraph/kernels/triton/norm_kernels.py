@@ -270,7 +270,7 @@ def backward_kernel(
                 m = _load_again(dy, row * dy_stride + cols, mask)
                 if weight is not None:
                     m *= _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
-            out = scale * m - (scale * scale * scale * dot / WIDTH) * xc
+            out = scale * (m - scale * (scale * dot / WIDTH) * xc)  # rstd^3 may be 0
             if mean is not None:
                 out -= scale * (plain / WIDTH)
             if dother is not None:
@@ -306,7 +306,7 @@ def backward_wide_dots_kernel(
             grad *= _load_weight(weight, cols, mask, ZERO_CENTERED)
         dot += grad * (_load(x, row * x_stride * UNIT + cols, mask) - center)
         plain += grad
-    tl.store(dots + row * 2, -scale * scale * scale * tl.sum(dot, 0) / WIDTH)
+    tl.store(dots + row * 2, -scale * (scale * tl.sum(dot, 0) / WIDTH))
     if mean is not None:
         tl.store(dots + row * 2 + 1, -scale * tl.sum(plain, 0) / WIDTH)
 
@@ -337,7 +337,7 @@ def backward_wide_kernel(
         if dx is not None:
             if weight is not None:
                 grad *= _load_weight(weight, cols, cols < WIDTH, ZERO_CENTERED)
-            out = scale * grad + _load(dots, row * 2, inside) * value
+            out = scale * (grad + _load(dots, row * 2, inside) * value)
             if mean is not None:
                 out += _load(dots, row * 2 + 1, inside)
             if dother is not None:

@@ -4,7 +4,7 @@ One kernel serves both norms: with `xc = x - mean` (or `x` for RMSNorm), `m = dy
 `rstd = rsqrt(mean(xc^2) + eps)`,
 
     y  = xc * rstd * weight + bias
-    dx = rstd * m + b * xc + a,   b = -rstd^3 * mean(m * xc),   a = -rstd * mean(m) or 0
+    dx = rstd * (m + b * xc) + a,   b = -rstd^2 * mean(m * xc),   a = -rstd * mean(m) or 0
     dweight = sum(dy * xc * rstd),   dbias = sum(dy)
 
 Rows of up to `NARROW` columns (forward) or `NARROW` bytes (backward) are held in registers, each

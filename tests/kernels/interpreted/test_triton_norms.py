@@ -279,3 +279,15 @@ def test_a_residual_of_another_dtype(
         assert found[0].dtype == (torch.float32 if to is None else torch.bfloat16)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[2], expected[2])
+
+
+@pytest.mark.parametrize("width", [100, 8200])
+@pytest.mark.parametrize("center", [False, True], ids=["RMSNorm", "LayerNorm"])
+def test_gradients_of_rows_whose_rstd_cubed_is_zero(device: str, center: bool, width: int) -> None:
+    x = normal(2, width, dtype=torch.float32, device=device, seed=1) * 2.0**52
+    dy = normal(2, width, dtype=torch.float32, device=device, seed=2)
+    _, mean, rstd, _ = norm_forward(x, None, None, EPS, center=center)
+    dx = norm_backward(dy, x, mean, rstd, None, want=("x",))[0]
+    wide = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(norm64(wide, None, None, False, center), wide, dy.double())
+    assert (dx - expected).abs().max() < 1e-5 * expected.abs().max()
