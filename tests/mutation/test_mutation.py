@@ -1,10 +1,12 @@
 """The list of planted faults fits the product as it is, so it cannot rot."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.mutation.__main__ import RECORD
 from tests.mutation.faults import FAULTS
 from tests.mutation.form import Edit, Fault, misfits, plant
 from tests.mutation.reverted import REVERTED
@@ -19,6 +21,12 @@ def test_every_fault_can_be_planted() -> None:
 def test_names_are_unique_and_words_are_there() -> None:
     assert max(Counter(fault.name for fault in ALL).values()) == 1
     assert all(fault.breaks.endswith(".") for fault in ALL)
+
+
+def test_tests_notice_every_fault_that_was_run() -> None:
+    record = json.loads(RECORD.read_text())
+    assert {*record} <= {fault.name for fault in ALL}
+    assert all(found["tests"]["noticed"] for found in record.values())
 
 
 def test_a_fault_is_planted_and_taken_out_again(tmp_path: Path) -> None:
