@@ -91,6 +91,7 @@ def check(rows: list[dict[str, Any]], allowed: Callable[[dict[str, Any]], int]) 
         for row in rows
         if " 100" not in row["case"].removesuffix(" 1000") and not row["wide_loads"]
         and row["kernel"] not in {"delayed_update_kernel", "raise_kernel", *HOPPER}
+        and not (row["kernel"] == "activation_backward_kernel" and "row+col" in row["case"])
     ]  # fmt: skip
     assert not slow, "\n".join(map(str, slow))
 

@@ -25,7 +25,8 @@ def _vanishing(factor, x):
 def _swish(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
     """x * sigmoid(alpha * x)"""
     s = sigmoid(x * ALPHA)
-    return _vanishing(s, x), s + _vanishing(s * (1.0 - s), ALPHA * x), x < x
+    value = _vanishing(s, x)
+    return value, s + (1.0 - s) * tl.minimum(ALPHA * value, 3.0e38), x < x
 
 
 @triton.jit

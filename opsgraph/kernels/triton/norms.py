@@ -87,15 +87,15 @@ def _backward(width: int, itemsize: int, both: bool) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     if width * itemsize > NARROW:
         return {"BLOCK": 1024, "ROWS": 2, "num_warps": 4 if itemsize == 2 else 8}
-    rows = max(1, min(16, 1024 // block))
-    warps = 4 if block <= 2048 else 8 if block <= 4096 else 16
+    # Measured on an H200. The next rows, and the weight, wait in registers where there is room.
+    held = both and itemsize == 2 and block <= 8192
+    warps = 4 if block <= (1024 if held else 2048) else 8 if block <= 4096 else 16
     cols = block if block > 8192 else min(block, warps * 256)
-    # Measured on an H200. The next rows wait in registers where there is room for them.
-    ahead = itemsize == 2 and (block <= 4096 or (both and block == 8192))
-    hoist = both and block <= 1024
     return {
-        "CHUNKS": block // cols, "ROWS": rows, "COLS": cols, "HOIST": hoist,
-        "AHEAD": ahead and not hoist, "AGAIN": both and block > 8192, "num_warps": warps,
+        "CHUNKS": block // cols, "ROWS": max(1, min(16, (512 * warps if held else 1024) // block)),
+        "COLS": cols, "HOIST": held or (both and block <= 1024),
+        "AHEAD": held or (itemsize == 2 and block <= 4096 and not both),
+        "AGAIN": both and block > 8192, "num_warps": warps,
     }  # fmt: skip
 
 
@@ -109,11 +109,16 @@ def _stages(config: dict[str, int], dy: Tensor, x: Tensor, *others: Tensor | Non
     return 2 if size + 1024 <= shared_memory(x.device) else 1
 
 
-def _programs_per_multiprocessor(width: int, both: bool) -> int:
+def _programs_per_multiprocessor(width: int, itemsize: int, both: bool) -> int:
     """As many as fit in its registers."""
-    for limit, one, two in ((1024, 6, 8), (2048, 5, 4), (4096, 2, 2), (8192, 2, 1)):
+    for limit, one, two, held in (
+        (1024, 6, 8, 4),
+        (2048, 5, 4, 2),
+        (4096, 2, 2, 2),
+        (8192, 2, 1, 1),
+    ):
         if width <= limit:
-            return two if both else one
+            return one if not both else held if itemsize == 2 else two
     return 1
 
 
@@ -195,7 +200,9 @@ def norm_backward(
     config = backward_config(width, x.element_size(), both)
     narrow = "CHUNKS" in config
     if narrow:
-        most = multiprocessors(x.device) * _programs_per_multiprocessor(width, both)
+        most = multiprocessors(x.device) * _programs_per_multiprocessor(
+            width, x.element_size(), both
+        )
     else:
         blocks = ceil_div(width, config["BLOCK"])
         most = max(1, multiprocessors(x.device) * 8 // blocks)

@@ -26,11 +26,11 @@ from .launch import ceil_div, launch, max_partials, on_device_of, stride_unit
 from .quantize_tiles import amax_kernel, blocks_kernel, copy_kernel, rows_kernel
 from .source import Source
 
-COPY_CONFIG = {"R": 64, "C": 64, "num_warps": 4}
+COPY_CONFIG = {"R": 128, "C": 64, "num_warps": 8}
 """Where columns are written, of sources that read one tensor."""
 BLOCKS_CONFIGS = {
     "blocks": {"R": 32, "COL_R": 64, "STAGES": 1, "num_warps": 4},
-    "square": {"R": 32, "COL_R": 128, "STAGES": 1, "num_warps": 8},
+    "square": {"R": 64, "COL_R": 128, "STAGES": 1, "num_warps": 8},
 }
 MADE_CONFIG = {"R": 32, "COL_R": 32, "STAGES": 1, "num_warps": 8}
 """Of blocks of what a source makes of x."""
@@ -74,6 +74,12 @@ def _config(source: Source, to: Format, tall: bool, amax: bool = False) -> dict[
 def _blocks_configs(scaling: str, source: str, *_: Any) -> tuple[dict[str, int], ...]:
     usual = BLOCKS_CONFIGS[scaling] if source == "plain" else MADE_CONFIG
     return around(usual, R=(16, 64), COL_R=(32, 128), STAGES=(1, 2), num_warps=(4, 16))
+
+
+def fours(rows: int, tile: int, warps: int) -> int:
+    """FOURS of `quantize_kernels.rows_of`, for the size of a tile whose columns are written."""
+    across = tile // (warps * 32 * 4)
+    return min(8, across) if rows % 16 == 0 and across >= 4 else 0
 
 
 def constants(to: Format, device: torch.device) -> dict[str, Any]:
@@ -140,6 +146,18 @@ class Output(NamedTuple):
     def blocks(self) -> tuple[Tensor | None, ...]:
         """Data, scale and inverse of the row copy, and of the column copy, as kernels take them."""
         return *_bytes(self.row), *_bytes(self.col)
+
+    def scales(self) -> tuple[Tensor | None, ...]:
+        """`blocks` without the column copy's data."""
+        row, row_scale, row_inverse, _, col_scale, col_inverse = self.blocks()
+        return row, row_scale, row_inverse, col_scale, col_inverse
+
+    def known(self, square: bool, columns: Tensor | None) -> tuple[Tensor | None, ...]:
+        """`operands` for what is left of blocks once their scales are written, which are given."""
+        row, row_scale, _, col, col_scale, _ = self.blocks()
+        if square:
+            return row, None, col, None, row_scale if col is None else col_scale, None
+        return None, None, col, None, columns, None
 
     def asked(self) -> bool:
         """Whether a kernel has anything to do."""
@@ -217,13 +235,17 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
     new = partial(torch.empty, dtype=torch.float32, device=x.device)
     amaxes = new(down * across) if output.amax else None
     col_amaxes = new(down, source.width) if columns else None
+    four = 0
+    if to.scaling == "tensor" and output.col is not None:
+        four = fours(rows, options["R"] * options["C"], options["num_warps"])
     with on_device_of(x):
         launch(
             copy_kernel, (down * across,),
             *source.operands(), *output.operands(amaxes), col_amaxes,
             rows // row_unit, x.stride(0) // unit,
             ROW_UNIT=row_unit, UNIT=unit, **source.constants(), **constants(to, x.device),
-            SCALING=to.scaling, BLOCK=min(BLOCKS[to.scaling], options["C"]), **options,
+            SCALING=to.scaling, BLOCK=min(BLOCKS[to.scaling], options["C"]), FOURS=four,
+            **options,
         )  # fmt: skip
         return output.found(amaxes if amaxes is not None else col_amaxes)
 
@@ -232,12 +254,16 @@ def _run_blocks(source: Source, to: Format, output: Output) -> None:
     x, rows, block = source.x, source.x.size(0), BLOCKS[to.scaling]
     unit, row_unit = stride_unit(x), 16 if rows % 16 == 0 else 1
     key = to.scaling, source.name, source.width, source.flags["GATED"], x.dtype
+    options = configured("quantize_blocks", key, _blocks_configs)
+    four = 0
+    if output.col is not None:
+        four = fours(rows, options["COL_R"] * block, options["num_warps"])
     with on_device_of(x):
         launch(
             blocks_kernel, (ceil_div(rows, block) * ceil_div(source.width, block),),
             *source.operands(), *output.blocks(), rows // row_unit, x.stride(0) // unit,
             ROW_UNIT=row_unit, UNIT=unit, **source.constants(), **constants(to, x.device),
-            SCALING=to.scaling, BLOCK=block, **configured("quantize_blocks", key, _blocks_configs),
+            SCALING=to.scaling, BLOCK=block, FOURS=four, **options,
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The gradient of an activation, quantized, with the bias gradient and the activation again."""
 
-from collections.abc import Collection
-from functools import cache
+from collections.abc import Callable, Collection
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,30 +19,41 @@ from .launch import (
     stride_unit,
     sum_partials,
 )
-from .quantize import Output, constants, new_output
+from .quantize import Output, constants, fours, new_output
 from .quantize_gradients import activation_backward_blocks_kernel, activation_backward_kernel
 
-CONFIG = {"R": 64, "C": 64, "TILES": 1, "STAGES": 1, "num_warps": 8}
-SUM_CONFIG = CONFIG | {"R": 32, "num_warps": 4}
-"""With a bias gradient: sums over a tile's columns take registers of their own."""
-AMAX_CONFIG = {"R": 8, "C": 256, "TILES": 16, "STAGES": 2, "num_warps": 4}
+CONFIG = {"R": 32, "C": 64, "TILES": 1, "STAGES": 1, "num_warps": 4}
+AMAX_CONFIG = {"R": 8, "C": 256, "TILES": 8, "STAGES": 1, "num_warps": 8}
 """Where amaxes are all that is wanted, and nothing is stored by columns."""
-BLOCKS_CONFIG = {"R": 16, "COL_R": 32, "STAGES": 3, "num_warps": 4}
-SQUARE_CONFIG = BLOCKS_CONFIG | {"STAGES": 1, "num_warps": 8}
+BLOCKS_CONFIG = {"R": 4, "STAGES": 1, "num_warps": 1}
+"""Of one warp, which then has all amaxes of its columns."""
+REGISTERS, BLOCKS_REGISTERS = 64, 128
+"""Of a thread, of 16 bits a value and without sums: measured on an H200."""
 
 
 @cache
-def _configs(scaling: str, stored: bool, summed: bool, *key: Any) -> tuple[dict[str, int], ...]:
-    if scaling in ("blocks", "square"):
-        usual = BLOCKS_CONFIG if scaling == "blocks" else SQUARE_CONFIG
-        if key[-1] == torch.float32:  # more would not fit into the 99 KiB of sm_89 and sm_120
-            usual = usual | {"STAGES": min(2, usual["STAGES"])}
-        return around(usual, R=(8, 32), COL_R=(16, 64), STAGES=(1, 3), num_warps=(4, 16))
-    if summed:
-        return around(SUM_CONFIG, R=(32, 64), num_warps=(4, 16))
-    if not stored:
-        return around(AMAX_CONFIG, R=(4, 16), TILES=(8, 32), num_warps=(4, 8))
-    return around(CONFIG, num_warps=(4, 16))
+def _configs(
+    scaling: str, stored: bool, summed: bool, amax: bool, *key: Any
+) -> tuple[dict[str, int], ...]:
+    summed = summed and scaling not in ("blocks", "square")
+    if not (stored or summed):
+        return around(AMAX_CONFIG, R=(4, 16), TILES=(4, 16), num_warps=(4, 8))
+    return around(_bounded(CONFIG, REGISTERS, summed, key), R=(16, 64), num_warps=(2, 8))
+
+
+@cache
+def _blocks_configs(
+    scaling: str, stored: bool, summed: bool, *key: Any
+) -> tuple[dict[str, int], ...]:
+    usual = _bounded(BLOCKS_CONFIG, BLOCKS_REGISTERS, summed, key)
+    return around(usual, R=(2, 8), num_warps=(1, 4))
+
+
+def _bounded(
+    usual: dict[str, int], registers: int, summed: bool, key: tuple[Any, ...]
+) -> dict[str, int]:
+    bounded = not summed and key[-1].itemsize == 2 and torch.version.hip is None
+    return usual | {"maxnreg": registers} if bounded else usual
 
 
 def activation_backward_quantize(
@@ -98,47 +109,86 @@ def _run(
     dy: Tensor, x: Tensor, flags: dict[str, Any], to: Format, y_dtype: torch.dtype, dx: Output,
     y: Output, dbias: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """One launch, if anything is asked for; returns the amaxes and the bias gradient."""
+    """One reading, if anything is asked for, of blocks two; the amaxes and the bias gradient."""
     if not (dx.asked() or y.asked() or dbias is not None):
         return None, None, None
-    rows, total = x.shape
-    blocks = to.scaling in ("blocks", "square")
     stored = any(copy is not None for output in (dx, y) for copy in (output.row, output.col))
-    block = BLOCKS[to.scaling]
     passes = stored, dbias is not None, dx.amax or y.amax
     key = to.scaling, *passes, flags["WIDTH"], flags["GATED"], x.dtype
+    run = partial(_launch, dy, x, flags, to, y_dtype)
+    if to.scaling in ("blocks", "square"):
+        return None, None, _run_blocks(run, key, x, to, dx, y, dbias)
     options = configured("activation_backward_quantize", key, _configs)
-    height = block if blocks else options["R"] * options["TILES"]
-    down, across = (
-        ceil_div(rows, height),
-        ceil_div(flags["WIDTH"], block if blocks else options["C"]),
-    )
+    down = ceil_div(x.size(0), options["R"] * options["TILES"])
+    programs = down * ceil_div(flags["WIDTH"], options["C"])
     new = torch.empty if x.numel() else torch.zeros
     amaxes, y_amaxes = (
-        new(max(1, down * across), dtype=torch.float32, device=x.device) if output.amax else None
+        new(max(1, programs), dtype=torch.float32, device=x.device) if output.amax else None
         for output in (dx, y)
     )
-    bias = sums = None
-    if dbias is not None:
-        bias = new(total, dtype=dbias, device=x.device)
-        tiles = down * (1 if blocks else options["TILES"])
-        sums = torch.empty(tiles, total, dtype=torch.float32, device=x.device)
-    if x.numel():
-        unit, row_unit = stride_unit(dy, x), 16 if rows % 16 == 0 else 1
-        if blocks:
-            kernel, given = activation_backward_blocks_kernel, (*dx.blocks(), *y.blocks())
-        else:
-            kernel = activation_backward_kernel
-            given = *dx.operands(amaxes), *y.operands(y_amaxes)
-        with on_device_of(x):
-            launch(
-                kernel, (down * across,),
-                dy, x, *given, sums,
-                rows // row_unit, dy.stride(0) // unit, x.stride(0) // unit,
-                ROW_UNIT=row_unit, UNIT=unit, **flags, **constants(to, x.device),
-                Y_E5M2=y_dtype == E5M2, SCALING=to.scaling, BLOCK=block,
-                **options, **FUSION,
-            )  # fmt: skip
-            sum_partials(sums, bias, None, None)
+    bias, sums = _sums(x, down * options["TILES"], dbias)
     with on_device_of(x):
+        if x.numel():
+            given = *dx.operands(amaxes), *y.operands(y_amaxes), sums
+            run(activation_backward_kernel, programs, given, _with_fours(options, x, to, dx, y))
+            sum_partials(sums, bias, None, None)
         return dx.found(amaxes), y.found(y_amaxes), bias
+
+
+def _run_blocks(
+    run: Callable[..., None], key: Any, x: Tensor, to: Format, dx: Output, y: Output,
+    dbias: torch.dtype | None,
+) -> Tensor | None:  # fmt: skip
+    """Scales and row copies of "blocks", then what needs the scales of whole blocks."""
+    rows, width, block, square = x.size(0), key[-3], BLOCKS[to.scaling], to.scaling == "square"
+    down = ceil_div(rows, block)
+    bias, sums = _sums(x, down, dbias)
+    if x.numel():
+        with on_device_of(x):
+            options = configured("activation_backward_blocks", key, _blocks_configs)
+            columns, y_columns = (
+                None
+                if square or output.col is None
+                else torch.empty(down, output.col[0].size(0), dtype=torch.float32, device=x.device)
+                for output in (dx, y)
+            )
+            given = *dx.scales(), columns, *y.scales(), y_columns, sums
+            programs = down * ceil_div(width, block)
+            run(activation_backward_blocks_kernel, programs, given, options)
+            rest = *dx.known(square, columns), *y.known(square, y_columns), None
+            if any(operand is not None for operand in rest):
+                options = configured("activation_backward_quantize", key, _configs)
+                programs = ceil_div(rows, options["R"]) * ceil_div(width, options["C"])
+                run(activation_backward_kernel, programs, rest, _with_fours(options, x, to, dx, y))
+            sum_partials(sums, bias, None, None)
+    return bias
+
+
+def _sums(x: Tensor, tiles: int, dbias: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for the bias gradient, and for its partial sums over tiles."""
+    if dbias is None:
+        return None, None
+    new, total = torch.empty if x.numel() else torch.zeros, x.size(1)
+    bias = new(total, dtype=dbias, device=x.device)
+    return bias, torch.empty(tiles, total, dtype=torch.float32, device=x.device)
+
+
+def _with_fours(
+    options: dict[str, int], x: Tensor, to: Format, dx: Output, y: Output
+) -> dict[str, int]:
+    columns = to.scaling != "mx" and (dx.col is not None or y.col is not None)
+    tile = options["R"] * options["C"] if columns else 0
+    return options | {"FOURS": fours(x.size(0), tile, options["num_warps"])}
+
+
+def _launch(
+    dy: Tensor, x: Tensor, flags: dict[str, Any], to: Format, y_dtype: torch.dtype,
+    kernel: Any, programs: int, given: tuple[Tensor | None, ...], options: dict[str, int],
+) -> None:  # fmt: skip
+    unit, row_unit = stride_unit(dy, x), 16 if x.size(0) % 16 == 0 else 1
+    launch(
+        kernel, (programs,),
+        dy, x, *given, x.size(0) // row_unit, dy.stride(0) // unit, x.stride(0) // unit,
+        ROW_UNIT=row_unit, UNIT=unit, **flags, **constants(to, x.device),
+        Y_E5M2=y_dtype == E5M2, SCALING=to.scaling, BLOCK=BLOCKS[to.scaling], **options, **FUSION,
+    )  # fmt: skip

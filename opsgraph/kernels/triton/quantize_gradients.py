@@ -13,10 +13,10 @@ from .quantize_kernels import (
     current_scale,
     largest,
     magnitude,
+    rows_of,
     square_scale,
     store_copies,
     store_row_copy,
-    store_shared,
     store_tensor_scale,
 )
 
@@ -26,17 +26,20 @@ def _gradients(
     dy, x, first_row, first_col, rows, dy_stride, x_stride,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr,
+    C: tl.constexpr, FOURS: tl.constexpr = 0,
 ):  # fmt: skip
     """A tile of y, da and db (da again unless gated).
 
     Outside the tensor they are zero, as all kinds' are where dy and x are.
     """
-    row = first_row + tl.arange(0, R)[:, None]
+    row = rows_of(first_row, R, FOURS)[:, None]
     cols = first_col + tl.arange(0, C)[None, :]
     mask = (row < rows) & (cols < WIDTH)
-    grad = _load(dy, row.to(tl.int64) * dy_stride * UNIT + cols, mask, True)
+    there = row.to(tl.int64) * dy_stride * UNIT + cols
     at = row.to(tl.int64) * x_stride * UNIT + cols
+    if FOURS:
+        there, at = tl.max_contiguous(there, [1, FOURS]), tl.max_contiguous(at, [1, FOURS])
+    grad = _load(dy, there, mask, True)
     a = _load(x, at, mask, True)
     dtype: tl.constexpr = x.dtype.element_ty
     if GATED:
@@ -71,16 +74,19 @@ def activation_backward_kernel(
     ROW_UNIT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr,
     GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     TILES: tl.constexpr, STAGES: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    SCALING: tl.constexpr, BLOCK: tl.constexpr, E5M2: tl.constexpr, Y_E5M2: tl.constexpr,
-    EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+    FOURS: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr, E5M2: tl.constexpr,
+    Y_E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Tiles of dx (for a gated kind of each half) and of y, TILES of them down, from one reading.
 
-    Scales are "tensor", with amaxes, or "mx"; dbias takes dx's column sums over each tile.
+    Scales are "tensor", with amaxes, or "mx"; dbias takes dx's column sums over each tile. With
+    "blocks" and "square" it follows `activation_backward_blocks_kernel`, whose scales are given.
     """
     rows *= ROW_UNIT
     across: tl.constexpr = (WIDTH + C - 1) // C
     total: tl.constexpr = WIDTH * 2 if GATED else WIDTH
+    KNOWN: tl.constexpr = SCALING == "blocks" or SCALING == "square"
+    STORED: tl.constexpr = "tensor" if KNOWN else SCALING
     part, first_col = tl.program_id(0) // across, (tl.program_id(0) % across) * C
     dx_bits = tl.full([], 0, tl.int32)
     y_bits = dx_bits
@@ -91,9 +97,21 @@ def activation_backward_kernel(
     y_multiplier = current_scale(y_given, y_row_scale, SCALING, Y_E5M2, EPS, POWER_OF_TWO)
     for tile in tl.range(0, TILES, num_stages=STAGES):
         first_row = (part * TILES + tile) * R
+        if KNOWN:
+            a_multiplier = _known_scale(
+                dx_given, dx_col, first_row, first_col, rows, total, C, SCALING, BLOCK
+            )
+            b_multiplier = _known_scale(
+                dx_given, dx_col, first_row, first_col + WIDTH, rows, total, C, SCALING, BLOCK
+            )
+            c_multiplier = _known_scale(
+                y_given, y_col, first_row, first_col, rows, WIDTH, C, SCALING, BLOCK
+            )
+        else:
+            a_multiplier, b_multiplier, c_multiplier = dx_multiplier, dx_multiplier, y_multiplier
         y, da, db = _gradients(
             dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
-            ALPHA, LIMIT, OFFSET, R, C,
+            ALPHA, LIMIT, OFFSET, R, C, FOURS,
         )  # fmt: skip
         if dbias is not None:
             _store_sums(da, db, dbias, part * TILES + tile, first_col, WIDTH, GATED, C)
@@ -106,18 +124,20 @@ def activation_backward_kernel(
         if y_amax is not None:
             y_bits = tl.maximum(y_bits, _most(magnitude(y), R, C, TILES))
         store_copies(
-            da, dx_multiplier, first_row, first_col, rows, WIDTH, total, dx_row, dx_row_scale,
-            dx_col, dx_col_scale, dx_given, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+            da, a_multiplier, first_row, first_col, rows, WIDTH, total, dx_row, dx_row_scale,
+            dx_col, dx_col_scale, dx_given, R, C, STORED, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+            FOURS,
         )  # fmt: skip
         if GATED:
             store_copies(
-                db, dx_multiplier, first_row, first_col + WIDTH, rows, total, total, dx_row,
-                dx_row_scale, dx_col, dx_col_scale, dx_given, R, C, SCALING, BLOCK, E5M2, EPS,
-                POWER_OF_TWO, NATIVE,
+                db, b_multiplier, first_row, first_col + WIDTH, rows, total, total, dx_row,
+                dx_row_scale, dx_col, dx_col_scale, dx_given, R, C, STORED, BLOCK, E5M2, EPS,
+                POWER_OF_TWO, NATIVE, FOURS,
             )  # fmt: skip
         store_copies(
-            y, y_multiplier, first_row, first_col, rows, WIDTH, WIDTH, y_row, y_row_scale,
-            y_col, y_col_scale, y_given, R, C, SCALING, BLOCK, Y_E5M2, EPS, POWER_OF_TWO, NATIVE,
+            y, c_multiplier, first_row, first_col, rows, WIDTH, WIDTH, y_row, y_row_scale,
+            y_col, y_col_scale, y_given, R, C, STORED, BLOCK, Y_E5M2, EPS, POWER_OF_TWO, NATIVE,
+            FOURS,
         )  # fmt: skip
     if TILES > 1:
         dx_bits, y_bits = largest(dx_bits), largest(y_bits)
@@ -127,6 +147,31 @@ def activation_backward_kernel(
         tl.store(y_amax + tl.program_id(0), y_bits.to(tl.float32, bitcast=True))
     store_tensor_scale(dx_multiplier, dx_row_scale, dx_col_scale, SCALING)
     store_tensor_scale(y_multiplier, y_row_scale, y_col_scale, SCALING)
+
+
+@triton.jit
+def _known_scale(
+    given, col, first_row, first_col, rows, width, C: tl.constexpr, SCALING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The multipliers of a tile's columns, `[1, C]`, or of the square that it lies in, `[1, 1]`.
+
+    given: those of columns, `[blocks down, width]`; of "square" the scales of the column copy, or
+    of the row copy, where there is no other.
+    """
+    row_block = first_row // BLOCK
+    if given is None:
+        return tl.full([1, 1], 1.0, tl.float32)
+    elif SCALING == "blocks":
+        cols = first_col + tl.arange(0, C)[None, :]
+        return tl.load(given + row_block.to(tl.int64) * width + cols, cols < width, other=1.0)
+    else:
+        col_block = first_col // BLOCK
+        if col is not None:
+            at = col_block * tl.cdiv(rows, BLOCK) + row_block
+        else:
+            at = row_block * tl.cdiv(width, BLOCK) + col_block
+        return tl.full([1, 1], 1.0, tl.float32) * tl.load(given + at)
 
 
 @triton.jit
@@ -142,24 +187,29 @@ def _store_sums(
 
 @triton.jit(do_not_specialize=["rows", "dy_stride", "x_stride"])
 def activation_backward_blocks_kernel(
-    dy, x, dx_row, dx_row_scale, dx_row_inverse, dx_col, dx_col_scale, dx_col_inverse,
-    y_row, y_row_scale, y_row_inverse, y_col, y_col_scale, y_col_inverse,
+    dy, x, dx_row, dx_row_scale, dx_row_inverse, dx_col_scale, dx_col_inverse, dx_columns,
+    y_row, y_row_scale, y_row_inverse, y_col_scale, y_col_inverse, y_columns,
     dbias, rows, dy_stride, x_stride,
     ROW_UNIT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr,
     GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    R: tl.constexpr, COL_R: tl.constexpr, STAGES: tl.constexpr, SCALING: tl.constexpr,
-    BLOCK: tl.constexpr, E5M2: tl.constexpr, Y_E5M2: tl.constexpr, EPS: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+    R: tl.constexpr, STAGES: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr,
+    E5M2: tl.constexpr, Y_E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """As `quantize_tiles.blocks_kernel`: BLOCK x BLOCK of dx (of each half of it) and of y."""
+    """The scales of BLOCK x BLOCK of dx (of each half of it) and of y, and row copies of "blocks".
+
+    Column copies, and all of "square", need the amaxes of the whole block first: it is faster to
+    read dy and x again, in another kernel, than to hold as much as a block in registers.
+    """
     rows *= ROW_UNIT
     across: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     total: tl.constexpr = WIDTH * 2 if GATED else WIDTH
     down, col = tl.program_id(0) // across, tl.program_id(0) % across
     first_col = col * BLOCK
     cols = first_col + tl.arange(0, BLOCK)
-    DX_LATER: tl.constexpr = dx_col is not None or (SCALING == "square" and dx_row is not None)
-    Y_LATER: tl.constexpr = y_col is not None or (SCALING == "square" and y_row is not None)
+    SQUARE: tl.constexpr = SCALING == "square"
+    DX_LATER: tl.constexpr = dx_col_scale is not None or (SQUARE and dx_row_scale is not None)
+    Y_LATER: tl.constexpr = y_col_scale is not None or (SQUARE and y_row_scale is not None)
     a_bits = tl.zeros([R, BLOCK], tl.int32)
     b_bits = tl.zeros([R, BLOCK], tl.int32)
     y_bits = tl.zeros([R, BLOCK], tl.int32)
@@ -202,58 +252,38 @@ def activation_backward_blocks_kernel(
     if dbias is not None:
         _store_sums(a_sum, b_sum, dbias, down, first_col, WIDTH, GATED, BLOCK)
     if DX_LATER:
-        a_scale = _later_scale(
+        _store_later_scale(
             a_bits, cols, total, down, col, rows, dx_row_scale, dx_row_inverse, dx_col_scale,
-            dx_col_inverse, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO,
+            dx_col_inverse, dx_columns, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO,
         )  # fmt: skip
         if GATED:
-            b_scale = _later_scale(
+            _store_later_scale(
                 b_bits, cols + WIDTH, total, down, col + WIDTH // BLOCK, rows, dx_row_scale,
-                dx_row_inverse, dx_col_scale, dx_col_inverse, SCALING, BLOCK, E5M2, EPS,
+                dx_row_inverse, dx_col_scale, dx_col_inverse, dx_columns, SCALING, BLOCK, E5M2, EPS,
                 POWER_OF_TWO,
             )  # fmt: skip
     if Y_LATER:
-        y_scale = _later_scale(
+        _store_later_scale(
             y_bits, cols, WIDTH, down, col, rows, y_row_scale, y_row_inverse, y_col_scale,
-            y_col_inverse, SCALING, BLOCK, Y_E5M2, EPS, POWER_OF_TWO,
+            y_col_inverse, y_columns, SCALING, BLOCK, Y_E5M2, EPS, POWER_OF_TWO,
         )  # fmt: skip
-    if DX_LATER or Y_LATER:
-        for start in tl.range(0, BLOCK, COL_R, num_stages=STAGES):
-            first_row = down * BLOCK + start
-            y, da, db = _gradients(
-                dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION,
-                GATED, ALPHA, LIMIT, OFFSET, COL_R, BLOCK,
-            )  # fmt: skip
-            if DX_LATER:
-                store_shared(
-                    _rounded(da, x), a_scale, first_row, first_col, rows, WIDTH, total,
-                    dx_row if SCALING == "square" else None, dx_col, COL_R, BLOCK, E5M2, NATIVE,
-                )  # fmt: skip
-                if GATED:
-                    store_shared(
-                        _rounded(db, x), b_scale, first_row, first_col + WIDTH, rows, total, total,
-                        dx_row if SCALING == "square" else None, dx_col, COL_R, BLOCK, E5M2, NATIVE,
-                    )  # fmt: skip
-            if Y_LATER:
-                store_shared(
-                    _rounded(y, x), y_scale, first_row, first_col, rows, WIDTH, WIDTH,
-                    y_row if SCALING == "square" else None, y_col, COL_R, BLOCK, Y_E5M2, NATIVE,
-                )  # fmt: skip
 
 
 @triton.jit
-def _later_scale(
-    bits, cols, width, down, col, rows, row_scale, row_inverse, col_scale, col_inverse,
+def _store_later_scale(
+    bits, cols, width, down, col, rows, row_scale, row_inverse, col_scale, col_inverse, columns,
     SCALING: tl.constexpr, BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    """The multipliers of what is stored once the amaxes of all of a tile are known."""
+    """The scales that the amaxes of all of a block give; columns: see `_known_scale`."""
     if SCALING == "square":
-        return square_scale(
+        square_scale(
             largest(bits), down, col, rows, width, row_scale, row_inverse, col_scale, col_inverse,
             BLOCK, E5M2, EPS, POWER_OF_TWO,
         )  # fmt: skip
     else:
-        return column_scales(
+        multiplier = column_scales(
             bits, cols, width, down, rows, col_scale, col_inverse, BLOCK, E5M2, EPS, POWER_OF_TWO
         )
+        at = down.to(tl.int64) * width + cols[None, :]
+        tl.store(columns + at, multiplier, cols[None, :] < width)

@@ -21,6 +21,12 @@ _CONVERT = (
     "{.reg .b16 low, high; cvt.rn.satfinite.%s.f32 low, $2, $1; "
     "cvt.rn.satfinite.%s.f32 high, $4, $3; mov.b32 $0, {low, high};}"
 )
+_TURN = tl.constexpr(
+    "{.reg .b32 a, b, c, d; prmt.b32 a, $4, $5, 0x5140; prmt.b32 b, $4, $5, 0x7362; "
+    "prmt.b32 c, $6, $7, 0x5140; prmt.b32 d, $6, $7, 0x7362; prmt.b32 $0, a, c, 0x5410; "
+    "prmt.b32 $1, a, c, 0x7632; prmt.b32 $2, b, d, 0x5410; prmt.b32 $3, b, d, 0x7632;}"
+)
+"""Four words of a row each to four of a column each."""
 _TO_E4M3, _TO_E5M2 = (tl.constexpr(_CONVERT % (kind, kind)) for kind in ("e4m3x2", "e5m2x2"))
 
 
@@ -114,13 +120,63 @@ def e8m0_multiplier(exponent):
 
 
 @triton.jit
+def rows_of(first_row, R: tl.constexpr, FOURS: tl.constexpr):
+    """The tensor's rows of a tile `[R]`: in order, or with FOURS four neighbours R // 4 apart.
+
+    FOURS is how many columns of four such rows a thread has, or 0: it can then put the bytes of a
+    column together to words, which go through shared memory at a quarter of the bytes' cost.
+    """
+    at = tl.arange(0, R)
+    if FOURS:
+        at = at % (R // 4) * 4 + at // (R // 4)
+    return first_row + at
+
+
+@triton.jit
 def store_data(
-    codes, first_row, first_col, end_row, end_col, width, data, R: tl.constexpr, C: tl.constexpr
-):
+    codes, first_row, first_col, end_row, end_col, width, data, R: tl.constexpr, C: tl.constexpr,
+    FOURS: tl.constexpr = 0,
+):  # fmt: skip
     """The bytes of a tile into data `[.., width]`."""
-    row = first_row + tl.arange(0, R)[:, None]
+    row = rows_of(first_row, R, FOURS)[:, None]
     cols = first_col + tl.arange(0, C)[None, :]
-    tl.store(data + row.to(tl.int64) * width + cols, codes, (row < end_row) & (cols < end_col))
+    at = row.to(tl.int64) * width + cols
+    if FOURS:
+        at = tl.max_contiguous(at, [1, FOURS])
+    tl.store(data + at, codes, (row < end_row) & (cols < end_col))
+
+
+@triton.jit
+def _words(codes, R: tl.constexpr, C: tl.constexpr, NATIVE: tl.constexpr):
+    """Of the bytes of a tile with FOURS: those of four rows as a word, `[R // 4, C]`."""
+    fours = tl.permute(tl.reshape(codes, [2, 2, R // 4, C]), 2, 3, 0, 1)
+    even, odd = tl.split(fours)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            _TURN, "=&r,=&r,=&r,=&r,r,r,r,r", [first, second, third, fourth], tl.int32, True, 4
+        )
+    else:
+        word = first.to(tl.int32) | (second.to(tl.int32) << 8)
+        return word | (third.to(tl.int32) << 16) | (fourth.to(tl.int32) << 24)
+
+
+@triton.jit
+def _store_columns(
+    codes, first_row, first_col, rows, end_col, data, R: tl.constexpr, C: tl.constexpr,
+    FOURS: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The bytes of a tile, transposed, into data `[.., rows]`, as words where it is with FOURS."""
+    if FOURS:
+        words = data.to(tl.pointer_type(tl.int32), bitcast=True)
+        codes = _words(codes, R, C, NATIVE)
+        store_data(
+            tl.trans(codes), first_col, first_row // 4, end_col, rows // 4, rows // 4, words, C,
+            R // 4,
+        )  # fmt: skip
+    else:
+        store_data(tl.trans(codes), first_col, first_row, end_col, rows, rows, data, C, R)
 
 
 @triton.jit
@@ -270,14 +326,17 @@ def column_scales(
 def store_shared(
     value, multiplier, first_row, first_col, rows, end_col, width, row_data, col_data,
     R: tl.constexpr, C: tl.constexpr, E5M2: tl.constexpr, NATIVE: tl.constexpr,
+    FOURS: tl.constexpr = 0,
 ):  # fmt: skip
     """The row and the column copy, which share their bytes: scales "tensor" and "square"."""
     if row_data is not None or col_data is not None:
         codes = encode(scaled(value, multiplier), E5M2, NATIVE)
         if row_data is not None:
-            store_data(codes, first_row, first_col, rows, end_col, width, row_data, R, C)
+            store_data(codes, first_row, first_col, rows, end_col, width, row_data, R, C, FOURS)
         if col_data is not None:
-            store_data(tl.trans(codes), first_col, first_row, end_col, rows, rows, col_data, C, R)
+            _store_columns(
+                codes, first_row, first_col, rows, end_col, col_data, R, C, FOURS, NATIVE
+            )
 
 
 @triton.jit
@@ -285,6 +344,7 @@ def store_copies(
     value, multiplier, first_row, first_col, rows, end_col, width, row_data, row_scale, col_data,
     col_scale, given, R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr,
     E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+    FOURS: tl.constexpr = 0,
 ):  # fmt: skip
     """The row copy and the column copy of a tile, where there is data for each.
 
@@ -296,7 +356,7 @@ def store_copies(
     elif SCALING == "tensor":
         store_shared(
             value, multiplier, first_row, first_col, rows, end_col, width, row_data, col_data,
-            R, C, E5M2, NATIVE,
+            R, C, E5M2, NATIVE, FOURS,
         )  # fmt: skip
     else:
         if row_data is not None:

@@ -9,12 +9,14 @@ import triton.language as tl
 
 from .activations import _gate, _load, _load_biased
 from .norm_kernels import _affine
+from .ptx import rounded
 from .quantize_kernels import (
     column_scales,
     current_scale,
     encode,
     largest,
     magnitude,
+    rows_of,
     scale_of,
     scaled,
     square_scale,
@@ -54,7 +56,7 @@ def _source(
             value -= _load(mean, row, inside)
         scale = _load(rstd, row, inside)
         value = _affine(value, scale, weight, bias, cols, col_mask, ZERO_CENTERED)
-    return tl.where(mask, value.to(x.dtype.element_ty).to(tl.float32), 0.0)
+    return tl.where(mask, rounded(value, x.dtype.element_ty), 0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "x_stride"])
@@ -63,8 +65,9 @@ def copy_kernel(
     rows, x_stride, ROW_UNIT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
     SOURCE: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
     LIMIT: tl.constexpr, OFFSET: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr,
-    E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, FOURS: tl.constexpr, SCALING: tl.constexpr,
+    BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """A tile's copies, its amax, and its columns' amaxes (`[tiles down, WIDTH]`), if asked."""
     rows *= ROW_UNIT
@@ -73,7 +76,7 @@ def copy_kernel(
     first_row = tile * R
     multiplier = current_scale(given, row_scale, SCALING, E5M2, EPS, POWER_OF_TWO)
     value = _source(
-        x, bias, weight, mean, rstd, first_row + tl.arange(0, R)[:, None],
+        x, bias, weight, mean, rstd, rows_of(first_row, R, FOURS)[:, None],
         first_col + tl.arange(0, C)[None, :], rows, x_stride, UNIT, WIDTH, SOURCE, FUNCTION, GATED,
         ALPHA, LIMIT, OFFSET, ZERO_CENTERED,
     )  # fmt: skip
@@ -85,7 +88,7 @@ def copy_kernel(
         tl.store(col_amax + tile.to(tl.int64) * WIDTH + cols, bits, cols < WIDTH)
     store_copies(
         value, multiplier, first_row, first_col, rows, WIDTH, WIDTH, row_data, row_scale, col_data,
-        col_scale, given, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
+        col_scale, given, R, C, SCALING, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE, FOURS,
     )  # fmt: skip
     store_tensor_scale(multiplier, row_scale, col_scale, SCALING)
 
@@ -126,7 +129,7 @@ def blocks_kernel(
     SOURCE: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
     LIMIT: tl.constexpr, OFFSET: tl.constexpr, ZERO_CENTERED: tl.constexpr,
     BLOCK: tl.constexpr, R: tl.constexpr, COL_R: tl.constexpr, STAGES: tl.constexpr,
-    SCALING: tl.constexpr,
+    FOURS: tl.constexpr, SCALING: tl.constexpr,
     E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The copies of BLOCK x BLOCK with scales "blocks" or "square".
@@ -165,9 +168,10 @@ def blocks_kernel(
             bits, cols, WIDTH, down, rows, col_scale, col_inverse, BLOCK, E5M2, EPS, POWER_OF_TWO
         )
     if SCALING == "square" or col_data is not None:
+        # From the last rows up: those are in the nearest cache still.
         for start in tl.range(0, BLOCK, COL_R, num_stages=STAGES):
-            first_row = down * BLOCK + start
-            row = first_row + tl.arange(0, COL_R)[:, None]
+            first_row = down * BLOCK + BLOCK - COL_R - start
+            row = rows_of(first_row, COL_R, FOURS)[:, None]
             value = _source(
                 x, bias, weight, mean, rstd, row, cols[None, :], rows, x_stride, UNIT, WIDTH,
                 SOURCE, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, ZERO_CENTERED,
@@ -175,6 +179,7 @@ def blocks_kernel(
             store_shared(
                 value, multiplier, first_row, first_col, rows, WIDTH, WIDTH,
                 row_data if SCALING == "square" else None, col_data, COL_R, BLOCK, E5M2, NATIVE,
+                FOURS,
             )  # fmt: skip
 
 
