@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..directories import directories, private, replace
 
@@ -140,11 +141,28 @@ def _compiled(library: str, command: list[str]) -> bytes:
             for target in _targets(command):
                 source = str(SOURCES / f"{library}.cpp")
                 reason = _compile([*command, *FLAGS, *target, source, "-o", str(made)])
-                if reason is None:
-                    return made.read_bytes()
+                if reason is None and _whole(content := made.read_bytes()):
+                    return content
     except OSError as error:
         reason = str(error)
     raise BuildError(f"the C++ compiler {command[0]} failed: {reason}")
+
+
+def _whole(content: bytes) -> bool:
+    """Whether a library is there to its end. Raises BuildError: a part could end the process.
+
+    The last part of an ELF file is its table of sections, of which the header tells the place.
+    """
+    if content[:5] != b"\x7fELF\x02":
+        return True  # no ELF of 64 bits: the system's loader looks at its length
+    header = content[:64].ljust(64, b"\0")
+    order: Any = "little" if header[5] == 1 else "big"
+    start, size, count = (
+        int.from_bytes(header[a:b], order) for a, b in ((40, 48), (58, 60), (60, 62))
+    )
+    if len(content) < max(64, start + size * count):
+        raise BuildError(f"the C++ compiler wrote {len(content)} bytes, a part of a library")
+    return True
 
 
 def _targets(command: list[str]) -> Sequence[tuple[str, ...]]:
