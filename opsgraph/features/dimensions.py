@@ -53,7 +53,7 @@ def unflattened(plan: Plan, outputs: Sequence[Tensor], shape: torch.Size) -> lis
     return views
 
 
-def _memory(tensor: Tensor) -> int:
+def memory(tensor: Tensor) -> int:
     """Which storage a tensor has."""
     return int(tensor.untyped_storage()._cdata)
 
@@ -69,8 +69,8 @@ def released(views: Sequence[Tensor], inner: Sequence[Tensor], inputs: Sequence[
         return (views[0].detach(),)
     places: list[int] = []
     if any(y._is_view() for y in inner):
-        places = [_memory(t) for t in (*inner, *inputs) if t is not None]
-    return [y if not y._is_view() or places.count(_memory(y)) > 1 else y.detach() for y in views]
+        places = [memory(t) for t in (*inner, *inputs) if t is not None]
+    return [y if not y._is_view() or places.count(memory(y)) > 1 else y.detach() for y in views]
 
 
 def as_given(

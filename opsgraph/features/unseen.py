@@ -28,6 +28,7 @@ from ..ops.joined import parameters
 from ..ops.main_grad import arriving
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
+from .dimensions import memory
 from .weight_gradients import NOWHERE, Elsewhere
 
 
@@ -95,6 +96,7 @@ class Unseen:
             unwanted |= unasked(ctx.next_functions[edges[k]][0], weights[k])
         with arriving(backward, frozenset(unwanted)):
             gradients = list(run(self.ops, *grads, saved))
+        kept_memory: set[int] = set()
         for k in reversed(late):
             call, gradients[first + k] = gradients[first + k], None
             if call is not None and not unwanted.issuperset(map(id, parameters(weights[k]))):
@@ -103,4 +105,10 @@ class Unseen:
                 everywhere = self.options.delay_wgrad_compute
                 queue = self.options.queue if everywhere else queue_of(home[0])
                 queue.leave(backward, entry)
+                kept_memory |= {memory(tensor) for tensor, _ in entry.versions}
+        if kept_memory and ctx.lead is not None:
+            # Autograd takes a view for .grad as it is, and adds to it: an operand would change.
+            for k, gradient in enumerate(gradients[:first]):
+                if gradient is not None and memory(gradient) in kept_memory:
+                    gradients[k] = gradient.clone()
         return gradients

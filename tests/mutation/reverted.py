@@ -1,5 +1,255 @@
-"""Mends that are taken back: the faults that were there before them."""
+"""Mends that are taken back: the faults that were there before them.
 
-from .form import Fault
+`python -m tests.mutation.found_again` shows that the fuzzer finds each.
+"""
 
-REVERTED: tuple[Fault, ...] = ()
+from .form import Edit, Fault, fault
+
+STATES = (
+    fault(
+        "argument-set-later", "LayerNormMLP's arguments that are set later change nothing.",
+        "layernorm_mlp/module.py",
+        "            self._take({**self._given, name: value}, tp)\n"
+        "            self._sequences = self._build()\n",
+        "            self._take({**self._given, name: value}, tp)\n",
+        "layernorm_mlp/test_settings.py",
+    ),
+    fault(
+        "plain-checkpoint", "Keys of scales that a plain checkpoint lacks are missing.",
+        "precision/delayed.py", "strict, [], *args", "strict, missing, *args",
+        "precision/test_delayed.py",
+    ),
+    fault(
+        "scales-made-in-inference", "Scales made in inference mode cannot be updated later.",
+        "precision/delayed.py",
+        "        with torch.inference_mode(False):\n            self.register_buffer(\"scale\"",
+        "        with torch.no_grad():\n            self.register_buffer(\"scale\"",
+        "precision/test_delayed.py",
+    ),
+    fault(
+        "sizes-found-in-inference", "Sizes completed in inference mode leave untrainable weights.",
+        "ops/sizes.py", "with torch.inference_mode(False):", "with torch.no_grad():",
+        "ops/test_ops.py",
+    ),
+    fault(
+        "scales-by-order", "A checkpoint's recomputation takes scales by their order.",
+        "precision/delayed.py",
+        "return taken(fixed.views()[3 * place + column], (self, column))",
+        "return taken(fixed.views()[3 * place + column], None)",
+        "fuzz/test_fuzz_lives.py",
+    ),
+    fault(
+        "recipe-of-a-checkpoint", "A call under a delayed recipe reads scales that are updated.",
+        "precision/tapes.py", "        scale = tapes.replaying.read(place)\n",
+        "        tapes.replaying.read(place)\n",
+        "precision/test_recipe.py",
+    ),
+    fault(
+        "unseen-modes", "Calls of a known kind do not see train() and eval().",
+        "features/known.py", "            and [*map(_training, self.modes)] == last.trains\n", "",
+        "fuzz/test_fuzz_lives.py",
+    ),
+    fault(
+        "unseen-attributes", "Attributes of ops that are set after the first call change nothing.",
+        "guards/watched.py",
+        "        if old is not value and (constant or not _same(old, value)):\n"
+        "            self.touch()\n",
+        "        del old, constant\n",
+        "run/test_sequential.py",
+    ),
+    fault(
+        "unseen-edits", "Edits of a list of ops after the first call are not seen.",
+        "guards/watched.py", "        finally:\n            self._forget()\n",
+        "        finally:\n            pass\n",
+        "run/test_sequential.py",
+    ),
+    fault(
+        "unseen-residual", "Ops that are added to a Residual after the first call do not run.",
+        "ops/residual.py", "    def _forget(self) -> None:\n        self.touch()\n",
+        "    def _forget(self) -> None:\n        pass\n",
+        "run/test_sequential.py",
+    ),
+    Fault(
+        "unseen-bias", "A bias that a Linear gets after the first call is not added.",
+        (
+            Edit("guards/watched.py", "if before is self or (before is None) != (param is None):",
+                 "if before is self:"),
+            Edit("features/known.py",
+                 "            and [*map(dict.get, map(_parameters, self.absent), self.appearing)]"
+                 " == self.nothing\n", ""),
+            Edit("run/stage.py",
+                 "            if module._parameters.get(name) is not None:\n",
+                 "            if False:\n"),
+            Edit("run/parameters.py", "getattr(*place, None) is not None for place in self.absent",
+                 "False for place in self.absent"),
+        ),
+        ("run/test_sequential.py",),
+    ),
+    fault(
+        "stale-parameters", "What replaces a parameter after the first call is not read.",
+        "features/known.py",
+        "        weights: list[Any] = [*map(dict.get, map(_parameters, self.modules), self.names)]"
+        "\n",
+        "        now = [*map(dict.get, map(_parameters, self.modules), self.names)]\n"
+        "        weights: list[Any] = [*self.__dict__.setdefault(\"first\", now)]\n",
+        "run/test_sequential.py",
+    ),
+    fault(
+        "unseen-hooks", "An op's own hooks inside a Sequential do not fire.",
+        "features/called.py",
+        'return "hooks" if any(op.__dict__[hooks] for hooks in HOOKS) else None', "return None",
+        "features/test_called.py",
+    ),
+    fault(
+        "copied-sequence", "A copy of a LayerNormMLP computes with the original's parameters.",
+        "layernorm_mlp/module.py",
+        'return state | {"_sequences": (), "_queue": Queue()}',
+        'return state | {"_queue": Queue()}',
+        "layernorm_mlp/test_module.py",
+    ),
+    fault(
+        "copied-stages", "A copy of a Sequential keeps the stages of the original.",
+        "run/sequential.py",
+        "return own_state(self, frozenset()) | _UNPREPARED | own",
+        "return own_state(self, frozenset()) | own",
+        "run/test_sequential.py",
+    ),
+    fault(
+        "copied-parameters", "A shallow copy shares its table of parameters with the original.",
+        "guards/watched.py",
+        "key: value.copy() if key in MODULE_ATTRIBUTES and isinstance(value, dict) else value",
+        "key: value",
+        "run/test_sequential.py",
+    ),
+    fault(
+        "grad-mode", "Calls of a known kind do not see whether grad is enabled.",
+        "features/known.py", "            and torch.is_grad_enabled() is last.grad\n", "",
+        "run/test_sequential.py",
+    ),
+    fault(
+        "autocast-unseen", "Calls of a known kind do not see that autocast was there.",
+        "features/known.py", "if key[5] is not None or dispatch_modes()", "if dispatch_modes()",
+        "run/test_sequential.py",
+    ),
+)  # fmt: skip
+
+GRADIENTS = (
+    fault(
+        "delayed-overwrites", "backward_dw puts a gradient in the place of the one that was there.",
+        "ops/delayed.py", "        parameter.grad.add_(gradient)\n",
+        "        parameter.grad = gradient\n",
+        "ops/test_delayed.py",
+    ),
+    fault(
+        "delayed-in-parts", "One backward_dw does a part of a backward that several modules share.",
+        "ops/delayed.py", "queues = [queue for queue in _all_queues(self) if queue]\n",
+        "queues = [queue for queue in _all_queues(self) if queue][:1]\n",
+        "ops/test_delayed.py",
+    ),
+    fault(
+        "delayed-newest", "backward_dw does the latest backward before the oldest.",
+        "ops/delayed.py", "oldest = min(queue[0] for queue in queues).backward",
+        "oldest = max(queue[-1] for queue in queues).backward",
+        "ops/test_delayed.py",
+    ),
+    fault(
+        "delayed-frozen", "Gradients of weights that were frozen since arrive all the same.",
+        "ops/delayed.py", "if parameter.requires_grad and id(parameter) not in self.unwanted:",
+        "if id(parameter) not in self.unwanted:",
+        "ops/test_delayed.py",
+    ),
+    fault(
+        "delayed-alias", "Under a checkpoint a weight counts as an operand of its own gradient.",
+        "ops/delayed.py", "if t.data_ptr() != own and", "if t is not weight and",
+        "fuzz/test_fuzz_lives.py",
+    ),
+    fault(
+        "main-grad-again", "After a first microbatch each gradient overwrites main_grad.",
+        "ops/main_grad.py", "expected = weight.__dict__.pop(EXPECTED, False)",
+        "expected = weight.__dict__.get(EXPECTED, False)",
+        "ops/test_main_grad.py",
+    ),
+    fault(
+        "main-grad-never", "A first microbatch adds to what main_grad holds of the step before.",
+        "ops/main_grad.py", "        setattr(weight, EXPECTED, True)\n",
+        "        setattr(weight, EXPECTED, False)\n",
+        "ops/test_main_grad.py",
+    ),
+    fault(
+        "main-grad-each-use", "Each use of a tied weight overwrites main_grad in one backward.",
+        "ops/main_grad.py", "return expected or backward < 0 or backward != latest",
+        "return expected or latest is None or latest is not None",
+        "ops/test_main_grad.py",
+    ),
+    fault(
+        "gradient-views", "Gradients of an input and of what is added to it share memory.",
+        "features/dimensions.py", "            view = shaped.get(id(gradient))\n",
+        "            view = None\n",
+        "run/test_autograd.py",
+    ),
+    fault(
+        "written-over", "A kernel writes its result over memory that others read.",
+        "guards/owned.py",
+        "if owners(x) == _owners_of_one() and x.untyped_storage().resizable():",
+        "if x.untyped_storage().resizable():",
+        "guards/test_owned.py",
+    ),
+    fault(
+        "output-is-a-view", "An output in training may not be changed in place.",
+        "features/dimensions.py", "        return (views[0].detach(),)\n",
+        "        return (views[0],)\n",
+        "run/test_autograd.py",
+    ),
+    fault(
+        "output-is-the-input", "An output that is also an input is no view of it.",
+        "plan/codegen.py",
+        "shared = {n for n in outputs if outputs.count(n) > 1 or n in program.activations}",
+        "shared = set[str]()",
+        "plan/test_codegen.py",
+    ),
+)  # fmt: skip
+
+INPUTS = (
+    fault(
+        "weight-of-another-length", "A parameter of another length is read past its end.",
+        "features/declared_ops.py", "if len(got) != len(expected) or not all(fits):", "if False:",
+        "ops/test_ops.py",
+    ),
+    fault(
+        "surplus-inputs", "Extra inputs that no op asks for are dropped without a word.",
+        "features/inputs.py",
+        "if got != len(needed := [name for _, _, name in _needed(stages)]):",
+        "if got < len(needed := [name for _, _, name in _needed(stages)]):",
+        "features/test_inputs.py",
+    ),
+    fault(
+        "no-tensor", "An input that is no tensor meets an AttributeError.",
+        "features/inputs.py", '        verify_tensor(x, "input", f"a tensor [*, {width}]")\n',
+        "        del width\n",
+        "features/test_inputs.py",
+    ),
+    fault(
+        "epsilon-of-the-dtype", "RMSNorm without an epsilon takes that of 16 bits.",
+        "ops/norms.py",
+        "torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps",
+        "torch.finfo(x.dtype).eps",
+        "ops/test_norms.py",
+    ),
+    fault(
+        "module-twice", "from_torch drops a module that stands at two places.",
+        "features/convert.py",
+        "OrderedDict((n, made[m]) for n, m in module._modules.items())",
+        "OrderedDict((n, made[m]) for n, m in module.named_children())",
+        "features/test_convert.py",
+    ),
+    Fault(
+        "names-that-end-in-digits", "A saved value of op 1 has the name of one of op 11.",
+        (
+            Edit("guards/names.py", '    stem += "_" * stem[-1].isdigit()\n', ""),
+            Edit("guards/names.py", '"_" * base[-1].isdigit()', '""'),
+        ),
+        ("plan/test_codegen.py",),
+    ),
+)  # fmt: skip
+
+REVERTED: tuple[Fault, ...] = (*STATES, *GRADIENTS, *INPUTS)

@@ -182,6 +182,8 @@ class Changes:
         owner, leaf, old = self._parameter(name)
         shape = [size + more for size in old.shape]
         unread = name == "fc2_bias" and self.module.return_bias
+        if not isinstance(owner, Op | LayerNormMLP):
+            raise Impossible
         if unread or any(size < 1 for size in shape) or self._owned(old) > 1:
             raise Impossible
         setattr(owner, leaf, nn.Parameter(self._values(shape, 1)))
