@@ -140,8 +140,7 @@ class Sequential(
             return self._run_compiled(input, extra_inputs)
         try:
             if self._epoch != config.epoch:
-                sized = isinstance(input, Tensor) and (input.dim() or self._lazy())
-                self._prepare(input.shape[-1] if sized else None)
+                self._prepare(input.shape[-1] if isinstance(input, Tensor) and input.dim() else None)
             stages = self._stages if active.key is None else self._current()
             if len(stages) == 1 and type(stage := stages[0]) is Stage:  # the usual case
                 if len(extra_inputs) == len(stage.inputs):
