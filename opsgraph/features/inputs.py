@@ -35,6 +35,11 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
 
 
+def width_of(value: Any) -> int | None:
+    """The width of an input; None where it has none."""
+    return value.shape[-1] if isinstance(value, Tensor) and value.dim() else None
+
+
 def verify_tensor(value: Any, where: str, expected: str = "a tensor [*, width]") -> None:
     """Raises OpError for what is no tensor, or has no dimensions."""
     if isinstance(value, Tensor) and (value.is_nested or value.dim()):

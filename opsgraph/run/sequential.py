@@ -16,7 +16,7 @@ from ..features.compiled import CompiledSequence
 from ..features.containers import Container, changed, watch
 from ..features.convert import Converts
 from ..features.examples import SequenceExamples
-from ..features.inputs import explain
+from ..features.inputs import explain, width_of
 from ..features.listed import Listed
 from ..features.op_kwargs import run_with
 from ..features.recipes import SequenceRecipes
@@ -140,7 +140,7 @@ class Sequential(
             return self._run_compiled(input, extra_inputs)
         try:
             if self._epoch != config.epoch:
-                self._prepare(input.shape[-1] if isinstance(input, Tensor) and input.dim() else None)
+                self._prepare(width_of(input))
             stages = self._stages if active.key is None else self._current()
             if len(stages) == 1 and type(stage := stages[0]) is Stage:  # the usual case
                 if len(extra_inputs) == len(stage.inputs):
