@@ -93,7 +93,9 @@ def _by_the_op(program: Program, claim: Claim, line: Line) -> Line:
     assert op is not None
     arguments = (op, product, *line.arguments)
     if into_main_grad and stored:
-        return line._replace(function="wgrad_by", arguments=(*arguments, stored))
+        # An op of the pattern that is not there has no part in the product.
+        given = [a for a in arguments if not (isinstance(a, Argument) and a.text == "None")]
+        return line._replace(function="wgrad_by", arguments=(*given, stored))
     if gradient in request.late:
         return line._replace(function="weigh", arguments=arguments)
     return line

@@ -20,7 +20,7 @@ from ..guards.watched import Watched
 from ..op import Op
 from ..ops import AllGather, Linear, Tee
 from ..ops.collectives import Group, group_of, process_group
-from ..ops.delayed import Queue, TellsOfWeightGradients, mark_delayed
+from ..ops.delayed import Queue, TellsOfWeightGradients, in_use, mark_delayed
 from ..ops.main_grad import expect_overwrite
 from ..ops.parameters import MarksParameters, Partition
 from ..plan import Plan
@@ -346,7 +346,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
 
     @property
     def wgrad_queue(self) -> Queue | None:
-        return self._queue if self.delay_wgrad_compute else None
+        return in_use(self._queue, self.delay_wgrad_compute)
 
     def plan(self, training: bool = True, x: Tensor | None = None) -> Plan:
         """The plan, as `Sequential.plan` gives it."""

@@ -186,6 +186,11 @@ def queue_of(op: nn.Module) -> Queue:
     return _queues.setdefault(op, Queue())
 
 
+def in_use(queue: Queue, delays: bool) -> Queue | None:
+    """The queue of a module that delays, or that did and has gradients waiting there."""
+    return queue if delays or queue else None
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks are registered for the module's delayed gradients."""
     return bool(_hooks.get(module))

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..base.errors import OpError
 from ..guards.validation import Checked, Fixed, features, flag, function, place, whole
 from ..op import Op, Spec
-from .delayed import Queue, TellsOfWeightGradients, mark_delayed, queue_of
+from .delayed import Queue, TellsOfWeightGradients, in_use, mark_delayed, queue_of
 from .joined import join, pack, parameters, parts_of
 from .main_grad import add_to_main_grad, exact_gradient, weight_gradient
 from .parameters import MarksParameters, empty_parameter
@@ -189,7 +189,7 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
 
     @property
     def wgrad_queue(self) -> Queue | None:
-        return queue_of(self) if self.delay_wgrad_compute else None
+        return in_use(queue_of(self), self.delay_wgrad_compute)
 
     def reset_parameters(self) -> None:
         """Initialize each group as nn.Linear does, or by init_method and zeros."""

@@ -39,7 +39,7 @@ from .collectives import (
     overlaps,
     reduction,
 )
-from .delayed import Queue, TellsOfWeightGradients, mark_delayed, queue_of
+from .delayed import Queue, TellsOfWeightGradients, in_use, mark_delayed, queue_of
 from .main_grad import weight_gradient
 from .parameters import MarksParameters, Partition, empty_parameter, keys_of_basic_ops, shards
 
@@ -160,7 +160,7 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
 
     @property
     def wgrad_queue(self) -> Queue | None:
-        return queue_of(self) if self.delay_wgrad_compute else None
+        return in_use(queue_of(self), self.delay_wgrad_compute)
 
     def reset_parameters(self) -> None:
         """Initialize the parameters, where their sizes are known."""

@@ -23,7 +23,7 @@ from ..features.recipes import SequenceRecipes
 from ..guards.validation import place
 from ..guards.watched import own_state
 from ..op import Op
-from ..ops.delayed import DelaysWeightGradients, Queue
+from ..ops.delayed import DelaysWeightGradients, Queue, in_use
 from ..ops.residual import tell_next
 from ..ops.sizes import complete_sizes, infer_sizes
 from ..precision.autocast import active
@@ -153,7 +153,7 @@ class Sequential(
 
     @property
     def wgrad_queue(self) -> Queue | None:
-        return self._options.queue if self._options.delay_wgrad_compute else None
+        return in_use(self._options.queue, self._options.delay_wgrad_compute)
 
     # -- options and copies --
 

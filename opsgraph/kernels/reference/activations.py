@@ -51,6 +51,18 @@ def _srelu_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return aten.threshold_backward(dy * (2 * torch.relu(x)), x, 0)  # type: ignore[no-any-return]
 
 
+def _hardswish(x: Tensor) -> Tensor:
+    """PyTorch's, whose factor 1/6 is fp32's on CUDA in fp64 too."""
+    return x * F.relu6(x + 3) / 6 if x.dtype == torch.float64 else F.hardswish(x)
+
+
+def _hardswish_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    if x.dtype != torch.float64:
+        return aten.hardswish_backward(dy, x)  # type: ignore[no-any-return]
+    slope = torch.where(x > 3, 1, x / 3 + 0.5)
+    return torch.where(x > -3, dy * slope, 0)
+
+
 FLAT = 1e4
 """Beyond it SiLU and GELU are 0 or x and their slopes 0 or 1, and no power of x overflows."""
 
@@ -111,7 +123,7 @@ FUNCTIONS = {
     "sigmoid": Function(torch.sigmoid, _sigmoid_gradient),
     "tanh": Function(torch.tanh, lambda dy, x: aten.tanh_backward(dy, torch.tanh(x))),
     "relu6": Function(F.relu6, lambda dy, x: aten.hardtanh_backward(dy, x, 0, 6)),
-    "hardswish": _flat(F.hardswish, aten.hardswish_backward.default),
+    "hardswish": _flat(_hardswish, _hardswish_gradient),
     "mish": _flat(F.mish, aten.mish_backward.default),
 }
 

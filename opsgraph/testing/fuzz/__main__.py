@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"  # before the processes start
+    if args.device != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or each process starts as many again
     log = args.out / f"{args.device}-{args.seed}.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     past = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

@@ -84,7 +84,7 @@ def plain_answer(question: Question, exact: Answer, dtype: torch.dtype, low: boo
     roundings show.
     """
     found = answer(question, dtype)
-    for k in (1, 2, 3) if dtype in (torch.bfloat16, torch.float16) else (1,):
+    for k in (1, 2, 3):
         near = [
             _near(question, x, dtype, k).requires_grad_(x.requires_grad) for x in question.inputs
         ]

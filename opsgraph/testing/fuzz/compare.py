@@ -8,6 +8,8 @@ from torch import Tensor
 
 UNITS = {torch.float64: 10**7, torch.float32: 1000, torch.float16: 16, torch.bfloat16: 16}
 """Units of a dtype's precision, of the largest element, that any result may be off by."""
+LEAST = 1e-20
+"""An error that any result may have, for values on the way may be below a dtype's least."""
 RATIO = 6.0
 """How many times the error of plain formulas an error may be."""
 
@@ -45,7 +47,7 @@ def check(
     if not found.numel():
         return
     error, size = (found.double() - exact).norm(), exact.norm()
-    allowed = float(UNITS[dtype] * torch.finfo(dtype).eps * size)
+    allowed = float(UNITS[dtype] * torch.finfo(dtype).eps * size) + LEAST
     if error <= allowed:
         return
     if (other := plain()) is not None:

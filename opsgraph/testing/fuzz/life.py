@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -177,6 +178,8 @@ class Life(Backwards):
     ) -> list[Tensor]:
         call = self.module
         if compiled is not None:
+            if accumulated(self.module) or self.hooks:
+                raise Impossible  # what Dynamo cannot follow runs in pieces
             torch.compiler.reset()
             call = torch.compile(call, backend=compiled)
         options: dict[str, Any] = {} if first is None else {"is_first_microbatch": first}
@@ -184,8 +187,8 @@ class Life(Backwards):
             result = call(*inputs, **options)
         else:
             reentrant = checkpointed == "reentrant"
-            more: Any = {} if reentrant else {"context_fn": checkpoint_contexts, **options}
-            result = checkpoint(call, *inputs, use_reentrant=reentrant, **more)
+            more: Any = {} if reentrant else {"context_fn": checkpoint_contexts}
+            result = checkpoint(partial(call, **options), *inputs, use_reentrant=reentrant, **more)
         if compiled is not None:
             torch.compiler.reset()  # or all calls of the process ask Dynamo
         results = list(result) if isinstance(result, tuple) else [result]

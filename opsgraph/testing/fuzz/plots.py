@@ -10,7 +10,7 @@ from .states import RECIPES
 
 LEADS = ((4,), (), (1,), (5,), (0,), (2, 3), (2, 0), (16,), (32,), (33,))
 LAYOUTS = ("plain", "plain", "transposed", "strided", "expanded", "level")
-SIZES = (1.0, 1.0, 1.0, 1.0, 1e-3, 100.0)
+SIZES = (1.0, 1.0, 1.0, 1e-2, 10.0)
 BACKENDS = {
     "cpu": (("cpu", "reference"), ("cpu", "aten", "reference")),
     "cuda": (("triton", "aten", "reference"), ("triton", "reference")),
@@ -58,8 +58,8 @@ class Plot:
         main = ", accumulate_into_main_grad=True" * (chance() < 0.15)
         self.draft = Draft(self.random, widths, main, chance() < 0.1)
         dtype = one(("float32", "bfloat16")) if self.quantized else one(DTYPES)
-        self.narrow = self.quantized or dtype == "float16"
-        """Whether formulas of other values than those of size 1 overflow, or are rounded to 0."""
+        self.narrow = self.quantized or dtype in ("float16", "bfloat16")
+        """Whether values of another size than 1 are rounded too much."""
         self.backends = BACKENDS[device]
         options: dict[str, Any] = {name: one(values) for name, values in OPTIONS if chance() < 0.2}
         backends = one((None, None, *self.backends, ("reference",)))
@@ -166,7 +166,7 @@ class Plot:
         elif chance() < 0.15:
             options["autocast"] = True
         options["layout"] = one(LAYOUTS[: -1 if self.quantized else None])
-        options["size"] = one(SIZES[: 4 if self.narrow else None])
+        options["size"] = one(SIZES[: 3 if self.quantized else 4 if self.narrow else None])
         options["mode"] = one(("training", "training", "training", "no_grad", "inference"))
         options["backward"] = one(("now", "now", "twice", "later", "late", "never"))
         options["input_grad"] = chance() < 0.7
