@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import opsgraph as og
-from opsgraph.ops import Linear
+from opsgraph.ops import BasicLinear, ConstantScale, Linear
 
 WEIGHTS = ("fc1_weight", "fc2_weight")
 
@@ -153,3 +153,31 @@ def test_a_backward_that_asks_for_no_weight_adds_none() -> None:
     assert (module.fc2_weight.main_grad == 1).all()
     right = plain(lambda m: m(X).sum())["fc1_weight"]
     torch.testing.assert_close(module.fc1_weight.main_grad, 1 + right)
+
+
+class Backward(og.Fuser):
+    """A backward of a layer and a scale, of which the latter may be absent."""
+
+    backend = "reference"
+    pattern = dict(fc=BasicLinear, scale=ConstantScale | None)
+
+    def reject(self, scale: Any) -> str | None:
+        return None if scale is None else "the weight gradient goes into main_grad"
+
+    def wgrad(self, dy: Tensor, fc_x: Tensor, scale_scale: float | None) -> Tensor:
+        return dy.t() @ fc_x
+
+    def dgrad(self, dy: Tensor, fc_weight: Tensor, scale_scale: float | None) -> Tensor:
+        return dy @ fc_weight
+
+
+def test_a_product_of_a_pattern_whose_other_op_is_absent() -> None:
+    module = og.Sequential(
+        BasicLinear(8, 3, accumulate_into_main_grad=True), device="cpu", dtype=X.dtype
+    )
+    module[0].weight.main_grad = torch.zeros_like(module[0].weight)
+    with og.register(Backward):
+        y = module(X)
+        assert "Backward" in [step.name for step in module.plan(x=X).backward]
+        y.sum().backward()
+    torch.testing.assert_close(module[0].weight.main_grad, torch.ones(3, 5, dtype=X.dtype) @ X)

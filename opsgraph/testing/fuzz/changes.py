@@ -259,6 +259,8 @@ class Changes:
 
     def to(self, dtype: str) -> None:
         """Move the module to a dtype; inputs have it from now on."""
+        if self.module.queued_backward_dw():
+            raise Impossible  # a gradient that waits would be rounded to it
         self._changed(data=True)
         self.dtype = getattr(torch, dtype)
         self.module.to(self.dtype)

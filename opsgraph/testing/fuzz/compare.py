@@ -10,7 +10,7 @@ UNITS = {torch.float64: 10**7, torch.float32: 1000, torch.float16: 16, torch.bfl
 """Units of a dtype's precision, of the largest element, that any result may be off by."""
 LEAST = 1e-20
 """An error that any result may have, for values on the way may be below a dtype's least."""
-RATIO = 6.0
+RATIO = 10.0
 """How many times the error of plain formulas an error may be."""
 
 

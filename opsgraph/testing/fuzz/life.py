@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...base.errors import OpError, PlanError
+from ...op import Op
 from ...precision.autocast import autocast
 from ...precision.recomputed import checkpoint_contexts
 from ...run.sequential import Sequential
@@ -209,6 +210,10 @@ class Life(Backwards):
         try:
             self.module(x, *(self._random(s, 0) for s in shapes))
         except (OpError, PlanError, TypeError):
+            return False
+        except RuntimeError:
+            if all(isinstance(op, Op) for op in self._ops()):
+                raise  # torch.nn's modules have errors of their own
             return False
         raise Wrong("a sequence whose widths do not fit was run")
 
