@@ -110,7 +110,7 @@ class Backwards(States):
                 self.backward_dw()
 
     def _forget_delayed(self, module: nn.Module) -> None:
-        self.delayed.clear()
+        self.delayed = [other for other in self.delayed if other.module is not module]
         for child in module.modules():
             if (queue := getattr(child, "wgrad_queue", None)) is not None:
                 queue.clear()

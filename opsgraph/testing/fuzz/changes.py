@@ -286,7 +286,9 @@ class Changes:
         values than its forward had. data: so does a backward whose parameters got other memory.
         ops: the ops may no longer fit.
         """
-        self.pending = [p for p in self.pending if not (data or p.recomputes)]
+        if ops and self.module.queued_backward_dw():
+            raise Impossible  # a module may go with the gradients that wait there
+        self.pending = [p for p in self.pending if not (data or p.recomputes or (ops and p.late))]
         self.behind |= values
         self.edited |= ops
         if values or ops:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 UNITS = {torch.float64: 10**7, torch.float32: 1000, torch.float16: 16, torch.bfloat16: 16}
 """Units of a dtype's precision, of the largest element, that any result may be off by."""
-LEAST = 1e-20
-"""An error that any result may have, for values on the way may be below a dtype's least."""
+LEAST = 1.0
+"""How many units of 1 any result may be off by: what cancels was of that size on the way."""
 RATIO = 10.0
 """How many times the error of plain formulas an error may be."""
 
@@ -47,13 +47,15 @@ def check(
     if not found.numel():
         return
     error, size = (found.double() - exact).norm(), exact.norm()
-    allowed = float(UNITS[dtype] * torch.finfo(dtype).eps * size) + LEAST
+    allowed = torch.finfo(dtype).eps * (float(UNITS[dtype] * size) + LEAST)
     if error <= allowed:
         return
     if (other := plain()) is not None:
         if not other.isfinite().all():
             return  # formulas in this dtype overflow as well
         allowed += RATIO * float((other.double() - exact).norm())
+        if allowed > size:
+            return  # nor do they say anything of a value that cancels
     if exact.abs().max() > torch.finfo(found.dtype).max / 16:
         return
     if not error <= allowed:  # a NaN is wrong too
@@ -66,7 +68,10 @@ def worse(exact: Answer, one: Answer, other: Answer) -> Answer:
     def further(value: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor | None:
         if value is None or a is None or b is None:
             return a
-        return a if (a.double() - value).norm() >= (b.double() - value).norm() else b.to(a.dtype)
+        if not a.isfinite().all():
+            return a
+        closer = (b.double() - value).norm() <= (a.double() - value).norm()  # not if it is NaN
+        return a if closer else b.to(a.dtype)
 
     outputs: Sequence[Any] = list(map(further, exact.outputs, one.outputs, other.outputs))
     gradients = {

@@ -158,6 +158,8 @@ class Life(Backwards):
 
     def _change_outputs(self, outputs: Sequence[Tensor], leaves: dict[str, Tensor]) -> None:
         """As a caller may who adds to a result in place."""
+        if self.hooks or not all(isinstance(op, Op) for op in self._ops()):
+            return  # an output may be what went into an op behind a module
         whole = [t.untyped_storage().data_ptr() for t in (*outputs, *leaves.values())]
         for y in outputs:  # one that is an input as well, or another output, is a view
             if y.requires_grad and whole.count(y.untyped_storage().data_ptr()) == 1:

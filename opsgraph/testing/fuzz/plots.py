@@ -1,10 +1,12 @@
 """Drawing a life: its start and its steps, all from one seed."""
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from random import Random
 from typing import Any
 
 from .drafts import ACTIVATIONS, FLAGS, QUANTIZED_WIDTHS, RETURNS, WIDTHS, Draft, of_torch
+from .life import Life
 from .lives import Step
 from .states import RECIPES
 
@@ -42,6 +44,8 @@ OPTIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("checkpoint", (True, False)),
     ("delay_wgrad_compute", (True, False)),
 )
+
+_DEFAULTS = {name: p.default for name, p in signature(Life.call).parameters.items()}
 
 
 class Plot:
@@ -181,6 +185,4 @@ class Plot:
             options["first"] = chance() < 0.5
         elif chance() < 0.0005:
             options["compiled"] = one(("eager", "aot_eager"))
-        defaults = (False, "plain", 1.0)
-        given = {k: v for k, v in options.items() if v not in defaults or k == "first"}
-        return Step("call", (), given)
+        return Step("call", (), {k: v for k, v in options.items() if v != _DEFAULTS[k]})

@@ -55,6 +55,8 @@ class States(Changes):
     def copy(self, shallow: bool = False) -> None:
         """Go on with a deepcopy, or with a `copy.copy`."""
         self._copied()
+        if shallow and self.module.queued_backward_dw():
+            raise Impossible  # modules inside are the same, and so are their gradients that wait
         self.module = copy.copy(self.module) if shallow else copy.deepcopy(self.module)
 
     def pickle(self) -> None:
