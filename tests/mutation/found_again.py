@@ -36,7 +36,8 @@ def main() -> int:
             if not any(name in fault.name for name in given.names or [""]):
                 continue
             with plant(fault, root):
-                outcome = run(lives_of(fault, given.seconds), root, fault)
+                command = lives_of(fault.seed, given.seconds)
+                outcome = run(command, root, fault.interpreted)
             place = re.match(r"FAILED life (\d+), step (\d+): (.*)", outcome["by"])
             found = {"breaks": fault.breaks, "found": place is not None}
             if place is not None:
