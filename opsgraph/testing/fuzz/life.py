@@ -59,7 +59,7 @@ class Life(Backwards):
         `is_first_microbatch` of LayerNormMLP.
         """
         if checkpointed == "reentrant" and getattr(self.module, "return_bias", False):
-            raise Impossible  # PyTorch's recurses without end for a function that returns a leaf
+            raise Impossible  # not under a reentrant one
         draw_from(seed + self.seed, self.device)
         x = _laid_out(self._random((*lead, self.width), seed) * size, layout)
         if not self._fits(lead, x):
