@@ -91,7 +91,12 @@ def _of_options(fuser: Fuser) -> Iterator[str]:
 
 
 def _starred(function: Callable[..., Any]) -> str | None:
-    """An argument of a function that stands for any number of values, or None."""
+    """An argument of a function that stands for any number of values, or None.
+
+    A function whose arguments are declared apart may take them so.
+    """
+    if hasattr(function, "declared_arguments"):
+        return None
     given = inspect.signature(function).parameters.values()
     return next((str(p) for p in given if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)), None)
 

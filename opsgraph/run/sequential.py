@@ -104,14 +104,14 @@ class Sequential(
             return  # a call under a recipe follows by itself
         with config.lock:
             if self._prepared != config.epoch or changed(self._containers):
-                if width is not None and self._lazy():
+                lazy, epoch = self._lazy(), config.epoch
+                if lazy and width is not None:
                     complete_sizes(self._modules, width)
-                epoch = config.epoch
                 tell_next(self._present())
                 self.__dict__["_recipes"] = {}
                 self.__dict__["_stages"] = self._make_stages(None)
                 self.__dict__["_containers"] = watch(self, self._present())
-                self.__dict__["_prepared"] = epoch
+                self.__dict__["_prepared"] = -1 if lazy and width is None else epoch
             asks = self._follows() or self._containers
             # The last, for threads that ask without the lock.
             self.__dict__["_epoch"] = -1 if asks else self._prepared
