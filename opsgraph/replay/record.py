@@ -213,13 +213,15 @@ class Stretch:
         if self.arena > self.provided:
             results.append(("room", Result(NOTHING, (self.arena,), torch.uint8, self.device)))
             addresses.append("room.data_ptr()")
-        yield from filter(None, (result.text(variable) for variable, result in results))
-        if new := {variable: r for variable, r in results if r.text(variable) is None}:
-            layouts = [
-                (sizes, strides, dtype)
-                for dtype, sizes, strides in (r.layout for r in new.values())
-            ]
-            namespace[f"layouts{number}"] = layouts
+        new: dict[str, Any] = {}
+        for variable, result in results:
+            if (line := result.text(variable)) is not None:
+                yield line
+            else:
+                dtype, sizes, strides = result.layout
+                new[variable] = sizes, strides, dtype
+        if new:
+            namespace[f"layouts{number}"] = [*new.values()]
             yield f"{', '.join(new)}, = starmap(new, layouts{number})"
         namespace[f"pack{number}"] = struct.Struct(f"={len(addresses)}q").pack
         namespace[f"fail{number}"] = self.fail

@@ -76,10 +76,10 @@ def _blocks_configs(scaling: str, source: str, *_: Any) -> tuple[dict[str, int],
     return around(usual, R=(16, 64), COL_R=(32, 128), STAGES=(1, 2), num_warps=(4, 16))
 
 
-def fours(rows: int, tile: int, warps: int) -> int:
-    """FOURS of `quantize_kernels.rows_of`, for the size of a tile whose columns are written."""
+def fours(rows: int, tile: int, warps: int, columns: bool) -> int:
+    """FOURS of `quantize_kernels.rows_of`; columns: whether a tile's are written, of its bytes."""
     across = tile // (warps * 32 * 4)
-    return min(8, across) if rows % 16 == 0 and across >= 4 else 0
+    return min(8, across) if columns and rows % 16 == 0 and across >= 4 else 0
 
 
 def constants(to: Format, device: torch.device) -> dict[str, Any]:
@@ -235,9 +235,8 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
     new = partial(torch.empty, dtype=torch.float32, device=x.device)
     amaxes = new(down * across) if output.amax else None
     col_amaxes = new(down, source.width) if columns else None
-    four = 0
-    if to.scaling == "tensor" and output.col is not None:
-        four = fours(rows, options["R"] * options["C"], options["num_warps"])
+    words = to.scaling == "tensor" and output.col is not None
+    four = fours(rows, options["R"] * options["C"], options["num_warps"], words)
     with on_device_of(x):
         launch(
             copy_kernel, (down * across,),
@@ -255,9 +254,8 @@ def _run_blocks(source: Source, to: Format, output: Output) -> None:
     unit, row_unit = stride_unit(x), 16 if rows % 16 == 0 else 1
     key = to.scaling, source.name, source.width, source.flags["GATED"], x.dtype
     options = configured("quantize_blocks", key, _blocks_configs)
-    four = 0
-    if output.col is not None:
-        four = fours(rows, options["COL_R"] * block, options["num_warps"])
+    words = output.col is not None
+    four = fours(rows, options["COL_R"] * block, options["num_warps"], words)
     with on_device_of(x):
         launch(
             blocks_kernel, (ceil_div(rows, block) * ceil_div(source.width, block),),

@@ -113,14 +113,14 @@ def _run(
     if not (dx.asked() or y.asked() or dbias is not None):
         return None, None, None
     stored = any(copy is not None for output in (dx, y) for copy in (output.row, output.col))
-    passes = stored, dbias is not None, dx.amax or y.amax
-    key = to.scaling, *passes, flags["WIDTH"], flags["GATED"], x.dtype
+    passes, width = (stored, dbias is not None, dx.amax or y.amax), flags["WIDTH"]
+    key = to.scaling, *passes, width, flags["GATED"], x.dtype
     run = partial(_launch, dy, x, flags, to, y_dtype)
     if to.scaling in ("blocks", "square"):
-        return None, None, _run_blocks(run, key, x, to, dx, y, dbias)
+        return None, None, _run_blocks(run, key, x, width, to, dx, y, dbias)
     options = configured("activation_backward_quantize", key, _configs)
     down = ceil_div(x.size(0), options["R"] * options["TILES"])
-    programs = down * ceil_div(flags["WIDTH"], options["C"])
+    programs = down * ceil_div(width, options["C"])
     new = torch.empty if x.numel() else torch.zeros
     amaxes, y_amaxes = (
         new(max(1, programs), dtype=torch.float32, device=x.device) if output.amax else None
@@ -136,11 +136,11 @@ def _run(
 
 
 def _run_blocks(
-    run: Callable[..., None], key: Any, x: Tensor, to: Format, dx: Output, y: Output,
+    run: Callable[..., None], key: Any, x: Tensor, width: int, to: Format, dx: Output, y: Output,
     dbias: torch.dtype | None,
 ) -> Tensor | None:  # fmt: skip
     """Scales and row copies of "blocks", then what needs the scales of whole blocks."""
-    rows, width, block, square = x.size(0), key[-3], BLOCKS[to.scaling], to.scaling == "square"
+    rows, block, square = x.size(0), BLOCKS[to.scaling], to.scaling == "square"
     down = ceil_div(rows, block)
     bias, sums = _sums(x, down, dbias)
     if x.numel():
@@ -176,9 +176,10 @@ def _sums(x: Tensor, tiles: int, dbias: torch.dtype | None) -> tuple[Tensor | No
 def _with_fours(
     options: dict[str, int], x: Tensor, to: Format, dx: Output, y: Output
 ) -> dict[str, int]:
-    columns = to.scaling != "mx" and (dx.col is not None or y.col is not None)
-    tile = options["R"] * options["C"] if columns else 0
-    return options | {"FOURS": fours(x.size(0), tile, options["num_warps"])}
+    """The options of `activation_backward_kernel`."""
+    words = to.scaling != "mx" and (dx.col is not None or y.col is not None)
+    tile = options["R"] * options["C"]
+    return options | {"FOURS": fours(x.size(0), tile, options["num_warps"], words)}
 
 
 def _launch(
