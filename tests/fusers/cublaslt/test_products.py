@@ -51,6 +51,30 @@ def test_products(kind: type[TensorQuantizer], rows: int) -> None:
     torch.testing.assert_close(found, qx.row.dequantize() @ qw.row.dequantize().t() + bias)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_library_gets_an_aligned_bias(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever multiplies: its kernels read several values of a bias at once."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16
+    x, weight, bias = (torch.randn(*s, dtype=dtype) for s in ((32, 64), (48, 64), (48,)))
+    quantizer = TensorQuantizer(E4M3)
+    a, b = (quantizer(t.to(device)).row for t in (x, weight))
+    expected = scaled_mm(a, b, dtype, True, bias.to(device))
+    multiply, seen = torch._scaled_mm, []
+
+    def watched(*args: object, bias: Tensor, **options: object) -> Tensor:
+        seen.append(bias.data_ptr() % 16 == 0 and bias.is_contiguous())
+        return multiply(*args, bias=bias, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", watched)
+    inside, apart = torch.zeros(49, dtype=dtype, device=device), torch.zeros(96, dtype=dtype)
+    for view in (inside[1:], apart.to(device)[::2]):
+        view.copy_(bias)
+        assert torch.equal(scaled_mm(a, b, dtype, True, view), expected)
+    assert all(seen)
+    assert seen or device == "cuda"  # there, opsgraph's own call
+
+
 @pytest.mark.parametrize("name", ["ScaledLinear", "ScaledLinearBackward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fusers(name: str, dtype: torch.dtype) -> None:
