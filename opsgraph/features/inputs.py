@@ -87,7 +87,7 @@ def explain(module: nn.Sequential, stages: Sequence[Any], x: Any, extras: Sequen
         return module(x, *extras[:-1])
     first = next((m for m in module._modules.values() if m is not None), None)
     if isinstance(first, Op):
-        width = first.in_width or "width"
+        width = "width" if first.in_width is None else first.in_width
         verify_tensor(x, "input", f"a tensor [*, {width}]")
     for stage in stages:
         for weight, (owner, name) in zip(*_weights_of(stage), strict=True):

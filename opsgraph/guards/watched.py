@@ -30,7 +30,7 @@ HOOKS = (
     "_backward_pre_hooks",
 )
 MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
-_PRIVATE = frozenset({"_owners", "_runner"})
+PRIVATE = frozenset({"_owners", "_runner", "_wgrad_queue", "_wgrad_hooks"})
 """What belongs to this object alone: no copy has it."""
 _LITERALS = (bool, int, float, complex, str, bytes, type(None))
 
@@ -174,11 +174,11 @@ class Watched(nn.Module):
     register_backward_hook = _telling(nn.Module.register_backward_hook)
 
     def __getstate__(self) -> dict[str, Any]:
-        return own_state(self, _PRIVATE)
+        return own_state(self, PRIVATE)
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        for name in _PRIVATE:
+        for name in PRIVATE:
             replica.__dict__.pop(name, None)
         return replica
 

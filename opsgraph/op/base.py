@@ -26,11 +26,11 @@ from ..guards.constants import plain
 from ..guards.state_dicts import StateDicts
 from ..guards.torch_private import constant_under_compile
 from ..guards.validation import text
-from ..guards.watched import MODULE_ATTRIBUTES, serving
+from ..guards.watched import MODULE_ATTRIBUTES, PRIVATE, serving
 from .spec import Spec
 
 FORWARD, BACKWARD = "forward", "backward"
-_NO_SETTINGS = MODULE_ATTRIBUTES | {"_runner", "_owners", "_homes", "channels", "strict", "serial"}
+_NO_SETTINGS = MODULE_ATTRIBUTES | PRIVATE | {"_homes", "channels", "strict", "serial"}
 
 
 class Lowered(NamedTuple):
@@ -295,7 +295,7 @@ class Op(StateDicts):
             name: None if p is None or is_lazy(p) else p.detach().to("meta")
             for name, p in self._parameters.items()
         }
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("_runner", "_owners")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in PRIVATE}
         bare.__dict__ = {**kept, "_parameters": parameters, "_homes": {}, "_modules": {}}
         return bare
 

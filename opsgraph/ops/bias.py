@@ -12,7 +12,7 @@ from ..guards.validation import Checked, Fixed, features, flag, place
 from ..guards.validation import size as valid_size
 from ..op import Op, Spec
 from .collectives import Group, group_of
-from .parameters import MarksParameters, Partition, empty_parameter
+from .parameters import MarksParameters, Partition, empty_parameter, known
 
 if TYPE_CHECKING:
     from .collectives import GroupLike
@@ -81,7 +81,7 @@ class Bias(MarksParameters, Op):
         return out_width
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
-        width = in_width or out_width
+        width = known(in_width, out_width)
         if self.width is None and width is not None:
             self.width = width
             if isinstance(self.bias, UninitializedParameter):
@@ -92,11 +92,11 @@ class Bias(MarksParameters, Op):
         self.width = shape[0]
 
     def reject(self, x: Spec) -> str | None:
-        width = getattr(self, "width", None) or getattr(self, "local_out_features", None)
+        width = known(getattr(self, "width", None), getattr(self, "local_out_features", None))
         return None if x.width == width else f"got input width {x.width}, expected {width}"
 
     def shape_of(self, name: str) -> tuple[int | None, ...] | None:
-        return (getattr(self, "width", None) or getattr(self, "local_out_features", None),)
+        return (known(getattr(self, "width", None), getattr(self, "local_out_features", None)),)
 
     def out(self, x: Spec) -> Spec:
         return x

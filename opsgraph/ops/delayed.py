@@ -21,7 +21,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -177,13 +176,14 @@ class Queue(list[Entry]):
         return Queue, ()
 
 
-_queues: WeakKeyDictionary[nn.Module, Queue] = WeakKeyDictionary()
-_hooks: WeakKeyDictionary[nn.Module, list[Callable[[], Any]]] = WeakKeyDictionary()
+# On the modules themselves, for what waits and hooks refer to them: a table would keep all alive.
+_QUEUE, _HOOKS = "_wgrad_queue", "_wgrad_hooks"
 
 
 def queue_of(op: nn.Module) -> Queue:
     """The queue of an op with `delay_wgrad_compute` of its own."""
-    return _queues.setdefault(op, Queue())
+    queue: Queue = op.__dict__.setdefault(_QUEUE, Queue())
+    return queue
 
 
 def in_use(queue: Queue, delays: bool) -> Queue | None:
@@ -193,7 +193,7 @@ def in_use(queue: Queue, delays: bool) -> Queue | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks are registered for the module's delayed gradients."""
-    return bool(_hooks.get(module))
+    return bool(module.__dict__.get(_HOOKS))
 
 
 def _all_queues(module: nn.Module) -> list[Queue]:
@@ -251,7 +251,7 @@ class TellsOfWeightGradients(DelaysWeightGradients):
         The weights carry `skip_backward_post_hook=True` for wrappers that would otherwise wait for
         their gradients in the backward.
         """
-        _hooks.setdefault(self, []).append(hook)
+        self.__dict__.setdefault(_HOOKS, []).append(hook)
 
 
 def _tell(gradients: Iterable[Late]) -> None:
@@ -263,7 +263,7 @@ def _tell(gradients: Iterable[Late]) -> None:
                 if weight.grad is None:  # Megatron-LM's hook asks for one, if it is but a dummy
                     weight.grad = dummy(weight)
     for module in heard.values():
-        for hook in _hooks.get(module, ()):
+        for hook in module.__dict__.get(_HOOKS, ()):
             hook()
 
 

@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..guards.validation import Checked, features, finite, place
 from ..kernels.reference import scales
 from ..op import Op, Spec
-from .parameters import empty_parameter
+from .parameters import empty_parameter, known
 
 
 class LayerScale(Op):
@@ -51,7 +51,7 @@ class LayerScale(Op):
         return out_width
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
-        width = in_width or out_width
+        width = known(in_width, out_width)
         if self.width is None and width is not None:
             self.width = width
             if isinstance(self.weight, UninitializedParameter):

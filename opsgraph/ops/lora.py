@@ -17,7 +17,7 @@ from ..kernels.reference.dropout import keep_mask
 from ..op import Lowered, Op, Spec
 from .dequantized import dequantizes
 from .linear import Linear
-from .parameters import empty_parameter
+from .parameters import empty_parameter, known
 from .residual import OpList, Tee
 from .sizes import infer_sizes
 
@@ -126,7 +126,7 @@ class LoRA(Op):
             nn.init.zeros_(self.lora_B)
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
-        width = in_width or out_width
+        width = known(in_width, out_width)
         if self.out_features is None and self.start is None and width is not None:
             self.out_features = width
             if isinstance(self.lora_B, UninitializedParameter):

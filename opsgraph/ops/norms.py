@@ -13,7 +13,7 @@ from ..base.errors import OpError
 from ..guards.validation import Checked, choice, epsilon, flag, place, whole
 from ..kernels.reference import norms
 from ..op import Lowered, Op, Spec
-from .parameters import empty_parameter
+from .parameters import empty_parameter, known
 
 
 def _sizes(who: str, name: str, shape: Any) -> tuple[int, ...] | None:
@@ -161,7 +161,7 @@ class _Norm(Op):
         return out_width
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
-        width = in_width or out_width
+        width = known(in_width, out_width)
         if self.width is None and width is not None:
             self.normalized_shape = width
             for parameter in self._parameters.values():

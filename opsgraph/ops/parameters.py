@@ -18,6 +18,11 @@ def empty_parameter(
     return nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))  # type: ignore[arg-type]
 
 
+def known(*sizes: int | None) -> int | None:
+    """The first size that is not None; 0 is one as well."""
+    return next((size for size in sizes if size is not None), None)
+
+
 def shards(mode: str | None, size: int) -> tuple[int, int]:
     """Among how many ranks a mode splits a weight's rows and columns."""
     return (size if mode == "column" else 1), (size if mode == "row" else 1)

@@ -15,6 +15,7 @@ from ..guards.validation import Checked, flag, text
 from ..guards.watched import Watched, whole
 from ..op import Lowered, Op, Spec
 from .linear import BasicLinear
+from .parameters import known
 from .sizes import infer_sizes, width_between
 
 _serial = itertools.count()
@@ -139,10 +140,11 @@ class OpList(Watched, nn.ModuleList):
 
 
 def _checked(module: Any) -> Any:
-    if isinstance(module, nn.Module) and not isinstance(module, Op):
+    if module is None:
+        return None
+    if not isinstance(module, Op):
         raise PlanError(f"Residual: got {type(module).__name__}, expected ops of opsgraph")
-    if module is not None:
-        Op.verify_added(module)
+    Op.verify_added(module)
     return module
 
 
@@ -170,7 +172,7 @@ class Residual(Op):
         return out_width
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
-        width = in_width or out_width or self.in_width
+        width = known(in_width, out_width, self.in_width)
         infer_sizes(list(self._inner()), width, width)
 
     def _inner(self) -> Iterable[Op]:

@@ -8,6 +8,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..base.errors import OpError, OpsgraphError
 from ..op import Op, row
+from .parameters import known
 
 
 def infer_sizes(
@@ -20,7 +21,7 @@ def infer_sizes(
             width = None
             continue
         module.complete(width, width_between(modules[k + 1 :], last))
-        width = module.in_width or width
+        width = known(module.in_width, width)
         for entry in module.lower():
             width = None if width is None else _out_width(entry.kind, entry.op, width)
 

@@ -201,6 +201,8 @@ def test_an_edit_of_a_residual_that_raises_changes_nothing() -> None:
     ):
         with pytest.raises(og.PlanError, match="Residual: got ReLU, expected ops of opsgraph"):
             edit(module.ops)
+    with pytest.raises(og.PlanError, match="Residual: got str, expected ops of opsgraph"):
+        module.ops.insert(0, "ReLU()")
     assert list(module.ops) == before
     assert torch.equal(module(X), y)
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -254,6 +256,24 @@ def test_hooks_of_wrappers_run_once_all_gradients_are_there() -> None:
     assert told == []
     sequence.backward_dw()
     assert told == [[True] * 3] * 2
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_module_that_hooks_or_waiting_gradients_refer_to_is_freed(waits: bool) -> None:
+    def use() -> list[weakref.ref[nn.Module]]:
+        layers: list[Any] = [Linear(8, 8, delay_wgrad_compute=True)]
+        layers += [og.LayerNormMLP(8, 8, device="cpu", delay_wgrad_compute=True)]
+        for layer in layers:
+            layer.register_wgrad_accumulation_and_reduce_hooks(layer.zero_grad)
+            layer(torch.randn(4, 8)).sum().backward()
+            if not waits:
+                layer.backward_dw()
+            assert copy.deepcopy(layer).queued_backward_dw() == 0
+        return [weakref.ref(layer) for layer in layers]
+
+    layers = use()
+    gc.collect()
+    assert all(layer() is None for layer in layers)
 
 
 def test_a_weight_that_is_computed_cannot_wait() -> None:

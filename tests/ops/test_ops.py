@@ -363,3 +363,18 @@ def test_no_columns(device: str) -> None:
 
     for build in (lambda: [SiLU()], lambda: [SwiGLU()], lambda: [ConstantScale(2.0)]):
         check(build, (3, 0), device=device)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_width_of_0_is_a_size_that_is_known(given: bool) -> None:
+    """Also where it was left out, for a neighbour to tell."""
+    size = (0,) if given else ()
+    ops = [Linear(4, 0), Bias(*size), RMSNorm(*size), LayerNorm(*size), LayerScale(*size)]
+    module = og.Sequential(*ops, Residual(Bias(*size)), Linear(0, 3))
+    x = torch.randn(5, 4, requires_grad=True)
+    y = module(x)
+    assert torch.equal(y, module[-1].bias.expand(5, 3))
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in module.parameters())
+    with pytest.raises(og.OpsgraphError, match=re.escape("input width 2, expected 0")):
+        og.Sequential(Bias(0))(torch.ones(1, 2))
