@@ -262,6 +262,7 @@ class Compiled:
     def _expose(self, key: Any) -> str:
         """Plan while Dynamo traces. A method: Dynamo guards which object a function is given."""
         plan: Plan = self.ensure(key)
+        _ = [function.call for function in plan.functions]  # Dynamo compiles no text
         _handles[plan.handle] = plan
         setattr(self.table.exposed, plan.handle, plan)
         return plan.handle
@@ -276,8 +277,8 @@ class Compiled:
             raise PlanError(self.eager_only)
         plan: Plan = getattr(self.table.exposed, self._expose(key))
         if self.double_backward:  # traced through, for autograd to see the ops
-            call = plan.run_forward, ()  # not a replay: Dynamo does not know all that it looks at
-            return self.run_inference(plan, self, len(extras), (x, *extras, *weights), call)
+            run = plan.functions.forward.call  # not a replay: Dynamo does not know all it looks at
+            return self.run_inference(plan, self, len(extras), (x, *extras, *weights), (run, ()))
         if self.recipe is not None and plan.specs.prepared:
             self.recipe.check_traceable(weights)
             weights = [*weights, *self.recipe.prepare(plan, weights)]

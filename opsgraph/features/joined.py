@@ -12,8 +12,7 @@ a temporary of it, and nothing is made for a scale. They save the scales where t
 Calls that something watches run the plan's own functions: `precision.reading.usual` says which.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -57,6 +56,10 @@ def part(scales: Tensor, column: int) -> Tensor:
     return scales[column]
 
 
+_CALLED = {"part": part, "note": note}
+"""What the added lines call."""
+
+
 def _scales(n: int) -> str:
     return f"scales_{n}"
 
@@ -69,10 +72,8 @@ class _Joining:
     """Joins a plan's functions. In the source layer n has `scales_n` and `seen_n`."""
 
     def __init__(self, plan: Plan, layers: Sequence[Layer]) -> None:
-        self.plan, self.specs = plan, plan.specs
-        self.prepare, self.forward, self.backward = map(
-            plan.function, ("prepare", "forward", "backward")
-        )
+        self.specs = plan.specs
+        self.forward, self.backward, self.prepare = plan.functions
         self.delayed = [layer for layer in layers if layer.activation is not None]
         self.parts = len(_returned(self.prepare)[0])
         self.count = len(self.specs.inputs) - self.parts
@@ -135,42 +136,12 @@ class _Joining:
             amaxes = *outputs[first:], *_returned(self.prepare)[1]
             lines.append(_note([*range(count)] * 2, [0] * count + [1] * count, amaxes))
         lines.append(Line("return", (outputs[:first], values(self.saved))))
-        run = partial(self._run_forward(), noting)
-        return Function("", run, (*own, *more), tuple(lines))
-
-    def _run_forward(self) -> Callable[..., Any]:
-        """The forward in Python: the plan's functions, one after the other."""
-        plan, owners, count = self.plan, self.owners, self.count
-        places = [self.specs.first_weight + place for place, _, _ in self.specs.prepared]
-        inputs = [argument.name for argument in self.specs.inputs[:count]]
-        layers, first = len(self.delayed), len(self.specs.outputs) - self.specs.reports
-        names, reports = self.names, bool(self.specs.reports)
-
-        def forward(noting: bool, ops: Any, *arguments: Any) -> Any:
-            given, scales = list(arguments[:count]), arguments[count : count + layers]
-            seen = arguments[count + layers :]
-            operands = [given[k] for k in places]
-            parts, amaxes = plan.run_prepare(*operands, *[part(each, 1) for each in scales])
-            for k, name in enumerate(inputs):
-                if name in owners:
-                    n, column = owners[name]
-                    given[k] = part(scales[n], column)
-            outputs, saved = plan.run_forward(ops, *given, *parts)
-            if noting and reports:
-                note(seen * 2, (0,) * layers + (1,) * layers, (*outputs[first:], *amaxes))
-            kept: dict[Any, Tensor] = {}
-            for name, tensor in zip(names, saved, strict=True):
-                if name in owners:
-                    kept[owners[name][0]] = scales[owners[name][0]]
-                else:
-                    kept[name] = tensor
-            return outputs[:first], tuple(kept.values())
-
-        return forward
+        called = self.prepare.namespace | self.forward.namespace | _CALLED
+        return Function("forward", (*own, *more), lines, called)
 
     def noting_backward(self) -> Function:
         """The backward."""
-        plan, lines = self.plan, list(self.backward.lines)
+        lines = list(self.backward.lines)
         start = 0
         if self.saved:
             lines[0], start = lines[0]._replace(results=self.saved), 2
@@ -189,24 +160,7 @@ class _Joining:
         own = self.backward.parameters[:-1]
         lines = [*map(_wanting, lines)]
         parameters = (*own, *map(_seen, layers), "saved")
-        owners, names, places, count = self.owners, self.names, self.places, self.count
-
-        def backward(*arguments: Any) -> Any:
-            kept = arguments[-1]
-            saved = [
-                part(kept[k], owners[name][1]) if name in owners else kept[k]
-                for name, k in zip(names, places, strict=True)
-            ]
-            kept.clear()
-            found = list(plan.run_backward(*arguments[: len(own)], saved)[:count])
-            if reported:
-                seen = arguments[len(own) : -1]
-                note(seen, (0,) * len(seen), [found[k] for k in reported])
-            for k in reported:
-                found[k] = None
-            return tuple(found)
-
-        return Function("", backward, parameters, tuple(lines))
+        return Function("backward", parameters, lines, self.backward.namespace | _CALLED)
 
 
 def _returned(function: Function) -> Any:

@@ -107,9 +107,9 @@ def _place(plan: Plan, name: str) -> int:
 
 def _kept(plan: Plan) -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:
     """Each kept value with its facts, from the lines that make and read it."""
-    makers = {name: line.note for line in plan.forward_lines for name in line.makes}
+    makers = {name: line.note for line in plan.functions.forward.lines for name in line.makes}
     readers: dict[str, dict[str, None]] = {}
-    for line in plan.backward_lines:
+    for line in plan.functions.backward.lines:
         for name in line.reads:
             readers.setdefault(name, {})[line.note or line.function] = None
     for name, size in plan.saved.items():
@@ -242,10 +242,10 @@ def _article(identity: str, title: str, facts: Iterable[tuple[str, str]]) -> str
 def _functions(plan: Plan) -> Iterator[tuple[str, str, Sequence[Line]]]:
     """Name, source and lines of what the plan runs."""
     if plan.prepare_source:
-        yield "prepare", plan.prepare_source, plan.prepare_lines
-    yield FORWARD, plan.forward_source, plan.forward_lines
+        yield "prepare", plan.prepare_source, plan.functions.prepare.lines
+    yield FORWARD, plan.forward_source, plan.functions.forward.lines
     if plan.backward:
-        yield BACKWARD, plan.backward_source, plan.backward_lines
+        yield BACKWARD, plan.backward_source, plan.functions.backward.lines
 
 
 def _sources(plan: Plan) -> Iterator[str]:

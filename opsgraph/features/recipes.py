@@ -151,7 +151,8 @@ class StageRecipe:
         prepared, first = plan.specs.prepared, active.first_microbatch
         operands: list[Any] = [weights[k] for k, _, _ in prepared]
         grad = torch.is_grad_enabled()
-        run = plan.run_prepare if torch.compiler.is_compiling() else plan.passes.prepare
+        compiling = torch.compiler.is_compiling()
+        run = plan.functions.prepare.call if compiling else plan.passes.prepare
         if first is None:
             parts, amaxes = run(*operands, *self._scales(plan))
         else:

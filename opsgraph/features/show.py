@@ -38,8 +38,8 @@ def table(plan: Plan) -> str:
     names = [step.name for step in (*plan.forward, *plan.backward)]
     names += [refused.name for refused in plan.rejected]
     width = max((24, *map(len, names)))
-    lines = ["prepare"] if plan.prepare_lines else []
-    for line in plan.prepare_lines[:-1]:
+    lines = ["prepare"] if plan.functions.prepare.lines else []
+    for line in plan.functions.prepare.lines[:-1]:
         where, backend = line.note.split()
         lines.append(f"  {where:>5}  {line.function:<{width}} {backend:<10} {line.reads[0]}")
     lines += ["forward", *(_row(step, plan, width) for step in plan.forward)]

@@ -18,7 +18,7 @@ def verified(plan: Plan, asked: bool) -> Plan:
     if not (asked or every):
         return plan
 
-    verify(*map(plan.function, ("forward", "backward", "prepare")))
+    verify(*plan.functions)
     return plan
 
 

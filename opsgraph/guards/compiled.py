@@ -20,10 +20,17 @@ def _code(source: str) -> CodeType:
 def compiled(name: str, source: str, namespace: dict[str, Any]) -> Callable[..., Any]:
     """The function of that name which the source defines."""
     file = f"<opsgraph plan {next(_serial)} {name}>"
-    exec(_code(source), namespace)
-    # Else the function would hold itself, and live until the next collection.
-    function: FunctionType = namespace.pop(name)
+    defined: dict[str, FunctionType] = {}  # else the function would hold itself in its globals
+    exec(_code(source), namespace, defined)
+    function = defined[name]
     function.__code__ = function.__code__.replace(co_filename=file)
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     finalize(function, linecache.cache.pop, file, None).atexit = False
     return function
+
+
+def raise_at(function: Callable[..., Any], row: int, error: Exception) -> None:
+    """Raise an error as if that row of a compiled function's source had raised it."""
+    code = function.__code__
+    raising = compile("\n" * (row - 1) + "raise error", code.co_filename, "exec")
+    exec(raising.replace(co_name=code.co_name), {"error": error})

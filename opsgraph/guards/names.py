@@ -18,7 +18,7 @@ from unicodedata import normalize
 from .arguments import STORED
 
 WORDS = frozenset({"_", "ops", "saved", "torch", "inf", "nan", "check", "check_ranks"}) | frozenset(
-    {"run_reference", "forward", "backward", "delayed", "__builtins__"}
+    {"run_reference", "forward", "backward", "delayed", "part", "note", "__builtins__"}
 )
 """Names that generated source uses for itself."""
 

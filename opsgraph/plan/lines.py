@@ -4,14 +4,15 @@ A line says all that is needed to do what it does: `tests/plan/test_lines.py` ru
 lines alone. It holds no program and no op, for a plan outlives modules.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from ..guards.cached import cached_property
+from ..guards.compiled import compiled
 from .program import Argument
 
 Nested: TypeAlias = "Argument | tuple[Nested, ...]"
 Results: TypeAlias = "str | tuple[Results, ...]"
-_LEAF = (str, Argument)
 
 EXPRESSIONS = {
     "bind": "{0}",
@@ -30,9 +31,7 @@ _VARIABLES = frozenset({"value", "weight", "gradient", "view"})
 """Categories of arguments that read a variable. A view is another tensor of the same memory."""
 
 
-class Line(NamedTuple):
-    """One statement: `results = function(arguments)`, after which some variables are let go."""
-
+class _Line(NamedTuple):
     function: str
     """As the source spells it, `RMSNormKernel.fwd`, or one of `EXPRESSIONS`."""
     arguments: tuple[Nested, ...] = ()
@@ -45,13 +44,17 @@ class Line(NamedTuple):
     dead: tuple[str, ...] = ()
     """What is let go after it."""
 
-    @property
+
+class Line(_Line):
+    """One statement: `results = function(arguments)`, after which some variables are let go."""
+
+    @cached_property
     def reads(self) -> list[str]:
         """The variables that it reads, in order."""
         every = (*self.arguments, *(argument for _, argument in self.keywords))
         return [leaf.text for leaf in _leaves(every) if leaf.category in _VARIABLES]
 
-    @property
+    @cached_property
     def makes(self) -> list[str]:
         """The variables that it makes, in order."""
         return [name for name in _leaves((self.results,)) if name != "_"]
@@ -103,27 +106,52 @@ def literal(constant: Any) -> Argument:
 def _leaves(nested: Iterable[Any]) -> list[Any]:
     leaves = []
     for item in nested:
-        if isinstance(item, _LEAF):
-            leaves.append(item)
-        else:
+        if type(item) is tuple:
             leaves += _leaves(item)
+        else:
+            leaves.append(item)
     return leaves
 
 
 def _spelled(nested: Any, dead: Sequence[str] = ()) -> str:
+    if type(nested) is tuple:
+        return f"({''.join(f'{_spelled(item)}, ' for item in nested).strip()})"
     if isinstance(nested, str):
         return nested
-    if not isinstance(nested, Argument):
-        return f"({''.join(f'{_spelled(item)}, ' for item in nested).strip()})"
     if nested.category == "view":
         return f"{nested.text}.view_as({nested.text})"
     return f"[{nested.text}]" if nested.moved and nested.text not in dead else nested.text
 
 
-class Function(NamedTuple):
-    """A generated function: its text, itself, and what it does as data."""
+class Function:
+    """A generated function as data; its text and itself are made when they are asked for.
 
-    source: str
-    call: Any
-    parameters: tuple[str, ...]
-    lines: tuple[Line, ...]
+    namespace: objects by what the lines call them. Without lines it returns two empty tuples.
+    """
+
+    def __init__(
+        self, name: str, parameters: Sequence[str], lines: Iterable[Line],
+        namespace: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.parameters, self.lines = name, (*parameters,), (*lines,)
+        self.namespace = namespace or {}
+
+    @cached_property
+    def source(self) -> str:
+        """Its text; none without lines."""
+        head = f"def {self.name}({', '.join(self.parameters)}):"
+        text = "\n".join((head, *(text for line in self.lines for text in line.text()))) + "\n"
+        return text if self.lines else ""
+
+    @cached_property
+    def call(self) -> Callable[..., Any]:
+        """The function itself."""
+        return compiled(self.name, self.source, self.namespace) if self.lines else _nothing
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call it."""
+        return self.call(*arguments)
+
+
+def _nothing() -> Any:
+    return (), ()

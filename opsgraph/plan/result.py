@@ -9,7 +9,6 @@ from ..op import BACKWARD, FORWARD, Op, Spec
 from .basic_ops import BasicOps
 from .claims import Claim, Space
 from .codegen import write
-from .lines import Function, Line
 from .planner import Cover, Planner
 from .program import Program, Request
 from .rejection import Rejection
@@ -42,10 +41,6 @@ class Plan:
     """Bytes per row of every value that the forward keeps; parameters are not counted."""
     costs: Mapping[str, float]
     """Cost in weighted bytes per row of what each planner would have chosen."""
-    forward_source: str
-    backward_source: str
-    prepare_source: str
-    """Empty without quantized weights."""
     labels: tuple[str, ...]
     """What errors call the op at each position: the one the user wrote."""
     kinds: tuple[str, ...]
@@ -53,16 +48,11 @@ class Plan:
     numbers: tuple[str, ...]
     """What plans and sources call each op: its number, or "q2", "g2" for what a recipe adds."""
     planning_seconds: float = field(compare=False)
-    """How long planning took, with the source written and compiled."""
+    """How long planning took."""
     ops: tuple[Op, ...] = field(repr=False, compare=False)
     """What the functions call `ops`: skeletons that hold no parameters."""
-    run_forward: Callable[..., Any]
-    run_backward: Callable[..., Any]
-    run_prepare: Callable[..., Any]
-    """Of weights and delayed scales: returns parts of quantized weights, and amaxes."""
-    forward_lines: tuple[Line, ...] = field(repr=False, compare=False)
-    backward_lines: tuple[Line, ...] = field(repr=False, compare=False)
-    prepare_lines: tuple[Line, ...] = field(repr=False, compare=False)
+    functions: "Passes" = field(repr=False, compare=False)
+    """The generated functions, which are `Function`s."""
     specs: "Signature"
     passes: "Passes" = field(repr=False, compare=False)
     """The same functions as calls run them: as they are, or replayed."""
@@ -76,12 +66,20 @@ class Plan:
     graph: ClassVar[Any]
     handle: ClassVar[str]
 
-    def function(self, name: str) -> Function:
-        """A generated function as a record: "forward", "backward" or "prepare"."""
-        call = getattr(self, f"run_{name}")
-        parameters = call.__code__.co_varnames[: call.__code__.co_argcount]
-        source, lines = getattr(self, f"{name}_source"), getattr(self, f"{name}_lines")
-        return Function(source, call, parameters, lines)
+    @property
+    def forward_source(self) -> str:
+        """The text of the forward."""
+        return self.functions.forward.source  # type: ignore[no-any-return]
+
+    @property
+    def backward_source(self) -> str:
+        """The text of the backward."""
+        return self.functions.backward.source  # type: ignore[no-any-return]
+
+    @property
+    def prepare_source(self) -> str:
+        """The text of what quantizes weights; empty without quantized weights."""
+        return self.functions.prepare.source  # type: ignore[no-any-return]
 
     @property
     def saved_bytes_per_row(self) -> int:
@@ -90,11 +88,12 @@ class Plan:
 
 
 class Passes(NamedTuple):
-    """What runs the generated functions."""
+    """What runs the passes of a plan."""
 
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-    prepare: Callable[..., Any]
+    forward: Any
+    backward: Any
+    prepare: Any
+    """Of weights and delayed scales: returns parts of quantized weights, and amaxes."""
 
 
 class Saved(NamedTuple):
@@ -194,7 +193,7 @@ def make_plan(
     cover = planner(space)
     defined = definitions(space, cover)
     forward, backward, saved = write(defined)
-    prepare = defined.prepare()
+    functions = Passes(forward, backward, defined.prepare())
     kept = sorted(cover.keeper.kept, key=lambda name: (program.values[name].place, name))
     return Plan(
         forward=tuple(_step(claim, cover, space) for claim in cover.forward),
@@ -202,20 +201,12 @@ def make_plan(
         rejected=tuple(space.rejected.values()),
         saved={name: space.size(name) for name in kept},
         costs=cover.costs,
-        forward_source=forward.source,
-        backward_source=backward.source,
-        prepare_source=prepare.source,
         labels=tuple(run.labels),
         kinds=tuple(kind.__name__ for kind in run.kinds),
         numbers=tuple(run.numbers),
-        run_forward=forward.call,
-        run_backward=backward.call,
-        run_prepare=prepare.call,
-        forward_lines=forward.lines,
-        backward_lines=backward.lines,
-        prepare_lines=prepare.lines,
+        functions=functions,
+        passes=functions,
         specs=_signature(defined, saved),
-        passes=Passes(forward.call, backward.call, prepare.call),
         ops=tuple(dict(zip(run.places, run.ops, strict=True)).values()),
         planning_seconds=time.perf_counter() - start,
     )

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from ..guards.compiled import compiled
 from ..guards.names import free
 from ..guards.results import First
 from ..op import BACKWARD, FORWARD, ROWS, STORED, Spec
@@ -23,8 +22,6 @@ from .program import Argument
 
 After: TypeAlias = "Callable[[Writer, Claim, Sequence[Line], bool], Sequence[Line]]"
 """Makes other lines of those of a step. The last argument: whether it makes values again."""
-NOTHING = Function("", lambda: ((), ()), (), ())
-"""The function `prepare` of a plan without quantized weights."""
 
 
 class Input(NamedTuple):
@@ -55,6 +52,8 @@ class Definitions:
         self.inputs = tuple(self._inputs())
         """The arguments of the forward after `ops`."""
         self.specs = {argument.name: argument.spec for argument in self.inputs}
+        self.bound: dict[str, Any] = {}
+        """Objects by what the sources call them."""
 
     def _inputs(self) -> Iterator[Input]:
         program = self.program
@@ -93,7 +92,7 @@ class Definitions:
 
     def prepare(self) -> Function:
         """The function that quantizes the weights of a plan."""
-        return NOTHING
+        return Function("prepare", (), ())
 
 
 class Writer:
@@ -109,8 +108,7 @@ class Writer:
         self.available = set(parameters)
         self.free: dict[str, None] = {}
         self.namespace: dict[str, Any] = {"torch": torch, "inf": inf, "nan": nan}
-        self.bound: dict[str, Any] = {}
-        """Objects by what the source calls them."""
+        self.bound = definitions.bound
 
     def define(self, name: str) -> Sequence[Line]:
         """The lines that make a variable; none: it is free."""
@@ -209,7 +207,4 @@ class Writer:
             if dead := living.intersection((*line.reads, *line.makes)):
                 self.lines[number] = line._replace(dead=tuple(sorted(dead)))
                 living -= dead
-        head = f"def {name}({', '.join(self.parameters)}):"
-        source = "\n".join((head, *(text for line in self.lines for text in line.text()))) + "\n"
-        call = compiled(name, source, self.namespace)
-        return Function(source, call, self.parameters, tuple(self.lines))
+        return Function(name, self.parameters, self.lines, self.namespace)

@@ -1,9 +1,10 @@
-"""Runs a line of a generated function from its data, as the function would."""
+"""Runs lines of generated functions from their data, as the functions would."""
 
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
-from ..plan.lines import Line
+from ..guards.compiled import raise_at
+from ..plan.lines import Function, Line
 from ..plan.program import Argument
 
 _EXPRESSIONS: dict[str, Callable[..., Any]] = {
@@ -33,6 +34,23 @@ def run_line(line: Line, ops: Any, variables: MutableMapping[str, Any]) -> Any:
     for name in line.dead:
         variables.pop(name, None)
     return result
+
+
+def run_lines(function: Function, *arguments: Any, run: Callable[..., Any] = run_line) -> Any:
+    """What a function returns, run line by line. An error's traceback shows the line's text.
+
+    run: what runs a line.
+    """
+    variables = dict(zip(function.parameters, arguments, strict=True))
+    del arguments
+    ops, lines, number = variables.get("ops"), function.lines, 0
+    try:
+        for number in range(len(lines) - 1):
+            run(lines[number], ops, variables)  # and what it returns dies with its variables
+        return run(lines[-1], ops, variables)
+    except Exception as error:
+        above = [text for line in lines[:number] for text in line.text()]
+        raise_at(function.call, len(above) + len(lines[number].overwrites) + 2, error)
 
 
 def _value(

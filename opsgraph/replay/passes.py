@@ -1,7 +1,7 @@
 """A pass that is replayed: recorded when it runs for the second time on tensors of the same shapes.
 
-The first call runs the generated function, in which kernels are compiled and products measured.
-The second runs the same lines one by one, watched by the recorder; all others replay what it noted.
+The first call runs the lines one by one: kernels are compiled and products measured. The second runs
+them watched by the recorder; all others replay what it noted.
 A call is a normal one, in Python, where a replay could do anything else: under dispatch modes, with
 subclasses of tensors, for tensors that are laid out as none before.
 """
@@ -19,18 +19,19 @@ from torch.autograd import profiler
 from torch.autograd.profiler import record_function
 
 from ..base.config import Config
+from ..guards.cached import cached_property
 from ..guards.operands import Operands
 from ..guards.torch_private import ops_alone
 from ..plan import Plan
-from ..plan.lines import Function
+from ..plan.lines import Function, Line
 from ..plan.result import Passes
 from . import launched as launched
 from .assembly import assembled
 from .expected import operands
-from .interpreter import run_line
+from .interpreter import run_line, run_lines
 from .native import why_not as absent
 from .record import ALIGNED, Record, Stretch
-from .recording import Recording
+from .recording import Recording, ours
 
 MOST = 64
 """Records of a pass, the latest: one for each number of rows."""
@@ -52,7 +53,7 @@ class Pass:
         saved: Sequence[str] | None = None, why_not: str | None = None,
     ) -> None:  # fmt: skip
         self.name, self.function, self.device = name, function, device
-        self.python = self._labelled if "steps" in config.logs else function.call
+        self.labelled = "steps" in config.logs
         self.has_ops = function.parameters[:1] == ("ops",)
         names = function.parameters[self.has_ops :]
         self.names = names if saved is None else (*names[:-1], *saved)
@@ -70,6 +71,17 @@ class Pass:
         """The last one made, for the eye."""
         self.last: Any = None
         """Replays calls that are laid out as the last one, and returns None for others."""
+
+    @cached_property
+    def python(self) -> Callable[..., Any]:
+        """What a call in Python runs."""
+        return self._labelled if self.labelled else self.function.call
+
+    @cached_property
+    def first(self) -> Callable[..., Any]:
+        """What the first call runs: no text is compiled that one call alone would run."""
+        alone = self.labelled or not all(map(ours, self.function.lines))
+        return self.python if alone else partial(run_lines, self.function)
 
     def __call__(self, *arguments: Any) -> Any:
         if profiler._is_profiler_enabled:
@@ -138,7 +150,7 @@ class Pass:
         self.records[where] = None
         if len(self.records) > MOST:
             self.records.popitem(last=False)
-        return self.python(*arguments)
+        return self.first(*arguments)
 
     def _handed(self, arguments: Sequence[Any], tensors: list[Any]) -> tuple[Any, ...]:
         """The arguments of a call, with other tensors."""
@@ -168,13 +180,12 @@ class Pass:
 
     def _labelled(self, *arguments: Any) -> Any:
         """Run the lines one by one, each with a name that profilers show."""
-        variables = dict(zip(self.function.parameters, arguments, strict=True))
-        del arguments
-        ops = variables.get("ops")
-        for line in self.function.lines:
+
+        def labelled(line: Line, *rest: Any) -> Any:
             with record_function(f"opsgraph {line.function} {line.note}"):
-                result = run_line(line, ops, variables)
-        return result
+                return run_line(line, *rest)
+
+        return run_lines(self.function, *arguments, run=labelled)
 
     def told(self) -> list[str]:
         """What is replayed, and what is not and why, a line each; none before it is known."""
@@ -234,7 +245,7 @@ def replayed(
         return run
 
     saved = [value.name for value in plan.specs.saved]
-    forward, backward, prepare = map(plan.function, ("forward", "backward", "prepare"))
+    forward, backward, prepare = plan.functions
     passes = Passes(
         made("forward", forward), made("backward", backward, saved), made("prepare", prepare)
     )

@@ -99,7 +99,7 @@ class Recording:
         recorder.reading = {v.place.buffer for v in read if isinstance(v, Geometry)}
         if number in self.in_python:
             recorder.refuse("a line in Python reads what it makes")
-        elif not _ours(line):
+        elif not ours(line):
             recorder.refuse("it is no function of opsgraph's")
         recorder.consumed = consumed = [reads.get(name) for name in line.overwrites]
         run_line(line, self.ops, variables)
@@ -209,7 +209,7 @@ def _described(value: Any, find: Callable[[], Place | None]) -> Any:
     return Geometry(place, value.dtype, (*value.shape,), value.stride())
 
 
-def _ours(line: Line) -> bool:
+def ours(line: Line) -> bool:
     """Whether a line calls a function of opsgraph's own, which does nothing on the side."""
     if line.function in ("weigh", "wgrad_by"):
         return False

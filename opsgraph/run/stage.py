@@ -8,7 +8,7 @@ The path of one eager call:
     Stage._by_key        for calls of another kind by a key (`key`), or planned, under a lock
     recipes              the plan quantizes the weights, amaxes are noted
     eager                `[rows, width]`, autocast off, one autograd.Function
-    plan.run_forward     the generated function, whose lines call kernels
+    plan.passes          the generated function, whose lines call kernels
 
 What is made anew, and when:
 

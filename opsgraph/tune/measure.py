@@ -192,8 +192,7 @@ def _all(calls: Iterable[Call], plan: Plan) -> None:
 
 def _by_lines(plan: Plan) -> Plan:
     """A plan whose functions measure the configurations that their lines ask for."""
-    names = "forward", "backward", "prepare"
-    passes = Passes(*(partial(_pass, plan.function(n)) for n in names))
+    passes = Passes(*(partial(_pass, function) for function in plan.functions))
     return replace(plan, passes=passes, joined=None)
 
 

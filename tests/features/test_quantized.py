@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("without_cpu_backend")
 def test_a_plan_without_quantized_weights_has_none() -> None:
     plan = og.Sequential(Linear(32, 32)).plan()
     assert plan.prepare_source == ""
-    assert plan.run_prepare() == ((), ())
+    assert plan.functions.prepare.call() == ((), ())
 
 
 def test_one_bound_function_for_weights_of_one_kind() -> None:
@@ -34,7 +34,7 @@ def test_delayed_scales_are_arguments_and_amaxes_results() -> None:
         plan = module.plan()
     assert plan.prepare_source.startswith("def prepare(weight0, weight0_scale):")
     weight = torch.randn(64, 32)
-    parts, (amax,) = plan.run_prepare(weight, torch.tensor(2.0))
+    parts, (amax,) = plan.functions.prepare.call(weight, torch.tensor(2.0))
     assert amax == weight.abs().max()
     assert len(parts) == plan.specs.prepared[0].parts == 3
 
@@ -67,7 +67,7 @@ def test_on_a_gpu_no_backward_transposes_weights(
     assert "_row(weight" in inference.prepare_source
     scale = [torch.tensor(2.0, device="cuda")] if plan.specs.reports else []
     weights = [p.detach() for p in module.parameters()]
-    parts, _ = plan.run_prepare(*weights, *scale * 2)
+    parts, _ = plan.functions.prepare.call(*weights, *scale * 2)
     rows, cols = parts[0], parts[3]
     assert torch.equal(rows.view(torch.uint8), cols.view(torch.uint8))
     assert rows.is_contiguous()

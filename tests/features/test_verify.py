@@ -17,15 +17,14 @@ def value(name: str) -> Argument:
 
 
 def forward(*lines: Line) -> Function:
-    return Function("", None, ("ops", "x0"), lines)
+    return Function("forward", ("ops", "x0"), lines)
 
 
 MAKE = Line("bind", (value("x0"),), "x1")
 USE = Line("bind", (value("x1"),), "x2", dead=("x1",))
 RETURN = Line("return", ((value("x2"),), (value("x2"),)))
 BACKWARD = Function(
-    "",
-    None,
+    "backward",
     ("ops", "dx", "saved"),
     (
         Line("bind", (value("saved"),), ("x2",)),
@@ -56,16 +55,15 @@ def test_a_broken_function_is_refused(lines: tuple[Line, ...], message: str) -> 
 
 def test_a_function_returns() -> None:
     with pytest.raises(og.PlanError, match="the last line of backward does not return"):
-        verify(forward(MAKE, USE, RETURN), BACKWARD._replace(lines=BACKWARD.lines[:1]))
+        short = Function("backward", BACKWARD.parameters, BACKWARD.lines[:1])
+        verify(forward(MAKE, USE, RETURN), short)
 
 
 def broken(change: Callable[[tuple[Line, ...]], tuple[Line, ...]], call: Call) -> Function:
     plan = call.plan()
-    lines = change(plan.backward_lines)
-    first = plan.forward_source.partition(")")[0].partition("(")[2].split(", ")
-    last = plan.backward_source.partition(")")[0].partition("(")[2].split(", ")
-    kept = Function("", None, tuple(first), plan.forward_lines)
-    verify(kept, Function("", None, tuple(last), lines))
+    lines = change(plan.functions.backward.lines)
+    kept, last = plan.functions.forward, plan.functions.backward.parameters
+    verify(kept, Function("backward", last, lines))
     return kept
 
 
@@ -80,7 +78,7 @@ CALLS = [
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 def test_each_line_that_is_left_out_is_missed(call: Call) -> None:
     broken(lambda lines: lines, call)
-    for k, line in enumerate(call.plan().backward_lines):
+    for k, line in enumerate(call.plan().functions.backward.lines):
         if [name for name in line.makes if name != "dx" and not name.startswith("d")]:
             with pytest.raises(og.PlanError, match=r"which nothing has made|the backward takes"):
                 broken(lambda lines, k=k: lines[:k] + lines[k + 1 :], call)
@@ -90,8 +88,8 @@ def test_each_line_that_is_left_out_is_missed(call: Call) -> None:
 def test_lines_say_what_the_source_reads_and_makes(call: Call) -> None:
     plan = call.plan()
     for lines, source in (
-        (plan.forward_lines, plan.forward_source),
-        (plan.backward_lines, plan.backward_source),
+        (plan.functions.forward.lines, plan.forward_source),
+        (plan.functions.backward.lines, plan.backward_source),
     ):
         text = [line for line in source.splitlines()[1:] if not line.startswith("    del ")]
         text = [line for line in text if not line.split(" = ")[-1].startswith("[")]

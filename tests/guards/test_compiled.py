@@ -12,7 +12,7 @@ def test_plans_of_one_text_have_a_file_each() -> None:
     modules = [og.Sequential(Linear(width, width), SiLU()) for width in (8, 16)]
     plans = [module.plan() for module in modules]
     assert plans[0].forward_source == plans[1].forward_source
-    files = [plan.run_forward.__code__.co_filename for plan in plans]
+    files = [plan.functions.forward.call.__code__.co_filename for plan in plans]
     assert files[0] != files[1]
     for file, plan in zip(files, plans, strict=True):
         assert "".join(linecache.getlines(file)) == plan.forward_source

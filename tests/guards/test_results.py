@@ -122,8 +122,8 @@ def test_right_results_are_looked_at_once() -> None:
     for _ in range(2):
         module(x).sum().backward()
     (plan,) = module._stages[0].plans.values()
-    for function, name in ((plan.run_forward, "fwd"), (plan.run_backward, "bwd")):
-        stands = [v for k, v in function.__globals__.items() if k.startswith("Custom")]
+    for function, name in ((plan.functions.forward, "fwd"), (plan.functions.backward, "bwd")):
+        stands = [v for k, v in function.call.__globals__.items() if k.startswith("Custom")]
         assert stands
         assert all(getattr(v, name).__qualname__ == f"Double.{name}" for v in stands)
 

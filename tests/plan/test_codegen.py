@@ -22,8 +22,8 @@ DEFINITIONS = ("autocast", "load")
 
 def functions(call: Call) -> Iterator[tuple[Line, ...]]:
     plan = call.plan()
-    yield plan.forward_lines
-    yield plan.backward_lines
+    yield plan.functions.forward.lines
+    yield plan.functions.backward.lines
 
 
 def defines(line: Line) -> bool:
@@ -47,11 +47,11 @@ def test_casts_and_loads_stand_once_beside_their_first_reader(call: Call) -> Non
 def test_what_the_caller_holds_is_neither_let_go_nor_overwritten(call: Call) -> None:
     plan = call.plan()
     arguments = {argument.name for argument in plan.specs.inputs}
-    parts = {name for line in plan.prepare_lines for name in line.makes}
-    for line in (*plan.forward_lines, *plan.backward_lines):
+    parts = {name for line in plan.functions.prepare.lines for name in line.makes}
+    for line in (*plan.functions.forward.lines, *plan.functions.backward.lines):
         assert arguments.isdisjoint(line.overwrites)
         assert arguments.intersection(line.dead) <= parts
-    last = {n: line for line in plan.backward_lines[2:] for n in line.reads if n in parts}
+    last = {n: line for line in plan.functions.backward.lines[2:] for n in line.reads if n in parts}
     assert all(name in line.dead for name, line in last.items()), "parts are held by nobody else"
 
 
@@ -60,7 +60,7 @@ def test_what_is_saved_is_what_the_backward_reads() -> None:
         plan = call.plan()
         if not plan.specs.saved:
             continue
-        taken, clear, *rest = plan.backward_lines
+        taken, clear, *rest = plan.functions.backward.lines
         assert (str(clear), taken.reads) == ("saved.clear()", ["saved"])
         assert taken.makes == [saved.name for saved in plan.specs.saved]
         assert set(taken.makes) <= {name for line in rest for name in line.reads}
@@ -69,6 +69,8 @@ def test_what_is_saved_is_what_the_backward_reads() -> None:
 def test_the_caller_gets_views_of_what_it_has_and_of_what_it_gets_twice() -> None:
     x = torch.randn(3, 8)
     plan = og.Sequential(Tee(), Linear(8, 8), backends=("reference",)).plan(x=x)
-    assert "x0.view_as(x0)" in str(plan.forward_lines[-1])
+    assert "x0.view_as(x0)" in str(plan.functions.forward.lines[-1])
     plan = og.Sequential(GELU(), Tee(), backends=("reference",)).plan(x=x)
-    assert str(plan.forward_lines[-1]).startswith("return (x1.view_as(x1), x1.view_as(x1),)")
+    assert str(plan.functions.forward.lines[-1]).startswith(
+        "return (x1.view_as(x1), x1.view_as(x1),)"
+    )

@@ -54,16 +54,18 @@ def test_lines_give_the_same_bits(net: str, options: dict[str, Any], cast: bool)
     weights = module._stages[0].weights()
     names = [argument.name for argument in plan.specs.inputs]
     torch.manual_seed(1)
-    outputs, saved = plan.run_forward(ops, x, *weights)
+    outputs, saved = plan.functions.forward.call(ops, x, *weights)
     torch.manual_seed(1)
-    again, kept = run(plan.forward_lines, ops, dict(zip(names, (x, *weights), strict=True)))
+    again, kept = run(
+        plan.functions.forward.lines, ops, dict(zip(names, (x, *weights), strict=True))
+    )
     assert_same(outputs, again)
     assert_same(saved, kept)
     ends = [torch.randn_like(y) for y in outputs]
     parameters = plan.backward_source.partition("(")[2].partition(")")[0].split(", ")
-    expected = plan.run_backward(ops, *ends, list(saved))
+    expected = plan.functions.backward.call(ops, *ends, list(saved))
     variables = dict(zip(parameters, (ops, *ends, list(kept)), strict=True))
-    gradients = run(plan.backward_lines, ops, variables)
+    gradients = run(plan.functions.backward.lines, ops, variables)
     assert_same(expected, gradients)
 
 

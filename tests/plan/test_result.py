@@ -200,17 +200,17 @@ def test_source_is_what_runs() -> None:
     module = reference(*llama())
     plan = module.plan()
     for function, source in (
-        (plan.run_forward, plan.forward_source),
-        (plan.run_backward, plan.backward_source),
+        (plan.functions.forward.call, plan.forward_source),
+        (plan.functions.backward.call, plan.backward_source),
     ):
         code = function.__code__
         assert "".join(linecache.getlines(code.co_filename)) == source
         compile(source, "source", "exec")
     x = torch.randn(3, 64)
     weights = [dict(module.named_parameters())[f"{k}.weight"] for k in (0, 1, 3)]
-    (y,), saved = plan.run_forward(plan.ops, x, *weights)
+    (y,), saved = plan.functions.forward.call(plan.ops, x, *weights)
     torch.testing.assert_close(y, module(x))
-    gradients = plan.run_backward(plan.ops, torch.ones_like(y), list(saved))
+    gradients = plan.functions.backward.call(plan.ops, torch.ones_like(y), list(saved))
     module(x).sum().backward()
     for found, weight in zip(gradients[1:], weights, strict=True):
         torch.testing.assert_close(found, weight.grad)
