@@ -4,12 +4,13 @@ The hooks are `Plan.__str__` and `Plan.graph`; `page` has that for pictures.
 """
 
 import sys
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from ..base.config import Config
 from ..op import FORWARD
 from ..plan import Plan
-from ..plan.result import Step
+from ..plan.result import Passes, Step
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -218,3 +219,5 @@ def logged(plan: Plan, config: Config) -> Plan:
 
 Plan.__str__ = table  # type: ignore[method-assign,assignment]
 Plan.graph = property(graph)
+for _name in Passes._fields:
+    setattr(Plan, f"{_name}_source", property(attrgetter(f"functions.{_name}.source")))

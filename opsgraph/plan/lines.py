@@ -146,12 +146,8 @@ class Function:
     @cached_property
     def call(self) -> Callable[..., Any]:
         """The function itself."""
-        return compiled(self.name, self.source, self.namespace) if self.lines else _nothing
+        return compiled(self.name, self.source, self.namespace) if self.lines else lambda: ((), ())
 
     def __call__(self, *arguments: Any) -> Any:
         """Call it."""
         return self.call(*arguments)
-
-
-def _nothing() -> Any:
-    return (), ()

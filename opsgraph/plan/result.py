@@ -61,25 +61,14 @@ class Plan:
     joined: Any = field(default=None, repr=False, compare=False)
     """Passes that also do what a recipe does around them, where features join them."""
 
-    # Features set these: a picture, a networkx graph, its name to torch.compile; and `__str__`.
+    # Features set these: the texts of its functions, the last empty without quantized weights; a
+    # picture, a networkx graph, its name to torch.compile; and `__str__`.
+    forward_source: ClassVar[str]
+    backward_source: ClassVar[str]
+    prepare_source: ClassVar[str]
     draw: ClassVar[Callable[..., None]]
     graph: ClassVar[Any]
     handle: ClassVar[str]
-
-    @property
-    def forward_source(self) -> str:
-        """The text of the forward."""
-        return self.functions.forward.source  # type: ignore[no-any-return]
-
-    @property
-    def backward_source(self) -> str:
-        """The text of the backward."""
-        return self.functions.backward.source  # type: ignore[no-any-return]
-
-    @property
-    def prepare_source(self) -> str:
-        """The text of what quantizes weights; empty without quantized weights."""
-        return self.functions.prepare.source  # type: ignore[no-any-return]
 
     @property
     def saved_bytes_per_row(self) -> int:
