@@ -1,9 +1,9 @@
 """A pass that is replayed: recorded when it runs for the second time on tensors of the same shapes.
 
-The first call runs the lines one by one: kernels are compiled and products measured. The second runs
-them watched by the recorder; all others replay what it noted.
-A call is a normal one, in Python, where a replay could do anything else: under dispatch modes, with
-subclasses of tensors, for tensors that are laid out as none before.
+The first call runs the lines one by one: kernels are compiled and products measured. The second
+runs them watched by the recorder; all others replay what it noted. A call is a normal one, in
+Python, where a replay could do anything else: under dispatch modes, with subclasses of tensors, for
+tensors that are laid out as none before.
 """
 
 from collections import OrderedDict
