@@ -1,5 +1,6 @@
 """The arena of a stretch: one piece of memory for all that the stretch alone reads."""
 
+from bisect import insort
 from collections.abc import Callable, Sequence
 
 from .events import Buffer, Event, used
@@ -25,9 +26,9 @@ def arena(
     for buffer in sorted(uses, key=lambda b: -buffers[b].size):
         first, last = uses[buffer][0], uses[buffer][-1]
         need, at = -(-buffers[buffer].size // ALIGNMENT) * ALIGNMENT, 0
-        for start, end, begin, stop in sorted(placed):
+        for start, end, begin, stop in placed:
             if begin <= last and first <= stop and start < at + need and at < end:
                 at = end
-        placed.append((at, at + need, first, last))
+        insort(placed, (at, at + need, first, last))
         offsets[buffer], size = at, max(size, at + need)
     return offsets, size

@@ -77,6 +77,7 @@ class Wait(NamedTuple):
     exchange: Exchange
 
 
+_KERNELS = Kernel, Launch
 Event = Kernel | Launch | Aten | Matmul | Exchange | Wait
 
 
@@ -90,13 +91,13 @@ class Buffer(NamedTuple):
 
 def used(event: Event) -> list[int]:
     """The buffers that an event reads or writes."""
+    if isinstance(event, _KERNELS):
+        return [place.buffer for _, place in event.places]
     if isinstance(event, Aten):
         return [operand.place.buffer for operand in event.operands if operand is not None]
     if isinstance(event, Wait):
         event = event.exchange
     if isinstance(event, Exchange):
         return [event.result.place.buffer, event.sent.place.buffer]
-    if isinstance(event, Matmul):
-        places = [place for place in event.places if place is not None]
-        return [place.buffer for place in (*places, *(place for _, place in event.pointers))]
-    return [place.buffer for _, place in event.places]
+    places = [place for place in event.places if place is not None]
+    return [place.buffer for place in (*places, *(place for _, place in event.pointers))]

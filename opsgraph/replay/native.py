@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -81,27 +82,28 @@ def program(
 
     arena: bytes that the library is to provide. It names what must live as long as it does.
     """
-    words = [arena, device.index if device.type == "cuda" else -1]
+    words = array("q", (arena, device.index if device.type == "cuda" else -1))
     for step, event in events:
-        opcode, rest = _encoded(event, locate)
-        words += (opcode, step, len(rest), *rest)
+        opcode, numbers, own = _encoded(event, locate)
+        words.extend((opcode, step, len(numbers) + len(own) // 8, *numbers))
+        words.frombytes(own)
     words.append(END)
-    return (ctypes.c_int64 * len(words))(*words)
+    return (ctypes.c_int64 * len(words)).from_buffer(words)
 
 
-def _encoded(event: Event, locate: Locate) -> tuple[int, list[int]]:
+def _encoded(event: Event, locate: Locate) -> tuple[int, list[int], bytes]:
+    """Its opcode and its words: numbers first, then those that it has as bytes."""
     if isinstance(event, Aten):
-        return ATEN, _aten(event, locate)
+        return ATEN, _aten(event, locate), b""
     if isinstance(event, Matmul):
-        return MATMUL, _matmul(event, locate)
+        return MATMUL, _matmul(event, locate), b""
     assert not isinstance(event, Exchange | Wait), "the library has no exchanges"
-    count = len(event.words) // 8
     head = [event.function, 0, 0, 0, 0, 0]
     if isinstance(event, Launch):
         head = [event.function, *event.grid, event.threads, event.shared]
     places = [number for word, place in event.places for number in (word, *locate(place))]
-    rest = [*head, count, len(event.places), *places, *struct.unpack(f"={count}q", event.words)]
-    return (KERNEL if isinstance(event, Kernel) else LAUNCH), rest
+    numbers = [*head, len(event.words) // 8, len(event.places), *places]
+    return (KERNEL if isinstance(event, Kernel) else LAUNCH), numbers, event.words
 
 
 def _matmul(event: Matmul, locate: Locate) -> list[int]:

@@ -6,11 +6,10 @@ PyTorch allocates each. All else that a stretch allocates is temporary, and lies
 which two temporaries share memory unless they are in use at the same time.
 
     def replayed(ops, v0, v1, fits=fits):
-        if modes() and followed() or not fits(v0, v1):
+        if modes() and followed() or not fits(v0, v1) or short(v0, v1):
             return None
-        p0, p1 = v0.data_ptr(), v1.data_ptr()
         v3, = starmap(new, layouts0)
-        failed = replay(program0_0, pack0(p0, p1, v3.data_ptr()), 0)
+        failed = replay(program0_0, pack0(v0.data_ptr(), v1.data_ptr(), v3.data_ptr()), 0)
         if failed:
             fail0(failed)
         return (v3,), (v0,)
@@ -19,9 +18,9 @@ which two temporaries share memory unless they are in use at the same time.
 import ctypes
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import starmap
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import accumulate, chain, starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -77,10 +76,10 @@ class View(NamedTuple):
     offset: int
     """In bytes, from where the other one begins."""
 
-    def text(self) -> str:
+    def text(self, namespace: dict[str, Any]) -> str:
         """The line that makes it."""
-        layout = f"{self.dtype}, {self.sizes}, {self.strides}, {self.offset}"
-        return f"{name(self.slot)} = view({name(self.base)}, {layout})"
+        namespace[f"view{self.slot}"] = self[2:]
+        return f"{name(self.slot)} = view({name(self.base)}, *view{self.slot})"
 
 
 def view(
@@ -143,16 +142,18 @@ class Result(NamedTuple):
     @property
     def layout(self) -> Layout:
         """Dtype, sizes, strides."""
-        strides = torch.empty(self.sizes, dtype=self.dtype, device="meta").stride()
+        steps = accumulate(self.sizes[:0:-1], lambda step, size: step * max(size, 1), initial=1)
+        strides = (*steps,)[::-1][: len(self.sizes)]
         return self.dtype, self.sizes, self.strides or strides
 
-    def text(self, variable: str) -> str | None:
+    def text(self, variable: str, namespace: dict[str, Any]) -> str | None:
         """The line that allocates it; None where `new` does, of its layout."""
         if self.over is not None:
             return f"{variable} = in_place_of({name(self.over)})"
         size = math.prod(self.sizes) * self.dtype.itemsize
         if self.device.type == "cpu" and size >= memory.LEAST:
-            return f"{variable} = kept({self.sizes}, {self.dtype})"
+            namespace[f"kept_{variable}"] = self.sizes, self.dtype
+            return f"{variable} = kept(*kept_{variable})"
         return None
 
 
@@ -204,10 +205,13 @@ class Stretch:
         self.held = [event for event in alone if isinstance(event, Matmul)]
         """What the programs have addresses of."""
 
-    def text(self, number: int, namespace: dict[str, Any], count: int) -> Iterator[str]:
-        """Its lines of source, with what they name in the namespace. count: of the arguments."""
+    def text(
+        self, number: int, namespace: dict[str, Any], pointers: Collection[int]
+    ) -> Iterator[str]:  # fmt: skip
+        """Its lines of source, with what they name in the namespace. pointers: the slots whose
+        addresses are variables."""
         addresses = [
-            pointer(slot) if slot < count else f"{name(slot)}.data_ptr()" for slot in self.bases
+            pointer(slot) if slot in pointers else f"{name(slot)}.data_ptr()" for slot in self.bases
         ]
         results = [(name(result.slot), result) for result in self.results]
         if self.arena > self.provided:
@@ -215,7 +219,7 @@ class Stretch:
             addresses.append("room.data_ptr()")
         new: dict[str, Any] = {}
         for variable, result in results:
-            if (line := result.text(variable)) is not None:
+            if (line := result.text(variable, namespace)) is not None:
                 yield line
             else:
                 dtype, sizes, strides = result.layout
@@ -239,7 +243,7 @@ class Stretch:
                 yield "if failed:"
                 yield f"    fail{number}(failed)"
         for view in self.views:
-            yield view.text()
+            yield view.text(namespace)
         for build in self.builds:
             yield build.text(namespace)
         if self.dead:
@@ -266,8 +270,10 @@ class InPython:
         self.layouts: Mapping[str, Layout] = {}
         """Of what it makes that stretches read."""
 
-    def text(self, number: int, namespace: dict[str, Any], count: int) -> Iterator[str]:
-        """Its lines of source, with what they name in the namespace. count: of the arguments."""
+    def text(
+        self, number: int, namespace: dict[str, Any], pointers: Collection[int]
+    ) -> Iterator[str]:  # fmt: skip
+        """Its lines of source, with what they name in the namespace."""
         namespace[f"line{number}"] = self.run
         reads, makes = (", ".join(map(name, slots.values())) for slots in (self.reads, self.makes))
         variables = f"[{reads}]"
@@ -341,22 +347,25 @@ class Record:
         if device.type == "cuda":
             reduces = torch._C._get_cublas_allow_bf16_reduced_precision_reduction()
             test = f"current() != {device.index} or reduces() != {reduces} or {test}"
+        if needed := {k: layout for k, layout in layouts.items() if k in present}:
+            room = [(t.itemsize, reach(*rest) * t.itemsize) for t, *rest in needed.values()]
+            namespace["short"] = _short(len(needed))(*chain(*room))
+            test += f" or short({', '.join(map(name, needed))})"
         lines += [f"if {test}:", "    return None"]
         read = {k for part in parts if isinstance(part, Stretch) for k in part.bases}
-        pointers = sorted((read & {*range(count)}).union(*shared))
+        read = read & {*range(count)} if device.type == "cuda" else set()
+        pointers = sorted(read.union(*shared))
         if pointers:
             all_pointers = ", ".join(map(pointer, pointers))
             values = ", ".join(f"{name(k)}.data_ptr()" for k in pointers)
             lines.append(f"{all_pointers} = {values}")
-        if needed := [_room(k, *layout) for k, layout in layouts.items() if k in present]:
-            lines += [f"if {' or '.join(needed)}:", "    return None"]
         tests = [f"{pointer(k)} != {pointer(other)}" for k, other in sorted(shared)]
         if device.type == "cuda" and pointers:  # what kernels are compiled for
             tests.append(f"({' | '.join(map(pointer, pointers))}) % {ALIGNED}")
         lines += [f"if {' or '.join(tests)}:", "    return None"] if tests else []
         lines += ["saved.clear()"] * bool(saved)
         for number, part in enumerate(parts):
-            lines += part.text(number, namespace, count)
+            lines += part.text(number, namespace, pointers)
         lines += [f"{name(end)} = {name(slot)}.view_as({name(slot)})" for end, slot in ends.items()]
         lines.append(f"return {_spelled(returned)}")
         body = "\n".join(f"    {line}" for line in lines)
@@ -368,11 +377,14 @@ class Record:
         """The same, which also looks whether arguments are laid out as recorded."""
 
 
-def _room(slot: int, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int]) -> str:
-    """Text that is true where the storage of an argument ends before the argument does."""
-    given, size = name(slot), dtype.itemsize
-    offset = f"{given}.storage_offset()" + (f" * {size}" if size > 1 else "")
-    return f"len({given}.untyped_storage()) - {offset} < {reach(sizes, strides) * size}"
+@cache
+def _short(count: int) -> Any:
+    """Of bytes of an element, and of a whole tensor, for each of so many: makes what tells whether
+    the storage of one ends before the tensor does. Made once: compiled, it is half of a record."""
+    numbers = range(count)
+    given, tensors = (", ".join(map(text.format, numbers)) for text in ("s{0}, n{0}", "t{0}"))
+    test = "len(t{0}.untyped_storage()) - t{0}.storage_offset() * s{0} < n{0}"
+    return eval(f"lambda {given}: lambda {tensors}: {' or '.join(map(test.format, numbers))}")
 
 
 def _fits(*tensors: Any) -> bool:

@@ -107,6 +107,8 @@ class Recorder(TorchDispatchMode):
         self.buffers: list[Buffer] = []
         self._ranges: list[tuple[int, int, int]] = []
         """Begin, end and number of each buffer that is there."""
+        self._known: dict[int, Place] = {}
+        """Places of addresses that one buffer alone has."""
         self.consumed: Collection[int | None] = ()
         """The arguments that a line may overwrite, by their numbers."""
         self.taken: dict[int, int] = {}
@@ -126,11 +128,14 @@ class Recorder(TorchDispatchMode):
         start, number = tensor.data_ptr(), len(self.buffers)
         self.buffers.append(Buffer(size, tensor.device, k))
         self._ranges.append((start, start + size, number))
+        self._known = {}
         return Place(number, 0)
 
     def _free(self, start: int, end: int) -> None:
         """What had these addresses has them no more."""
-        self._ranges = [r for r in self._ranges if r[1] <= start or end <= r[0]]
+        left = [r for r in self._ranges if r[1] <= start or end <= r[0]]
+        if len(left) < len(self._ranges):
+            self._ranges, self._known = left, {}
 
     # -- a line --
 
@@ -155,7 +160,7 @@ class Recorder(TorchDispatchMode):
         if self._under_way:
             self.refuse("it leaves an exchange under way")
         if self._reason is not None:  # what it allocated is no buffer of a stretch
-            self._ranges = [r for r in self._ranges if r[2] < self._first]
+            self._ranges, self._known = [r for r in self._ranges if r[2] < self._first], {}
             return [], self._reason
         return self._events, None
 
@@ -167,12 +172,15 @@ class Recorder(TorchDispatchMode):
 
     def find(self, address: int) -> Place | None:
         """The place of an address in a buffer, or None; None too if it may be any of several."""
+        if (known := self._known.get(address)) is not None:
+            return known
         found = [r for r in self._ranges if r[0] <= address < r[1]]
-        if len(found) > 1:
-            found = [r for r in found if r[2] in self.reading] or found
-        if len(found) > 1 and self._one(found):
-            found = found[:1]
-        return Place(found[0][2], address - found[0][0]) if len(found) == 1 else None
+        if len(found) == 1:
+            self._known[address] = Place(found[0][2], address - found[0][0])
+            return self._known[address]
+        found = [r for r in found if r[2] in self.reading] or found
+        alone = len(found) == 1 or (bool(found) and self._one(found))
+        return Place(found[0][2], address - found[0][0]) if alone else None
 
     def _one(self, found: Sequence[tuple[int, int, int]]) -> bool:
         """Whether buffers are arguments that begin together; replays then see that they do."""
@@ -201,10 +209,10 @@ class Recorder(TorchDispatchMode):
 
     def _allocated(self, tensor: Tensor, known: bool = True) -> None:
         """A tensor got memory. known: as a buffer of the pass, else of PyTorch's alone."""
-        size = tensor.untyped_storage().nbytes()
-        if not size:
+        storage = tensor.untyped_storage()
+        if not (size := storage.nbytes()):
             return
-        start = tensor.untyped_storage().data_ptr()
+        start = storage.data_ptr()
         end = start + size
         self._free(start, end)
         if known:

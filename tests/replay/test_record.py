@@ -14,6 +14,7 @@ from torch import Tensor
 import opsgraph as og
 from opsgraph.guards.torch_private import same_layouts
 from opsgraph.kernels.cpu import build as library
+from opsgraph.ops import Linear, RMSNorm, SiLU
 from opsgraph.plan.lines import Line, value
 from opsgraph.replay.arena import ALIGNMENT, arena
 from opsgraph.replay.events import used
@@ -194,13 +195,17 @@ def test_views_and_none() -> None:
 
 
 def test_texts() -> None:
-    assert View(3, 1, F32, (2, 3), (3, 1), 8).text() == (
-        "v3 = view(v1, torch.float32, (2, 3), (3, 1), 8)"
-    )
+    names: dict[str, Any] = {}
+    assert View(3, 1, F32, (2, 3), (3, 1), 8).text(names) == "v3 = view(v1, *view3)"
     small, large = Result(4, (2, 3), F32, CPU), Result(4, (1024, 256), F32, CPU)
-    assert small.text("v4") is None
-    assert small.layout == (F32, (2, 3), (3, 1))
-    assert large.text("v4") == "v4 = kept((1024, 256), torch.float32)"
+    assert small.text("v4", names) is None
+    assert large.text("v4", names) == "v4 = kept(*kept_v4)"
+    assert names == {"view3": (F32, (2, 3), (3, 1), 8), "kept_v4": ((1024, 256), F32)}
+
+
+@pytest.mark.parametrize("sizes", [(), (3,), (2, 3), (2, 3, 4), (0, 3), (2, 0, 3), (1, 1)])
+def test_a_result_is_contiguous(sizes: tuple[int, ...]) -> None:
+    assert Result(4, sizes, F32, CPU).layout == (F32, sizes, torch.empty(sizes).stride())
 
 
 class Gives:
@@ -295,3 +300,16 @@ def test_a_view_of_memory_of_another_dtype() -> None:
     shown.fill_(1.0)
     assert shown.data_ptr() == memory.data_ptr() + 24
     assert memory.view(torch.float32).tolist() == [0.0] * 6 + [1.0] * 6 + [0.0] * 4
+
+
+@needs_kernels
+def test_records_of_other_sizes_have_one_text() -> None:
+    module = og.Sequential(RMSNorm(8), Linear(8, 16), SiLU())
+    for rows in (2, 3):
+        x = random(rows, 8).requires_grad_()
+        for _ in range(3):
+            module(x).sum().backward()
+    (plan,) = (p for p in module._stages[0].plans.values() if p.specs.training)
+    for each in plan.passes[:2]:
+        first, second = each.records.values()
+        assert first.source == second.source

@@ -109,14 +109,14 @@ class Kernel:
         record = self.pack(*values)
         self.function(record)
         if watching.recorder is not None:
-            at = ctypes.cast(self.function, ctypes.c_void_p).value
-            watching.recorder.kernel(at, record, [(k, values[k]) for k in self.addresses])
+            watching.recorder.kernel(self.at, record, [(k, values[k]) for k in self.addresses])
 
     def __getattr__(self, name: str) -> Any:
         if name != "function":
             raise AttributeError(name)
         self.function = getattr(library(self.library), self.name)
         self.function.argtypes, self.function.restype = [ctypes.c_char_p], None
+        self.at = ctypes.cast(self.function, ctypes.c_void_p).value
         return self.function
 
 
