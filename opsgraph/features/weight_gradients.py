@@ -106,4 +106,4 @@ def of_what_runs(run: BasicOps, request: Request) -> Request:
     ops = [*zip(run.kinds, run.ops, request.training, strict=True)]
     still = [identity(kind, op, BACKWARD, training) for kind, op, training in ops]
     idle = {run.name(name, i) for i, name in run.slots if still[i]}
-    return replace(request, gradients=request.gradients - idle)
+    return replace(request, gradients=request.gradients - idle) if idle else request

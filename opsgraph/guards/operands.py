@@ -17,7 +17,7 @@ from .torch_private import same_layouts
 
 
 class Operand(NamedTuple):
-    """What a pass is handed. where: what errors call the op that reads it.
+    """What a pass is handed. where: the op that reads it.
 
     sizes: -1 stands for the rows, -n for the groups of n rows. factor: how many rows it has for
     each row of the pass.
@@ -34,11 +34,14 @@ class Operand(NamedTuple):
 class Operands:
     """Those of a pass, in order; None for what no kernel of ours reads.
 
-    which: the pass, for errors. The first operand that has rows says how many the pass has.
+    which: the pass, for errors. label: what they call the op of an operand's `where`. The first
+    operand that has rows says how many the pass has.
     """
 
-    def __init__(self, which: str, expected: Sequence[Operand | None]) -> None:
-        self.which, self.expected = which, expected
+    def __init__(
+        self, which: str, expected: Sequence[Operand | None], label: Callable[[str], str] = str
+    ) -> None:
+        self.which, self.expected, self.label = which, expected, label
         self._last: Callable[..., bool] | None = None
         """Whether tensors are laid out as those that were remembered."""
 
@@ -71,7 +74,8 @@ class Operands:
 
     def _error(self, operand: Operand, got: str, sizes: tuple[int, ...]) -> OpError:
         expected = f"{_shown(sizes, operand.dtype)} on {operand.device}"
-        return OpError(operand.where, f"{got} for {operand.name} in its {self.which}", expected)
+        where = self.label(operand.where)
+        return OpError(where, f"{got} for {operand.name} in its {self.which}", expected)
 
     def readable(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
         """The tensors, with copies of those whose memory does not hold their values.
@@ -85,7 +89,9 @@ class Operands:
                 continue
             if lacking := cut(tensor):
                 operand = self.expected[k]
-                name, where = (operand.name, operand.where) if operand else ("a tensor", "a kernel")
+                name, where = "a tensor", "a kernel"
+                if operand is not None:
+                    name, where = operand.name, self.label(operand.where)
                 got = f"{lacking} for {name} in its {self.which}"
                 raise OpError(where, got, "one with memory")
             if not (tensor.is_neg() or tensor._is_zerotensor()):

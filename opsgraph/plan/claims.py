@@ -306,8 +306,7 @@ class Space:
 
     def partners(self, claim: Claim) -> list[Claim] | None:
         """The forward claims that give a backward one its private needs; None if it has none."""
-        private = {claim.private(name) for name in claim.fuser.declaration.private}
-        if private.isdisjoint(claim.needs):
+        if not any(claim.private(n) in claim.needs for n in claim.fuser.declaration.private):
             return None
         return [
             other

@@ -126,7 +126,8 @@ class Writer:
         On a stack of its own, for what defines a variable may go deep.
         """
         for line in lines:
-            waiting: list[str | Sequence[Line]] = [(line,), *reversed(line.reads)]
+            there = self.available.issuperset(line.reads)
+            waiting: list[Any] = [(line,), *(() if there else reversed(line.reads))]
             while waiting:
                 need = waiting.pop()
                 if not isinstance(need, str):

@@ -4,6 +4,7 @@ What a user's op alone reads is left to it: it may save another thing than it sa
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from ..guards.operands import Operand, Operands
 from ..op import Spec
@@ -46,17 +47,17 @@ def operands(plan: Plan, which: str, function: Function, names: Sequence[str]) -
         if spec is not None and where is not None and k is not None:
             device, factor = spec.device, spec.factor
             expected[k] = Operand(where, shown, spec.shape, spec.dtype, device, factor)
-    return Operands(which, expected)
+    return Operands(which, expected, partial(_label, plan.numbers, plan.labels))
 
 
 def _readers(plan: Plan, function: Function) -> dict[str, str]:
-    """The ops, as errors call them, that first read each variable of the pass's beginning."""
+    """The ops, as lines note them, that first read each variable of the pass's beginning."""
     readers: dict[str, str] = {}
-    where = plan.labels[-1] if plan.labels else "input"
+    where = plan.numbers[-1] if plan.numbers else "input"
     for line in reversed(function.lines):
         if line.function == "bind" and not isinstance(line.results, str):
             continue  # what was saved, out of its list
-        own = where = _label(plan, line.note) or where
+        own = where = line.note if _first(line.note) in plan.numbers else where
         if line.function == "bind":
             own = readers.get(line.results, "")
         for name in line.makes:
@@ -72,11 +73,15 @@ def _users(line: Line) -> bool:
     return line.target is not None and not str(kind.__module__).startswith("opsgraph.")
 
 
-def _label(plan: Plan, note: str) -> str:
-    """The ops of a line; empty for one that is no step."""
-    first, _, last = note.partition(" ")[0].partition("-")
-    if first not in plan.numbers:
-        return ""
-    start = plan.numbers.index(first)
-    stop = plan.numbers.index(last) if last in plan.numbers else start
-    return "+".join(dict.fromkeys(plan.labels[start : stop + 1]))
+def _first(note: str) -> str:
+    """The first op of a line."""
+    return note.partition(" ")[0].partition("-")[0]
+
+
+def _label(numbers: Sequence[str], labels: Sequence[str], note: str) -> str:
+    """What errors call the ops of a line."""
+    if (first := _first(note)) not in numbers:
+        return note
+    start, last = numbers.index(first), note.partition(" ")[0].partition("-")[2]
+    stop = numbers.index(last) if last in numbers else start
+    return "+".join(dict.fromkeys(labels[start : stop + 1]))

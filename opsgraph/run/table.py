@@ -58,7 +58,7 @@ def table_for(run: BasicOps, options: Options) -> PlanTable:
     if (current := config.read()) != options.config:
         options = replace(options, config=current)
     try:
-        parts = []
+        parts = list[Any]()
         for kind, op in zip(run.kinds, run.ops, strict=True):
             if op._buffers or any(not isinstance(m, Scaling) for m in op._modules.values()):
                 raise TypeError
@@ -66,7 +66,7 @@ def table_for(run: BasicOps, options: Options) -> PlanTable:
             if any(map(mutable, settings.values())):
                 raise TypeError  # a skeleton would share what others change
             shapes = tuple(shape_of(getattr(*op.home(name))) for name in weights(kind))
-            parts.append((kind, type(op), plan_key(settings), shapes))
+            parts += kind, type(op), *settings, *map(plan_key, settings.values()), shapes
         wiring = (tuple(run.sources.items()), tuple(i[:2] for i in run.inputs), tuple(run.outputs))
         fusers = tuple(fuser.serial for fuser in registered())
         recipe = (tuple(run.quantizers.items()), tuple(run.overrides.items()))
