@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..base import config
-from ..base.errors import PlanError
 from ..guards.cached import cached_property
 from ..guards.torch_private import constant_under_compile, without_autocast
 from ..op import ROWS, Spec
@@ -250,7 +249,6 @@ class Compiled:
     """What a stage does under torch.compile."""
 
     table: Any
-    eager_only: str | None
     double_backward: bool
     is_followed: Callable[[], bool]
     run_followed: Callable[..., Any]
@@ -273,8 +271,6 @@ class Compiled:
         """The call while Dynamo traces."""
         if not self.double_backward and self.is_followed():
             return self.run_followed(x, extras, weights)
-        if self.eager_only is not None:
-            raise PlanError(self.eager_only)
         plan: Plan = getattr(self.table.exposed, self._expose(key))
         if self.double_backward:  # traced through, for autograd to see the ops
             run = plan.functions.forward.call  # not a replay: Dynamo does not know all it looks at
@@ -283,6 +279,15 @@ class Compiled:
             self.recipe.check_traceable(weights)
             weights = [*weights, *self.recipe.prepare(plan, weights)]
         return _run_traced(plan, self, len(extras), (x, *extras, *weights))
+
+
+_untraced: dict[str, Callable[..., Any]] = {}
+"""By reason, a call of a Sequential that Dynamo does not look into: there it breaks its graph, or
+raises the reason where one graph is asked for."""
+
+
+def _call_untraced(module: Any, x: Tensor, extras: Sequence[Tensor]) -> Any:
+    return module.forward(x, *extras)
 
 
 class CompiledSequence:
@@ -304,10 +309,16 @@ class CompiledSequence:
             pin_states()
         if recipe is not None and recipe not in self._recipes:
             self._recipes[recipe] = self._make_stages(recipe)
+        for reason in filter(None, (getattr(s, "eager_only", None) for s in self._stages)):
+            if reason not in _untraced:  # Dynamo guards which function it is
+                _untraced[reason] = torch.compiler.disable(_call_untraced, reason=reason)
 
     def _run_compiled(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
         """The call while Dynamo traces."""
         self._refresh(active.key, index(x.shape[-1]) if x.dim() else 0)
         assert self._prepared == config.epoch  # for Dynamo to guard both
         stages = self._stages if active.key is None else self._recipes[active.key]
+        for stage in stages:
+            if getattr(stage, "eager_only", None) is not None:
+                return _untraced[stage.eager_only](self, x, extras)
         return self.run_stages(stages, x, extras)

@@ -333,8 +333,27 @@ def test_the_same_tensor_twice() -> None:
     assert torch.equal(found[0], torch.autograd.grad(expected.sum(), x)[0])
 
 
-def test_delayed_weight_gradients_are_an_error() -> None:
-    """They are queued in Python, which torch.compile cannot see."""
-    module = og.LayerNormMLP(16, 32, device="cpu", delay_wgrad_compute=True)
-    with pytest.raises(Exception, match="delay_wgrad_compute queues gradients"):
+@pytest.mark.parametrize("option", ["delay_wgrad_compute", "fuse_wgrad_accumulation"])
+def test_gradients_past_autograd_break_the_graph_once(option: str) -> None:
+    """Python code brings them where they go. Dynamo looks into none of it."""
+    module = og.LayerNormMLP(16, 32, device="cpu", **{option: True})
+    with pytest.raises(Exception, match=r"(which|that) torch.compile cannot see"):
         Compiled(module)(torch.randn(2, 16))
+    x = torch.randn(2, 16, requires_grad=True)
+    for weight in module.parameters():
+        weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(lambda x: module(x * 2) + 1, backend="aot_eager")
+    found = []
+    for run in (compiled, lambda x: module(x * 2) + 1):
+        y = run(x)
+        y.sum().backward()
+        if module.need_backward_dw():
+            module.backward_dw()
+        found.append([y, x.grad, *(w.grad for w in module.parameters())])
+        module.zero_grad()
+        x.grad = None
+    for one, other in zip(*found, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert torch._dynamo.utils.counters["frames"]["total"] < 10  # of hundreds
+    torch._dynamo.utils.counters.clear()

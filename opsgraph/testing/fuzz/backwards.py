@@ -165,7 +165,8 @@ class Backwards(States):
 
             if exact is not None:
                 exact = exact * factor + start
-            check(what, found, exact, waiting.allowed.dtype, plain)
+            rows = waiting.outputs[0].shape[:-1].numel() if isinstance(leaf, nn.Parameter) else 1
+            check(what, found, exact, waiting.allowed.dtype, plain, rows)
 
 
 def accumulated(module: nn.Module) -> frozenset[str]:

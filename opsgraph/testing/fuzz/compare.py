@@ -8,8 +8,9 @@ from torch import Tensor
 
 UNITS = {torch.float64: 10**7, torch.float32: 1000, torch.float16: 16, torch.bfloat16: 16}
 """Units of a dtype's precision, of the largest element, that any result may be off by."""
-LEAST = 1.0
-"""How many units of 1 any result may be off by: what cancels was of that size on the way."""
+LEAST = 4.0
+"""How many units of 1 any result may be off by: what cancels was of that size on the way, or of a
+few times that behind norms of small values."""
 RATIO = 10.0
 """How many times the error of plain formulas an error may be."""
 
@@ -31,12 +32,14 @@ def check(
     exact: Tensor | None,
     dtype: torch.dtype,
     plain: Callable[[], Tensor | None],
+    terms: int = 1,
 ) -> None:
     """Compare a value with the fp64 one.
 
     dtype: in which it was computed. plain: gives it by the same formulas in that dtype; asked only
-    where the value is further off than a few units. Raises Wrong with the error that came and the
-    one allowed. A gradient of None has to be None.
+    where the value is further off than a few units. terms: how many are added up in each element,
+    as rows are in a parameter's gradient; their errors add up as those of chance do. Raises Wrong
+    with the error that came and the one allowed. A gradient of None has to be None.
     """
     if found is None or exact is None:
         if found is not exact:
@@ -47,7 +50,7 @@ def check(
     if not found.numel():
         return
     error, size = (found.double() - exact).norm(), exact.norm()
-    allowed = torch.finfo(dtype).eps * (float(UNITS[dtype] * size) + LEAST)
+    allowed = torch.finfo(dtype).eps * (float(UNITS[dtype] * size) + LEAST * terms**0.5)
     if error <= allowed:
         return
     if (other := plain()) is not None:

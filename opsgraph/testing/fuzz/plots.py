@@ -185,4 +185,6 @@ class Plot:
             options["first"] = chance() < 0.5
         elif chance() < 0.0005:
             options["compiled"] = one(("eager", "aot_eager"))
+            if "checkpointed" in options:  # PyTorch's own modules fail there, in some releases
+                options["inplace"] = options["thread"] = False
         return Step("call", (), {k: v for k, v in options.items() if v != _DEFAULTS[k]})
