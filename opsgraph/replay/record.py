@@ -20,7 +20,7 @@ import math
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from itertools import accumulate, chain, starmap
+from itertools import chain, starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -142,9 +142,7 @@ class Result(NamedTuple):
     @property
     def layout(self) -> Layout:
         """Dtype, sizes, strides."""
-        steps = accumulate(self.sizes[:0:-1], lambda step, size: step * max(size, 1), initial=1)
-        strides = (*steps,)[::-1][: len(self.sizes)]
-        return self.dtype, self.sizes, self.strides or strides
+        return self.dtype, self.sizes, self.strides or memory.contiguous(self.sizes)
 
     def text(self, variable: str, namespace: dict[str, Any]) -> str | None:
         """The line that allocates it; None where `new` does, of its layout."""

@@ -207,7 +207,7 @@ class Recorder(TorchDispatchMode):
         place = self._place(tensor.data_ptr())
         return Operand(place, tensor.dtype, tensor.device, (*tensor.shape,), tensor.stride())
 
-    def _allocated(self, tensor: Tensor, known: bool = True) -> None:
+    def allocated(self, tensor: Tensor, known: bool = True) -> None:
         """A tensor got memory. known: as a buffer of the pass, else of PyTorch's alone."""
         storage = tensor.untyped_storage()
         if not (size := storage.nbytes()):
@@ -285,12 +285,12 @@ class Recorder(TorchDispatchMode):
         if name in _VIEWS:
             return
         if name in _ALLOCATIONS or name.startswith("aten.set_"):
-            self._allocated(result)
+            self.allocated(result)
         elif name in _ZEROS:
-            self._allocated(result)
+            self.allocated(result)
             self._aten("zero", result)
         elif name in _COPIES:
-            self._allocated(result)
+            self.allocated(result)
             self._aten("copy", result, args[0])
         elif name == "aten.copy_.default":
             self._aten("copy", result, args[1])
@@ -299,7 +299,7 @@ class Recorder(TorchDispatchMode):
         elif name in _PRODUCTS:
             kind, count = _PRODUCTS[name]
             if not name.endswith("out"):
-                self._allocated(result)
+                self.allocated(result)
             scalars = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
             self._aten(kind, result, *args[:count], scalars=scalars)
         elif name in _EXCHANGES:
@@ -309,7 +309,7 @@ class Recorder(TorchDispatchMode):
         else:
             for tensor in _tensors(result):
                 if not any(tensor is one for one in _tensors((args, kwargs))):
-                    self._allocated(tensor, known=False)
+                    self.allocated(tensor, known=False)
             raise _Refused("replays do not know it")
 
     def _aten(self, kind: str, *tensors: Any, scalars: tuple[float, float] = (0.0, 0.0)) -> None:
@@ -322,7 +322,7 @@ class Recorder(TorchDispatchMode):
         if kind != "all_gather" and rest[0] != "sum":
             raise _Refused("only sums are replayed")
         if result.data_ptr() != sent.data_ptr():
-            self._allocated(result)
+            self.allocated(result)
             if kind == "all_reduce":  # of a copy, in place
                 self._aten("copy", result, sent)
         into = self._operand(result)

@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -122,6 +123,16 @@ def test_whatever_the_default_device_is() -> None:
     with torch.device("meta"):
         assert fresh().device.type == "cpu"
         assert memory.empty((3,), torch.float32).device.type == "cpu"
+
+
+@pytest.mark.parametrize("sizes", [(), (3,), (2, 3), [2, 3, 4], torch.Size((0, 3)), (2, 0, 3)])
+def test_small_memory_is_laid_out_as_torchs(sizes: Sequence[int]) -> None:
+    torch.use_deterministic_algorithms(False)
+    for dtype in (torch.float32, torch.float8_e4m3fn):
+        x, expected = memory.empty(sizes, dtype), torch.empty(sizes, dtype=dtype)
+        assert (x.shape, x.stride(), x.dtype) == (expected.shape, expected.stride(), dtype)
+    with torch.inference_mode():
+        assert memory.empty(sizes, dtype).is_inference()
 
 
 def test_fresh_memory_is_poisoned_where_asked() -> None:

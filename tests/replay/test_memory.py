@@ -13,6 +13,7 @@ from replays import (
     assert_same_bits,
     build,
     compare,
+    is_native,
     leaves,
     random,
     replaying,
@@ -31,6 +32,23 @@ from opsgraph.ops import BasicLinear, SwiGLU
 from opsgraph.replay import recording
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
+
+
+@pytest.mark.parametrize("recipe", [None, og.recipe.Float8CurrentScaling()])
+def test_memory_that_nothing_fills_is_known_to_the_recorder(recipe: Any) -> None:
+    torch.use_deterministic_algorithms(False)
+    x = random(ROWS, 64, dtype=torch.bfloat16)
+
+    def use(module: Any) -> Any:
+        with og.autocast(recipe is not None, recipe):
+            return [step(module, x * k) for k in (1, 2, 1, 3)]
+
+    module = compare(lambda: build("llama", torch.bfloat16), use)
+    stages = module._recipes.values() if recipe else [module._stages]
+    (plan,) = (plan for (stage,) in stages for plan in stage.plans.values())
+    if recipe is None:
+        assert is_native(plan)
+    assert all("memory" not in line for lines in told(plan).values() for line in lines)
 
 
 def test_no_result_shares_memory_and_results_may_be_changed() -> None:

@@ -109,7 +109,7 @@ def _record(
 
 
 def _number() -> Tensor:
-    return torch.empty((), dtype=FP32, device="cpu")
+    return empty((), FP32)
 
 
 def _new_copy(rows: int, width: int, to: Format, scale: Tensor | None) -> Copy:
@@ -118,11 +118,11 @@ def _new_copy(rows: int, width: int, to: Format, scale: Tensor | None) -> Copy:
     if to.scaling == "tensor":
         return data, data if scale is None else scale
     if to.scaling == "rows":
-        return data, torch.empty((rows, 1), dtype=FP32, device="cpu")
+        return data, empty((rows, 1), FP32)
     block = reference.MX_BLOCK if to.scaling == "mx" else reference.BLOCK
     down = -(-rows // block) if to.scaling == "square" else rows
     dtype = torch.uint8 if to.scaling == "mx" else FP32
-    return data, torch.empty((down, -(-width // block)), dtype=dtype, device="cpu")
+    return data, empty((down, -(-width // block)), dtype)
 
 
 def _by_formula(x: Tensor, to: Format, scale: Tensor | None, want: Collection[str]) -> Copies:
