@@ -136,11 +136,13 @@ HOW: dict[str, Callable[[Block, Weights], Peer]] = {
     "bulk": planned(bulk),
     "pieces": cut,
     "opsgraph": planned(ours),
+    "kept": planned(partial(ours, recompute=False)),
     "symmetric": planned(partial(ours, overlap=OVERLAP)),
 }
 """Eager PyTorch with NCCL; torch.compile with async TP; TransformerEngine; opsgraph: no overlap,
-whole exchanges behind products in the backward, exchanges in pieces, as it plans by itself, over
-symmetric memory. Calls are recorded before the next one is built, and so keep their pieces."""
+whole exchanges behind products in the backward, exchanges in pieces, as it plans by itself, with
+all kept that the backward needs (as eager PyTorch does), over symmetric memory. Calls are recorded
+before the next one is built, and so keep their pieces."""
 ON_ONE = (EAGER, "opsgraph")
 """What differs on one GPU."""
 

@@ -357,6 +357,7 @@ ON_RANKS = {
     for name in ("nn.Sequential", "TE LayerNormMLP", "te.ops", "opsgraph (Python)")
 } | {
     "opsgraph": Candidate(ours),
+    "opsgraph (recompute=False)": Candidate(partial(ours, recompute=False)),
     "opsgraph (symmetric)": Candidate(partial(ours, overlap=OVERLAP)),
 }
 ON_CPU = {name: CANDIDATES[name] for name in ("nn.Sequential", "opsgraph (Python)")} | {

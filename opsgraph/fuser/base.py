@@ -58,6 +58,7 @@ class Fuser:
     """The dtypes that x may have, None for any."""
     quantized: ClassVar[bool] = False
     """Whether it takes an op whose operands a recipe has quantized."""
+    recomputes: ClassVar[bool | None] = None  # the option recompute that it is for, None: any
     promotes: ClassVar[bool] = False  # whether its Add may add two dtypes
     reject_formats: Callable[..., str | None] | None = None
     """`reject_formats(self, x, weight, dy)`: a reason not to take operands of such a `Storage`; dy

@@ -103,6 +103,7 @@ class GatherLinearBackward(_Exchange):
     """
 
     pattern = dict(exchange=AllGather, tee=Tee | None, fc=BasicLinear)
+    recomputes = True
 
     def scatter(
         self, dy: Tensor, weight: Tensor, tee_d: Tensor | None, group: tuple[str, int], weighs: bool
@@ -124,6 +125,25 @@ class GatherLinearBackward(_Exchange):
         dweight = None
         if arriving is not None:
             dweight = _wgrad(fc, dy, collectives.wait(arriving), fc_weight_stored)
+        return collectives.wait(dx) if isinstance(dx, collectives.Pending) else dx, (dweight,)
+
+
+class GatheredLinearBackward(GatherLinearBackward):
+    """Backward of all-gather and linear, from the gathered input, which the forward has kept.
+
+    The input gradient is scattered behind the weight gradient.
+    """
+
+    recomputes = False
+
+    def bwd(  # type: ignore[override]
+        self, dy: Tensor, exchange_group: str, exchange_group_size: int, tee_d: Tensor | None,
+        fc: Any, fc_x: Tensor, fc_weight: Tensor, fc_weight_stored: Tensor, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        group, weighs = (exchange_group, exchange_group_size), "fc_weight" in want
+        _verify_rows(dy, exchange_group_size)
+        dx = self.scatter(dy, fc_weight, tee_d, group, weighs) if "x" in want else None
+        dweight = _wgrad(fc, dy, fc_x, fc_weight_stored) if weighs else None
         return collectives.wait(dx) if isinstance(dx, collectives.Pending) else dx, (dweight,)
 
 
@@ -239,7 +259,8 @@ class SymmetricLinearAllReduce(_Symmetric):
 
 
 for fuser in (
-    GatherLinear, GatherLinearBackward, LinearReduceBackward, LinearScatter, LinearAllReduce,
+    GatherLinear, GatherLinearBackward, GatheredLinearBackward, LinearReduceBackward,
+    LinearScatter, LinearAllReduce,
     SymmetricGatherLinear, SymmetricGatherLinearBackward, SymmetricLinearScatter,
     SymmetricLinearScatterBackward, SymmetricLinearAllReduce,
 ):  # fmt: skip

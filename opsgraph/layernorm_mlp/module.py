@@ -66,9 +66,8 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
     (`torch.set_default_device`, `with torch.device(...)`), else CUDA where there is one.
     fuse_wgrad_accumulation: weight gradients go into the weights' `main_grad`, see
     `opsgraph.ops.main_grad`. delay_wgrad_compute: backward leaves the weight gradients to
-    `backward_dw()`. checkpoint: only the input is saved; the backward makes the norm, FC1 and the
-    activation again. double_backward: as of Sequential. seq_length, micro_batch_size and name are
-    hints and change nothing.
+    `backward_dw()`. checkpoint, double_backward, recompute: as of Sequential. seq_length,
+    micro_batch_size and name are hints and change nothing.
 
     Tensor parallelism: each of the tp_size ranks of tp_group holds a share of FC1's rows (of the
     gate and of the value, where there are two) and of FC2's columns, `ffn / tp_size` wide; these
@@ -83,8 +82,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
     they change no result.
 
     All of these are attributes that may be set later, but for sizes, bias, params_dtype and device;
-    to set those is an error that says what to do instead. A bias may be set to a parameter, or to
-    None, at any time.
+    to set those is an error that says what to do instead. A bias may be set to a parameter or None.
 
     Raises OpsgraphError for unknown names and sizes that do not fit.
     """
@@ -117,6 +115,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
     symmetric_ar_type: str | None
     checkpoint: bool
     double_backward: bool
+    recompute: bool
     _group: str
     _fc1_stride: int
     _given: dict[str, Any]
@@ -157,11 +156,11 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
         checkpoint: bool = False,
         *,
         double_backward: bool = False,
+        recompute: bool = True,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         super().__init__()
         self._queue = Queue()
-        """Delayed weight gradients, whichever sequence they come from."""
         self._sequences: tuple[()] | tuple[Sequential] = ()
         self._take(given, tensor_parallel(tp_size, tp_group))
         place = default_device() if device is None else device
@@ -223,6 +222,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
             delay_wgrad_compute=self.delay_wgrad_compute,
             checkpoint=self.checkpoint,
             double_backward=self.double_backward,
+            recompute=self.recompute,
             queue=self._queue,
         )
         return (sequence,)

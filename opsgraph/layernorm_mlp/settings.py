@@ -28,6 +28,7 @@ FLAGS = (
     "delay_wgrad_compute",
     "checkpoint",
     "double_backward",
+    "recompute",
     *OVERLAP,
 )
 FUNCTIONS = ("get_rng_state_tracker", "init_method", "output_layer_init_method")

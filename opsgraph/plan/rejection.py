@@ -50,6 +50,8 @@ def reasons(program: Program, match: Match, direction: str, still: Sequence[bool
         yield "it takes plain values, and the recipe quantizes the linear's"
     if fuser.quantized and not packed:
         yield "it takes quantized values, and these are not"
+    if fuser.recomputes not in (None, program.request.options.get("recompute", True)):
+        yield f"it is for recompute={fuser.recomputes}"
     for i in packed:
         if fuser.reject_formats and (reason := fuser.reject_formats(*program.storages(i))):
             yield reason
@@ -67,6 +69,5 @@ def reasons(program: Program, match: Match, direction: str, still: Sequence[bool
         yield f"{fuser.name} takes {taken}, not {str(x.dtype).removeprefix('torch.')}"
     if fuser.reject is not None:
         values = {key: None if i is None else program.ops[i] for key, i in match.positions.items()}
-        reason = fuser.reject(*(values.get(name, x) for name in fuser.declaration.rejects))
-        if reason is not None:
+        if reason := fuser.reject(*(values.get(name, x) for name in fuser.declaration.rejects)):
             yield reason

@@ -49,9 +49,8 @@ class Sequential(
     delay_wgrad_compute: the backward leaves the gradients of linear layers' weights to
     `backward_dw()`. fusers: names of the only ones that may be taken.
 
-    An op with hooks or a forward of its own is called as a module, and not fused with its
-    neighbours. Raises OpError for an input that an op cannot take and for unknown options,
-    PlanError for a sequence that cannot be planned.
+    An op with hooks or a forward of its own is called as a module, and not fused. Raises OpError
+    for unknown options and an input that an op cannot take, PlanError for what cannot be planned.
     """
 
     _called = False

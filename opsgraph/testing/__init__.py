@@ -180,7 +180,8 @@ def _check(
     torch.manual_seed(_rank())
     order = tuple(dict.fromkeys((fuser.backend, "reference")))
     place: Any = {"device": device, "dtype": dtype}
-    module = Sequential(*ops, backends=order, fusers=(fuser.name,), **place)
+    recompute = fuser.recomputes is not False
+    module = Sequential(*ops, backends=order, fusers=(fuser.name,), recompute=recompute, **place)
     reference = Sequential(*module, backends=("reference",), fusers=())
     x = torch.randn(*shape, device=device, dtype=dtype)
     plan = module.plan(training, x=x)

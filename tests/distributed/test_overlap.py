@@ -288,6 +288,42 @@ def test_delayed_gradients_of_overlapped_steps(ranks: Ranks) -> None:
     ranks.run(delayed, 2)
 
 
+def keeping(rank: int, size: int) -> None:
+    """With recompute=False the gathered input is kept, and gathered once."""
+    found, gathers = [], []
+    for recompute in (True, False):
+        options: Any = dict(normalization="RMSNorm", activation="swiglu", device="cpu")
+        torch.manual_seed(0)
+        module = og.LayerNormMLP(
+            16, 64, tp_group=dist.group.WORLD, set_parallel_mode=True, sequence_parallel=True,
+            recompute=recompute, **options,
+        )  # fmt: skip
+        names = {step.name for step in module.plan().backward}
+        assert ("GatheredLinearBackward" in names) is not recompute
+        torch.manual_seed(rank)
+        x, dy = torch.randn(2, 8, 16)
+        with Exchanges() as seen:
+            module(x.requires_grad_()).backward(dy)
+        gathers.append(seen.gathers)
+        found.append([x.grad, *(p.grad for p in module.parameters())])
+    assert all(map(torch.equal, *found))
+    assert gathers == [3, 2]  # x, x again, dy
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts gathers."""
+
+    gathers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.gathers += "all_gather" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gathered_input_that_is_kept(ranks: Ranks) -> None:
+    ranks.run(keeping, 2)
+
+
 def refusals(rank: int, size: int) -> None:
     for ops in ([BasicLinear(8, 8), ReduceScatter()], [AllGather(), BasicLinear(8, 8)]):
         module = og.Sequential(*ops)

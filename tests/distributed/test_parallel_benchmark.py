@@ -24,7 +24,7 @@ from benchmarks.parallel_gpu import (
 from benchmarks.peers import Block
 from opsgraph.testing.distributed import Ranks
 
-NAMES = (EAGER, "plain", "bulk", "pieces", "opsgraph", "symmetric")
+NAMES = (EAGER, "plain", "bulk", "pieces", "opsgraph", "kept", "symmetric")
 CLOCK = Clock(2, 1, 1)
 ROWS = 1024
 """From which exchanges between two ranks are cut into pieces."""

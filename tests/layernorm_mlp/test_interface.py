@@ -215,6 +215,7 @@ def test_signature_is_transformer_engines() -> None:
     defaults = {n: p.default for n, p in parameters.items() if p.default not in (None, False)}
     required = {"hidden_size": inspect.Parameter.empty, "ffn_hidden_size": inspect.Parameter.empty}
     some = dict(eps=1e-5, tp_size=1, bias=True, normalization="LayerNorm", activation="gelu")
+    some |= dict(recompute=True)
     assert defaults == required | some
     assert list(inspect.signature(og.LayerNormMLP.forward).parameters)[1:] == [
         "inp",
