@@ -58,7 +58,7 @@ class Claim:
         self.is_reference = isinstance(match.fuser, Reference)
         """Whether it is an op's own function."""
 
-    @property
+    @cached_property
     def where(self) -> str:
         """What plans call the ops that it covers: `3` or `3-5`."""
         ends = self.program.numbers[self.ops[0]], self.program.numbers[self.ops[-1]]

@@ -120,7 +120,7 @@ class Pass:
         where, tensor = tuple(key), None
         record = self.records.get(where, self)
         if self.operands is not None:
-            if record is None or record is self:
+            if record is self:  # none before is laid out so
                 self.operands.verify(tensors, self.reason is not None)
             plain = self.operands.readable(tensors)
             if plain is not None:

@@ -91,7 +91,7 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         self.modes = [op for kind, op in both if kind.training_matters]
         self.ops = run.ops
         self.recipe = None if recipe is None else StageRecipe(recipe, run, self.slots)
-        self.table = table_for(run, options)
+        self.table = table_for(run, options, self.shapes)
         self.plans = self.table.plans
         self.double_backward = options.double_backward
         self.unseen = Unseen(run, self.table.run.ops, self.slots, options)

@@ -6,6 +6,7 @@ A table holds skeletons of the ops, without parameters.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,11 @@ from ..features.compiled import retire
 from ..fuser import registered
 from ..guards.constants import key as plan_key
 from ..guards.watched import mutable
-from ..op import weights
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..precision.delayed import Scaling
 from .key import PlainKey
 from .options import Options
-from .parameters import shape_of
 
 MOST = 1024
 """Plans of one table: beyond that the oldest is made again if it is needed again."""
@@ -53,8 +52,8 @@ class PlanTable:
 _tables: weakref.WeakValueDictionary[Any, PlanTable] = weakref.WeakValueDictionary()
 
 
-def table_for(run: BasicOps, options: Options) -> PlanTable:
-    """The shared table of this structure; one of its own where a setting cannot be compared."""
+def table_for(run: BasicOps, options: Options, shapes: Sequence[Any]) -> PlanTable:
+    """The table of a structure and its parameters' shapes; its own if a setting is no key."""
     if (current := config.read()) != options.config:
         options = replace(options, config=current)
     try:
@@ -65,12 +64,12 @@ def table_for(run: BasicOps, options: Options) -> PlanTable:
             settings = op.settings()
             if any(map(mutable, settings.values())):
                 raise TypeError  # a skeleton would share what others change
-            shapes = tuple(shape_of(getattr(*op.home(name))) for name in weights(kind))
-            parts += kind, type(op), *settings, *map(plan_key, settings.values()), shapes
+            parts += kind, type(op), *settings, *map(plan_key, settings.values())
         wiring = (tuple(run.sources.items()), tuple(i[:2] for i in run.inputs), tuple(run.outputs))
         fusers = tuple(fuser.serial for fuser in registered())
         recipe = (tuple(run.quantizers.items()), tuple(run.overrides.items()))
-        key = (tuple(parts), wiring, recipe, tuple(run.labels), options, options.order, fusers)
+        own = (tuple(parts), tuple(shapes), tuple(run.labels))
+        key = (*own, wiring, recipe, options, options.order, fusers)
     except TypeError:
         proxies: list[Any] = [weakref.proxy(op) for op in run.ops]
         return PlanTable(run.with_ops(proxies), options)

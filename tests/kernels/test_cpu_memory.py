@@ -125,9 +125,10 @@ def test_whatever_the_default_device_is() -> None:
         assert memory.empty((3,), torch.float32).device.type == "cpu"
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("sizes", [(), (3,), (2, 3), [2, 3, 4], torch.Size((0, 3)), (2, 0, 3)])
-def test_small_memory_is_laid_out_as_torchs(sizes: Sequence[int]) -> None:
-    torch.use_deterministic_algorithms(False)
+def test_small_memory_is_laid_out_as_torchs(sizes: Sequence[int], deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic)
     for dtype in (torch.float32, torch.float8_e4m3fn):
         x, expected = memory.empty(sizes, dtype), torch.empty(sizes, dtype=dtype)
         assert (x.shape, x.stride(), x.dtype) == (expected.shape, expected.stride(), dtype)

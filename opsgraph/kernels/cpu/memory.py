@@ -194,7 +194,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = prod(shape) * dtype.itemsize
     if size < LEAST or use_count is None:
         if torch.are_deterministic_algorithms_enabled():
-            return _bare(dtype).new_empty(*shape)  # which fills it, if it is to
+            return _bare(dtype).new_empty(shape)  # which fills it, if it is to
         sizes = tuple(shape)
         made: Tensor = _new(sizes, contiguous(sizes), dtype)  # half of torch.empty's time
         if watching.recorder is not None:  # whom it passes by
