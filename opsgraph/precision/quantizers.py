@@ -12,7 +12,7 @@ The arithmetic is `kernels.reference.quantize` and `nvfp4`; the formulas stand t
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -217,10 +217,10 @@ class Quantizer:
     def part_specs(self, spec: Spec, name: str) -> tuple[Spec, ...]:
         """Specs of the parts of one copy of a value of that spec."""
         rows, width = spec.shape
-        if name == "row":
-            return self.specs(rows, width, spec.device)
-        turned = self.specs(width, rows, spec.device)
-        return (*self.specs(rows, width, spec.device)[:2], *turned[2:]) if self.shared else turned
+        found, turned = (self.specs(*size, spec.device) for size in ((rows, width), (width, rows)))
+        if name == "col":
+            found = (*found[:2], *turned[2:]) if self.shared else turned
+        return tuple(replace(part, factor=spec.factor) for part in found)
 
     def parts(self, value: Quantized, name: str) -> tuple[Tensor, ...]:
         """The parts of one copy; of a shared column copy data and scale are transposed."""

@@ -36,6 +36,20 @@ def run(mlp: og.LayerNormMLP, recipe: og.recipe.Recipe, x: Tensor, dy: Tensor) -
     return [y.detach(), leaf.grad]
 
 
+def keeping(rank: int, size: int) -> None:
+    """What the backward needs of gathered values has as many rows as they have."""
+    torch.manual_seed(rank)
+    x, dy = torch.randn(32, HIDDEN), torch.randn(32, HIDDEN)
+    parallel = dict(set_parallel_mode=True, sequence_parallel=True, tp_group=dist.group.WORLD)
+    for recipe in RECIPES:
+        one, other = (run(make(recompute=r, **parallel), recipe, x, dy) for r in (True, False))
+        assert all(map(torch.equal, one, other)), type(recipe).__name__
+
+
+def test_kept_values_are_those_made_again(ranks: Ranks) -> None:
+    ranks.run(keeping, 2)
+
+
 def near_one_process(rank: int, size: int) -> None:
     torch.manual_seed(1)
     x, dy = torch.randn(ROWS, HIDDEN), torch.randn(ROWS, HIDDEN)
