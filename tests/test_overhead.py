@@ -72,19 +72,33 @@ def test_first_calls_are_those_of_modules_that_are_new_and_are_replayed() -> Non
         patch.setattr(first_call, "ours", kept)
         found = first_call.measured(SMALL, 3)
     assert config.epoch == epoch
-    assert [on for _, on in modules] == ["0", *"1111"]
+    assert [on for _, on in modules] == ["0", "1", *["1", "1"] * 3]
     plans = [module.plan(True, torch.zeros(4, 8)) for module, _ in modules]
     assert len({id(plan) for plan in plans}) == len({plan.labels for plan in plans}) == 5
+    assert all(one is other for one, other in zip(plans[2::2], plans[3::2], strict=True))
     assert len({plan.forward_source for plan in plans}) == 1  # and so no kernel is another
-    assert ["OPSGRAPH_REPLAY=0" in str(plan) for plan in plans] == [True, *[False] * 4]
+    assert ["OPSGRAPH_REPLAY=0" in str(plan) for plan in plans] == [True, *[False] * 7]
     assert all("native call" in str(plan) for plan in plans[1:])
     seconds = found["seconds"]
     assert seconds["planning"]["median"] > 0
     told = first_call.table([found])
     assert f"{seconds['together']['median'] * 1e3:.2f}" in told
+    assert f"{seconds['again']['median'] * 1e3:.2f}" in told
     slow = found | {"seconds": {"together": {"median": 1.0}}, "recipe": "delayed"}
     fast = found | {"seconds": {"together": {"median": 1e-3}}}
     assert first_call.misses([slow, fast]) == ["first calls DelayedScaling"]
+
+
+def test_first_calls_have_a_command_line(tmp_path: Path) -> None:
+    out, threads = tmp_path / "found.json", torch.get_num_threads()
+    try:
+        assert first_call.main(["--recipes", "none", "--repeats", "1", "--out", str(out)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (found,) = json.loads(out.read_text())["first_calls"]
+    assert set(found["seconds"]) == {"planning", "recording", "together", "again", "python"}
+    with pytest.raises(SystemExit, match="got fast, expected some of none, "):
+        first_call.main(["--recipes", "fast"])
 
 
 def test_a_spread_is_the_median_and_the_quartiles() -> None:
