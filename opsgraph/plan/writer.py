@@ -146,7 +146,8 @@ class Writer:
 
     def bind(self, name: str, target: Any) -> str:
         """What an object is called in the source; a number is added where two share a name."""
-        for text in free(name, self.program.roots):
+        again = self.bound.get(name) is target
+        for text in (name,) if again else free(name, self.program.roots):
             if self.bound.setdefault(text, target) is target:
                 self.namespace.setdefault(text, target)
                 return text

@@ -185,7 +185,9 @@ class Assembly:
         returned = self._returned(self.recording.returned, ends)
         for slot in (*_slots(returned), *ends.values()):
             self.last.pop(slot, None)
-        for number, part in enumerate(parts):
+        # After a stretch at the end the function itself lets go.
+        count = len(parts) - isinstance(parts[-1] if parts else None, Stretch)
+        for number, part in enumerate(parts[:count]):
             part.dead += [slot for slot, last in self.last.items() if last == number]
         made = self.recording
         has_ops = made.function.parameters[:1] == ("ops",)
