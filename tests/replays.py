@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import opsgraph as og
 from opsgraph.ops import GELU, Add, Dropout, LayerNorm, Linear, RMSNorm, SwiGLU, Tee
 from opsgraph.plan import Plan
-from opsgraph.replay.passes import Pass
+from opsgraph.replay.passes import ByRows, Pass
 
 WIDTH, INNER, ROWS = 64, 128, 6
 NETS: dict[str, Callable[[], list[nn.Module]]] = {
@@ -111,7 +111,7 @@ def told(plan: Plan) -> dict[str, list[str]]:
             "forward": plan.joined.forward,
             "backward": plan.joined.backward or passes["backward"],
         }
-    return {k: run.told() for k, run in passes.items() if isinstance(run, Pass)}
+    return {k: run.told() for k, run in passes.items() if isinstance(run, Pass | ByRows)}
 
 
 def is_native(plan: Plan) -> bool:

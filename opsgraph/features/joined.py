@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..guards.names import of_opsgraph
 from ..plan import Plan
 from ..plan.lines import Function, Line, literal, value, values
 from ..precision.recorded import note
@@ -178,7 +179,7 @@ def _wanting(line: Line) -> Line:
     want: Any = keywords.get("want")
     if want is None or getattr(target, "backend", None) != "triton":
         return line
-    if not type(target).__module__.startswith("opsgraph."):
+    if not of_opsgraph(target):
         return line
     words = tuple("amaxes" if word == "amax" else word for word in want.value)
     return line._replace(keywords=(*(keywords | {"want": literal(words)}).items(),))

@@ -3,6 +3,7 @@
 weight_gradients  gradients that go elsewhere           fields of Request; the lines of a step
 casting           autocast and residual streams         ops that are added before planning
 optimal, measured other planners                        functions in the place of `greedy`
+alive, ordered    a backward for few rows               the lines of a step, the plan
 quantized         quantized values, and their weights   definitions of variables
 check             OPSGRAPH_CHECK                        the lines of a step
 verify, show      what is wrong with a plan; its text   the plan when it is made
@@ -16,9 +17,11 @@ from ..plan import Plan, make_plan
 from ..plan.basic_ops import BasicOps
 from ..plan.planner import Planner
 from ..plan.program import Request
+from .alive import Noted
 from .casting import with_casts
 from .check import checked
 from .measured import PLANNERS
+from .ordered import with_few
 from .quantized import QuantizedDefinitions
 from .show import logged
 from .verify import verified
@@ -32,11 +35,12 @@ def planned(
 
     order: backends, the preferred one first. planner: a name, or what chooses the steps.
     """
-    after = (send_elsewhere, checked) if config.check else (send_elsewhere,)
+    noted = Noted()
+    after = (send_elsewhere, checked) if config.check else (send_elsewhere, noted)
     definitions = partial(QuantizedDefinitions, partial(prepare_by, order), after)
     planner = PLANNERS[planner] if isinstance(planner, str) else planner
     request = of_what_runs(run, request)
     run, request = with_casts(run, with_elsewhere(run, request))
     plan = make_plan(run, request, order, planner, config.fuel, definitions)
-    plan = with_places(plan, request)
+    plan = with_few(with_places(plan, request), noted)
     return logged(verified(plan, config.check), config)

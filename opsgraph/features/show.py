@@ -4,12 +4,14 @@ The hooks are `Plan.__str__` and `Plan.graph`; `page` has that for pictures.
 """
 
 import sys
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from ..base.config import Config
 from ..op import FORWARD
 from ..plan import Plan
+from ..plan.lines import Line
 from ..plan.result import Passes, Step
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ def table(plan: Plan) -> str:
     if plan.backward:
         each = "  ".join(f"{name} {size}" for name, size in plan.saved.items())
         lines.append(f"saved  {each}   {plan.saved_bytes_per_row} bytes per row")
+    if plan.few is not None:
+        lines.append(f"order  {_order(plan)}")
     if len(set(plan.costs.values())) > 1 or "measured" in plan.costs:
         each = ", ".join(f"{name} {cost:.0f}" for name, cost in plan.costs.items())
         taken = "; measured to be the fastest" if "measured" in plan.costs else ""
@@ -70,6 +74,20 @@ def table(plan: Plan) -> str:
         lines.append("replay")
         lines += [f"  {name:<9}{text}" for name, texts in told.items() for text in texts]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _order(plan: Plan) -> str:
+    """In which order the gradients of weights are made, where rows decide it."""
+    rows, few = plan.few
+
+    def order(lines: Sequence[Line]) -> str:
+        products = [line for line in lines if line.function.endswith("wgrad")]
+        return ", ".join(str(line.results) for line in products)
+
+    return (
+        f"{order(plan.functions.backward.lines)}; {order(few.lines)} "
+        f"where dy has {rows.start:,} to {rows.stop - 1:,} rows"
+    )
 
 
 def _told(run: Any) -> list[str]:
@@ -213,7 +231,8 @@ def logged(plan: Plan, config: Config) -> Plan:
             print(f"opsgraph: {ops} {who} ({direction}): {reason}", file=sys.stderr)
     if "code" in config.logs:
         sources = plan.prepare_source, plan.forward_source, plan.backward_source
-        print(*filter(None, sources), file=sys.stderr)
+        few = plan.few and plan.few.function.source
+        print(*filter(None, (*sources, few)), file=sys.stderr)
     return plan
 
 

@@ -17,8 +17,9 @@ def verified(plan: Plan, asked: bool) -> Plan:
     """The plan, its functions verified if that is asked for."""
     if not (asked or every):
         return plan
-
-    verify(*plan.functions)
+    forward, backward, prepare = plan.functions
+    for each in (backward, *(few.function for few in (plan.few,) if few)):
+        verify(forward, each, prepare)
     return plan
 
 

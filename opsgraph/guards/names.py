@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import chain, count
 from keyword import iskeyword
+from typing import Any
 from unicodedata import normalize
 
 from .arguments import STORED
@@ -57,3 +58,9 @@ def free(name: str, taken: Iterable[str]) -> Iterable[str]:
     between = "_" * base[-1].isdigit()
     spelled = chain([base], (f"{base}{between}{k}" for k in count(2)))
     return (text for text in spelled if root(text) not in taken and text not in WORDS)
+
+
+def of_opsgraph(target: Any) -> bool:
+    """Whether a function, a class, or an object by its class, is opsgraph's own and no user's."""
+    kind = target if hasattr(target, "__module__") else type(target)
+    return str(kind.__module__).startswith("opsgraph.")

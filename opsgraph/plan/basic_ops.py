@@ -44,10 +44,7 @@ class BasicOps:
     """
 
     def __init__(
-        self,
-        entries: Sequence[Placed],
-        known: Iterable[str] = (),
-        later: Iterable[str | None] = (),
+        self, entries: Sequence[Placed], known: Iterable[str] = (), later: Iterable[str | None] = ()
     ) -> None:
         self._known, self._later = frozenset(known), frozenset(later)
         self._fill(entries)

@@ -103,6 +103,14 @@ def literal(constant: Any) -> Argument:
     return Argument("literal", repr(constant), value=constant)
 
 
+def let_go(lines: list[Line], living: set[str]) -> None:
+    """Have each of some variables let go after its last use."""
+    for number, line in reversed([*enumerate(lines[:-1])]):
+        if dead := living.intersection((*line.reads, *line.makes)):
+            lines[number] = line._replace(dead=tuple(sorted(dead)))
+            living -= dead
+
+
 def _leaves(nested: Iterable[Any]) -> list[Any]:
     leaves = []
     for item in nested:
@@ -130,11 +138,10 @@ class Function:
     """
 
     def __init__(
-        self, name: str, parameters: Sequence[str], lines: Iterable[Line],
-        namespace: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+        self, name: str, parameters: Sequence[str], lines: Iterable[Line], namespace: Any = None
+    ) -> None:
         self.name, self.parameters, self.lines = name, (*parameters,), (*lines,)
-        self.namespace = namespace or {}
+        self.namespace: dict[str, Any] = namespace or {}
 
     @cached_property
     def source(self) -> str:

@@ -60,6 +60,8 @@ class Plan:
     """Which weights' gradients go elsewhere, where features send some."""
     joined: Any = field(default=None, repr=False, compare=False)
     """Passes that also do what a recipe does around them, where features join them."""
+    few: Any = field(default=None, repr=False, compare=False)
+    """The backward of calls with few rows, where features order one (`features.ordered`)."""
 
     # Features set these: the texts of its functions, the last empty without quantized weights; a
     # picture, a networkx graph, its name to torch.compile; and `__str__`.

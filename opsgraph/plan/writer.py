@@ -16,7 +16,7 @@ from ..guards.results import First
 from ..op import BACKWARD, FORWARD, ROWS, STORED, Spec
 from ..op.functions import backward_functions
 from .claims import Call, Claim, Space
-from .lines import Function, Line, Nested, Results, literal, value
+from .lines import Function, Line, Nested, Results, let_go, literal, value
 from .planner import Cover
 from .program import Argument
 
@@ -198,15 +198,9 @@ class Writer:
     def finish(
         self, name: str, *results: tuple[Argument, ...], held: Iterable[str] = ()
     ) -> Function:
-        """The function, which returns `results`. Each variable is let go after its last use.
-
-        held: variables that the caller holds in any case.
-        """
+        """The function, which returns `results`. held: variables that the caller holds anyway."""
         self.add(Line("return", results))
         living = {name for line in self.lines for name in line.makes}
         living = living.difference(held, self.lines[-1].reads)
-        for number, line in reversed([*enumerate(self.lines[:-1])]):
-            if dead := living.intersection((*line.reads, *line.makes)):
-                self.lines[number] = line._replace(dead=tuple(sorted(dead)))
-                living -= dead
+        let_go(self.lines, living)
         return Function(name, self.parameters, self.lines, self.namespace)

@@ -6,6 +6,7 @@ What a user's op alone reads is left to it: it may save another thing than it sa
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from ..guards.names import of_opsgraph
 from ..guards.operands import Operand, Operands
 from ..op import Spec
 from ..plan import Plan
@@ -69,8 +70,7 @@ def _readers(plan: Plan, function: Function) -> dict[str, str]:
 
 def _users(line: Line) -> bool:
     """Whether a line calls a function of a user's."""
-    kind = line.target if hasattr(line.target, "__module__") else type(line.target)
-    return line.target is not None and not str(kind.__module__).startswith("opsgraph.")
+    return line.target is not None and not of_opsgraph(line.target)
 
 
 def _first(note: str) -> str:

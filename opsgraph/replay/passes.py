@@ -194,6 +194,23 @@ class Pass:
         return [] if self.record is None else [str(part) for part in self.record.parts]
 
 
+class ByRows:
+    """Stands for a backward of two orders: `few` runs where the gradient has some of those rows."""
+
+    def __init__(self, rows: range, few: Any, many: Any) -> None:
+        self.rows, self.few, self.many = rows, few, many
+        self.latest = many
+
+    def __call__(self, ops: Any, dx: Tensor, *rest: Any) -> Any:
+        run = self.latest = self.few if dx.size(0) in self.rows else self.many
+        return run(ops, dx, *rest)
+
+    def told(self) -> list[str]:
+        """What the one that ran last says of its replays."""
+        told: list[str] = self.latest.told()
+        return told
+
+
 def _why_not(config: Config) -> str | None:
     """Why passes are not replayed, or None."""
     if not config.replay:
@@ -237,18 +254,19 @@ def replayed(
     def made(name: str, function: Function, saved: Sequence[str] | None = None) -> Any:
         if not function.lines:
             return function.call
-        run = Pass(name, function, x.device, config, saved, why_not)
+        one = Pass(name, function, x.device, config, saved, why_not)
         if why_not is None and x.device.type in ("cpu", "cuda"):
-            run.expects = partial(operands, plan, name, function, run.names)
+            one.expects = partial(operands, plan, name, function, one.names)
         if saved is not None:
-            run.in_python = _into_main_grad(plan, function)
-        return run
+            one.in_python = _into_main_grad(plan, function)
+        return one
 
     saved = [value.name for value in plan.specs.saved]
     forward, backward, prepare = plan.functions
-    passes = Passes(
-        made("forward", forward), made("backward", backward, saved), made("prepare", prepare)
-    )
+    run = made("backward", backward, saved)
+    if plan.few is not None:
+        run = ByRows(plan.few.rows, made("backward", plan.few.function, saved), run)
+    passes = Passes(made("forward", forward), run, made("prepare", prepare))
     if joined is None or getattr(passes.prepare, "reason", None) is not None:
         return replace(plan, passes=passes)
     whole = joined._replace(

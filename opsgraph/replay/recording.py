@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..guards.names import of_opsgraph
 from ..guards.torch_private import same_layouts
 from ..plan.lines import Function, Line
 from .events import Event, Place
@@ -215,8 +216,7 @@ def ours(line: Line) -> bool:
         return False
     if line.target is None:
         return True
-    kind = line.target if hasattr(line.target, "__module__") else type(line.target)
-    return str(kind.__module__).startswith("opsgraph.") and "_vjp" not in line.function
+    return of_opsgraph(line.target) and "_vjp" not in line.function
 
 
 def flat(nested: Any) -> Iterable[tuple[str, int]]:

@@ -70,8 +70,8 @@ CODE: tuple[Fault, ...] = (
     ),
     fault(
         "let-go-early", "A variable is let go before its last use.",
-        "plan/writer.py", "for number, line in reversed([*enumerate(self.lines[:-1])]):",
-        "for number, line in [*enumerate(self.lines[:-1])]:", *SOURCES,
+        "plan/lines.py", "for number, line in reversed([*enumerate(lines[:-1])]):",
+        "for number, line in [*enumerate(lines[:-1])]:", *SOURCES,
     ),
     fault(
         "moved-values", "A callee that takes a value from a list is given the value itself.",

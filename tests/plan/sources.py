@@ -37,6 +37,12 @@ NETS: dict[str, Callable[[], list[nn.Module]]] = {
         Add("r"),
     ],
     "linear": lambda: [Linear(HIDDEN, FFN), Linear(FFN, HIDDEN)],
+    "large": lambda: [
+        RMSNorm(8 * HIDDEN),
+        Linear(8 * HIDDEN, 32 * FFN, bias=False),
+        SwiGLU(),
+        Linear(16 * FFN, 8 * HIDDEN, bias=False),
+    ],
 }
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -96,11 +102,13 @@ class Call(NamedTuple):
         """The plan as printed, and its functions."""
         plan = self.plan()
         prepare = (plan.prepare_source,) if plan.prepare_source else ()
-        return "\n".join((str(plan), "", *prepare, plan.forward_source, plan.backward_source))
+        few = (plan.few.function.source,) if plan.few else ()
+        sources = *prepare, plan.forward_source, plan.backward_source, *few
+        return "\n".join((str(plan), "", *sources))
 
 
 def calls() -> Iterator[Call]:
-    """All of them, 1,024."""
+    """All of them, 1,280."""
     for values in itertools.product(NETS, OPTIONS, RECIPES, (False, True), (True, False)):
         yield Call(*values)
 

@@ -13,10 +13,11 @@ FOLDER = Path(__file__).parent / "texts"
 
 CALLS = [
     *(Call("llama", "plain", recipe) for recipe in RECIPES),
+    Call("large", "plain", "none"),
     *(Call("gpt", "delayed", recipe, cast=True) for recipe in ("none", "delayed", "current")),
-    *(Call(net, "plain", "none", training=False) for net in NETS),
+    *(Call(net, "plain", "none", training=False) for net in NETS if net != "large"),
     *(Call("residual", options, "none") for options in ("plain", "keep", "checkpoint", "optimal")),
-    *(Call(net, "frozen", "none", cast=True) for net in NETS),
+    *(Call(net, "frozen", "none", cast=True) for net in NETS if net != "large"),
 ]
 
 
