@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import edges
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import opsgraph as og
+from benchmarks.numerics_cases import mish, sigmoid, swish
 from opsgraph import ops
 from opsgraph.kernels.cpu import activations as cpu_activations
 from opsgraph.kernels.cpu import build
@@ -98,6 +100,28 @@ def test_clamped_swiglu_of_any_alpha(alpha: float) -> None:
     assert dx is not None
     expected = activations.activation_backward(y.double(), x.double(), "clamped_swiglu", params)
     close(dx, expected)
+
+
+FAR = {
+    "silu": swish, "qgelu": partial(swish, alpha=1.702), "glu": sigmoid, "mish": mish,
+    "clamped_swiglu": partial(swish, alpha=1.702),
+}  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", FAR)
+def test_far_below_zero_results_have_all_digits(kind: str) -> None:
+    """No product that an exponential takes is rounded; none overflows before PyTorch's does."""
+    gated, alpha = cpu_activations.KINDS[kind].gated, 1.702 if "q" in kind or "cl" in kind else 1.0
+    a = -torch.linspace(20, 88.7, 5001)[None] / alpha
+    ones = torch.ones_like(a)
+    x = torch.cat((a, 0 * a if kind == "clamped_swiglu" else ones), 1) if gated else a
+    exact = FAR[kind](a.double())
+    off = (forward("cpu", x, kind) / exact.value - 1).abs()
+    assert off.max() < 3 * 2.0**-23
+    dx = backward("cpu", ones, x, kind)[:, : a.shape[1]]
+    off = (dx / exact.slope - 1).abs()[exact.slope.abs() > 2.0**-119]
+    assert off.max() < 4 * 2.0**-23
 
 
 def norm(

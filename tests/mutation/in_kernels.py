@@ -63,7 +63,7 @@ CPU: tuple[Fault, ...] = (
     ),
     fault(
         "swish-slope", "The slope of SiLU and GELU is their sigmoid.",
-        ACTIVATIONS, "fmadd(steep * other, s.value, s.value)", "s.value", KERNELS,
+        ACTIVATIONS, "fmadd(more, s, s)", "s", KERNELS,
     ),
     fault(
         "erf-tail", "The exact GELU has the other tail's value below -1.",
@@ -103,7 +103,7 @@ CPU: tuple[Fault, ...] = (
     ),
     fault(
         "exponential", "The exponential's polynomial lacks its fourth term.",
-        "kernels/cpu/source/scalar.h", "    p = fmadd(p, r, 4.16666667e-2f);\n", "", KERNELS,
+        "kernels/cpu/source/scalar.h", "    q = fmadd(q, r, 4.16681804e-2f);\n", "", KERNELS,
     ),
     fault(
         "fp8-sign", "A negative number becomes a positive one in FP8.",

@@ -36,15 +36,19 @@ def _vanishing(factor: Tensor, x: Tensor) -> Tensor:
 
 def _swish(alpha: float) -> Function:
     def gradient(dy: Tensor, x: Tensor) -> Tensor:
-        s = torch.sigmoid(alpha * x)
-        return dy * (s + _vanishing(s * (1 - s), alpha * x))
+        return dy * (torch.sigmoid(alpha * x) + _vanishing(_sigmoid_slope(alpha * x), alpha * x))
 
     return Function(lambda x: _vanishing(torch.sigmoid(alpha * x), x), gradient)
 
 
-def _sigmoid_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return dy * s * (1 - s)
+def _sigmoid_slope(x: Tensor) -> Tensor:
+    """1 - sigmoid(x) is sigmoid(-x), which does not cancel."""
+    return torch.sigmoid(x) * torch.sigmoid(-x)
+
+
+def _tanh_slope(x: Tensor) -> Tensor:
+    """1 - tanh(x)^2, which would cancel, for tanh(x) = 2 * sigmoid(2x) - 1."""
+    return 4 * _sigmoid_slope(2 * x)
 
 
 def _srelu_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -77,17 +81,21 @@ def _flat(
     )
 
 
+def _normal(x: Tensor) -> Tensor:
+    """The normal distribution function; PyTorch's GELU has 1 + erf, which cancels far below 0."""
+    phi: Tensor = 0.5 * torch.special.erfc(x * -sqrt(0.5))
+    return phi
+
+
 def _erf_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """Of the exact GELU; PyTorch's own cancels far below 0."""
     density = torch.exp(-0.5 * x * x) * (1 / sqrt(2 * pi))
-    slope: Tensor = 0.5 * torch.special.erfc(x * -sqrt(0.5)) + x * density
-    return dy * slope
+    return dy * (_normal(x) + x * density)
 
 
 def _gelu(approximate: str) -> Function:
     value = partial(F.gelu, approximate=approximate)
     if approximate == "none":
-        return _flat(value, _erf_gradient)
+        return _flat(lambda x: x * _normal(x), _erf_gradient)
     return _flat(value, partial(aten.gelu_backward.default, approximate=approximate))
 
 
@@ -120,8 +128,8 @@ FUNCTIONS = {
     "srelu": Function(lambda x: torch.relu(x).square(), _srelu_gradient),
     "gelu_fast": _gelu("tanh"),
     "silu": _flat(F.silu, aten.silu_backward.default),
-    "sigmoid": Function(torch.sigmoid, _sigmoid_gradient),
-    "tanh": Function(torch.tanh, lambda dy, x: aten.tanh_backward(dy, torch.tanh(x))),
+    "sigmoid": Function(torch.sigmoid, lambda dy, x: dy * _sigmoid_slope(x)),
+    "tanh": Function(torch.tanh, lambda dy, x: dy * _tanh_slope(x)),
     "relu6": Function(F.relu6, lambda dy, x: aten.hardtanh_backward(dy, x, 0, 6)),
     "hardswish": _flat(_hardswish, _hardswish_gradient),
     "mish": _flat(F.mish, aten.mish_backward.default),
@@ -148,15 +156,14 @@ GATED = {
 def _situ(beta: float) -> Function:
     def gradient(dy: Tensor, x: Tensor) -> Tensor:
         s, t = torch.sigmoid(x), torch.tanh(x / beta)
-        return dy * (s * (1 - t * t) + beta * t * s * (1 - s))
+        return dy * (s * _tanh_slope(x / beta) + beta * t * _sigmoid_slope(x))
 
     return Function(lambda x: beta * torch.tanh(x / beta) * torch.sigmoid(x), gradient)
 
 
 def _soft_clip(beta: float) -> Function:
     def gradient(dy: Tensor, x: Tensor) -> Tensor:
-        t = torch.tanh(x / beta)
-        return dy * (1 - t * t)
+        return dy * _tanh_slope(x / beta)
 
     return Function(lambda x: beta * torch.tanh(x / beta), gradient)
 
@@ -259,7 +266,11 @@ def gates(
         return _clamped(limit, alpha, offset, form.after, steps)
     if form.name == "situglu":
         return _situ(params[0]), _soft_clip(params[1])
-    return _function(form.name if form.gated else GATED[form.name], params, steps), None
+    name = form.name if form.gated else GATED[form.name]
+    function = _function(name, params, steps)
+    if name == "gelu_erf" and form.rounded and not form.steps:
+        function = function._replace(value=_flat(F.gelu, _erf_gradient).value)
+    return function, None
 
 
 def halves(x: Tensor, block: int | None, second: bool = False) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from ..reference.activations import form_of
-from .ptx import rounded, sigmoid
+from .exponentials import between, gate, logistic, outside, power
+from .ptx import reciprocal, rounded, sigmoid
 
 
 @triton.jit
@@ -24,32 +25,89 @@ def _vanishing(factor, x):
 @triton.jit
 def _swish(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
     """x * sigmoid(alpha * x)"""
-    s = sigmoid(x * ALPHA)
-    value = _vanishing(s, x)
-    return value, s + (1.0 - s) * tl.minimum(ALPHA * value, 3.0e38), x < x
+    if DTYPE == tl.float32 and ALPHA > 0.0:
+        inner = between(x, -89.0 / ALPHA, 86.0 / ALPHA)
+        u = inner * ALPHA
+        value, slope = gate(inner, power(inner, -ALPHA, -2), u, u)
+        return outside(x, inner, value, 0.0, x), outside(x, inner, slope, 0.0, 1.0), x < x
+    else:
+        s = sigmoid(x * ALPHA)
+        value = _vanishing(s, x)
+        return value, s + (1.0 - s) * tl.minimum(ALPHA * value, 3.0e38), x < x
 
 
 @triton.jit
 def _sigmoid(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
-    s = sigmoid(x)
-    return s, s * (1.0 - s), x < x
+    if DTYPE == tl.float32:
+        inner = between(x, -89.0, 86.0)
+        e = power(inner, -1.0, -2)
+        s, _, _, _ = logistic(e)
+        slope = s * tl.where(inner < 1.0, 1.0 - s, e * s * 4.0)
+        return outside(x, inner, s, 0.0, 1.0), outside(x, inner, slope, 0.0, 0.0), x < x
+    else:
+        s = sigmoid(x)
+        return s, s * (1.0 - s), x < x
 
 
 @triton.jit
 def _gelu(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
     """0.5 * x * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 * x^3)"""
-    square = x * x
-    s = sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
-    outer = x * (1.5957691216057308 * (1.0 + 0.134145 * square))
-    return _vanishing(s, x), s + _vanishing(s * (1.0 - s), outer), x < x
+    if DTYPE == tl.float32:
+        inner = between(x, -10.0731, 9.94)  # where 2u is -89 and 86
+        square = inner * inner
+        u = inner * tl.fma(square, 0.07135481282052521, 1.5957691216057308)
+        steep = inner * tl.fma(square, 0.21406443846157563, 1.5957691216057308)
+        value, slope = gate(inner, power(-u, 1.0, -2), u, steep)
+        return outside(x, inner, value, 0.0, x), outside(x, inner, slope, 0.0, 1.0), x < x
+    else:
+        square = x * x
+        s = sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
+        outer = x * (1.5957691216057308 * (1.0 + 0.134145 * square))
+        return _vanishing(s, x), s + _vanishing(s * (1.0 - s), outer), x < x
 
 
 @triton.jit
 def _gelu_erf(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
     """x * Phi(x), Phi the normal distribution function"""
-    phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return _vanishing(phi, x), phi + _vanishing(density, x), x < x
+    if DTYPE == tl.float32:
+        inner = between(x, -13.2665, 13.2665)  # where e^(-x^2 / 2) counts as 0
+        phi, e = _normal(inner)
+        slope = phi + inner * 0.3989422804014327 * e
+        value = outside(x, inner, inner * phi, 0.0, x)
+        return value, outside(x, inner, slope, 0.0, 1.0), x < x
+    else:
+        phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return _vanishing(phi, x), phi + _vanishing(density, x), x < x
+
+
+@triton.jit
+def _normal(x):
+    """Phi(x) and e^(-x^2 / 2), x from -13.2665 to 13.2665, where 1 + erf would cancel.
+
+    By `GeluErf` of `cpu/source/activations.h`, whose polynomials these are.
+    """
+    size, square = tl.abs(x), x * x
+    d = tl.fma(size, 0.35, 1.0)
+    t = reciprocal(d)
+    t = tl.fma(tl.fma(-d, t, 1.0), t, t)
+    p = tl.fma(t, -2.915957015e-2, 1.440392480e-1)
+    p = tl.fma(p, t, -2.558565116e-1)
+    p = tl.fma(p, t, 1.593400730e-1)
+    p = tl.fma(p, t, -2.322667073e-2)
+    p = tl.fma(p, t, 1.055586986e-1)
+    p = tl.fma(p, t, 1.198196804e-1)
+    p = tl.fma(p, t, 1.398637431e-1)
+    p = tl.fma(p, t, 1.396212934e-1)
+    e = power(square, -0.5)
+    e = tl.fma(-0.5 * tl.fma(x, x, -square), e, e)
+    q = tl.fma(square, -7.654208275e-6, 1.134863705e-4)
+    q = tl.fma(q, square, -1.186329988e-3)
+    q = tl.fma(q, square, 9.973322973e-3)
+    q = tl.fma(q, square, -6.649035960e-2)
+    q = tl.fma(q, square, 3.989422917e-1)
+    tail = p * t * e
+    return tl.where(size < 1.0, tl.fma(x, q, 0.5), tl.where(x < 0.0, tail, 1.0 - tail)), e
 
 
 @triton.jit
@@ -65,13 +123,38 @@ def _srelu(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _tanh(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
-    t = _hyperbolic_tangent(x)
-    return t, 1.0 - t * t, x < x
+    value, slope = _hyperbolic(x, DTYPE)
+    return value, slope, x < x
 
 
 @triton.jit
-def _hyperbolic_tangent(x):
-    """Its power series near 0, where 2 * sigmoid(2x) - 1 would cancel."""
+def _hyperbolic(x, DTYPE: tl.constexpr):
+    """tanh and its slope. In fp32 up to 1 by x + x^3 * p(x^2), where 1 - 2 / (e^2x + 1) would
+
+    cancel, and by the slope of the latter beyond 0.75, where 1 - tanh^2 would.
+    """
+    if DTYPE == tl.float32:
+        size, square = tl.abs(x), x * x
+        s, _, _, _ = logistic(power(tl.where(size > 44.5, 44.5, size), 2.0, -2))
+        p = tl.fma(square, 1.214704243e-4, -8.411360322e-4)
+        p = tl.fma(p, square, 3.078592243e-3)
+        p = tl.fma(p, square, -8.595112711e-3)
+        p = tl.fma(p, square, 2.178473026e-2)
+        p = tl.fma(p, square, -5.395310000e-2)
+        p = tl.fma(p, square, 1.333319992e-1)
+        p = tl.fma(p, square, -3.333332837e-1)
+        far = 1.0 - 2.0 * s
+        value = tl.where(size < 1.0, tl.fma(x * square, p, x), tl.where(x < 0.0, -far, far))
+        flat = tl.fma(-value, value, 1.0)
+        return value, tl.where(size < 0.75, flat, 4.0 * s * (1.0 - s))
+    else:
+        t = _tanh_of_halves(x)
+        return t, 1.0 - t * t
+
+
+@triton.jit
+def _tanh_of_halves(x):
+    """To the digits of 16 bits: its power series near 0, where 2 * sigmoid(2x) - 1 would cancel."""
     square = x * x
     p = 3.59212804e-3 - 1.45583438e-3 * square
     p = p * square - 8.86323553e-3
@@ -104,12 +187,26 @@ def _hardswish(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def _mish(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
     """x * tanh(log(1 + e^x)) = x * n / (n + 2), n = e^x * (e^x + 2)"""
-    e = tl.exp(tl.where(x > 20.0, 20.0, x))
-    n = e * (e + 2.0)
-    t = n / (n + 2.0)
-    inner = tl.where(x > 20.0, 20.0, x)
-    slope = (4.0 * (n + 1.0) / (n + 2.0)) / (n + 2.0) * (e / (1.0 + e))
-    return _vanishing(t, x), t + _vanishing(slope, inner), x < x
+    if DTYPE == tl.float32:  # as `Mish` of cpu/source/activations.h
+        above = tl.where(x < -104.0, -104.0, x)
+        inner = tl.where(above > 20.0, 20.0, above)
+        e = power(inner, 1.0, 64) * 5.421010862427522e-20  # 2^-64: down to the smallest numbers
+        h = tl.fma(0.5 * e, e, e)
+        d = 1.0 + h
+        i = reciprocal(d)
+        t = h * i
+        off = tl.fma(-d, i, 1.0) - i * (h - (d - 1.0))
+        rest = tl.fma(t, off, tl.fma(h, i, -t))
+        a, b = inner * i, tl.fma(e, e, e) * i
+        slope = t + tl.fma(a, b, tl.fma(a * b, 2.0 * off, rest))
+        return tl.fma(above, t, inner * rest), slope, x < x
+    else:
+        e = tl.exp(tl.where(x > 20.0, 20.0, x))
+        n = e * (e + 2.0)
+        t = n / (n + 2.0)
+        inner = tl.where(x > 20.0, 20.0, x)
+        slope = (4.0 * (n + 1.0) / (n + 2.0)) / (n + 2.0) * (e / (1.0 + e))
+        return _vanishing(t, x), t + _vanishing(slope, inner), x < x
 
 
 @triton.jit
@@ -132,7 +229,8 @@ def _gelu_as_pytorch(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
     u = 0.7978845608028654 * (inner + 0.044715 * (inner * inner * inner))
     above = tl.where(x < -10.0667, -10.0667, x)
     _, slope, off = _gelu(x, 1.0, DTYPE)
-    return 0.5 * above * (1.0 + _hyperbolic_tangent(u)), slope, off
+    t, _ = _hyperbolic(u, DTYPE)
+    return 0.5 * above * (1.0 + t), slope, off
 
 
 # Values as transformers composes them of PyTorch's operations, each of which rounds; their slopes
@@ -143,7 +241,8 @@ def _gelu_as_pytorch(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
 def _gelu_steps(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
     cube = rounded(rounded(x * x, DTYPE) * x, DTYPE)
     inner = rounded(x + rounded(0.044715 * cube, DTYPE), DTYPE)
-    t = rounded(_hyperbolic_tangent(rounded(0.7978845608028654 * inner, DTYPE)), DTYPE)
+    t, _ = _hyperbolic(rounded(0.7978845608028654 * inner, DTYPE), DTYPE)
+    t = rounded(t, DTYPE)
     _, slope, off = _gelu(x, 1.0, DTYPE)
     return rounded(0.5 * x, DTYPE) * rounded(1.0 + t, DTYPE), slope, off
 
@@ -152,7 +251,8 @@ def _gelu_steps(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
 def _gelu_fast_steps(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
     inner = rounded(1.0 + rounded(rounded(0.044715 * x, DTYPE) * x, DTYPE), DTYPE)
     u = rounded(rounded(x * 0.7978845608, DTYPE) * inner, DTYPE)
-    t = rounded(_hyperbolic_tangent(u), DTYPE)
+    t, _ = _hyperbolic(u, DTYPE)
+    t = rounded(t, DTYPE)
     _, slope, off = _gelu(x, 1.0, DTYPE)
     return rounded(0.5 * x, DTYPE) * rounded(1.0 + t, DTYPE), slope, off
 
@@ -167,7 +267,8 @@ def _gelu_erf_steps(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def _swish_steps(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
     _, slope, off = _swish(x, ALPHA, DTYPE)
-    return x * rounded(sigmoid(rounded(x * ALPHA, DTYPE)), DTYPE), slope, off
+    s, _, _ = _sigmoid(rounded(x * ALPHA, DTYPE), 1.0, DTYPE)
+    return x * rounded(s, DTYPE), slope, off
 
 
 class Kind(NamedTuple):

@@ -16,19 +16,40 @@ PTX = tl.constexpr(torch.version.hip is None and not interpreting())
 
 
 @triton.jit
+def power_of_two(x):
+    """2^x, within 2 units in the last place; 0 where it is below 2^-126."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, within a unit in the last place; 0 where it is below 2^-126."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)), which is 0 where it is below 2^-126.
+    """1 / (1 + exp(-x)) to the digits of 16-bit results, down to 2^-128, where exp(-x) is infinite.
 
     `tl.sigmoid` scales what its exponential and its division could not represent otherwise, in 11
-    more instructions; here neither matters, for 1 is added and the divisor is 1 or more.
+    more instructions; here 1 is added to the one, and the other is that of 2^-24 times the divisor.
+    `exponentials` has the one with all digits of fp32: here x * log2(e) is rounded.
     """
     if PTX:
-        power = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], tl.float32, True, 1
+        divisor = tl.fma(
+            power_of_two(x * -1.4426950408889634), 5.9604644775390625e-8, 5.9604644775390625e-8
         )
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [power + 1.0], tl.float32, True, 1
-        )
+        return reciprocal(divisor) * 5.9604644775390625e-8
     else:
         return tl.sigmoid(x)
 

@@ -1,6 +1,7 @@
 """xIELU and its gradients, each in one pass. Formulas: `kernels/reference/xielu.py`."""
 
 from collections.abc import Collection
+from math import expm1
 
 import torch
 import triton
@@ -8,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import FUSION, config
+from .exponentials import power
 from .launch import (
     ceil_div,
     launch,
@@ -21,38 +23,66 @@ from .launch import (
 
 @triton.jit
 def _softplus(alpha):
+    """max(a, 0) + log(1 + e^-|a|), and what the rounding of 1 + e^-|a| has lost."""
     a = tl.load(alpha).to(tl.float32)
-    return tl.where(a > 20.0, a, tl.log(1.0 + tl.exp(tl.where(a > 20.0, 0.0, a))))
+    e = power(tl.where(tl.abs(a) > 87.0, -87.0, -tl.abs(a)), 1.0)
+    more = 1.0 + e
+    return tl.where(a < 0.0, 0.0, a) + (tl.log(more) + (e - (more - 1.0)) / more)
 
 
 @triton.jit
-def _beyond_linear(u):
+def _series(u):
+    """(e^u - 1 - u) / u^2 near 0, by the power series."""
+    s = tl.fma(u, 2.48015873e-5, 1.98412698e-4)
+    s = tl.fma(s, u, 1.38888889e-3)
+    s = tl.fma(s, u, 8.33333333e-3)
+    s = tl.fma(s, u, 4.16666667e-2)
+    s = tl.fma(s, u, 1.66666667e-1)
+    return tl.fma(s, u, 0.5)
+
+
+@triton.jit
+def _beyond_linear(u, DTYPE: tl.constexpr):
     """e^u - 1 - u: the power series near 0, where the difference would cancel."""
-    s = u * 2.48015873e-5 + 1.98412698e-4
-    s = s * u + 1.38888889e-3
-    s = s * u + 8.33333333e-3
-    s = s * u + 4.16666667e-2
-    s = s * u + 1.66666667e-1
-    s = s * u + 0.5
-    return tl.where(u > -0.5, u * u * s, tl.exp(u) - 1.0 - u)
+    return tl.where(u > -0.5, u * u * _series(u), _exponential(u, DTYPE) - 1.0 - u)
 
 
 @triton.jit
-def _term(x, EPS: tl.constexpr):
-    """What multiplies p above 0, and n elsewhere."""
-    u = tl.where(x > EPS, EPS, x)
-    return tl.where(x > 0.0, x * x, _beyond_linear(u) + (u - x))
+def _beyond_one(u, DTYPE: tl.constexpr):
+    """e^u - 1; in 16 bits what cancels near 0 has no digit of a slope."""
+    if DTYPE == tl.float32:
+        return tl.where(u > -0.5, tl.fma(u * u, _series(u), u), _exponential(u, DTYPE) - 1.0)
+    else:
+        return tl.exp(u) - 1.0
 
 
 @triton.jit
-def _value(x, p, n, BETA: tl.constexpr, EPS: tl.constexpr):
-    """No square of x, which may overflow before the value does."""
-    return tl.where(x > 0.0, x * (p * x + BETA), _term(x, EPS) * n + BETA * x)
+def _exponential(u, DTYPE: tl.constexpr):
+    """e^u of u up to 0."""
+    if DTYPE == tl.float32:
+        return power(tl.where(u < -87.0, -87.0, u), 1.0)
+    else:
+        return tl.exp(u)
+
+
+@triton.jit
+def _term(x, EDGE: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr):
+    """What multiplies p above 0, and n elsewhere; EDGE: e^EPS - 1."""
+    return tl.where(x > 0.0, x * x, tl.where(x > EPS, EDGE - x, _beyond_linear(x, DTYPE)))
+
+
+@triton.jit
+def _value(x, p, n, BETA: tl.constexpr, EDGE: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr):
+    """No square of x, which may overflow before the value does; from EPS to 0 a line."""
+    line = tl.fma(x, BETA - n, n * EDGE)
+    below = tl.where(x > EPS, line, tl.fma(_beyond_linear(x, DTYPE), n, BETA * x))
+    return tl.where(x > 0.0, x * tl.fma(x, p, BETA), below)
 
 
 @triton.jit(do_not_specialize=["rows", "x_stride"])
 def xielu_kernel(
-    x, alpha_p, alpha_n, y, rows, x_stride, BETA: tl.constexpr, EPS: tl.constexpr,
+    x, alpha_p, alpha_n, y, rows, x_stride,
+    BETA: tl.constexpr, EDGE: tl.constexpr, EPS: tl.constexpr,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
@@ -61,7 +91,7 @@ def xielu_kernel(
     mask = (row < rows) & (cols < WIDTH)
     value = tl.load(x + row * x_stride * UNIT + cols, mask, other=0.0).to(tl.float32)
     p, n = _softplus(alpha_p), BETA + _softplus(alpha_n)
-    out = _value(value, p, n, BETA, EPS)
+    out = _value(value, p, n, BETA, EDGE, EPS, x.dtype.element_ty)
     tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
 
 
@@ -77,16 +107,17 @@ def xielu_forward(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, eps:
     with on_device_of(x):
         launch(
             xielu_kernel, grid, x, alpha_p, alpha_n, y, rows, x.stride(0) // unit,
-            BETA=beta, EPS=eps, UNIT=unit, WIDTH=width, **options, **FUSION,
+            BETA=beta, EDGE=expm1(min(eps, 0.0)), EPS=eps, UNIT=unit, WIDTH=width,
+            **options, **FUSION,
         )  # fmt: skip
     return y
 
 
 @triton.jit(do_not_specialize=["rows", "dy_stride", "x_stride"])
 def xielu_backward_kernel(
-    dy, x, alpha_p, alpha_n, dx, partials, rows, dy_stride, x_stride, BETA: tl.constexpr,
-    EPS: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    dy, x, alpha_p, alpha_n, dx, partials, rows, dy_stride, x_stride,
+    BETA: tl.constexpr, EDGE: tl.constexpr, EPS: tl.constexpr, UNIT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A block of columns over a share of the rows; a row of two sums for each program."""
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
@@ -102,11 +133,12 @@ def xielu_backward_kernel(
         grad = tl.load(dy + row * dy_stride * UNIT + cols, mask, other=0.0).to(tl.float32)
         value = tl.load(x + row * x_stride * UNIT + cols, mask, other=0.0).to(tl.float32)
         if dx is not None:
-            under = tl.where(value < EPS, tl.exp(tl.where(value < EPS, value, 0.0)), 0.0) - 1.0
-            slope = tl.where(value > 0.0, 2.0 * p * value, n * under)
-            tl.store(dx + row * WIDTH + cols, (grad * (slope + BETA)).to(dx.dtype.element_ty), mask)
+            inner = tl.where(value < EPS, value, 0.0)
+            under = tl.where(value < EPS, _beyond_one(inner, x.dtype.element_ty), -1.0)
+            slope = tl.where(value > 0.0, tl.fma(value, 2.0 * p, BETA), tl.fma(under, n, BETA))
+            tl.store(dx + row * WIDTH + cols, (grad * slope).to(dx.dtype.element_ty), mask)
         if partials is not None:
-            term = grad * _term(value, EPS)
+            term = grad * _term(value, EDGE, EPS, x.dtype.element_ty)
             above += tl.where(value > 0.0, term, 0.0)
             below += tl.where(value > 0.0, 0.0, term)
     if partials is not None:
@@ -137,8 +169,8 @@ def xielu_backward(
             launch(
                 xielu_backward_kernel, (shares * blocks,),
                 dy, x, alpha_p, alpha_n, dx, partials, rows, dy.stride(0) // unit,
-                x.stride(0) // unit, BETA=beta, EPS=eps, UNIT=unit, WIDTH=width, **options,
-                **FUSION,
+                x.stride(0) // unit, BETA=beta, EDGE=expm1(min(eps, 0.0)), EPS=eps, UNIT=unit,
+                WIDTH=width, **options, **FUSION,
             )  # fmt: skip
             sum_partials(partials, sums, None, None)
     if sums is None:

@@ -1,5 +1,6 @@
 """The Triton activations against fp64 formulas and their autograd gradients, on the CPU."""
 
+from functools import partial
 from itertools import product
 from math import pi, sqrt
 from typing import NamedTuple
@@ -11,6 +12,8 @@ from kernel_checks import DTYPES, INTERPRETING, close, laid_out, normal, twice
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.numerics import error_of, every_number
+from benchmarks.numerics_cases import gelu, gelu_erf, mish, sigmoid, swish, tanh
 from opsgraph.kernels.reference.activations import Form, halves, joined
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
 from opsgraph.kernels.triton.functions import KINDS
@@ -305,3 +308,25 @@ def test_masked_gradients_are_zero_whatever_they_are_multiplied_with(
     assert kind not in GATED or edges.no_worse(dx[:, 1:][known], db[known])
     masked = (a > 7) if kind == "clamped_swiglu" else a <= 0
     assert not dx[:, :1][masked].any()
+
+
+EXACT = {
+    "silu": (swish, 3.0), "qgelu": (partial(swish, alpha=1.702), 3.0), "sigmoid": (sigmoid, 4.0),
+    "tanh": (tanh, 3.0), "mish": (mish, 4.0), "gelu": (gelu, 110.0), "gelu_erf": (gelu_erf, 60.0),
+}  # fmt: skip
+"""fp64, and the units in the last place that fp32 may be off: GELUs have e to a rounded power."""
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_fp32_has_all_digits_at_every_exponent(kind: str, device: str) -> None:
+    """Far below 0, too, where the argument of an exponential is large and its result is small."""
+    x = every_number(torch.float32, 32)[None]
+    function, units = EXACT[kind]
+    exact, one = function(x.double()), torch.ones_like(x)
+    y = activation_forward(x.to(device), kind).cpu()
+    dx = activation_backward(one.to(device), x.to(device), kind)[0]
+    assert dx is not None
+    results = ((y, exact.value, exact.value.abs()), (dx.cpu(), exact.slope, exact.size))
+    for found, right, size in results:
+        off = error_of(found, right, size)[size > 2.0**-119]
+        assert off.max() <= units

@@ -121,7 +121,8 @@ static void activation_forward_chunk(
 
 template <class T>
 static void activation_forward(const Activation& t) {
-    const float p[3] = {float(t.params[0]), float(t.params[1]), float(t.params[2])};
+    const Params params(t.params);
+    const float* p = params.p;
     over_rows(t.threads, Shares(t.rows), t.width, [&](int64_t begin, int64_t end, int64_t) {
         over_chunks(t, begin, end, t.yt, [&](int64_t from, int64_t to, const Chunk& chunk) {
             activation_forward_chunk<T>(t, kind_of(t), p, from, to, chunk);
@@ -161,7 +162,8 @@ LOOP void activation_backward_chunk(
 template <class T>
 static void activation_backward(const Activation& t) {
     const int64_t total = t.gated ? 2 * t.width : t.width;
-    const float p[3] = {float(t.params[0]), float(t.params[1]), float(t.params[2])};
+    const Params params(t.params);
+    const float* p = params.p;
     Shares shares(t.rows);
     ColumnSums dbias(t.dbias, total, shares);
     over_rows(t.threads, shares, total, [&](int64_t begin, int64_t end, int64_t share) {

@@ -24,18 +24,22 @@ struct Slope {
 
 // Where f is 0 or x within an ulp, and f' 0 or 1, x is clamped: a 0 is multiplied with no infinity.
 
-// x * sigmoid(u); steep: x times u's slope. Up to 2.5 the error of s nearly cancels in s + u * s * (1 - s).
-SHORT Slope by_sigmoid(float x, float u, float steep) {
-    Logistic s = logistic_within(u);
-    float near = 1.0f - s.value, other = u < 2.5f ? near : s.other;
-    return {x / s.divisor, fmadd(steep * other, s.value, s.value)};
+// x * sigmoid(u); minus: e^-u; steep: x times u's slope. Up to 2.5 the error of s nearly cancels in
+// s + steep * s * (1 - s); ROUND: near 0, where it does not, what the division lacks counts, too.
+template <bool ROUND>
+SHORT Slope by_sigmoid(float x, float u, const Power& minus, float steep) {
+    float divisor = minus.plus_one(), s = 1.0f / divisor, near = 1.0f - s, far = minus.value() * s;
+    float more = steep * (u < 2.5f ? near : far);
+    if (ROUND) more += fmadd(-finite(divisor), s, 1.0f);  // 1 of an infinite divisor, whose s is 0
+    return {x / divisor, fmadd(more, s, s)};
 }
 
-struct Swish {  // x * sigmoid(alpha * x), alpha > 0
+struct Swish {  // x * sigmoid(alpha * x), alpha > 0: p[0] and what that lacks, p[3]
     SHORT Slope at(float x, const float* p) {
-        const float low = -88.7f / p[0], high = 88.0f / p[0];
-        float above = x < low ? low : x, inner = above > high ? high : above;
-        return by_sigmoid(above, p[0] * inner, p[0] * inner);
+        const Rate minus = rate(-(double(p[0]) + double(p[3])));
+        const float low = -89.0f / p[0], high = 88.0f / p[0];
+        float above = x < low ? low : x, inner = above > high ? high : above, u = p[0] * inner;
+        return by_sigmoid<false>(above, u, power_of(inner, minus), u);
     }
 };
 
@@ -52,9 +56,9 @@ struct Gelu {  // 0.5 * x * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2 / pi) * 
         float square = inner * inner;
         float u = inner * fmadd(0.0713548128f, square, 1.59576912f);
         float steep = inner * fmadd(0.214064438f, square, 1.59576912f);
-        return by_sigmoid(above, u, steep);
+        return by_sigmoid<true>(above, u, power_of(-u, NATURAL), steep);
     }
-    static constexpr float LOW = -10.0667f, HIGH = 10.0379f;  // where 2u is -88.7 and 88
+    static constexpr float LOW = -10.0731f, HIGH = 10.0296f;  // where 2u is -89 and 88
 };
 
 // x * Phi(x), Phi the normal distribution function: below -1 it is e^(-x^2 / 2) * t * p(t) with
@@ -136,7 +140,7 @@ struct Clamped {  // swish of min(a, limit); p: limit, alpha, offset
 
 struct AnySwish {  // of an alpha that is not positive
     SHORT Slope at(float x, const float* p) {
-        float u = clamp(p[0] * x, -88.7f, 88.0f);
+        float u = clamp(p[0] * x, -89.0f, 88.0f);
         Logistic s = logistic_within(u);
         return {x * s.value, fmadd(u * s.other, s.value, s.value)};
     }
@@ -191,15 +195,18 @@ struct LeakyRelu {  // p: the slope below 0
     }
 };
 
-// x * tanh(log(1 + e^x)) = x * n / (n + 2), n = e^x * (e^x + 2)
+// x * tanh(log(1 + e^x)) = x * h / (1 + h), h = e^x * (e^x / 2 + 1); its slope t + x * (e^2x + e^x) / d^2
+// with t = h / d, d = 1 + h. off: what i = 1 / d lacks, relative to it; rest: what t does.
 struct Mish {
     SHORT Slope at(float x, const float*) {
         float above = x < LOW ? LOW : x, inner = above > HIGH ? HIGH : above;
-        float e = exponential_within(inner), n = fmadd(e, e, 2.0f * e), d = n + 2.0f, i = 1.0f / d;
-        float t = n * i, rest = i * (fmadd(-t, d, n) - t * (n - (d - 2.0f)));
-        return {fmadd(above, t, inner * rest), t + fmadd(inner * i, 4.0f * fmadd(e, e, e) * i, rest)};
+        float e = power_of<64>(inner, NATURAL).value() * 0x1p-64f;  // down to the smallest numbers
+        float h = fmadd(0.5f * e, e, e), d = 1.0f + h, i = 1.0f / d, t = h * i;
+        float off = fmadd(-d, i, 1.0f) - i * (h - (d - 1.0f)), rest = fmadd(t, off, fmadd(h, i, -t));
+        float a = inner * i, b = fmadd(e, e, e) * i, more = fmadd(a * b, 2.0f * off, rest);
+        return {fmadd(above, t, inner * rest), t + fmadd(a, b, more)};
     }
-    static constexpr float LOW = -88.0f, HIGH = 20.0f;  // where t is 0, and 1 within an ulp
+    static constexpr float LOW = -104.0f, HIGH = 20.0f;  // where t is 0, and 1 within an ulp
 };
 
 template <class F>
@@ -284,6 +291,15 @@ static void backward_columns(
         db[j] = g.off ? 0.0f : step<ROUNDED>(dy[j] * gate) * g.slope;
     }
 }
+
+// The constants of a kind as fp32, and then what each of them lacks.
+struct Params {
+    float p[6];
+    explicit Params(const double* g)
+        : p{float(g[0]), float(g[1]), float(g[2]), rest(g[0]), rest(g[1]), rest(g[2])} {}
+    // Not inlined: GCC 12 makes vectors of such differences, and drops the conversion to float.
+    static __attribute__((noinline)) float rest(double x) { return float(x - double(float(x))); }
+};
 
 struct Kind {
     void (*forward)(const float*, const float*, float*, int64_t, const float*);

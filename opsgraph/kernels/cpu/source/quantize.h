@@ -309,10 +309,10 @@ static void note(const Quantize& q, const std::vector<uint32_t>& found) {
 // A tile of what an activation makes: it is computed into a buffer of the thread's, and is not stored.
 template <class T>
 static void activation_tile(const Activation& a, Tile& t) {
-    const float p[3] = {float(a.params[0]), float(a.params[1]), float(a.params[2])};
+    const Params params(a.params);
     Chunk chunk = chunk_of(a, t.col, 0, t.cols);
     T* y = room<T>();
-    activation_forward_rows<T>(a, kind_of(a), p, t.row, t.row + t.rows, chunk, y, SPAN);
+    activation_forward_rows<T>(a, kind_of(a), params.p, t.row, t.row + t.rows, chunk, y, SPAN);
     t.x = y;
     t.stride = SPAN;
 }

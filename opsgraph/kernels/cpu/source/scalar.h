@@ -53,24 +53,58 @@ static inline float fmadd(float a, float b, float c) {
 template <class T>
 void fma(T, T, T) = delete;  // the global one of libstdc++ would take floats as doubles, silently
 
-// e^x for x from -88 to 88.7, by 2^n * e^r, |r| <= log(2) / 2, and the Taylor polynomial of e^r to its
-// seventh power, within 2e-7 relative. 0 below 2^-126.5 and inf above 2^127.5, where the exponent's
-// field is 0 or full.
-SHORT float exponential_within(float x) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the lowest bits
-    float shifted = fmadd(x, 1.44269504f, magic);
-    float n = shifted - magic;
-    float r = fmadd(n, -0.693145752f, x);  // log(2) in two parts, the first exact in n * part
-    r = fmadd(n, -1.42860677e-6f, r);
-    float p = 1.98412698e-4f;
-    p = fmadd(p, r, 1.38888889e-3f);
-    p = fmadd(p, r, 8.33333333e-3f);
-    p = fmadd(p, r, 4.16666667e-2f);
-    p = fmadd(p, r, 1.66666667e-1f);
-    p = fmadd(p, r, 0.5f);
-    p = fmadd(r * r, p, r) + 1.0f;
-    return p * bits<float>((bits<uint32_t>(shifted) << 23) + 0x3f800000u);
+// The lesser of x and a limit, neither below 0; of a NaN the limit. As integers, for compilers then see
+// a minimum: of floats they make branches and masks.
+static inline float at_most(float x, float limit) {
+    int32_t own = bits<int32_t>(x), most = bits<int32_t>(limit);
+    return bits<float>(own < most ? own : most);
 }
+
+static inline float finite(float x) { return at_most(x, 3.40282347e38f); }
+
+// log2(e) * a, and log(2) / a in two parts, the first exact in n * part: with them e^(a * x) is
+// computed of x, for the product a * x would be rounded (the reduction of W. J. Cody and W. Waite,
+// Software Manual for the Elementary Functions, 1980).
+struct Rate {
+    float per, whole, rest, a;
+};
+
+const Rate NATURAL = {1.44269504f, 0.693145752f, 1.42860677e-6f, 1.0f};
+
+static inline Rate rate(double a) {
+    double each = 0.6931471805599453 / a;
+    float whole = bits<float>(bits<uint32_t>(float(each)) & 0xffffff00u);
+    return {float(a * 1.4426950408889634), whole, float(each - double(whole)), float(a)};
+}
+
+// e^(a * x) = 2^n * (1 + r * q), not yet added up: 1 + e^(a * x) is then rounded once.
+struct Power {
+    float scale, part, q;
+    float value() const { return fmadd(part, q, scale); }
+    float plus_one() const { return fmadd(part, q, 1.0f + scale); }
+};
+
+// For a * x from -88 to 89: r is from -log(2) / 2 to log(2) / 2, and beyond 2^127.5 up to log(2), for
+// n is at most 127. 1 + r * q is e^r within 4e-9, fitted to that range. 0 below 2^-126.5, where the
+// exponent's field is 0, and inf where e^(a * x) is. LIFT: the power of two that it is
+// multiplied with; a * x is then at most 40.
+template <int LIFT = 0>
+SHORT Power power_of(float x, const Rate& t) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the lowest bits
+    float free = fmadd(x, t.per, magic), shifted = LIFT ? free : at_most(free, magic + 127.0f);
+    float n = shifted - magic;
+    float r = fmadd(n, -t.rest, fmadd(n, -t.whole, x)) * t.a;
+    float q = fmadd(r, 2.33273997e-4f, 1.38327607e-3f);
+    q = fmadd(q, r, 8.32668878e-3f);
+    q = fmadd(q, r, 4.16681804e-2f);
+    q = fmadd(q, r, 1.66666999e-1f);
+    q = fmadd(q, r, 4.99999940e-1f);
+    q = fmadd(q, r, 1.0f);
+    float scale = bits<float>((bits<uint32_t>(shifted) << 23) + ((127u + LIFT) << 23));
+    return {scale, scale * r, q};
+}
+
+SHORT float exponential_within(float x) { return power_of(x, NATURAL).value(); }
 
 // x between two bounds; a NaN stays one.
 static inline float clamp(float x, float low, float high) {
@@ -78,23 +112,24 @@ static inline float clamp(float x, float low, float high) {
     return x > high ? high : x;
 }
 
-static inline float exponential(float x) { return exponential_within(clamp(x, -88.0f, 88.7f)); }
+SHORT float exponential(float x) { return exponential_within(clamp(x, -88.0f, 89.0f)); }
 
-// sigmoid(x) = 1 / divisor for x from -88.7, where it is 0, to 88, where it is 1; other: 1 - value, by
+// sigmoid(x) = 1 / divisor for x from -89, where it is 0, to 88, where it is 1; other: 1 - value, by
 // e^-x where that would cancel. Up to 1 it has the value's error, which then cancels in slopes.
 struct Logistic {
     float divisor, value, other;
 };
 
 SHORT Logistic logistic_within(float x) {
-    float e = exponential_within(-x), divisor = 1.0f + e, value = 1.0f / divisor;
-    float near = 1.0f - value, far = e * value;
+    Power minus = power_of(-x, NATURAL);
+    float divisor = minus.plus_one(), value = 1.0f / divisor;
+    float near = 1.0f - value, far = minus.value() * value;
     return {divisor, value, x < 1.0f ? near : far};
 }
 
-static inline Logistic logistic(float x) { return logistic_within(clamp(x, -88.7f, 88.0f)); }
+SHORT Logistic logistic(float x) { return logistic_within(clamp(x, -89.0f, 88.0f)); }
 
-static inline float sigmoid(float x) { return logistic(x).value; }
+SHORT float sigmoid(float x) { return logistic(x).value; }
 
 // tanh and its slope: up to 1 by x + x^3 * p(x^2), where 1 - 2 / (e^2x + 1) would cancel.
 struct Hyperbolic {
@@ -103,7 +138,8 @@ struct Hyperbolic {
 
 SHORT Hyperbolic hyperbolic(float x) {
     float size = x < 0.0f ? -x : x, square = x * x;
-    float rest = 2.0f / (exponential(2.0f * size) + 1.0f), far = 1.0f - rest;
+    float twice = 2.0f * size, inside = twice > 89.0f ? 89.0f : twice;  // where the rest is 0
+    float rest = 2.0f / power_of(inside, NATURAL).plus_one(), far = 1.0f - rest;
     far = x < 0.0f ? -far : far;
     float p = 1.214704243e-4f;
     p = fmadd(p, square, -8.411360322e-4f);
@@ -118,4 +154,4 @@ SHORT Hyperbolic hyperbolic(float x) {
     return {value, size < 0.75f ? flat : steep};
 }
 
-static inline float hyperbolic_tangent(float x) { return hyperbolic(x).value; }
+SHORT float hyperbolic_tangent(float x) { return hyperbolic(x).value; }

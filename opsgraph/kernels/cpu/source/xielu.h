@@ -17,15 +17,16 @@ struct Xielu {
 };
 
 struct Factors {
-    float p, n, beta, eps;
-    explicit Factors(const Xielu& t)
-        : p(float(softplus(*t.alpha_p))), n(float(t.beta + softplus(*t.alpha_n))),
-          beta(float(t.beta)), eps(float(t.eps)) {}
+    float p, n, beta, eps, edge, flat, tilt;  // from eps to 0: term edge - x, y flat + tilt * x
+    explicit Factors(const Xielu& t) : Factors(t, t.beta + softplus(*t.alpha_n), std::expm1(t.eps)) {}
+    Factors(const Xielu& t, double n, double edge)
+        : p(float(softplus(*t.alpha_p))), n(float(n)), beta(float(t.beta)), eps(float(t.eps)),
+          edge(float(edge)), flat(float(n * edge)), tilt(float(t.beta - n)) {}
     static double softplus(double a) { return a > 40.0 ? a : std::log1p(std::exp(a)); }
 };
 
 // (e^u - 1 - u) / u^2 near 0, by the power series.
-static inline float series(float u) {
+SHORT float series(float u) {
     float s = 2.48015873e-5f;
     s = fmadd(s, u, 1.98412698e-4f);
     s = fmadd(s, u, 1.38888889e-3f);
@@ -36,18 +37,18 @@ static inline float series(float u) {
 }
 
 // e^u - 1 - u and e^u - 1, where the differences would cancel by the series.
-static inline float beyond_linear(float u) {
+SHORT float beyond_linear(float u) {
     return u > -0.5f ? u * u * series(u) : exponential(u) - 1.0f - u;
 }
 
-static inline float beyond_one(float u) {
+SHORT float beyond_one(float u) {
     return u > -0.5f ? fmadd(u * u, series(u), u) : exponential(u) - 1.0f;
 }
 
 // What multiplies p above 0, and n elsewhere.
-static inline float term(float x, float eps) {
-    float u = x > eps ? eps : x;
-    return x > 0.0f ? x * x : beyond_linear(u) + (u - x);
+SHORT float term(float x, const Factors& f) {
+    float below = x > f.eps ? f.edge - x : beyond_linear(x);
+    return x > 0.0f ? x * x : below;
 }
 
 template <class T>
@@ -55,7 +56,8 @@ LOOP void xielu_row(const T* __restrict x, T* __restrict y, int64_t n, const Fac
     for (int64_t j = 0; j < n; j++) {
         float v = widen(x[j]);
         float above = v * fmadd(f.p, v, f.beta);  // no square, which may overflow before the value
-        y[j] = narrow<T>(v > 0.0f ? above : fmadd(term(v, f.eps), f.n, f.beta * v));
+        float near = fmadd(f.tilt, v, f.flat), far = fmadd(beyond_linear(v), f.n, f.beta * v);
+        y[j] = narrow<T>(v > 0.0f ? above : v > f.eps ? near : far);
     }
 }
 
@@ -71,12 +73,12 @@ LOOP void xielu_gradient(
 
 template <class T>
 LOOP void xielu_sums(
-    const T* __restrict dy, const T* __restrict x, int64_t n, float eps, float& above,
-    float& below) {
+    const T* __restrict dy, const T* __restrict x, int64_t n, const Factors& f,
+    float& above, float& below) {
     float p = 0, m = 0;
 #pragma omp simd reduction(+ : p, m)
     for (int64_t j = 0; j < n; j++) {
-        float v = widen(x[j]), t = widen(dy[j]) * term(v, eps);
+        float v = widen(x[j]), t = widen(dy[j]) * term(v, f);
         p += v > 0.0f ? t : 0.0f;
         m += v > 0.0f ? 0.0f : t;
     }
@@ -106,7 +108,7 @@ static void xielu_backward(const Xielu& t) {
             const T* x = static_cast<const T*>(t.x) + row * t.x_stride;
             const T* dy = static_cast<const T*>(t.dy) + row * t.dy_stride;
             if (t.dx) xielu_gradient(dy, x, static_cast<T*>(t.dx) + row * t.width, t.width, f);
-            if (p) xielu_sums(dy, x, t.width, f.eps, *p, *n);
+            if (p) xielu_sums(dy, x, t.width, f, *p, *n);
         }
     });
     above.finish(t.threads);
