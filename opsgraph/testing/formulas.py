@@ -21,10 +21,17 @@ Parameters = Mapping[str, Tensor]
 Formula = Callable[[Any, Tensor, Callable[[str], Any]], Tensor]
 
 
+def with_limits(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function that is 0 and level at -inf, and x at inf, where its formula says NaN."""
+    y = function(torch.where(x.isinf(), 0, x))
+    return torch.where(x == math.inf, x, torch.where(x == -math.inf, 0, y))
+
+
 def gelu(x: Tensor, approximate: str) -> Tensor:
     if approximate == "none":
-        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return with_limits(lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), x)
+    factor = math.sqrt(2 / math.pi)
+    return with_limits(lambda x: 0.5 * x * (1 + torch.tanh(factor * (x + 0.044715 * x**3))), x)
 
 
 def halves(op: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,11 +153,11 @@ def gated_by(op: Any, a: Tensor, b: Tensor) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x)
+    return with_limits(lambda x: x * torch.sigmoid(x), x)
 
 
 def qgelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
+    return with_limits(lambda x: x * torch.sigmoid(1.702 * x), x)
 
 
 FORMULAS: dict[type[nn.Module], Formula] = {

@@ -3,10 +3,14 @@
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from opsgraph import ops
 from opsgraph.precision import tapes
+from opsgraph.testing import formulas
 from opsgraph.testing.fuzz import Impossible, Life, Wrong
 from opsgraph.testing.fuzz.__main__ import main
 from opsgraph.testing.fuzz.lives import Step, live, script, shrink
@@ -99,6 +103,82 @@ def test_scales_taken_by_order_are_found_again(monkeypatch: pytest.MonkeyPatch) 
     scales_by_order(monkeypatch)
     with pytest.raises(Wrong, match="gradient"):
         runpy.run_path(str(Path(__file__).parent / "found/delayed_checkpoint_after_an_option.py"))
+
+
+def half_an_edit(held: Any, index: int) -> None:
+    held.append(ops.GELU())
+    raise ValueError
+
+
+SLIPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str]] = {
+    "tapes": (
+        ("opsgraph.precision.tapes.Replay.read", lambda self, place: torch.tensor(3.0)),
+        ("twin('saved', 'delayed')",), "other bits",
+    ),
+    "told": (
+        ("opsgraph.ops.delayed._tell", lambda gradients: None),
+        ("set(1, 'delay_wgrad_compute', True)", "listen()", "call((16,))"), "hooks heard",
+    ),
+    "meet": (
+        ("opsgraph.ops.linear.meet", lambda *_: None),
+        ("call((16,), recipes=('delayed',))", "restart()"), "does not ask for 1.scaling",
+    ),
+    "edit": (("opsgraph.testing.fuzz.edges.BREAKS", {"half": half_an_edit}),
+             ("broken(0, 'half')",), "left a part"),
+    "taken": (("opsgraph.testing.fuzz.edges.BREAKS", {"none": lambda *_: None}),
+              ("broken(0, 'none')",), "was taken"),
+    "argument": ((), ("wrong('GELU', 'approximate', 'none')",), "was taken"),
+    "level": (
+        (formulas.FORMULAS, ops.LayerNorm, lambda op, x, get: x + get("weight") + get("bias")),
+        ("alone(2, 'level')",), "output: off by",
+    ),
+    "limits": ((formulas.FORMULAS, ops.ReLU, lambda op, x, get: x.clamp(-1, 1)),
+               ("alone(3, 'inf')",), "output: got a number that is not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_each_check_finds_a_slip(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched, steps, said = SLIPS[slip]
+
+    def life() -> None:
+        life = Life(seed=3)
+        life.build(32, "Wave(2.0)", "Linear(32, 32)", "LayerNorm(32)", "ReLU()")
+        for step in steps:
+            eval(f"life.{step}", {"life": life})
+
+    if patched and not isinstance(patched[-1], dict):
+        life()
+    if len(patched) == 3:
+        monkeypatch.setitem(*patched)
+    elif patched:
+        monkeypatch.setattr(*patched)
+    with pytest.raises(Wrong, match=said):
+        life()
+
+
+@pytest.mark.parametrize("way", ["vjp", "jvp", "dual", "functional", "vmap", "trace"])
+def test_each_transform_is_compared(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    life = Life()
+    life.build(8, "Linear(8, 8)", "GELU()")
+    life.transform(way)
+    monkeypatch.setitem(formulas.FORMULAS, ops.GELU, formulas.FORMULAS[ops.SiLU])
+    with pytest.raises(Wrong, match="off by"):
+        life.transform(way)
+
+
+def test_what_a_module_leaves_behind_is_found() -> None:
+    for held in (False, True):
+        life = Life()
+        life.build(8, "Linear(8, 8)", "GELU()")
+        life.call()
+        modules = [life.module] * held
+        if held:
+            with pytest.raises(Wrong, match=r"\d functions that were generated are left"):
+                life.leave()
+        else:
+            life.leave()
+        del modules
 
 
 def test_a_step_that_does_not_apply_is_left_out() -> None:

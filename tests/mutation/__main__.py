@@ -95,9 +95,9 @@ def tests_of(tests: Iterable[str], interpreted: bool) -> list[str]:
     return [sys.executable, "-m", "pytest", *options, *plugin, *paths]
 
 
-def lives_of(seed: int, seconds: int) -> list[str]:
-    """The command that lives lives until one fails."""
-    return [sys.executable, "-m", "tests.mutation.lives", str(seed), str(seconds)]
+def lives_of(seed: int, seconds: int, *most: int) -> list[str]:
+    """The command that lives lives until one fails. most: how many, if not any number."""
+    return [sys.executable, "-m", "tests.mutation.lives", *map(str, (seed, seconds, *most))]
 
 
 def run(

@@ -9,7 +9,7 @@ import pytest
 from tests.mutation.__main__ import RECORD
 from tests.mutation.faults import FAULTS
 from tests.mutation.form import Edit, Fault, misfits, plant
-from tests.mutation.reverted import REVERTED
+from tests.mutation.reverted import REPORTS, REVERTED, SEEDS
 
 ALL = (*FAULTS, *REVERTED)
 
@@ -27,6 +27,14 @@ def test_tests_notice_every_fault_that_was_run() -> None:
     record = json.loads(RECORD.read_text())
     assert {*record} <= {fault.name for fault in ALL}
     assert all(found["tests"]["noticed"] for found in record.values())
+
+
+def test_what_was_reported_and_found_is_a_fault_that_is_listed() -> None:
+    names = {fault.name for fault in REVERTED}
+    listed = [name for those in REPORTS.values() for name in those]
+    assert len(listed) == len({*listed})
+    assert names.issuperset(listed)
+    assert names.issuperset(SEEDS)
 
 
 def test_a_fault_is_planted_and_taken_out_again(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...layernorm_mlp import LayerNormMLP
+from ...ops.delayed import TellsOfWeightGradients
 from .changes import Impossible, Pending
 from .compare import Wrong, check
 from .states import States
 
-BEFORE = 0.75
-"""What every main_grad holds before a backward."""
+BEFORE, START = 0.75, 0.25
+"""What every main_grad holds before a backward, and every `.grad` that is there."""
 Gradients = dict[str, Tensor | None]
 
 
@@ -28,6 +30,12 @@ class Backwards(States):
         """Backwards whose weight gradients are still to come."""
         self.main: dict[str, Any] = {"overwrite_main_grad": False}
         """Attributes of weights with a main_grad."""
+        self.added = False
+        """Whether a `.grad` is there when a backward begins."""
+        self.get = False
+        """Whether a function of the weight gives it."""
+        self.told: dict[int, list[Any]] = {}
+        """By the ids of modules these, and how often hooks were told of their weights."""
 
     def finish(self, index: int, thread: bool = False) -> None:
         """Run the backward of a call whose backward was to come later."""
@@ -41,26 +49,40 @@ class Backwards(States):
         if not self.delayed:
             raise Impossible
         waiting = self.delayed.pop(0)
+        counts = {key: count for key, (_, count) in self.told.items()}
         with self._apart(waiting) as gradients:
             waiting.module.backward_dw()
+        self._check_told(waiting, counts)
         self._check_gradients(waiting, gradients, waiting.late, 1)
 
-    def main_grads(self, dummy: bool = False, overwrite: bool = False) -> None:
+    def listen(self) -> None:
+        """Register hooks that are told of delayed gradients, of all layers that have any."""
+        for module in self.module.modules():
+            if isinstance(module, TellsOfWeightGradients) and id(module) not in self.told:
+                self.told[id(module)] = [module, 0]
+                module.register_wgrad_accumulation_and_reduce_hooks(
+                    partial(self._tell, self.told[id(module)])
+                )
+
+    def main_grads(self, dummy: bool = False, overwrite: bool = False, get: bool = False) -> None:
         """How weights with a main_grad are marked.
 
         dummy: autograd is given zeros. overwrite: the first gradient of a backward overwrites.
+        get: a function of the weight gives the buffer.
         """
         if not accumulated(self.module) or self.pending or self.delayed:
             raise Impossible
-        self.main = {"overwrite_main_grad": overwrite}
+        self.main, self.get = {"overwrite_main_grad": overwrite}, get
         if dummy:
             self.main |= {"grad_added_to_main_grad": False, "zero_out_wgrad": True}
         for parameter in self.module.parameters():
             parameter.__dict__.pop("main_grad", None)
+            parameter.__dict__.pop("get_main_grad", None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Call `zero_grad`."""
+        """Call `zero_grad`; if it leaves zeros, backwards find gradients there from now on."""
         self.module.zero_grad(set_to_none)
+        self.added = not set_to_none
 
     # -- how --
 
@@ -69,9 +91,11 @@ class Backwards(States):
         named = dict(self.module.named_parameters(remove_duplicate=False))
         for name in accumulated(self.module):
             weight: Any = named[name]
-            if not hasattr(weight, "main_grad"):
+            if _main_grad(weight) is None:
                 wide = torch.promote_types(weight.dtype, torch.float32)
-                weight.__dict__ |= {"main_grad": torch.zeros_like(weight, dtype=wide), **self.main}
+                main = torch.zeros_like(weight, dtype=wide)
+                given = {"get_main_grad": Given(main)} if self.get else {"main_grad": main}
+                weight.__dict__ |= {**given, **self.main}
 
     def _backward(self, waiting: Pending, twice: bool = False, late: bool = False) -> None:
         changed = waiting.touched or any(
@@ -109,6 +133,21 @@ class Backwards(States):
             while self.delayed and not late:
                 self.backward_dw()
 
+    @staticmethod
+    def _tell(told: list[Any]) -> None:
+        told[1] += 1
+
+    def _check_told(self, waiting: Pending, before: dict[int, int]) -> None:
+        """Each layer of which a gradient has arrived tells its hooks once."""
+        for path, module in waiting.module.named_modules():
+            if (held := self.told.get(id(module))) is None or held[0] is not module:
+                continue
+            prefix = f"{path}." if path else ""
+            own = {f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False)}
+            due = any(waiting.exact.gradients.get(name) is not None for name in own & waiting.late)
+            if held[1] - before[id(module)] != due:
+                raise Wrong(f"{path}: hooks heard of delayed gradients {held[1]} times")
+
     def _forget_delayed(self, module: nn.Module) -> None:
         self.delayed = [other for other in self.delayed if other.module is not module]
         for child in module.modules():
@@ -121,14 +160,17 @@ class Backwards(States):
         held = {name: leaf.grad for name, leaf in waiting.leaves.items()}
         gradients: Gradients = {}
         for name, leaf in waiting.leaves.items():
-            leaf.grad = None
+            leaf.grad = torch.full_like(leaf, START) if self.added and leaf.requires_grad else None
             if name in waiting.accumulated:
-                leaf.main_grad.fill_(BEFORE)  # type: ignore[attr-defined]
+                _main_grad(leaf).fill_(BEFORE)
         try:
             yield gradients
         finally:
             for name, leaf in waiting.leaves.items():
-                gradients[name] = leaf.grad
+                found = leaf.grad
+                if found is not None and self.added and bool((found == START).all()):
+                    found = None  # nothing arrived
+                gradients[name] = found
             for name, leaf in waiting.leaves.items():
                 leaf.grad = held[name]
 
@@ -144,18 +186,21 @@ class Backwards(States):
                 gradients[name],
                 waiting.exact.gradients[name],
             )
-            factor, start, dtype = times, 0.0, leaf.dtype
+            factor, start, dtype = times, START if self.added else 0.0, leaf.dtype
             if not leaf.requires_grad:  # frozen since, which PyTorch's accumulation respects
                 exact = None
             if name in waiting.accumulated:
                 if found is not None and bool(found.any()):
                     raise Wrong(f"{what}: it went to .grad, expected main_grad")
-                found, dtype, start = leaf.main_grad, leaf.main_grad.dtype, BEFORE
+                found, start = _main_grad(leaf), BEFORE
+                dtype = found.dtype
                 if exact is None:
                     exact = torch.zeros_like(leaf, dtype=torch.float64)
                 elif leaf.overwrite_main_grad or leaf.__dict__.pop("first", False):
                     start = 0.0
                     factor = 1 if leaf.overwrite_main_grad else times
+            elif start and found is None and exact is not None and not exact.any():
+                found = torch.full_like(leaf, start)  # a zero has arrived, for all that shows
             if found is not None and found.dtype != dtype:
                 raise Wrong(f"{what}: got {found.dtype}, expected {dtype}")
 
@@ -169,15 +214,34 @@ class Backwards(States):
             check(what, found, exact, waiting.allowed.dtype, plain, rows)
 
 
+class Given:
+    """What gives a weight's main_grad; it can be pickled."""
+
+    def __init__(self, main: Tensor) -> None:
+        self.main = main
+
+    def __call__(self) -> Tensor:
+        return self.main
+
+
+def _main_grad(weight: Any) -> Any:
+    """A weight's buffer, or None."""
+    get = getattr(weight, "get_main_grad", None)
+    return getattr(weight, "main_grad", None) if get is None else get()
+
+
 def accumulated(module: nn.Module) -> frozenset[str]:
     """Names of weights whose gradients go to their main_grad."""
     names = "accumulate_into_main_grad", "fuse_wgrad_accumulation"
     return _weights(module, lambda m: _asked(m, *names))
 
 
-def delayed(module: Any) -> frozenset[str]:
-    """Names of weights whose gradients wait for `backward_dw`."""
-    every = not isinstance(module, LayerNormMLP) and module.delay_wgrad_compute
+def delayed(module: Any, options: bool = True) -> frozenset[str]:
+    """Names of weights whose gradients wait for `backward_dw`.
+
+    options: also by an option of the Sequential, and not only by arguments of their layers.
+    """
+    every = options and not isinstance(module, LayerNormMLP) and module.delay_wgrad_compute
     return _weights(module, lambda m: _asked(m, "delay_wgrad_compute") or (every and _linear(m)))
 
 

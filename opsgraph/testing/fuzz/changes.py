@@ -1,23 +1,25 @@
 """What may change of a module between its calls: its ops, attributes and parameters."""
 
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ... import ops
-from ...base.errors import OpError, OpsgraphError, PlanError
+from ...base.errors import OpError, OpsgraphError
 from ...features import verify
 from ...kernels.triton import interpreting
 from ...layernorm_mlp import LayerNormMLP
-from ...op import Op
+from ...precision import recipe
 from ...run.sequential import Sequential
-from .answers import Allowed, by_formulas
+from .answers import Allowed
 from .compare import Answer, Wrong, check
+from .own import Offset, Wave
 
 verify.every = True
 """The code of every plan is verified."""
@@ -77,21 +79,42 @@ class Changes:
 
     # -- structure --
 
-    def build(self, width: int, *sources: str) -> None:
-        """Make the module of ops, given as source, for inputs of a width."""
+    def build(self, width: int, *sources: str, times: int = 1, meta: bool = False) -> None:
+        """Make the module of ops, given as source, for inputs of a width.
+
+        times: how often the first one stands there. meta: first on that device, by PyTorch's
+        default.
+        """
         self.width = width
-        self.module = Sequential(
-            *map(_op, sources), device=self.device, dtype=self.dtype, **self.options
-        )
+
+        def make(**place: Any) -> Sequential:
+            made = map(evaluated, (*sources[:1] * times, *sources[1:]))
+            return Sequential(*made, dtype=self.dtype, **place, **self.options)
+
+        self.module = self._placed(make, meta)
         self._complete()
         self._fill()
 
-    def mlp(self, hidden: int, ffn: int, **arguments: Any) -> None:
+    def mlp(self, hidden: int, ffn: int, meta: bool = False, **arguments: Any) -> None:
         """Make the module a LayerNormMLP."""
         self.width = hidden
-        place: Any = {"device": self.device, "params_dtype": self.dtype}
-        self.module = LayerNormMLP(hidden, ffn, **arguments, **place)
+        self.module = self._placed(
+            lambda **place: LayerNormMLP(
+                hidden, ffn, params_dtype=self.dtype, **arguments, **place
+            ),
+            meta,
+        )
         self._fill()
+
+    def _placed(self, make: Callable[..., Any], meta: bool) -> Any:
+        """A module on the life's device."""
+        if not meta:
+            return make(device=self.device)
+        with torch.device("meta"):
+            module = make()
+        if not all(parameter.is_meta for parameter in module.parameters()):
+            raise Wrong("parameters are not on the default device")
+        return module.to_empty(device=self.device)
 
     def from_torch(self, width: int, *sources: str) -> None:
         """Make it of torch.nn's modules; equal sources are one module, which stands there twice."""
@@ -114,7 +137,7 @@ class Changes:
         self._changed(ops=True)
         if not 0 <= index <= len(self._list()):
             raise Impossible
-        self.module.insert(index, _op(source).to(self.device, self.dtype))
+        self.module.insert(index, evaluated(source).to(self.device, self.dtype))
         self._fill()
 
     def append_inside(self, index: int, source: str) -> None:
@@ -123,7 +146,7 @@ class Changes:
         inside = self._at(index)
         if not isinstance(inside, ops.Residual):
             raise Impossible
-        inside.ops.append(_op(source).to(self.device, self.dtype))
+        inside.ops.append(evaluated(source).to(self.device, self.dtype))
         self._fill()
 
     def remove(self, index: int) -> None:
@@ -136,7 +159,7 @@ class Changes:
         """Put another op in the place of one."""
         self._changed(ops=True)
         self._at(index)
-        self._list()[index] = _op(source).to(self.device, self.dtype)
+        self._list()[index] = evaluated(source).to(self.device, self.dtype)
         self._fill()
 
     def set(self, index: int, name: str, value: Any) -> None:
@@ -176,57 +199,6 @@ class Changes:
             "bias", nn.Parameter(self._values((op.out_features,), seed)) if there else None
         )
 
-    def misfit(self, name: str, more: int) -> None:
-        """Call with a parameter of another length, which has to be an error, and put it back."""
-        self._changed(values=False)
-        owner, leaf, old = self._parameter(name)
-        shape = [size + more for size in old.shape]
-        unread = name == "fc2_bias" and self.module.return_bias
-        if not isinstance(owner, Op | LayerNormMLP):
-            raise Impossible
-        if unread or any(size < 1 for size in shape) or self._owned(old) > 1:
-            raise Impossible
-        setattr(owner, leaf, nn.Parameter(self._values(shape, 1)))
-        try:
-            shapes: list[torch.Size] = []
-            x = self._random((3, self.width), 0)
-            with suppress(RuntimeError, AssertionError):
-                by_formulas(self.module, torch.float64, [x], shapes.append)
-            try:
-                self.module(x, *(self._random(s, 0) for s in shapes))
-            except (OpError, PlanError, TypeError):
-                return
-            raise Wrong(f"{name} of shape {shape} was taken")
-        finally:
-            setattr(owner, leaf, old)
-
-    def misuse(self, kind: str) -> None:
-        """Call with what is no input, which has to be an error that says so."""
-        if not isinstance(self._at(0), Op | LayerNormMLP):
-            raise Impossible  # torch.nn's modules have errors of their own
-        x = self._random((3, self.width), 0)
-        shapes: list[torch.Size] = []
-        with suppress(RuntimeError, AssertionError):
-            by_formulas(self.module, torch.float64, [x], shapes.append)
-        extras = [self._random(shape, 0) for shape in shapes]
-        wrong: dict[str, list[Any]] = {
-            "none": [None, *extras],
-            "list": [x.tolist(), *extras],
-            "integers": [x.long(), *extras],
-            "width": [self._random((3, self.width + 1), 0), *extras],
-            "surplus": [x, *extras, x],
-            "none surplus": [x, *extras, None],
-        }
-        if isinstance(self.module, LayerNormMLP) and kind.endswith("surplus"):
-            raise Impossible
-        if kind == "width" and all(p.dim() == 0 for p in self.module.parameters()):
-            raise Impossible  # any width is right
-        try:
-            self.module(*wrong[kind])
-        except OpError:
-            return
-        raise Wrong(f"{kind} was taken")
-
     def assign_data(self, name: str, seed: int) -> None:
         """Set `.data` of a parameter."""
         self._changed(data=True)
@@ -244,7 +216,7 @@ class Changes:
         """Set `requires_grad` of a parameter."""
         self._changed(values=False)
         _, _, parameter = self._parameter(name)
-        if hasattr(parameter, "main_grad"):
+        if {"main_grad", "get_main_grad"} & parameter.__dict__.keys():
             raise Impossible  # whether a gradient that is due still arrives is not said
         parameter.requires_grad_(not frozen)
 
@@ -256,6 +228,14 @@ class Changes:
         if old.shape != shared.shape:
             raise Impossible
         setattr(owner, leaf, shared)
+
+    def tie_like(self, name: str, seed: int) -> None:
+        """Make one parameter also another one of its shape."""
+        _, _, shared = self._parameter(name)
+        alike = [n for n, p in self.module.named_parameters() if p.shape == shared.shape]
+        if len(alike) < 2:
+            raise Impossible
+        self.tie(alike[seed % len(alike)], name)
 
     def to(self, dtype: str) -> None:
         """Move the module to a dtype; inputs have it from now on."""
@@ -294,6 +274,19 @@ class Changes:
         if values or ops:
             self.kept = None
             self.shapes.clear()
+
+    @contextmanager
+    def _excused(self, more: str | None = None) -> Iterator[None]:
+        """Formulas without a size of their own take any width, ops of an edited sequence do not.
+
+        more: what else an error may say.
+        """
+        try:
+            yield
+        except OpError as error:
+            if (self.edited and "width" in str(error)) or (more and more in str(error)):
+                raise Impossible from None
+            raise
 
     def _fill(self) -> None:
         with torch.no_grad():
@@ -353,7 +346,11 @@ class Changes:
         return owner, leaf, parameter
 
 
-def _op(source: str) -> Any:
-    """An op from its source, in which names are those of `ops`, torch.nn's by `nn.`."""
-    names = vars(ops) | {"LayerNormMLP": LayerNormMLP, "nn": nn}
-    return eval(source, names)  # our own drafts and scripts, no one's input
+NAMES = vars(ops) | {"LayerNormMLP": LayerNormMLP, "Sequential": Sequential, "recipe": recipe}
+NAMES |= {"nn": nn, "np": np, "torch": torch, "Wave": Wave, "Offset": Offset}
+"""What sources of ops may name."""
+
+
+def evaluated(source: str) -> Any:
+    """An op from its source, in which names are `NAMES`."""
+    return eval(source, NAMES.copy())  # our own drafts and scripts, no one's input

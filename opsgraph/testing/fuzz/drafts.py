@@ -9,7 +9,10 @@ NORMS = ("RMSNorm", "LayerNorm")
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 QUANTIZED_WIDTHS = (32, 64, 128)
 """Widths that every recipe takes."""
+NOTHING = 0.02
+"""How often a width is 0."""
 CHANNELS = ("a", "b")
+SCALES = ("-0.5", "1.0", "2.0", "np.float32(1.5)", "torch.tensor(0.5, device='cpu')")
 OF_TORCH = ("nn.GELU()", "nn.Softplus()", "nn.SiLU()")
 ACTIVATIONS = ("gelu", "geglu", "qgelu", "qgeglu", "relu", "reglu", "srelu", "sreglu", "silu") + (
     "swiglu", "glu", "clamped_swiglu", "situglu", "gelu_python", "mish", "linear",
@@ -52,7 +55,8 @@ class Draft:
         one = self.random.choice
         kinds = ["plain", "norm", "linear", "linear", "bias", "tee", "add"] * 2
         kinds += ["l2", "scale", "dropout", "still"] + ["residual"] * 3 * (depth > 0)
-        kinds += ["layer scale"] + ["module"] * (depth == 2 and not self.lazy)
+        kinds += ["layer scale"] + ["module"] * (depth == 2 and width > 0 and not self.lazy)
+        kinds += ["wave", "offset", "offset"]
         kinds += ["gated"] * 4 * (width % 2 == 0 and width // 2 >= min(self.sizes))
         kind = one(kinds)
         if kind == "gated":
@@ -60,7 +64,7 @@ class Draft:
             more = one(("", "", "", ", gate_second=True", ", round_gate=True"))
             return f"{one(GATED)}(glu_interleave_size={block}{more})", width // 2
         if kind == "linear":
-            out = one(self.sizes)
+            out = 0 if self.random.random() < NOTHING else one(self.sizes)
             return self.linear(width, out), out
         if kind == "module":
             if one((True, False)):
@@ -89,19 +93,23 @@ class Draft:
         one = self.random.choice
         if kind == "plain":
             return one((*PLAIN, *PLAIN, *RARE))
-        if kind == "layer scale":
-            return f"LayerScale({width})"
+        if kind in ("layer scale", "offset"):
+            return f"{'LayerScale' if kind == 'layer scale' else 'Offset'}({width})"
+        if kind == "wave":
+            return f"Wave({one(SCALES)})"
         if kind == "norm":
             affine, zero = one((True, True, False)), one((True, False))
             more = f"elementwise_affine={affine}, zero_centered_gamma={zero}"
-            size = "" if self.lazy else f"{width}, "
-            return f"{one(NORMS)}({size}eps=0.1, {more})"
+            size = "" if self.lazy else one((f"{width}, ", f"np.int64({width}), "))
+            norm = one(NORMS)
+            eps = one((0.1, 0.1, None)) if affine and norm == "RMSNorm" else 0.1
+            return f"{norm}({size}eps={eps}, {more})"
         if kind == "bias":
             return f"Bias({width})"
         if kind == "l2":
             return "L2Normalization(eps=0.1)"
         if kind == "scale":
-            return f"ConstantScale({one((-0.5, 1.0, 2.0))})"
+            return f"ConstantScale({one(SCALES)})"
         if kind == "dropout":
             return f"Dropout({one((0.0, 0.4, 1.0))})"
         if kind == "residual":

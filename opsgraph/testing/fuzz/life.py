@@ -1,7 +1,7 @@
 """One module, what may happen to it, and the check of what it computes after each step."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...base.errors import OpError, PlanError
+from ...layernorm_mlp import LayerNormMLP
 from ...op import Op
 from ...precision.autocast import autocast
+from ...precision.delayed import Scaling as DelayedState
 from ...precision.recomputed import checkpoint_contexts
-from ...run.sequential import Sequential
-from .answers import Allowed, Question, answer, by_formulas, draw_from, dys_of
-from .backwards import Backwards, accumulated, delayed, elsewhere
+from .answers import Allowed, Question, answer, draw_from, dys_of
+from .backwards import accumulated, delayed, elsewhere
 from .changes import Impossible, Pending
 from .compare import Answer, Wrong, check
+from .twins import Twins
 
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "training": torch.enable_grad,
@@ -26,7 +27,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
-class Life(Backwards):
+class Life(Twins):
     """A module, what is done to it, and calls of it; all arguments are plain literals.
 
     dtype: of parameters and inputs, by name. seed: of every random number. options: the rest are
@@ -48,24 +49,29 @@ class Life(Backwards):
         thread: bool = False,
         inplace: bool = False,
         autocast: bool = False,
+        wide: bool = False,
         seed: int = 0,
     ) -> None:
         """Call the module and compare what it gives with the formulas.
 
         lead: the input's dimensions before the last. size: of its values. backward: "now", "twice",
         "later" (see `finish`), "late" (see `backward_dw`) or "never". recipes: the contexts around
-        the call, outermost first. inplace: change the outputs before the backward.
-        compiled: a backend of torch.compile. first:
-        `is_first_microbatch` of LayerNormMLP.
+        the call, outermost first. inplace: change the outputs before the backward. wide: extra
+        inputs are fp32. compiled: a backend of torch.compile. first: `is_first_microbatch` of
+        LayerNormMLP.
         """
         if checkpointed == "reentrant" and getattr(self.module, "return_bias", False):
             raise Impossible  # not under a reentrant one
+        if wide and not all(isinstance(op, Op) for op in self._ops()):
+            raise Impossible  # torch.nn's modules take no sum of 32 bits
+        self._check_original()
         draw_from(seed + self.seed, self.device)
         x = _laid_out(self._random((*lead, self.width), seed) * size, layout)
         if not self._fits(lead, x):
             return
         shapes = self.shapes[lead]
         inputs = [x, *(self._random(shape, seed + k) for k, shape in enumerate(shapes))]
+        inputs[1:] = [value.float() if wide else value for value in inputs[1:]]
         for value in inputs:
             value.requires_grad_(input_grad)
         self._give_main_grads()
@@ -83,16 +89,14 @@ class Life(Backwards):
             with ExitStack() as stack:
                 stack.enter_context(MODES[mode]())
                 self._enter(stack, recipes, autocast, seed)
-                return self._run(inputs, checkpointed, compiled, first)
+                with nullcontext() if training else self._unmoved():
+                    return self._run(inputs, checkpointed, compiled, first)
 
         heard = self.heard
-        try:
+        with self._excused("input dtype" if wide else None):  # a sum may not be for 16 bits
             outputs = elsewhere(thread, run)
-        except OpError as error:
-            if self.edited and "width" in str(error):
-                return  # formulas without a size of their own take any width
-            raise
-        self._check_outputs(outputs, exact, allowed, any_dtype=autocast)
+        self._check_outputs(outputs, exact, allowed, any_dtype=autocast or wide)
+        self._check_marks()
         if self.heard == heard and any(op in self._ops() for op, _ in self.hooks):
             raise Wrong("a hook was not called")
         for name, (value, version) in before.items():
@@ -153,9 +157,6 @@ class Life(Backwards):
         elif recipes and self.kept != tuple(recipes):
             allowed.anything()  # weights of another time, or of another recipe
 
-    def _ops(self) -> list[Any]:
-        return list(self.module) if isinstance(self.module, Sequential) else []
-
     def _change_outputs(self, outputs: Sequence[Tensor], leaves: dict[str, Tensor]) -> None:
         """As a caller may who adds to a result in place."""
         if self.hooks or not all(isinstance(op, Op) for op in self._ops()):
@@ -197,27 +198,26 @@ class Life(Backwards):
         results = list(result) if isinstance(result, tuple) else [result]
         return [y for y in results if y is not None]  # the bias that a LayerNormMLP returns
 
-    def _fits(self, lead: tuple[int, ...], x: Tensor) -> bool:
-        """Whether the ops fit each other, after edits; if not, a call has to say so."""
-        if lead in self.shapes:
-            return True
-        shapes: list[torch.Size] = []
-        try:
-            by_formulas(self.module, torch.float64, [x.detach()], shapes.append)
-        except (RuntimeError, AssertionError):
-            pass
-        else:
-            self.shapes[lead] = shapes
-            return True
-        try:
-            self.module(x, *(self._random(s, 0) for s in shapes))
-        except (OpError, PlanError, TypeError):
-            return False
-        except RuntimeError:
-            if all(isinstance(op, Op) for op in self._ops()):
-                raise  # torch.nn's modules have errors of their own
-            return False
-        raise Wrong("a sequence whose widths do not fit was run")
+    @contextmanager
+    def _unmoved(self) -> Iterator[None]:
+        """Of what is seen inside no scale may be made."""
+        states = [m for m in self.module.modules() if isinstance(m, DelayedState)]
+        held = [(m.amax_forward, m.amax_forward.clone()) for m in states]
+        yield
+        if any(not torch.equal(seen, before) for seen, before in held):
+            raise Wrong("a call without grad was recorded")
+
+    def _check_marks(self) -> None:
+        """By which other libraries know what to do with a parameter."""
+        late = delayed(self.module, options=False)
+        for name, parameter in self.module.named_parameters():
+            if name in late and not hasattr(parameter, "skip_backward_post_hook"):
+                raise Wrong(f"{name} does not say that its gradient is delayed")
+            if isinstance(self.module, LayerNormMLP) and self._owned(parameter) == 1:
+                split = name in ("fc1_weight", "fc1_bias", "fc2_weight")
+                mark = "tensor_model_parallel" if split else "sequence_parallel"
+                if not hasattr(parameter, mark):
+                    raise Wrong(f"{name} has no {mark}")
 
     def _check_outputs(
         self, outputs: Sequence[Tensor], exact: Answer, allowed: Allowed, any_dtype: bool

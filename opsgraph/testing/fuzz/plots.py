@@ -5,7 +5,18 @@ from inspect import signature
 from random import Random
 from typing import Any
 
-from .drafts import ACTIVATIONS, FLAGS, QUANTIZED_WIDTHS, RETURNS, WIDTHS, Draft, of_torch
+from .drafts import (
+    ACTIVATIONS,
+    FLAGS,
+    NORMS,
+    NOTHING,
+    QUANTIZED_WIDTHS,
+    RETURNS,
+    WIDTHS,
+    Draft,
+    of_torch,
+)
+from .edges import BREAKS
 from .life import Life
 from .lives import Step
 from .states import RECIPES
@@ -44,6 +55,32 @@ OPTIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("checkpoint", (True, False)),
     ("delay_wgrad_compute", (True, False)),
 )
+TRANSFORMS = ("vjp", "jvp", "dual", "functional", "vmap", "trace")
+TWINS = ("at once", "saved", "reentrant", "bare")
+EDGES = ("inf", "-inf", "nan", "huge", "level")
+WRONG: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("GELU", "approximate", ("fats", 3, None)),
+    ("SwiGLU", "glu_interleave_size", (-1, 0, 2.0, "2")),
+    ("GEGLU", "gate_second", ("yes", 2, None)),
+    ("RMSNorm", "eps", (-1.0, "1e-5", float("nan"))),
+    ("LayerNorm", "eps", (None, "1e-5", float("inf"))),
+    ("LayerNorm", "normalized_shape", (-1, "8", 2.5, (4, "8"), ())),
+    ("Dropout", "p", (-0.1, 1.5, "0.5", None)),
+    ("Linear", "in_features", (-1, "8", 1.5)),
+    ("BasicLinear", "out_features", (-1, "8", True)),
+    ("Linear", "bias", (None, "no")),
+    ("ConstantScale", "scale", ("2", None, True)),
+    ("LeakyReLU", "negative_slope", ("0.1", None)),
+    ("Tee", "name", (3, ("a",))),
+    ("Sequential", "planner", ("fast", 1)),
+    ("Sequential", "backends", ("cpu", ("cpus",), 3)),
+    ("Sequential", "recompute", ("no", 2)),
+    ("recipe.DelayedScaling", "amax_history_len", (0, 1.5, "16", True)),
+    ("recipe.DelayedScaling", "margin", ("1", 0.5, 1000)),
+    ("recipe.DelayedScaling", "fp8_format", ("E4M3", 8)),
+    ("recipe.Float8CurrentScaling", "backward_override", ("plain", 1)),
+)
+"""Arguments that are refused."""
 
 _DEFAULTS = {name: p.default for name, p in signature(Life.call).parameters.items()}
 
@@ -68,29 +105,40 @@ class Plot:
         options: dict[str, Any] = {name: one(values) for name, values in OPTIONS if chance() < 0.2}
         backends = one((None, None, *self.backends, ("reference",)))
         options |= {"backends": backends} if backends else {}
-        self.width = one(widths)
+        self.width = 0 if chance() < NOTHING else one(widths)
         self.is_mlp = chance() < 0.15
         sources: Sequence[str] = ()
+        meta = {"meta": True} if chance() < 0.05 and not self.draft.lazy else {}
+        count = self.random.randint(1, 8) if chance() < 0.9 else self.random.randint(9, 14)
         if self.is_mlp:
-            built, options = self.mlp(one(widths)), {}
+            self.width = self.width or one(widths)
+            built, options = self.mlp(one(widths), meta), {}
         elif chance() < 0.08:
-            sources = of_torch(self.random, widths, self.width, self.random.randint(1, 8))
+            self.width = self.width or one(widths)
+            sources = of_torch(self.random, widths, self.width, count)
             built = Step("from_torch", (self.width, *sources), {})
+        elif chance() < 0.005:
+            kinds = one(("plain", "scale", "l2")), "plain"
+            sources = [self.draft.of_same_width(kind, self.width, 0) for kind in kinds]
+            built = Step("build", (self.width, *sources), {"times": one((300, 1200))})
+            length = 6
         else:
-            sources = self.draft.sequence(self.width, self.random.randint(1, 8), depth=2)
-            built = Step("build", (self.width, *sources), {})
+            sources = self.draft.sequence(self.width, count, depth=2)
+            built = Step("build", (self.width, *sources), meta)
         place = {} if device == "interpreter" else {"device": device}
         self.start = Step("__init__", (dtype, seed % 97), {**place, **options})
         self.steps = [built, self.call()]
         while len(self.steps) < length:
             self.steps.append(self.step(len(sources)))
+        if chance() < 0.05 and not any("compiled" in step.kwargs for step in self.steps):
+            self.steps.append(Step("leave", (), {}))  # compiled graphs outlive their modules
 
-    def mlp(self, ffn: int) -> Step:
+    def mlp(self, ffn: int, more: dict[str, Any]) -> Step:
         """Make a LayerNormMLP."""
         one, chance = self.random.choice, self.random.random
-        flags: dict[str, Any] = {name: True for name in (*FLAGS, *RETURNS) if chance() < 0.2}
+        flags: dict[str, Any] = {name: True for name in (*FLAGS, *RETURNS) if chance() < 0.2} | more
         flags["bias"] = chance() < 0.7
-        flags["normalization"] = one(("LayerNorm", "RMSNorm"))
+        flags["normalization"] = one(NORMS)
         return Step("mlp", (self.width, ffn), {"activation": one(ACTIVATIONS), "eps": 0.1, **flags})
 
     def parameter(self, count: int) -> str:
@@ -111,12 +159,14 @@ class Plot:
             lambda: Step("finish", (draw(3),), {"thread": one((True, False))}),
             lambda: Step("finish", (0,), {}),
             lambda: Step("backward_dw", (), {}),
-            lambda: Step("main_grads", (one((True, False)), one((True, False))), {}),
+            lambda: Step("main_grads", tuple(one((True, False)) for _ in range(3)), {}),
+            lambda: Step("listen", (), {}),
             lambda: Step("replace", (name, seed), {}),
             lambda: Step("assign_data", (name, seed), {}),
             lambda: Step("change", (name, seed), {}),
             lambda: Step("freeze", (name, one((True, True, False))), {}),
             lambda: Step("tie", (name, self.parameter(count)), {}),
+            lambda: Step("tie_like", (name, seed), {}),
             lambda: Step("bias", (index, seed, one((True, False))), {}),
             lambda: Step("misfit", (name, one((1, -1, 2))), {}),
             lambda: Step("misuse", (one(MISUSES),), {}),
@@ -125,10 +175,18 @@ class Plot:
             lambda: Step("copy", (one((True, False, False)),), {}),
             lambda: Step("pickle", (), {}),
             lambda: Step("average", (seed,), {}),
-            lambda: Step("load", (seed, one((True, False))), {}),
+            lambda: Step("load", (seed, one((True, False)), one((True, False))), {}),
             lambda: Step("prepare", (recipe,), {}) if self.quantized else self.call(),
             lambda: Step("resume", (), {}),
             lambda: Step("reset", (), {}) if self.quantized else self.call(),
+            lambda: Step("restart", (), {}) if self.quantized else self.call(),
+            lambda: Step("transform", (one(TRANSFORMS), one(LEADS), seed), {}),
+            lambda: Step("twin", (one(TWINS), recipe if self.quantized else None, seed), {}),
+            lambda: self.alone(index, recipe, seed),
+            lambda: self.alone(index, recipe, seed),
+            lambda: self.wrong(),
+            lambda: Step("broken", (index, one([*BREAKS])), {}),
+            lambda: Step("verify", (one((True, False)),), {}),
             lambda: Step("hook", (index,), {}),
             lambda: Step("unhook", (), {}),
             lambda: Step("register", (), {}),
@@ -143,6 +201,18 @@ class Plot:
             lambda: Step("remove", (index,), {}),
         )
         return one(choices)()
+
+    def alone(self, index: int, recipe: str, seed: int) -> Step:
+        """Call an op by itself, with a number at the edge."""
+        one = self.random.choice
+        under = recipe if self.quantized and one((True, False)) else None
+        value, gradient = one(EDGES), one((True, False, False))
+        return Step("alone", (index, value, gradient, under, seed), {})
+
+    def wrong(self) -> Step:
+        """Give something an argument that it does not take."""
+        name, argument, values = self.random.choice(WRONG)
+        return Step("wrong", (name, argument, self.random.choice(values)), {})
 
     def option(self) -> Step:
         """Set an option of a Sequential to one of its values."""
@@ -169,6 +239,8 @@ class Plot:
                 options["recipes"] = tuple(one([*RECIPES]) for _ in range(one((1, 1, 2))))
         elif chance() < 0.15:
             options["autocast"] = True
+        elif self.narrow and chance() < 0.1:
+            options["wide"] = True
         options["layout"] = one(LAYOUTS[: -1 if self.quantized else None])
         options["size"] = one(SIZES[: 3 if self.quantized else 4 if self.narrow else None])
         options["mode"] = one(("training", "training", "training", "no_grad", "inference"))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ... import ops
@@ -46,6 +46,8 @@ class States(Changes):
         super().__init__(*args, **options)
         self.handles: list[Handle] = []
         self.hooks: list[Any] = []
+        self.original: tuple[nn.Module, dict[str, Any]] | None = None
+        """The module of which this one is the latest copy, and what it held then."""
         self.heard = 0
         """How often a hook was called."""
         self.recipes = {name: make() for name, make in RECIPES.items()}
@@ -57,7 +59,9 @@ class States(Changes):
         self._copied()
         if shallow and self.module.queued_backward_dw():
             raise Impossible  # modules inside are the same, and so are their gradients that wait
-        self.module = copy.copy(self.module) if shallow else copy.deepcopy(self.module)
+        old = self.module
+        self.module = copy.copy(old) if shallow else copy.deepcopy(old)
+        self.original = old, self._tables(old)
 
     def pickle(self) -> None:
         """Go on with what torch.save and torch.load make of the module."""
@@ -81,13 +85,19 @@ class States(Changes):
         averaged.update_parameters(self.module)
         self.module = averaged.module
 
-    def load(self, seed: int, assign: bool) -> None:
-        """Load a state dict of other values."""
+    def load(self, seed: int, assign: bool, foreign: bool = False) -> None:
+        """Load a state dict of other values; foreign: with the keys of TransformerEngine's ops."""
         self._changed(data=assign)
         state = {
             name: self._values(p.shape, seed + k)
             for k, (name, p) in enumerate(self.module.named_parameters(remove_duplicate=False))
         }
+        for path, module in self.module.named_modules(remove_duplicate=False):
+            if foreign and isinstance(module, ops.Linear):
+                for inner, name in enumerate(("weight", "bias")):
+                    if (value := state.pop(f"{path}.{name}", None)) is not None:
+                        state[f"{path}.basic_ops.{inner}.{name}"] = value
+                    state[f"{path}.basic_ops.{inner}._extra_state"] = torch.empty(0)
         self.module.load_state_dict(state, assign=assign)
 
     # -- scales --
@@ -162,6 +172,18 @@ class States(Changes):
             self.handles.pop().unregister()
 
     # -- how --
+
+    @staticmethod
+    def _tables(module: nn.Module) -> dict[str, Any]:
+        return {**module._parameters, **module._modules}
+
+    def _check_original(self) -> None:
+        """What became of a copy since has to leave the module as it was of which it is one."""
+        if self.original is not None:
+            old, before = self.original
+            now = self._tables(old)
+            if now.keys() != before.keys() or any(now[k] is not before[k] for k in now):
+                raise Wrong("a copy shares its parameters or modules with the original")
 
     def _copied(self) -> None:
         while self.hooks:  # a copy's hooks would be this life's

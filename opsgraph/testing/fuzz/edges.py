@@ -1,0 +1,263 @@
+"""Uses at the edge: ops alone, numbers that overflow, and what has to be refused."""
+
+import copy
+import gc
+import linecache
+import math
+import os
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ...base import config
+from ...base.errors import OpError, OpsgraphError, PlanError
+from ...layernorm_mlp import LayerNormMLP
+from ...op import Op
+from ...precision.autocast import autocast
+from ...run.sequential import Sequential
+from .. import formulas
+from .answers import by_formulas
+from .backwards import Backwards, accumulated, delayed
+from .changes import Impossible, evaluated
+from .compare import Wrong, check
+
+LIMITS = (ops.GELU, ops.QGELU, ops.SiLU, ops.ReLU, ops.SReLU) + (
+    ops.GEGLU, ops.QGEGLU, ops.SwiGLU, ops.ReGLU, ops.SReGLU, ops.Bias, ops.ConstantScale,
+    ops.LayerScale, ops.RMSNorm, ops.LayerNorm, ops.BasicLinear, ops.Linear,
+)  # fmt: skip
+"""Ops whose results from numbers that are not finite are said; see docs/reliability.md."""
+CHECK = "OPSGRAPH_CHECK"
+LEVELS = (5e4, 1e6, 3e38)
+"""What each element of a row may be that is all one value."""
+BREAKS: dict[str, Callable[[Any, int], Any]] = {
+    "insert": lambda held, index: held.insert(index, "GELU()"),
+    "extend": lambda held, _: held.extend([ops.GELU(), "GELU()"]),
+    "set": lambda held, index: held.__setitem__(index, 3),
+    "append": lambda held, _: held.append(ops.GELU),
+    "pop": lambda held, _: held.pop(99),
+}
+"""Edits of a list of ops that cannot be."""
+
+
+class Edges(Backwards):
+    """`Backwards`, and what is rarely done."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.sources = _sources()
+        """How many functions that were generated there were."""
+        self.checks = os.environ.get(CHECK)
+        """What the environment said before."""
+
+    def alone(
+        self,
+        index: int,
+        value: str = "inf",
+        gradient: bool = False,
+        recipe: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Call a copy of one op by itself, with a number at the edge.
+
+        value: "inf", "-inf", "nan", "huge" for a number near the largest, or "level" for rows of
+        one value. gradient: it is in the gradient that comes in, and not in the input. Where
+        formulas give a finite number the result has to be finite, and nowhere else; under a recipe
+        it has to show somewhere. Rows of one value are to LayerNorm what zeros are.
+        """
+        op = copy.deepcopy(self._bare(index, value, gradient, recipe))
+        width = 8 if op.in_width is None else op.in_width
+        if not (width and getattr(op, "out_features", width)):
+            raise Impossible  # there is no number
+        largest, level = torch.finfo(self.dtype).max / 2, value == "level"
+        huge = math.copysign(largest, seed % 2 - 0.5)
+        number = huge if value in ("huge", "level") else float(value)
+        x = self._random((32, width), seed)
+        if level:
+            x = torch.full_like(x, min(LEVELS[seed % len(LEVELS)], largest))
+        elif not gradient:
+            x[1, seed % width] = number
+        named: dict[str, Tensor] = {"input": x.requires_grad_(), **dict(op.named_parameters())}
+        wide = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in named.items()}
+        if level:
+            wide["input"] = torch.zeros_like(wide["input"], requires_grad=True)
+        exact = formulas.FORMULAS[type(op)](op, wide["input"], wide.get)
+        dy = self._random(exact.shape, seed + 1)
+        if gradient:
+            dy[1, seed % dy.size(1)] = number
+        with nullcontext() if recipe is None else autocast(recipe=self.recipes[recipe]):
+            y = op(x)
+        expected, found = _gradients(exact, wide, dy.double()), _gradients(y, named, dy)
+        pairs = {"output": (y.detach(), exact.detach())}
+        pairs |= {f"gradient of {n}": (found[n], expected[n]) for n in expected}
+        for what, (got, right) in pairs.items():
+            if level and what != "gradient of input":
+                check(what, got, right, self.dtype, lambda: None)
+            else:
+                _same_edges(what, got, right, recipe is not None)
+
+    def _bare(self, index: int, value: str, gradient: bool, recipe: str | None) -> Any:
+        """An op whose results from such a number are said."""
+        op = self._at(index)
+        special = delayed(self.module) | accumulated(self.module)
+        level, huge = value == "level", value == "huge"
+        if type(op) not in LIMITS or self.hooks or special:
+            raise Impossible
+        if (gradient and (huge or level)) or (level and type(op) is not ops.LayerNorm):
+            raise Impossible
+        if huge and (isinstance(op, ops.BasicLinear) or recipe is not None):
+            raise Impossible  # a sum that overflows is one
+        return op
+
+    def misfit(self, name: str, more: int) -> None:
+        """Call with a parameter of another length, which has to be an error, and put it back."""
+        self._changed(values=False)
+        owner, leaf, old = self._parameter(name)
+        shape = [size + more for size in old.shape]
+        unread = name == "fc2_bias" and self.module.return_bias
+        if not isinstance(owner, Op | LayerNormMLP):
+            raise Impossible
+        if unread or any(size < 1 for size in shape) or self._owned(old) > 1:
+            raise Impossible
+        setattr(owner, leaf, nn.Parameter(self._values(shape, 1)))
+        try:
+            shapes: list[torch.Size] = []
+            x = self._random((3, self.width), 0)
+            with suppress(RuntimeError, AssertionError):
+                by_formulas(self.module, torch.float64, [x], shapes.append)
+            try:
+                self.module(x, *(self._random(s, 0) for s in shapes))
+            except (OpError, PlanError, TypeError):
+                return
+            raise Wrong(f"{name} of shape {shape} was taken")
+        finally:
+            setattr(owner, leaf, old)
+
+    def misuse(self, kind: str) -> None:
+        """Call with what is no input, which has to be an error that says so."""
+        if not isinstance(self._at(0), Op | LayerNormMLP):
+            raise Impossible  # torch.nn's modules have errors of their own
+        x = self._random((3, self.width), 0)
+        shapes: list[torch.Size] = []
+        with suppress(RuntimeError, AssertionError):
+            by_formulas(self.module, torch.float64, [x], shapes.append)
+        extras = [self._random(shape, 0) for shape in shapes]
+        wrong: dict[str, list[Any]] = {
+            "none": [None, *extras],
+            "list": [x.tolist(), *extras],
+            "integers": [x.long(), *extras],
+            "width": [self._random((3, self.width + 1), 0), *extras],
+            "surplus": [x, *extras, x],
+            "none surplus": [x, *extras, None],
+        }
+        if isinstance(self.module, LayerNormMLP) and kind.endswith("surplus"):
+            raise Impossible
+        if kind == "width" and all(p.dim() == 0 for p in self.module.parameters()):
+            raise Impossible  # any width is right
+        try:
+            self.module(*wrong[kind])
+        except OpError:
+            return
+        raise Wrong(f"{kind} was taken")
+
+    def wrong(self, name: str, argument: str, value: Any) -> None:
+        """Make what takes no such argument, which has to be an error that says so."""
+        try:
+            evaluated(name)(**{argument: value})
+        except OpsgraphError:
+            return
+        raise Wrong(f"{name}({argument}={value!r}) was taken")
+
+    def broken(self, index: int, kind: str) -> None:
+        """Edit a list of ops, or that of a Residual, in a way that raises: it stays as it was."""
+        held = self._list()
+        if 0 <= index < len(held) and isinstance(held[index], ops.Residual):
+            held = held[index].ops
+        before = list(held._modules.items())
+        try:
+            BREAKS[kind](held, min(index, len(held)))
+        except Exception:
+            if list(held._modules.items()) != before:
+                raise Wrong(f"{kind} left a part of what it was to do") from None
+            return
+        raise Wrong(f"{kind} of what is no op was taken")
+
+    def verify(self, on: bool) -> None:
+        """Set OPSGRAPH_CHECK, which compares every fused step with the reference ops."""
+        self._set_checks("1" if on else "0")
+
+    def _set_checks(self, text: str | None) -> None:
+        if os.environ.get(CHECK) != text:
+            os.environ.pop(CHECK, None)
+            os.environ |= {} if text is None else {CHECK: text}
+            config.touch()
+
+    def end(self) -> None:
+        """Take out what was registered and set."""
+        super().end()
+        self._set_checks(self.checks)
+
+    def leave(self) -> None:
+        """Drop the module, with which all that was generated for it has to go."""
+        self.end()
+        for held in (self.pending, self.delayed, self.hooks, self.told):
+            held.clear()
+        self.module = self.original = None
+        gc.collect()
+        if (left := _sources() - self.sources) > 0:
+            raise Wrong(f"{left} functions that were generated are left")
+
+    # -- how --
+
+    def _ops(self) -> list[Any]:
+        return list(self.module) if isinstance(self.module, Sequential) else []
+
+    def _fits(self, lead: tuple[int, ...], x: Tensor) -> bool:
+        """Whether the ops fit each other, after edits; if not, a call has to say so."""
+        if lead in self.shapes:
+            return True
+        shapes: list[torch.Size] = []
+        try:
+            by_formulas(self.module, torch.float64, [x.detach()], shapes.append)
+        except (RuntimeError, AssertionError):
+            pass
+        else:
+            self.shapes[lead] = shapes
+            return True
+        try:
+            self.module(x, *(self._random(s, 0) for s in shapes))
+        except (OpError, PlanError, TypeError):
+            return False
+        except RuntimeError:
+            if all(isinstance(op, Op) for op in self._ops()):
+                raise  # torch.nn's modules have errors of their own
+            return False
+        raise Wrong("a sequence whose widths do not fit was run")
+
+
+def _sources() -> int:
+    """How many functions of plans there are. Those that launch a kernel are no plan's."""
+    plans = (name for name in linecache.cache if name.startswith("<opsgraph plan"))
+    return sum(not name.endswith("launched>") for name in plans)
+
+
+def _gradients(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    """Of the leaves that require one."""
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    return dict(zip(wanted, torch.autograd.grad(y, [*wanted.values()], dy), strict=True))
+
+
+def _same_edges(what: str, found: Tensor, exact: Tensor, somewhere: bool) -> None:
+    """somewhere: an overflow need not show where it came to be."""
+    lost, shown = ~exact.isfinite(), ~found.isfinite()
+    if somewhere:
+        if lost.any() and not shown.any():
+            raise Wrong(f"{what}: got finite numbers, expected an overflow to show")
+        return
+    if (lost & ~shown).any():
+        raise Wrong(f"{what}: got a finite number, expected none")
+    if (shown & (exact.abs() < torch.finfo(found.dtype).max / 16)).any():
+        raise Wrong(f"{what}: got a number that is not finite, expected one that is")
