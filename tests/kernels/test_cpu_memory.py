@@ -242,3 +242,13 @@ def test_what_another_allocates_is_adopted(pool: Pool) -> None:
     larger = memory.adopted(lambda: torch.ones(2 * LEAST)[: LEAST // 4], SHAPE, torch.float32)
     assert not memory.ours(small)
     assert not memory.ours(larger), "it has a part of a larger storage"
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), [2, 3]])
+def test_memory_of_any_shape(shape: Sequence[int], deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    made = memory.empty(shape, torch.float32)
+    assert made.shape == tuple(shape)
+    assert made.is_contiguous()
+    assert not deterministic or bool(made.isnan().all())  # as PyTorch fills it then
