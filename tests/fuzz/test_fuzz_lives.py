@@ -1,5 +1,6 @@
 """Random lives of random modules, and that the fuzzer finds what is planted."""
 
+import gc
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,7 @@ def test_each_transform_is_compared(way: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_a_module_leaves_behind_is_found() -> None:
     for held in (False, True):
+        gc.collect()  # what other tests have left
         life = Life()
         life.build(8, "Linear(8, 8)", "GELU()")
         life.call()

@@ -45,8 +45,9 @@ MODULES: tuple[Fault, ...] = (
     ),
     fault(
         "settings-in-tables", "Modules whose settings differ share their plans.",
-        "run/table.py", "parts.append((kind, type(op), plan_key(settings), shapes))",
-        "parts.append((kind, type(op), shapes))", *RUN,
+        "run/table.py",
+        "parts += kind, type(op), *settings, *map(plan_key, settings.values())",
+        "parts += kind, type(op)", *RUN,
     ),
     fault(
         "fusers-in-tables", "A registered fuser leaves plans of before in use.",
