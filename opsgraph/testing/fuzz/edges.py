@@ -5,6 +5,7 @@ import gc
 import linecache
 import math
 import os
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -201,12 +202,15 @@ class Edges(Backwards):
         self._set_checks(self.checks)
 
     def leave(self) -> None:
-        """Drop the module, with which all that was generated for it has to go."""
+        """Drop the module, which has to go with all that was generated for it."""
         self.end()
+        modules = [weakref.ref(module) for module in self.module.modules()]
         for held in (self.pending, self.delayed, self.hooks, self.told):
             held.clear()
         self.module = self.original = None
         gc.collect()
+        if left := sum(module() is not None for module in modules):
+            raise Wrong(f"{left} modules are left")
         if (left := _sources() - self.sources) > 0:
             raise Wrong(f"{left} functions that were generated are left")
 
