@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from ..base import config
 from ..guards.cached import cached_property
-from ..guards.torch_private import constant_under_compile, without_autocast
+from ..guards.torch_private import constant_under_compile, opaque, without_autocast
 from ..op import ROWS, Spec
 from ..plan import Plan
 from ..precision import tapes
@@ -281,13 +281,8 @@ class Compiled:
         return _run_traced(plan, self, len(extras), (x, *extras, *weights))
 
 
-_untraced: dict[str, Callable[..., Any]] = {}
-"""By reason, a call of a Sequential that Dynamo does not look into: there it breaks its graph, or
-raises the reason where one graph is asked for."""
-
-
-def _call_untraced(module: Any, x: Tensor, extras: Sequence[Tensor]) -> Any:
-    return module.forward(x, *extras)
+_calls: dict[str, Callable[..., Any]] = {}
+"""By reason, a call of a Sequential that Dynamo does not look into."""
 
 
 class CompiledSequence:
@@ -310,8 +305,8 @@ class CompiledSequence:
         if recipe is not None and recipe not in self._recipes:
             self._recipes[recipe] = self._make_stages(recipe)
         for reason in filter(None, (getattr(s, "eager_only", None) for s in self._stages)):
-            if reason not in _untraced:  # Dynamo guards which function it is
-                _untraced[reason] = torch.compiler.disable(_call_untraced, reason=reason)
+            if reason not in _calls:  # Dynamo guards which function it is
+                _calls[reason] = opaque(lambda m, x, more: m.forward(x, *more), reason)
 
     def _run_compiled(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
         """The call while Dynamo traces."""
@@ -320,5 +315,5 @@ class CompiledSequence:
         stages = self._stages if active.key is None else self._recipes[active.key]
         for stage in stages:
             if getattr(stage, "eager_only", None) is not None:
-                return _untraced[stage.eager_only](self, x, extras)
+                return _calls[stage.eager_only](self, x, extras)
         return self.run_stages(stages, x, extras)

@@ -227,6 +227,21 @@ def constant_under_compile(function: F) -> F:
     return function
 
 
+def opaque(function: F, reason: str | None = None) -> F:
+    """`torch.compiler.disable`, without the seconds that importing Dynamo takes.
+
+    Dynamo breaks its graph at a call and looks into nothing of it. Where one graph is asked for, an
+    error gives the reason.
+    """
+    marked: Any = function
+    marked._torchdynamo_disable, marked._torchdynamo_disable_msg = True, reason
+    frames = _find("_C._dynamo.eval_frame", None)
+    if hasattr(frames, "set_code_exec_strategy"):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(marked.__code__, frames._FrameExecStrategy(skip, skip))
+    return function
+
+
 _UNCHANGED = nullcontext()
 
 

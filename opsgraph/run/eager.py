@@ -14,12 +14,7 @@ from torch import Tensor
 from ..features.dimensions import as_given, flat, flattened, released, unflattened
 from ..features.followed import copy_gradients, see_through
 from ..features.recipes import note_gradients
-from ..guards.torch_private import (
-    apply_of,
-    forward_ad,
-    has_memory,
-    without_autocast,
-)
+from ..guards.torch_private import apply_of, forward_ad, has_memory, opaque, without_autocast
 from ..plan import Plan
 from ..precision.recomputed import saved_again
 
@@ -52,6 +47,7 @@ class PlanFunction(torch.autograd.Function):
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     @staticmethod
+    @opaque  # to Dynamo, where autograd is compiled
     def backward(ctx: Any, dy: Tensor, *others: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
