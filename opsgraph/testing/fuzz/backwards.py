@@ -199,8 +199,8 @@ class Backwards(States):
                 elif leaf.overwrite_main_grad or leaf.__dict__.pop("first", False):
                     start = 0.0
                     factor = 1 if leaf.overwrite_main_grad else times
-            elif start and found is None and exact is not None and not exact.any():
-                found = torch.full_like(leaf, start)  # a zero has arrived, for all that shows
+            elif start and found is None and exact is not None:
+                found = torch.full_like(leaf, start)  # what arrived may be too little to show
             if found is not None and found.dtype != dtype:
                 raise Wrong(f"{what}: got {found.dtype}, expected {dtype}")
 
