@@ -16,6 +16,7 @@ from ..features.compiled import retire
 from ..fuser import registered
 from ..guards.constants import key as plan_key
 from ..guards.watched import mutable
+from ..ops.delayed import Queue
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..precision.delayed import Scaling
@@ -54,8 +55,7 @@ _tables: weakref.WeakValueDictionary[Any, PlanTable] = weakref.WeakValueDictiona
 
 def table_for(run: BasicOps, options: Options, shapes: Sequence[Any]) -> PlanTable:
     """The table of a structure and its parameters' shapes; its own if a setting is no key."""
-    if (current := config.read()) != options.config:
-        options = replace(options, config=current)
+    options = replace(options, config=config.read(), queue=Queue())  # what waits is the module's
     try:
         parts = list[Any]()
         for kind, op in zip(run.kinds, run.ops, strict=True):
