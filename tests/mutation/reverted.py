@@ -269,6 +269,7 @@ REPORTS = {
 SEEDS = {
     "argument-set-later": 64,
     "blocks-below-1": 9,
+    "check-of-nans": 777,
     "constants-as-text": 1,
     "copied-parameters": 37,
     "copied-sequence": 16,
