@@ -274,6 +274,7 @@ SEEDS = {
     "copied-parameters": 37,
     "copied-sequence": 16,
     "copied-stages": 5,
+    "deep-chains": 1911,
     "default-device": 73,
     "delayed-newest": 16,
     "delayed-overwrites": 98,
