@@ -17,7 +17,7 @@ from torch import Tensor
 from wrong_uses import State
 
 import opsgraph as og
-from opsgraph.kernels.cpu import build, memory
+from opsgraph.kernels.cpu import activations, build, memory, norms, quantize
 from opsgraph.ops import Dropout, Linear, RMSNorm, SwiGLU
 from opsgraph.quantizers import TensorQuantizer
 from opsgraph.recipe import CustomRecipe, DelayedScaling
@@ -193,7 +193,9 @@ class Memory:
     """Allocations of kernels and of replays, of which one fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(memory, "empty", self.counted(memory.empty))
+        empty = self.counted(memory.empty)
+        for module in (memory, activations, norms, quantize):
+            monkeypatch.setattr(module, "empty", empty)
         strided = record.empty_strided
         monkeypatch.setattr(record, "empty_strided", lambda device: self.counted(strided(device)))
         monkeypatch.setattr(torch, "empty", self.counted(torch.empty))
