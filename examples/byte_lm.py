@@ -42,8 +42,9 @@ SETTLED = 3
 # Largest allowed difference of the two training losses, in nats: within the first EARLY_STEPS
 # steps, and anywhere. Two correct implementations round differently, and training amplifies that:
 # measured in fp32 on two threads, 5e-6 in the first 50 steps, 8e-2 in 306. So the second bound is
-# wider; the first is the one that a wrong gradient breaks, within a few steps.
-TOLERANCE = {torch.float32: (1e-4, 3e-1), torch.bfloat16: (5e-2, 3e-1)}
+# wider; the first is the one that a wrong gradient breaks, within a few steps. In bf16 PyTorch and
+# torch.compile differ by 6e-2 in the first 50 steps, and PyTorch by 5e-2 from its own fp32.
+TOLERANCE = {torch.float32: (1e-4, 3e-1), torch.bfloat16: (1.5e-1, 3e-1)}
 
 
 def fused_parts(hidden: int, ffn: int) -> tuple[nn.Module, nn.Module]:
