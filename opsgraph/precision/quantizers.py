@@ -217,9 +217,10 @@ class Quantizer:
     def part_specs(self, spec: Spec, name: str) -> tuple[Spec, ...]:
         """Specs of the parts of one copy of a value of that spec."""
         rows, width = spec.shape
-        found, turned = (self.specs(*size, spec.device) for size in ((rows, width), (width, rows)))
-        if name == "col":
-            found = (*found[:2], *turned[2:]) if self.shared else turned
+        sizes = (rows, width) if name == "row" or self.shared else (width, rows)
+        found = self.specs(*sizes, spec.device)
+        if name == "col" and self.shared:
+            found = (*found[:2], *self.specs(width, rows, spec.device)[2:])
         return tuple(replace(part, factor=spec.factor) for part in found)
 
     def parts(self, value: Quantized, name: str) -> tuple[Tensor, ...]:

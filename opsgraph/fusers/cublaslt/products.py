@@ -133,7 +133,7 @@ def scaled_mm(
         return zeros if bias is None else zeros + bias
     if bias is not None and not gemm.takes_bias(bias, dtype):
         bias = bias.clone(memory_format=torch.contiguous_format)  # packed, aligned
-    if _directly(a) and (bias is None or gemm.takes_bias(bias, dtype)):
+    if _directly(a) and (bias is None or bias.dtype == dtype):
         try:
             return native.fp8(_factors(a, FOUR), _factors(b, 1), rows, dtype, fast, bias)  # type: ignore[no-any-return]
         except CublasError as error:

@@ -125,12 +125,10 @@ class Edges(Backwards):
             raise Impossible
         setattr(owner, leaf, nn.Parameter(self._values(shape, 1)))
         try:
-            shapes: list[torch.Size] = []
             x = self._random((3, self.width), 0)
-            with suppress(RuntimeError, AssertionError):
-                by_formulas(self.module, torch.float64, [x], shapes.append)
+            extras = self._extras(x)
             try:
-                self.module(x, *(self._random(s, 0) for s in shapes))
+                self.module(x, *extras)
             except (OpError, PlanError, TypeError):
                 return
             raise Wrong(f"{name} of shape {shape} was taken")
@@ -142,10 +140,7 @@ class Edges(Backwards):
         if not isinstance(self._at(0), Op | LayerNormMLP):
             raise Impossible  # torch.nn's modules have errors of their own
         x = self._random((3, self.width), 0)
-        shapes: list[torch.Size] = []
-        with suppress(RuntimeError, AssertionError):
-            by_formulas(self.module, torch.float64, [x], shapes.append)
-        extras = [self._random(shape, 0) for shape in shapes]
+        extras = self._extras(x)
         wrong: dict[str, list[Any]] = {
             "none": [None, *extras],
             "list": [x.tolist(), *extras],
@@ -218,6 +213,13 @@ class Edges(Backwards):
 
     def _ops(self) -> list[Any]:
         return list(self.module) if isinstance(self.module, Sequential) else []
+
+    def _extras(self, x: Tensor) -> list[Tensor]:
+        """Extra inputs beside x, as far as formulas get with ops that may not fit."""
+        shapes: list[torch.Size] = []
+        with suppress(RuntimeError, AssertionError):
+            by_formulas(self.module, torch.float64, [x], shapes.append)
+        return [self._random(shape, 0) for shape in shapes]
 
     def _fits(self, lead: tuple[int, ...], x: Tensor) -> bool:
         """Whether the ops fit each other, after edits; if not, a call has to say so."""
