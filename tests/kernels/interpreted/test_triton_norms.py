@@ -267,7 +267,11 @@ def test_layernorm_of_equal_values_is_the_bias(width: int, device: str) -> None:
 def test_a_residual_of_another_dtype(
     dtypes: tuple[torch.dtype, torch.dtype], center: bool, width: int, device: str
 ) -> None:
-    """Bit for bit the norm of PyTorch's sum, which is fp32."""
+    """The norm of PyTorch's sum, which is fp32; in the interpreter, bit for bit.
+
+    A GPU's threads hold other elements where an operand has another width, so a row's sum may
+    differ in its last bit.
+    """
     x = normal(3, width, dtype=dtypes[0], device=device)
     other = normal(3, width, dtype=dtypes[1], device=device, seed=1)
     weight = normal(width, dtype=torch.float32, device=device, seed=2)
@@ -277,8 +281,11 @@ def test_a_residual_of_another_dtype(
         expected = norm_forward(x + other, weight, weight, EPS, **more)
         assert torch.equal(found[3], x + other)
         assert found[0].dtype == (torch.float32 if to is None else torch.bfloat16)
-        assert torch.equal(found[0], expected[0])
-        assert torch.equal(found[2], expected[2])
+        for one, of_sum in zip(found[::2], expected[::2], strict=True):
+            if INTERPRETING:
+                assert torch.equal(one, of_sum)
+            else:
+                close(one, of_sum.cpu().double())
 
 
 @pytest.mark.parametrize("width", [100, 8200])
