@@ -28,6 +28,7 @@ def checked(
     if again or claim.is_reference or not lines:
         return [*before, *lines]
     if claim.direction == FORWARD:
+        lines = step.seeded(lines)
         step.forward()
     else:
         before.append(Line("bind", (value("dx"),), "ref_dx", note="check"))
@@ -94,12 +95,22 @@ class _Step:
             labels, pair = map(literal, (self.claim.label, name)), map(value, (variable, expected))
             self.lines.append(Line("check", (*labels, *pair), note="check"))
 
+    def seeded(self, lines: Sequence[Line]) -> Sequence[Line]:
+        """The lines of a forward step, which bind its seeds also where no backward reads them."""
+        (line, *rest), call, kinds = lines, self.claim.calls[0], self.program.kinds
+        random = [i for i in range(self.claim.start, self.claim.stop) if kinds[i].random]
+        seeds = {self.program.name(n, i) for i in random for n in kinds[i].saves}
+        seeds &= self.makes if call.wants else set(filter(None, call.results))
+        self.makes |= seeds
+        self.known |= {name: name for name in seeds}
+        if seeds:
+            names = tuple(name if name in self.makes else "_" for name in call.results)
+            line = line._replace(results=(self.program.x[self.claim.stop], names))
+        return [line, *rest]
+
     def forward(self) -> None:
         """Compare a forward step: its output and what it handed out."""
         for i in range(self.claim.start, self.claim.stop):
-            kind = self.program.kinds[i]
-            seeds = [self.program.name(n, i) for n in kind.saves if kind.random]
-            self.known |= {name: name for name in seeds}
             self._forward(i)
         y = self.program.x[self.claim.stop]
         for name in sorted((self.makes & self.claim.gives) | {y}):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import opsgraph as og
 from opsgraph.ops import Add as AddOp
-from opsgraph.ops import BasicLinear, Bias, Linear, RMSNorm, SiLU, SwiGLU, Tee
+from opsgraph.ops import BasicLinear, Bias, Dropout, Linear, RMSNorm, SiLU, SwiGLU, Tee
 
 pytestmark = pytest.mark.usefixtures("without_cpu_backend")
 
@@ -71,6 +71,29 @@ def test_check_names_the_wrong_backward_step(monkeypatch) -> None:
         module = og.Sequential(Linear(16, 16), SiLU())
         with pytest.raises(og.OpsgraphError, match=r"backward 2 WrongSiLU \(aten\): dx differs"):
             _train(module)
+
+
+class Dropped(og.Fuser):
+    """Dropout by the op's own formula, and a factor."""
+
+    backend, pattern, saves = "aten", dict(drop=Dropout), ("drop_seed",)
+    factor = 1.0
+
+    def fwd(self, x: Tensor, drop: Dropout):
+        seed = torch.randint(2**62, (), dtype=torch.int64)
+        return self.factor * drop.again(x, seed, drop.p), (seed,)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_check_makes_a_mask_again_also_without_a_backward(monkeypatch, grad: bool) -> None:
+    monkeypatch.setenv("OPSGRAPH_CHECK", "1")
+    monkeypatch.setattr("opsgraph.features.verify.every", True)
+    x = torch.randn(6, 16)
+    with og.register(Dropped), torch.set_grad_enabled(grad):
+        og.Sequential(Bias(16), Dropout(0.5))(x)
+        monkeypatch.setattr(Dropped, "factor", 1.01)
+        with pytest.raises(og.OpsgraphError, match=r"forward 1 Dropped \(aten\): x2 differs"):
+            og.Sequential(Bias(16), Dropout(0.5), SiLU())(x)
 
 
 def test_fuel_admits_claims_one_by_one(monkeypatch) -> None:
