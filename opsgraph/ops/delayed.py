@@ -37,11 +37,19 @@ _serial = itertools.count()
 
 def wait(function: Callable[..., Any], *operands: Any) -> Any:
     """A call of the function that computes a weight gradient, to make later, with its operands."""
-    read = (
-        value._replace(row=None) if isinstance(value, Quantized) and value.col else value
-        for value in operands
-    )
-    return partial(function, *read)
+    return partial(function, *map(_operand, operands))
+
+
+def _operand(value: Any) -> Any:
+    """What the call reads of an operand.
+
+    The graph that made it would stay with it, and through autograd's nodes this queue: for ever.
+    """
+    if isinstance(value, Quantized) and value.col:
+        return value._replace(row=None)
+    if isinstance(value, Tensor) and value.grad_fn is not None:
+        return value.detach()
+    return value
 
 
 def deferring(op: Any) -> Any:

@@ -264,6 +264,8 @@ def test_a_module_that_hooks_or_waiting_gradients_refer_to_is_freed(waits: bool)
         layers: list[Any] = [Linear(8, 8, delay_wgrad_compute=True)]
         layers += [og.LayerNormMLP(8, 7, device="cpu", delay_wgrad_compute=True)]
         layers += [og.Sequential(Linear(8, 7), GELU(), delay_wgrad_compute=True)]
+        between = (Linear(8, 8), nn.Linear(8, 8), Linear(8, 7))  # whose output has a graph
+        layers += [og.Sequential(*between, delay_wgrad_compute=True)]
         for layer in layers:
             hear = "register_wgrad_accumulation_and_reduce_hooks"
             getattr(layer, hear, lambda hook: None)(layer.zero_grad)
@@ -271,11 +273,11 @@ def test_a_module_that_hooks_or_waiting_gradients_refer_to_is_freed(waits: bool)
             if not waits:
                 layer.backward_dw()
             assert copy.deepcopy(layer).queued_backward_dw() == 0
-        return [weakref.ref(layer) for layer in layers]
+        return [weakref.ref(module) for layer in layers for module in layer.modules()]
 
-    layers = use()
+    modules = use()
     gc.collect()
-    assert all(layer() is None for layer in layers)
+    assert all(module() is None for module in modules)
 
 
 def test_a_weight_that_is_computed_cannot_wait() -> None:
