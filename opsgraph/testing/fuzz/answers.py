@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import formulas
 from .compare import Answer, anything, worse
-from .low import SHARES, in_low_precision
+from .low import SHARES, in_low_precision, with_norms_of_pytorch
 
 
 class Question(NamedTuple):
@@ -80,15 +80,17 @@ def answer(question: Question, dtype: torch.dtype) -> Answer:
 def plain_answer(question: Question, exact: Answer, dtype: torch.dtype, low: bool) -> Answer:
     """The worst answer that formulas give in a dtype; low: also with products in FP8.
 
-    A value that is rounded may be on the other side of a bound, which inputs that are off by a few
-    roundings show.
+    A value that is rounded may be on the other side of a bound, and an error of terms that cancel
+    may be small by chance. Inputs that are off by a few roundings show both.
     """
     found = answer(question, dtype)
+    with with_norms_of_pytorch():
+        found = worse(exact, found, answer(question, dtype))
     for k in range(1, 9):
         near = [
             _near(question, x, dtype, k).requires_grad_(x.requires_grad) for x in question.inputs
         ]
-        found = worse(exact, found, answer(question._replace(inputs=near), torch.float64))
+        found = worse(exact, found, answer(question._replace(inputs=near), dtype))
     for share in SHARES if low else ():
         with in_low_precision(share):
             found = worse(exact, found, answer(question, dtype))

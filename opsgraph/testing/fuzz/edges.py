@@ -245,9 +245,11 @@ class Edges(Backwards):
 
 
 def _sources() -> int:
-    """How many functions of plans there are. Those that launch a kernel are no plan's."""
+    """How many functions of plans there are, but for those that the process keeps for all plans:
+    that launch a kernel, or look at the ends of so many storages.
+    """
     plans = (name for name in linecache.cache if name.startswith("<opsgraph plan"))
-    return sum(not name.endswith("launched>") for name in plans)
+    return sum(not name.endswith(("launched>", "short>")) for name in plans)
 
 
 def _gradients(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Formulas whose products take FP8: how far a recipe's results may be from fp64."""
+"""Formulas with products in FP8, or with PyTorch's norms: how far results may be from fp64."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,4 +55,17 @@ def in_low_precision(share: float | None) -> Iterator[None]:
         return y if bias is None else y + bias
 
     with mock.patch.dict(formulas.FORMULAS, {ops.Linear: linear, ops.BasicLinear: linear}):
+        yield
+
+
+def _layernorm(op: Any, x: Tensor, get: Any) -> Tensor:
+    y = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=op.eps)
+    return formulas.affine(op, y, get)
+
+
+@contextmanager
+def with_norms_of_pytorch() -> Iterator[None]:
+    """Let LayerNorm be PyTorch's: in its gradient other terms cancel than in that of a formula."""
+    table = mock.patch.dict(formulas.FORMULAS, {ops.LayerNorm: _layernorm})
+    with table, mock.patch.object(formulas, "layernorm", _layernorm):  # LayerNormMLP's
         yield

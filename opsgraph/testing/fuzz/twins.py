@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -40,8 +41,9 @@ class Twins(Edges):
             raise Impossible  # an error says so
         if way in ("vmap", "trace") and self._draws():
             raise Impossible  # a mask of its own in each
-        if way == "vmap" and getattr(self.module, "return_bias", False):
-            raise Impossible  # one bias for each sample
+        returns_bias = getattr(self.module, "return_bias", False)
+        if returns_bias and (way == "vmap" or (way == "trace" and self.module.fc2_bias is None)):
+            raise Impossible  # one bias for each sample; a trace returns no None
         every_place = [*self.module.named_modules(remove_duplicate=False)]
         if way == "functional" and len(every_place) > len([*self.module.modules()]):
             raise Impossible  # functional_call leaves a module changed that stands in two places
@@ -66,7 +68,8 @@ class Twins(Edges):
         for name, found in gradients.items():
             if exact.gradients[name] is not None:
                 gradient = partial(lambda name: allowed.keep().gradients[name], name)
-                check(f"gradient of {name}", found, exact.gradients[name], self.dtype, gradient)
+                right, terms = exact.gradients[name], prod(lead)
+                check(f"gradient of {name}", found, right, self.dtype, gradient, terms)
 
     def twin(self, way: str, recipe: str | None = None, seed: int = 0) -> None:
         """A copy that goes another way has to give the same bits.
