@@ -65,11 +65,11 @@ class Twins(Edges):
         for k, (y, right) in enumerate(zip(outputs, exact.outputs, strict=True)):
             output = partial(lambda k: allowed.keep().outputs[k], k)
             check(f"output {k}", y.detach(), right, self.dtype, output)
+        rows = prod(lead)
         for name, found in gradients.items():
-            if exact.gradients[name] is not None:
+            if (expected := exact.gradients[name]) is not None:
                 gradient = partial(lambda name: allowed.keep().gradients[name], name)
-                right, terms = exact.gradients[name], prod(lead)
-                check(f"gradient of {name}", found, right, self.dtype, gradient, terms)
+                check(f"gradient of {name}", found, expected, self.dtype, gradient, rows)
 
     def twin(self, way: str, recipe: str | None = None, seed: int = 0) -> None:
         """A copy that goes another way has to give the same bits.
