@@ -96,6 +96,25 @@ def test_check_makes_a_mask_again_also_without_a_backward(monkeypatch, grad: boo
             og.Sequential(Bias(16), Dropout(0.5), SiLU())(x)
 
 
+class Dropping(og.Fuser):
+    """Keeps the seed of its mask to itself."""
+
+    backend, pattern = "reference", dict(drop=Dropout, act=SiLU)
+
+    def fwd(self, x: Tensor, drop: Dropout):
+        return torch.nn.functional.silu(drop.fwd(x, drop.p)[0]), ()
+
+
+def test_a_step_whose_mask_nobody_knows_is_not_compared(monkeypatch) -> None:
+    monkeypatch.setenv("OPSGRAPH_CHECK", "1")
+    module, x = og.Sequential(Dropout(0.5), SiLU()), torch.randn(4, 8)
+    with og.register(Dropping), torch.no_grad():
+        y = module(x)
+        assert "Dropping" in str(module.plan(training=False, x=x))
+    kept = y != 0
+    torch.testing.assert_close(y[kept], torch.nn.functional.silu(2 * x[kept]))
+
+
 def test_fuel_admits_claims_one_by_one(monkeypatch) -> None:
     def fused(fuel: str) -> int:
         monkeypatch.setenv("OPSGRAPH_FUEL", fuel)

@@ -10,12 +10,16 @@ import pytest
 import torch
 
 from opsgraph import ops
+from opsgraph.features.recipes import StageRecipe
+from opsgraph.plan.claims import Space
 from opsgraph.precision import tapes
+from opsgraph.precision.autocast import Active
 from opsgraph.testing import formulas
 from opsgraph.testing.fuzz import Impossible, Life, Wrong
 from opsgraph.testing.fuzz.__main__ import main
 from opsgraph.testing.fuzz.lives import Step, live, script, shrink
 from opsgraph.testing.fuzz.plots import Plot
+from opsgraph.testing.fuzz.scaled import KINDS
 
 FOUND = sorted((Path(__file__).parent / "found").glob("*.py"))
 
@@ -106,6 +110,9 @@ def test_scales_taken_by_order_are_found_again(monkeypatch: pytest.MonkeyPatch) 
         runpy.run_path(str(Path(__file__).parent / "found/delayed_checkpoint_after_an_option.py"))
 
 
+MAKERS, POP = Space.makers, Active.pop
+
+
 def half_an_edit(held: Any, index: int) -> None:
     held.append(ops.GELU())
     raise ValueError
@@ -133,6 +140,27 @@ SLIPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str]] = {
         (formulas.FORMULAS, ops.LayerNorm, lambda op, x, get: x + get("weight") + get("bias")),
         ("alone(2, 'level')",), "output: off by",
     ),
+    "layer": (
+        (KINDS, "current", KINDS["current"]._replace(tiles="row")),
+        ("layer('current', (16, 32, 64), 'plain')",), "a row is off by",
+    ),
+    "updates": (
+        ("opsgraph.testing.fuzz.scaled.Products.close", lambda *_: None),
+        ("layer('delayed', (16, 32, 64), 'plain', 'no grad')",), "plain: got scales",
+    ),
+    "contexts": (
+        ("opsgraph.precision.autocast.Active.pop",
+         lambda self, context: (POP(self, context), setattr(self, "key", None))),
+        ("layer('mx', (16, 32, 64), 'nested')",), "nested: output",
+    ),
+    "memory": (("opsgraph.kernels.cpu.memory._idle", lambda block: True),
+               ("overlap()",), "other bits after another call"),
+    "products": (
+        ("opsgraph.plan.claims.Space.makers", lambda self, name, _: MAKERS(self, name, True)),
+        ("inspect()",), "a matrix product runs again",
+    ),
+    "views": (("opsgraph.testing.fuzz.life.Life._run", lambda self, inputs, *_: 2 * inputs[:1]),
+              ("insert(0, 'Tee()')", "call()"), "no view of it"),
     "limits": ((formulas.FORMULAS, ops.ReLU, lambda op, x, get: x.clamp(-1, 1)),
                ("alone(3, 'inf')",), "output: got a number that is not finite"),
 }  # fmt: skip
@@ -156,6 +184,28 @@ def test_each_check_finds_a_slip(slip: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(*patched)
     with pytest.raises(Wrong, match=said):
         life()
+
+
+def test_a_later_microbatch_that_quantizes_anew_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    life = Life()
+    life.mlp(32, 64)
+    life.microbatch("rows")
+    monkeypatch.setattr(StageRecipe, "_kept", lambda self, plan, weights: list(weights))
+    with pytest.raises(Wrong, match="anew"):
+        life.microbatch("rows")
+
+
+def test_a_few_ops_aside_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    life = Life()
+    life.build(8, "Tanh()")
+    life.aside(5, "Tee()", "ReLU()", lead=(3,), layout="padded", quiet=True)
+    monkeypatch.setitem(formulas.FORMULAS, ops.ReLU, lambda op, x, get: x.clamp_min(0) + 0 * x)
+    life.aside(5, "Tee()", "ReLU()", lead=(3,))
+    monkeypatch.setitem(
+        formulas.FORMULAS, ops.ReLU, lambda op, x, get: torch.where(x < 0, 0, x)
+    )  # whose gradient at 0 is 1
+    with pytest.raises(Wrong, match="gradient of input 0"):
+        life.aside(5, "Tee()", "ReLU()", lead=(3,), layout="padded", quiet=True)
 
 
 @pytest.mark.parametrize("way", ["vjp", "jvp", "dual", "functional", "vmap", "trace"])

@@ -101,7 +101,7 @@ class Backwards(States):
         changed = waiting.touched or any(
             t._version != waiting.versions[n] for n, t in waiting.leaves.items()
         )
-        pairs = zip(waiting.outputs, waiting.dys, strict=True)
+        pairs = zip(waiting.outputs, waiting.dys, strict=False)
         moving = [(y, dy.to(y.dtype)) for y, dy in pairs if y.requires_grad]
         ys, dys = zip(*moving, strict=True)
         given = [dy.clone() for dy in dys]

@@ -19,7 +19,7 @@ from ...precision import recipe
 from ...run.sequential import Sequential
 from .answers import Allowed
 from .compare import Answer, Wrong, check
-from .own import Offset, Wave
+from .own import Noise, Offset, Wave
 
 verify.every = True
 """The code of every plan is verified."""
@@ -347,7 +347,7 @@ class Changes:
 
 
 NAMES = vars(ops) | {"LayerNormMLP": LayerNormMLP, "Sequential": Sequential, "recipe": recipe}
-NAMES |= {"nn": nn, "np": np, "torch": torch, "Wave": Wave, "Offset": Offset}
+NAMES |= {"nn": nn, "np": np, "torch": torch, "Wave": Wave, "Offset": Offset, "Noise": Noise}
 """What sources of ops may name."""
 
 

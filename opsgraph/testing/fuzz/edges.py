@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...base import config
 from ...base.errors import OpError, OpsgraphError, PlanError
+from ...features.examples import Plans
 from ...layernorm_mlp import LayerNormMLP
 from ...op import Op
 from ...precision.autocast import autocast
@@ -180,6 +181,24 @@ class Edges(Backwards):
                 raise Wrong(f"{kind} left a part of what it was to do") from None
             return
         raise Wrong(f"{kind} of what is no op was taken")
+
+    def inspect(self) -> None:
+        """Print the plan of a call in training.
+
+        No matrix product runs again in the backward, but where checkpoint=True asks for it.
+        """
+        x = self._random((4, self.width), 0)
+        try:
+            found = self.module.plan(x=x)
+        except OpsgraphError:
+            raise Impossible from None  # ops that do not fit, or none
+        asked = getattr(self.module, "checkpoint", False)
+        for plan in found if isinstance(found, Plans) else (found,):
+            if not str(plan).startswith(("forward", "prepare")):
+                raise Wrong(f"a plan begins with {str(plan)[:40]!r}")
+            again = [i for step in plan.backward for ops in step.again.values() for i in ops]
+            if not asked and any(plan.kinds[i].endswith("Linear") for i in again):
+                raise Wrong("a matrix product runs again in the backward")
 
     def verify(self, on: bool) -> None:
         """Set OPSGRAPH_CHECK, which compares every fused step with the reference ops."""

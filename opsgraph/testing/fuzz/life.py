@@ -18,7 +18,7 @@ from .answers import Allowed, Question, answer, draw_from, dys_of
 from .backwards import accumulated, delayed, elsewhere
 from .changes import Impossible, Pending
 from .compare import Answer, Wrong, check
-from .twins import Twins
+from .layers import Layers
 
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "training": torch.enable_grad,
@@ -27,7 +27,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
-class Life(Twins):
+class Life(Layers):
     """A module, what is done to it, and calls of it; all arguments are plain literals.
 
     dtype: of parameters and inputs, by name. seed: of every random number. options: the rest are
@@ -50,6 +50,7 @@ class Life(Twins):
         inplace: bool = False,
         autocast: bool = False,
         wide: bool = False,
+        quiet: bool = False,
         seed: int = 0,
     ) -> None:
         """Call the module and compare what it gives with the formulas.
@@ -57,8 +58,8 @@ class Life(Twins):
         lead: the input's dimensions before the last. size: of its values. backward: "now", "twice",
         "later" (see `finish`), "late" (see `backward_dw`) or "never". recipes: the contexts around
         the call, outermost first. inplace: change the outputs before the backward. wide: extra
-        inputs are fp32. compiled: a backend of torch.compile. first: `is_first_microbatch` of
-        LayerNormMLP.
+        inputs are fp32. quiet: the backward begins at the first output alone. compiled: a backend
+        of torch.compile. first: `is_first_microbatch` of LayerNormMLP.
         """
         if checkpointed == "reentrant" and getattr(self.module, "return_bias", False):
             raise Impossible  # not under a reentrant one
@@ -79,7 +80,7 @@ class Life(Twins):
         leaves |= dict(self.module.named_parameters(remove_duplicate=False))
         before = {name: (t.detach().clone(), t._version) for name, t in leaves.items()}
         training = mode == "training"
-        question = Question(self.module, inputs, seed, training, self._random)
+        question = Question(self.module, inputs, seed, training, self._random, quiet)
         exact = answer(question, torch.float64)
         casting = torch.bfloat16 if autocast else self.dtype
         allowed = Allowed(question, exact, casting, bool(recipes))
@@ -109,6 +110,8 @@ class Life(Twins):
             if training and any(g is not None for g in exact.gradients.values()):
                 raise Wrong("no output requires grad")
             return
+        if quiet and not outputs[0].requires_grad:
+            return
         if inplace:
             self._change_outputs(outputs, leaves)
         waiting = Pending(
@@ -130,6 +133,13 @@ class Life(Twins):
         elif backward != "never":
             twice, late = backward == "twice", backward == "late"
             elsewhere(thread, lambda: self._backward(waiting, twice, late))
+
+    def aside(self, width: int, *sources: str, **options: Any) -> None:
+        """Make another module of a few ops, with this one's dtype and options, and call it once."""
+        name = str(self.dtype).removeprefix("torch.")
+        other = type(self)(name, self.seed, self.device, **self.options)
+        other.build(width, *sources)
+        other.call(**options)
 
     # -- how --
 
@@ -159,12 +169,16 @@ class Life(Twins):
 
     def _change_outputs(self, outputs: Sequence[Tensor], leaves: dict[str, Tensor]) -> None:
         """As a caller may who adds to a result in place."""
-        if self.hooks or not all(isinstance(op, Op) for op in self._ops()):
+        if not self._ops_alone():
             return  # an output may be what went into an op behind a module
         whole = [t.untyped_storage().data_ptr() for t in (*outputs, *leaves.values())]
         for y in outputs:  # one that is an input as well, or another output, is a view
             if y.requires_grad and whole.count(y.untyped_storage().data_ptr()) == 1:
                 y += 1
+
+    def _ops_alone(self) -> bool:
+        """Whether all that runs are ops in plans."""
+        return not self.hooks and all(isinstance(op, Op) for op in self._ops())
 
     def _enter(self, stack: ExitStack, recipes: Sequence[str], cast: bool, seed: int) -> None:
         draw_from(seed, self.device)
@@ -224,6 +238,9 @@ class Life(Twins):
     ) -> None:
         if len(outputs) != len(exact.outputs):
             raise Wrong(f"{len(outputs)} outputs, expected {len(exact.outputs)}")
+        held = [*allowed.question.inputs, outputs[0]]
+        if any(y is one for y in outputs[1:] for one in held) and self._ops_alone():
+            raise Wrong("an output is an input, or another output, and no view of it")
         for k, (y, expected) in enumerate(zip(outputs, exact.outputs, strict=True)):
             if y.dtype != self.dtype and not any_dtype:
                 raise Wrong(f"output {k}: got {y.dtype}, expected {self.dtype}")
@@ -235,11 +252,15 @@ class Life(Twins):
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
-    """x in another memory layout; "level": each row of one value."""
+    """x in another memory layout; "level": of one value a row; "padded": of a row of values."""
     if layout == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "strided":
         return torch.stack((x, torch.full_like(x, float("nan"))), -1)[..., 0]
+    if layout == "sliced":
+        return torch.cat((x, torch.full_like(x, float("nan"))), -1)[..., : x.shape[-1]]
+    if layout == "padded" and x.dim() > 1:
+        return torch.cat((x[:1], torch.zeros_like(x[1:])))
     if layout == "expanded" and x.dim() > 1 and x.shape[0]:
         return x[:1].expand_as(x)
     if layout == "level":

@@ -19,6 +19,8 @@ from .drafts import (
 from .edges import BREAKS
 from .life import Life
 from .lives import Step
+from .own import FUSERS
+from .scaled import KINDS
 from .states import RECIPES
 
 LEADS = ((4,), (), (1,), (5,), (0,), (2, 3), (2, 0), (16,), (32,), (33,))
@@ -57,6 +59,16 @@ OPTIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 )
 TRANSFORMS = ("vjp", "jvp", "dual", "functional", "vmap", "trace")
 TWINS = ("at once", "saved", "reentrant", "bare")
+MORE = 3
+"""How often steps follow that belong together."""
+WAYS = ("calls",) * 4 + ("aside",) * 4 + ("layer",) * 3 + (
+    "fuse", "wires", "noise", "inspect", "rare",
+)  # fmt: skip
+ASIDE = (1, 8, 16, 40, 66)
+ROWS, FEATURES = (16, 48, 144), (32, 64, 160)
+LAYER_CALLS = ("plain", "plain", "again", "no grad", "copied", "loaded", "pickled") + (
+    "saved", "bare", "nested", "thread",
+)  # fmt: skip
 EDGES = ("inf", "-inf", "nan", "huge", "level")
 WRONG: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("GELU", "approximate", ("fats", 3, None)),
@@ -101,7 +113,7 @@ class Plot:
         dtype = one(("float32", "bfloat16")) if self.quantized else one(DTYPES)
         self.narrow = self.quantized or dtype in ("float16", "bfloat16")
         """Whether values of another size than 1 are rounded too much."""
-        self.backends = BACKENDS[device]
+        self.backends, self.wired = BACKENDS[device], False
         options: dict[str, Any] = {name: one(values) for name, values in OPTIONS if chance() < 0.2}
         backends = one((None, None, *self.backends, ("reference",)))
         options |= {"backends": backends} if backends else {}
@@ -130,7 +142,11 @@ class Plot:
         self.steps = [built, self.call()]
         while len(self.steps) < length:
             self.steps.append(self.step(len(sources)))
-        if chance() < 0.05 and not any("compiled" in step.kwargs for step in self.steps):
+        leaves = chance() < 0.05
+        self.random = self.draft.random = Random(f"{seed}, later")  # the draws above stay so
+        for _ in range(MORE):
+            self.steps += self.more(len(sources))
+        if leaves and not any("compiled" in step.kwargs for step in self.steps):
             self.steps.append(Step("leave", (), {}))  # compiled graphs outlive their modules
 
     def mlp(self, ffn: int, more: dict[str, Any]) -> Step:
@@ -201,6 +217,52 @@ class Plot:
             lambda: Step("remove", (index,), {}),
         )
         return one(choices)()
+
+    def more(self, count: int) -> list[Step]:
+        """Steps that belong together: calls of one kind, a layer, or ops and the fuser for them."""
+        one, draw = self.random.choice, self.random.randrange
+        index, seed = draw(count + 1), draw(1000)
+        way = one(WAYS)
+        if way == "calls":
+            options = self.call().kwargs
+            options |= {"quiet": True} if draw(3) == 0 else {}
+            options |= {"layout": one(("sliced", "padded"))} if draw(3) == 0 else {}
+            steps = []
+            for _ in range(one((2, 3, 4))):
+                steps += [Step("call", (), options | {"seed": draw(1000)}), self.step(count)]
+            return steps
+        if way == "layer":
+            sizes = one(ROWS), one(FEATURES), one(FEATURES)
+            calls = [one(LAYER_CALLS) for _ in range(one((1, 3, 5)))]
+            return [Step("layer", (one([*KINDS]), sizes, *calls), {"seed": seed})]
+        if way == "fuse":
+            return [Step("fuse", (one([*FUSERS]),), {}), self.call(), self.call()]
+        if way == "aside":
+            return [self.aside() for _ in range(5)]
+        if way == "wires":
+            if self.wired:
+                return [self.call()]  # a name has one Tee
+            self.wired = True
+            inner = self.same_width(), self.same_width()
+            sources = "Tee('w')", inner[0], "Add('w')", inner[1], "Add('w')"
+            return [*(Step("insert", (0, s), {}) for s in sources[::-1]), self.call(), self.call()]
+        if way == "noise":
+            return [Step("insert", (index, "Noise()"), {}), self.call(), self.call()]
+        if way == "inspect":
+            return [Step("inspect", (), {})]
+        if self.is_mlp and self.quantized:
+            return [Step("microbatch", (one([*RECIPES]), seed), {})]
+        return [Step("overlap", (seed,), {})] if draw(4) == 0 else [self.call()]
+
+    def aside(self) -> Step:
+        """A call of a few ops that stand beside each other in models."""
+        one = self.random.choice
+        draft, width = Draft(self.random, ASIDE), one(ASIDE)
+        sources = draft.sequence(width, one((1, 1, 2, 3)), depth=1)
+        options = self.call().kwargs
+        options = {name: options[name] for name in ("autocast", "wide", "mode") if name in options}
+        options |= {"lead": one(LEADS), "layout": one((*LAYOUTS[1:], "sliced", "padded", "padded"))}
+        return Step("aside", (width, *sources), options | {"seed": self.random.randrange(1000)})
 
     def alone(self, index: int, recipe: str, seed: int) -> Step:
         """Call an op by itself, with a number at the edge."""

@@ -6,16 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ... import ops
-from ...fuser import Fuser, register
+from ...fuser import register
 from ...fuser.registry import Handle
 from ...precision import recipe
 from ...precision.delayed import Scaling as DelayedState
 from .changes import Changes, Impossible
 from .compare import Wrong
+from .own import FUSERS, Scaling
 
 RECIPES: dict[str, Callable[[], Any]] = {
     "current": recipe.Float8CurrentScaling,
@@ -26,17 +27,6 @@ RECIPES: dict[str, Callable[[], Any]] = {
     "exact backward": lambda: recipe.Float8CurrentScaling(backward_override="high_precision"),
     "dequantized": lambda: recipe.Float8CurrentScaling(backward_override="dequantized"),
 }
-
-
-class Scaling(Fuser):
-    """What `Life.register` registers: a Bias and a scale in one step."""
-
-    backend = "reference"
-    pattern = dict(bias=ops.Bias, scale=ops.ConstantScale)
-
-    def fwd(self, x: Tensor, bias_bias: Tensor, scale: ops.ConstantScale) -> Any:
-        """Gives `(x + bias) * scale`."""
-        return (x + bias_bias) * scale.scale, ()
 
 
 class States(Changes):
@@ -158,6 +148,13 @@ class States(Changes):
         """Register a fuser of one's own."""
         self._changed(values=False)
         self.handles.append(register(Scaling))
+
+    def fuse(self, kind: str) -> None:
+        """Begin with the ops that a fuser of one's own is for, and register it."""
+        fuser, sources = FUSERS[kind]
+        for source in reversed(sources):
+            self.insert(0, source.format(self.width))
+        self.handles.append(register(fuser))
 
     def unregister(self) -> None:
         """Take the latest one out."""

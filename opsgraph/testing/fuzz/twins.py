@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ... import ops
 from ...base.errors import OpsgraphError
+from ...kernels.triton import interpreting
 from ...op import Op
 from ...precision.autocast import autocast
 from ...precision.delayed import Scaling as DelayedState
@@ -25,6 +26,7 @@ from .backwards import accumulated, delayed
 from .changes import Impossible
 from .compare import Wrong, check
 from .edges import Edges
+from .own import Noise
 
 Named = dict[str, Tensor]
 
@@ -105,13 +107,27 @@ class Twins(Edges):
                 return  # what forgot was another's
             raise
         for name, value in right.items():
-            same = value is found[name] is None or (
-                value is not None
-                and found[name] is not None
-                and torch.equal(value.nan_to_num(7), found[name].nan_to_num(7))
-            )
-            if not same:
+            if not _same(value, found[name]):
                 raise Wrong(f"{name}: other bits than those of another way")
+
+    def overlap(self, seed: int = 0) -> None:
+        """A backward after another call gives the bits that it gives at once, of large values.
+
+        Memory of a megabyte and more is used again.
+        """
+        if accumulated(self.module) or self.hooks or not self.width or interpreting():
+            raise Impossible  # Triton's interpreter takes minutes
+        lead = (2**20 // (self.dtype.itemsize * self.width),)
+        if not self._fits(lead, self._random((1, self.width), seed).expand(*lead, self.width)):
+            return
+        module = copy.deepcopy(self.module)
+        with self._excused():
+            right = self._bits(module, None, None, seed, lead)
+            module.zero_grad()
+            found = self._bits(module, None, None, seed, lead, again=True)
+        for name, value in right.items():
+            if not _same(value, found[name]):
+                raise Wrong(f"{name}: other bits after another call")
 
     def restart(self) -> None:
         """Go on with a module that never ran, as torch.distributed.checkpoint loads it."""
@@ -147,7 +163,10 @@ class Twins(Edges):
         return [x, *(self._random(shape, seed + k) for k, shape in enumerate(shapes))]
 
     def _draws(self) -> bool:
-        return any(isinstance(m, ops.Dropout) and m.training for m in self.module.modules())
+        return any(
+            isinstance(m, Noise) or (isinstance(m, ops.Dropout) and m.training)
+            for m in self.module.modules()
+        )
 
     def _outputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return _listed(self.module(*inputs))
@@ -213,9 +232,17 @@ class Twins(Edges):
             check(f"tangent of output {k}", tangent.detach(), right, self.dtype, plain)
         return [y.detach() for y in outputs]
 
-    def _bits(self, module: Any, way: str | None, recipe: str | None, seed: int) -> dict[str, Any]:
-        """Outputs and gradients of a call of a copy."""
-        inputs = self._inputs((16,), seed)
+    def _bits(
+        self,
+        module: Any,
+        way: str | None,
+        recipe: str | None,
+        seed: int,
+        lead: tuple[int, ...] = (16,),
+        again: bool = False,
+    ) -> dict[str, Any]:
+        """Outputs and gradients of a call of a copy. again: with another before the backward."""
+        inputs = self._inputs(lead, seed)
         for value in inputs:
             value.requires_grad_()
         draw_from(seed, self.device)
@@ -227,6 +254,8 @@ class Twins(Edges):
                 more: Any = {"context_fn": checkpoint_contexts} if way == "saved" else {}
                 result = checkpoint(module, *inputs, use_reentrant=way == "reentrant", **more)
         ys = _listed(result)
+        if again:
+            module(*(x.detach() + 1 for x in inputs))
         pairs = [(y, self._random(y.shape, seed + k).to(y.dtype)) for k, y in enumerate(ys)]
         moving = [pair for pair in pairs if pair[0].requires_grad]
         if moving:
@@ -242,6 +271,13 @@ def _listed(result: Any) -> tuple[Tensor, ...]:
     """All outputs of a call, but for a bias that is not there."""
     results = result if isinstance(result, tuple) else (result,)
     return tuple(y for y in results if y is not None)
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether both are there with the same bits, or none."""
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.nan_to_num(7), other.nan_to_num(7))
 
 
 def _duals(function: Callable[..., Any], inputs: Any, tangents: Any) -> Any:
