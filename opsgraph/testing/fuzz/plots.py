@@ -236,7 +236,8 @@ class Plot:
             calls = [one(LAYER_CALLS) for _ in range(one((1, 3, 5)))]
             return [Step("layer", (one([*KINDS]), sizes, *calls), {"seed": seed})]
         if way == "fuse":
-            return [Step("fuse", (one([*FUSERS]),), {}), self.call(), self.call()]
+            mode = Step("train", (one((True, False)),), {})
+            return [Step("fuse", (one([*FUSERS]),), {}), mode, self.call(), self.call()]
         if way == "aside":
             return [self.aside() for _ in range(5)]
         if way == "wires":
