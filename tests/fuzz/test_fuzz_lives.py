@@ -1,9 +1,12 @@
 """Random lives of random modules, and that the fuzzer finds what is planted."""
 
 import gc
+import os
 import runpy
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +18,9 @@ from opsgraph.plan.claims import Space
 from opsgraph.precision import tapes
 from opsgraph.precision.autocast import Active
 from opsgraph.testing import formulas
-from opsgraph.testing.fuzz import Impossible, Life, Wrong
+from opsgraph.testing.fuzz import Impossible, Life, Wrong, blocks
 from opsgraph.testing.fuzz.__main__ import main
+from opsgraph.testing.fuzz.compare import drop
 from opsgraph.testing.fuzz.lives import Step, live, script, shrink
 from opsgraph.testing.fuzz.plots import Plot
 from opsgraph.testing.fuzz.scaled import KINDS
@@ -244,6 +248,102 @@ def test_a_step_that_does_not_apply_is_left_out() -> None:
     start = Step("__init__", (), {})
     steps = [Step("build", (4, "GELU()"), {}), Step("remove", (3,), {}), Step("call", (), {})]
     assert live(start, steps) == (2, None)
+
+
+class Here:
+    """In the place of a process: does it at once."""
+
+    made: list["Here"] = []
+
+    def __init__(self) -> None:
+        self.lives, self.ended = 0, False
+        self.made.append(self)
+
+    def ask(self, function: Callable[..., Any], *given: Any) -> Any:
+        assert not self.ended
+        self.lives += 1
+        return function(*given)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_life_that_fails_is_the_last_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "Worker", Here)
+    monkeypatch.setattr(blocks, "_own", threading.local())
+    monkeypatch.setattr(Here, "made", [])
+
+    def lived(seed: int, device: str) -> blocks.Told:
+        return blocks.Told(3, "Wrong: an output", "in a file") if seed == 1 else blocks.Told(7)
+
+    monkeypatch.setattr(blocks, "_lived", lived)
+    block = blocks.run_block(0, "cpu")
+    (failure,) = block.failures
+    assert (block.steps, failure.seed, failure.error) == (31, 1, "Wrong: an output\nin a file")
+    assert failure.script.startswith("# It failed behind other lives of its process")
+    assert [(worker.lives, worker.ended) for worker in Here.made] == [
+        (2, True), (1, True), (3, False),
+    ]  # fmt: skip
+
+
+def test_a_life_that_fails_by_itself_is_shrunk_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocks, "Worker", Here)
+    monkeypatch.setattr(
+        blocks, "Plot", lambda seed, device: SimpleNamespace(start=START, steps=LONG)
+    )
+    unseen_edits(monkeypatch)
+    told = blocks._lived(7, "cpu")
+    assert told.error.startswith("Wrong: ")
+    failure = blocks._failure(7, "cpu", told)
+    assert len(failure.script.splitlines()) <= 7
+    assert not failure.script.startswith("#")
+
+
+def test_a_process_that_ends_is_a_failure() -> None:
+    worker = blocks.Worker()
+    assert worker.ask(abs, -3) == 3
+    told = blocks._asked(worker, os._exit, 7)
+    assert told.error == "EOFError: a process ended with exit code 7"
+
+
+def test_a_known_fault_is_counted_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "cpu-7.jsonl"
+    log.write_text(
+        '{"first": 7, "steps": 12, "failed": [9], "known": {"8": "hooks that stay"}}\n'
+        '{"seconds": 36.0, "processes": 2, "versions": "torch 2"}\n'
+    )
+    assert main(["--minutes", "0", "--seed", "7", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(
+        "cpu: 5 lives, 12 steps, 1 failed, 1 ended by a known fault (hooks that stay); "
+        "seeds 7 to 11; 0.010 hours by 2 process(es), torch 2; 0.000 hours by "
+    )
+
+
+def test_what_the_frames_of_an_error_hold_is_let_go() -> None:
+    """As PyTorch's hooks for saved tensors are, of a checkpoint whose function raises."""
+    held: list[str] = []
+
+    def holding() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            held.append("let go")
+
+    def fails() -> None:
+        waiting = holding()
+        next(waiting)
+        raise ValueError
+
+    with pytest.raises(Impossible) as kept:
+        try:
+            fails()
+        except ValueError:
+            raise Impossible from None
+    assert not held
+    drop(kept.value)
+    assert held
 
 
 def test_the_command_goes_on_where_it_stopped(

@@ -6,13 +6,16 @@ shrunk, printed and kept as a script that runs by itself.
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 from .blocks import BLOCK, Block, run_block
@@ -38,23 +41,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = args.out / f"{args.device}-{args.seed}.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     past = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    firsts = _firsts(args.seed, {block["first"] for block in past})
-    lives, steps, failed = BLOCK * len(past), sum(block["steps"] for block in past), 0
-    end = time.monotonic() + 60 * args.minutes
+    start, failed = time.monotonic(), 0
+    end = start + 60 * args.minutes
+    firsts = _firsts(args.seed, {entry["first"] for entry in past if "first" in entry})
     with log.open("a") as out, _shown() as show:
-        for block in _blocks(firsts, args.device, args.processes, end):
-            lives, steps, failed = lives + BLOCK, steps + block.steps, failed + len(block.failures)
-            seeds = [failure.seed for failure in block.failures]
-            out.write(json.dumps(dict(first=block.first, steps=block.steps, failed=seeds)) + "\n")
+
+        def write(**entry: Any) -> None:
+            past.append(entry)
+            out.write(json.dumps(entry) + "\n")
             out.flush()
-            for failure in block.failures:
+
+        for block in _blocks(firsts, args.device, args.processes, end):
+            found = [failure for failure in block.failures if failure.known is None]
+            known = {f.seed: f.known for f in block.failures if f.known is not None}
+            failed += len(found)
+            seeds = [failure.seed for failure in found]
+            write(first=block.first, steps=block.steps, failed=seeds, known=known)
+            for failure in found:
                 path = args.out / f"failed_{failure.seed}.py"
                 path.write_text(failure.script)
                 print(f"{failure.error}\n{path}:\n{failure.script}", flush=True)
             left = max(0.0, end - time.monotonic())
-            show(f"{lives:,} lives, {steps:,} steps, {failed} failed, {left:.0f} s left")
-    print(f"{lives:,} lives, {steps:,} steps in {log}, {failed} failed in this run")
+            show(f"{_counted(past)}, {left:.0f} s left")
+        if past:
+            write(seconds=time.monotonic() - start, processes=args.processes, **_versions())
+    print(_summary(args.device, past))
     return 1 if failed else 0
+
+
+def _counted(entries: Sequence[dict[str, Any]]) -> str:
+    blocks = [entry for entry in entries if "first" in entry]
+    known = Counter(name for block in blocks for name in block.get("known", {}).values())
+    apart = "".join(f", {n} ended by a known fault ({name})" for name, n in known.items())
+    steps, failed = (sum(block["steps"] for block in blocks), sum(len(b["failed"]) for b in blocks))
+    return f"{BLOCK * len(blocks):,} lives, {steps:,} steps, {failed} failed{apart}"
+
+
+def _summary(device: str, entries: Sequence[dict[str, Any]]) -> str:
+    """What a log holds: counts, seeds, and of each run how long it took, and with what."""
+    firsts = [entry["first"] for entry in entries if "first" in entry]
+    seeds = f"; seeds {min(firsts)} to {max(firsts) + BLOCK - 1}" if firsts else ""
+    runs = [
+        f"; {run['seconds'] / 3600:.3f} hours by {run['processes']} process(es), {run['versions']}"
+        for run in entries
+        if "seconds" in run
+    ]
+    return f"{device}: {_counted(entries)}{seeds}{''.join(runs)}"
+
+
+def _versions() -> dict[str, str]:
+    found = [f"Python {python_version()}"]
+    for name in ("torch", "triton", "numpy", "opsgraph"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return {"versions": ", ".join(found)}
 
 
 def _firsts(seed: int, done: set[int]) -> Iterator[int]:
@@ -62,17 +104,14 @@ def _firsts(seed: int, done: set[int]) -> Iterator[int]:
 
 
 def _blocks(firsts: Iterator[int], device: str, processes: int, end: float) -> Iterator[Block]:
-    """Blocks as they are done, by some processes, started until a moment."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, maxtasksperchild=100) as pool:
-        waiting: list[Any] = []
+    """Blocks as they are done, by threads with a process each, started until a moment."""
+    with ThreadPoolExecutor(processes) as pool:
+        waiting: set[Future[Block]] = set()
         while waiting or time.monotonic() < end:
-            while len(waiting) < 2 * processes and time.monotonic() < end:
-                waiting.append(pool.apply_async(run_block, (next(firsts), device)))
-            done = [result for result in waiting if result.ready()]
-            waiting = [result for result in waiting if result not in done]
-            yield from (result.get() for result in done)
-            time.sleep(0.05)
+            while len(waiting) < processes and time.monotonic() < end:
+                waiting.add(pool.submit(run_block, next(firsts), device))
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
 
 
 class _shown:

@@ -13,7 +13,7 @@ from ... import ops
 from ...layernorm_mlp import LayerNormMLP
 from ...ops.delayed import TellsOfWeightGradients
 from .changes import Impossible, Pending
-from .compare import Wrong, check
+from .compare import Wrong, check, drop
 from .states import States
 
 BEFORE, START = 0.75, 0.25
@@ -275,6 +275,7 @@ def elsewhere(thread: bool, function: Callable[[], Any]) -> Any:
         try:
             found.append(function())
         except BaseException as error:  # raised again where it was called
+            drop(error)  # here, for hooks are a thread's
             failed.append(error)
 
     runner = threading.Thread(target=body)

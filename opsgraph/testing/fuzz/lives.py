@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from .changes import Impossible
+from .compare import drop
 from .life import Life
 
 BUILDS = ("build", "mlp", "from_torch")
@@ -40,10 +41,12 @@ def live(start: Step, steps: Sequence[Step]) -> Lived:
             try:
                 getattr(life, step.method)(*step.args, **step.kwargs)
                 taken += 1
-            except Impossible:
+            except Impossible as impossible:
+                drop(impossible)
                 if step.method in BUILDS:
                     break
     except Exception as error:
+        drop(error)
         return Lived(taken, error)
     finally:
         life.end()

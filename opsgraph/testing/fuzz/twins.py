@@ -24,7 +24,7 @@ from ...precision.recomputed import checkpoint_contexts
 from .answers import Allowed, Question, answer, by_formulas, draw_from, dys_of
 from .backwards import accumulated, delayed
 from .changes import Impossible
-from .compare import Wrong, check
+from .compare import Wrong, check, drop
 from .edges import Edges
 from .own import Noise
 
@@ -99,10 +99,12 @@ class Twins(Edges):
         try:
             found = self._bits(two, None if way == "at once" else way, recipe, seed)
         except OpsgraphError as error:
+            drop(error)
             if "checkpoint_contexts" in str(error) and not told:
                 return
             raise
-        except CheckpointError:
+        except CheckpointError as error:
+            drop(error)
             if not told and not all(isinstance(op, Op) for op in self._ops()):
                 return  # what forgot was another's
             raise
