@@ -103,26 +103,25 @@ def updating(
     return launching.by(key, update)
 
 
-PAIRS, RAISED = 8, 1024
-"""Amaxes that one launch notes, and how many values of one it has at a time."""
+PAIRS, PARTS, RAISED = 8, 16, 1024
+"""Amaxes that one launch notes, programs for each, and how many values one has at a time."""
 
 
 @triton.jit
-def _raise(seen, amaxes, number, BLOCK: tl.constexpr):
+def _raise(seen, amaxes, number, part, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """An amax is not negative: its bits are in the order of the numbers, with a NaN above them."""
     count = number // 16
-    if count > 0:
-        slot = tl.arange(0, BLOCK)
+    if part * BLOCK < count:
+        slot = part * BLOCK + tl.arange(0, BLOCK)
         largest = tl.full([BLOCK], -1.0, tl.float32)
         broken = tl.zeros([BLOCK], tl.int32)
-        for start in tl.range(0, count, BLOCK):
+        for start in tl.range(0, count - part * BLOCK, PARTS * BLOCK):
             value = tl.load(amaxes + start + slot, start + slot < count, other=-1.0)
             broken = broken | (value != value).to(tl.int32)
             largest = tl.maximum(largest, value)
-        tl.debug_barrier()  # it may be the one before
-        new = tl.where(tl.max(broken, 0) > 0, float("nan"), tl.max(largest, 0))
-        old = tl.load(seen)
-        tl.store(seen, tl.where((new > old) | (new != new), new, old))
-        tl.debug_barrier()
+        bits = tl.max(largest, 0).to(tl.int32, bitcast=True)
+        bits = tl.where(tl.max(broken, 0) > 0, 0x7FC00000, bits)
+        tl.atomic_max(seen.to(tl.pointer_type(tl.int32), bitcast=True), bits, sem="relaxed")
 
 
 @triton.jit(
@@ -131,17 +130,26 @@ def _raise(seen, amaxes, number, BLOCK: tl.constexpr):
 )
 def raise_kernel(
     s0, s1, s2, s3, s4, s5, s6, s7, a0, a1, a2, a3, a4, a5, a6, a7,
-    n0, n1, n2, n3, n4, n5, n6, n7, BLOCK: tl.constexpr,
+    n0, n1, n2, n3, n4, n5, n6, n7, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The amaxes of each of `seen` are at an address, as many as a 16th of n; 0 for none."""
-    _raise(s0, a0, n0, BLOCK)
-    _raise(s1, a1, n1, BLOCK)
-    _raise(s2, a2, n2, BLOCK)
-    _raise(s3, a3, n3, BLOCK)
-    _raise(s4, a4, n4, BLOCK)
-    _raise(s5, a5, n5, BLOCK)
-    _raise(s6, a6, n6, BLOCK)
-    _raise(s7, a7, n7, BLOCK)
+    pair, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    if pair == 0:
+        _raise(s0, a0, n0, part, PARTS, BLOCK)
+    if pair == 1:
+        _raise(s1, a1, n1, part, PARTS, BLOCK)
+    if pair == 2:
+        _raise(s2, a2, n2, part, PARTS, BLOCK)
+    if pair == 3:
+        _raise(s3, a3, n3, part, PARTS, BLOCK)
+    if pair == 4:
+        _raise(s4, a4, n4, part, PARTS, BLOCK)
+    if pair == 5:
+        _raise(s5, a5, n5, part, PARTS, BLOCK)
+    if pair == 6:
+        _raise(s6, a6, n6, part, PARTS, BLOCK)
+    if pair == 7:
+        _raise(s7, a7, n7, part, PARTS, BLOCK)
 
 
 def raise_to(seen: Sequence[Tensor], amaxes: Sequence[Tensor]) -> None:
@@ -163,6 +171,6 @@ def _raise_some(*tensors: Tensor) -> None:
     numbers = [16 * number + 2 for number in counts]
     with on_device_of(tensors[0]):
         launch(
-            raise_kernel, (1,), *(each for side in both for each in side), *numbers,
-            BLOCK=RAISED, num_warps=4,
+            raise_kernel, (PAIRS * PARTS,), *(each for side in both for each in side), *numbers,
+            PARTS=PARTS, BLOCK=RAISED, num_warps=4,
         )  # fmt: skip

@@ -18,7 +18,7 @@ def test_bits(
     check_update(updating, length, margin, algorithm, names, is_reduced, device)
 
 
-@pytest.mark.parametrize("count", [1, 5, 1024, 2500])
+@pytest.mark.parametrize("count", [1, 5, 1024, 2500, 20000])
 def test_amaxes_in_parts(count: int, device: str) -> None:
     """The largest counts, or a NaN wherever it is; one that is alone may stand beside them."""
     held = torch.tensor([-1.0, -1.0, 5.0], device=device)
