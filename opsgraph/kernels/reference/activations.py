@@ -47,8 +47,9 @@ def _sigmoid_slope(x: Tensor) -> Tensor:
 
 
 def _tanh_slope(x: Tensor) -> Tensor:
-    """1 - tanh(x)^2, which would cancel, for tanh(x) = 2 * sigmoid(2x) - 1."""
-    return 4 * _sigmoid_slope(2 * x)
+    """1 - tanh(x)^2; where that would cancel, by tanh(x) = 2 * sigmoid(2x) - 1."""
+    t = torch.tanh(x)
+    return torch.where(x.abs() < 0.75, 1 - t * t, 4 * _sigmoid_slope(2 * x))
 
 
 def _srelu_gradient(dy: Tensor, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Exponentials, and what is made of them, to the last digits of fp32: for tensors in fp32.
 
-16-bit results have fewer digits and less time: theirs are of `ptx`. The chip takes a power of two
-and a reciprocal in one instruction each, which is approximate; of both there are as many here as
-there. Sums and products after them put back what is lost, by steps of T. J. Dekker (Numerische
+16-bit results have fewer digits and less time: theirs are of `ptx`. The chip has approximate
+instructions for a power of two, a reciprocal and the reciprocal of a root. Here a polynomial takes
+the place of the first: Hopper starts eight multiply-adds in the time of one such instruction. Sums
+and products after the others put back what is lost, by steps of T. J. Dekker (Numerische
 Mathematik 18, 1971) and of Newton. Multiply-adds are fused where `tl.fma` says so; Triton's
 interpreter rounds them twice.
 """
@@ -10,7 +11,7 @@ interpreter rounds them twice.
 import triton
 import triton.language as tl
 
-from .ptx import power_of_two, reciprocal
+from .ptx import reciprocal
 
 
 @triton.jit
@@ -41,9 +42,22 @@ def power(x, A: tl.constexpr, LIFT: tl.constexpr = 0):
     magic: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it leaves n in the lowest bits
     shifted = tl.fma(x, 1.4426950408889634 * A, magic)
     n = shifted - magic
-    r = tl.fma(n, rest, tl.fma(n, -whole, x))
+    t = tl.fma(n, rest, tl.fma(n, -whole, x)) * A  # up to log(2) / 2
+    p = tl.fma(t, 1.38144998e-3, 8.36874545e-3)
+    p = tl.fma(p, t, 4.16683890e-2)
+    p = tl.fma(p, t, 1.66665203e-1)
+    p = tl.fma(p, t, 4.99999932e-1)
+    p = tl.fma(p, t, 1.0)
     field = (shifted.to(tl.uint32, bitcast=True) << 23) + ((127 + LIFT) << 23)
-    return power_of_two(r * (1.4426950408889634 * A)) * field.to(tl.float32, bitcast=True)
+    return tl.fma(p, t, 1.0) * field.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_root(x):
+    """1 / sqrt(x); 0 of infinity, infinity of 0."""
+    r = tl.rsqrt(x)
+    better = tl.fma(0.5 * r, tl.fma(-x * r, r, 1.0), r)
+    return tl.where((r > 0.0) & (r < float("inf")), better, r)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ def _sigmoid(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
         inner = between(x, -89.0, 86.0)
         e = power(inner, -1.0, -2)
         s, _, _, _ = logistic(e)
-        slope = s * tl.where(inner < 1.0, 1.0 - s, e * s * 4.0)
+        slope = tl.where(inner < 1.0, tl.fma(-s, s, s), s * (e * s * 4.0))
         return outside(x, inner, s, 0.0, 1.0), outside(x, inner, slope, 0.0, 0.0), x < x
     else:
         s = sigmoid(x)

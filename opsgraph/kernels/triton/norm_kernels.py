@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .exponentials import inverse_root
 from .ptx import rounded
 
 STRIDES = ["rows", "x_stride", "other_stride"]
@@ -103,7 +104,7 @@ def normalized(
         value = tl.where(there, value - center, 0.0)
         if mean is not None:
             tl.store(mean + row, center, inside)
-    scale = tl.rsqrt(row_sum(value * value) / WIDTH + EPS)
+    scale = inverse_root(row_sum(value * value) / WIDTH + EPS)
     if rstd is not None:
         tl.store(rstd + row, scale, inside)
     # Offsets of the tile's shape: a smaller tensor's layout would differ, and go through memory.
@@ -177,7 +178,7 @@ def forward_wide_kernel(
         other += row * other_stride * UNIT
     dtype: tl.constexpr = x.dtype.element_ty if total is None else total.dtype.element_ty
     center, variance = _wide_statistics(x, other, WIDTH, CENTER, BLOCK, dtype)
-    scale = tl.rsqrt(variance + EPS)
+    scale = inverse_root(variance + EPS)
     if mean is not None:
         tl.store(mean + row, center)
     if rstd is not None:

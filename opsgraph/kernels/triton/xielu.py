@@ -48,15 +48,6 @@ def _beyond_linear(u, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _beyond_one(u, DTYPE: tl.constexpr):
-    """e^u - 1; in 16 bits what cancels near 0 has no digit of a slope."""
-    if DTYPE == tl.float32:
-        return tl.where(u > -0.5, tl.fma(u * u, _series(u), u), _exponential(u, DTYPE) - 1.0)
-    else:
-        return tl.exp(u) - 1.0
-
-
-@triton.jit
 def _exponential(u, DTYPE: tl.constexpr):
     """e^u of u up to 0."""
     if DTYPE == tl.float32:
@@ -66,15 +57,36 @@ def _exponential(u, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _slope_below(x, rest, BETA: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr):
+    """n * (e^x - 1) + BETA of n = BETA + rest, which is -rest from EPS to 0.
+
+    Far from 0 it is n * e^x - rest: the sum for n is rounded, and 1 times that would not go again.
+    """
+    n, u = BETA + rest, tl.where(x < EPS, x, 0.0)
+    e = _exponential(u, DTYPE)
+    slope = tl.fma(e, n, -rest)
+    if DTYPE == tl.float32:
+        near = tl.fma(tl.fma(u * u, _series(u), u), n, BETA)
+        slope = tl.where(u > -0.5, near, slope)
+    return tl.where(x < EPS, slope, -rest)
+
+
+@triton.jit
 def _term(x, EDGE: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr):
     """What multiplies p above 0, and n elsewhere; EDGE: e^EPS - 1."""
     return tl.where(x > 0.0, x * x, tl.where(x > EPS, EDGE - x, _beyond_linear(x, DTYPE)))
 
 
 @triton.jit
-def _value(x, p, n, BETA: tl.constexpr, EDGE: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr):
-    """No square of x, which may overflow before the value does; from EPS to 0 a line."""
-    line = tl.fma(x, BETA - n, n * EDGE)
+def _value(
+    x, p, rest, BETA: tl.constexpr, EDGE: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """No square of x, which may overflow before the value does; from EPS to 0 a line.
+
+    rest: n - BETA, which a difference would round.
+    """
+    n = BETA + rest
+    line = tl.fma(x, -rest, n * EDGE)
     below = tl.where(x > EPS, line, tl.fma(_beyond_linear(x, DTYPE), n, BETA * x))
     return tl.where(x > 0.0, x * tl.fma(x, p, BETA), below)
 
@@ -90,8 +102,7 @@ def xielu_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     mask = (row < rows) & (cols < WIDTH)
     value = tl.load(x + row * x_stride * UNIT + cols, mask, other=0.0).to(tl.float32)
-    p, n = _softplus(alpha_p), BETA + _softplus(alpha_n)
-    out = _value(value, p, n, BETA, EDGE, EPS, x.dtype.element_ty)
+    out = _value(value, _softplus(alpha_p), _softplus(alpha_n), BETA, EDGE, EPS, x.dtype.element_ty)
     tl.store(y + row * WIDTH + cols, out.to(y.dtype.element_ty), mask)
 
 
@@ -122,7 +133,7 @@ def xielu_backward_kernel(
     """A block of columns over a share of the rows; a row of two sums for each program."""
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    p, n = _softplus(alpha_p), BETA + _softplus(alpha_n)
+    p, rest = _softplus(alpha_p), _softplus(alpha_n)
     above = tl.zeros([ROWS, BLOCK], tl.float32)
     below = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in tl.range(
@@ -133,9 +144,8 @@ def xielu_backward_kernel(
         grad = tl.load(dy + row * dy_stride * UNIT + cols, mask, other=0.0).to(tl.float32)
         value = tl.load(x + row * x_stride * UNIT + cols, mask, other=0.0).to(tl.float32)
         if dx is not None:
-            inner = tl.where(value < EPS, value, 0.0)
-            under = tl.where(value < EPS, _beyond_one(inner, x.dtype.element_ty), -1.0)
-            slope = tl.where(value > 0.0, tl.fma(value, 2.0 * p, BETA), tl.fma(under, n, BETA))
+            below_zero = _slope_below(value, rest, BETA, EPS, x.dtype.element_ty)
+            slope = tl.where(value > 0.0, tl.fma(value, 2.0 * p, BETA), below_zero)
             tl.store(dx + row * WIDTH + cols, (grad * slope).to(dx.dtype.element_ty), mask)
         if partials is not None:
             term = grad * _term(value, EDGE, EPS, x.dtype.element_ty)
