@@ -110,6 +110,7 @@ def name(case: Case) -> str:
     return "-".join(str(part).removeprefix("torch.") for part in case)
 
 
+@pytest.mark.sampled(48)
 @pytest.mark.parametrize("case", covering_cases(), ids=name)
 def test_forward_and_backward(case: Case, device: str) -> None:
     total = case.width * 2 if case.kind in GATED else case.width

@@ -122,6 +122,7 @@ def check_backward(case: Case, y: Tensor, pre: Tensor, device: str) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("case", covering_cases(), ids=name)
 def test_forward_and_backward(case: Case, device: str) -> None:
     check_backward(case, *check_forward(case, device), device)

@@ -112,6 +112,7 @@ def double(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().cpu().double().requires_grad_()
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("case", covering_cases(), ids=name)
 def test_forward_and_backward(case: Case, device: str) -> None:
     given = make(case, device)

@@ -50,6 +50,7 @@ def special(rows: int, width: int, dtype: torch.dtype, device: str) -> Tensor:
     return x.to(dtype)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("to", TARGETS, ids=str)
 @pytest.mark.parametrize(
     ("rows", "width", "dtype"), [(80, 96, torch.bfloat16), *((33, 70, dtype) for dtype in DTYPES)]
@@ -125,6 +126,7 @@ def test_activations(dtype: torch.dtype, kind: str, to: NVFP4, device: str) -> N
     check(lambda: activation_quantize(x, kind, to, want=BOTH), y, to, BOTH)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "dtype", "width"),
     [("gelu", torch.bfloat16, 70), ("swiglu", torch.bfloat16, 80), ("geglu", torch.float32, 16)],

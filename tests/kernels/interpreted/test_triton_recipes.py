@@ -45,6 +45,7 @@ def results(module: og.Sequential, recipe: r.Recipe, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, leaves, y.detach().flip(0)), *module.buffers()]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("norm", "name"), [*((RMSNorm, name) for name in RECIPES), (LayerNorm, "mx")]
 )
