@@ -17,6 +17,7 @@ from ... import ops
 from ...base import config
 from ...base.errors import OpError, OpsgraphError, PlanError
 from ...features.examples import Plans
+from ...kernels.triton import interpreting
 from ...layernorm_mlp import LayerNormMLP
 from ...op import Op
 from ...precision.autocast import autocast
@@ -112,6 +113,8 @@ class Edges(Backwards):
             raise Impossible
         if huge and (isinstance(op, ops.BasicLinear) or recipe is not None):
             raise Impossible  # a sum that overflows is one
+        if huge and isinstance(op, ops.LayerNorm) and (self.device == "cuda" or interpreting()):
+            raise Impossible  # Triton's kernel may give NaN; see docs/reliability.md
         return op
 
     def misfit(self, name: str, more: int) -> None:
