@@ -105,6 +105,7 @@ class Backwards(States):
         moving = [(y, dy.to(y.dtype)) for y, dy in pairs if y.requires_grad]
         ys, dys = zip(*moving, strict=True)
         given = [dy.clone() for dy in dys]
+        before = waiting.module.queued_backward_dw()  # also those of a module with the same layers
         times = 2 if twice else 1
         with self._apart(waiting) as gradients:
             try:
@@ -123,8 +124,7 @@ class Backwards(States):
         if waiting.late:
             if any(gradients[n] is not None for n in waiting.late if waiting.sure(n)):
                 raise Wrong("a delayed gradient arrived before backward_dw")
-            before = [other for other in self.delayed if other.module is waiting.module]
-            queued = waiting.module.queued_backward_dw() - len(before)
+            queued = waiting.module.queued_backward_dw() - before
             if queued != (times if wanted else 0):
                 raise Wrong(f"{queued} backwards wait for backward_dw, expected {times}")
         if wanted:

@@ -113,6 +113,8 @@ class Edges(Backwards):
             raise Impossible
         if huge and (isinstance(op, ops.BasicLinear) or recipe is not None):
             raise Impossible  # a sum that overflows is one
+        if huge and self.dtype == torch.float64:
+            raise Impossible  # formulas in fp64 overflow as well
         if huge and isinstance(op, ops.LayerNorm) and (self.device == "cuda" or interpreting()):
             raise Impossible  # Triton's kernel may give NaN; see docs/reliability.md
         return op
