@@ -71,10 +71,10 @@ def _gelu_erf(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
     """x * Phi(x), Phi the normal distribution function"""
     if DTYPE == tl.float32:
         inner = between(x, -13.2665, 13.2665)  # where e^(-x^2 / 2) counts as 0
-        phi, e = _normal(inner)
+        phi, e, q, square = _normal(inner)
         slope = phi + inner * 0.3989422804014327 * e
-        value = outside(x, inner, inner * phi, 0.0, x)
-        return value, outside(x, inner, slope, 0.0, 1.0), x < x
+        value = tl.where(tl.abs(x) < 1.0, tl.fma(square, q, 0.5 * x), inner * phi)
+        return outside(x, inner, value, 0.0, x), outside(x, inner, slope, 0.0, 1.0), x < x
     else:
         phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
@@ -83,9 +83,9 @@ def _gelu_erf(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _normal(x):
-    """Phi(x) and e^(-x^2 / 2), x from -13.2665 to 13.2665, where 1 + erf would cancel.
+    """Phi(x), e^(-x^2 / 2), (Phi(x) - 0.5) / x up to 1, and x^2, x from -13.2665 to 13.2665.
 
-    By `GeluErf` of `cpu/source/activations.h`, whose polynomials these are.
+    1 + erf would cancel. By `GeluErf` of `cpu/source/activations.h`, whose polynomials these are.
     """
     size, square = tl.abs(x), x * x
     d = tl.fma(size, 0.35, 1.0)
@@ -107,7 +107,8 @@ def _normal(x):
     q = tl.fma(q, square, -6.649035960e-2)
     q = tl.fma(q, square, 3.989422917e-1)
     tail = p * t * e
-    return tl.where(size < 1.0, tl.fma(x, q, 0.5), tl.where(x < 0.0, tail, 1.0 - tail)), e
+    phi = tl.where(size < 1.0, tl.fma(x, q, 0.5), tl.where(x < 0.0, tail, 1.0 - tail))
+    return phi, e, q, square
 
 
 @triton.jit

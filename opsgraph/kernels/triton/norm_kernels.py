@@ -101,6 +101,8 @@ def normalized(
         dtype: tl.constexpr = x.dtype.element_ty if total is None else total.dtype.element_ty
         first = load_first(x, other, row, x_stride, other_stride, inside, dtype)
         center = first + row_sum(tl.where(there, value - first, 0.0)) / WIDTH
+        if dtype == tl.float32:  # whose differences from the first value were rounded
+            center += row_sum(tl.where(there, value - center, 0.0)) / WIDTH
         value = tl.where(there, value - center, 0.0)
         if mean is not None:
             tl.store(mean + row, center, inside)
@@ -252,10 +254,12 @@ def backward_kernel(
             grad, value, center, scale = _load_rows(
                 dy, x, mean, rstd, dy_stride, x_stride, tile, rows, cols, there, ROWS
             )
-        m, xc = grad.to(tl.float32), value.to(tl.float32) - center
+        # Beside the columns 0 - center may be so large that its multiple is infinite.
+        n = tl.where(there, (value.to(tl.float32) - center) * scale, 0.0)
+        m = grad.to(tl.float32)
         # Before dx, so that `m = dy` can turn into `dy * weight` in place: fewer registers.
         if dweight is not None:
-            dweight_sum += m * rounded(xc * scale, NORMALIZED)
+            dweight_sum += m * rounded(n, NORMALIZED)
         if dbias is not None:
             dbias_sum += m
         if dx is not None:
@@ -263,15 +267,15 @@ def backward_kernel(
                 m *= held
             elif weight is not None:
                 m *= _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
-            dot, plain = _dots(m, xc, mean is not None)
+            dot, plain = _dots(m, n, mean is not None)
             if AGAIN:
                 # Two sums, x and dy of the widest rows do not fit in registers together. These
                 # loads hit the cache; the other eviction policy keeps them from being merged.
-                xc = _load_again(x, row * x_stride + cols, mask) - center
+                n = (_load_again(x, row * x_stride + cols, mask) - center) * scale
                 m = _load_again(dy, row * dy_stride + cols, mask)
                 if weight is not None:
                     m *= _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
-            out = scale * (m - scale * (scale * dot / WIDTH) * xc)  # rstd^3 may be 0
+            out = scale * (m - dot / WIDTH * n)
             if mean is not None:
                 out -= scale * (plain / WIDTH)
             if dother is not None:
@@ -305,9 +309,10 @@ def backward_wide_dots_kernel(
         grad = _load(dy, row * dy_stride * UNIT + cols, mask)
         if weight is not None:
             grad *= _load_weight(weight, cols, mask, ZERO_CENTERED)
-        dot += grad * (_load(x, row * x_stride * UNIT + cols, mask) - center)
+        n = (_load(x, row * x_stride * UNIT + cols, mask) - center) * scale
+        dot += grad * tl.where(mask, n, 0.0)
         plain += grad
-    tl.store(dots + row * 2, -scale * (scale * tl.sum(dot, 0) / WIDTH))
+    tl.store(dots + row * 2, -tl.sum(dot, 0) / WIDTH)
     if mean is not None:
         tl.store(dots + row * 2 + 1, -scale * tl.sum(plain, 0) / WIDTH)
 
@@ -331,8 +336,9 @@ def backward_wide_kernel(
         scale = _load(rstd, row, inside)
         if mean is not None:
             value -= _load(mean, row, inside)
+        value *= scale
         if dweight is not None:
-            dweight_sum += grad * rounded(value * scale, NORMALIZED)
+            dweight_sum += grad * rounded(value, NORMALIZED)
         if dbias is not None:
             dbias_sum += grad
         if dx is not None:

@@ -1,11 +1,11 @@
 """RMSNorm and LayerNorm, forward and backward, with the residual add on either side.
 
-One kernel serves both norms: with `xc = x - mean` (or `x` for RMSNorm), `m = dy * weight` and
-`rstd = rsqrt(mean(xc^2) + eps)`,
+One kernel serves both norms: with `xc = x - mean` (or `x` for RMSNorm), `m = dy * weight`,
+`rstd = rsqrt(mean(xc^2) + eps)` and `n = xc * rstd`,
 
-    y  = xc * rstd * weight + bias
-    dx = rstd * (m + b * xc) + a,   b = -rstd^2 * mean(m * xc),   a = -rstd * mean(m) or 0
-    dweight = sum(dy * xc * rstd),   dbias = sum(dy)
+    y  = n * weight + bias
+    dx = rstd * (m + b * n) + a,   b = -mean(m * n),   a = -rstd * mean(m) or 0
+    dweight = sum(dy * n),   dbias = sum(dy)
 
 Rows of up to `NARROW` columns (forward) or `NARROW` bytes (backward) are held in registers, each
 read once. Wider ones are read twice, in column blocks, so that no width spills or raises. Row
