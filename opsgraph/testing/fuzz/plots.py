@@ -132,7 +132,8 @@ class Plot:
         elif chance() < 0.005:
             kinds = one(("plain", "scale", "l2")), "plain"
             sources = [self.draft.of_same_width(kind, self.width, 0) for kind in kinds]
-            built = Step("build", (self.width, *sources), {"times": one((300, 1200))})
+            times = (30, 100) if device == "interpreter" else (300, 1200)  # minutes there
+            built = Step("build", (self.width, *sources), {"times": one(times)})
             length = 6
         else:
             sources = self.draft.sequence(self.width, count, depth=2)
