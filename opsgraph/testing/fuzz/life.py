@@ -1,7 +1,7 @@
 """One module, what may happen to it, and the check of what it computes after each step."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -134,12 +134,25 @@ class Life(Layers):
             twice, late = backward == "twice", backward == "late"
             elsewhere(thread, lambda: self._backward(waiting, twice, late))
 
-    def aside(self, width: int, *sources: str, **options: Any) -> None:
-        """Make another module of a few ops, with this one's dtype and options, and call it once."""
+    def aside(
+        self,
+        width: int,
+        *sources: str,
+        between: Sequence[tuple[str, tuple[Any, ...]]] = (),
+        **options: Any,
+    ) -> None:
+        """Make another module of a few ops, with this one's dtype and options, and call it.
+
+        between: methods and their arguments, each of which comes before a call like the first.
+        """
         name = str(self.dtype).removeprefix("torch.")
         other = type(self)(name, self.seed, self.device, **self.options)
         other.build(width, *sources)
         other.call(**options)
+        for method, args in between:
+            with suppress(Impossible):
+                getattr(other, method)(*args)
+            other.call(**options)
 
     # -- how --
 

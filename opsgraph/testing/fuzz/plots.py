@@ -264,7 +264,26 @@ class Plot:
         options = self.call().kwargs
         options = {name: options[name] for name in ("autocast", "wide", "mode") if name in options}
         options |= {"lead": one(LEADS), "layout": one((*LAYOUTS[1:], "sliced", "padded", "padded"))}
+        if one((True, False)):
+            changes = (self.change(len(sources)) for _ in range(one((1, 2, 3))))
+            options["between"] = tuple((step.method, step.args) for step in changes)
         return Step("aside", (width, *sources), options | {"seed": self.random.randrange(1000)})
+
+    def change(self, count: int) -> Step:
+        """A change between two calls that are alike."""
+        one, seed, name = self.random.choice, self.random.randrange(1000), self.parameter(count)
+        index = self.random.randrange(count)
+        choices: tuple[Callable[[], Step], ...] = (
+            lambda: Step("train", (one((True, False)),), {}),
+            lambda: Step("bias", (index, seed, one((True, False))), {}),
+            lambda: Step("freeze", (name, one((True, False))), {}),
+            lambda: Step("replace", (name, seed), {}),
+            lambda: Step("change", (name, seed), {}),
+            lambda: Step("tie_like", (name, seed), {}),
+            lambda: Step("insert", (index, self.same_width()), {}),
+            lambda: self.attribute(index),
+        )
+        return one(choices)()
 
     def alone(self, index: int, recipe: str, seed: int) -> Step:
         """Call an op by itself, with a number at the edge."""
