@@ -165,6 +165,10 @@ SLIPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str]] = {
     ),
     "views": (("opsgraph.testing.fuzz.life.Life._run", lambda self, inputs, *_: 2 * inputs[:1]),
               ("insert(0, 'Tee()')", "call()"), "no view of it"),
+    "between": (
+        ("opsgraph.features.known._training", lambda module: True),
+        ("aside(8, 'Dropout(0.5)', 'Linear(8, 8)', between=[('train', [False])])",), "off by",
+    ),
     "limits": ((formulas.FORMULAS, ops.ReLU, lambda op, x, get: x.clamp(-1, 1)),
                ("alone(3, 'inf')",), "output: got a number that is not finite"),
 }  # fmt: skip

@@ -39,10 +39,7 @@ class Layers(Twins):
         if self.dtype not in (torch.float32, torch.bfloat16):
             raise Impossible
         rows, width, out = sizes
-        layer = Sequential(
-            ops.Linear(width, out, bias=False), device=self.device, dtype=self.dtype,
-            backends=self.options.get("backends"),
-        )  # fmt: skip
+        layer: Any = self._linear(width, out)
         with torch.no_grad():
             layer[0].weight.copy_(self._random((out, width), seed))
         expected = Products(KINDS[kind])
@@ -78,6 +75,11 @@ class Layers(Twins):
 
     # -- how --
 
+    def _linear(self, width: int, out: int) -> Sequential:
+        linear = ops.Linear(width, out, bias=False)
+        backends = self.options.get("backends")
+        return Sequential(linear, device=self.device, dtype=self.dtype, backends=backends)
+
     def _moved(self, layer: Any, how: str) -> Any:
         """A copy, which goes on with the same scales."""
         if how == "copied":
@@ -87,11 +89,7 @@ class Layers(Twins):
         buffer.seek(0)
         if how == "pickled":
             return torch.load(buffer, weights_only=False)
-        linear = layer[0]
-        other = Sequential(
-            ops.Linear(linear.in_features, linear.out_features, bias=False),
-            device=self.device, dtype=self.dtype, backends=self.options.get("backends"),
-        )  # fmt: skip
+        other = self._linear(layer[0].in_features, layer[0].out_features)
         other.load_state_dict(torch.load(buffer))
         return other
 
@@ -137,9 +135,7 @@ class Layers(Twins):
                 return inside(x)
         with autocast(recipe=recipe):
             if how == "nested":
-                with autocast(
-                    recipe=KINDS["mx" if recipe != KINDS["mx"].recipe else "rows"].recipe
-                ):
+                with autocast(recipe=OTHER):
                     pass
             if how == "saved":
                 return checkpoint(layer, x, use_reentrant=False, context_fn=checkpoint_contexts)

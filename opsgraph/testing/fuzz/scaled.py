@@ -15,8 +15,8 @@ from ...precision.recipe import Format
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 CLOSE = 0.01
-"""How far off a row may be, of its norm: for bf16 has 8 bits. FP8 itself is off by several times
-that."""
+"""How far off a row may be, of its norm: several times what bf16 rounds, and a part of what FP8
+does."""
 
 
 class Kind(NamedTuple):
