@@ -189,15 +189,20 @@ class Changes:
         owner, leaf, old = self._parameter(name)
         setattr(owner, leaf, nn.Parameter(self._values(old.shape, seed), old.requires_grad))
 
-    def bias(self, index: int, seed: int, there: bool) -> None:
-        """Give a Linear a bias that had none, or take it away."""
+    def bias(self, index: int, seed: int, there: bool, past: bool = False) -> None:
+        """Give a Linear a bias that had none, or take it away.
+
+        past: its `__setattr__`, as libraries do that put parameters in the place of others.
+        """
         op = self._at(index)
         if type(op) is not ops.Linear:
             raise Impossible
         self._changed()
-        op.register_parameter(
-            "bias", nn.Parameter(self._values((op.out_features,), seed)) if there else None
-        )
+        value = nn.Parameter(self._values((op.out_features,), seed)) if there else None
+        if past:
+            op._parameters["bias"] = value
+        else:
+            op.register_parameter("bias", value)
 
     def assign_data(self, name: str, seed: int) -> None:
         """Set `.data` of a parameter."""

@@ -190,20 +190,28 @@ class Edges(Backwards):
     def inspect(self) -> None:
         """Print the plan of a call in training.
 
-        No matrix product runs again in the backward, but where checkpoint=True asks for it.
+        No matrix product runs again in the backward, but where checkpoint=True asks for it, and no
+        gradient is made for a parameter that is frozen.
         """
         x = self._random((4, self.width), 0)
         try:
             found = self.module.plan(x=x)
         except OpsgraphError:
             raise Impossible from None  # ops that do not fit, or none
-        asked = getattr(self.module, "checkpoint", False)
-        for plan in found if isinstance(found, Plans) else (found,):
+        asked, made = getattr(self.module, "checkpoint", False), 0
+        plans = found if isinstance(found, Plans) else (found,)
+        for plan in plans:
             if not str(plan).startswith(("forward", "prepare")):
                 raise Wrong(f"a plan begins with {str(plan)[:40]!r}")
-            again = [i for step in plan.backward for ops in step.again.values() for i in ops]
+            again = [i for step in plan.backward for held in step.again.values() for i in held]
             if not asked and any(plan.kinds[i].endswith("Linear") for i in again):
                 raise Wrong("a matrix product runs again in the backward")
+            results = plan.backward_source.rpartition("return (")[2].rstrip(",)\n").split(", ")
+            made += sum(name != "None" for name in results)
+        trained = sum(self._owned(p) for p in self.module.parameters() if p.requires_grad)
+        inputs = sum(isinstance(module, ops.Add) for module in self.module.modules())
+        if made > trained + inputs + len(plans):
+            raise Wrong(f"{made} gradients are made, of {trained} parameters and {inputs} sums")
 
     def verify(self, on: bool) -> None:
         """Set OPSGRAPH_CHECK, which compares every fused step with the reference ops."""

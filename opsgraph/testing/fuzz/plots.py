@@ -275,12 +275,13 @@ class Plot:
         index = self.random.randrange(count)
         choices: tuple[Callable[[], Step], ...] = (
             lambda: Step("train", (one((True, False)),), {}),
-            lambda: Step("bias", (index, seed, one((True, False))), {}),
+            lambda: Step("bias", (index, seed, one((True, False)), one((True, False))), {}),
             lambda: Step("freeze", (name, one((True, False))), {}),
             lambda: Step("replace", (name, seed), {}),
             lambda: Step("change", (name, seed), {}),
             lambda: Step("tie_like", (name, seed), {}),
             lambda: Step("insert", (index, self.same_width()), {}),
+            lambda: Step("inspect", (), {}),
             lambda: self.attribute(index),
         )
         return one(choices)()
