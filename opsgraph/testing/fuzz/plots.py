@@ -235,7 +235,8 @@ class Plot:
         if way == "layer":
             sizes = one(ROWS), one(FEATURES), one(FEATURES)
             calls = [one(LAYER_CALLS) for _ in range(one((1, 3, 5)))]
-            return [Step("layer", (one([*KINDS]), sizes, *calls), {"seed": seed})]
+            kind = one((*KINDS, *["delayed"] * 6))  # which remembers the most
+            return [Step("layer", (kind, sizes, *calls), {"seed": seed})]
         if way == "fuse":
             mode = Step("train", (one((True, False)),), {})
             return [Step("fuse", (one([*FUSERS]),), {}), mode, self.call(), self.call()]
