@@ -32,9 +32,10 @@ class Layers(Twins):
 
         kind: of `KINDS`. sizes: rows, in and out features. calls: "plain"; "again", on larger
         values; "no grad"; "copied", "loaded" and "pickled", by what the layer has become; "saved",
-        in a checkpoint whose backward comes after another call; "bare", in one without
-        `checkpoint_contexts` that enters the recipe inside; "nested", after another recipe's
-        context has ended inside of this one's; "thread", in another thread, where no recipe is.
+        in a checkpoint, under another planner, whose backward comes after another call; "bare", in
+        one without `checkpoint_contexts` that enters the recipe inside; "nested", after another
+        recipe's context has ended inside of this one's; "thread", in another thread, where no
+        recipe is.
         """
         if self.dtype not in (torch.float32, torch.bfloat16):
             raise Impossible
@@ -138,6 +139,7 @@ class Layers(Twins):
                 with autocast(recipe=OTHER):
                     pass
             if how == "saved":
+                layer.planner = "optimal" if layer.planner == "greedy" else "greedy"
                 return checkpoint(layer, x, use_reentrant=False, context_fn=checkpoint_contexts)
             return layer(x)
 
