@@ -155,8 +155,8 @@ _TESTS = "kernels/interpreted"
 TRITON: tuple[Fault, ...] = (
     fault(
         "triton-norm-variance", "The variance of a row is divided by one column fewer.",
-        _NORMS, "scale = tl.rsqrt(row_sum(value * value) / WIDTH + EPS)",
-        "scale = tl.rsqrt(row_sum(value * value) / (WIDTH - 1 + (WIDTH == 1)) + EPS)",
+        _NORMS, "scale = inverse_root(row_sum(value * value) / WIDTH + EPS)",
+        "scale = inverse_root(row_sum(value * value) / (WIDTH - 1 + (WIDTH == 1)) + EPS)",
         f"{_TESTS}/test_triton_norms.py",
     ),
     fault(

@@ -105,13 +105,14 @@ SCALES: tuple[Fault, ...] = (
         "precision/test_recomputed.py", "fuzz/test_fuzz_lives.py",
     ),
     fault(
-        "loaded-scales", "Loaded scales are not read until the next update.",
+        "loaded-scales", "Scales start anew once they are loaded.",
         "precision/delayed.py",
         "                    self._buffers[name] = "
         "value.clone(memory_format=torch.contiguous_format)\n"
         "        self.fix()\n",
         "                    self._buffers[name] = "
-        "value.clone(memory_format=torch.contiguous_format)\n",
+        "value.clone(memory_format=torch.contiguous_format)\n"
+        "        self.reset_parameters()\n",
         *DELAYED,
     ),
     fault(
