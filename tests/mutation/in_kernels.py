@@ -165,8 +165,8 @@ TRITON: tuple[Fault, ...] = (
         f"{_TESTS}/test_triton_norms.py",
     ),
     fault(
-        "triton-norm-dx", "The input gradient of a norm lacks a factor of rstd squared.",
-        _NORMS, "m - scale * (scale * dot / WIDTH) * xc", "m - (dot / WIDTH) * xc",
+        "triton-norm-dx", "The input gradient of a norm lacks the factor of what is normalized.",
+        _NORMS, "out = scale * (m - dot / WIDTH * n)", "out = scale * (m - dot / WIDTH)",
         f"{_TESTS}/test_triton_norms.py",
     ),
     fault(
