@@ -342,6 +342,7 @@ class Plot:
             options["first"] = chance() < 0.5
         elif chance() < 0.0005:
             options["compiled"] = one(("eager", "aot_eager"))
+            options["thread"] = False  # where it ends, PyTorch 2.11 cannot compile a second time
             if "checkpointed" in options:  # PyTorch's own modules fail there, in some releases
-                options["inplace"] = options["thread"] = False
+                options["inplace"] = False
         return Step("call", (), {k: v for k, v in options.items() if v != _DEFAULTS[k]})
