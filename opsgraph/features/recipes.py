@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
+from operator import attrgetter, itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,7 +25,7 @@ from ..guards.torch_private import graph_task, saved_hooks
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..precision.autocast import active
-from ..precision.delayed import BACKWARD, FORWARD, Scaling
+from ..precision.delayed import BACKWARD, Scaling
 from ..precision.interned import drop_forgotten
 from ..precision.quantizers import Quantizer
 from ..precision.reading import fixed_of, seen_by, taken_by
@@ -34,6 +35,7 @@ from ..precision.weights import QuantizedTensor
 from .joined import Joined, Layer, joined
 
 Parts = tuple[Tensor, ...]
+_buffers, _backward = attrgetter("_buffers"), itemgetter(BACKWARD)
 
 _kept: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], dict[str, Parts]]] = WeakKeyDictionary()
 """The parts of quantized weights that a first microbatch made, by copy, of the module that has the
@@ -98,6 +100,8 @@ class StageRecipe:
         scales = [k for layer in self.layers for k in layer[1:] if k is not None]
         self.reads = {k: partial(getattr, *slots[k]) for k in scales}
         """What reads the scales among the weights, by their places."""
+        self.reporting: dict[tuple[int, ...], list[Any]] = {}
+        """The states of gradients, by what plans report."""
         self.every = [*self.states.values()]
         self.distinct = [*dict.fromkeys(self.every)]
         self.order = [self.distinct.index(state) for state in self.every]
@@ -120,14 +124,13 @@ class StageRecipe:
                 scales = fixed_of(self.distinct)  # held weights have scales of their own
             # A checkpoint's hooks may make saved tensors again, by passes that are not joined.
             if scales is not None and not saved_hooks():
-                taken_by(self.distinct, grad := torch.is_grad_enabled())
+                grad = torch.is_grad_enabled()
+                seen = taken_by(self.distinct, self.every, grad)
                 for k in self.reads:  # calls of an unknown kind have read them
                     weights[k] = None
                 if len(scales) < len(self.order):
                     scales = [scales[k] for k in self.order]
-                if not grad:
-                    return whole.silent, scales
-                return whole.forward, (*scales, *seen_by(self.every, FORWARD))
+                return (whole.forward, (*scales, *seen)) if grad else (whole.silent, scales)
         for k, read in self.reads.items():
             weights[k] = read() if weights[k] is None else weights[k]
         return plan.passes.forward, self.prepare(plan, weights)
@@ -142,9 +145,14 @@ class StageRecipe:
 
     def backward(self, plan: Plan) -> tuple[Any, Sequence[Tensor]]:
         """What runs the backward after such a forward, and where it notes amaxes."""
-        first = plan.specs.first_weight
-        states: Any = [self.slots[k - first][0] for k in plan.specs.reported]
-        return plan.joined.backward, seen_by(states, BACKWARD)
+        states = self.reporting.get(plan.specs.reported) or self._reporting(plan)
+        return plan.joined.backward, [*map(_backward, map(_buffers, states))]
+
+    def _reporting(self, plan: Plan) -> list[Any]:
+        """The states of the gradients whose amaxes a backward has."""
+        first, reported = plan.specs.first_weight, plan.specs.reported
+        states = self.reporting[reported] = [self.slots[k - first][0] for k in reported]
+        return states
 
     def prepare(self, plan: Plan, weights: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """The parts of the quantized weights, which the plan's forward takes behind the weights."""
@@ -209,8 +217,7 @@ class StageRecipe:
 
     def seen_gradients(self, plan: Plan) -> list[Tensor]:
         """Where to note the amaxes of gradients: in the layers' `amax_backward`."""
-        first = plan.specs.first_weight
-        states: Any = [self.slots[k - first][0] for k in plan.specs.reported]
+        states = self._reporting(plan)
         if torch.compiler.is_compiling():
             return [state.amax_backward for state in states]
         return seen_by(states, BACKWARD)

@@ -20,10 +20,10 @@ from torch import nn
 from ..base.errors import OpsgraphError
 from ..guards.torch_private import graph_task
 from ..guards.validation import flag, shown
-from .delayed import Scaling, scaling_of
+from .delayed import BACKWARD, FORWARD, Scaling, scaling_of
 from .recipe import DelayedScaling, Recipe, recipe_of
 from .tapes import tapes
-from .updates import catch_up, serving, update_backward, update_forward
+from .updates import as_before, catch_up, serving, update_backward, update_forward
 
 
 class Active(threading.local):
@@ -63,8 +63,7 @@ class Active(threading.local):
 class _Open:
     """How often a delayed recipe is entered, and over which group its amaxes are reduced."""
 
-    def __init__(self, group: Any) -> None:
-        self.depth, self.group = 0, group
+    depth, group = 0, None
 
 
 active = Active()
@@ -168,9 +167,10 @@ def _open(recipe: DelayedScaling, group: Any) -> None:
     if context is not None or again:
         serving(recipe)
     if context is None:
-        if not again:
+        if not (again or (group is None and as_before(recipe.key, BACKWARD))):
             update_backward(recipe, group)
-        context = active.delayed[recipe.key] = _Open(group)
+        context = active.delayed[recipe.key] = _Open()
+        context.group = group
     elif context.group is None:
         context.group = group
     context.depth += 1
@@ -184,7 +184,8 @@ def _close(recipe: DelayedScaling) -> None:
     if context.depth == 0:
         del active.delayed[recipe.key]
         if torch.is_grad_enabled() and graph_task() == -1:
-            update_forward(recipe, context.group)
+            if context.group is not None or not as_before(recipe.key, FORWARD):
+                update_forward(recipe, context.group)
     if active.delayed and active.key in active.delayed:  # the innermost again
         serving(recipe_of(active.key))  # type: ignore[arg-type]
 

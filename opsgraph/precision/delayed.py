@@ -86,6 +86,13 @@ class Served(Protocol):
         """What its states depend on."""
 
 
+class Changes:
+    """Counts what an update has to look at in states beside where their buffers are: that there
+    are others, whom they serve, that something came late, whose scales they read."""
+
+    count = 0
+
+
 class Scaling(nn.Module):
     """One weight's delayed scaling; the module's docstring says what becomes of it."""
 
@@ -106,7 +113,7 @@ class Scaling(nn.Module):
             self.register_buffer(FORWARD, torch.empty(2, **place))
             self.register_buffer(BACKWARD, torch.empty(1, **place))
             self.register_buffer("amax_history", torch.empty(length, len(ROLES), **place))
-        self._known, self._again = dict[Any, Any](), dict[Any, Any]()
+        self._known: dict[Any, Any] = {}
         """What updates need of this state and others, see `updates`."""
         self.reset_parameters()
         self.label = ""
@@ -134,6 +141,7 @@ class Scaling(nn.Module):
 
     def fix(self) -> None:
         """Copy the scales to where nothing writes."""
+        Changes.count += 1
         with torch.inference_mode(False), torch.no_grad():
             scale = self.scale
             fixed = Fixed(new_scales(1, scale.device).copy_(scale[None]))
@@ -148,14 +156,14 @@ class Scaling(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         host = self.__dict__ | {"previous": self.previous}
-        for name in ("fixed", "_fixed", "_known", "_again", "_previous"):
+        for name in ("fixed", "_fixed", "_known", "_previous"):
             host.pop(name, None)
         return host
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._previous = self.__dict__.pop("previous", None)
-        self._known, self._again = {}, {}
+        self._known = {}
         self.fix()
 
     def reset_parameters(self, but: Collection[str] = ()) -> None:
@@ -233,6 +241,7 @@ class Scaling(nn.Module):
             if self.recorded or tapes.replaying is not None:
                 return False  # when the forward ran first
             self.late = True
+            Changes.count += 1
         elif not self.recorded and role == "activation":
             self.recorded = True
         return True
@@ -309,6 +318,16 @@ _registered: dict[int, list[weakref.ref[Scaling]]] = {}
 """By a recipe's number its states, in the order in which they came to it."""
 
 
+def _gone(state: weakref.ref[Scaling]) -> None:
+    """A state is: updates let go of what they have of it."""
+    Changes.count += 1
+    ready.clear()
+
+
+ready: dict[tuple[int, str], Any] = {}
+"""By a recipe's number and a buffer of amaxes how `updates` does again what it did."""
+
+
 def child_name(weight: str) -> str:
     """`scaling` for `weight`, `fc1_scaling` for `fc1_weight`."""
     return weight.removesuffix("weight") + "scaling"
@@ -331,8 +350,9 @@ def scaling_of(owner: nn.Module, weight: str, recipe: Served, label: str = "") -
             interned.drop_forgotten(_registered)
         references = _registered.setdefault(recipe.key, [])
         if not any(reference() is state for reference in references):
-            references.append(weakref.ref(state))
+            references.append(weakref.ref(state, _gone))
             state.fresh = True
+            Changes.count += 1
         if Scaling.pinned:
             state.pin()
     return state

@@ -31,6 +31,14 @@ class Fixed:
 
     def rows(self) -> Sequence[Tensor]:
         """The scales by their place, fp32 `[3]`; made when they are first asked for."""
+        rows = self.rows_for_now(True)
+        assert rows is not None
+        return rows
+
+    def rows_for_now(self, anyway: bool = False) -> Sequence[Tensor] | None:
+        """The same; None where they are not for what runs now."""
+        if not (anyway or self.number is None or self.is_for_now()):
+            return None
         if not self._rows:
             self._rows = self.values.unbind(0)
         return self._rows

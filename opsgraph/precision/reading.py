@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..guards.torch_private import graph_task, ops_alone
-from .delayed import Scaling
+from .delayed import FORWARD, Scaling
 from .fixed import version_of
 from .tapes import tapes
 
-_buffers = attrgetter("_buffers")
+_buffers, _forward = attrgetter("_buffers"), itemgetter(FORWARD)
 
 
 def usual() -> bool:
@@ -34,7 +34,8 @@ def fixed_of(states: Iterable[Scaling]) -> list[Tensor] | None:
 
     None where each state has to be asked, see `Scaling.read`.
     """
-    if not _unwatched():
+    # `_unwatched`, in one frame
+    if graph_task() != -1 or tapes.recording or tapes.replaying is not None or not ops_alone():
         return None
     current, found = None, list[Tensor]()
     rows: Sequence[Tensor] = ()
@@ -46,20 +47,26 @@ def fixed_of(states: Iterable[Scaling]) -> list[Tensor] | None:
         if version != (version_of(scale) if version < 0 else scale._version):
             return None
         if fixed is not current:  # one update has made most
-            if not fixed.is_for_now():
+            if (now := fixed.rows_for_now()) is None:
                 return None
-            current, rows = fixed, fixed.rows()
+            current, rows = fixed, now
         found.append(rows[place])
     return found
 
 
-def taken_by(states: Sequence[Scaling], grad: bool) -> None:
-    """Take down that a call has these states' scales. grad: whether it was made with grad."""
+def taken_by(
+    states: Sequence[Scaling], layers: Iterable[Scaling], grad: bool
+) -> Sequence[Tensor]:  # fmt: skip
+    """Take down that a call has these states' scales; returns what amaxes are noted in, by layer.
+
+    layers: the state of each. grad: whether the call was made with grad; without, none is noted.
+    """
     for state in states:
         host = state.__dict__
         if grad:
             host["used"] = host["updates"]
         host["recorded"] = grad
+    return [*map(_forward, map(_buffers, layers))] if grad else ()
 
 
 def seen_by(states: Iterable[Scaling], name: str) -> list[Tensor]:

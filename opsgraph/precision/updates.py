@@ -3,7 +3,7 @@
 `delayed` says when. All states of a recipe are updated at once: on CUDA by one launch of a kernel,
 which finds their buffers by a table of addresses, elsewhere by a few operations for each device and
 not for each layer. What either needs of the states is kept for as long as their buffers stay where
-they are.
+they are. The usual update is that of before, natively (`as_before`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +23,11 @@ from ..guards.launching import Launch
 from ..guards.torch_private import (
     capturing,
     capturing_here,
-    current_device,
     empty_strided,
     ops_alone,
 )
 from ..kernels.reference.quantize import FP8_MAX, delayed_update, new_scales
-from .delayed import BACKWARD, FORWARD, Scaling, states_of
+from .delayed import BACKWARD, FORWARD, Changes, Scaling, ready, states_of
 from .exchange import reduce_flat
 from .fixed import Fixed, followed_ops
 from .recipe import DelayedScaling, Format
@@ -36,7 +35,7 @@ from .recorded import kernels_on
 
 _COLUMNS = {FORWARD: slice(0, 2), BACKWARD: slice(2, 3)}
 _NORMAL: AbstractContextManager[Any] = nullcontext()
-_buffers = attrgetter("_buffers")
+_buffers, _own = attrgetter("_buffers"), itemgetter("_buffers")
 _four = itemgetter("scale", FORWARD, BACKWARD, "amax_history")
 
 
@@ -55,6 +54,7 @@ def update_backward(recipe: DelayedScaling, group: Any) -> None:
 
     Reads then have what `scale` holds, whoever wrote it, as torch.distributed.checkpoint does.
     """
+    changes = Changes.count
     states, late = serving(recipe), False
     for state in states:
         host = state.__dict__  # past the module's look at each attribute
@@ -63,15 +63,14 @@ def update_backward(recipe: DelayedScaling, group: Any) -> None:
             host["fresh"] = host["late"] = False
     if group is not None and recipe.reduce_amax:  # ranks need not have run the same layers
         _update(states, recipe, group, (BACKWARD, FORWARD))
-    elif late or not _as_before(states, recipe, (BACKWARD,)):
-        _update(states, recipe, None, (BACKWARD, FORWARD)[: 1 + late])
+    else:
+        _update(states, recipe, None, (BACKWARD, FORWARD)[: 1 + late], changes)
 
 
 def update_forward(recipe: DelayedScaling, group: Any) -> None:
     """When a recipe's outermost context ends: new scales of activations and weights."""
-    states, group = serving(recipe), group if recipe.reduce_amax else None
-    if group is not None or not _as_before(states, recipe, (FORWARD,)):
-        _update(states, recipe, group, (FORWARD,))
+    changes, group = Changes.count, group if recipe.reduce_amax else None
+    _update(serving(recipe), recipe, group, (FORWARD,), changes)
 
 
 def catch_up(state: Scaling, recipe: DelayedScaling) -> None:
@@ -83,10 +82,12 @@ def catch_up(state: Scaling, recipe: DelayedScaling) -> None:
 
 
 def _update(
-    states: Sequence[Scaling], recipe: DelayedScaling, group: Any, names: Sequence[str]
-) -> None:
+    states: Sequence[Scaling], recipe: DelayedScaling, group: Any, names: Sequence[str],
+    changes: int | None = None,
+) -> None:  # fmt: skip
     """Update the columns that belong to some buffers of amaxes, after one reduction over the group.
 
+    changes: `Changes.count` before the states were looked at; None for some of a recipe's alone.
     Raises OpsgraphError if ranks of the group have other states.
     """
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NORMAL:
@@ -101,32 +102,29 @@ def _update(
             if largest is not None:
                 amaxes = _part(largest, len(states), places, names).to(device)
             with config.lock:  # other threads may run under the recipe
-                _update_on(device, some, recipe, names, amaxes)
+                launch, table = _update_on(device, some, recipe, names, amaxes)
+        if changes is not None and group is None and len(by_device) == len(names) == 1:
+            _keep(states, recipe, names[0], changes, launch, table)
 
 
 def _update_on(
     device: torch.device, states: Sequence[Scaling], recipe: DelayedScaling, names: Sequence[str],
     amaxes: Tensor | None,
-) -> None:  # fmt: skip
-    """Update states on one device. amaxes: all that are named, where they are not the states'."""
+) -> tuple[Launch | None, Any]:  # fmt: skip
+    """Update states on one device; returns the kernel, if it was one, and its table.
+
+    amaxes: all that are named, where they are not the states'.
+    """
     count, forward = len(states), FORWARD in names
     limits = _limits(recipe.fp8_format)
     algorithm = recipe.amax_compute_algo
     known = _known(device, states, isinstance(algorithm, str))
-    values = new_scales(count * (1 + forward), device)
+    values, launch = new_scales(count * (1 + forward), device), None
     if isinstance(known, _Table):
         latest = algorithm == "most_recent"
         given = () if amaxes is None else (amaxes,)
         launch = known.updating(*known[1:], limits, recipe.margin, latest, names, bool(given))
         launch(known.addresses, values, *given)
-        if amaxes is None:
-            layout = tuple(values.shape), values.stride(), values.dtype
-            new, number = partial(empty_strided(device), *layout), device.index
-            again = _Again(launch, known.addresses, new, number, *_memory(states)[1:])
-            kept = states[0].__dict__["_again"]
-            kept[(recipe.key, *names)] = again
-            if len(kept) > _MOST:
-                del kept[next(iter(kept))]
     else:
         scales: list[Any] = [state._buffers["scale"] for state in states]
         if forward:
@@ -136,34 +134,82 @@ def _update_on(
             with torch.no_grad():
                 _by_formulas(known, recipe, name, limits[name == BACKWARD], ours)
         torch._foreach_copy_(list(values[:count].unbind(0)), scales)
-    _hold(states, Fixed(values), forward)
+    _hold([state.__dict__ for state in states], Fixed(values), forward)
+    return launch, known[1]
 
 
-def _hold(states: Sequence[Scaling], fixed: Fixed, forward: bool) -> None:
+def _hold(hosts: Sequence[dict[str, Any]], fixed: Fixed, forward: bool) -> None:
     """Have states read their new scales. forward: whether those of before stand behind them."""
-    count = len(states)
-    for k, state in enumerate(states):
-        host = state.__dict__  # past the module's look at each attribute
+    count, pinned = len(hosts), Scaling.pinned
+    for k, host in enumerate(hosts):
         scale = host["_buffers"]["scale"]
         host["_fixed"] = fixed, k, scale, -1 if scale.is_inference() else scale._version
         if forward:
             host["_previous"] = fixed, count + k
             host["updates"] += 1
-        if Scaling.pinned:
-            state.pin()
+        if pinned:
+            host["fixed"] = fixed.rows()[k]
 
 
-class _Again(NamedTuple):
-    """An update by a kernel of states with buffers at certain addresses."""
+class _Ready(NamedTuple):
+    """An update of all states of a recipe, as it was done before."""
 
-    launch: Launch
+    changes: int
+    """`Changes.count` until then."""
+    hosts: list[dict[str, Any]]
+    """The states' own dicts, past the modules' look at each attribute."""
+    buffers: list[Tensor]
+    addresses: list[int]
+    sizes: list[int]
+    run: Callable[..., bool]
+    """The kernel's native launch, False where it does nothing."""
     table: Tensor
     new: Callable[[], Tensor]
     """Allocates what scales are written to, on the current device."""
-    number: int | None
-    """Of the device; None on a CPU."""
-    addresses: list[int]
-    sizes: list[int]
+    cuda: bool
+
+
+def _keep(
+    states: Sequence[Scaling], recipe: DelayedScaling, name: str, changes: int,
+    launch: Launch | None, table: Any,
+) -> None:  # fmt: skip
+    """Keep what does an update again, if it is a native launch. changes: see `_update`."""
+    run, (buffers, addresses, sizes) = getattr(launch, "native", None), _memory(states)
+    if run is not None and addresses and not any(map(Tensor.is_inference, buffers)):
+        fixed = states[0].__dict__["_fixed"][0].values
+        new = partial(empty_strided(fixed.device), (*fixed.shape,), fixed.stride(), fixed.dtype)
+        hosts, where = [state.__dict__ for state in states], (buffers, addresses, sizes)
+        ready[recipe.key, name] = _Ready(changes, hosts, *where, run, table, new, fixed.is_cuda)
+
+
+def as_before(key: int, name: str) -> bool:
+    """Update the states of a recipe as that was done before; False where something is another."""
+    known: _Ready | None = ready.get((key, name))
+    if known is None or known.changes != Changes.count or not ops_alone():
+        return False
+    _, hosts, buffers, addresses, sizes, run, table, new, cuda = known
+    if (
+        not all(map(is_, chain.from_iterable(map(_four, map(_own, hosts))), buffers))
+        or [*map(Tensor.data_ptr, buffers)] != addresses
+        or [*map(Tensor.numel, buffers[3::4])] != sizes
+        or torch.is_inference_mode_enabled()
+        or (cuda and capturing_here())
+    ):
+        return False
+    with config.lock:  # other threads may run under the recipe
+        if not run(table, values := new()):
+            return False
+        fixed, count, forward = Fixed(values), len(hosts), name == FORWARD
+        for k, host in enumerate(hosts):  # `_hold`, in one frame
+            scale = buffers[4 * k]
+            host["_fixed"] = fixed, k, scale, scale._version
+            if forward:
+                host["_previous"] = fixed, count + k
+                host["updates"] += 1
+        if Scaling.pinned:
+            for host, row in zip(hosts, fixed.rows(), strict=False):
+                host["fixed"] = row
+    return True
 
 
 def _memory(states: Sequence[Scaling]) -> list[list[Any]]:
@@ -175,24 +221,6 @@ def _memory(states: Sequence[Scaling]) -> list[list[Any]]:
     if {*map(type, buffers)} != {Tensor}:
         return [buffers, [], []]
     return [buffers, [*map(Tensor.data_ptr, buffers)], [*map(Tensor.numel, buffers[3::4])]]
-
-
-def _as_before(states: Sequence[Scaling], recipe: DelayedScaling, names: Sequence[str]) -> bool:
-    """Update states by the same kernel on the same memory; returns False where it is another."""
-    if not states:
-        return True
-    again: _Again | None = states[0].__dict__["_again"].get((recipe.key, *names))
-    if again is None or torch.is_inference_mode_enabled() or not ops_alone():
-        return False
-    launch, table, new, number, *where = again
-    if number is not None and (current_device() != number or capturing_here()):
-        return False
-    if _memory(states)[1:] != where:
-        return False
-    with config.lock:  # other threads may run under the recipe
-        launch(table, values := new())
-        _hold(states, Fixed(values), FORWARD in names)
-    return True
 
 
 @cache

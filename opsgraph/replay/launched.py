@@ -29,35 +29,33 @@ ATTEMPTS = 4
 """Calls that are recorded until one launches what was compiled before."""
 
 
-class _Native:
-    """Launches that were recorded, on tensors that begin elsewhere.
+def _native(
+    events: Sequence[Event], tensors: Sequence[Tensor], anywhere: bool
+) -> Callable[..., bool]:  # fmt: skip
+    """What does launches that were recorded, on tensors that begin elsewhere.
 
-    `run(*tensors)` returns False, having done nothing, where these are not as recorded: kernels may
-    be compiled for addresses that are multiples of 16, unless tensors may begin anywhere.
+    It returns False, having done nothing, where these are not as recorded: kernels may be compiled
+    for addresses that are multiples of 16, unless tensors may begin anywhere.
     """
-
-    def __init__(
-        self, events: Sequence[Event], tensors: Sequence[Tensor], anywhere: bool
-    ) -> None:  # fmt: skip
-        device = tensors[0].device
-        every = [(0, event) for event in events]
-        self.program = program(every, lambda place: (place.buffer, place.offset), 0, device)
-        names, given = ([f"{kind}{k}" for k in range(len(tensors))] for kind in "pt")
-        aligned = [n for n, t in zip(names, tensors, strict=True) if t.data_ptr() % ALIGNED == 0]
-        tests = [f"min({', '.join(names)}, {PAGE}) < {PAGE}"]
-        if aligned and not anywhere:
-            tests.append(f"({' | '.join(aligned)}) % {ALIGNED}")
-        stream, namespace = "0", dict[str, Any](replay=replay(device.type), fail=_fail)
-        namespace["start"] = ctypes.addressof(self.program)
-        namespace["pack"] = struct.Struct(f"={len(tensors)}q").pack
-        if device.type == "cuda":
-            stream, namespace["stream"] = (
-                f"stream({device.index})",
-                torch._C._cuda_getCurrentRawStream,
-            )
-            namespace["current"] = torch._C._cuda_getDevice
-            tests.insert(0, f"current() != {device.index}")
-        source = f"""def launched({", ".join(given)}):
+    device = tensors[0].device
+    every = [(0, event) for event in events]
+    words = program(every, lambda place: (place.buffer, place.offset), 0, device)
+    names, given = ([f"{kind}{k}" for k in range(len(tensors))] for kind in "pt")
+    aligned = [n for n, t in zip(names, tensors, strict=True) if t.data_ptr() % ALIGNED == 0]
+    tests = [f"min({', '.join(names)}, {PAGE}) < {PAGE}"]
+    if aligned and not anywhere:
+        tests.append(f"({' | '.join(aligned)}) % {ALIGNED}")
+    stream, namespace = "0", dict[str, Any](replay=replay(device.type), fail=_fail)
+    namespace["words"], namespace["start"] = words, ctypes.addressof(words)
+    namespace["pack"] = struct.Struct(f"={len(tensors)}q").pack
+    if device.type == "cuda":
+        stream, namespace["stream"] = (
+            f"stream({device.index})",
+            torch._C._cuda_getCurrentRawStream,
+        )
+        namespace["current"] = torch._C._cuda_getDevice
+        tests.insert(0, f"current() != {device.index}")
+    source = f"""def launched({", ".join(given)}):
     {", ".join(names)} = {", ".join(f"{name}.data_ptr()" for name in given)}
     if {" or ".join(tests)}:
         return False
@@ -66,7 +64,7 @@ class _Native:
         fail(failed)
     return True
 """
-        self.run: Callable[..., bool] = compiled("launched", source, namespace)
+    return compiled("launched", source, namespace)
 
 
 def _fail(failed: int) -> None:
@@ -80,13 +78,14 @@ class Launch:
         self.function, self.anywhere = function, anywhere
         self.calls = 0
         """How many there were until it is known whether one is native."""
-        self.native: _Native | None = None
+        self.native: Callable[..., bool] | None = None
+        """Does that; returns False, having done nothing, where it cannot."""
 
     def __call__(self, *tensors: Tensor) -> None:
         if watching.recorder is not None:  # which sees the function
             self.function(*tensors)
         elif self.native is not None:
-            if not self.native.run(*tensors):
+            if not self.native(*tensors):
                 self.function(*tensors)
         elif 0 < self.calls <= ATTEMPTS:
             self.calls += 1
@@ -108,7 +107,7 @@ def by(key: Hashable, function: Callable[..., None], anywhere: bool = False) -> 
 
 def _recorded(
     function: Callable[..., None], tensors: Sequence[Tensor], anywhere: bool
-) -> _Native | None:  # fmt: skip
+) -> Callable[..., bool] | None:  # fmt: skip
     """Run it, watched; returns what does the same, or None."""
     if not config.read().replay or why_not(tensors[0].device.type) is not None:
         function(*tensors)
@@ -122,7 +121,7 @@ def _recorded(
     own = local and all(buffer < count for event in events for buffer in used(event))
     if reason is not None or None in placed or recorder.shared or not own:
         return None
-    return _Native(events, tensors, anywhere)
+    return _native(events, tensors, anywhere)
 
 
 launching.by = by

@@ -118,8 +118,8 @@ SCALES: tuple[Fault, ...] = (
     fault(
         "copied-scales", "A copy starts with the scales of a new layer.",
         "precision/delayed.py",
-        "        self._known, self._again = {}, {}\n        self.fix()\n",
-        "        self._known, self._again = {}, {}\n        self.reset_parameters()\n",
+        "        self._known = {}\n        self.fix()\n",
+        "        self._known = {}\n        self.reset_parameters()\n",
         *DELAYED,
     ),
     fault(

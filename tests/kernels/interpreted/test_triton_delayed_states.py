@@ -155,8 +155,6 @@ def test_graphs_take_tables_that_were_there(device: str, monkeypatch: pytest.Mon
     *_, table = states(module)[0]._known.values()  # of both, not of the one that was alone at first
     for capturing in (False, True):
         monkeypatch.setattr(updates, "capturing", lambda device, value=capturing: value)
-        if capturing:  # what is ready to launch is asked of the CUDA device alone
-            monkeypatch.setattr(updates, "_as_before", lambda *given: False)
         launches.clear()
         step(module, recipe, 3.0)
         assert len(launches) == 2

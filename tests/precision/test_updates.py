@@ -1,0 +1,183 @@
+"""The usual update of delayed scales is that of before; what changed in between is looked at."""
+
+import gc
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import opsgraph as og
+from opsgraph.guards.torch_private import PassThrough
+from opsgraph.kernels.cpu import build as library
+from opsgraph.precision import autocast, delayed, updates
+from opsgraph.precision.delayed import Scaling
+
+pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
+
+WIDTH = 32
+
+
+def made() -> og.Sequential:
+    torch.manual_seed(0)
+    return og.Sequential(*[og.ops.Linear(WIDTH, WIDTH) for _ in range(2)])
+
+
+class Life:
+    """A module's steps under a recipe of its own, and what becomes of its scales."""
+
+    def __init__(self, margin: int) -> None:
+        self.recipe = og.recipe.DelayedScaling(amax_history_len=5, margin=margin)
+        self.module: Any = made()
+        self.seen: list[Tensor] = []
+        self.steps = 0
+
+    @property
+    def states(self) -> list[Scaling]:
+        return [m for m in self.module.modules() if isinstance(m, Scaling)]
+
+    def step(self, run: Callable[..., Any] | None = None) -> None:
+        self.steps += 1
+        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(self.steps)) * self.steps
+        x.requires_grad_()
+        with og.autocast(recipe=self.recipe):
+            y = (run or self.module)(x)
+        y.backward(torch.ones_like(y) / self.steps)
+        buffers = [buffer for state in self.states for buffer in state.buffers()]
+        self.seen += [each.detach().clone() for each in (y, x.grad, *buffers) if each is not None]
+
+
+def replaced(life: Life) -> None:
+    life.states[0].scale = life.states[0].scale * 0.5
+
+
+def a_history_that_was_moved(life: Life) -> None:
+    life.states[1].amax_history.data = life.states[1].amax_history.clone()
+
+
+def amaxes_that_were_moved(life: Life) -> None:
+    life.states[1].amax_forward.data = life.states[1].amax_forward.clone()
+
+
+def written(life: Life) -> None:
+    life.states[0].scale.mul_(0.5)
+
+
+def loaded(life: Life) -> None:
+    life.module.load_state_dict({k: v * 2 for k, v in life.module.state_dict().items()})
+
+
+def converted(life: Life) -> None:
+    life.module.double().float()
+
+
+def a_longer_history(life: Life) -> None:
+    life.recipe = og.recipe.DelayedScaling(amax_history_len=9)
+
+
+def another_margin_for_a_step(life: Life) -> None:
+    own, life.recipe = life.recipe, og.recipe.DelayedScaling(amax_history_len=5, margin=3)
+    life.step()
+    life.recipe = own
+
+
+def late(life: Life) -> None:
+    def inside(x: Tensor) -> Any:
+        with og.autocast(recipe=life.recipe):
+            return life.module(x)
+
+    life.step(lambda x: checkpoint(inside, x, use_reentrant=True))
+
+
+def one_more_layer(life: Life) -> None:
+    life.module.append(og.ops.Linear(WIDTH, WIDTH, bias=False))
+    with torch.no_grad():
+        life.module[-1].weight.copy_(torch.eye(WIDTH))
+
+
+def a_layer_of_another_recipe(life: Life) -> None:
+    """Of one with the same terms, so that its scales are not converted."""
+    other = Life(margin=life.recipe.margin)
+    other.recipe = replace(life.recipe, amax_compute_algo="most_recent")
+    other.step()
+    life.module.append(other.module[0])
+
+
+def one_layer_less(life: Life) -> None:
+    del life.module[1]
+    gc.collect()
+
+
+def a_copy(life: Life) -> None:
+    life.module = deepcopy(life.module)
+    gc.collect()
+
+
+EVENTS = (
+    replaced, a_history_that_was_moved, amaxes_that_were_moved, written, loaded, converted,
+    a_longer_history, another_margin_for_a_step, late, one_more_layer,
+    a_layer_of_another_recipe, one_layer_less, a_copy,
+)  # fmt: skip
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each update was that of before."""
+    found: list[bool] = []
+
+    def as_before(*given: Any) -> bool:
+        found.append(updates.as_before(*given))
+        return found[-1]
+
+    monkeypatch.setattr(autocast, "as_before", as_before)
+    return found
+
+
+def lived(event: Callable[[Life], None], margin: int) -> list[Tensor]:
+    life = Life(margin)
+    for _ in range(8):
+        life.step()
+    event(life)
+    for _ in range(4):
+        life.step()
+    return life.seen
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_what_changed_is_looked_at(
+    event: Callable[[Life], None], counted: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = lived(event, margin=1)
+    assert counted.count(True) > 4
+    monkeypatch.setattr(autocast, "as_before", lambda *given: False)
+    for each, other in zip(found, lived(event, margin=1), strict=True):
+        assert torch.equal(each, other)
+
+
+def test_in_inference_mode_and_under_modes_nothing_is_as_before(counted: list[bool]) -> None:
+    life = Life(margin=2)
+    for _ in range(8):
+        life.step()
+    counted.clear()
+    with torch.inference_mode(), og.autocast(recipe=life.recipe):
+        pass
+    with PassThrough(), og.autocast(recipe=life.recipe):
+        pass
+    assert not any(counted)
+    life.step()
+    assert all(counted[-2:])
+
+
+def test_nothing_is_kept_of_states_that_are_gone() -> None:
+    life = Life(margin=4)
+    for _ in range(8):
+        life.step()
+    key = life.recipe.key
+    assert any(number == key for number, _ in delayed.ready)
+    life.module = None
+    gc.collect()
+    assert not any(number == key for number, _ in delayed.ready)
