@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from ..base import config
 from ..base.errors import OpsgraphError
 from ..kernels.reference.quantize import FP32_MAX, new_scales
-from . import interned
+from . import changes, interned
 from .fixed import Fixed, followed_ops, version_of
 from .quantizers import ROLES
 from .tapes import compiled_snapshot, recomputing, snapshot, taken, tapes
@@ -84,13 +84,6 @@ class Served(Protocol):
     @property
     def terms(self) -> Terms:
         """What its states depend on."""
-
-
-class Changes:
-    """Counts what an update has to look at in states beside where their buffers are: that there
-    are others, whom they serve, that something came late, whose scales they read."""
-
-    count = 0
 
 
 class Scaling(nn.Module):
@@ -141,7 +134,7 @@ class Scaling(nn.Module):
 
     def fix(self) -> None:
         """Copy the scales to where nothing writes."""
-        Changes.count += 1
+        changes.states.changes += 1
         with torch.inference_mode(False), torch.no_grad():
             scale = self.scale
             fixed = Fixed(new_scales(1, scale.device).copy_(scale[None]))
@@ -241,7 +234,7 @@ class Scaling(nn.Module):
             if self.recorded or tapes.replaying is not None:
                 return False  # when the forward ran first
             self.late = True
-            Changes.count += 1
+            changes.states.changes += 1
         elif not self.recorded and role == "activation":
             self.recorded = True
         return True
@@ -318,16 +311,6 @@ _registered: dict[int, list[weakref.ref[Scaling]]] = {}
 """By a recipe's number its states, in the order in which they came to it."""
 
 
-def _gone(state: weakref.ref[Scaling]) -> None:
-    """A state is: updates let go of what they have of it."""
-    Changes.count += 1
-    ready.clear()
-
-
-ready: dict[tuple[int, str], Any] = {}
-"""By a recipe's number and a buffer of amaxes how `updates` does again what it did."""
-
-
 def child_name(weight: str) -> str:
     """`scaling` for `weight`, `fc1_scaling` for `fc1_weight`."""
     return weight.removesuffix("weight") + "scaling"
@@ -350,9 +333,9 @@ def scaling_of(owner: nn.Module, weight: str, recipe: Served, label: str = "") -
             interned.drop_forgotten(_registered)
         references = _registered.setdefault(recipe.key, [])
         if not any(reference() is state for reference in references):
-            references.append(weakref.ref(state, _gone))
+            references.append(weakref.ref(state, changes.gone))
             state.fresh = True
-            Changes.count += 1
+            changes.states.changes += 1
         if Scaling.pinned:
             state.pin()
     return state

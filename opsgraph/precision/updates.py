@@ -27,7 +27,9 @@ from ..guards.torch_private import (
     ops_alone,
 )
 from ..kernels.reference.quantize import FP8_MAX, delayed_update, new_scales
-from .delayed import BACKWARD, FORWARD, Changes, Scaling, ready, states_of
+from .changes import ready
+from .changes import states as every_state
+from .delayed import BACKWARD, FORWARD, Scaling, states_of
 from .exchange import reduce_flat
 from .fixed import Fixed, followed_ops
 from .recipe import DelayedScaling, Format
@@ -54,7 +56,7 @@ def update_backward(recipe: DelayedScaling, group: Any) -> None:
 
     Reads then have what `scale` holds, whoever wrote it, as torch.distributed.checkpoint does.
     """
-    changes = Changes.count
+    changes = every_state.changes
     states, late = serving(recipe), False
     for state in states:
         host = state.__dict__  # past the module's look at each attribute
@@ -69,7 +71,7 @@ def update_backward(recipe: DelayedScaling, group: Any) -> None:
 
 def update_forward(recipe: DelayedScaling, group: Any) -> None:
     """When a recipe's outermost context ends: new scales of activations and weights."""
-    changes, group = Changes.count, group if recipe.reduce_amax else None
+    changes, group = every_state.changes, group if recipe.reduce_amax else None
     _update(serving(recipe), recipe, group, (FORWARD,), changes)
 
 
@@ -87,7 +89,7 @@ def _update(
 ) -> None:  # fmt: skip
     """Update the columns that belong to some buffers of amaxes, after one reduction over the group.
 
-    changes: `Changes.count` before the states were looked at; None for some of a recipe's alone.
+    changes: of states, before these were looked at; None for some of a recipe's alone.
     Raises OpsgraphError if ranks of the group have other states.
     """
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NORMAL:
@@ -155,7 +157,7 @@ class _Ready(NamedTuple):
     """An update of all states of a recipe, as it was done before."""
 
     changes: int
-    """`Changes.count` until then."""
+    """Of states, until then."""
     hosts: list[dict[str, Any]]
     """The states' own dicts, past the modules' look at each attribute."""
     buffers: list[Tensor]
@@ -185,7 +187,7 @@ def _keep(
 def as_before(key: int, name: str) -> bool:
     """Update the states of a recipe as that was done before; False where something is another."""
     known: _Ready | None = ready.get((key, name))
-    if known is None or known.changes != Changes.count or not ops_alone():
+    if known is None or known.changes != every_state.changes or not ops_alone():
         return False
     _, hosts, buffers, addresses, sizes, run, table, new, cuda = known
     if (

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import opsgraph as og
 from opsgraph.guards.torch_private import PassThrough
 from opsgraph.kernels.cpu import build as library
-from opsgraph.precision import autocast, delayed, updates
+from opsgraph.precision import autocast, updates
+from opsgraph.precision.changes import ready
 from opsgraph.precision.delayed import Scaling
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
@@ -177,7 +178,7 @@ def test_nothing_is_kept_of_states_that_are_gone() -> None:
     for _ in range(8):
         life.step()
     key = life.recipe.key
-    assert any(number == key for number, _ in delayed.ready)
+    assert any(number == key for number, _ in ready)
     life.module = None
     gc.collect()
-    assert not any(number == key for number, _ in delayed.ready)
+    assert not any(number == key for number, _ in ready)
