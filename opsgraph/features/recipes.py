@@ -145,14 +145,15 @@ class StageRecipe:
 
     def backward(self, plan: Plan) -> tuple[Any, Sequence[Tensor]]:
         """What runs the backward after such a forward, and where it notes amaxes."""
-        states = self.reporting.get(plan.specs.reported) or self._reporting(plan)
+        states = self.reporting.get(reported := plan.specs.reported)
+        if states is None:
+            states = self.reporting[reported] = self._reporting(plan)
         return plan.joined.backward, [*map(_backward, map(_buffers, states))]
 
     def _reporting(self, plan: Plan) -> list[Any]:
         """The states of the gradients whose amaxes a backward has."""
-        first, reported = plan.specs.first_weight, plan.specs.reported
-        states = self.reporting[reported] = [self.slots[k - first][0] for k in reported]
-        return states
+        first = plan.specs.first_weight
+        return [self.slots[k - first][0] for k in plan.specs.reported]
 
     def prepare(self, plan: Plan, weights: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """The parts of the quantized weights, which the plan's forward takes behind the weights."""
