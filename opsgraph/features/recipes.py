@@ -130,7 +130,9 @@ class StageRecipe:
                     weights[k] = None
                 if len(scales) < len(self.order):
                     scales = [scales[k] for k in self.order]
-                return (whole.forward, (*scales, *seen)) if grad else (whole.silent, scales)
+                if not grad:
+                    return whole.silent, scales
+                return whole.forward, (*scales, *seen)
         for k, read in self.reads.items():
             weights[k] = read() if weights[k] is None else weights[k]
         return plan.passes.forward, self.prepare(plan, weights)
