@@ -3,7 +3,8 @@
 A module of a structure that was never planned, whose kernels and products another one has used: its
 ops have other names. Its first training step plans both passes, its second records them. From each
 is taken what a step takes that is neither: that of a module which runs its passes from Python, as
-the first two do as well. A second module of the same structure, under the same recipe, has the plan
+the first two do as well. Its third has the text of the records compiled, and takes that longer than
+a later one. A second module of the same structure, under the same recipe, has the plan
 and the records of the first: what its first step takes beyond the next one is its own stage.
 `benchmarks.overhead` measures all that too.
 
@@ -36,11 +37,12 @@ Step = Callable[[], Any]
 
 
 class First(NamedTuple):
-    """Seconds of a new module's first two steps, of one that runs its passes from Python, of the
+    """Seconds of a new module's first three steps, of one that runs its passes from Python, of the
     first step of a module of equal structure, and of a step of it later."""
 
     first: float
     second: float
+    third: float
     python: float
     equal: float
     replayed: float
@@ -54,6 +56,11 @@ class First(NamedTuple):
     def recording(self) -> float:
         """What the second takes for the records."""
         return self.second - self.python
+
+    @property
+    def text(self) -> float:
+        """What the third takes for the text of the records."""
+        return self.third - self.replayed
 
     @property
     def again(self) -> float:
@@ -100,12 +107,12 @@ def firsts(block: Block, repeats: int, synchronize: Step = lambda: None) -> Iter
             step, peer = new_step(block, weights)
             first, second = (timed(step, synchronize) for _ in range(2))
             usual = statistics.median(timed(python, synchronize) for _ in "123")
-            step()
+            third = timed(step, synchronize)
             other, _ = new_step(block, weights, peer)
             equal = timed(other, synchronize)
             other()
             replayed = statistics.median(timed(other, synchronize) for _ in "123")
-            yield First(first, second, usual, equal, replayed)
+            yield First(first, second, third, usual, equal, replayed)
 
 
 def measured(block: Block, repeats: int, synchronize: Step = lambda: None) -> dict[str, Any]:
@@ -115,6 +122,7 @@ def measured(block: Block, repeats: int, synchronize: Step = lambda: None) -> di
         "planning": [each.planning for each in samples],
         "recording": [each.recording for each in samples],
         "together": [each.planning + each.recording for each in samples],
+        "text": [each.text for each in samples],
         "again": [each.again for each in samples],
         "python": [each.python for each in samples],
     }
@@ -139,7 +147,7 @@ def blocks(
 
 def table(records: Iterable[dict[str, Any]]) -> str:
     """The records for the eye, milliseconds."""
-    names = "planning", "recording", "together", "again"
+    names = "planning", "recording", "together", "text", "again"
     head = "".join(f"{name:>12}" for name in names)
     lines = [f"{'the first calls, ms':<32}{head}{'limit':>8}"]
     for record in records:

@@ -84,6 +84,7 @@ def test_first_calls_are_those_of_modules_that_are_new_and_are_replayed() -> Non
     told = first_call.table([found])
     assert f"{seconds['together']['median'] * 1e3:.2f}" in told
     assert f"{seconds['again']['median'] * 1e3:.2f}" in told
+    assert f"{seconds['text']['median'] * 1e3:.2f}" in told
     slow = found | {"seconds": {"together": {"median": 1.0}}, "recipe": "delayed"}
     fast = found | {"seconds": {"together": {"median": 1e-3}}}
     assert first_call.misses([slow, fast]) == ["first calls DelayedScaling"]

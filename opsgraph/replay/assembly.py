@@ -9,7 +9,8 @@ import torch
 
 from ..kernels.cpu import memory
 from .events import used
-from .record import NOTHING, Build, InPython, Layout, Record, Result, Stretch, View
+from .parts import NOTHING, Build, InPython, Layout, Result, Stretch, View
+from .record import Record
 from .recording import Composite, Geometry, Recording, Step, flat
 
 

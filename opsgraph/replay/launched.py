@@ -19,7 +19,7 @@ from ..guards.launching import launching
 from ..guards.watching import watching
 from .events import Event, Exchange, Wait, used
 from .native import program, replay, why_not
-from .record import ALIGNED, PAGE
+from .parts import ALIGNED, PAGE
 from .recorder import Recorder
 
 MOST = 256

@@ -30,7 +30,8 @@ from .assembly import assembled
 from .expected import operands
 from .interpreter import run_line, run_lines
 from .native import why_not as absent
-from .record import ALIGNED, Record, Stretch
+from .parts import ALIGNED, Stretch
+from .record import Record
 from .recording import Recording, ours
 
 MOST = 64
@@ -171,7 +172,7 @@ class Pass:
         if record is not None:
             native = any(isinstance(part, Stretch) for part in record.parts)
             self.record, self.records[key] = record, record if native else False
-            self.last = record.run_if if native else None
+            self.last = None  # the next call has the record's text compiled
         else:
             self.attempts += 1
             if self.attempts > ATTEMPTS:

@@ -16,7 +16,7 @@ from ..guards.torch_private import same_layouts
 from ..plan.lines import Function, Line
 from .events import Event, Place
 from .interpreter import run_line
-from .record import Constant
+from .parts import Constant
 from .recorder import Recorder, span
 
 STRUCTURAL = ("bind", "clear", "pass", "return")

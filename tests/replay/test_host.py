@@ -14,7 +14,7 @@ from replays import build, random
 import opsgraph as og
 from opsgraph.kernels.cpu import build as library
 from opsgraph.precision.delayed import Scaling
-from opsgraph.replay.record import Build, InPython, view
+from opsgraph.replay.parts import Build, InPython, view
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
 

@@ -12,22 +12,17 @@ from replays import random
 from torch import Tensor
 
 import opsgraph as og
+from opsgraph.guards import compiled as guards
+from opsgraph.guards.compiled import compiled
 from opsgraph.guards.torch_private import same_layouts
 from opsgraph.kernels.cpu import build as library
 from opsgraph.ops import Linear, RMSNorm, SiLU
 from opsgraph.plan.lines import Line, value
+from opsgraph.replay import record as records
 from opsgraph.replay.arena import ALIGNMENT, arena
 from opsgraph.replay.events import used
-from opsgraph.replay.record import (
-    Build,
-    Constant,
-    InPython,
-    Record,
-    Result,
-    Stretch,
-    View,
-    view,
-)
+from opsgraph.replay.parts import Build, Constant, InPython, Result, Stretch, View, view
+from opsgraph.replay.record import Record
 from opsgraph.replay.recorder import Aten, Buffer, Event, Kernel, Operand, Place
 
 CPU = torch.device("cpu")
@@ -313,3 +308,33 @@ def test_records_of_other_sizes_have_one_text() -> None:
     for each in plan.passes[:2]:
         first, second = each.records.values()
         assert first.source == second.source
+
+
+@needs_kernels
+def test_a_text_is_made_for_the_first_replay_and_compiled_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts, made = list[str](), list[str]()
+
+    def seen(name: str, source: str, namespace: Any) -> Any:
+        made.extend([source] * (name == "replayed"))
+        return compiled(name, source, namespace)
+
+    monkeypatch.setattr(records, "compiled", seen)
+    module = og.Sequential(RMSNorm(24), Linear(24, 16), SiLU())
+    found = list[Any]()
+    for rows in (2, 3):
+        x = random(rows, 24).requires_grad_()
+        for step in range(4):
+            y = module(x)
+            gradients = torch.autograd.grad(y.sum(), [x, *module.parameters()])
+            found.append((y, *gradients))
+            texts.append(f"{rows} {step}: {len(made)}")
+        assert all(map(torch.equal, found[-1], found[-4]))
+    assert texts[:4] == ["2 0: 0", "2 1: 0", "2 2: 2", "2 3: 2"]
+    assert texts[4:] == ["3 0: 2", "3 1: 2", "3 2: 4", "3 3: 4"]
+    before = guards._code.cache_info().misses
+    for source in made:
+        guards.compiled("replayed", source, {"fits": None})
+    assert guards._code.cache_info().misses == before
+    assert len({*made}) == 2
