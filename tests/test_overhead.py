@@ -97,7 +97,8 @@ def test_first_calls_have_a_command_line(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     (found,) = json.loads(out.read_text())["first_calls"]
-    assert set(found["seconds"]) == {"planning", "recording", "together", "again", "python"}
+    names = {"planning", "recording", "together", "text", "again", "python"}
+    assert set(found["seconds"]) == names
     with pytest.raises(SystemExit, match="got fast, expected some of none, "):
         first_call.main(["--recipes", "fast"])
 
