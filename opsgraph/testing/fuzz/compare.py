@@ -16,6 +16,10 @@ RATIO = 10.0
 """How many times the error of plain formulas an error may be."""
 
 
+MANY = 200
+"""Results that say how a kernel rounds."""
+
+
 class Answer(NamedTuple):
     """Outputs and gradients by name, None for a leaf that gets none."""
 
@@ -77,6 +81,22 @@ def check(
         return
     if not error <= allowed:  # a NaN is wrong too
         raise Wrong(f"{what}: off by {error:.3g} of {size:.3g}, allowed {allowed:.3g}")
+
+
+def check_rounding(what: str, found: Tensor, exact: Tensor) -> None:
+    """Of many results of 16 bits that are the nearest number, or the next, as many are above.
+
+    Raises Wrong if most are rounded towards 0.
+    """
+    value = exact.unique()
+    value = value[value.isfinite() & (value.abs() > torch.finfo(found.dtype).tiny)]
+    if value.numel() < MANY:
+        return
+    unit = exact.abs().clamp_min(torch.finfo(found.dtype).tiny).log2().floor().exp2()
+    off = (found.double().abs() - exact.abs()) / (unit * torch.finfo(found.dtype).eps)
+    near = off[(off.abs() <= 1) & (exact != 0)]
+    if near.numel() >= MANY and near.mean() < -0.35:
+        raise Wrong(f"{what}: rounded towards 0, by {-near.mean():.2g} units each")
 
 
 def worse(exact: Answer, one: Answer, other: Answer) -> Answer:

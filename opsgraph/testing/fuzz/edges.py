@@ -34,6 +34,7 @@ LIMITS = (ops.GELU, ops.QGELU, ops.SiLU, ops.ReLU, ops.SReLU) + (
 )  # fmt: skip
 """Ops whose results from numbers that are not finite are said; see docs/reliability.md."""
 CHECK = "OPSGRAPH_CHECK"
+FAR = torch.float32, torch.bfloat16
 LEVELS = (5e4, 1e6, 3e38)
 """What each element of a row may be that is all one value."""
 BREAKS: dict[str, Callable[[Any, int], Any]] = {
@@ -66,8 +67,9 @@ class Edges(Backwards):
     ) -> None:
         """Call a copy of one op by itself, with a number at the edge.
 
-        value: "inf", "-inf", "nan", "huge" for a number near the largest, or "level" for rows of
-        one value. gradient: it is in the gradient that comes in, and not in the input. Where
+        value: "inf", "-inf", "nan", "huge" for a number near the largest, "level" for rows of one
+        value, or "far" for a row whose squares overflow, which a norm on a CPU minds no more than
+        another. gradient: it is in the gradient that comes in, and not in the input. Where
         formulas give a finite number the result has to be finite, and nowhere else; under a recipe
         it has to show somewhere. Rows of one value are to LayerNorm what zeros are.
         """
@@ -75,12 +77,14 @@ class Edges(Backwards):
         width = 8 if op.in_width is None else op.in_width
         if not (width and getattr(op, "out_features", width)):
             raise Impossible  # there is no number
-        largest, level = torch.finfo(self.dtype).max / 2, value == "level"
+        largest, level, far = torch.finfo(self.dtype).max / 2, value == "level", value == "far"
         huge = math.copysign(largest, seed % 2 - 0.5)
-        number = huge if value in ("huge", "level") else float(value)
+        number = huge if value in ("huge", "level", "far") else float(value)
         x = self._random((32, width), seed)
         if level:
             x = torch.full_like(x, min(LEVELS[seed % len(LEVELS)], largest))
+        elif far:
+            x[1] *= 1e25
         elif not gradient:
             x[1, seed % width] = number
         named: dict[str, Tensor] = {"input": x.requires_grad_(), **dict(op.named_parameters())}
@@ -97,7 +101,7 @@ class Edges(Backwards):
         pairs = {"output": (y.detach(), exact.detach())}
         pairs |= {f"gradient of {n}": (found[n], expected[n]) for n in expected}
         for what, (got, right) in pairs.items():
-            if level and what != "gradient of input":
+            if (level and what != "gradient of input") or (far and what == "output"):
                 check(what, got, right, self.dtype, lambda: None)
             else:
                 _same_edges(what, got, right, recipe is not None)
@@ -113,6 +117,11 @@ class Edges(Backwards):
             raise Impossible
         if huge and (isinstance(op, ops.BasicLinear) or recipe is not None):
             raise Impossible  # a sum that overflows is one
+        if value == "far":
+            on_cpu = self.device == "cpu" and not interpreting()
+            fits = isinstance(op, ops.RMSNorm | ops.LayerNorm) and self.dtype in FAR
+            if gradient or recipe is not None or not (on_cpu and fits):
+                raise Impossible
         if huge and self.dtype == torch.float64:
             raise Impossible  # formulas in fp64 overflow as well
         if huge and isinstance(op, ops.LayerNorm) and (self.device == "cuda" or interpreting()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...kernels.triton import interpreting
 from ...layernorm_mlp import LayerNormMLP
 from ...op import Op
 from ...precision.autocast import autocast
@@ -17,7 +18,7 @@ from ...precision.recomputed import checkpoint_contexts
 from .answers import Allowed, Question, answer, draw_from, dys_of
 from .backwards import accumulated, delayed, elsewhere
 from .changes import Impossible, Pending
-from .compare import Answer, Wrong, check
+from .compare import Answer, Wrong, check, check_rounding
 from .layers import Layers
 
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -262,6 +263,9 @@ class Life(Layers):
                 return allowed.keep().outputs[k]
 
             check(f"output {k}", y.detach(), expected, allowed.dtype, plain)
+            if y.dtype in (torch.float16, torch.bfloat16) and len(self._ops()) == 1:
+                if not (allowed.low or any_dtype or interpreting()):
+                    check_rounding(f"output {k}", y.detach(), expected)
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:

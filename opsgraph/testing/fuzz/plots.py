@@ -241,7 +241,7 @@ class Plot:
             mode = Step("train", (one((True, False)),), {})
             return [Step("fuse", (one([*FUSERS]),), {}), mode, self.call(), self.call()]
         if way == "aside":
-            return [self.aside() for _ in range(5)]
+            return [*(self.aside() for _ in range(5)), self.far(count)]
         if way == "wires":
             if self.wired:
                 return [self.call()]  # a name has one Tee
@@ -256,6 +256,11 @@ class Plot:
         if self.is_mlp and self.quantized:
             return [Step("microbatch", (one([*RECIPES]), seed), {})]
         return [Step("overlap", (seed,), {})] if draw(4) == 0 else [self.call()]
+
+    def far(self, count: int) -> Step:
+        """Call an op by itself with a row of large numbers."""
+        index, seed = self.random.randrange(max(1, count)), self.random.randrange(1000)
+        return Step("alone", (index, "far", False, None, seed), {})
 
     def aside(self) -> Step:
         """A call of a few ops that stand beside each other in models."""

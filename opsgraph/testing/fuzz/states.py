@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ... import ops
+from ...base.errors import OpsgraphError
 from ...fuser import register
 from ...fuser.registry import Handle
 from ...precision import recipe
@@ -154,7 +155,10 @@ class States(Changes):
         fuser, sources = FUSERS[kind]
         for source in reversed(sources):
             self.insert(0, source.format(self.width))
+        known = self._shown()
         self.handles.append(register(fuser))
+        if known and fuser.__name__ not in (shown := self._shown()):
+            raise Wrong(f"a plan knows nothing of {fuser.__name__}: {shown}")
 
     def unregister(self) -> None:
         """Take the latest one out."""
@@ -169,6 +173,13 @@ class States(Changes):
             self.handles.pop().unregister()
 
     # -- how --
+
+    def _shown(self) -> str:
+        """The plan of a call in training, or nothing where the ops do not fit."""
+        try:
+            return str(self.module.plan(x=self._random((4, self.width), 0)))
+        except OpsgraphError:
+            return ""
 
     @staticmethod
     def _tables(module: nn.Module) -> dict[str, Any]:
