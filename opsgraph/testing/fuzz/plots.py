@@ -69,6 +69,7 @@ ROWS, FEATURES = (16, 48, 144), (32, 64, 160)
 LAYER_CALLS = ("plain", "plain", "again", "no grad", "copied", "loaded", "pickled") + (
     "saved", "bare", "nested", "thread",
 )  # fmt: skip
+VANISHING = ("SiLU()", "GELU()", "GELU('none')", "QGELU()", "SwiGLU()", "GEGLU()", "QGEGLU()")
 EDGES = ("inf", "-inf", "nan", "huge", "level")
 WRONG: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("GELU", "approximate", ("fats", 3, None)),
@@ -241,7 +242,7 @@ class Plot:
             mode = Step("train", (one((True, False)),), {})
             return [Step("fuse", (one([*FUSERS]),), {}), mode, self.call(), self.call()]
         if way == "aside":
-            return [*(self.aside() for _ in range(5)), self.far(count)]
+            return [*(self.aside() for _ in range(5)), self.edge()]
         if way == "wires":
             if self.wired:
                 return [self.call()]  # a name has one Tee
@@ -257,10 +258,14 @@ class Plot:
             return [Step("microbatch", (one([*RECIPES]), seed), {})]
         return [Step("overlap", (seed,), {})] if draw(4) == 0 else [self.call()]
 
-    def far(self, count: int) -> Step:
-        """Call an op by itself with a row of large numbers."""
-        index, seed = self.random.randrange(max(1, count)), self.random.randrange(1000)
-        return Step("alone", (index, "far", False, None, seed), {})
+    def edge(self) -> Step:
+        """Another op than the module's by itself, with a number at the edge."""
+        one, seed = self.random.choice, self.random.randrange(1000)
+        norm = one((True, False))
+        source = one(("RMSNorm(16, eps=0.1)", "LayerNorm(16, eps=0.1)") if norm else VANISHING)
+        value = "far" if norm else one(("inf", "-inf"))
+        alone = "alone", (0, value, False, None, seed)
+        return Step("aside", (16, source), {"between": (alone,), "seed": seed})
 
     def aside(self) -> Step:
         """A call of a few ops that stand beside each other in models."""
