@@ -43,7 +43,7 @@ class ExtraInputs:
 
     def example(self, x: Tensor) -> list[Tensor]:
         """Extra inputs of the right shapes for an input, uninitialized."""
-        run, rows = self.run, x.numel() // max(1, x.shape[-1])
+        run, rows = self.run, x.shape[:-1].numel()
         edge, found, lead = row(x.shape[-1], x.dtype, x.device), [], x.shape[:-1]
         specs = [edge]
         for kind, op in zip(run.kinds, run.ops, strict=True):
