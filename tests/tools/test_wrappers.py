@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from tool_blocks import plain, sequence
+from tool_blocks import WIDTH, plain, sequence
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -33,6 +34,26 @@ def test_opacus(module: nn.Module, x: Tensor) -> None:
         wrapped = wrap(one)
         wrapped(x).sum().backward()
         found.append([p.grad_sample for p in one.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_opacus_trains_in_private(module: nn.Module) -> None:
+    """Without noise: each sample's gradient is clipped, so all of them have to be right."""
+    engine = pytest.importorskip("opacus").PrivacyEngine
+    rows = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(2))
+    loader = DataLoader(TensorDataset(rows, rows.flip(0)), batch_size=8)
+    found = []
+    for one in (module, plain()):
+        private, optimizer, batches = engine().make_private(
+            module=one, optimizer=torch.optim.SGD(one.parameters(), 0.1), data_loader=loader,
+            noise_multiplier=0.0, max_grad_norm=0.5, poisson_sampling=False,
+        )  # fmt: skip
+        for x, y in batches:
+            optimizer.zero_grad()
+            (private(x) - y).square().mean().backward()
+            optimizer.step()
+        found.append([p.detach() for p in one.parameters()])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
