@@ -71,9 +71,9 @@ def _gelu_erf(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
     """x * Phi(x), Phi the normal distribution function"""
     if DTYPE == tl.float32:
         inner = between(x, -13.2665, 13.2665)  # where e^(-x^2 / 2) counts as 0
-        phi, e, q, square = _normal(inner)
+        phi, e, near = _normal(inner)
         slope = phi + inner * 0.3989422804014327 * e
-        value = tl.where(tl.abs(x) < 1.0, tl.fma(square, q, 0.5 * x), inner * phi)
+        value = tl.where(tl.abs(x) < 1.0, near, inner * phi)
         return outside(x, inner, value, 0.0, x), outside(x, inner, slope, 0.0, 1.0), x < x
     else:
         phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
@@ -83,9 +83,10 @@ def _gelu_erf(x, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _normal(x):
-    """Phi(x), e^(-x^2 / 2), (Phi(x) - 0.5) / x up to 1, and x^2, x from -13.2665 to 13.2665.
+    """Phi(x), e^(-x^2 / 2), and for x from -1 to 1 x * Phi(x); x from -13.2665 to 13.2665.
 
-    1 + erf would cancel. By `GeluErf` of `cpu/source/activations.h`, whose polynomials these are.
+    1 + erf would cancel. By `GeluErf` of `cpu/source/activations.h`, whose polynomials these are;
+    the third has back what its steps round away.
     """
     size, square = tl.abs(x), x * x
     d = tl.fma(size, 0.35, 1.0)
@@ -100,15 +101,17 @@ def _normal(x):
     p = tl.fma(p, t, 1.398637431e-1)
     p = tl.fma(p, t, 1.396212934e-1)
     e = power(square, -0.5)
-    e = tl.fma(-0.5 * tl.fma(x, x, -square), e, e)
-    q = tl.fma(square, -7.654208275e-6, 1.134863705e-4)
-    q = tl.fma(q, square, -1.186329988e-3)
-    q = tl.fma(q, square, 9.973322973e-3)
-    q = tl.fma(q, square, -6.649035960e-2)
-    q = tl.fma(q, square, 3.989422917e-1)
+    low = tl.fma(x, x, -square)
+    e = tl.fma(-0.5 * low, e, e)
+    r = tl.fma(square, -7.654208275e-6, 1.134863705e-4)
+    r = tl.fma(r, square, -1.186329988e-3)
+    r = tl.fma(r, square, 9.973322973e-3)
+    r = tl.fma(r, square, -6.649035960e-2)
+    q = tl.fma(r, square, 3.989422917e-1)
+    lost = tl.fma(low, q, square * tl.fma(r, square, 3.989422917e-1 - q))
     tail = p * t * e
     phi = tl.where(size < 1.0, tl.fma(x, q, 0.5), tl.where(x < 0.0, tail, 1.0 - tail))
-    return phi, e, q, square
+    return phi, e, tl.fma(square, q, 0.5 * x) + lost
 
 
 @triton.jit

@@ -36,6 +36,9 @@ def _affine(
     NORMALIZED: tl.constexpr = None, PRODUCT: tl.constexpr = None,
 ):  # fmt: skip
     y = rounded(xc * rstd, NORMALIZED)
+    if weight is not None and bias is not None and PRODUCT is None:
+        w = _load_weight(weight, cols, mask, ZERO_CENTERED)
+        return tl.fma(y, w, _load_weight(bias, cols, mask, False))
     if weight is not None:
         y = rounded(y * _load_weight(weight, cols, mask, ZERO_CENTERED), PRODUCT)
     if bias is not None:
@@ -275,7 +278,7 @@ def backward_kernel(
                 m = _load_again(dy, row * dy_stride + cols, mask)
                 if weight is not None:
                     m *= _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
-            out = scale * (m - dot / WIDTH * n)
+            out = scale * tl.fma(-(dot / WIDTH), n, m)
             if mean is not None:
                 out -= scale * (plain / WIDTH)
             if dother is not None:
@@ -344,7 +347,7 @@ def backward_wide_kernel(
         if dx is not None:
             if weight is not None:
                 grad *= _load_weight(weight, cols, cols < WIDTH, ZERO_CENTERED)
-            out = scale * (grad + _load(dots, row * 2, inside) * value)
+            out = scale * tl.fma(_load(dots, row * 2, inside), value, grad)
             if mean is not None:
                 out += _load(dots, row * 2 + 1, inside)
             if dother is not None:
