@@ -166,7 +166,7 @@ TRITON: tuple[Fault, ...] = (
     ),
     fault(
         "triton-norm-dx", "The input gradient of a norm lacks the factor of what is normalized.",
-        _NORMS, "out = scale * (m - dot / WIDTH * n)", "out = scale * (m - dot / WIDTH)",
+        _NORMS, "out = scale * tl.fma(-(dot / WIDTH), n, m)", "out = scale * (m - dot / WIDTH)",
         f"{_TESTS}/test_triton_norms.py",
     ),
     fault(
