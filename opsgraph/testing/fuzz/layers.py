@@ -63,8 +63,10 @@ class Layers(Twins):
         """
         if not isinstance(self.module, LayerNormMLP) or self.hooks or recipe == "delayed":
             raise Impossible
-        module: Any = copy.deepcopy(self.module)
         x, found = self._random((16, self.width), seed), []
+        if not self._fits((16,), x):
+            return
+        module: Any = copy.deepcopy(self.module)
         for first in (True, False):
             with torch.no_grad(), autocast(recipe=self.recipes[recipe]):
                 result = module(x, is_first_microbatch=first)
