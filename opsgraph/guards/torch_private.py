@@ -47,6 +47,25 @@ transforms: Callable[[], bool] = _find("_C._are_functorch_transforms_active", la
 top_transform: Callable[[], Any] = _find("_C._functorch.peek_interpreter_stack", lambda: None)
 """The innermost of them, or None. Unlike `transforms` it also sees those that Dynamo plays."""
 
+
+def _no(tensor: Tensor) -> bool:
+    return False
+
+
+_wrapped: Callable[[Tensor], bool] = _find("_C._functorch.is_functorch_wrapped_tensor", _no)
+_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_batchedtensor", _no)
+_unwrapped: Callable[[Tensor], Tensor] = _find("_C._functorch.get_unwrapped", None)
+
+
+def unreadable(tensor: Tensor) -> bool:
+    """Whether it has a dimension that torch.func.vmap hides, so no value of it can be asked for."""
+    while _wrapped(tensor):
+        if _batched(tensor):
+            return True
+        tensor = _unwrapped(tensor)
+    return False
+
+
 dispatch_stack: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
 """How many dispatch modes are active."""
 

@@ -115,6 +115,25 @@ def test_a_step_whose_mask_nobody_knows_is_not_compared(monkeypatch) -> None:
     torch.testing.assert_close(y[kept], torch.nn.functional.silu(2 * x[kept]))
 
 
+def test_check_under_transforms_compares_what_can_be_read(monkeypatch) -> None:
+    """Under vmap nothing is, and that is no error; under grad a wrong step is named."""
+    monkeypatch.setenv("OPSGRAPH_CHECK", "1")
+    x = torch.randn(3, 6, 16)
+
+    class WrongBias(og.Fuser):
+        backend, pattern = "reference", dict(bias=Bias, act=SiLU)
+
+        def fwd(self, x: Tensor, bias_bias: Tensor):
+            return 1.01 * torch.nn.functional.silu(x + bias_bias), ()
+
+    with og.register(WrongBias):
+        module = og.Sequential(Bias(16), SiLU())
+        expected = 1.01 * torch.nn.functional.silu(x)
+        torch.testing.assert_close(torch.func.vmap(module)(x), expected)
+        with pytest.raises(og.OpsgraphError, match="WrongBias"):
+            torch.func.grad(lambda x: module(x).sum())(x)
+
+
 def test_fuel_admits_claims_one_by_one(monkeypatch) -> None:
     def fused(fuel: str) -> int:
         monkeypatch.setenv("OPSGRAPH_FUEL", fuel)

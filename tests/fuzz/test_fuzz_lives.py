@@ -21,6 +21,7 @@ from opsgraph.testing import formulas
 from opsgraph.testing.fuzz import Impossible, Life, Wrong, blocks
 from opsgraph.testing.fuzz.__main__ import main
 from opsgraph.testing.fuzz.compare import drop
+from opsgraph.testing.fuzz.known import known
 from opsgraph.testing.fuzz.lives import Step, live, script, shrink
 from opsgraph.testing.fuzz.plots import Plot
 from opsgraph.testing.fuzz.scaled import KINDS
@@ -303,6 +304,16 @@ def test_a_life_that_fails_by_itself_is_shrunk_and_tried_again(
     failure = blocks._failure(7, "cpu", told)
     assert len(failure.script.splitlines()) <= 7
     assert not failure.script.startswith("#")
+
+
+def test_a_known_fault_is_recognised_by_its_kind_and_its_words() -> None:
+    InterpreterError = type("InterpreterError", (Exception,), {})
+    said = "TypeError('only 0-dimensional arrays can be converted to Python scalars')"
+    assert known(InterpreterError(said)) == "Triton's interpreter with NumPy 2.4"
+    assert known(TypeError(said)) is None
+    assert known(InterpreterError("another")) is None
+    told = blocks.Told(3, said, known="a fault")
+    assert blocks._failure(1, "cpu", told).known == "a fault"  # and nothing is shrunk
 
 
 def test_a_process_that_ends_is_a_failure() -> None:

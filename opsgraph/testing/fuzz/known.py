@@ -1,8 +1,17 @@
-"""Faults of PyTorch that lives meet: such lives end there, and are counted apart."""
+"""Faults of PyTorch and Triton that lives meet: such lives end there, and are counted apart."""
 
 from collections.abc import Callable
 
-KNOWN: dict[str, Callable[[BaseException], bool]] = {}
+
+def _scalars(error: BaseException) -> bool:
+    """The interpreter of Triton 3.6 makes numbers of arrays that NumPy 2.4 makes none of."""
+    said = "only 0-dimensional arrays can be converted to Python scalars"
+    return type(error).__name__ == "InterpreterError" and said in str(error)
+
+
+KNOWN: dict[str, Callable[[BaseException], bool]] = {
+    "Triton's interpreter with NumPy 2.4": _scalars
+}
 """By the name under which docs/reliability.md tells of a fault, whether an error is it."""
 
 
