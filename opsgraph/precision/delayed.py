@@ -145,7 +145,7 @@ class Scaling(nn.Module):
     def pin(self) -> None:
         """Set `fixed`."""
         fixed, place, *_ = self.__dict__["_fixed"]
-        self.__dict__["fixed"] = fixed.rows()[place]
+        self.__dict__["fixed"] = fixed.row(place)
 
     def __getstate__(self) -> dict[str, Any]:
         host = self.__dict__ | {"previous": self.previous}

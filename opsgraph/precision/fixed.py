@@ -21,7 +21,8 @@ class Fixed:
         self.number = values.get_device() if values.is_cuda else None
         """Of the device; None for one whose work waits in no stream."""
         self.stream = 0 if self.number is None else stream_of(self.number)
-        self._rows: Sequence[Tensor] = ()
+        self.rows: dict[int, Tensor] = {}
+        """The scales by their place, fp32 `[3]`, of those that were asked for."""
         self._views: Sequence[Tensor] = ()
 
     def is_for_now(self) -> bool:
@@ -29,19 +30,12 @@ class Fixed:
         number = self.number
         return number is None or (stream_of(number) == self.stream and not capturing_here())
 
-    def rows(self) -> Sequence[Tensor]:
-        """The scales by their place, fp32 `[3]`; made when they are first asked for."""
-        rows = self.rows_for_now(True)
-        assert rows is not None
-        return rows
-
-    def rows_for_now(self, anyway: bool = False) -> Sequence[Tensor] | None:
-        """The same; None where they are not for what runs now."""
-        if not (anyway or self.number is None or self.is_for_now()):
-            return None
-        if not self._rows:
-            self._rows = self.values.unbind(0)
-        return self._rows
+    def row(self, place: int) -> Tensor:
+        """One of these."""
+        found = self.rows.get(place)
+        if found is None:
+            found = self.rows[place] = self.values[place]
+        return found
 
     def views(self) -> Sequence[Tensor]:
         """The scales, fp32 `[]`, by their place; made when they are first asked for."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter, itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,7 @@ def fixed_of(states: Iterable[Scaling]) -> list[Tensor] | None:
     # `_unwatched`, in one frame
     if graph_task() != -1 or tapes.recording or tapes.replaying is not None or not ops_alone():
         return None
-    current, found = None, list[Tensor]()
-    rows: Sequence[Tensor] = ()
+    current, found = None, list[Any]()
     for state in states:
         host = state.__dict__  # past the module's look at each attribute
         fixed, place, scale, version = host["_fixed"]
@@ -47,10 +47,12 @@ def fixed_of(states: Iterable[Scaling]) -> list[Tensor] | None:
         if version != (version_of(scale) if version < 0 else scale._version):
             return None
         if fixed is not current:  # one update has made most
-            if (now := fixed.rows_for_now()) is None:
+            if fixed.number is not None and not fixed.is_for_now():
                 return None
-            current, rows = fixed, now
-        found.append(rows[place])
+            current = fixed
+        found.append(fixed.rows.get(place))
+        if found[-1] is None:  # `row`, in one frame
+            found[-1] = fixed.rows[place] = fixed.values[place]
     return found
 
 

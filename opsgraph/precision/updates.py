@@ -150,7 +150,7 @@ def _hold(hosts: Sequence[dict[str, Any]], fixed: Fixed, forward: bool) -> None:
             host["_previous"] = fixed, count + k
             host["updates"] += 1
         if pinned:
-            host["fixed"] = fixed.rows()[k]
+            host["fixed"] = fixed.row(k)
 
 
 class _Ready(NamedTuple):
@@ -209,8 +209,8 @@ def as_before(key: int, name: str) -> bool:
                 host["_previous"] = fixed, count + k
                 host["updates"] += 1
         if Scaling.pinned:
-            for host, row in zip(hosts, fixed.rows(), strict=False):
-                host["fixed"] = row
+            for k, host in enumerate(hosts):
+                host["fixed"] = fixed.row(k)
     return True
 
 

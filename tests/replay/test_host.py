@@ -73,7 +73,7 @@ def stepping(recipe: Any) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("none", 15), ("current", 24), ("delayed", 37), ("blocks", 24)]
+    ("name", "most"), [("none", 15), ("current", 24), ("delayed", 36), ("blocks", 24)]
 )
 def test_a_replayed_step_calls_few_functions(name: str, most: int) -> None:
     recipe = None if name == "none" else recipe_cases.RECIPES[name]
