@@ -181,7 +181,8 @@ TRITON: tuple[Fault, ...] = (
     ),
     fault(
         "triton-gelu-slope", "The slope of GELU has the constant of its value.",
-        _FUNCTIONS, "(1.0 + 0.134145 * square)", "(1.0 + 0.044715 * square)",
+        _FUNCTIONS, "steep = inner * tl.fma(square, 0.21406443846157563, 1.5957691216057308)",
+        "steep = inner * tl.fma(square, 0.07135481282052521, 1.5957691216057308)",
         f"{_TESTS}/test_triton_activations.py",
     ),
     fault(
