@@ -89,6 +89,11 @@ class AnyActivation(Op):
 class Activation(AnyActivation):
     """`y = f(x)`, elementwise; `kernel` and `params` name f in every backend."""
 
+    @property
+    def function(self) -> Function:
+        """No gate alternates with a value, whatever attribute someone has set."""
+        return self.kind, self.params, None
+
     def out(self, x: Spec) -> Spec:
         return x
 

@@ -12,11 +12,13 @@ from kernel_checks import DTYPES, INTERPRETING, close, laid_out, normal, twice
 from torch import Tensor
 from torch.nn import functional as F
 
+import opsgraph as og
 from benchmarks.numerics import error_of, every_number
 from benchmarks.numerics_cases import gelu, gelu_erf, mish, sigmoid, swish, tanh
 from opsgraph.kernels.reference.activations import Form, halves, joined
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
 from opsgraph.kernels.triton.functions import KINDS
+from opsgraph.ops import GELU, XIELU, ClippedGELU
 
 FUNCTIONS = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
@@ -331,3 +333,17 @@ def test_fp32_has_all_digits_at_every_exponent(kind: str, device: str) -> None:
     for found, right, size in results:
         off = error_of(found, right, size)[size > 2.0**-119]
         assert off.max() <= units
+
+
+@pytest.mark.parametrize("activation", [GELU, ClippedGELU, XIELU])
+def test_what_has_no_gate_does_not_interleave(activation: type[og.Op], device: str) -> None:
+    """Such an attribute is none of its own."""
+    backends = "triton", "aten", "reference"
+    module = og.Sequential(activation(), backends=backends, device=device, dtype=torch.float32)
+    x = normal(5, 48, dtype=torch.float32, device=device).requires_grad_()
+    found = []
+    for size in (None, 4):
+        module[0].glu_interleave_size = size
+        y = module(x)
+        found.append([y, *torch.autograd.grad(y, x, y.detach())])
+    assert all(map(torch.equal, *found))
