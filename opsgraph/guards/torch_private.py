@@ -254,10 +254,18 @@ def opaque(function: F, reason: str | None = None) -> F:
     """
     marked: Any = function
     marked._torchdynamo_disable, marked._torchdynamo_disable_msg = True, reason
-    frames = _find("_C._dynamo.eval_frame", None)
+    return apart(function)
+
+
+def apart(function: F) -> F:
+    """Have Dynamo compile neither a function nor what it calls where it runs on its own.
+
+    That is behind a break in a graph. Inside a graph Dynamo follows it as any other.
+    """
+    frames, code = _find("_C._dynamo.eval_frame", None), function.__code__  # type: ignore[attr-defined]
     if hasattr(frames, "set_code_exec_strategy"):
         skip = frames._FrameAction.SKIP
-        frames.set_code_exec_strategy(marked.__code__, frames._FrameExecStrategy(skip, skip))
+        frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
     return function
 
 

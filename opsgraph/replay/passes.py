@@ -21,7 +21,7 @@ from torch.autograd.profiler import record_function
 from ..base.config import Config
 from ..guards.cached import cached_property
 from ..guards.operands import Operands
-from ..guards.torch_private import ops_alone
+from ..guards.torch_private import apart, ops_alone
 from ..plan import Plan
 from ..plan.lines import Function, Line
 from ..plan.result import Passes
@@ -84,6 +84,7 @@ class Pass:
         alone = self.labelled or not all(map(ours, self.function.lines))
         return self.python if alone else partial(run_lines, self.function)
 
+    @apart  # a first call finds out much, and keeps it
     def __call__(self, *arguments: Any) -> Any:
         if profiler._is_profiler_enabled:
             with record_function(f"opsgraph {self.name}"):

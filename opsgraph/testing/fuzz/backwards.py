@@ -177,6 +177,7 @@ class Backwards(States):
     def _check_gradients(
         self, waiting: Pending, gradients: Gradients, names: frozenset[str], times: int
     ) -> None:
+        first = {name for name in names if "first" in waiting.leaves[name].__dict__}
         for name in sorted(names):
             if not waiting.sure(name):
                 continue  # a part of it comes by another name, elsewhere or at another time
@@ -196,7 +197,8 @@ class Backwards(States):
                 dtype = found.dtype
                 if exact is None:
                     exact = torch.zeros_like(leaf, dtype=torch.float64)
-                elif leaf.overwrite_main_grad or leaf.__dict__.pop("first", False):
+                elif leaf.overwrite_main_grad or name in first:
+                    leaf.__dict__.pop("first", None)  # of a tied one at its other name
                     start = 0.0
                     factor = 1 if leaf.overwrite_main_grad else times
             elif start and found is None and exact is not None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 UNITS = {torch.float64: 10**7, torch.float32: 1000, torch.float16: 16, torch.bfloat16: 16}
 """Units of a dtype's precision, of the largest element, that any result may be off by."""
-LEAST = {torch.float64: 1000.0, torch.float32: 4.0, torch.float16: 4.0, torch.bfloat16: 4.0}
-"""How many units of 1 any result may be off by: what cancels was of that size on the way, or of a
+LEAST = {torch.float64: 1000.0, torch.float32: 16.0, torch.float16: 4.0, torch.bfloat16: 4.0}
+"""How many units of 1 each element may be off by: what cancels was of that size on the way, or of a
 few times that behind norms of small values. In fp64 more, for its formulas round as well."""
 RATIO = 10.0
 """How many times the error of plain formulas an error may be."""
@@ -67,7 +67,8 @@ def check(
     if not found.numel():
         return
     error, size = (found.double() - exact).norm(), exact.norm()
-    allowed = torch.finfo(dtype).eps * (float(UNITS[dtype] * size) + LEAST[dtype] * terms**0.5)
+    least = LEAST[dtype] * (terms * found.numel()) ** 0.5
+    allowed = torch.finfo(dtype).eps * (float(UNITS[dtype] * size) + least)
     if error <= allowed:
         return
     if (other := plain()) is not None:

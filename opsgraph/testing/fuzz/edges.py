@@ -42,7 +42,7 @@ BREAKS: dict[str, Callable[[Any, int], Any]] = {
     "extend": lambda held, _: held.extend([ops.GELU(), "GELU()"]),
     "set": lambda held, index: held.__setitem__(index, 3),
     "append": lambda held, _: held.append(ops.GELU),
-    "pop": lambda held, _: held.pop(99),
+    "pop": lambda held, _: held.pop(len(held)),
 }
 """Edits of a list of ops that cannot be."""
 

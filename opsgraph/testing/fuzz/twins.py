@@ -84,6 +84,8 @@ class Twins(Edges):
         waits = delayed(self.module)
         if accumulated(self.module) or self.hooks or (way == "at once") != bool(waits):
             raise Impossible
+        if self.handles and way == "reentrant":
+            raise Impossible  # a user's fuser for calls without grad has formulas of its own
         if not self._fits(lead, self._random((*lead, self.width), seed)):
             return
         if way == "reentrant" and getattr(self.module, "return_bias", False):
