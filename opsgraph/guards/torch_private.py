@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -262,10 +262,10 @@ def apart(function: F) -> F:
 
     That is behind a break in a graph. Inside a graph Dynamo follows it as any other.
     """
-    frames, code = _find("_C._dynamo.eval_frame", None), function.__code__  # type: ignore[attr-defined]
+    frames, called = _find("_C._dynamo.eval_frame", None), cast(Any, function)
     if hasattr(frames, "set_code_exec_strategy"):
         skip = frames._FrameAction.SKIP
-        frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
+        frames.set_code_exec_strategy(called.__code__, frames._FrameExecStrategy(skip, skip))
     return function
 
 
