@@ -111,6 +111,8 @@ class Scaling(nn.Module):
         self.reset_parameters()
         self.label = ""
         """What ranks of a group call it."""
+        self.first: int | None = None
+        """From what number on labels count, once ranks have exchanged this one."""
         self.terms: Terms | None = None
         """Those of the recipe that it serves; None if scales came from elsewhere."""
         self.fresh = False

@@ -327,7 +327,7 @@ def _reduced(
 
     The amaxes: those that belong to the first name, of each state, then the next name's.
     """
-    labels = _names([state.label for state in states])
+    labels = _names(states)
     order = sorted(range(len(states)), key=labels.__getitem__)
     states = [states[k] for k in order]
     description = tuple(names), tuple(labels[k] for k in order)
@@ -353,8 +353,16 @@ def _part(largest: Tensor, count: int, places: Sequence[int], names: Sequence[st
     return torch.cat([amaxes[k] for amaxes in named for k in places])
 
 
-def _names(labels: Sequence[str]) -> list[str]:
-    """Labels that ranks compare, numbers from the least on: one may have built more before."""
+def _names(states: Sequence[Scaling]) -> list[str]:
+    """Labels that ranks compare, numbers from the least on: one may have built more before.
+
+    That is the least of the first exchange: where a layer with a lower number comes later, ranks
+    had begun with different ones.
+    """
+    labels = [state.label for state in states]
     serials = {s: int(s[1:]) for s in labels if s.startswith("#") and s[1:].isdigit()}
-    first = min(serials.values(), default=0)
+    known = (state.first for state in states if state.first is not None)
+    first = next(known, min(serials.values(), default=0))
+    for state in states:
+        state.first = first
     return [f"#{serials[s] - first}" if s in serials else s for s in labels]
