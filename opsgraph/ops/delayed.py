@@ -48,7 +48,9 @@ def _operand(value: Any) -> Any:
     if isinstance(value, Quantized) and value.col:
         return value._replace(row=None)
     if isinstance(value, Tensor) and value.grad_fn is not None:
-        return value.detach()
+        found = value.detach()
+        found.__dict__.update(value.__dict__)  # where main_grad is, of weights that are joined
+        return found
     return value
 
 

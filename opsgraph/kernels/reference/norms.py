@@ -117,6 +117,13 @@ def affine(
     return (y if bias is None else y + bias.to(y.dtype)).to(to.y)
 
 
+def _finite(rstd: Tensor, h: Tensor) -> Tensor:
+    """rstd; 0 of rows without elements, where PyTorch's is NaN."""
+    if torch.jit.is_tracing() or h.shape[-1]:  # type: ignore[attr-defined,no-untyped-call]
+        return rstd
+    return torch.zeros_like(rstd)
+
+
 def rmsnorm_forward(
     x: Tensor, weight: Tensor | None, eps: float, zero_centered: int,
     normalized_dtype: str | None = None,
@@ -128,7 +135,7 @@ def rmsnorm_forward(
     if torch.compiler.is_compiling():  # Dynamo traces the op, but not its Python binding
         fused = torch.ops.aten._fused_rms_norm.default
     y, rstd = fused(h, (h.shape[-1],), factor, eps)
-    rstd = rstd if h.shape[-1] else torch.zeros_like(rstd)  # it would be nan
+    rstd = _finite(rstd, h)
     if normalized_dtype:
         y = affine(y, weight, None, zero_centered, dtypes_of(x, weight, None, normalized_dtype))
     else:
@@ -198,7 +205,7 @@ def layernorm_forward(
         shift = bias if bias is None or bias.dtype == h.dtype else bias.to(h.dtype)
         factor = gamma(weight, zero_centered, h)
     y, mean, rstd = torch.native_layer_norm(h, [h.shape[-1]], factor, shift, eps)
-    rstd = rstd if h.shape[-1] else torch.zeros_like(rstd)
+    rstd = _finite(rstd, h)
     if power is not None:  # equal values have no variance, however large they are
         mean, rstd = mean / power, torch.where(rstd.square() * eps > 0.5, rstd, rstd * power)
     if normalized_dtype:
