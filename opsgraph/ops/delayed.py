@@ -43,11 +43,12 @@ def wait(function: Callable[..., Any], *operands: Any) -> Any:
 def _operand(value: Any) -> Any:
     """What the call reads of an operand.
 
-    The graph that made it would stay with it, and through autograd's nodes this queue: for ever.
+    The graph that made it, or what it is a view of, would stay with it, and through autograd's
+    nodes this queue: for ever.
     """
     if isinstance(value, Quantized) and value.col:
         return value._replace(row=None)
-    if isinstance(value, Tensor) and value.grad_fn is not None:
+    if isinstance(value, Tensor) and (value.grad_fn is not None or value._is_view()):
         found = value.detach()
         found.__dict__.update(value.__dict__)  # where main_grad is, of weights that are joined
         return found

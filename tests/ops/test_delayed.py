@@ -258,8 +258,11 @@ def test_hooks_of_wrappers_run_once_all_gradients_are_there() -> None:
     assert told == [[True] * 3] * 2
 
 
+@pytest.mark.parametrize("lead", [(4,), (2, 2)])  # the latter's operands are views of such ones
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_module_that_hooks_or_waiting_gradients_refer_to_is_freed(waits: bool) -> None:
+def test_a_module_that_hooks_or_waiting_gradients_refer_to_is_freed(
+    waits: bool, lead: tuple[int, ...]
+) -> None:
     def use() -> list[weakref.ref[nn.Module]]:
         layers: list[Any] = [Linear(8, 8, delay_wgrad_compute=True)]
         layers += [og.LayerNormMLP(8, 7, device="cpu", delay_wgrad_compute=True)]
@@ -269,7 +272,7 @@ def test_a_module_that_hooks_or_waiting_gradients_refer_to_is_freed(waits: bool)
         for layer in layers:
             hear = "register_wgrad_accumulation_and_reduce_hooks"
             getattr(layer, hear, lambda hook: None)(layer.zero_grad)
-            layer(torch.randn(4, 8)).sum().backward()
+            layer(torch.randn(*lead, 8)).sum().backward()
             if not waits:
                 layer.backward_dw()
             assert copy.deepcopy(layer).queued_backward_dw() == 0
