@@ -121,12 +121,13 @@ def _update_on(
     limits = _limits(recipe.fp8_format)
     algorithm = recipe.amax_compute_algo
     known = _known(device, states, isinstance(algorithm, str))
-    values, launch = new_scales(count * (1 + forward), device), None
+    values, launch, table = new_scales(count * (1 + forward), device), None, None
     if isinstance(known, _Table):
         latest = algorithm == "most_recent"
         given = () if amaxes is None else (amaxes,)
         launch = known.updating(*known[1:], limits, recipe.margin, latest, names, bool(given))
-        launch(known.addresses, values, *given)
+        table = known.addresses
+        launch(table, values, *given)
     else:
         scales: list[Any] = [state._buffers["scale"] for state in states]
         if forward:
@@ -137,7 +138,7 @@ def _update_on(
                 _by_formulas(known, recipe, name, limits[name == BACKWARD], ours)
         torch._foreach_copy_(list(values[:count].unbind(0)), scales)
     _hold([state.__dict__ for state in states], Fixed(values), forward)
-    return launch, known[1]
+    return launch, table
 
 
 def _hold(hosts: Sequence[dict[str, Any]], fixed: Fixed, forward: bool) -> None:

@@ -134,22 +134,11 @@ def raise_kernel(
 ):  # fmt: skip
     """The amaxes of each of `seen` are at an address, as many as a 16th of n; 0 for none."""
     pair, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
-    if pair == 0:
-        _raise(s0, a0, n0, part, PARTS, BLOCK)
-    if pair == 1:
-        _raise(s1, a1, n1, part, PARTS, BLOCK)
-    if pair == 2:
-        _raise(s2, a2, n2, part, PARTS, BLOCK)
-    if pair == 3:
-        _raise(s3, a3, n3, part, PARTS, BLOCK)
-    if pair == 4:
-        _raise(s4, a4, n4, part, PARTS, BLOCK)
-    if pair == 5:
-        _raise(s5, a5, n5, part, PARTS, BLOCK)
-    if pair == 6:
-        _raise(s6, a6, n6, part, PARTS, BLOCK)
-    if pair == 7:
-        _raise(s7, a7, n7, part, PARTS, BLOCK)
+    seen, amaxes = (s0, s1, s2, s3, s4, s5, s6, s7), (a0, a1, a2, a3, a4, a5, a6, a7)
+    numbers = n0, n1, n2, n3, n4, n5, n6, n7
+    for k in tl.static_range(len(numbers)):
+        if pair == k:
+            _raise(seen[k], amaxes[k], numbers[k], part, PARTS, BLOCK)
 
 
 def raise_to(seen: Sequence[Tensor], amaxes: Sequence[Tensor]) -> None:
