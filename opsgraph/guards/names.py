@@ -25,7 +25,8 @@ WORDS = frozenset({"_", "ops", "saved", "torch", "inf", "nan", "check", "check_r
 
 _BEFORE = re.compile("(?:ref_|d|q)*")
 _AFTER = re.compile(rf"(?:{STORED}|_more|_(?:row|col)[0-9]+)*$")
-_PART = re.compile("xq[0-9]+_[0-9]+")  # of a kept value that is quantized
+_OWN = re.compile("xq[0-9]+_[0-9]+|(?:scales|seen)_[0-9]+")
+"""Parts of a quantized value that is kept; what joined passes take for each layer."""
 
 
 @lru_cache(maxsize=4096)
@@ -41,7 +42,7 @@ def variable(name: str, number: str, taken: Iterable[str] | Mapping[str, object]
     """What is called `name` by op `number`: the first spelling whose root is not taken."""
     stem = name if name.isascii() else normalize("NFKC", name)  # as Python reads it
     stem += "_" * stem[-1].isdigit()
-    while root(text := f"{stem}{number}") in taken or _PART.fullmatch(text):
+    while root(text := f"{stem}{number}") in taken or _OWN.fullmatch(text):
         stem += "_"
     return text
 
@@ -57,7 +58,8 @@ def free(name: str, taken: Iterable[str]) -> Iterable[str]:
     base = _identifier(name)
     between = "_" * base[-1].isdigit()
     spelled = chain([base], (f"{base}{between}{k}" for k in count(2)))
-    return (text for text in spelled if root(text) not in taken and text not in WORDS)
+    right = (text for text in spelled if text not in WORDS and not _OWN.fullmatch(text))
+    return (text for text in right if root(text) not in taken)
 
 
 def of_opsgraph(target: Any) -> bool:

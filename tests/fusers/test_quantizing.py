@@ -139,3 +139,16 @@ def test_a_subclass_of_a_quantizer_computes_what_it_says() -> None:
         with og.autocast(recipe=halved):
             results.append(module(x).detach())
     assert_same(*results, "y")
+
+
+@compiled
+def test_a_block_size_of_what_has_no_gate_stops_no_fuser() -> None:
+    """An attribute that means nothing to an activation changes no plan."""
+    ops = og.ops.Linear(64, 128), og.ops.SiLU(), og.ops.Linear(128, 64)
+    module = og.Sequential(*ops, dtype=torch.bfloat16)
+    x = torch.randn(32, 64, dtype=torch.bfloat16)
+    with og.autocast(recipe=og.recipe.MXFP8BlockScaling()):
+        before = str(module.plan(x=x))
+        ops[1].glu_interleave_size = 32
+        assert "ActivationQuantizeCPU" in before
+        assert str(module.plan(x=x)) == before

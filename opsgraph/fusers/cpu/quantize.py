@@ -80,7 +80,7 @@ class ActivationQuantizeCPU(CPU, Quantizes):
     def reject(self, act: Any, q: Any) -> str | None:  # type: ignore[override]
         if type(q.quantizer) in (RowQuantizer, TensorQuantizer):
             return "its kernel quantizes tiles before the amax of a row or of the tensor is known"
-        if act.glu_interleave_size:
+        if act.function[2]:
             return "its kernel does not interleave"
         return super().reject(q)
 

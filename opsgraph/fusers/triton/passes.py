@@ -73,7 +73,7 @@ class ActivationFuser(Triton):
         """Why the kernels cannot compute an activation, or None."""
         if form_of(act.kernel).name not in functions.KINDS:
             return f"its kernel has no {act.kernel}"
-        if act.glu_interleave_size is not None and not self.interleaved:
+        if act.function[2] is not None and not self.interleaved:
             return "its kernel takes halves, not interleaved gate and value"
         return None
 
