@@ -154,6 +154,7 @@ def test_inductor(name: str) -> None:
     assert_equal(compiled, module, torch.randn(7, 16))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", ["mlp", "named residual", "tied", "LayerNormMLP", "mixed"])
 @pytest.mark.parametrize("training", [True, False])
 def test_changing_rows_compile_at_most_twice(name: str, training: bool) -> None:

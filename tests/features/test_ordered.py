@@ -85,6 +85,7 @@ def test_where_both_gradients_are_as_large_there_is_one_order() -> None:
     assert {name for name in NETS if build(name).plan().few is None} == {"plain"}
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("replays", [False, True])
 @pytest.mark.parametrize("backends", [BACKENDS, ("reference",)], ids=["aten", "reference"])
 @pytest.mark.parametrize("share", [1, 2, 3, 4, 6, 8])

@@ -235,7 +235,7 @@ INPUTS = (
             Edit("guards/names.py", '    stem += "_" * stem[-1].isdigit()\n', ""),
             Edit("guards/names.py", '"_" * base[-1].isdigit()', '""'),
             Edit("guards/names.py",
-                 '    while root(text := f"{stem}{number}") in taken or _PART.fullmatch(text):\n'
+                 '    while root(text := f"{stem}{number}") in taken or _OWN.fullmatch(text):\n'
                  '        stem += "_"\n    return text\n',
                  '    return f"{stem}{number}"\n'),
         ),
