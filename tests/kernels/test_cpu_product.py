@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opsgraph.base.errors import OpError
 from opsgraph.kernels.cpu import build, product
 
 REASON = build.why_not()
@@ -18,7 +19,7 @@ UNITS = () if REASON else tuple(unit for unit in product.UNITS if product.room(u
 SIZES = (
     (32, 32, 32), (33, 40, 70), (5, 3, 1), (1, 1, 1), (12, 1, 513), (300, 290, 100),
     (37, 129, 2049), (700, 64, 1027), (1030, 33, 1100), (64, 530, 96), (1, 64, 4100),
-    (2065, 16, 16), (500, 16, 1100),
+    (2065, 16, 16), (500, 16, 1100), (70, 40, 1056), (40, 1100, 64), (600, 600, 1100),
 )  # fmt: skip
 
 pytestmark = [
@@ -52,7 +53,7 @@ def test_sums_are_exact_and_rounded_once(unit: str, sizes: tuple[int, int, int])
     for b_by_columns in (False, True):
         for apart in (0, 1, 6):
             right = stored(b, b_by_columns, apart)
-            left = stored(a, False, apart)
+            left = stored(a, unit == product.TRANSPOSES and b_by_columns != bool(apart), apart)
             for by_columns in (False, True):
                 room = torch.full((m + 2, n + 2), torch.nan).bfloat16()
                 room = room.t().contiguous().t() if by_columns else room
@@ -67,6 +68,13 @@ def test_sums_are_exact_and_rounded_once(unit: str, sizes: tuple[int, int, int])
             out = torch.full((n, m), torch.nan).bfloat16().t()
             product.multiply(unit, left, right, out, above, stored(other, True, apart))
             assert torch.equal(out, (expected + above.double() + other.double()).bfloat16())
+
+
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit != product.TRANSPOSES])
+def test_only_tiles_take_a_left_factor_by_columns(unit: str) -> None:
+    a, b, out = whole_numbers(8, 4).t(), whole_numbers(8, 6), torch.empty(4, 6).bfloat16()
+    with pytest.raises(OpError, match="stored by columns"):
+        product.multiply(unit, a, b, out)
 
 
 @each_unit

@@ -24,7 +24,7 @@ ENOUGH = 0.1
 MOST_ROUNDS = 12
 PAIRS = 5
 """Rounds of the best one against the usual one alone: a machine's speed may change meanwhile."""
-RULES = 6
+RULES = 7
 """Number of the rules by which is measured: other rules' choices are not read."""
 
 

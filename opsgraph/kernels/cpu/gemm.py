@@ -78,6 +78,7 @@ LAYOUTS = {
         *(Layout(unit, first) for unit in product.UNITS if not second),
         *(Layout(f"{unit} flipped", False, second) for unit in product.UNITS if not first),
     )
+    if layout.unit != product.TRANSPOSES or not (first or second)
 }
 
 choices = Choices("gemm", machine, fastest, forgotten=lambda: _chosen.clear())
@@ -265,10 +266,13 @@ def _worthwhile(kind: str, layout: Layout, rows: int, width: int, depth: int) ->
     few rows the weight should be the other one, which is read once as it is.
     """
     if layout.unit in product.UNITS:
-        flipped = layout.unit != layout.entry
+        flipped, copied = layout.unit != layout.entry, layout.first or layout.second
+        transposes = layout.unit == product.TRANSPOSES
         if kind == WGRAD:
-            return layout.second if flipped else layout.first
-        return layout[1:] == (False, False) and flipped == (kind == FORWARD and rows <= FEW)
+            return transposes or copied
+        if kind == FORWARD and rows > FEW and transposes:
+            return True
+        return not copied and flipped == (kind == FORWARD and rows <= FEW)
     if rows <= FEW:
         return layout == Layout()
     if kind == WGRAD:

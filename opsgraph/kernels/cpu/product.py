@@ -24,9 +24,11 @@ UNITS = {
     "tiles": "AMX",
 }
 """What multiplies, in the order of `source/product.cpp`, with what it is."""
+TRANSPOSES = "tiles"
+"""The unit that takes a left factor stored by columns: it transposes that as it packs it."""
 _CODES = {unit: code for code, unit in enumerate(UNITS)}
 
-_kernel = Kernel("opsgraph_product", "5q P q P 2q P q P 2q P 2q P", "product")
+_kernel = Kernel("opsgraph_product", "5q P 2q P 2q P q P 2q P 2q P", "product")
 
 
 @cache
@@ -54,10 +56,10 @@ def multiply(
 ) -> None:  # fmt: skip
     """`out = a @ b + bias + other`, summed up in fp32 in the order of k and rounded once.
 
-    a: `[m, k]`, stored by rows; b: `[k, n]`, out: `[m, n]`, each stored by rows or by columns; all
-    bf16 with a stride of 1 in one dimension; any size may be 0. bias: `[n]` or `[m, 1]`; other:
-    `[m, n]`, bf16. Results do not depend on the number of threads; pairs and tiles take denormal
-    numbers for zero.
+    a: `[m, k]`, stored by rows, or by columns for tiles; b: `[k, n]`, out: `[m, n]`, each stored by
+    rows or by columns; all bf16 with a stride of 1 in one dimension; any size may be 0. bias: `[n]`
+    or `[m, 1]`; other: `[m, n]`, bf16. Results do not depend on the number of threads; pairs and
+    tiles take denormal numbers for zero.
     """
     (m, k), n, threads = a.shape, b.shape[1], torch.get_num_threads()
     of_rows = bias is not None and bias.dim() == 2
@@ -65,6 +67,8 @@ def multiply(
     if b.shape[0] != k or out.shape != (m, n) or (other is not None and other.shape != (m, n)):
         shapes = [tuple(t.shape) for t in (a, b, out, other) if t is not None]
         raise OpError("product", f"shapes {shapes}", "[m, k] by [k, n] into [m, n]")
+    if unit != TRANSPOSES and _by_columns(a):
+        raise OpError("product", f"a stored by columns for {unit}", "a by rows")
     if not k:  # the kernel begins with the first part of k
         added = 0.0 if bias is None else bias
         out.copy_(
@@ -73,8 +77,8 @@ def multiply(
         return
     needed = memory.empty((room(unit, k) * threads,), torch.uint8)
     _kernel(
-        threads, _CODES[unit], m, n, k, a.data_ptr(), _line(a), b.data_ptr(), _line(b),
-        _by_columns(b), address(bias), of_rows, address(other),
+        threads, _CODES[unit], m, n, k, a.data_ptr(), _line(a), _by_columns(a),
+        b.data_ptr(), _line(b), _by_columns(b), address(bias), of_rows, address(other),
         *((0, 0) if other is None else other.stride()), out.data_ptr(), _line(out),
         _by_columns(out), needed.data_ptr(),
     )  # fmt: skip
