@@ -537,6 +537,30 @@ def test_want_has_the_words_of_the_kernel() -> None:
         assert_same_results(module, torch.randn(5, 8))
 
 
+def test_what_a_fuser_makes_again_of_what_it_saved() -> None:
+    called: list[str] = []
+
+    class NormAgain(og.Fuser):
+        backend, pattern, saves = "aten", dict(norm=RMSNorm), ("norm_rstd",)
+
+        def fwd(self, x: Tensor, norm_weight: Tensor, norm_eps: float) -> Any:
+            called.append("fwd")
+            rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
+            return x * rstd * norm_weight, (rstd,)
+
+        def again(self, norm_x: Tensor, norm_rstd: Tensor, norm_weight: Tensor) -> Any:
+            called.append("again")
+            return norm_x * norm_rstd * norm_weight
+
+    ops = RMSNorm(8), Linear(8, 64, bias=False), SiLU()
+    module = og.Sequential(*ops, fusers=("NormAgain",))
+    with og.register(NormAgain):
+        source = module.plan().backward_source
+        assert "x1 = NormAgain.again(x0, rstd0, weight0)" in source
+        assert_same_results(module, torch.randn(5, 8))
+    assert set(called) == {"fwd", "again"}
+
+
 class SiLUBackward(og.Fuser):
     """Notes how many variables its consumed argument has, beside its own."""
 

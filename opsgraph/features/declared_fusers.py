@@ -70,7 +70,7 @@ def _of_options(fuser: Fuser) -> Iterator[str]:
     for option in ("saves", "consumes", "gives"):
         if not is_names(value := getattr(fuser, option)):
             yield f"got {option} = {value!r}, expected a tuple of names"
-    for method in ("fwd", "bwd", "wgrad", "dgrad", "reject", "reject_formats"):
+    for method in ("fwd", "bwd", "wgrad", "dgrad", "again", "reject", "reject_formats"):
         function = getattr(fuser, method)
         if function is not None and not callable(function):
             yield f"got {method} = {function!r}, expected a method or None"
@@ -81,6 +81,8 @@ def _of_options(fuser: Fuser) -> Iterator[str]:
     listed = isinstance(dtypes, Collection) and all(isinstance(d, torch.dtype) for d in dtypes)
     if dtypes is not None and not listed:
         yield f"got dtypes = {dtypes!r}, expected a tuple of torch's dtypes, or None"
+    if fuser.again and not fuser.fwd:
+        yield "got again and no fwd, which it repeats"
     if not isinstance(fuser.wants, Mapping):
         yield f"got wants = {fuser.wants!r}, expected the kernel's words under the names here"
     backward = [*fuser.functions(BACKWARD)]
@@ -137,6 +139,7 @@ def _of_arguments(fuser: Fuser, kinds: Kinds) -> Iterator[str]:
         "bwd": {"want"} | step | _private(fuser),
         "wgrad": step,
         "dgrad": step,
+        "again": {"want"} | names,
         "reject": {"x", *kinds},
     }
     for method, known in allowed.items():

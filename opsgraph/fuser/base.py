@@ -33,7 +33,7 @@ from ..op import BACKWARD, FORWARD, Op, Spec, arguments, differentiable
 from ..op.functions import backward_functions, passes, said
 
 AGAIN = "again"
-"""Beside the passes: how an op makes its y again in the backward."""
+"""Beside the passes: how an op, or a fuser, makes its y again in the backward."""
 Variant = tuple[tuple[str, type[Op] | None], ...]
 
 
@@ -67,9 +67,9 @@ class Fuser:
     bwd: Callable[..., Any] | None = None
     wgrad: Callable[..., Any] | None = None
     dgrad: Callable[..., Any] | None = None
-    """`bwd` in two steps, of which a plan runs what it needs: `wgrad(dy, fc_x, ...)` is the product
-    that gives the only gradient after dx, a linear layer's weight's, and `dgrad` gives dx. Where
-    the weight gradient goes is the plan's business."""
+    """`bwd` in two steps, of which a plan runs what it needs: `wgrad(dy, fc_x, ...)`, the product,
+    gives the only gradient after dx, a linear layer's weight's (a plan knows where it goes)."""
+    again: Callable[..., Any] | None = None  # y once more in the backward, of what fwd saved too
     gives: ClassVar[tuple[str, ...]] = ()
     """`("fc_x",)`: in the place of the weight gradient of the last op, a linear layer, `bwd`
     returns that op's input, which it has made again. The weight gradient is a step of its own."""
@@ -101,8 +101,8 @@ class Fuser:
 
     def functions(self, direction: str) -> dict[str, Callable[..., Any]]:
         """The functions to call in that pass, in order; none if it does not serve the pass."""
-        names = {FORWARD: ("fwd",), BACKWARD: ("wgrad", "dgrad", "bwd")}.get(direction, ())
-        functions = {name: getattr(self, name) for name in names}
+        names = {FORWARD: ("fwd",), BACKWARD: ("wgrad", "dgrad", "bwd"), AGAIN: (AGAIN,)}
+        functions = {name: getattr(self, name) for name in names[direction]}
         return {name: function for name, function in functions.items() if function}
 
 

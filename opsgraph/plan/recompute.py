@@ -98,10 +98,9 @@ class Keeper:
         keeping = size / 2 + spec.stored(None).bytes_per_row if spec.storage else size
         best: tuple[float, int, Remake | None] = (self.saved * keeping, -1, None)
         for claim in makers:
-            for call, needs in space.remakes(claim):
-                if name in needs:
-                    continue
-                written = () if call is claim.again else (name,) if call.wants else claim.gives
+            for call, needs in (r for r in space.remakes(claim) if name not in r[1]):
+                picks = call.wants and claim.again is None
+                written = () if call is claim.again else (name,) if picks else claim.gives
                 moved = space.moved(claim, written, needs)
                 cost = moved + sum(self._best(need, depth + 1)[0] for need in needs)
                 if (cost, claim.rank) < best[:2]:

@@ -43,6 +43,8 @@ def rejects_y(self: Any, norm: Any, y: og.Spec) -> str | None: ...
         (dict(bwd=needs_rstd), r"bwd needs \['norm_std'\], which nobody has.*norm_rstd, norm_w"),
         (dict(fwd=needs_fc), r"fwd needs \['linear_weight'\].*fc_weight.*norm_eps"),
         (dict(fwd=needs_dy), r"fwd needs \['dy'\]"),
+        (dict(again=needs_dy), r"again needs \['dy'\]"),
+        (dict(fwd=None, bwd=needs_fc, again=needs_fc), "got again and no fwd, which it repeats"),
         (dict(reject=rejects_y), r"reject needs \['y'\].*fc, norm, x"),
         (dict(saves=("fc_z",)), r"cannot save \['fc_z'\]; the names there are:.*norm_rstd"),
         (dict(saves=("fc_weight",)), r"cannot save \['fc_weight'\]"),

@@ -82,6 +82,18 @@ class NormQuantize(Triton, Quantizes):
         )  # fmt: skip
         return as_quantized(q.quantizer, copies, x.dtype), (total, mean, rstd, copies.amax)
 
+    def again(
+        self, norm_x: Tensor, norm_mean: Tensor | None, norm_rstd: Tensor,
+        norm_weight: Tensor | None, norm_bias: Tensor | None, norm_zero_centered_gamma: int,
+        q: Any, q_scale: Tensor | None, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        """The copies once more: x is not read for its statistics."""
+        copies = norm_kernels.norm_quantize_again(
+            norm_x, norm_mean, norm_rstd, norm_weight, norm_bias, format_of(q.quantizer),
+            norm_zero_centered_gamma, q_scale, want,
+        )  # fmt: skip
+        return as_quantized(q.quantizer, copies, norm_x.dtype)
+
 
 @register
 class ActivationQuantize(ActivationFuser, Quantizes):

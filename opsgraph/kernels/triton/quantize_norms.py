@@ -140,12 +140,21 @@ def norm_quantize(
     if narrow and scale is not None and "col" in wanted and output.row is not None:
         col = transposed(output.row[0]), scale  # the codes are the row copy's
         wanted -= {"col"}
-    source = Source(
-        "norm", x if total is None else total, width, bias, weight, mean, rstd,
-        zero_centered=zero_centered,
-    )  # fmt: skip
-    rest = copies(source, to, scale, wanted, amax)
+    summed = x if total is None else total
+    rest = norm_quantize_again(
+        summed, mean, rstd, weight, bias, to, zero_centered, scale, wanted, amax
+    )
     statistics = mean if "mean" in want else None, rstd if "rstd" in want else None
     inverse = output.inverse if rest.inverse is None else rest.inverse
     done = rest._replace(row=output.row or rest.row, col=col or rest.col, inverse=inverse)
     return done, *statistics, total
+
+
+def norm_quantize_again(
+    x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+    to: Target, zero_centered: int, scale: Tensor | None, want: Collection[str],
+    amax: Tensor | None = None,
+) -> Copies:  # fmt: skip
+    """The copies of `norm_quantize` from its statistics; x with `other` added. amax: if known."""
+    source = Source("norm", x, x.size(1), bias, weight, mean, rstd, zero_centered=zero_centered)
+    return copies(source, to, scale, want, amax)

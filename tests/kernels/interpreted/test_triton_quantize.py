@@ -20,6 +20,7 @@ from opsgraph.kernels.triton.quantize import activation_quantize, quantize
 from opsgraph.kernels.triton.quantize_backward import activation_backward_quantize
 from opsgraph.kernels.triton.quantize_norms import (
     norm_quantize,
+    norm_quantize_again,
 )
 
 HALF, EPS, BOTH = torch.bfloat16, 1e-5, ("row", "col")
@@ -179,6 +180,8 @@ def test_norms(
     check(col, y, to, scale, ("col",))
     assert torch.equal(mean_found, mean)
     assert torch.equal(rstd_found, rstd)
+    again = norm_quantize_again(x, mean, rstd, weight, bias, to, 0, scale, ("col",))
+    check(again, y, to, scale, ("col",))
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "rows", "blocks"])
