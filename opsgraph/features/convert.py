@@ -32,6 +32,7 @@ from ..ops.norms import LayerNorm, RMSNorm
 from ..ops.xielu import XIELU
 from .adapters import adapted, is_peft, reason_against
 from .called import CalledOp, reason, spread
+from .dimensions import flat
 from .extras import verify_trailing
 from .inputs import described
 from .known_models import of_transformers
@@ -261,7 +262,7 @@ class PlainOp(nn.Module):
         return called
 
     def _run(self, x: Tensor) -> Tensor:
-        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        shape, x = x.shape, flat(x, 2)
         verify_trailing(self.op, type(self.op).__name__, shape)
         for kind, op in self.op.lower():
             if kind.identity(op, "forward", self.training):

@@ -72,6 +72,12 @@ def test_to_torch_runs_other_ops_plainly() -> None:
     assert torch.autograd.gradcheck(plain, (x,))
 
 
+def test_to_torch_of_other_ops_takes_rows_without_columns() -> None:
+    plain = og.Sequential(RMSNorm(0, zero_centered_gamma=True), SwiGLU()).to_torch()
+    for shape in ((0,), (3, 0), (2, 3, 0), (0, 0)):
+        assert plain(torch.empty(shape)).shape == shape
+
+
 def _doubled(module: nn.Module, args: object, y: torch.Tensor) -> torch.Tensor:
     return 2 * y
 

@@ -19,6 +19,7 @@ from opsgraph.fusers.cublaslt import products
 from opsgraph.fusers.cublaslt.products import scaled_mm
 from opsgraph.kernels.cublaslt import scaled_mm as operands
 from opsgraph.kernels.cublaslt.scaled_mm import tiles
+from opsgraph.kernels.formats import Format, inverse_shape
 from opsgraph.op import Spec
 from opsgraph.quantizers import BlockQuantizer, MXQuantizer, NVFP4Quantizer, Quantizer
 
@@ -197,6 +198,30 @@ def test_inverses_of_blocks_are_parts_of_copies_where_products_read_them(
         assert data.size(0) == -(-right.size(0) // filled) * filled
         assert torch.equal(scale[:, : lines.size(1)], lines.reciprocal())
         assert torch.equal(scale[:, lines.size(1) :], torch.ones_like(scale[:, lines.size(1) :]))
+
+
+@pytest.mark.parametrize("height", [1, 128])
+@pytest.mark.parametrize("rows, cols", [(0, 130), (130, 0), (0, 0)])
+def test_inverses_of_blocks_of_nothing_have_the_shape_of_others(
+    rows: int, cols: int, height: int
+) -> None:
+    quantizer = BlockQuantizer(E4M3, height)
+    copy = quantizer(torch.randn(rows, cols)).row
+    assert copy is not None
+    assert isinstance(to := quantizer.format, Format)
+    assert quantizer.inverted(copy.scale).shape == inverse_shape(to.scaling, rows, cols)
+
+
+def test_no_rows_under_blocks_whose_inverses_are_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, but for weights, whose two copies have the same parts elsewhere."""
+    monkeypatch.setattr(BlockQuantizer, "inverts_on", lambda self, device: not self.shared)
+    module = og.Sequential(og.ops.Linear(32, 16), backends=("reference",))
+    x = torch.randn(0, 32, requires_grad=True)
+    with og.autocast(recipe=og.recipe.Float8BlockScaling()):
+        y = module(x)
+    y.sum().backward()
+    assert (y.shape, x.grad.shape if x.grad is not None else None) == ((0, 16), (0, 32))
+    assert torch.equal(module[0].weight.grad, torch.zeros(16, 32))
 
 
 def test_plans_of_blocks_with_inverses_as_parts(monkeypatch: pytest.MonkeyPatch) -> None:

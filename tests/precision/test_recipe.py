@@ -427,6 +427,13 @@ def test_one_quantized_copy(name: str, role: str) -> None:
     assert distance(found, x.double()) < (0.2 if name in FP4 else 0.1)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 3, 0), (0, 32), (0, 0)], ids=str)
+def test_one_quantized_copy_of_nothing(name: str, shape: tuple[int, ...]) -> None:
+    found = RECIPES[name].quantize(torch.empty(shape)).dequantize()
+    assert found.shape == shape
+
+
 def test_first_and_later_microbatches() -> None:
     module = og.LayerNormMLP(HIDDEN, FFN, device="cpu")
     x = example(dtype=torch.float32)
