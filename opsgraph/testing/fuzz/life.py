@@ -114,7 +114,7 @@ class Life(Layers):
         if quiet and not outputs[0].requires_grad:
             return
         if inplace:
-            self._change_outputs(outputs, leaves)
+            self._change_outputs(outputs, exact.outputs, leaves)
         waiting = Pending(
             outputs,
             dys_of(question, exact.outputs),
@@ -181,13 +181,20 @@ class Life(Layers):
         elif recipes and self.kept != tuple(recipes):
             allowed.anything()  # weights of another time, or of another recipe
 
-    def _change_outputs(self, outputs: Sequence[Tensor], leaves: dict[str, Tensor]) -> None:
-        """As a caller may who adds to a result in place."""
+    def _change_outputs(
+        self, outputs: Sequence[Tensor], exact: Sequence[Tensor], leaves: dict[str, Tensor]
+    ) -> None:
+        """As a caller may who adds to a result in place.
+
+        One that is an input as well, or another output, is a view. Dynamo returns one of two such
+        outputs as a copy, so that the other has its memory alone and is a view all the same.
+        """
         if not self._ops_alone():
             return  # an output may be what went into an op behind a module
-        whole = [t.untyped_storage().data_ptr() for t in (*outputs, *leaves.values())]
-        for y in outputs:  # one that is an input as well, or another output, is a view
-            if y.requires_grad and whole.count(y.untyped_storage().data_ptr()) == 1:
+        whole = _storages(*outputs, *leaves.values())
+        meant = _storages(*exact)
+        for k, y in enumerate(outputs):
+            if y.requires_grad and whole.count(whole[k]) == meant.count(meant[k]) == 1:
                 y += 1
 
     def _ops_alone(self) -> bool:
@@ -266,6 +273,10 @@ class Life(Layers):
             if y.dtype in (torch.float16, torch.bfloat16) and len(self._ops()) == 1:
                 if not (allowed.low or any_dtype or interpreting()):
                     check_rounding(f"output {k}", y.detach(), expected)
+
+
+def _storages(*tensors: Tensor) -> list[int]:
+    return [t.untyped_storage().data_ptr() for t in tensors]
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
