@@ -245,6 +245,21 @@ def test_what_a_module_leaves_behind_is_found() -> None:
         del held
 
 
+def test_what_garbage_holds_through_autograd_is_not_left_behind() -> None:
+    """A LayerNormMLP is a cycle; whether a node holds it shows when the node has gone."""
+    gc.collect()
+    gc.disable()  # or the node may go before
+    try:
+        life = Life()
+        life.mlp(4, 4)
+        ring = [life.module(torch.randn(2, 4, requires_grad=True)).exp()]
+        ring.append(ring)
+        del ring
+        life.leave()
+    finally:
+        gc.enable()
+
+
 def test_a_step_that_does_not_apply_is_left_out() -> None:
     life = Life()
     life.build(4, "GELU()")
