@@ -350,7 +350,8 @@ class BlockQuantizer(Quantizer):
     def inverted(self, scale: Tensor) -> Tensor:
         lines = scale if self.shared else scale.t()
         filled = torch.nn.functional.pad(lines.reciprocal(), (0, -lines.size(1) % FOUR), value=1.0)
-        return filled.unflatten(1, (-1, FOUR))
+        inverse: Tensor = filled.unflatten(1, (-1, FOUR))
+        return inverse
 
     def made(self, data: Tensor, scale: Tensor, *more: Tensor) -> Copy:
         return Copy(self, data, scale, None, *more)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import opsgraph as og
+from opsgraph.features.expected import MOVES, Expected, compare, run_reference
 from opsgraph.kernels.reference import norms
 from opsgraph.ops import BasicLinear, Bias, ConstantScale, LayerNorm, Linear, RMSNorm, SiLU, SwiGLU
+from opsgraph.ops.quantize import Quantize, QuantizeGrad
 
 BF16 = torch.bfloat16
 
@@ -196,6 +198,25 @@ def test_the_check_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> N
     torch.manual_seed(0)
     RMSNorm(16)(torch.randn(4, 16))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", [Quantize, QuantizeGrad])
+def test_an_amax_may_be_off_by_as_much_as_the_value_whose_it_is(kind: Any) -> None:
+    """One that two kernels round to bf16 may be the next number; what comes as it is may not."""
+    y = torch.randn(8, 64, dtype=BF16)
+    op = kind(quantizer=og.recipe.DelayedScaling().quantizer("activation"), role="activation")
+    function, wanted = (kind.fwd, "amax") if kind is Quantize else (kind.bwd, "scale")
+    scale, want = torch.ones(()), ("row", wanted)
+    rounded = Expected(y, y.double(), (y.double(),) * MOVES)
+    _, (amax,) = run_reference(function, op, rounded, scale, want=want)
+    found = y.abs().max().float()
+    compare("step", "amax", found * (1 + 2.0**-7), amax)
+    with pytest.raises(og.OpsgraphError, match="step: amax differs"):
+        compare("step", "amax", found * 1.05, amax)
+    _, (amax,) = run_reference(function, op, y, scale, want=want)
+    compare("step", "amax", found, amax)
+    with pytest.raises(og.OpsgraphError, match="step: amax differs"):
+        compare("step", "amax", found * (1 + 2.0**-7), amax)
 
 
 class Product(og.Fuser):

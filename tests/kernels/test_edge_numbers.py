@@ -55,6 +55,27 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-6, equal_nan=True)
 
 
+FAR_BELOW = {
+    -12.0: (-1.63598544935348106e-61, -5.29040335252255846e-60),
+    -8.0: (-3.10778293750111122e-21, -4.71478450410684158e-20),
+    -5.0: (-2.29179619662950605e-7, -1.5463619875325946e-6),
+    -0.75: (-0.170039444834379696, 0.00106174386258570234),
+    2.0: (1.95459769408777502, 1.08609925662361838),
+}
+"""GELU with tanh and its slope, of 300 digits."""
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_fast"])
+def test_gelu_in_fp64_is_exact_where_pytorchs_is_0(kind: str) -> None:
+    x = torch.tensor([*FAR_BELOW], dtype=torch.float64)
+    right = torch.tensor([*FAR_BELOW.values()], dtype=torch.float64)
+    found = (
+        activations.activation_forward(x, kind),
+        activations.activation_backward(torch.ones_like(x), x, kind),
+    )
+    torch.testing.assert_close(torch.stack(found, 1), right, rtol=1e-13, atol=0)
+
+
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("kind", edges.SMOOTH)

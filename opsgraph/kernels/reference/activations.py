@@ -9,7 +9,7 @@ A kind is a name and, after spaces, the words of `Form` that say what is other t
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from math import pi, sqrt
 from typing import NamedTuple
 
@@ -93,11 +93,28 @@ def _erf_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return dy * (_normal(x) + x * density)
 
 
+def _tanh_gelu(x: Tensor) -> Tensor:
+    """PyTorch's; not in fp64, which is to be exact: 1 + tanh(u) is 0 far below 0, 2 sigmoid(2u) no.
+
+    u: `sqrt(2 / pi) * (x + 0.044715 * x^3)`.
+    """
+    if x.dtype != torch.float64:
+        return F.gelu(x, approximate="tanh")
+    return x * torch.sigmoid(x * (1 + 0.044715 * x * x) * sqrt(8 / pi))
+
+
+def _tanh_gelu_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    if x.dtype != torch.float64:
+        return aten.gelu_backward(dy, x, approximate="tanh")  # type: ignore[no-any-return]
+    twice = x * (1 + 0.044715 * x * x) * sqrt(8 / pi)
+    slope = x * (1 + 3 * 0.044715 * x * x) * sqrt(8 / pi)
+    return dy * torch.sigmoid(twice) * (1 + torch.sigmoid(-twice) * slope)
+
+
 def _gelu(approximate: str) -> Function:
-    value = partial(F.gelu, approximate=approximate)
     if approximate == "none":
         return _flat(lambda x: x * _normal(x), _erf_gradient)
-    return _flat(value, partial(aten.gelu_backward.default, approximate=approximate))
+    return _flat(_tanh_gelu, _tanh_gelu_gradient)
 
 
 def _leaky_relu(slope: float) -> Function:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import formulas
 from .compare import Answer, anything, worse
-from .low import SHARES, in_low_precision, with_norms_of_pytorch
+from .low import SHARES, in_low_precision, with_norms_of_pytorch, with_roundings
 
 
 class Question(NamedTuple):
@@ -84,7 +84,8 @@ def plain_answer(question: Question, exact: Answer, dtype: torch.dtype, low: boo
     """The worst answer that formulas give in a dtype; low: also with products in FP8.
 
     A value that is rounded may be on the other side of a bound, and an error of terms that cancel
-    may be small by chance. Inputs that are off by a few roundings show both.
+    may be small by chance. Inputs that are off by a few roundings, and results on the way that are
+    off by one, show both.
     """
     found = answer(question, dtype)
     with with_norms_of_pytorch():
@@ -93,7 +94,8 @@ def plain_answer(question: Question, exact: Answer, dtype: torch.dtype, low: boo
         near = [
             _near(question, x, dtype, k).requires_grad_(x.requires_grad) for x in question.inputs
         ]
-        found = worse(exact, found, answer(question._replace(inputs=near), dtype))
+        with with_roundings(dtype, k):
+            found = worse(exact, found, answer(question._replace(inputs=near), dtype))
     for share in SHARES if low else ():
         with in_low_precision(share):
             found = worse(exact, found, answer(question, dtype))

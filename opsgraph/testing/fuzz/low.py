@@ -1,4 +1,6 @@
-"""Formulas with products in FP8, or with PyTorch's norms: how far results may be from fp64."""
+"""Formulas with products in FP8, with PyTorch's norms, or whose results are off by a rounding: how
+far results may be from fp64.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,4 +70,26 @@ def with_norms_of_pytorch() -> Iterator[None]:
     """Let LayerNorm be PyTorch's: in its gradient other terms cancel than in that of a formula."""
     table = mock.patch.dict(formulas.FORMULAS, {ops.LayerNorm: _layernorm})
     with table, mock.patch.object(formulas, "layernorm", _layernorm):  # LayerNormMLP's
+        yield
+
+
+@contextmanager
+def with_roundings(dtype: torch.dtype, seed: int) -> Iterator[None]:
+    """Let each result of a formula be off by up to half a unit of a dtype, as rounded it may be.
+
+    Kernels of several ops round elsewhere than formulas do, and a function behind such a value,
+    as a sine of thousands, may have another result for each of its neighbours.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def rounded(formula: Any) -> Any:
+        def off(op: Any, x: Tensor, get: Any) -> Tensor:
+            y: Tensor = formula(op, x, get)
+            way = torch.rand(y.shape, generator=generator, dtype=torch.float64).to(y.device) - 0.5
+            return (y.double() * (1 + way * torch.finfo(dtype).eps)).to(y.dtype)
+
+        return off
+
+    table = {kind: rounded(formula) for kind, formula in formulas.FORMULAS.items()}
+    with mock.patch.dict(formulas.FORMULAS, table):
         yield
