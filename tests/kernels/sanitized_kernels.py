@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import opsgraph as og
-from opsgraph.kernels.cpu import build, launch, norms
+from opsgraph.kernels.cpu import build, launch, norms, product
 from opsgraph.ops import (
     GEGLU,
     GELU,
@@ -135,6 +135,21 @@ def case(draw: random.Random) -> str:
     return said
 
 
+def products(draw: random.Random) -> None:
+    """Products of bf16 by each unit, among them sizes at the edge of a task's memory."""
+    sizes = [(1092, 480, 2048), (1100, 655, 800), (520, 1040, 97)]
+    sizes += [tuple(draw.randint(1, 700) for _ in range(3)) for _ in range(12)]  # type: ignore[misc]
+    for unit in product.UNITS:
+        if not product.room(unit, 1):
+            continue
+        for m, n, k in sizes:
+            a, b = (tight(shape, torch.bfloat16, draw) for shape in ((m, k), (k, n)))
+            out = torch.empty(m, n, dtype=torch.bfloat16)
+            product.multiply(unit, a if a.stride(1) == 1 else a.contiguous(), b, out)
+            if unit == product.TRANSPOSES:
+                product.multiply(unit, tight((k, m), torch.bfloat16, draw).t(), b, out)
+
+
 def control() -> None:
     """Reads a weight of 8 elements as if it had 64."""
     launch.verify_length = lambda *arguments: None  # type: ignore[assignment]
@@ -156,6 +171,8 @@ def main(seconds: str, seed: int, place: str = "cpu") -> None:
         return
     draw, end, count = random.Random(seed), time.monotonic() + float(seconds), 0
     torch.manual_seed(seed)
+    if device == "cpu":
+        products(draw)
     while time.monotonic() < end or (device == "cpu" and count < 20):
         print(count, end=" ", flush=True, file=sys.stderr)
         print(case(draw), flush=True, file=sys.stderr)

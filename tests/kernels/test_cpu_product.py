@@ -70,6 +70,31 @@ def test_sums_are_exact_and_rounded_once(unit: str, sizes: tuple[int, int, int])
             assert torch.equal(out, (expected + above.double() + other.double()).bfloat16())
 
 
+@each_unit
+@pytest.mark.parametrize("sizes", ((1092, 480, 2048), (1100, 655, 800), (520, 1040, 97)), ids=str)
+def test_a_thread_writes_into_its_room_alone(
+    unit: str, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes whose rounded shares of rows or columns are more than would fit."""
+    m, n, k = sizes
+    rooms = []
+
+    def guarded(shape: tuple[int], dtype: torch.dtype) -> Tensor:
+        rooms.append(torch.full((shape[0] + 2**20,), 77, dtype=dtype))
+        return rooms[-1][: shape[0]]
+
+    monkeypatch.setattr(product.memory, "empty", guarded)
+    a, b, out = whole_numbers(m, k), whole_numbers(k, n), torch.empty(m, n).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        product.multiply(unit, a, b, out)
+    finally:
+        torch.set_num_threads(threads)
+    assert (rooms[0][product.room(unit, k) :] == 77).all()
+    assert torch.equal(out, (a.double() @ b.double()).bfloat16())
+
+
 @pytest.mark.parametrize("unit", [unit for unit in UNITS if unit != product.TRANSPOSES])
 def test_only_tiles_take_a_left_factor_by_columns(unit: str) -> None:
     a, b, out = whole_numbers(8, 4).t(), whole_numbers(8, 6), torch.empty(4, 6).bfloat16()

@@ -19,7 +19,9 @@ struct Tiled {
 
     static int64_t part(int64_t k) { return k <= WHOLE ? round_up(k, WIDE) : WHOLE; }
 
-    static int64_t columns(int64_t k) { return min(COLUMNS, B / max(part(k), DEPTH)); }
+    // Multiples of a tile: what a task has is rounded up to them, and must fit all the same.
+    static int64_t columns(int64_t k) { return min(COLUMNS, B / part(k) / WIDE * WIDE); }
+    static int64_t waiting_rows(int64_t columns) { return WAITING / columns / ROWS * ROWS; }
 
     static bool waits(int64_t k) { return k > part(k); }
 
@@ -206,7 +208,7 @@ static void product_of_tiles(const Product& g) {
     const int64_t columns = round_up(blocks(g.n, across), PAIR);
     across = blocks(g.n, columns);
     int64_t slab = max(FEW_ROWS, blocks(g.m, blocks(2 * g.threads, across)));
-    if (Tiled::waits(g.k)) slab = min(slab, Tiled::WAITING / columns);
+    if (Tiled::waits(g.k)) slab = min(slab, Tiled::waiting_rows(columns));
     down = blocks(g.m, slab);
     slab = round_up(blocks(g.m, down), Tiled::ROWS);
     members(g.threads, across * down, g.m * g.n * g.k / 16, [&](int64_t k, int64_t member) {
