@@ -57,8 +57,8 @@ class Pool:
         with self._lock:
             blocks = self._blocks.pop(size, [])
             self._blocks[size] = blocks  # last: sizes not asked for longest are dropped first
-            for k, block in enumerate(blocks):
-                if _idle(block):
+            for k in range(len(blocks) - 1, -1, -1):  # what was handed out last may be in the cache
+                if _idle(block := blocks[k]):
                     blocks.append(blocks.pop(k))
                     if _intact(block) and block.storage.resizable():
                         return block.storage
@@ -95,10 +95,12 @@ class Pool:
 
     def _drop(self, size: int) -> None:
         """Free idle blocks so that one more of that size stays within the most ever in use."""
-        held = {s: len(blocks) for s, blocks in self._blocks.items()}
-        used = {s: sum(not _idle(b) for b in blocks) for s, blocks in self._blocks.items()}
-        self._most = max(self._most, size + sum(s * n for s, n in used.items()))
-        excess = size + sum(s * n for s, n in held.items()) - self._most
+        held = size + sum(s * len(blocks) for s, blocks in self._blocks.items())
+        if held <= self._most:
+            return
+        used = sum(s * sum(not _idle(b) for b in blocks) for s, blocks in self._blocks.items())
+        self._most = max(self._most, size + used)
+        excess = held - self._most
         for s in list(self._blocks):
             kept = []
             for block in self._blocks[s]:
