@@ -71,6 +71,17 @@ constexpr int64_t STEP = sizeof(T) == 1 ? 64 : 32;
 // A line (or two) to memory, past the caches where there is an instruction for it: a column's line
 // need then not be read from memory before it is written, which no prefetcher sees coming.
 static inline void stream(const void* from, void* to, int64_t bytes) {
+#ifdef __AVX512F__
+    if ((reinterpret_cast<uintptr_t>(to) | uintptr_t(bytes)) % 64 == 0) {  // whole lines
+        typedef char Line __attribute__((vector_size(64)));
+        for (int64_t k = 0; k < bytes; k += 64) {
+            Line line;
+            memcpy(&line, static_cast<const char*>(from) + k, sizeof line);
+            asm volatile("vmovntdq %1, %0" : "=m"(*reinterpret_cast<Line*>(static_cast<char*>(to) + k)) : "v"(line));
+        }
+        return;
+    }
+#endif
 #ifdef __SSE2__
     if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
         for (int64_t k = 0; k < bytes; k += 16)
