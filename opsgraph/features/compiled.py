@@ -32,6 +32,7 @@ from ..precision import tapes
 from ..precision.autocast import active
 from ..precision.delayed import pin_states
 from ..precision.recipe import DelayedScaling, recipe_of
+from ..precision.weights import QuantizedTensor
 from .dimensions import flattened, unflattened
 from .recipes import StageRecipe, note_gradients
 
@@ -276,13 +277,20 @@ class Compiled:
             run = plan.functions.forward.call  # not a replay: Dynamo does not know all it looks at
             return self.run_inference(plan, self, len(extras), (x, *extras, *weights), (run, ()))
         if self.recipe is not None and plan.specs.prepared:
-            self.recipe.check_traceable(weights)
             weights = [*weights, *self.recipe.prepare(plan, weights)]
         return _run_traced(plan, self, len(extras), (x, *extras, *weights))
 
 
 _calls: dict[str, Callable[..., Any]] = {}
 """By reason, a call of a Sequential that Dynamo does not look into."""
+
+
+def _hidden(stage: Any) -> str | None:
+    """Why Dynamo may not look into a stage, if so."""
+    for module, name in getattr(stage, "slots", ()):
+        if isinstance(module._parameters.get(name), QuantizedTensor):
+            return "torch.compile cannot see into weights of quantized_model_init"
+    return getattr(stage, "eager_only", None)
 
 
 class CompiledSequence:
@@ -296,24 +304,31 @@ class CompiledSequence:
     run_stages: Callable[..., Any]
 
     @constant_under_compile
-    def _refresh(self, recipe: int | None, width: int) -> None:
-        """Prepare while Dynamo traces. A method, so that equal layers share what is compiled."""
+    def _refresh(self, recipe: int | None, width: int, kept: bool) -> str | None:
+        """Prepare while Dynamo traces. A method, so that equal layers share what is compiled.
+
+        kept: whether quantized weights are. Returns why Dynamo may not look into the call, if so.
+        """
         _register_fakes()
         self._prepare(width)
         if recipe is not None and isinstance(recipe_of(recipe), DelayedScaling):
             pin_states()
         if recipe is not None and recipe not in self._recipes:
             self._recipes[recipe] = self._make_stages(recipe)
-        for reason in filter(None, (getattr(s, "eager_only", None) for s in self._stages)):
-            if reason not in _calls:  # Dynamo guards which function it is
-                _calls[reason] = opaque(lambda m, x, more: m.forward(x, *more), reason)
+        stages = self._stages if recipe is None else self._recipes[recipe]
+        reason = next(filter(None, map(_hidden, stages)), None)
+        if reason is None and kept and recipe is not None:
+            reason = "is_first_microbatch keeps weights that torch.compile cannot see"
+        if reason is not None and reason not in _calls:  # Dynamo guards which function it is
+            _calls[reason] = opaque(lambda m, x, more: m.forward(x, *more), reason)
+        return reason
 
     def _run_compiled(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
         """The call while Dynamo traces."""
-        self._refresh(active.key, index(x.shape[-1]) if x.dim() else 0)
+        width, kept = index(x.shape[-1]) if x.dim() else 0, active.first_microbatch is not None
+        reason = self._refresh(active.key, width, kept)
         assert self._prepared == config.epoch  # for Dynamo to guard both
+        if reason is not None:
+            return _calls[reason](self, x, extras)
         stages = self._stages if active.key is None else self._recipes[active.key]
-        for stage in stages:
-            if getattr(stage, "eager_only", None) is not None:
-                return _calls[stage.eager_only](self, x, extras)
         return self.run_stages(stages, x, extras)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from ..base import config
-from ..base.errors import PlanError
 from ..guards.torch_private import graph_task, saved_hooks
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
@@ -201,13 +200,6 @@ class StageRecipe:
             if not isinstance(operand, tuple | QuantizedTensor):
                 owner, name = self.slots[k]
                 _kept.setdefault(owner, {})[name, self.quantizers[k]] = own
-
-    def check_traceable(self, weights: Sequence[Tensor | None]) -> None:
-        """Raises PlanError for what torch.compile cannot see."""
-        if any(isinstance(weight, QuantizedTensor) for weight in weights):
-            raise PlanError("torch.compile cannot see into weights of quantized_model_init")
-        if active.first_microbatch is not None:
-            raise PlanError("is_first_microbatch keeps weights that torch.compile cannot see")
 
     def record(self, plan: Plan, outputs: Sequence[Tensor], grad: bool) -> Sequence[Tensor]:
         """Note the amaxes of activations, which follow the outputs; returns these.

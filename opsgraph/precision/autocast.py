@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..base.errors import OpsgraphError
-from ..guards.torch_private import graph_task
+from ..guards.torch_private import apart, graph_task
 from ..guards.validation import flag, shown
 from .delayed import BACKWARD, FORWARD, Scaling, scaling_of
 from .recipe import DelayedScaling, Recipe, recipe_of
@@ -80,9 +80,11 @@ class microbatch:
         self.first = first
         self.before: bool | None = None
 
+    @apart
     def __enter__(self) -> None:
         self.before, active.first_microbatch = active.first_microbatch, self.first
 
+    @apart
     def __exit__(self, *error: object) -> None:
         active.first_microbatch = self.before
 
@@ -116,6 +118,7 @@ class autocast:
         self.key = None if self.recipe is None else self.recipe.key
         self.group = amax_reduction_group
 
+    @apart  # else it would be compiled behind a break, and what it writes to `active` be lost
     def __enter__(self) -> autocast:
         compiling = torch.compiler.is_compiling()
         if isinstance(self.recipe, DelayedScaling):
@@ -128,6 +131,7 @@ class autocast:
         active.push(self, compiling)
         return self
 
+    @apart
     def __exit__(
         self,
         kind: type[BaseException] | None,
