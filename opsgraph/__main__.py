@@ -74,7 +74,8 @@ def doctor() -> Iterable[str]:
 
 def ops() -> Iterable[str]:
     """List the ops, each with what it does."""
-    return _table((name, _summary(getattr(opsgraph.ops, name))) for name in opsgraph.ops.__all__)
+    names = sorted(opsgraph.ops.__all__, key=str.lower)
+    return _table((name, _summary(getattr(opsgraph.ops, name))) for name in names)
 
 
 def fusers() -> Iterable[str]:
