@@ -38,17 +38,24 @@ static constexpr int64_t round_up(int64_t count, int64_t of) { return blocks(cou
 
 // -- packing b --
 
+constexpr int64_t SOON = 8;  // rows until they are packed
+
+// A line into the second cache; of an address that nothing has, nothing.
+static inline void fetch(const bf16* line) { __builtin_prefetch(line, 0, 2); }
+
 // Pairs of rows k.. of a panel from column j, `count` of them; zero where b has none.
 static void pack_columns(const Product& g, int64_t k, int64_t depth, int64_t j, int64_t count, uint32_t* to) {
     const int64_t width = min(LANES, g.n - j), stride = g.b_stride, line = 16;
     const int64_t whole = width == LANES && stride % 2 == 0 ? depth / (2 * line) * line : 0;
     const bf16* from = g.b + j * stride + k;
     for (int64_t p = 0; p < whole; p += line)  // a line of every column
-        for (int64_t c = 0; c < LANES; c += 4)
+        for (int64_t c = 0; c < LANES; c += 4) {
+            for (int64_t i = c; i < c + 4; i++) fetch(from + (LANES + i) * stride + 2 * p);  // the next panel's
             for (int64_t q = p; q < p + line; q += 4)
                 transpose_square<float>(
                     reinterpret_cast<const float*>(from + c * stride + 2 * q), stride / 2,
                     reinterpret_cast<float*>(to + q * LANES + c), LANES);
+        }
     memset(to + whole * LANES, 0, (count - whole) * LANES * sizeof *to);
     for (int64_t c = 0; c < width; c++)
         for (int64_t i = 2 * whole; i < depth; i++)
@@ -77,6 +84,8 @@ static void pack(
         for (int64_t i = 0; i < depth; i += 2) {
             const bf16* low = g.b + (k + i) * g.b_stride + j0;
             const bf16* high = i + 1 < depth ? low + g.b_stride : none;
+            for (int64_t c = 0; c < j1 - j0; c += 32)  // a line of either row, long before its use
+                fetch(low + SOON * g.b_stride + c), fetch(low + (SOON + 1) * g.b_stride + c);
             pack_rows<Unit>(low, high, j1 - j0, count, to + i / Unit::PER * LANES);
         }
         return;

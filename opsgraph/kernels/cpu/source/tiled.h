@@ -101,14 +101,14 @@ static void multiply_tiles(
         if (TWO) tile_multiply<1, 4, 7>();
         tile_load<4>(high, stride);
         if (TWO) tile_load<7, ONCE>(right, LINE);
-        __builtin_prefetch(next, 0, 2), __builtin_prefetch(next + ahead.other, 0, 2);
+        fetch(next), fetch(next + ahead.other);
         next += ahead.step;
     }
     tile_multiply<0, 4, 6>(), tile_multiply<2, 5, 6>();
     if (TWO) tile_multiply<3, 5, 7>(), tile_multiply<1, 4, 7>();
     tile_store<0>(c, LINE), tile_store<2>(c + 2 * TILE, LINE);
     if (TWO) tile_store<1>(c + TILE, LINE), tile_store<3>(c + 3 * TILE, LINE);
-    __builtin_prefetch(next, 0, 2), __builtin_prefetch(next + ahead.other, 0, 2);
+    fetch(next), fetch(next + ahead.other);
 }
 
 // Sums of a row and a pair of panels, with what is added, as bf16.
