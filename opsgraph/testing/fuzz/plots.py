@@ -8,9 +8,12 @@ from typing import Any
 from .drafts import (
     ACTIVATIONS,
     FLAGS,
+    GATED,
     NORMS,
     NOTHING,
+    PLAIN,
     QUANTIZED_WIDTHS,
+    RARE,
     RETURNS,
     WIDTHS,
     Draft,
@@ -61,6 +64,8 @@ TRANSFORMS = ("vjp", "jvp", "dual", "functional", "vmap", "trace")
 TWINS = ("at once", "saved", "reentrant", "bare")
 MORE = 3
 """How often steps follow that belong together."""
+PRODUCTS = 2
+"""How many linear layers with an activation a life calls aside: their ends are those of tiles."""
 WAYS = ("calls",) * 4 + ("aside",) * 4 + ("layer",) * 3 + (
     "fuse", "wires", "noise", "inspect", "rare",
 )  # fmt: skip
@@ -148,6 +153,8 @@ class Plot:
         self.random = self.draft.random = Random(f"{seed}, later")  # the draws above stay so
         for _ in range(MORE):
             self.steps += self.more(len(sources))
+        self.random = Random(f"{seed}, products")
+        self.steps += [self.product() for _ in range(PRODUCTS)]
         if leaves and not any("compiled" in step.kwargs for step in self.steps):
             self.steps.append(Step("leave", (), {}))  # compiled graphs outlive their modules
 
@@ -278,6 +285,20 @@ class Plot:
         if one((True, False)):
             changes = (self.change(len(sources)) for _ in range(one((1, 2, 3))))
             options["between"] = tuple((step.method, step.args) for step in changes)
+        return Step("aside", (width, *sources), options | {"seed": self.random.randrange(1000)})
+
+    def product(self) -> Step:
+        """A call of a linear layer and an activation, whose depth fills no tile.
+
+        Its rows are those of a wider tensor with NaN behind them, or zeros but for the first.
+        """
+        one = self.random.choice
+        width, out = one(ASIDE[-2:]), one(ASIDE[1:])
+        act = one((*PLAIN, *PLAIN, *RARE, *(f"{name}()" for name in GATED)))
+        sources = f"Linear({width}, {out}, bias={one((True, False))})", act
+        options = {"lead": one(LEADS), "layout": one(("sliced", "padded"))}
+        if one((True, False, False)):
+            options["mode"] = one(("no_grad", "inference"))
         return Step("aside", (width, *sources), options | {"seed": self.random.randrange(1000)})
 
     def change(self, count: int) -> Step:
