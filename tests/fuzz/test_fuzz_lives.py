@@ -14,6 +14,7 @@ import torch
 
 from opsgraph import ops
 from opsgraph.features.recipes import StageRecipe
+from opsgraph.kernels.cpu.memory import Pool
 from opsgraph.plan.claims import Space
 from opsgraph.precision import tapes
 from opsgraph.precision.autocast import Active
@@ -115,12 +116,22 @@ def test_scales_taken_by_order_are_found_again(monkeypatch: pytest.MonkeyPatch) 
         runpy.run_path(str(Path(__file__).parent / "found/delayed_checkpoint_after_an_option.py"))
 
 
-MAKERS, POP = Space.makers, Active.pop
+MAKERS, POP, TAKE = Space.makers, Active.pop, Pool.take
 
 
 def half_an_edit(held: Any, index: int) -> None:
     held.append(ops.GELU())
     raise ValueError
+
+
+def oldest(self: Any, size: int) -> torch.UntypedStorage:
+    """The block that was handed out longest ago, idle or not."""
+    blocks = self._blocks.get(size)
+    if not blocks:
+        return TAKE(self, size)
+    blocks.append(blocks.pop(0))
+    storage: torch.UntypedStorage = blocks[-1].storage
+    return storage
 
 
 SLIPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str]] = {
@@ -158,7 +169,7 @@ SLIPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str]] = {
          lambda self, context: (POP(self, context), setattr(self, "key", None))),
         ("layer('mx', (16, 32, 64), 'nested')",), "nested: output",
     ),
-    "memory": (("opsgraph.kernels.cpu.memory._idle", lambda block: True),
+    "memory": (("opsgraph.kernels.cpu.memory.Pool.take", oldest),
                ("overlap()",), "other bits after another call"),
     "products": (
         ("opsgraph.plan.claims.Space.makers", lambda self, name, _: MAKERS(self, name, True)),
