@@ -269,6 +269,7 @@ def _noted(count: int) -> None:
 
 
 TARGETS = {scaling: Format(scaling) for scaling in BLOCKS} | {
+    "powers": Format("blocks", power_of_two=True),
     "nvfp4": NVFP4(1, True, True),
     "nvfp4 square": NVFP4(16),
 }
@@ -351,7 +352,7 @@ def cases(which: str) -> Iterator[Case]:
 def _quantize_cases(which: str) -> Iterator[Case]:
     """Both copies at once, as training wants them; in "all" the row copy alone too."""
     kinds, widths, dtypes = ["cast", "rmsnorm", "swiglu", "swiglu backward"], [4096], [HALF]
-    scalings = ["tensor", "blocks", "nvfp4"] if which == "few" else list(TARGETS)
+    scalings = ["tensor", "blocks", "powers", "nvfp4"] if which == "few" else list(TARGETS)
     wants: list[tuple[str, ...]] = [BOTH]
     if which == "all":
         kinds += ["layernorm", "gelu", "geglu_erf backward"]

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..configs import around, configured
 from ..formats import BLOCKS, E5M2, NVFP4, Copies, Copy, Format, Target, check, inverse_shape
-from . import functions, nvfp4
+from . import functions, interpreting, nvfp4
 from .activations import _output_width
 from .launch import ceil_div, launch, max_partials, on_device_of, stride_unit
-from .quantize_tiles import amax_kernel, blocks_kernel, copy_kernel, rows_kernel
+from .quantize_tiles import amax_kernel, blocks_kernel, copy_kernel, pairs_kernel, rows_kernel
 from .source import Source
 
 COPY_CONFIG = {"R": 128, "C": 64, "num_warps": 8}
@@ -34,6 +34,7 @@ BLOCKS_CONFIGS = {
 }
 MADE_CONFIG = {"R": 32, "COL_R": 32, "STAGES": 1, "num_warps": 8}
 """Of blocks of what a source makes of x."""
+PAIRS_CONFIG = {"num_warps": 4}
 AMAX_CONFIG = {"BLOCK": 4096, "num_warps": 4}
 
 
@@ -80,6 +81,12 @@ def fours(rows: int, tile: int, warps: int, columns: bool) -> int:
     """FOURS of `quantize_kernels.rows_of`; columns: whether a tile's are written, of its bytes."""
     across = tile // (warps * 32 * 4)
     return min(8, across) if columns and rows % 16 == 0 and across >= 4 else 0
+
+
+def in_pairs(x: Tensor) -> bool:
+    """Whether `quantize_pairs` takes x, and what an activation makes of it, with FOURS."""
+    here = native(x.device) or interpreting()
+    return here and x.dtype == torch.bfloat16 and x.size(1) % 8 == 0
 
 
 def constants(to: Format, device: torch.device) -> dict[str, Any]:
@@ -237,6 +244,8 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
     col_amaxes = new(down, source.width) if columns else None
     words = to.scaling == "tensor" and output.col is not None
     four = fours(rows, options["R"] * options["C"], options["num_warps"], words)
+    # A product has just written what an activation reads: the cache has its end still.
+    last = source.name == "activation" and output.written is None
     with on_device_of(x):
         launch(
             copy_kernel, (down * across,),
@@ -244,7 +253,7 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
             rows // row_unit, x.stride(0) // unit,
             ROW_UNIT=row_unit, UNIT=unit, **source.constants(), **constants(to, x.device),
             SCALING=to.scaling, BLOCK=min(BLOCKS[to.scaling], options["C"]), FOURS=four,
-            **options,
+            LAST_FIRST=last, **options,
         )  # fmt: skip
         return output.found(amaxes if amaxes is not None else col_amaxes)
 
@@ -252,6 +261,16 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
 def _run_blocks(source: Source, to: Format, output: Output) -> None:
     x, rows, block = source.x, source.x.size(0), BLOCKS[to.scaling]
     unit, row_unit = stride_unit(x), 16 if rows % 16 == 0 else 1
+    plain = to.scaling == "blocks" and to.power_of_two and not to.eps
+    if plain and row_unit == 16 and source.width % block == 0 and in_pairs(x):
+        with on_device_of(x):
+            launch(
+                pairs_kernel, (ceil_div(rows, block) * (source.width // block),),
+                *source.operands(), *output.blocks(), rows // row_unit, x.stride(0) // unit,
+                ROW_UNIT=row_unit, UNIT=unit, **source.constants(), BLOCK=block,
+                E5M2=to.dtype == E5M2, **PAIRS_CONFIG,
+            )  # fmt: skip
+        return
     key = to.scaling, source.name, source.width, source.flags["GATED"], x.dtype
     options = configured("quantize_blocks", key, _blocks_configs)
     words = output.col is not None

@@ -19,10 +19,10 @@ from .launch import (
     stride_unit,
     sum_partials,
 )
-from .quantize import Output, constants, fours, new_output
+from .quantize import Output, constants, fours, in_pairs, new_output
 from .quantize_gradients import activation_backward_blocks_kernel, activation_backward_kernel
 
-CONFIG = {"R": 32, "C": 64, "TILES": 1, "STAGES": 1, "num_warps": 4}
+CONFIG = {"R": 64, "C": 64, "TILES": 1, "STAGES": 1, "num_warps": 8}
 AMAX_CONFIG = {"R": 8, "C": 256, "TILES": 8, "STAGES": 1, "num_warps": 8}
 """Where amaxes are all that is wanted, and nothing is stored by columns."""
 BLOCKS_CONFIG = {"R": 4, "STAGES": 1, "num_warps": 1}
@@ -178,8 +178,9 @@ def _with_fours(
 ) -> dict[str, int]:
     """The options of `activation_backward_kernel`."""
     words = to.scaling != "mx" and (dx.col is not None or y.col is not None)
-    tile = options["R"] * options["C"]
-    return options | {"FOURS": fours(x.size(0), tile, options["num_warps"], words)}
+    four = fours(x.size(0), options["R"] * options["C"], options["num_warps"], words)
+    pairs = to.scaling == "tensor" and four > 0 and in_pairs(x)
+    return options | {"FOURS": four, "PAIRS": pairs}
 
 
 def _launch(

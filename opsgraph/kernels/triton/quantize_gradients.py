@@ -19,6 +19,7 @@ from .quantize_kernels import (
     store_row_copy,
     store_tensor_scale,
 )
+from .quantize_pairs import amax_bits, larger, largest_of, quarters, store_pairs
 
 
 @triton.jit
@@ -76,11 +77,13 @@ def activation_backward_kernel(
     TILES: tl.constexpr, STAGES: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     FOURS: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr, E5M2: tl.constexpr,
     Y_E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of dx (for a gated kind of each half) and of y, TILES of them down, from one reading.
 
     Scales are "tensor", with amaxes, or "mx"; dbias takes dx's column sums over each tile. With
     "blocks" and "square" it follows `activation_backward_blocks_kernel`, whose scales are given.
+    PAIRS: whether a tile, one with "tensor", is bf16 with FOURS and taken as `quantize_pairs` does.
     """
     rows *= ROW_UNIT
     across: tl.constexpr = (WIDTH + C - 1) // C
@@ -115,30 +118,36 @@ def activation_backward_kernel(
         )  # fmt: skip
         if dbias is not None:
             _store_sums(da, db, dbias, part * TILES + tile, first_col, WIDTH, GATED, C)
-        y, da, db = _rounded(y, x), _rounded(da, x), _rounded(db, x)
-        if dx_amax is not None:
-            bits = magnitude(da)
-            if GATED:
-                bits = tl.maximum(bits, magnitude(db))
-            dx_bits = tl.maximum(dx_bits, _most(bits, R, C, TILES))
-        if y_amax is not None:
-            y_bits = tl.maximum(y_bits, _most(magnitude(y), R, C, TILES))
-        store_copies(
-            da, a_multiplier, first_row, first_col, rows, WIDTH, total, dx_row, dx_row_scale,
-            dx_col, dx_col_scale, dx_given, R, C, STORED, BLOCK, E5M2, EPS, POWER_OF_TWO, NATIVE,
-            FOURS,
-        )  # fmt: skip
-        if GATED:
-            store_copies(
-                db, b_multiplier, first_row, first_col + WIDTH, rows, total, total, dx_row,
-                dx_row_scale, dx_col, dx_col_scale, dx_given, R, C, STORED, BLOCK, E5M2, EPS,
-                POWER_OF_TWO, NATIVE, FOURS,
+        if PAIRS:
+            dx_bits, y_bits = _store_all(
+                y, da, db, a_multiplier, c_multiplier, first_row, first_col, rows, dx_row, dx_col,
+                dx_amax, y_row, y_col, y_amax, WIDTH, GATED, R, C, E5M2, Y_E5M2,
             )  # fmt: skip
-        store_copies(
-            y, c_multiplier, first_row, first_col, rows, WIDTH, WIDTH, y_row, y_row_scale,
-            y_col, y_col_scale, y_given, R, C, STORED, BLOCK, Y_E5M2, EPS, POWER_OF_TWO, NATIVE,
-            FOURS,
-        )  # fmt: skip
+        else:
+            y, da, db = _rounded(y, x), _rounded(da, x), _rounded(db, x)
+            if dx_amax is not None:
+                bits = magnitude(da)
+                if GATED:
+                    bits = tl.maximum(bits, magnitude(db))
+                dx_bits = tl.maximum(dx_bits, _most(bits, R, C, TILES))
+            if y_amax is not None:
+                y_bits = tl.maximum(y_bits, _most(magnitude(y), R, C, TILES))
+            store_copies(
+                da, a_multiplier, first_row, first_col, rows, WIDTH, total, dx_row, dx_row_scale,
+                dx_col, dx_col_scale, dx_given, R, C, STORED, BLOCK, E5M2, EPS, POWER_OF_TWO,
+                NATIVE, FOURS,
+            )  # fmt: skip
+            if GATED:
+                store_copies(
+                    db, b_multiplier, first_row, first_col + WIDTH, rows, total, total, dx_row,
+                    dx_row_scale, dx_col, dx_col_scale, dx_given, R, C, STORED, BLOCK, E5M2, EPS,
+                    POWER_OF_TWO, NATIVE, FOURS,
+                )  # fmt: skip
+            store_copies(
+                y, c_multiplier, first_row, first_col, rows, WIDTH, WIDTH, y_row, y_row_scale,
+                y_col, y_col_scale, y_given, R, C, STORED, BLOCK, Y_E5M2, EPS, POWER_OF_TWO, NATIVE,
+                FOURS,
+            )  # fmt: skip
     if TILES > 1:
         dx_bits, y_bits = largest(dx_bits), largest(y_bits)
     if dx_amax is not None:
@@ -147,6 +156,42 @@ def activation_backward_kernel(
         tl.store(y_amax + tl.program_id(0), y_bits.to(tl.float32, bitcast=True))
     store_tensor_scale(dx_multiplier, dx_row_scale, dx_col_scale, SCALING)
     store_tensor_scale(y_multiplier, y_row_scale, y_col_scale, SCALING)
+
+
+@triton.jit
+def _store_all(
+    y, da, db, dx_multiplier, y_multiplier, first_row, first_col, rows, dx_row, dx_col, dx_amax,
+    y_row, y_col, y_amax, WIDTH: tl.constexpr, GATED: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, E5M2: tl.constexpr, Y_E5M2: tl.constexpr,
+):  # fmt: skip
+    """The copies of a tile, in pairs; returns the bits of its amaxes, 0 for what is not asked."""
+    total: tl.constexpr = WIDTH * 2 if GATED else WIDTH
+    dx_bits = tl.full([], 0, tl.int32)
+    y_bits = dx_bits
+    first = quarters(da, R, C)
+    if GATED:
+        second = quarters(db, R, C)
+    if dx_amax is not None:
+        bits = largest_of(first)
+        if GATED:
+            bits = larger(bits, largest_of(second))
+        dx_bits = amax_bits(bits)
+    store_pairs(
+        first, dx_multiplier, first_row, first_col, rows, WIDTH, total, dx_row, dx_col, R, C, E5M2
+    )
+    if GATED:
+        store_pairs(
+            second, dx_multiplier, first_row, first_col + WIDTH, rows, total, total, dx_row, dx_col,
+            R, C, E5M2,
+        )  # fmt: skip
+    if y_row is not None or y_col is not None or y_amax is not None:
+        made = quarters(y, R, C)
+        if y_amax is not None:
+            y_bits = amax_bits(largest_of(made))
+        store_pairs(
+            made, y_multiplier, first_row, first_col, rows, WIDTH, WIDTH, y_row, y_col, R, C, Y_E5M2
+        )
+    return dx_bits, y_bits
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from .quantize_kernels import (
     store_shared,
     store_tensor_scale,
 )
+from .quantize_pairs import quarters, store_pair_blocks
 
 
 @triton.jit
@@ -67,12 +68,16 @@ def copy_kernel(
     LIMIT: tl.constexpr, OFFSET: tl.constexpr, ZERO_CENTERED: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, FOURS: tl.constexpr, SCALING: tl.constexpr,
     BLOCK: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    NATIVE: tl.constexpr,
+    NATIVE: tl.constexpr, LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """A tile's copies, its amax, and its columns' amaxes (`[tiles down, WIDTH]`), if asked."""
+    """A tile's copies, its amax, and its columns' amaxes (`[tiles down, WIDTH]`), if asked.
+
+    LAST_FIRST: whether programs begin with the last tile.
+    """
     rows *= ROW_UNIT
     blocks: tl.constexpr = (WIDTH + C - 1) // C
-    tile, first_col = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * C
+    program = tl.num_programs(0) - 1 - tl.program_id(0) if LAST_FIRST else tl.program_id(0)
+    tile, first_col = program // blocks, (program % blocks) * C
     first_row = tile * R
     multiplier = current_scale(given, row_scale, SCALING, E5M2, EPS, POWER_OF_TWO)
     value = _source(
@@ -181,6 +186,29 @@ def blocks_kernel(
                 row_data if SCALING == "square" else None, col_data, COL_R, BLOCK, E5M2, NATIVE,
                 FOURS,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "x_stride"])
+def pairs_kernel(
+    x, bias, weight, mean, rstd, row_data, row_scale, row_inverse, col_data, col_scale, col_inverse,
+    rows, x_stride, ROW_UNIT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+    SOURCE: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr, OFFSET: tl.constexpr, ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr,
+    E5M2: tl.constexpr,
+):  # fmt: skip
+    """`blocks_kernel` of bf16, "blocks" and powers of two: all of a block is in registers."""
+    rows *= ROW_UNIT
+    across: tl.constexpr = WIDTH // BLOCK
+    down, first_col = tl.program_id(0) // across, tl.program_id(0) % across * BLOCK
+    value = _source(
+        x, bias, weight, mean, rstd, rows_of(down * BLOCK, BLOCK, True)[:, None],
+        first_col + tl.arange(0, BLOCK)[None, :], rows, x_stride, UNIT, WIDTH, SOURCE, FUNCTION,
+        GATED, ALPHA, LIMIT, OFFSET, ZERO_CENTERED,
+    )  # fmt: skip
+    store_pair_blocks(
+        quarters(value, BLOCK, BLOCK), down, first_col, rows, WIDTH, row_data, row_scale,
+        row_inverse, col_data, col_scale, col_inverse, BLOCK, E5M2,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
