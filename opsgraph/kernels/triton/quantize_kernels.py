@@ -193,9 +193,13 @@ def block_scales(
 
 
 @triton.jit
-def inverse_of(multiplier):
-    """1 / multiplier, rounded to nearest."""
-    return tl.div_rn(tl.full(multiplier.shape, 1.0, tl.float32), multiplier)
+def inverse_of(multiplier, POWER_OF_TWO: tl.constexpr = False):
+    """1 / multiplier, rounded to nearest; POWER_OF_TWO: of `scale_of`, with 2^127 the largest."""
+    if POWER_OF_TWO:
+        bits = 0x7F000000 - multiplier.to(tl.int32, bitcast=True)
+        return tl.where(bits == 0, 0x00400000, bits).to(tl.float32, bitcast=True)
+    else:
+        return tl.div_rn(tl.full(multiplier.shape, 1.0, tl.float32), multiplier)
 
 
 @triton.jit
@@ -225,7 +229,7 @@ def store_row_copy(
         tl.store(scale + at, stored, there)
         if SCALING == "blocks" and inverse is not None:
             at = block.to(tl.int64) * (tl.cdiv(end_row, 4) * 4) + row[:, None]
-            tl.store(inverse + at, inverse_of(multiplier), there)
+            tl.store(inverse + at, inverse_of(multiplier, POWER_OF_TWO), there)
         codes = encode(scaled(blocks, multiplier[:, :, None]), E5M2, NATIVE)
         codes = tl.reshape(codes, [R, C])
     store_data(codes, first_row, first_col, end_row, end_col, width, data, R, C)
@@ -318,7 +322,7 @@ def column_scales(
     multiplier = scale_of(tl.max(bits, 0), E5M2, EPS, POWER_OF_TWO)
     tl.store(scale + cols.to(tl.int64) * tl.cdiv(rows, BLOCK) + block, multiplier, cols < end_col)
     at = block.to(tl.int64) * (tl.cdiv(end_col, 4) * 4) + cols
-    tl.store(inverse + at, inverse_of(multiplier), cols < end_col)
+    tl.store(inverse + at, inverse_of(multiplier, POWER_OF_TWO), cols < end_col)
     return multiplier[None, :]
 
 

@@ -121,3 +121,20 @@ def test_scales_of_blocks_at_every_exponent(device: str, monkeypatch: pytest.Mon
         kernel = quantizing.pairs_kernel
         compare(run, monkeypatch, lambda launched, constants, kernel=kernel: launched is kernel)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("in_pairs", [True, False])
+def test_inverses_of_powers_of_two(
+    in_pairs: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For scales from 2^-120 to 2^127, whose inverse is subnormal."""
+    if not in_pairs:
+        monkeypatch.setattr(quantizing, "in_pairs", lambda x: False)
+    x = torch.ones(256, 256, device=device)
+    x[:128] *= torch.exp2(torch.arange(-126.0, 130.0, device=device).clamp(max=127))
+    x[128:] *= torch.exp2(torch.arange(-126.0, 2.0, device=device))[:, None]
+    copies = quantize(x.to(HALF), BLOCKS[0], None, BOTH)
+    for copy in (copies.row, copies.col):
+        assert copy is not None
+        _, scale, inverse = copy
+        assert torch.equal(bits(inverse.flatten(1)), bits(scale.t().reciprocal()))
