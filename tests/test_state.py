@@ -1,10 +1,12 @@
 """What docs/state.md says that no other test holds, and that each of its sentences has a test."""
 
 import copy
+import gc
 import io
 import os
 import re
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import opsgraph as og
 from opsgraph import recipe
 from opsgraph.ops import Linear, SiLU
 from opsgraph.precision.autocast import active
+from opsgraph.precision.delayed import states_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,3 +69,31 @@ def test_contexts_belong_to_a_thread_and_go_with_a_fork() -> None:
         assert os.waitpid(child, 0)[1] == 0
     assert seen == [None]
     assert active.key is None
+
+
+@pytest.mark.parametrize("kind", ["Sequential", "LayerNormMLP", "called alone"])
+def test_what_frees_a_module(kind: str) -> None:
+    """The last reference, or a collection of what refers to itself; with its delayed scales."""
+    makes = {
+        "Sequential": lambda: og.Sequential(Linear(16, 16), SiLU(), Linear(16, 16), device="cpu"),
+        "LayerNormMLP": lambda: og.LayerNormMLP(16, 32, device="cpu"),
+        "called alone": lambda: Linear(16, 16, device="cpu"),
+    }
+    delayed = recipe.DelayedScaling(amax_history_len=3)
+    gc.collect()
+    gc.disable()
+    try:
+        module = makes[kind]()
+        for _ in range(3):
+            with og.autocast(recipe=delayed):
+                y = module(torch.randn(4, 16))
+            y.sum().backward()
+        weights = [weakref.ref(parameter) for parameter in module.parameters()]
+        assert states_of(delayed.key)
+        del module, y
+        if kind != "Sequential":
+            gc.collect()
+        assert not any(weight() is not None for weight in weights)
+        assert not states_of(delayed.key)
+    finally:
+        gc.enable()

@@ -281,8 +281,14 @@ class Compiled:
         return _run_traced(plan, self, len(extras), (x, *extras, *weights))
 
 
+def _plainly(reason: str) -> Callable[..., Any]:
+    """A call of a Sequential that Dynamo does not look into."""
+    return opaque(lambda m, x, more: m.forward(x, *more), reason)
+
+
 _calls: dict[str, Callable[..., Any]] = {}
-"""By reason, a call of a Sequential that Dynamo does not look into."""
+"""Such calls by their reasons."""
+_no_tensor = _plainly("torch.compile takes tensors for a sequence's input")
 
 
 def _hidden(stage: Any) -> str | None:
@@ -320,11 +326,13 @@ class CompiledSequence:
         if reason is None and kept and recipe is not None:
             reason = "is_first_microbatch keeps weights that torch.compile cannot see"
         if reason is not None and reason not in _calls:  # Dynamo guards which function it is
-            _calls[reason] = opaque(lambda m, x, more: m.forward(x, *more), reason)
+            _calls[reason] = _plainly(reason)
         return reason
 
     def _run_compiled(self, x: Tensor, extras: Sequence[Tensor]) -> Any:
         """The call while Dynamo traces."""
+        if not isinstance(x, Tensor):
+            return _no_tensor(self, x, extras)
         width, kept = index(x.shape[-1]) if x.dim() else 0, active.first_microbatch is not None
         reason = self._refresh(active.key, width, kept)
         assert self._prepared == config.epoch  # for Dynamo to guard both

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base import config
 from ..base.errors import OpsgraphError, PlanError
+from ..guards.torch_private import opaque
 from ..guards.validation import flag
 from ..op import Op
 from ..ops.sizes import width_between
@@ -85,6 +86,7 @@ class SequenceExamples:
     _current: Callable[[], list[Any]]
     _entries: Callable[[], Iterable[Any]]
 
+    @opaque
     def plan(self, training: bool = True, x: Tensor | None = None) -> Any:
         """The plan for a call in training or inference: what runs, what is saved, and why.
 

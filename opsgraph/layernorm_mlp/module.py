@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..base import config
 from ..base.errors import OpsgraphError
 from ..features.dtensor import own_part
-from ..guards.torch_private import constant_under_compile
+from ..guards.torch_private import constant_under_compile, opaque
 from ..guards.watched import Watched
 from ..op import Op
 from ..ops import AllGather, Linear, Tee
@@ -348,10 +348,10 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
     def wgrad_queue(self) -> Queue | None:
         return in_use(self._queue, self.delay_wgrad_compute)
 
+    @opaque
     def plan(self, training: bool = True, x: Tensor | None = None) -> Plan:
         """The plan, as `Sequential.plan` gives it."""
-        plan: Plan = self._built()[0].plan(training, x)
-        return plan
+        return self._built()[0].plan(training, x)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's sequence reads the copy's parameters: it makes its own.

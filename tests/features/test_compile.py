@@ -371,3 +371,21 @@ def test_gradients_past_autograd_break_the_graph_once(option: str, inside: bool)
     assert inside or torch._dynamo.utils.counters["frames"]["total"] < 10  # of hundreds
     assert "UntypedStorage" not in str(torch._dynamo.utils.counters["graph_break"])
     torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.parametrize("make", [lambda: og.Sequential(*llama()), lambda: og.LayerNormMLP(16, 32)])
+def test_a_plan_may_be_asked_for_and_inputs_are_tensors(make: Callable[[], nn.Module]) -> None:
+    """Dynamo looks into neither: it would fail in the one, and end in other errors in the other."""
+    module, x = make().to("cpu"), torch.randn(4, 16)
+
+    def described(x: Tensor) -> tuple[Tensor, int]:
+        return module(x), len(str(module.plan()))
+
+    y, length = torch.compile(described, backend="eager")(x)
+    assert torch.equal(y, module(x))
+    assert length == len(str(module.plan())) > 0
+    compiled = torch.compile(module, backend="eager")
+    for wrong, name in (([1.0], "a list"), ((x,), "a tuple"), (None, "None")):
+        with pytest.raises(og.OpError, match=f"got {name}, expected a tensor"):
+            compiled(wrong)
+    torch._dynamo.utils.counters.clear()
