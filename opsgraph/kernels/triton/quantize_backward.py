@@ -179,7 +179,8 @@ def _with_fours(
     """The options of `activation_backward_kernel`."""
     words = to.scaling != "mx" and (dx.col is not None or y.col is not None)
     four = fours(x.size(0), options["R"] * options["C"], options["num_warps"], words)
-    pairs = to.scaling == "tensor" and four > 0 and in_pairs(x)
+    takes = to.scaling == "tensor" or (to.scaling == "blocks" and to.power_of_two)
+    pairs = takes and four > 0 and in_pairs(x)
     return options | {"FOURS": four, "PAIRS": pairs}
 
 

@@ -19,7 +19,15 @@ from .quantize_kernels import (
     store_row_copy,
     store_tensor_scale,
 )
-from .quantize_pairs import amax_bits, larger, largest_of, quarters, store_pairs
+from .quantize_pairs import (
+    amax_bits,
+    larger,
+    largest_of,
+    powers_of,
+    quarters,
+    store_known_columns,
+    store_pairs,
+)
 
 
 @triton.jit
@@ -83,7 +91,8 @@ def activation_backward_kernel(
 
     Scales are "tensor", with amaxes, or "mx"; dbias takes dx's column sums over each tile. With
     "blocks" and "square" it follows `activation_backward_blocks_kernel`, whose scales are given.
-    PAIRS: whether a tile, one with "tensor", is bf16 with FOURS and taken as `quantize_pairs` does.
+    PAIRS: whether a tile is bf16 with FOURS and taken as `quantize_pairs` does: with "tensor", and
+    with "blocks" of powers of two.
     """
     rows *= ROW_UNIT
     across: tl.constexpr = (WIDTH + C - 1) // C
@@ -110,6 +119,9 @@ def activation_backward_kernel(
             c_multiplier = _known_scale(
                 y_given, y_col, first_row, first_col, rows, WIDTH, C, SCALING, BLOCK
             )
+            if PAIRS:
+                a_multiplier, b_multiplier = powers_of(a_multiplier, C), powers_of(b_multiplier, C)
+                c_multiplier = powers_of(c_multiplier, C)
         else:
             a_multiplier, b_multiplier, c_multiplier = dx_multiplier, dx_multiplier, y_multiplier
         y, da, db = _gradients(
@@ -118,7 +130,20 @@ def activation_backward_kernel(
         )  # fmt: skip
         if dbias is not None:
             _store_sums(da, db, dbias, part * TILES + tile, first_col, WIDTH, GATED, C)
-        if PAIRS:
+        if PAIRS and KNOWN:
+            first, second, made = quarters(da, R, C), quarters(db, R, C), quarters(y, R, C)
+            store_known_columns(
+                first, a_multiplier, first_row, first_col, rows, WIDTH, dx_col, R, C, E5M2
+            )
+            if GATED:
+                store_known_columns(
+                    second, b_multiplier, first_row, first_col + WIDTH, rows, total, dx_col, R, C,
+                    E5M2,
+                )  # fmt: skip
+            store_known_columns(
+                made, c_multiplier, first_row, first_col, rows, WIDTH, y_col, R, C, Y_E5M2
+            )
+        elif PAIRS:
             dx_bits, y_bits = _store_all(
                 y, da, db, a_multiplier, c_multiplier, first_row, first_col, rows, dx_row, dx_col,
                 dx_amax, y_row, y_col, y_amax, WIDTH, GATED, R, C, E5M2, Y_E5M2,

@@ -237,7 +237,7 @@ def _row_powers(pairs, E5M2: tl.constexpr):
 @triton.jit
 def _row_codes(pairs, powers, BLOCK: tl.constexpr, E5M2: tl.constexpr):
     """Words of four codes of a quarter of a block, `[BLOCK // 4, BLOCK // 4]`."""
-    one, other = tl.split(tl.reshape(pairs, [BLOCK // 4, BLOCK // 4, 2]))
+    one, other = tl.split(tl.reshape(_finite(pairs), [BLOCK // 4, BLOCK // 4, 2]))
     factor = tl.broadcast_to(powers[:, None], one.shape)
     if PTX:
         CODES: tl.constexpr = _ROW_E5M2 if E5M2 else _ROW_E4M3
@@ -248,9 +248,12 @@ def _row_codes(pairs, powers, BLOCK: tl.constexpr, E5M2: tl.constexpr):
 
 @triton.jit
 def _column_codes(tile, powers, E5M2: tl.constexpr):
-    """Words of the four codes of the first and of the second columns of a tile's pairs."""
-    a, b, c, d = tile[0], tile[1], tile[2], tile[3]
-    factor = tl.broadcast_to(powers[None, :], a.shape)
+    """Words of the four codes of the first and of the second columns of a tile's pairs.
+
+    powers: `[1, C // 2]`, in pairs.
+    """
+    a, b, c, d = _finite(tile[0]), _finite(tile[1]), _finite(tile[2]), _finite(tile[3])
+    factor = tl.broadcast_to(powers, a.shape)
     if PTX:
         CODES: tl.constexpr = _COLUMNS_E5M2 if E5M2 else _COLUMNS_E4M3
         return tl.inline_asm_elementwise(
@@ -284,11 +287,10 @@ def store_pair_blocks(
         tl.store(row_scale + at, _low(powers), row < rows)
         at = (first_col // BLOCK).to(tl.int64) * (tl.cdiv(rows, 4) * 4) + row
         tl.store(row_inverse + at, _low(_inverses(powers)), row < rows)
-    a, b, c, d = _finite(tile[0]), _finite(tile[1]), _finite(tile[2]), _finite(tile[3])
     if row_data is not None:
         _store_rows(
-            _row_codes(a, first, BLOCK, E5M2), _row_codes(b, second, BLOCK, E5M2),
-            _row_codes(c, third, BLOCK, E5M2), _row_codes(d, fourth, BLOCK, E5M2),
+            _row_codes(tile[0], first, BLOCK, E5M2), _row_codes(tile[1], second, BLOCK, E5M2),
+            _row_codes(tile[2], third, BLOCK, E5M2), _row_codes(tile[3], fourth, BLOCK, E5M2),
             first_row, first_col, rows, width, width, row_data, BLOCK, BLOCK,
         )  # fmt: skip
     if col_data is not None:
@@ -298,10 +300,40 @@ def store_pair_blocks(
         tl.store(col_scale + cols.to(tl.int64) * tl.cdiv(rows, BLOCK) + down, scales)
         scales = tl.reshape(tl.join(_low(inverses), _high(inverses)), [BLOCK])
         tl.store(col_inverse + down.to(tl.int64) * width + cols, scales)
-        low, high = _column_codes((a, b, c, d), columns, E5M2)
-        codes = tl.reshape(tl.join(low, high), [BLOCK // 4, BLOCK])
-        words = col_data.to(tl.pointer_type(tl.int32), bitcast=True)
-        store_data(
-            tl.trans(codes), first_col, first_row // 4, width, rows // 4, rows // 4, words, BLOCK,
-            BLOCK // 4,
-        )  # fmt: skip
+        _store_pair_columns(
+            tile, columns[None, :], first_row, first_col, rows, width, col_data, BLOCK, BLOCK, E5M2
+        )
+
+
+@triton.jit
+def _store_pair_columns(
+    tile, powers, first_row, first_col, rows, end_col, data, R: tl.constexpr, C: tl.constexpr,
+    E5M2: tl.constexpr,
+):  # fmt: skip
+    low, high = _column_codes(tile, powers, E5M2)
+    codes = tl.reshape(tl.join(low, high), [R // 4, C])
+    words = data.to(tl.pointer_type(tl.int32), bitcast=True)
+    store_data(
+        tl.trans(codes), first_col, first_row // 4, end_col, rows // 4, rows // 4, words, C, R // 4
+    )
+
+
+@triton.jit
+def powers_of(multiplier, C: tl.constexpr):
+    """Powers of two `[1, C]`, fp32, in pairs; what else there is stands for nothing to store."""
+    bits = multiplier.to(tl.int32, bitcast=True)
+    if multiplier.shape[1] == C:
+        low, high = tl.split(tl.reshape(bits, [1, C // 2, 2]))
+        return ((low >> 16) & 0xFFFF) | (high & -65536)
+    else:
+        return bits
+
+
+@triton.jit
+def store_known_columns(
+    tile, powers, first_row, first_col, rows, end_col, data, R: tl.constexpr, C: tl.constexpr,
+    E5M2: tl.constexpr,
+):  # fmt: skip
+    """The column copy by powers of two, in pairs, that are known."""
+    if data is not None:
+        _store_pair_columns(tile, powers, first_row, first_col, rows, end_col, data, R, C, E5M2)

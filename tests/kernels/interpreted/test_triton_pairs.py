@@ -90,6 +90,23 @@ def test_gradients_with_one_scale(
     compare(columns, monkeypatch, lambda kernel, constants: constants.get("PAIRS", False))
 
 
+@pytest.mark.parametrize(
+    ("kind", "rows", "width", "y_want"),
+    [("swiglu", 144, 128, ("col",)), ("gelu", 16, 200, BOTH), ("swiglu", 16, 128, ())],
+)
+def test_gradients_in_blocks(
+    kind: str, rows: int, width: int, y_want: tuple[str, ...], device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    x = special(rows, width * (2 if kind == "swiglu" else 1), device, 5)
+    dy = special(rows, width, device, 6).flip(0)
+    run = partial(
+        activation_backward_quantize, dy, x, kind, BLOCKS[1], want=BOTH, y_to=BLOCKS[0],
+        y_want=y_want, dbias=torch.float32,
+    )  # fmt: skip
+    compare(run, monkeypatch, lambda kernel, constants: constants.get("PAIRS", False))
+
+
 @pytest.mark.parametrize("to", BLOCKS, ids=lambda to: str(to.dtype)[-4:])
 @pytest.mark.parametrize(("rows", "width"), [(144, 256), (16, 128)])
 def test_blocks(
