@@ -197,7 +197,7 @@ def _base_of(cls: type[Op], module: Any) -> nn.Module:
     return module.get_base_layer()  # type: ignore[no-any-return]
 
 
-def _of(cls: type[Op], *modules: nn.Module) -> Op:
+def of(cls: type[Op], *modules: nn.Module) -> Op:
     """An op of this class that computes what a module does, with that module's own parameters.
 
     modules: one torch.nn layer, norm or activation, or one of transformers, as `from_torch` takes
@@ -237,7 +237,7 @@ def _of(cls: type[Op], *modules: nn.Module) -> Op:
     return found
 
 
-Op.of = classmethod(_of)  # type: ignore[assignment]
+Op.of = classmethod(of)  # type: ignore[assignment]
 
 
 def _share(source: nn.Module, target: nn.Module) -> None:

@@ -389,3 +389,11 @@ def test_a_plan_may_be_asked_for_and_inputs_are_tensors(make: Callable[[], nn.Mo
         with pytest.raises(og.OpError, match=f"got {name}, expected a tensor"):
             compiled(wrong)
     torch._dynamo.utils.counters.clear()
+
+
+def test_an_op_may_be_made_of_a_layer_in_a_compiled_function() -> None:
+    """Behind a break Dynamo finds a class method by the name of its function."""
+    layer, x = nn.Linear(16, 16), torch.randn(4, 16)
+    made = torch.compile(lambda x: Linear.of(layer)(x), backend="eager")(x)
+    torch.testing.assert_close(made, layer(x))
+    torch._dynamo.utils.counters.clear()
