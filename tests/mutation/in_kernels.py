@@ -166,7 +166,8 @@ TRITON: tuple[Fault, ...] = (
     ),
     fault(
         "triton-norm-dx", "The input gradient of a norm lacks the factor of what is normalized.",
-        _NORMS, "out = scale * tl.fma(-(dot / WIDTH), n, m)", "out = scale * (m - dot / WIDTH)",
+        _NORMS, "tl.fma(m, w, tl.fma(-(dot / WIDTH), n, -(plain / WIDTH)))",
+        "tl.fma(m, w, -(dot / WIDTH) - plain / WIDTH)",
         f"{_TESTS}/test_triton_norms.py",
     ),
     fault(

@@ -36,11 +36,16 @@ def _affine(
     NORMALIZED: tl.constexpr = None, PRODUCT: tl.constexpr = None,
 ):  # fmt: skip
     y = rounded(xc * rstd, NORMALIZED)
-    if weight is not None and bias is not None and PRODUCT is None:
-        w = _load_weight(weight, cols, mask, ZERO_CENTERED)
-        return tl.fma(y, w, _load_weight(bias, cols, mask, False))
     if weight is not None:
-        y = rounded(y * _load_weight(weight, cols, mask, ZERO_CENTERED), PRODUCT)
+        w = _load_weight(weight, cols, mask, ZERO_CENTERED)
+        if weight.dtype.element_ty == tl.float32 and NORMALIZED is None and PRODUCT is None:
+            lost = tl.fma(xc, rstd, -y) * w  # what rounding took from y: up to a unit of fp32
+            if bias is not None:
+                lost += _load_weight(bias, cols, mask, False)
+            return tl.fma(y, w, lost)
+        if bias is not None and PRODUCT is None:
+            return tl.fma(y, w, _load_weight(bias, cols, mask, False))
+        y = rounded(y * w, PRODUCT)
     if bias is not None:
         y += _load_weight(bias, cols, mask, False)
     return y
@@ -260,27 +265,31 @@ def backward_kernel(
         # Beside the columns 0 - center may be so large that its multiple is infinite.
         n = tl.where(there, (value.to(tl.float32) - center) * scale, 0.0)
         m = grad.to(tl.float32)
-        # Before dx, so that `m = dy` can turn into `dy * weight` in place: fewer registers.
         if dweight is not None:
             dweight_sum += m * rounded(n, NORMALIZED)
         if dbias is not None:
             dbias_sum += m
         if dx is not None:
+            w = 1.0
             if HOIST:
-                m *= held
+                w = held
             elif weight is not None:
-                m *= _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
-            dot, plain = _dots(m, n, mean is not None)
+                w = _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
+            dot, plain = _dots(m * w, n, mean is not None)
             if AGAIN:
                 # Two sums, x and dy of the widest rows do not fit in registers together. These
                 # loads hit the cache; the other eviction policy keeps them from being merged.
                 n = (_load_again(x, row * x_stride + cols, mask) - center) * scale
                 m = _load_again(dy, row * dy_stride + cols, mask)
                 if weight is not None:
-                    m *= _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
-            out = scale * tl.fma(-(dot / WIDTH), n, m)
-            if mean is not None:
-                out -= scale * (plain / WIDTH)
+                    w = _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
+            if dx.dtype.element_ty == tl.float32:
+                # `m * w` is not rounded, so both wait in registers; 16 bits would not show it.
+                out = scale * tl.fma(m, w, tl.fma(-(dot / WIDTH), n, -(plain / WIDTH)))
+            else:
+                out = scale * tl.fma(-(dot / WIDTH), n, m * w)
+                if mean is not None:
+                    out -= scale * (plain / WIDTH)
             if dother is not None:
                 out += _load(dother, row * dother_stride * UNIT + cols, mask)
             tl.store(dx + row * WIDTH + cols, out.to(dx.dtype.element_ty), mask)
@@ -317,7 +326,7 @@ def backward_wide_dots_kernel(
         plain += grad
     tl.store(dots + row * 2, -tl.sum(dot, 0) / WIDTH)
     if mean is not None:
-        tl.store(dots + row * 2 + 1, -scale * tl.sum(plain, 0) / WIDTH)
+        tl.store(dots + row * 2 + 1, -tl.sum(plain, 0) / WIDTH)
 
 
 @triton.jit(do_not_specialize=_BACKWARD_STRIDES)
@@ -345,11 +354,13 @@ def backward_wide_kernel(
         if dbias is not None:
             dbias_sum += grad
         if dx is not None:
+            w = 1.0
             if weight is not None:
-                grad *= _load_weight(weight, cols, cols < WIDTH, ZERO_CENTERED)
-            out = scale * tl.fma(_load(dots, row * 2, inside), value, grad)
+                w = _load_weight(weight, cols, cols < WIDTH, ZERO_CENTERED)
+            a = 0.0
             if mean is not None:
-                out += _load(dots, row * 2 + 1, inside)
+                a = _load(dots, row * 2 + 1, inside)
+            out = scale * tl.fma(grad, w, tl.fma(_load(dots, row * 2, inside), value, a))
             if dother is not None:
                 out += _load(dother, row * dother_stride * UNIT + cols, mask)
             tl.store(dx + row * WIDTH + cols, out.to(dx.dtype.element_ty), mask)

@@ -4,7 +4,7 @@ One kernel serves both norms: with `xc = x - mean` (or `x` for RMSNorm), `m = dy
 `rstd = rsqrt(mean(xc^2) + eps)` and `n = xc * rstd`,
 
     y  = n * weight + bias
-    dx = rstd * (m + b * n) + a,   b = -mean(m * n),   a = -rstd * mean(m) or 0
+    dx = rstd * (m + b * n + a),   b = -mean(m * n),   a = -mean(m) or 0
     dweight = sum(dy * n),   dbias = sum(dy)
 
 Rows of up to `NARROW` columns (forward) or `NARROW` bytes (backward) are held in registers, each
