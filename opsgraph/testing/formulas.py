@@ -28,10 +28,17 @@ def with_limits(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
-    if approximate == "none":
-        return with_limits(lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), x)
-    factor = math.sqrt(2 / math.pi)
-    return with_limits(lambda x: 0.5 * x * (1 + torch.tanh(factor * (x + 0.044715 * x**3))), x)
+    """In fp64, which is to be exact, nothing cancels far below 0; in others as PyTorch has it."""
+    exact, factor = x.dtype == torch.float64, math.sqrt(2 / math.pi)
+
+    def twice_normal(x: Tensor) -> Tensor:
+        if approximate == "none":
+            z = x / math.sqrt(2)
+            return torch.special.erfc(-z) if exact else 1 + torch.erf(z)
+        u = factor * (x + 0.044715 * x**3)
+        return 2 * torch.sigmoid(2 * u) if exact else 1 + torch.tanh(u)
+
+    return with_limits(lambda x: 0.5 * x * twice_normal(x), x)
 
 
 def halves(op: Any, x: Tensor) -> tuple[Tensor, Tensor]:

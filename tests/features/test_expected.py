@@ -249,3 +249,12 @@ def test_the_check_lets_rows_with_infinities_pass(
     og.Sequential(norm(width))(x).sum().backward()
     assert x.grad is not None
     assert x.grad[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, BF16], ids=str)
+def test_inputs_are_moved_up_and_down(dtype: torch.dtype) -> None:
+    """By half a unit, or one of fp64. A step that was computed in fp32 lost those up."""
+    expected = run_reference(lambda x: x, torch.ones(64, dtype=dtype))
+    unit = torch.finfo(dtype).eps / (1 if dtype == torch.float64 else 2)
+    for moved in expected.moved:
+        assert set((moved - 1).tolist()) == {unit, -unit}

@@ -1,6 +1,7 @@
 """What formulas say of a call: the fp64 answer, and how far off a dtype may be."""
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -96,8 +97,8 @@ def plain_answer(question: Question, exact: Answer, dtype: torch.dtype, low: boo
         ]
         with with_roundings(dtype, k):
             found = worse(exact, found, answer(question._replace(inputs=near), dtype))
-    for share in SHARES if low else ():
-        with in_low_precision(share):
+    for share, backward in product(SHARES, (False, True)) if low else ():
+        with in_low_precision(share, backward):
             found = worse(exact, found, answer(question, dtype))
     return found
 

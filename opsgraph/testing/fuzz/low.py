@@ -29,30 +29,33 @@ def cast(x: Tensor, dtype: torch.dtype, share: float | None) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """`x @ w.T` of values in E4M3, and its gradients from one in E5M2."""
+    """`x @ w.T` of values in E4M3; its gradients from one in E5M2, or of values as they were."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, share: float | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, share: float | None, exact: bool) -> Tensor:
         """x: [..., in]; w: [out, in]."""
-        x, w = (cast(value, torch.float8_e4m3fn, share) for value in (x, w))
-        ctx.save_for_backward(x, w)
-        ctx.share = share
-        return x @ w.T
+        low = [cast(value, torch.float8_e4m3fn, share) for value in (x, w)]
+        ctx.save_for_backward(*((x, w) if exact else low))
+        ctx.share, ctx.exact = share, exact
+        return low[0] @ low[1].T
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> Any:
         """dy: [..., out]."""
         x, w = ctx.saved_tensors
-        dy = cast(dys[0], torch.float8_e5m2, ctx.share)
-        return dy @ w, dy.flatten(0, -2).T @ x.flatten(0, -2), None
+        dy = dys[0] if ctx.exact else cast(dys[0], torch.float8_e5m2, ctx.share)
+        return dy @ w, dy.flatten(0, -2).T @ x.flatten(0, -2), None, None
 
 
 @contextmanager
-def in_low_precision(share: float | None) -> Iterator[None]:
-    """Let the formulas' Linear multiply in FP8; share: see `SHARES`."""
+def in_low_precision(share: float | None, exact: bool = False) -> Iterator[None]:
+    """Let the formulas' Linear multiply in FP8; share: see `SHARES`; exact: not in the backward.
+
+    There gradients of other values than the forward's meet, and what should cancel does not.
+    """
 
     def linear(op: Any, x: Tensor, get: Any) -> Tensor:
-        y: Tensor = Product.apply(x, get("weight"), share)  # type: ignore[no-untyped-call]
+        y: Tensor = Product.apply(x, get("weight"), share, exact)  # type: ignore[no-untyped-call]
         bias = get("bias")
         return y if bias is None else y + bias
 
