@@ -42,8 +42,16 @@ def known(x: Tensor) -> Tensor:
 
 def tensors(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
-        return [bits(result)]
+        return [result]
     return [t for part in result if part is not None for t in tensors(part)]
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """The same bits, but for sums of rows, which larger tiles add in another order."""
+    if found.dim() == 1 and found.dtype == torch.float32:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    else:
+        assert torch.equal(bits(found), bits(expected))
 
 
 def compare(
@@ -67,7 +75,7 @@ def compare(
     expected = tensors(run())
     assert not any(launched)
     for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
+        assert_same(one, other)
 
 
 @pytest.mark.parametrize("given", [None, 0.37])
