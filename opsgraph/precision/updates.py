@@ -104,16 +104,16 @@ def _update(
             if largest is not None:
                 amaxes = _part(largest, len(states), places, names).to(device)
             with config.lock:  # other threads may run under the recipe
-                launch, table = _update_on(device, some, recipe, names, amaxes)
+                done = _update_on(device, some, recipe, names, amaxes)
         if changes is not None and group is None and len(by_device) == len(names) == 1:
-            _keep(states, recipe, names[0], changes, launch, table)
+            _keep(states, recipe, names[0], changes, *done)
 
 
 def _update_on(
     device: torch.device, states: Sequence[Scaling], recipe: DelayedScaling, names: Sequence[str],
     amaxes: Tensor | None,
-) -> tuple[Launch | None, Any]:  # fmt: skip
-    """Update states on one device; returns the kernel, if it was one, and its table.
+) -> tuple[Launch | None, Any, Tensor]:  # fmt: skip
+    """Update states on one device; returns the kernel, if it was one, its table, and the scales.
 
     amaxes: all that are named, where they are not the states'.
     """
@@ -138,7 +138,7 @@ def _update_on(
                 _by_formulas(known, recipe, name, limits[name == BACKWARD], ours)
         torch._foreach_copy_(list(values[:count].unbind(0)), scales)
     _hold([state.__dict__ for state in states], Fixed(values), forward)
-    return launch, table
+    return launch, table, values
 
 
 def _hold(hosts: Sequence[dict[str, Any]], fixed: Fixed, forward: bool) -> None:
@@ -174,15 +174,17 @@ class _Ready(NamedTuple):
 
 def _keep(
     states: Sequence[Scaling], recipe: DelayedScaling, name: str, changes: int,
-    launch: Launch | None, table: Any,
+    launch: Launch | None, table: Any, scales: Tensor,
 ) -> None:  # fmt: skip
-    """Keep what does an update again, if it is a native launch. changes: see `_update`."""
+    """Keep what does an update again, if it is a native launch. changes: see `_update`.
+
+    scales: what was written; another thread may have given states others, and fewer, since.
+    """
     run, (buffers, addresses, sizes) = getattr(launch, "native", None), _memory(states)
     if run is not None and addresses and not any(map(Tensor.is_inference, buffers)):
-        fixed = states[0].__dict__["_fixed"][0].values
-        new = partial(empty_strided(fixed.device), (*fixed.shape,), fixed.stride(), fixed.dtype)
+        new = partial(empty_strided(scales.device), (*scales.shape,), scales.stride(), scales.dtype)
         hosts, where = [state.__dict__ for state in states], (buffers, addresses, sizes)
-        ready[recipe.key, name] = _Ready(changes, hosts, *where, run, table, new, fixed.is_cuda)
+        ready[recipe.key, name] = _Ready(changes, hosts, *where, run, table, new, scales.is_cuda)
 
 
 def as_before(key: int, name: str) -> bool:

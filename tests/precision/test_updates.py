@@ -182,3 +182,22 @@ def test_nothing_is_kept_of_states_that_are_gone() -> None:
     life.module = None
     gc.collect()
     assert not any(number == key for number, _ in ready)
+
+
+def test_what_is_kept_has_room_for_its_own_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between an update and its keeping another thread's may give the states fewer scales."""
+    life, update = Life(margin=13), updates._update_on
+
+    def then_another(device: Any, states: Any, recipe: Any, names: Any, amaxes: Any) -> Any:
+        done = update(device, states, recipe, names, amaxes)
+        few = updates.Fixed(done[2][: len(states)].clone())
+        for k, state in enumerate(states):
+            state.__dict__["_fixed"] = few, k, *state.__dict__["_fixed"][2:]
+        return done
+
+    monkeypatch.setattr(updates, "_update_on", then_another)
+    for _ in range(4):
+        life.step()
+    count = len(life.states)
+    for name, rows in ((updates.FORWARD, 2 * count), (updates.BACKWARD, count)):
+        assert ready[life.recipe.key, name].new().size(0) == rows
