@@ -299,8 +299,8 @@ class LayerNorm(_Norm):
 
 def _wide(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Rows of a plan as rows of `prod(sizes)` values each; where that is 0, as many as it can."""
-    lines = max(1, prod(sizes[:-1]))
-    return x.reshape(-1, width) if (width := prod(sizes)) else x.reshape(x.shape[0] // lines, 0)
+    width = prod(sizes)
+    return x.reshape(-1 if width else x.shape[0] // max(1, prod(sizes[:-1])), width)
 
 
 def _flat(parameter: Tensor | None) -> Tensor | None:

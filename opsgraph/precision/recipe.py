@@ -152,7 +152,7 @@ class Recipe:
             self._fail(f"role {role!r}", f"one of {', '.join(ROLES)}")
         if not isinstance(x, Tensor) or not x.dim() or not x.is_floating_point():
             self._fail(shown(x), "a float tensor [*, width]")
-        rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        rows = torch.atleast_2d(x).flatten(0, -2)
         copy = self.quantizer(role)(rows, ("row",), self.first_scale(rows, role)).row
         assert copy is not None
 

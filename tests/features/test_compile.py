@@ -281,10 +281,8 @@ def test_a_saved_export_of_a_recipe_where_nothing_was_planned(
     module, x = og.Sequential(RMSNorm(16), Linear(16, 16)), torch.ones(16, 16)
     path = tmp_path / "plan.pt2"
     with og.autocast(recipe=og.recipe.Float8CurrentScaling()):
-        if (
-            torch.__version__ < "2.10"
-        ):  # docs/versions.md: it cannot export what makes plans for a recipe
-            module(x)
+        if torch.__version__ < "2.10":
+            module(x)  # docs/versions.md: it cannot export what makes plans for a recipe
         torch.export.save(torch.export.export(module, (x,)), path)
     monkeypatch.setattr(compiled_plans, "_handles", {})
     monkeypatch.setattr(compiled_plans, "_serial", Counter())

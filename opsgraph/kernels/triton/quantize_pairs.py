@@ -50,6 +50,12 @@ _COLUMNS_E4M3, _COLUMNS_E5M2 = _of_kinds(_COLUMNS)
 
 
 @triton.jit
+def _pair(low, high):
+    """Two values of bf16, given by their bits as fp32's, in a word."""
+    return ((low >> 16) & 0xFFFF) | (high & -65536)
+
+
+@triton.jit
 def _low(pair):
     return (pair << 16).to(tl.float32, bitcast=True)
 
@@ -68,7 +74,7 @@ def quarters(value, R: tl.constexpr, C: tl.constexpr):
     else:  # by way of fp32, as others here round: Triton's interpreter has its own subnormals
         low = low.to(tl.bfloat16).to(tl.float32).to(tl.int32, bitcast=True)
         high = high.to(tl.bfloat16).to(tl.float32).to(tl.int32, bitcast=True)
-        pairs = ((low >> 16) & 0xFFFF) | (high & -65536)
+        pairs = _pair(low, high)
     even, odd = tl.split(tl.permute(tl.reshape(pairs, [2, 2, R // 4, C // 2]), 2, 3, 0, 1))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -324,7 +330,7 @@ def powers_of(multiplier, C: tl.constexpr):
     bits = multiplier.to(tl.int32, bitcast=True)
     if multiplier.shape[1] == C:
         low, high = tl.split(tl.reshape(bits, [1, C // 2, 2]))
-        return ((low >> 16) & 0xFFFF) | (high & -65536)
+        return _pair(low, high)
     else:
         return bits
 
