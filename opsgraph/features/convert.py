@@ -37,7 +37,6 @@ from .extras import verify_trailing
 from .inputs import described
 from .known_models import of_transformers
 from .several import SeveralLayers
-from .transposed import TransposedLayer, is_conv1d
 
 
 def _linear(module: nn.Linear) -> Op:
@@ -114,8 +113,8 @@ def _op_or_reason(module: nn.Module) -> Op | str:
     if any(op._parameters.get(name) is None for name in names):
         return "it has a bias without a weight"
     for name in names:
-        shape, needed = module._parameters[name].shape, op.shape_of(name)  # type: ignore[union-attr]
-        if needed is not None and tuple(shape) != tuple(needed):
+        shape, needed = module._parameters[name].shape, op._parameters[name].shape  # type: ignore[union-attr]
+        if shape != needed:
             return f"its {name} has shape {tuple(shape)}, and its sizes say {tuple(needed)}"
     _share(module, op)
     return op.train(module.training)
@@ -163,17 +162,6 @@ def _of_several(cls: type[Op], modules: tuple[nn.Module, ...]) -> Op:
     return op if layers == modules else adapted(op, modules)
 
 
-def _of_conv1d(cls: type[Op], module: Any) -> Op:
-    """A Linear without parameters of its own, of a layer whose weight is `[in, out]`."""
-    if not is_untouched(module) or module._buffers or module._modules:
-        got = f"of({type(module).__name__}) with hooks, submodules or a forward of its own"
-        raise OpError(cls.__name__, got, "a plain one")
-    rows, columns = module.weight.shape
-    op = Linear(rows, columns, device="meta")
-    op.borrow(TransposedLayer(module), weight="weight", bias="bias")
-    return op.train(module.training)
-
-
 def _of_peft(cls: type[Op], module: Any) -> Op:
     """A LoRALinear of one layer; its Linear reads the base layer's parameters, and has none."""
     base = _base_of(cls, module)
@@ -210,9 +198,6 @@ def of(cls: type[Op], *modules: nn.Module) -> Op:
     state_dict keys; their memory is made one block (`SeveralLayers`), so that nothing is copied at
     a call. The op has no parameters of its own then.
 
-    transformers' Conv1D becomes a Linear that reads the transposed view of its weight; the layer
-    keeps the parameters, and the op has none of its own.
-
     A linear layer with LoRA of peft, alone or among several, becomes a LoRALinear without
     parameters of its own: they stay peft's, and what peft does to them later holds.
     """
@@ -226,8 +211,6 @@ def of(cls: type[Op], *modules: nn.Module) -> Op:
     (module,) = modules
     if is_peft(module):
         return _of_peft(cls, module)
-    if is_conv1d(module) and issubclass(Linear, cls):
-        return _of_conv1d(cls, module)
     found = _op_or_reason(module)
     if isinstance(found, str):
         raise OpError(cls.__name__, f"of({type(module).__name__}): {found}", "a module like it")

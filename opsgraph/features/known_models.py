@@ -16,8 +16,8 @@ from ..op import Op
 from ..ops.activations import GELU, QGELU, ClippedGELU, Mish, SiLU, SReLU
 from ..ops.elementwise import Identity
 from ..ops.norms import RMSNorm
+from ..ops.transposed import TransposedLinear
 from ..ops.xielu import XIELU
-from .transposed import is_conv1d
 
 _ACTIVATIONS: dict[str, Callable[[Any], Op | str]] = {
     "SiLUActivation": lambda module: SiLU(),
@@ -61,8 +61,9 @@ def of_transformers(module: nn.Module) -> Op | str | None:
         return None
     if kind.__name__ in _ACTIVATIONS:
         return _ACTIVATIONS[kind.__name__](module)
-    if is_conv1d(module):
-        return "its weight is [in, out]: Linear.of(layer) reads it, and the layer keeps it"
+    if kind.__name__ == "Conv1D" and {*module._parameters} == {"weight", "bias"}:
+        weight: Any = module._parameters["weight"]
+        return TransposedLinear(*weight.shape, device="meta")
     return _norm(module) if "Norm" in kind.__name__ else None
 
 

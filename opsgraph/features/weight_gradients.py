@@ -18,7 +18,7 @@ from ..op.functions import identity
 from ..plan import Plan
 from ..plan.basic_ops import BasicOps
 from ..plan.claims import Claim
-from ..plan.lines import Line
+from ..plan.lines import Line, literal
 from ..plan.program import Argument, Program, Request
 from ..plan.writer import Writer
 
@@ -75,10 +75,27 @@ def send_elsewhere(
     writer: Writer, claim: Claim, lines: Sequence[Line], again: bool = False
 ) -> Sequence[Line]:
     """The lines of a step; products of weight gradients that go elsewhere are called by the op."""
-    request = writer.program.request
+    program, request = writer.program, writer.program.request
+    turned = [i for i in claim.ops if getattr(program.ops[i], "reads_transposed", False)]
+    lines = [_as_stored(program, line, turned) for line in lines] if turned else lines
     if not (request.late or request.accumulated):
         return lines
-    return [_by_the_op(writer.program, claim, line) for line in lines]
+    return [_by_the_op(program, claim, line) for line in lines]
+
+
+def _as_stored(program: Program, line: Line, turned: Sequence[int]) -> Line:
+    """A fuser's product of a weight gradient, which the op makes in the weight's own layout."""
+    wanted = [i for i in turned if line.results in gradient_names(program, i)]
+    given = [a for a in line.arguments if not (isinstance(a, Argument) and a.text == "None")]
+    own = isinstance(line.target, Fuser) and line.function.endswith(".wgrad")
+    elsewhere = line.results in program.request.late | program.request.accumulated
+    if not wanted or not own or len(given) != 2 or elsewhere:
+        return line
+    product = Argument("object", line.function, value=line.target.wgrad)
+    op = program.resolve(wanted[0], "")
+    assert op is not None
+    arguments = (op, product, *given, literal(None))
+    return line._replace(function="wgrad_by", arguments=arguments)
 
 
 def _by_the_op(program: Program, claim: Claim, line: Line) -> Line:

@@ -46,6 +46,7 @@ from .scaled import (
     ScaledSwiGLU,
     ScaledTanhSReLU,
 )
+from .transposed import TransposedLinear
 from .xielu import XIELU
 
 __all__ = [
@@ -108,4 +109,5 @@ __all__ = [
     "SwiGLU",
     "Tanh",
     "Tee",
+    "TransposedLinear",
 ]

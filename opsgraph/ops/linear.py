@@ -89,8 +89,8 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
 
     gemm = quantizable = lowers_subclasses = True
     required = ("weight",)
-    distributed = False
-    """Whether the parameters are DTensors of the whole layer."""
+    distributed = reads_transposed = False
+    """Whether the parameters are DTensors of the whole layer; the weight a transposed view."""
     scaled_weights = ("weight",)
     in_features = Checked(features)
     out_features = Checked(features)
@@ -153,8 +153,7 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
         self.overlap, self.symmetric_ar_type = overlap, symmetric_ar_type
         self.rng_state_tracker_function = rng_state_tracker_function
         self.serial = next(_serials)
-        shape = (self.local_out_features, self.local_in_features)
-        self.weight = empty_parameter(shape, device, dtype)
+        self.weight = empty_parameter(self._stored("weight"), device, dtype)
         if not isinstance(self, Linear):
             self.reset_parameters()
 
@@ -227,10 +226,9 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
         rows, columns = self.local_out_features, self.local_in_features
         if rows is None or columns is None:
             return
-        sizes = {"weight": (rows, columns), "bias": (rows,)}
         lazy = [n for n, p in self._parameters.items() if isinstance(p, UninitializedParameter)]
         for name in lazy:
-            self._parameters[name].materialize(sizes[name])  # type: ignore[union-attr]
+            self._parameters[name].materialize(self._stored(name))  # type: ignore[union-attr]
         if lazy:
             self.reset_parameters()
 
@@ -254,6 +252,10 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
     def shape_of(self, name: str) -> tuple[int | None, ...] | None:
         rows, columns = self.local_out_features, self.local_in_features
         return {"weight": (rows, columns), "bias": (rows,)}.get(name)
+
+    def _stored(self, name: str) -> tuple[int | None, ...]:
+        """The shape of a parameter as the layer has it."""
+        return self.shape_of(name) or ()
 
     def out(self, x: Spec) -> Spec:
         return x.like(self.local_out_features)

@@ -115,10 +115,12 @@ def weight_gradient(
 
     fc: the layer, which says where it goes. Plain operands are multiplied into main_grad, in its
     dtype; of others `product(dy, x, True)` is added, the sums as they are before they are rounded.
+    Of a weight that is stored as `[in, out]` the gradient is made as that, `x.T @ dy`.
     """
+    plain = isinstance(dy, Tensor) and isinstance(x, Tensor)
     if not fc.accumulate_into_main_grad:
-        return product(dy, x)
-    if isinstance(dy, Tensor) and isinstance(x, Tensor):
+        return product(x, dy).t() if plain and fc.reads_transposed else product(dy, x)
+    if plain:
         return accumulate(dy.t(), x, weight, fc.overwrite_main_grad)
     return add_to_main_grad(product(dy, x, True), weight, fc.overwrite_main_grad)
 

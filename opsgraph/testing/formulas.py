@@ -116,6 +116,11 @@ def linear(op: Any, x: Tensor, get: Any) -> Tensor:
     return y if bias is None else y + bias
 
 
+def transposed_linear(op: Any, x: Tensor, get: Any) -> Tensor:
+    """The weight is `[in, out]`."""
+    return linear(op, x, lambda name: get(name).T if name == "weight" else get(name))
+
+
 def dropout(op: Any, x: Tensor, get: Any) -> Tensor:
     """The seed is drawn as the op draws it: once for each call, in the order of the sequence."""
     if not op.training or op.p == 0:
@@ -196,6 +201,7 @@ FORMULAS: dict[type[nn.Module], Formula] = {
     ops.L2Normalization: l2normalization,
     ops.BasicLinear: linear,
     ops.Linear: linear,
+    ops.TransposedLinear: transposed_linear,
     ops.Bias: lambda op, x, get: x + get("bias"),
     ops.ConstantScale: lambda op, x, get: op.scale * x,
     ops.Identity: lambda op, x, get: x,

@@ -12,7 +12,17 @@ from torch import nn
 
 import opsgraph as og
 from opsgraph.features.convert import PlainOp
-from opsgraph.ops import GELU, Add, LayerNorm, Linear, RMSNorm, SiLU, SwiGLU, Tee
+from opsgraph.ops import (
+    GELU,
+    Add,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    SiLU,
+    SwiGLU,
+    Tee,
+    TransposedLinear,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:from_torch leaves")
 
@@ -388,8 +398,10 @@ class Conv1D(nn.Module):
 def test_a_conv1d_is_a_linear_that_reads_its_weight(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     first, second = Conv1D(48, 24).to(dtype), Conv1D(24, 48).to(dtype)
-    module = og.Sequential(Linear.of(first), SiLU(), Linear.of(second))
-    assert not list(module.parameters())
+    module = og.Sequential(Linear.of(first), SiLU(), TransposedLinear.of(second))
+    assert [id(p) for p in module.parameters()] == [
+        id(p) for p in (*first.parameters(), *second.parameters())
+    ]
     x = torch.randn(5, 24).to(dtype).requires_grad_()
     again = x.detach().clone().requires_grad_()
     for _ in range(3):  # recorded, then replayed
@@ -408,15 +420,18 @@ def test_a_conv1d_is_a_linear_that_reads_its_weight(dtype: torch.dtype) -> None:
     twice = second(nn.functional.silu(first(x)))
     torch.testing.assert_close(module(x), twice, rtol=4e-2, atol=6e-2)
     copied = copy.deepcopy(nn.ModuleList([first, second, module]))
-    assert copied[2][0].home("weight")[0].layer is copied[0]
+    assert copied[2][0].weight is copied[0].weight
 
 
-def test_a_conv1d_is_taken_by_linear_of_alone() -> None:
-    with pytest.raises(og.PlanError, match=r"its weight is \[in, out\]: Linear.of\(layer\)"):
-        og.Sequential.from_torch(nn.Sequential(Conv1D(4, 4)), strict=True)
+def test_from_torch_takes_a_conv1d_and_not_one_that_was_changed() -> None:
+    model = nn.Sequential(Conv1D(6, 4), nn.SiLU(), Conv1D(4, 6))
+    fused = og.Sequential.from_torch(model, strict=True)
+    assert type(fused[0]) is TransposedLinear
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(fused(x), model(x))
     hooked = Conv1D(4, 4)
     hooked.register_forward_hook(lambda *_: None)
-    with pytest.raises(og.OpError, match=r"Linear: got of\(Conv1D\) with hooks"):
+    with pytest.raises(og.OpError, match=r"of\(Conv1D\): it has hooks"):
         Linear.of(hooked)
 
 

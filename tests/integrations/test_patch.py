@@ -217,7 +217,8 @@ _WIRINGS = {
         lambda: Before(Plain(nn.ReLU()), nn.LayerNorm), "residual(LayerNorm, Linear, ReLU, Linear)"
     ),
     "transposed": (
-        lambda: Before(Plain(layer=Transposed)), "residual(RMSNorm, Linear, GELU, Linear)"
+        lambda: Before(Plain(layer=Transposed)),
+        "residual(RMSNorm, TransposedLinear, GELU, TransposedLinear)",
     ),
     "after": (
         lambda: After(Plain(), nn.LayerNorm), "residual(Linear, GELU, Linear), LayerNorm"

@@ -54,16 +54,18 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 def check(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> None:
     dtype = x.dtype
     x64, w64, b64, dy64 = (t.double() for t in (x, weight, bias, dy))
-    close(gemm.linear(x, weight), x64 @ w64.t(), dtype)
-    close(gemm.linear(x, weight, bias), x64 @ w64.t() + b64, dtype)
-    close(gemm.dgrad(dy, weight), dy64 @ w64, dtype)
-    out = torch.empty((dy.shape[0], weight.shape[1]), dtype=dtype)
-    assert gemm.dgrad(dy, weight, out=out) is out
-    close(out, dy64 @ w64, dtype)
     added, dx = dy.flip(1), x.flip(0)
-    close(gemm.linear(x, weight, None, added), x64 @ w64.t() + added.double(), dtype)
-    close(gemm.linear(x, weight, bias, added), x64 @ w64.t() + b64 + added.double(), dtype)
-    close(gemm.dgrad(dy, weight, dx), dy64 @ w64 + dx.double(), dtype)
+    by_columns = weight.t().contiguous().t()  # TransposedLinear's
+    for stored in (weight, by_columns):
+        close(gemm.linear(x, stored), x64 @ w64.t(), dtype)
+        close(gemm.linear(x, stored, bias), x64 @ w64.t() + b64, dtype)
+        close(gemm.dgrad(dy, stored), dy64 @ w64, dtype)
+        out = torch.empty((dy.shape[0], stored.shape[1]), dtype=dtype)
+        assert gemm.dgrad(dy, stored, out=out) is out
+        close(out, dy64 @ w64, dtype)
+        close(gemm.linear(x, stored, None, added), x64 @ w64.t() + added.double(), dtype)
+        close(gemm.linear(x, stored, bias, added), x64 @ w64.t() + b64 + added.double(), dtype)
+        close(gemm.dgrad(dy, stored, dx), dy64 @ w64 + dx.double(), dtype)
     assert torch.equal(added, dy.flip(1)), "what is added was written to"
     assert torch.equal(dx, x.flip(0)), "what is added was written to"
     for dy_given in (dy, dy.t().contiguous().t()):

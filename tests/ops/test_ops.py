@@ -49,6 +49,7 @@ from opsgraph.ops import (
     SwiGLU,
     Tanh,
     Tee,
+    TransposedLinear,
 )
 from tests.ops.test_extra_ops import EXTRA_OPS
 
@@ -123,6 +124,7 @@ TABLE = {
     "BasicLinear": Entry(lambda: [BasicLinear(out_features=5)], gemm=True),
     "Linear": Entry(lambda: [Linear(out_features=5)], gemm=True, rounded=True),
     "Linear without bias": Entry(lambda: [Linear(out_features=5, bias=False)], gemm=True),
+    "TransposedLinear": Entry(lambda: [TransposedLinear(out_features=5)], gemm=True, rounded=True),
     "Linear to 1": Entry(lambda: [Linear(out_features=1)], gemm=True, rounded=True),
     "Add": Entry(lambda: [Add("other")]),
     "AddExtraInput": Entry(lambda: [AddExtraInput()]),

@@ -68,27 +68,34 @@ def _activated_wgrad(
     if fc.accumulate_into_main_grad:
         y = activations.activation_forward(pre, *function)[0]
         return fc.wgrad(dy, y, stored)  # type: ignore[no-any-return]
-    return fc.weigh(_wgrad_in_parts, dy, function, pre, stored.shape)  # type: ignore[no-any-return]
+    turned = fc.reads_transposed
+    return fc.weigh(_wgrad_in_parts, dy, function, pre, stored.shape, turned)  # type: ignore[no-any-return]
 
 
-def _wgrad_in_parts(dy: Tensor, function: Function, pre: Tensor, shape: torch.Size) -> Tensor:
+def _wgrad_in_parts(
+    dy: Tensor, function: Function, pre: Tensor, shape: torch.Size, turned: bool
+) -> Tensor:
     """`dy.T @ function(pre)`, some columns of that at a time.
 
-    They are stored as the product wants them, and are never there as a whole.
+    They are stored as the product wants them, and are never there as a whole. turned: whether the
+    result is stored by columns.
     """
     rows, (width, depth) = pre.shape[0], shape
     forward = partial(activations.activation_forward, pre, *function)
     unit, parts = function[-1] or 64, min(PARTS, max(1, depth // COLUMNS))
     step = -(-depth // (parts * unit)) * unit
-    dweight: Tensor = memory.empty((width, depth), dy.dtype)
+    dweight: Tensor = memory.empty((depth, width) if turned else (width, depth), dy.dtype)
     for k in range(0, depth, step):
         part = slice(k, min(k + step, depth))
         size = part.stop - k
+        if turned:
+            gemm.wgrad(forward(columns=part)[0], dy, out=dweight[part])
+            continue
         transposes = gemm.wgrad_transposes_x(pre, width, size, into=True)
         y_t = memory.empty((size, rows), pre.dtype) if transposes else None
         gemm.wgrad(dy, forward(y_t=y_t, columns=part)[0], out=dweight[:, part])
         del y_t
-    return dweight
+    return dweight.t() if turned else dweight
 
 
 def _activation_backward(
@@ -162,7 +169,7 @@ def _norm_backward(
     names, dweight = frozenset(want), None
     if "y" in names and not _one_pass(x):
         y = norm(x, want={"y"})[-1]  # whatever the gradient is
-        if not fc.accumulate_into_main_grad:
+        if not (fc.accumulate_into_main_grad or fc.reads_transposed):
             y = gemm.for_wgrad(y, dy.shape[1])
         dweight = fc.wgrad_by(gemm.wgrad, dy, y, stored)
         del y

@@ -35,6 +35,8 @@ class _Epilogue(ActivationFuser):
     def reject(self, act: Any, fc: Any, x: Spec) -> str | None:  # type: ignore[override]
         if reason := super().reject(act):
             return reason
+        if fc.reads_transposed:
+            return "its kernels read a weight by rows, the library reads it as it is"
         depth = x.width if self.bwd is None else fc.local_out_features
         limit = FP32_DEPTH if x.dtype == torch.float32 else DEPTH
         if x.device.type == "cuda" and depth > limit and not interpreting():

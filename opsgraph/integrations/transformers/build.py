@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...features.several import SeveralLayers
 from ...op import Op
@@ -33,6 +33,7 @@ from ...ops.elementwise import ConstantScale
 from ...ops.layer_scale import LayerScale
 from ...ops.linear import Linear
 from ...ops.residual import Add, Tee
+from ...ops.transposed import TransposedLinear
 from .states import State, is_activation, is_kind
 
 _FUNCTIONS: dict[str, Callable[[], Op]] = {
@@ -57,20 +58,6 @@ _GATED: dict[type[Op], type[Op]] = {
 
 class CannotBuild(Exception):
     """Why no ops compute what a state does."""
-
-
-class Transposed(nn.Module):
-    """A linear layer's weight of shape `[in, out]` as `[out, in]`."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layers = [layer]  # a list: it is no child of this
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and "layers" in self.__dict__:
-            weight: Tensor = self.__dict__["layers"][0].weight
-            return weight.t()
-        return super().__getattr__(name)
 
 
 Places = dict[Any, nn.Module]
@@ -122,8 +109,7 @@ class _Builder:
         op: Op = unit.leaf.make()
         module = self.places.get(unit, unit.module)
         for own, theirs in unit.leaf.names.items():
-            transposed = unit.leaf.transposed and own == "weight"
-            op.borrow(Transposed(module) if transposed else module, **{own: theirs})
+            op.borrow(module, **{own: theirs})
         return op
 
     def _gated(self, state: State, base: State | None) -> list[Op]:
@@ -150,7 +136,7 @@ class _Builder:
         return Gated(op, **options) if kind_of is None else kind_of(**options)
 
     def _joined(self, gate: Any, up: Any) -> Op:
-        if gate.leaf.transposed or up.leaf.transposed:
+        if TransposedLinear in (gate.leaf.op, up.leaf.op):
             raise CannotBuild("gate and up are transposed layers")
         one, other = gate.leaf.make(), up.leaf.make()
         bias = "bias" in gate.leaf.names

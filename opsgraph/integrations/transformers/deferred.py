@@ -323,8 +323,10 @@ def _multiply(a: Any, b: Any) -> Any:
 
 def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     learning = x.book.learning if type(x) is Deferred else None
-    if learning is not None and learning.drops:
-        return None
+    if learning is not None:
+        learning.asked = True
+        if learning.drops:
+            return None
     return x if not training or p == 0 else None
 
 

@@ -27,6 +27,9 @@ class Learning:
     drops: whether dropout counts as a step that no plan contains, as it does in training.
     """
 
+    asked = False
+    """Whether a value came to a dropout, so that `drops` made a difference."""
+
     def __init__(self, model: nn.Module, vectors: dict[int, Vector], drops: bool) -> None:
         self.model, self.vectors, self.drops = model, vectors, drops
         self.made: list[Noted] = []
@@ -198,6 +201,7 @@ def _learn(
         try:
             result = run()  # what is still there after it has left the model
             finals, changed = _settle(book.learning)
+            asked = book.learning.asked
         finally:
             book.learning = None
         del result
@@ -209,7 +213,7 @@ def _learn(
             quiet = 0
         else:
             quiet, drops = quiet + 1, not drops
-            if quiet == 2:
+            if quiet == 2 or not asked:
                 return
     for state in all_states(units):
         if state.plan is None and not state.next:

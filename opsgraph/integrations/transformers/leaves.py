@@ -30,6 +30,7 @@ from ...ops.activations import (
 )  # fmt: skip
 from ...ops.linear import Linear
 from ...ops.norms import LayerNorm, RMSNorm
+from ...ops.transposed import TransposedLinear
 from ...ops.xielu import XIELU
 
 _EPS = 1e-5, 1e-6, 1e-8, 1e-12, 1e-7, 0.0
@@ -55,8 +56,7 @@ _NEARLY = 0.02
 class Leaf:
     """What a module computes.
 
-    kind: "linear", "norm" or "activation". transposed: of a linear layer whose weight is
-    `[in, out]`. names: its parameters, by those of the op.
+    kind: "linear", "norm" or "activation". names: its parameters, by those of the op.
     """
 
     kind: str
@@ -64,7 +64,6 @@ class Leaf:
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     names: dict[str, str]
-    transposed: bool = False
     width: int | None = None
     """Of what it takes; None for any."""
 
@@ -146,9 +145,9 @@ def _linear(module: nn.Module, parameters: dict[str, Tensor]) -> Leaf | None:
     if type(module) is nn.Linear:
         out, width = weight.shape
         options = {"bias": bias is not None, "device": "meta"}
-        return Leaf("linear", Linear, (width, out), options, names, False, width)
-    for transposed in (False, True):
-        matrix = weight.t() if transposed else weight
+        return Leaf("linear", Linear, (width, out), options, names, width)
+    for kind in (Linear, TransposedLinear):
+        matrix = weight if kind is Linear else weight.t()
         out, width = matrix.shape
         probe = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))
         x = probe.to(weight.device, weight.dtype)
@@ -161,7 +160,7 @@ def _linear(module: nn.Module, parameters: dict[str, Tensor]) -> Leaf | None:
         same = type(y) is Tensor and y.shape == z.shape and y.dtype == z.dtype
         if same and torch.allclose(y.double(), z.double(), near, near * float(z.abs().max())):
             options = {"bias": bias is not None, "device": "meta"}
-            return Leaf("linear", Linear, (width, out), options, names, transposed, width)
+            return Leaf("linear", kind, (width, out), options, names, width)
     return None
 
 
@@ -225,7 +224,7 @@ def _norm(module: nn.Module, parameters: dict[str, Tensor]) -> Leaf | None:
         ):
             own = width if parameters else None
             options = _options(found)
-            return Leaf("norm", type(found), (own, found.eps), options, names, False, own)
+            return Leaf("norm", type(found), (own, found.eps), options, names, own)
     return None
 
 

@@ -97,14 +97,10 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, other: Tensor | None = None
 ) -> Tensor:
     """`x @ weight.T + bias + other`, `[rows, out]`, as other is. x: `[rows, in]`; weight:
-    `[out, in]`; bias: `[out]`."""
-    width, depth = weight.shape
-    layout = _layout(FORWARD, x, width, depth, bias is not None, other is not None)
-    if layout is not None and direct(x, weight, bias, other):
-        return _product(FORWARD, layout, x, weight, bias, other)
-    if other is None:
-        return F.linear(x, weight, bias)
-    return torch.addmm(other, x, weight.t()) if bias is None else F.linear(x, weight, bias) + other
+    `[out, in]`, of which a view that is stored by columns is read as it is; bias: `[out]`."""
+    if _by_columns(weight):
+        return _multiplied(DGRAD, x, weight.t(), bias, other)
+    return _multiplied(FORWARD, x, weight, bias, other)
 
 
 def dgrad(
@@ -112,13 +108,35 @@ def dgrad(
 ) -> Tensor:
     """`dy @ weight + other`, `[rows, in]`, as other is. dy: `[rows, out]`; weight: `[out, in]`.
 
-    out: contiguous, gets the result, which is returned.
+    out: contiguous, gets the result, which is returned. weight may be a view as in `linear`.
     """
+    if _by_columns(weight):
+        return _multiplied(FORWARD, dy, weight.t(), None, other, out)
+    return _multiplied(DGRAD, dy, weight, None, other, out)
+
+
+def _by_columns(weight: Tensor) -> bool:
+    """Whether a weight is the transposed view of a matrix that is stored by rows."""
+    return weight.stride(1) != 1 and weight.shape[1] > 1 and weight.t().is_contiguous()
+
+
+def _multiplied(
+    kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`x @ weight.T` of the kind FORWARD, `x @ weight` of DGRAD, plus what is to be added."""
     width, depth = weight.shape
-    layout = _layout(DGRAD, dy, width, depth, add=other is not None, into=out is not None)
-    if layout is not None and direct(dy, weight, other):
-        return _product(DGRAD, layout, dy, weight, other=other, out=out)
-    made = torch.mm(dy, weight) if other is None else torch.addmm(other, dy, weight)
+    layout = _layout(
+        kind, x, width, depth, bias is not None, other is not None, out is not None
+    )  # fmt: skip
+    if layout is not None and direct(x, weight, bias, other):
+        return _product(kind, layout, x, weight, bias, other, out)
+    matrix = weight.t() if kind == FORWARD else weight
+    if bias is None and other is not None:
+        made = torch.addmm(other, x, matrix)
+    else:
+        made = F.linear(x, matrix.t(), bias)
+        made = made if other is None else made + other
     return made if out is None else out.copy_(made)
 
 
@@ -226,11 +244,10 @@ def _candidates(
             return torch.full(shape, 0.5, dtype=dtype, device="cpu")
 
         x, dy, weight = made(rows, depth), made(rows, width), made(width, depth)
-        other = made(rows, width if kind == FORWARD else depth) if add else None
-        if kind == FORWARD:
-            return x, weight, made(width) if bias else None, other, None
-        if kind == DGRAD:
-            return dy, weight, None, other, None
+        columns = width if kind == FORWARD else depth
+        other, added = made(rows, columns) if add else None, made(columns) if bias else None
+        if kind != WGRAD:
+            return x if kind == FORWARD else dy, weight, added, other, None
         return dy, x, None, None, made(width, 2 * depth)[:, :depth] if into else None
 
     def run(layout: Layout) -> Tensor:

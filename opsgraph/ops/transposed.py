@@ -1,0 +1,74 @@
+"""TransposedLinear: a linear layer whose weight is `[in_features, out_features]`."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from ..base.errors import OpError
+from .linear import Linear
+
+READ = "transposed_weight"
+"""The attribute that plans read the weight by."""
+
+
+class TransposedLinear(Linear):
+    """`y = x @ weight + bias`, as GPT-2's Conv1D. x: `[*, in_features]`.
+
+    weight: `[in_features, out_features]`, initialized as the transpose of nn.Linear's, or by
+    `init_method(weight.t())`; bias: `[out_features]` or None. Either size may be left out where a
+    neighbour or the first input tells it.
+
+    Plans are those of Linear: they read the weight by its transposed view, which products take as
+    it is stored, and its gradient is made in the weight's layout. Nothing is copied. What splits a
+    layer among ranks, delays weight gradients or adds them to main_grad takes Linear alone.
+    """
+
+    reads_transposed = True
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        init_method: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        super().__init__(
+            in_features, out_features, bias, device=device, dtype=dtype, init_method=init_method
+        )
+
+    def home(self, name: str) -> Any:
+        return (self, READ) if name == "weight" else super().home(name)
+
+    @property
+    def transposed_weight(self) -> Any:
+        """The weight as `[out_features, in_features]`, a view; None where there is none."""
+        weight = getattr(*super().home("weight"), None)
+        return (
+            weight if weight is None or isinstance(weight, UninitializedParameter) else weight.t()
+        )
+
+    def _stored(self, name: str) -> tuple[int | None, ...]:
+        return super()._stored(name)[::-1]
+
+    def sizes_from(self, name: str, shape: torch.Size) -> None:
+        super().sizes_from(name, shape[::-1])
+
+    def _reset_weight(self) -> None:
+        if isinstance(self.weight, UninitializedParameter):
+            return
+        with torch.no_grad():
+            if self.init_method is None:
+                nn.init.kaiming_uniform_(self.weight.t(), a=math.sqrt(5))
+            else:
+                self.init_method(self.weight.t())
+
+    def split(self, *args: Any) -> NoReturn:
+        """Raises OpError: no rank has a share of such a layer."""
+        raise OpError(type(self).__name__, "a split among ranks", "Linear")

@@ -1,0 +1,161 @@
+"""TransposedLinear beside a Linear with the transpose of its weight."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import opsgraph as og
+from opsgraph.ops import GELU, Linear, LoRA, LoRALinear, RMSNorm, SwiGLU, TransposedLinear
+
+SIZES = 8, 12
+"""In the tests of what is not arithmetic."""
+
+
+def _turned(layer: TransposedLinear) -> Linear:
+    """A Linear that computes the same."""
+    made = Linear(layer.in_features, layer.out_features, layer.has("bias"), device="meta")
+    made.weight = nn.Parameter(layer.weight.detach().t().contiguous())
+    if layer.has("bias"):
+        made.bias = nn.Parameter(layer.bias.detach().clone())
+    return made
+
+
+def _pair(dtype: torch.dtype, width: int, inner: int, act: Any, bias: bool) -> list[og.Sequential]:
+    torch.manual_seed(0)
+    columns = inner * (2 if isinstance(act, SwiGLU) else 1)
+    layers = TransposedLinear(width, columns, bias), TransposedLinear(inner, width, bias)
+    turned = map(_turned, (layer.to(dtype) for layer in layers))
+    made = [og.Sequential(RMSNorm(width), one, act, other) for one, other in (layers, turned)]
+    return [module.to(dtype) for module in made]
+
+
+def _results(module: og.Sequential, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = module(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], dy)]
+
+
+@pytest.mark.parametrize("rows", [24, 512])
+@pytest.mark.parametrize(
+    "act, bias", [(GELU(), True), (SwiGLU(), False)], ids=["plain, bias", "gated"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_plans_and_results_are_a_linears(
+    dtype: torch.dtype, act: Any, bias: bool, rows: int
+) -> None:
+    """Of 512 rows products are large enough to be measured, and gradients to be made in parts."""
+    found, expected = _pair(dtype, 256, 512, act, bias)
+    x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    plans = [module.plan(x=x) for module in (found, expected)]
+    steps = [[(s.name, s.ops) for s in (*plan.forward, *plan.backward)] for plan in plans]
+    assert steps[0] == steps[1]
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 1e-2)
+    for _ in range(3):  # the third is replayed
+        pairs = zip(_results(found, x), _results(expected, x), strict=True)
+        for got, wanted in pairs:
+            wanted = wanted if got.shape == wanted.shape else wanted.t()
+            size = float(wanted.abs().max())
+            torch.testing.assert_close(got, wanted, rtol=rtol, atol=atol * size)
+    square = _results(found, x)[3]
+    assert square.is_contiguous()  # so autograd takes it as it is
+
+
+def test_it_is_initialized_as_a_linear() -> None:
+    torch.manual_seed(0)
+    expected = Linear(*SIZES)
+    torch.manual_seed(0)
+    found = TransposedLinear(*SIZES)
+    assert {n: tuple(p.shape) for n, p in found.named_parameters()} == {
+        "weight": SIZES, "bias": SIZES[1:]
+    }  # fmt: skip
+    for got, wanted in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(got.flatten().sort().values, wanted.flatten().sort().values)
+    seen = []
+    TransposedLinear(*SIZES, init_method=lambda w: seen.append(tuple(w.shape)))
+    assert seen == [SIZES[::-1]]
+
+
+def test_sizes_come_from_neighbours_and_from_state_dicts() -> None:
+    module = og.Sequential(TransposedLinear(out_features=12), RMSNorm(), TransposedLinear(None, 8))
+    module(torch.ones(2, 8))
+    assert [tuple(module[k].weight.shape) for k in (0, 2)] == [(8, 12), (12, 8)]
+    other = TransposedLinear()
+    other.load_state_dict(module[0].state_dict())
+    assert (other.in_features, other.out_features) == SIZES
+    assert repr(other) == "TransposedLinear(8, 12, bias=True)"
+    with pytest.raises(og.OpError, match=r"transposed_weight of shape \(8, 12\).*\(12, 8\)"):
+        other.weight = nn.Parameter(torch.ones(12, 8))
+        other(torch.ones(2, 8))
+
+
+def test_copies_pickles_and_assigned_parameters_count() -> None:
+    module = og.Sequential(TransposedLinear(*SIZES))
+    x = torch.ones(3, 8)
+    expected = x @ module[0].weight + module[0].bias
+    for made in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module):
+        torch.testing.assert_close(made(x), expected)
+        made[0].weight = nn.Parameter(torch.zeros(SIZES))
+        torch.testing.assert_close(made(x), made[0].bias.expand(3, 12))
+    torch.testing.assert_close(module.to_torch()(x), module(x))
+
+
+def test_borrowed_parameters_are_read_transposed() -> None:
+    home = nn.Module()
+    home.w = nn.Parameter(torch.randn(SIZES))
+    op = TransposedLinear(*SIZES, bias=False, device="meta").borrow(home, weight="w")
+    x = torch.ones(3, 8)
+    op(x).sum().backward()
+    torch.testing.assert_close(op(x), x @ home.w)
+    torch.testing.assert_close(home.w.grad, torch.full(SIZES, 3.0))
+
+
+def test_torch_compile_export_and_adapters() -> None:
+    module = og.Sequential(TransposedLinear(*SIZES), GELU())
+    x = torch.randn(3, 8)
+    expected = _results(module, x)
+    compiled: Any = torch.compile(module, backend="aot_eager", fullgraph=True)
+    y = compiled(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected[0])
+    exported = torch.export.export(module, (x,))
+    torch.testing.assert_close(exported.module()(x), expected[0])
+    adapted = LoRALinear(TransposedLinear(*SIZES), LoRA(8, 12, 2))
+    with torch.no_grad():
+        adapted.branches[0].lora_B.normal_()
+    torch.testing.assert_close(adapted.merged()(x), adapted(x))
+
+
+def test_under_a_recipe_it_is_a_linear() -> None:
+    torch.manual_seed(0)
+    found = TransposedLinear(32, 64)
+    expected = _turned(found)
+    x = torch.randn(32, 32)
+    for recipe in (og.recipe.DelayedScaling(), og.recipe.MXFP8BlockScaling()):
+        for _ in range(2):
+            with og.autocast(recipe=recipe):
+                pairs = zip(
+                    _results(og.Sequential(found), x), _results(og.Sequential(expected), x),
+                    strict=True,
+                )  # fmt: skip
+            for got, wanted in pairs:
+                wanted = wanted if got.shape == wanted.shape else wanted.t()
+                torch.testing.assert_close(got, wanted)
+
+
+def test_what_takes_linear_alone_says_so() -> None:
+    layer: Any = TransposedLinear(*SIZES)
+    with pytest.raises(og.OpError, match="a split among ranks, expected Linear"):
+        layer.split("column", None, False)
+    with pytest.raises(TypeError, match="tensor_parallel_mode"):
+        TransposedLinear(*SIZES, tensor_parallel_mode="row")  # type: ignore[call-arg]
+    late = og.Sequential(TransposedLinear(*SIZES), delay_wgrad_compute=True)
+    with pytest.raises(og.OpError, match="a parameter that is a leaf"):
+        late(torch.ones(2, 8))
+    layer.accumulate_into_main_grad = True
+    with pytest.raises(og.OpsgraphError, match="main_grad"):
+        og.Sequential(layer)(torch.ones(2, 8)).sum().backward()
