@@ -283,7 +283,11 @@ def backward_kernel(
                 m = _load_again(dy, row * dy_stride + cols, mask)
                 if weight is not None:
                     w = _load_weight(weight, at, at < WIDTH, ZERO_CENTERED)
-            if dx.dtype.element_ty == tl.float32:
+            if WIDTH == 1 and mean is not None:
+                # A column is its mean: 0 is left, and where anything is infinite a NaN. Of terms
+                # that cancel a multiply-add would leave what rounding took from `m * w`.
+                out = scale * (0.0 * (m * w))
+            elif dx.dtype.element_ty == tl.float32:
                 # `m * w` is not rounded, so both wait in registers; 16 bits would not show it.
                 out = scale * tl.fma(m, w, tl.fma(-(dot / WIDTH), n, -(plain / WIDTH)))
             else:

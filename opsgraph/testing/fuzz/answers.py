@@ -1,16 +1,27 @@
 """What formulas say of a call: the fp64 answer, and how far off a dtype may be."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ... import ops
 from .. import formulas
 from .compare import Answer, anything, worse
-from .low import SHARES, in_low_precision, with_norms_of_pytorch, with_roundings
+from .low import (
+    SHARES,
+    in_low_precision,
+    with_inputs_of_bands,
+    with_norms_of_pytorch,
+    with_roundings,
+)
+
+WAYS = ((False, None), (True, None), (False, 1), (False, -1))
+"""Of products in FP8: whether the backward is exact, and which way results are off besides."""
+NARROW = 2.0
+"""Every band is wider."""
 
 
 class Question(NamedTuple):
@@ -87,24 +98,32 @@ def plain_answer(question: Question, exact: Answer, dtype: torch.dtype, low: boo
 
     A value that is rounded may be on the other side of a bound, and an error of terms that cancel
     may be small by chance. Inputs that are off by a few roundings, and results on the way that are
-    off by one, show both.
+    off by one, show both. Where those move what goes into a function that is level on both sides of
+    a band by as much as a band is wide, which values have a gradient is chance: none is compared.
     """
-    found = answer(question, dtype)
-    with with_norms_of_pytorch():
-        found = worse(exact, found, answer(question, dtype))
+    worst, right, moved = exact, list[Tensor](), False
+    with with_inputs_of_bands(right):
+        answer(question, torch.float64)
+
+    def look(around: AbstractContextManager[None], asked: Question = question) -> None:
+        nonlocal worst, moved
+        seen: list[Tensor] = []
+        with around, with_inputs_of_bands(seen):
+            found = answer(asked, dtype)
+        worst = found if worst is exact else worse(exact, worst, found)
+        pairs = zip(seen, right, strict=True)
+        moved |= any(bool(((a - b).abs() > NARROW).any()) for a, b in pairs)
+
+    look(nullcontext())
+    look(with_norms_of_pytorch())
     for k in range(1, 9):
         near = [
             _near(question, x, dtype, k).requires_grad_(x.requires_grad) for x in question.inputs
         ]
-        with with_roundings(dtype, k):
-            found = worse(exact, found, answer(question._replace(inputs=near), dtype))
-    for share, backward in product(SHARES, (False, True)) if low else ():
-        with in_low_precision(share, backward):
-            found = worse(exact, found, answer(question, dtype))
-    if low and any(isinstance(op, ops.ClippedGELU) for op in question.module.modules()):
-        # A value in FP8 may be on the other side of the limit, and alone have all of a gradient.
-        return found._replace(gradients=anything(exact).gradients)
-    return found
+        look(with_roundings(dtype, k), question._replace(inputs=near))
+    for share, (backward, way) in product(SHARES, WAYS) if low else ():
+        look(in_low_precision(share, backward, way))
+    return worst._replace(gradients=anything(exact).gradients) if moved else worst
 
 
 def _near(question: Question, x: Tensor, dtype: torch.dtype, k: int) -> Tensor:

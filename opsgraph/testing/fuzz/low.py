@@ -32,34 +32,72 @@ class Product(torch.autograd.Function):
     """`x @ w.T` of values in E4M3; its gradients from one in E5M2, or of values as they were."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, share: float | None, exact: bool) -> Tensor:
-        """x: [..., in]; w: [out, in]."""
+    def forward(ctx: Any, x: Tensor, w: Tensor, share: float | None, exact: bool, ways: Any) -> Any:
+        """x: [..., in]; w: [out, in]. ways: in which direction each result is off; or None."""
         low = [cast(value, torch.float8_e4m3fn, share) for value in (x, w)]
         ctx.save_for_backward(*((x, w) if exact else low))
         ctx.share, ctx.exact = share, exact
-        return low[0] @ low[1].T
+        y = low[0] @ low[1].T
+        if ways is None or not y.numel():
+            return y
+        return y + (y - x @ w.T).abs().max() * ways(y)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> Any:
         """dy: [..., out]."""
         x, w = ctx.saved_tensors
         dy = dys[0] if ctx.exact else cast(dys[0], torch.float8_e5m2, ctx.share)
-        return dy @ w, dy.flatten(0, -2).T @ x.flatten(0, -2), None, None
+        return dy @ w, dy.flatten(0, -2).T @ x.flatten(0, -2), None, None, None
 
 
 @contextmanager
-def in_low_precision(share: float | None, exact: bool = False) -> Iterator[None]:
+def in_low_precision(
+    share: float | None, exact: bool = False, way: int | None = None
+) -> Iterator[None]:
     """Let the formulas' Linear multiply in FP8; share: see `SHARES`; exact: not in the backward.
 
-    There gradients of other values than the forward's meet, and what should cancel does not.
+    There gradients of other values than the forward's meet, and what should cancel does not. way:
+    1 or -1, each result of a product is also off by the largest error of all, up or down by chance,
+    with -1 the other way. So each value that may be on the other side of a bend is so in one of the
+    two: alone it may have all of a gradient.
     """
+    generator = torch.Generator().manual_seed(0)
+
+    def ways(y: Tensor) -> Tensor:
+        up = torch.randint(2, y.shape, generator=generator).to(y.device, y.dtype) * 2 - 1
+        return up if way == 1 else -up
 
     def linear(op: Any, x: Tensor, get: Any) -> Tensor:
-        y: Tensor = Product.apply(x, get("weight"), share, exact)  # type: ignore[no-untyped-call]
+        given = x, get("weight"), share, exact, None if way is None else ways
+        y: Tensor = Product.apply(*given)  # type: ignore[no-untyped-call]
         bias = get("bias")
         return y if bias is None else y + bias
 
     with mock.patch.dict(formulas.FORMULAS, {ops.Linear: linear, ops.BasicLinear: linear}):
+        yield
+
+
+BANDS: tuple[type[Any], ...] = (
+    ops.ClippedGELU, ops.ReLU6, ops.Sigmoid, ops.Tanh, ops.GLU, ops.ClampedSwiGLU, ops.SiTUGLU,
+    ops.Gated,
+)  # fmt: skip
+"""Functions that are level on both sides of a band: of large values few have a gradient."""
+
+
+@contextmanager
+def with_inputs_of_bands(seen: list[Tensor]) -> Iterator[None]:
+    """Note what goes into each of `BANDS`, in turn."""
+
+    def noting(formula: Any) -> Any:
+        def noted(op: Any, x: Tensor, get: Any) -> Any:
+            seen.append(x.detach().double())
+            return formula(op, x, get)
+
+        return noted
+
+    with mock.patch.dict(
+        formulas.FORMULAS, {kind: noting(formulas.FORMULAS[kind]) for kind in BANDS}
+    ):
         yield
 
 

@@ -310,6 +310,26 @@ def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
     return interpreter.TensorHandle((a * b + c).astype(x.data.dtype), x.dtype.scalar)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_gradient_through_layernorm_of_one_column_is_0(
+    affine: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A multiply-add would leave half a unit of `dy * weight`; an infinity leaves a NaN."""
+    if INTERPRETING:
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
+    x, dy = (normal(67, 1, dtype=dtype, device=device, seed=seed) for seed in range(2))
+    weight, bias = 2 * [torch.full((1,), 0.7, dtype=dtype, device=device)] if affine else 2 * [None]
+    dy[5] = torch.inf
+    _, mean, rstd, _ = norm_forward(x, weight, bias, EPS, center=True)
+    assert rstd is not None
+    dx, *_ = norm_backward(dy, x, mean, rstd, weight, bias)
+    assert dx is not None
+    expected = torch.zeros_like(dx)
+    expected[5] = torch.nan
+    assert torch.equal(dx.nan_to_num(7), expected.nan_to_num(7))
+
+
 @pytest.mark.skipif(not INTERPRETING, reason="on a GPU benchmarks/numerics.py measures it")
 @pytest.mark.parametrize("center, of_y, of_dx", [(False, 0.21, 0.25), (True, 0.193, 0.285)])
 def test_products_on_the_way_lose_nothing_of_fp32(
