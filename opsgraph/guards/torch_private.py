@@ -100,6 +100,10 @@ def untraced() -> Iterator[None]:
 has_memory: Callable[[Tensor], bool] = _find("_C._has_storage", lambda tensor: True)
 """Whether a tensor has a storage: wrappers, as the batched ones of vmap are, have none."""
 
+begins: int | None = _find("_C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr", None)
+"""Where the C function begins that tells where a tensor begins, as compiled wrappers call it; it
+raises C++'s exceptions for what has no memory."""
+
 storage_uses: Callable[[int], int] | None = _find("_C._storage_Use_Count", None)
 """How many tensors share a storage, of which it takes the address."""
 

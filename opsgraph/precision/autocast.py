@@ -167,13 +167,14 @@ class autocast:
 def _open(recipe: DelayedScaling, group: Any) -> None:
     """Count a context of a delayed recipe; the outermost updates the scales of gradients."""
     tapes.turns += 1
-    context, again = active.delayed.get(recipe.key), graph_task() != -1
+    key, opened = recipe.key, active.delayed
+    context, again = opened.get(key), graph_task() != -1
     if context is not None or again:
         serving(recipe)
     if context is None:
-        if not (again or (group is None and as_before(recipe.key, BACKWARD))):
+        if not (again or (group is None and as_before(key, BACKWARD))):
             update_backward(recipe, group)
-        context = active.delayed[recipe.key] = _Open()
+        context = opened[key] = _Open()
         context.group = group
     elif context.group is None:
         context.group = group
@@ -183,14 +184,15 @@ def _open(recipe: DelayedScaling, group: Any) -> None:
 def _close(recipe: DelayedScaling) -> None:
     """Forget a context of a delayed recipe; the outermost updates the scales of forwards."""
     tapes.turns += 1
-    context = active.delayed[recipe.key]
+    key, opened = recipe.key, active.delayed
+    context = opened[key]
     context.depth -= 1
     if context.depth == 0:
-        del active.delayed[recipe.key]
+        del opened[key]
         if torch.is_grad_enabled() and graph_task() == -1:
-            if context.group is not None or not as_before(recipe.key, FORWARD):
+            if context.group is not None or not as_before(key, FORWARD):
                 update_forward(recipe, context.group)
-    if active.delayed and active.key in active.delayed:  # the innermost again
+    if opened and active.key in opened:  # the innermost again
         serving(recipe_of(active.key))  # type: ignore[arg-type]
 
 

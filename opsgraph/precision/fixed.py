@@ -16,6 +16,8 @@ class Fixed:
     the scales were before the update may follow, for `previous` alone.
     """
 
+    __slots__ = "_views", "number", "rows", "stream", "values"
+
     def __init__(self, values: Tensor) -> None:
         self.values = values
         self.number = values.get_device() if values.is_cuda else None

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..base import config
-from ..guards.launching import Launch
+from ..guards.launching import Launch, launching
 from ..guards.torch_private import (
     capturing,
     capturing_here,
@@ -37,8 +37,8 @@ from .recorded import kernels_on
 
 _COLUMNS = {FORWARD: slice(0, 2), BACKWARD: slice(2, 3)}
 _NORMAL: AbstractContextManager[Any] = nullcontext()
-_buffers, _own = attrgetter("_buffers"), itemgetter("_buffers")
-_four = itemgetter("scale", FORWARD, BACKWARD, "amax_history")
+_buffers, _FOUR = attrgetter("_buffers"), ("scale", FORWARD, BACKWARD, "amax_history")
+_four = itemgetter(*_FOUR)
 
 
 def serving(recipe: DelayedScaling) -> list[Scaling]:
@@ -161,8 +161,10 @@ class _Ready(NamedTuple):
     """Of states, until then."""
     hosts: list[dict[str, Any]]
     """The states' own dicts, past the modules' look at each attribute."""
-    buffers: list[Tensor]
-    addresses: list[int]
+    scales: list[Tensor]
+    unmoved: Callable[[], bool]
+    """Whether their buffers are those of before, and where they were."""
+    histories: list[Tensor]
     sizes: list[int]
     run: Callable[..., bool]
     """The kernel's native launch, False where it does nothing."""
@@ -183,20 +185,22 @@ def _keep(
     run, (buffers, addresses, sizes) = getattr(launch, "native", None), _memory(states)
     if run is not None and addresses and not any(map(Tensor.is_inference, buffers)):
         new = partial(empty_strided(scales.device), (*scales.shape,), scales.stride(), scales.dtype)
-        hosts, where = [state.__dict__ for state in states], (buffers, addresses, sizes)
+        hosts = [state.__dict__ for state in states]
+        where = buffers[::4], launching.unmoved(hosts, _FOUR, buffers), buffers[3::4], sizes
         ready[recipe.key, name] = _Ready(changes, hosts, *where, run, table, new, scales.is_cuda)
 
 
 def as_before(key: int, name: str) -> bool:
     """Update the states of a recipe as that was done before; False where something is another."""
     known: _Ready | None = ready.get((key, name))
-    if known is None or known.changes != every_state.changes or not ops_alone():
+    if known is None:
         return False
-    _, hosts, buffers, addresses, sizes, run, table, new, cuda = known
+    changes, hosts, scales, unmoved, histories, sizes, run, table, new, cuda = known
     if (
-        not all(map(is_, chain.from_iterable(map(_four, map(_own, hosts))), buffers))
-        or [*map(Tensor.data_ptr, buffers)] != addresses
-        or [*map(Tensor.numel, buffers[3::4])] != sizes
+        changes != every_state.changes
+        or not ops_alone()
+        or not unmoved()
+        or [*map(Tensor.numel, histories)] != sizes
         or torch.is_inference_mode_enabled()
         or (cuda and capturing_here())
     ):
@@ -206,7 +210,7 @@ def as_before(key: int, name: str) -> bool:
             return False
         fixed, count, forward = Fixed(values), len(hosts), name == FORWARD
         for k, host in enumerate(hosts):  # `_hold`, in one frame
-            scale = buffers[4 * k]
+            scale = scales[k]
             host["_fixed"] = fixed, k, scale, scale._version
             if forward:
                 host["_previous"] = fixed, count + k

@@ -4,8 +4,6 @@ Such are the update of delayed scales and the noting of amaxes: a kernel each, w
 other ones in each call, and whose launch through Triton takes longer than a pass's replay.
 """
 
-import ctypes
-import struct
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -17,9 +15,10 @@ from ..base.errors import OpsgraphError
 from ..guards.compiled import compiled
 from ..guards.launching import launching
 from ..guards.watching import watching
+from .calling import bits, caller, unmoved
 from .events import Event, Exchange, Wait, used
-from .native import program, replay, why_not
-from .parts import ALIGNED, PAGE
+from .native import program, why_not
+from .parts import ALIGNED
 from .recorder import Recorder
 
 MOST = 256
@@ -40,14 +39,14 @@ def _native(
     device = tensors[0].device
     every = [(0, event) for event in events]
     words = program(every, lambda place: (place.buffer, place.offset), 0, device)
-    names, given = ([f"{kind}{k}" for k in range(len(tensors))] for kind in "pt")
-    aligned = [n for n, t in zip(names, tensors, strict=True) if t.data_ptr() % ALIGNED == 0]
-    tests = [f"min({', '.join(names)}, {PAGE}) < {PAGE}"]
+    given = [f"t{k}" for k in range(len(tensors))]
+    aligned = [n for n, t in zip(given, tensors, strict=True) if t.data_ptr() % ALIGNED == 0]
+    tests = [f"bits({', '.join(given)}) < 0"]
     if aligned and not anywhere:
-        tests.append(f"({' | '.join(aligned)}) % {ALIGNED}")
-    stream, namespace = "0", dict[str, Any](replay=replay(device.type), fail=_fail)
-    namespace["words"], namespace["start"] = words, ctypes.addressof(words)
-    namespace["pack"] = struct.Struct(f"={len(tensors)}q").pack
+        others = [*tests] if len(aligned) < len(given) else []
+        tests = [*others, f"bits({', '.join(aligned)}) % {ALIGNED}"]  # -1 has the low bits, too
+    stream, namespace = "0", dict[str, Any](fail=_fail, bits=bits(), words=words)
+    namespace["replay"] = caller(words, device.type)
     if device.type == "cuda":
         stream, namespace["stream"] = (
             f"stream({device.index})",
@@ -56,10 +55,9 @@ def _native(
         namespace["current"] = torch._C._cuda_getDevice
         tests.insert(0, f"current() != {device.index}")
     source = f"""def launched({", ".join(given)}):
-    {", ".join(names)} = {", ".join(f"{name}.data_ptr()" for name in given)}
     if {" or ".join(tests)}:
         return False
-    failed = replay(start, pack({", ".join(names)}), {stream})
+    failed = replay({stream}, {", ".join(given)})
     if failed:
         fail(failed)
     return True
@@ -124,4 +122,4 @@ def _recorded(
     return _native(events, tensors, anywhere)
 
 
-launching.by = by
+launching.by, launching.unmoved = by, unmoved

@@ -3,10 +3,8 @@
 Each tells its lines of source, and so does what is made for them; `record` joins these.
 """
 
-import ctypes
 import math
-import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +14,12 @@ from ..base.errors import OpsgraphError
 from ..kernels.cpu import memory
 from ..plan.lines import Line
 from .arena import arena
+from .calling import caller
 from .events import Buffer, Event, Matmul, Operand, Place
 from .exchanges import count, divided, texts
 from .interpreter import run_line
 from .native import ARENA, program
 
-PAGE = 4096
-"""No memory of a tensor begins at an address below."""
 ALIGNED = 16
 """Bytes that arguments have to begin at multiples of, on CUDA."""
 
@@ -36,11 +33,6 @@ NOTHING = -1
 def name(slot: int) -> str:
     """What the variable of a slot is called."""
     return "None" if slot == NOTHING else f"v{slot}"
-
-
-def pointer(slot: int) -> str:
-    """What the address of an argument is called."""
-    return f"p{slot}"
 
 
 class View(NamedTuple):
@@ -182,17 +174,14 @@ class Stretch:
         """What the programs have addresses of."""
 
     def text(
-        self, number: int, namespace: dict[str, Any], pointers: Collection[int]
+        self, number: int, namespace: dict[str, Any]
     ) -> Iterator[str]:  # fmt: skip
-        """Its lines of source, with what they name in the namespace. pointers: the slots whose
-        addresses are variables."""
-        addresses = [
-            pointer(slot) if slot in pointers else f"{name(slot)}.data_ptr()" for slot in self.bases
-        ]
+        """Its lines of source, with what they name in the namespace."""
+        given = [*map(name, self.bases)]
         results = [(name(result.slot), result) for result in self.results]
         if self.arena > self.provided:
             results.append(("room", Result(NOTHING, (self.arena,), torch.uint8, self.device)))
-            addresses.append("room.data_ptr()")
+            given.append("room")
         new: dict[str, Any] = {}
         for variable, result in results:
             if (line := result.text(variable, namespace)) is not None:
@@ -203,19 +192,14 @@ class Stretch:
         if new:
             namespace[f"layouts{number}"] = [*new.values()]
             yield f"{', '.join(new)}, = starmap(new, layouts{number})"
-        namespace[f"pack{number}"] = struct.Struct(f"={len(addresses)}q").pack
         namespace[f"fail{number}"] = self.fail
         stream = "0" if self.device.type == "cpu" else f"stream({self.device.index})"
-        packed = f"pack{number}({', '.join(addresses)})"
-        if len(self.pieces) > 1:
-            yield f"addresses = {packed}"
-            packed = "addresses"
         between = texts(self.pieces, self.spelled, namespace)
         for k, (made, exchange) in enumerate(zip(self.programs, between, strict=True)):
             yield from exchange
             if made is not None:
-                namespace[f"program{number}_{k}"] = ctypes.addressof(made)
-                yield f"failed = replay(program{number}_{k}, {packed}, {stream})"
+                namespace[f"replay{number}_{k}"] = caller(made, self.device.type)
+                yield f"failed = replay{number}_{k}({', '.join((stream, *given))})"
                 yield "if failed:"
                 yield f"    fail{number}(failed)"
         for view in self.views:
@@ -247,7 +231,7 @@ class InPython:
         """Of what it makes that stretches read."""
 
     def text(
-        self, number: int, namespace: dict[str, Any], pointers: Collection[int]
+        self, number: int, namespace: dict[str, Any]
     ) -> Iterator[str]:  # fmt: skip
         """Its lines of source, with what they name in the namespace."""
         namespace[f"line{number}"] = self.run

@@ -9,7 +9,7 @@ which two temporaries share memory unless they are in use at the same time.
         if modes() and followed() or not fits(v0, v1) or short(v0, v1):
             return None
         v3, = starmap(new, layouts0)
-        failed = replay(program0_0, pack0(v0.data_ptr(), v1.data_ptr(), v3.data_ptr()), 0)
+        failed = replay0_0(0, v0, v1, v3)
         if failed:
             fail0(failed)
         return (v3,), (v0,)
@@ -28,8 +28,8 @@ from ..guards.operands import reach
 from ..guards.owned import in_place_of
 from ..guards.torch_private import dispatch_modes, dispatch_stack, empty_strided
 from ..kernels.cpu import memory
-from .native import replay
-from .parts import ALIGNED, InPython, Layout, Stretch, name, pointer, view
+from .calling import bits
+from .parts import ALIGNED, InPython, Layout, Stretch, name, view
 
 
 class Record:
@@ -91,7 +91,7 @@ def _written(
     threads, reduces: the number of threads, and what cuBLAS may do, when it was recorded.
     """
     namespace: dict[str, Any] = {
-        "torch": torch, "replay": replay(device.type), "kept": memory.empty,
+        "torch": torch, "kept": memory.empty,
         "new": empty_strided(device), "fits": fits, "exact": fits, "modes": dispatch_stack,
         "threads": torch.get_num_threads, "followed": dispatch_modes, "view": view,
         "in_place_of": in_place_of, "starmap": starmap,
@@ -118,20 +118,17 @@ def _written(
         namespace["short"] = _short(len(needed))(*chain(*room))
         test += f" or short({', '.join(map(name, needed))})"
     lines += [f"if {test}:", "    return None"]
-    read = {k for part in parts if isinstance(part, Stretch) for k in part.bases}
-    read = read & {*range(count)} if device.type == "cuda" else set()
-    pointers = sorted(read.union(*shared))
-    if pointers:
-        all_pointers = ", ".join(map(pointer, pointers))
-        values = ", ".join(f"{name(k)}.data_ptr()" for k in pointers)
-        lines.append(f"{all_pointers} = {values}")
-    tests = [f"{pointer(k)} != {pointer(other)}" for k, other in sorted(shared)]
-    if device.type == "cuda" and pointers:  # what kernels are compiled for
-        tests.append(f"({' | '.join(map(pointer, pointers))}) % {ALIGNED}")
+    pairs = [tuple(f"{name(k)}.data_ptr()" for k in pair) for pair in sorted(shared)]
+    tests = [f"{one} != {other}" for one, other in pairs]
+    read = {k for part in parts if isinstance(part, Stretch) for k in part.bases if k < count}
+    read = read.union(*shared) if device.type == "cuda" else set()
+    if read:  # what kernels are compiled for
+        namespace["bits"] = bits()
+        tests.append(f"bits({', '.join(map(name, sorted(read)))}) % {ALIGNED}")
     lines += [f"if {' or '.join(tests)}:", "    return None"] if tests else []
     lines += ["saved.clear()"] * bool(saved)
     for number, part in enumerate(parts):
-        lines += part.text(number, namespace, pointers)
+        lines += part.text(number, namespace)
     lines += [f"{name(end)} = {name(slot)}.view_as({name(slot)})" for end, slot in ends.items()]
     lines.append(f"return {_spelled(returned)}")
     body = "\n".join(f"    {line}" for line in lines)

@@ -1,6 +1,6 @@
 // The library that replays a stretch of a pass: one call for all of its launches and products.
 //
-// A stretch is a program of 8-byte words, written by `opsgraph/replay/words.py`. Nothing in it
+// A stretch is a program of 8-byte words, written by `opsgraph/replay/native.py`. Nothing in it
 // changes from call to call but where buffers begin, which the caller hands over. So a replay copies
 // each step's record, writes addresses into the copy, and calls. It keeps no state: any number of
 // threads may replay one program. Neither CUDA's headers nor PyTorch's are needed; what is called is
@@ -17,7 +17,7 @@ const Word NONE = -2, ARENA = -1;  // in the place of a buffer's number
 const Word ALIGNMENT = 64;
 const int DESCRIPTION = 64;  // words of a product's description, see library.py
 
-// What is called, in the order in which `words.py` gives the addresses.
+// What is called, in the order in which `native.py` gives the addresses.
 struct Called {
     int32_t (*from_blob)(
         void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
@@ -204,4 +204,94 @@ EXPORT int64_t opsgraph_replay(const Word* at, const Word* given, void* stream) 
         if (error) return (error << 32) + at[1] + 1;
     }
     return 0;
+}
+
+// The same for callers in Python: functions that CPython calls as its own, with tensors as they are.
+// Where each begins is found here, which in Python takes most of a call's time. CPython's headers
+// are not needed either: objects are opaque, and these of its functions and PyTorch's are declared.
+using Object = struct PyObject*;
+
+struct Python {
+    void* (*begins)(Object);  // PyTorch's, of a tensor; raises for one without memory
+    Word (*to_number)(Object);
+    Object (*from_number)(Word);
+    void* (*release)();  // the interpreter's lock, and takes it again
+    void (*acquire)(void*);
+    void (*set_error)(Object, const char*);
+    Object (*element)(Object, Word);  // of a tuple, borrowed
+    Word (*size)(Object);
+    Object (*item)(Object, Object);  // of a dict, borrowed; null for none
+    const char* (*bytes)(Object);
+    Object (*truth)(long);
+    Object runtime_error;
+};
+static Python python;
+
+EXPORT void opsgraph_python_bind(const Python* given) { python = *given; }
+
+// Where tensors begin; `failed` where one has no memory, and then Python has the error.
+class Beginnings {
+    Word few[64];
+    Room<Word> many;
+
+   public:
+    Word* const at;
+    bool failed = false;
+
+    Beginnings(const Object* tensors, Word count) : many(count > 64 ? count : 0), at(count > 64 ? many.data() : few) {
+        try {
+            for (Word i = 0; i < count; i++)
+                at[i] = reinterpret_cast<Word>(python.begins(tensors[i]));
+        } catch (...) {
+            python.set_error(python.runtime_error, "got a tensor without memory");
+            failed = true;
+        }
+    }
+};
+
+// program(stream, *tensors): runs the program at the address that `program` is, see opsgraph_replay.
+EXPORT Object opsgraph_call(Object program, const Object* arguments, Word count) {
+    Beginnings given(arguments + 1, count - 1);
+    if (given.failed) return nullptr;
+    auto at = reinterpret_cast<const Word*>(python.to_number(program));
+    auto stream = reinterpret_cast<void*>(python.to_number(arguments[0]));
+    void* thread = python.release();
+    int64_t failed = opsgraph_replay(at, given.at, stream);
+    python.acquire(thread);
+    return python.from_number(failed);
+}
+
+// bits(*tensors): the low bits of where they begin, below `page`, joined; -1 where one begins there.
+EXPORT Object opsgraph_bits(Object page, const Object* tensors, Word count) {
+    Beginnings given(tensors, count);
+    if (given.failed) return nullptr;
+    Word below = python.to_number(page), joined = 0;
+    for (Word i = 0; i < count; i++) {
+        if (given.at[i] < below) return python.from_number(-1);
+        joined |= given.at[i] % below;
+    }
+    return python.from_number(joined);
+}
+
+// unmoved(): whether modules hold the tensors that they held, where these began. known: the modules'
+// own dicts; "_buffers" and the names of some; the tensors, of each module in order; where they began.
+EXPORT Object opsgraph_unmoved(Object known, const Object*, Word) {
+    Object hosts = python.element(known, 0), names = python.element(known, 1);
+    Object tensors = python.element(known, 2);
+    const char* began = python.bytes(python.element(known, 3));
+    Object place = python.element(names, 0);
+    Word count = python.size(names), number = 0;
+    for (Word i = 0; i < python.size(hosts); i++) {
+        Object buffers = python.item(python.element(hosts, i), place);
+        for (Word k = 1; k < count; k++, number++) {
+            Object tensor = python.element(tensors, number);
+            if (!buffers || python.item(buffers, python.element(names, k)) != tensor)
+                return python.truth(0);
+            Beginnings now(&tensor, 1);
+            if (now.failed) return nullptr;
+            if (std::memcmp(now.at, began + number * sizeof(Word), sizeof(Word)))
+                return python.truth(0);
+        }
+    }
+    return python.truth(1);
 }

@@ -1,0 +1,100 @@
+"""Native calls as Python makes them: with tensors as they are, past `ctypes`.
+
+Where each tensor begins is found in C (`source/replay.cpp`), in a tenth of the time that it takes
+in Python. CPython calls these functions as it calls its own. Where PyTorch does not tell C where a
+tensor begins, functions in Python do the same.
+"""
+
+import ctypes
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache, partial, reduce
+from operator import or_
+from typing import Any
+
+from torch import Tensor
+
+from ..guards.launching import Hosts
+from ..guards.launching import unmoved as in_python
+from ..guards.torch_private import begins
+from ..kernels.cpu import build
+from .native import Replay, replay, why_not
+
+PAGE = 4096
+"""No memory of a tensor begins at an address below."""
+_FASTCALL = 0x80
+_FUNCTIONS = (
+    "PyLong_AsLongLong", "PyLong_FromLongLong", "PyEval_SaveThread", "PyEval_RestoreThread",
+    "PyErr_SetString", "PyTuple_GetItem", "PyTuple_Size", "PyDict_GetItem", "PyBytes_AsString",
+    "PyBool_FromLong",
+)  # fmt: skip
+
+Call = Callable[..., int]
+
+
+class _Method(ctypes.Structure):
+    """CPython's PyMethodDef."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p), ("function", ctypes.c_void_p), ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )  # fmt: skip
+
+
+_make: Any = ctypes.PYFUNCTYPE(
+    ctypes.py_object, ctypes.POINTER(_Method), ctypes.py_object, ctypes.c_void_p
+)(("PyCFunction_NewEx", ctypes.pythonapi))
+
+
+@cache
+def _method(name: str) -> _Method:
+    """A function of the library, for CPython: for ever, as it wants it."""
+    library, python = build.library("replay"), ctypes.pythonapi
+    called = [ctypes.cast(getattr(python, name), ctypes.c_void_p).value for name in _FUNCTIONS]
+    table = begins, *called, ctypes.c_void_p.in_dll(python, "PyExc_RuntimeError").value
+    library.opsgraph_python_bind((ctypes.c_void_p * len(table))(*table))
+    return _Method(name.encode(), ctypes.cast(library[name], ctypes.c_void_p), _FASTCALL)
+
+
+def caller(program: Any, kind: str) -> Call:
+    """What replays a program that somebody holds, on devices of a kind: `call(stream, *tensors)`.
+
+    It returns 0, or what `native.replay` says failed. Raises RuntimeError for tensors that have no
+    memory.
+    """
+    run, start = replay(kind), ctypes.addressof(program)
+    if begins is None:
+        return partial(_call, run, start)
+    made: Call = _make(_method("opsgraph_call"), start, None)
+    return made
+
+
+def _call(run: Replay, start: int, stream: int, *tensors: Tensor) -> int:
+    return run(start, array("q", map(Tensor.data_ptr, tensors)).tobytes(), stream)
+
+
+@cache
+def bits() -> Call:
+    """What joins the low bits of where tensors begin, below `PAGE`; -1 where one begins there.
+
+    Raises RuntimeError for tensors that have no memory.
+    """
+    if begins is None:
+        return _bits
+    made: Call = _make(_method("opsgraph_bits"), PAGE, None)
+    return made
+
+
+def unmoved(hosts: Hosts, names: Sequence[str], buffers: Sequence[Tensor]) -> Callable[[], bool]:
+    """`guards.launching.unmoved`."""
+    if begins is None or why_not("cpu") is not None:
+        return in_python(hosts, names, buffers)
+    addresses = array("q", map(Tensor.data_ptr, buffers)).tobytes()
+    known = (*hosts,), ("_buffers", *names), (*buffers,), addresses
+    made: Callable[[], bool] = _make(_method("opsgraph_unmoved"), known, None)
+    return made
+
+
+def _bits(*tensors: Tensor) -> int:
+    addresses = [*map(Tensor.data_ptr, tensors)]
+    return -1 if min(addresses) < PAGE else reduce(or_, addresses) % PAGE
