@@ -34,7 +34,7 @@ BLOCKS_CONFIGS = {
 }
 MADE_CONFIG = {"R": 32, "COL_R": 32, "STAGES": 1, "num_warps": 8}
 """Of blocks of what a source makes of x."""
-PAIRS_CONFIG = {"num_warps": 4}
+PAIRS_CONFIG = {"blocks": {"num_warps": 4}, "square": {"num_warps": 8}}
 AMAX_CONFIG = {"BLOCK": 4096, "num_warps": 4}
 
 
@@ -244,8 +244,8 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
     col_amaxes = new(down, source.width) if columns else None
     words = to.scaling == "tensor" and output.col is not None
     four = fours(rows, options["R"] * options["C"], options["num_warps"], words)
-    # A product has just written what an activation reads: the cache has its end still.
-    last = source.name == "activation" and output.written is None
+    # The cache has the end still of what a product has just written, or the amax been found of.
+    last = (source.name == "activation") == (output.written is None)
     with on_device_of(x):
         launch(
             copy_kernel, (down * across,),
@@ -261,14 +261,15 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
 def _run_blocks(source: Source, to: Format, output: Output) -> None:
     x, rows, block = source.x, source.x.size(0), BLOCKS[to.scaling]
     unit, row_unit = stride_unit(x), 16 if rows % 16 == 0 else 1
-    plain = to.scaling == "blocks" and to.power_of_two and not to.eps
-    if plain and row_unit == 16 and source.width % block == 0 and in_pairs(x):
+    pairs = to.scaling == "square" or (to.power_of_two and not to.eps)
+    if pairs and row_unit == 16 and source.width % block == 0 and in_pairs(x):
         with on_device_of(x):
             launch(
                 pairs_kernel, (ceil_div(rows, block) * (source.width // block),),
                 *source.operands(), *output.blocks(), rows // row_unit, x.stride(0) // unit,
                 ROW_UNIT=row_unit, UNIT=unit, **source.constants(), BLOCK=block,
-                E5M2=to.dtype == E5M2, **PAIRS_CONFIG,
+                SCALING=to.scaling, E5M2=to.dtype == E5M2, EPS=to.eps,
+                POWER_OF_TWO=to.power_of_two, **PAIRS_CONFIG[to.scaling],
             )  # fmt: skip
         return
     key = to.scaling, source.name, source.width, source.flags["GATED"], x.dtype
@@ -288,7 +289,7 @@ def _amax(x: Tensor) -> Tensor:
     """The amax `[]` of a contiguous tensor."""
     count = x.numel()
     unit = 16 if count % 16 == 0 else 1
-    pieces = 8 if count >= 2**22 else 1
+    pieces = 4 if count >= 2**22 else 1
     programs = ceil_div(count, AMAX_CONFIG["BLOCK"] * pieces)
     amaxes = torch.empty(programs, dtype=torch.float32, device=x.device)
     with on_device_of(x):

@@ -26,7 +26,7 @@ from .quantize_kernels import (
     store_shared,
     store_tensor_scale,
 )
-from .quantize_pairs import quarters, store_pair_blocks
+from .quantize_pairs import amax_bits, largest_of, quarters, store_pair_blocks, store_pairs
 
 
 @triton.jit
@@ -194,9 +194,9 @@ def pairs_kernel(
     rows, x_stride, ROW_UNIT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
     SOURCE: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
     LIMIT: tl.constexpr, OFFSET: tl.constexpr, ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr,
-    E5M2: tl.constexpr,
+    SCALING: tl.constexpr, E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    """`blocks_kernel` of bf16, "blocks" and powers of two: all of a block is in registers."""
+    """`blocks_kernel` of bf16, "square" or "blocks" of powers of two: a block is in registers."""
     rows *= ROW_UNIT
     across: tl.constexpr = WIDTH // BLOCK
     down, first_col = tl.program_id(0) // across, tl.program_id(0) % across * BLOCK
@@ -205,10 +205,21 @@ def pairs_kernel(
         first_col + tl.arange(0, BLOCK)[None, :], rows, x_stride, UNIT, WIDTH, SOURCE, FUNCTION,
         GATED, ALPHA, LIMIT, OFFSET, ZERO_CENTERED,
     )  # fmt: skip
-    store_pair_blocks(
-        quarters(value, BLOCK, BLOCK), down, first_col, rows, WIDTH, row_data, row_scale,
-        row_inverse, col_data, col_scale, col_inverse, BLOCK, E5M2,
-    )  # fmt: skip
+    tile = quarters(value, BLOCK, BLOCK)
+    if SCALING == "square":
+        multiplier = square_scale(
+            amax_bits(largest_of(tile)), down, first_col // BLOCK, rows, WIDTH, row_scale,
+            row_inverse, col_scale, col_inverse, BLOCK, E5M2, EPS, POWER_OF_TWO,
+        )  # fmt: skip
+        store_pairs(
+            tile, multiplier, down * BLOCK, first_col, rows, WIDTH, WIDTH, row_data, col_data,
+            BLOCK, BLOCK, E5M2,
+        )  # fmt: skip
+    else:
+        store_pair_blocks(
+            tile, down, first_col, rows, WIDTH, row_data, row_scale, row_inverse, col_data,
+            col_scale, col_inverse, BLOCK, E5M2,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -21,6 +21,7 @@ from opsgraph.kernels.triton.quantize_norms import norm_quantize, norm_quantize_
 
 HALF, BOTH = torch.bfloat16, ("row", "col")
 BLOCKS = [Format("blocks", dtype, 0.0, True) for dtype in (E4M3, E5M2)]
+SQUARES = [Format("square", E4M3, 0.0, True), Format("square", E5M2), Format("square", E4M3, 1e-4)]
 
 
 def special(rows: int, width: int, device: str, seed: int) -> Tensor:
@@ -113,6 +114,18 @@ def test_gradients_in_blocks(
         y_want=y_want, dbias=torch.float32,
     )  # fmt: skip
     compare(run, monkeypatch, lambda kernel, constants: constants.get("PAIRS", False))
+
+
+@pytest.mark.parametrize("to", SQUARES, ids=str)
+def test_squares(to: Format, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = special(144, 256, device, 7)
+    x[:128, 128:] = 0.0
+    x[128:] = normal(16, 256, dtype=HALF, device=device, seed=8)
+    for want in (BOTH, ("row",), ("col",)):
+        kernel = quantizing.pairs_kernel
+        run = partial(quantize, x, to, None, want)
+        compare(run, monkeypatch, lambda launched, constants, kernel=kernel: launched is kernel)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("to", BLOCKS, ids=lambda to: str(to.dtype)[-4:])
