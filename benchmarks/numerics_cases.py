@@ -265,6 +265,7 @@ COMPOSED = {
     "GroupedLinear": "Linear",
     "LoRA": "Linear",
     "LoRALinear": "Linear",
+    "TransposedLinear": "Linear",
     "AdaptiveLayerNorm": "LayerNorm",
     "AdaptiveRMSNorm": "RMSNorm",
     "Gated": "GLU",
