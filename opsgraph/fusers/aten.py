@@ -10,7 +10,7 @@ from torch import Tensor
 from ..fuser import Fuser, register
 from ..kernels.reference import activations, norms
 from ..op import Op, Spec
-from ..ops import GELU, Add, BasicLinear, Bias, ConstantScale, ReLU, RMSNorm, Tee
+from ..ops import GELU, Add, BasicLinear, Bias, ConstantScale, ReLU, RMSNorm, ScaledAdd, Tee
 from ..ops.activations import Function, GatedActivation
 
 
@@ -74,6 +74,31 @@ class LinearScaleAdd(Fuser):
         other = x.new_empty(()) if add_other is None else add_other
         beta = 0 if add_other is None else 1
         return torch.addmm(other, x, fc_weight.t(), beta=beta, alpha=scale_scale), ()
+
+
+@register
+class LinearScaledAdd(Fuser):
+    """`(scale *) x @ weight.T + factor * other`: the GEMM's alpha and beta."""
+
+    backend = "aten"
+    pattern = dict(fc=BasicLinear, scale=ConstantScale | None, add=ScaledAdd)
+
+    def fwd(
+        self, x: Tensor, fc_weight: Tensor, scale_scale: float | None, add_other: Tensor,
+        add_scale: float,
+    ) -> Any:  # fmt: skip
+        alpha = 1.0 if scale_scale is None else scale_scale
+        return torch.addmm(add_other, x, fc_weight.t(), beta=add_scale, alpha=alpha), ()
+
+
+@register
+class ScaleAdd(Fuser):
+    """`scale * x + other` in one pass."""
+
+    backend, pattern, promotes = "aten", dict(scale=ConstantScale, add=Add), True
+
+    def fwd(self, x: Tensor, scale_scale: float, add_other: Tensor) -> Any:
+        return torch.add(add_other, x, alpha=scale_scale), ()
 
 
 @register

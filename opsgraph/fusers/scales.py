@@ -1,12 +1,13 @@
-"""LayerScale by the kernels of a backend, with the residual add after it."""
+"""LayerScale and WeightedAdd by the kernels of a backend: a factor for each column, and a sum."""
 
 from collections.abc import Collection
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..fuser import Fuser
-from ..ops import Add, LayerScale
+from ..ops import Add, LayerScale, WeightedAdd
 
 
 class ScaleForward(Fuser):
@@ -29,3 +30,29 @@ class ScaleGradients(Fuser):
     def bwd(self, dy: Tensor, scale_x: Tensor, scale_weight: Tensor, want: Collection[str]) -> Any:
         dx, dweight = self.kernels.scale_backward(dy, scale_x, scale_weight, want)
         return dx, (dweight,)
+
+
+class WeightedAddForward(Fuser):
+    """The sum with another value times a factor for each column. kernels: `scale_forward`."""
+
+    kernels: ClassVar[Any]
+    pattern, promotes = dict(add=WeightedAdd), True
+
+    def fwd(self, x: Tensor, add_other: Tensor, add_weight: Tensor) -> Any:
+        return self.kernels.scale_forward(add_other, add_weight, x), ()
+
+
+class WeightedAddGradients(Fuser):
+    """Backward of WeightedAdd: both gradients of the product in one pass."""
+
+    kernels: ClassVar[Any]
+    pattern, promotes = dict(add=WeightedAdd), True
+
+    def bwd(
+        self, dy: Tensor, add_other: Tensor, add_weight: Tensor, add_x_dtype: str,
+        want: Collection[str],
+    ) -> Any:  # fmt: skip
+        own = {"add_other": "x", "add_weight": "weight"}
+        names = tuple(own[name] for name in want if name in own)
+        dother, dweight = self.kernels.scale_backward(dy, add_other, add_weight, names)
+        return dy.to(getattr(torch, add_x_dtype)), (dother, dweight)

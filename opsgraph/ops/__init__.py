@@ -46,6 +46,7 @@ from .scaled import (
     ScaledSwiGLU,
     ScaledTanhSReLU,
 )
+from .scaled_add import ScaledAdd, WeightedAdd
 from .transposed import TransposedLinear
 from .xielu import XIELU
 
@@ -94,6 +95,7 @@ __all__ = [
     "Residual",
     "SReGLU",
     "SReLU",
+    "ScaledAdd",
     "ScaledClampedQGeGLU",
     "ScaledClampedSwiGLU",
     "ScaledGEGLU",
@@ -110,4 +112,5 @@ __all__ = [
     "Tanh",
     "Tee",
     "TransposedLinear",
+    "WeightedAdd",
 ]

@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.errors import OpError, PlanError
-from ..guards.validation import Checked, flag, text
+from ..guards.validation import Checked, finite, flag, text
 from ..guards.watched import Watched, whole
 from ..op import Lowered, Op, Spec
+from .elementwise import ConstantScale
 from .linear import BasicLinear
 from .parameters import known
+from .scaled_add import ScaledAdd
 from .sizes import infer_sizes, width_between
 
 _serial = itertools.count()
@@ -149,10 +151,18 @@ def _checked(module: Any) -> Any:
 
 
 class Residual(Op):
-    """`y = x + f(x)`, f a run of ops: what `Tee("r"), *ops, Add("r")` is, without the name."""
+    """`y = residual_scale * x + scale * f(x)`, f a run of ops.
 
-    def __init__(self, *ops: Op) -> None:
+    It is what `Tee("r"), *ops, Add("r")` is, without the name; with a ConstantScale of the branch
+    and a ScaledAdd of x where scale and residual_scale, finite numbers, are not 1.
+    """
+
+    scale = Checked(finite)
+    residual_scale = Checked(finite)
+
+    def __init__(self, *ops: Op, scale: float = 1.0, residual_scale: float = 1.0) -> None:
         super().__init__()
+        self.scale, self.residual_scale = scale, residual_scale
         if wrong := [type(op).__name__ for op in ops if not isinstance(op, Op)]:
             raise PlanError(f"Residual: got {', '.join(wrong)}, expected ops of opsgraph")
         self.ops = OpList(ops)
@@ -180,7 +190,9 @@ class Residual(Op):
 
     def parts(self) -> Sequence[Op]:
         name = f"residual {next(_serial)}"  # each time another: a Residual may stand in two places
-        return [Tee(name), *self._inner(), Add(name)]
+        scaled = [] if self.scale == 1.0 else [ConstantScale(self.scale)]
+        add = Add(name) if self.residual_scale == 1.0 else ScaledAdd(name, self.residual_scale)
+        return [Tee(name), *self._inner(), *scaled, add]
 
     def lower(self) -> Sequence[Lowered]:
         tell_next(list(self.ops))
@@ -190,7 +202,12 @@ class Residual(Op):
     def sample(cls) -> Iterable[Op]:
         from .activations import SiLU
 
-        return (cls(SiLU()),)
+        return cls(SiLU()), cls(SiLU(), scale=0.5, residual_scale=0.75)
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{n}={v}" for n in ("scale", "residual_scale") if (v := getattr(self, n)) != 1
+        )
 
 
 def tell_next(modules: Sequence[nn.Module]) -> None:

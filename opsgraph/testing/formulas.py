@@ -208,15 +208,16 @@ FORMULAS: dict[type[nn.Module], Formula] = {
     ops.Dropout: dropout,
 }
 """The rest, Tee, Add and their like, Residual, and Reshape (a plain module), are `run`'s."""
+ADDS = ops.Add, ops.ScaledAdd, ops.WeightedAdd
 
 
 def _steps(modules: Mapping[str, nn.Module | None], prefix: str) -> Iterator[tuple[str, Any]]:
-    """`(prefix of its parameters, module)` of each step; a Residual is `"push"`, ..., `"pop"`."""
+    """`(prefix of its parameters, module)` of each step; a Residual is `"push"`, ..., itself."""
     for name, module in modules.items():
         if isinstance(module, ops.Residual):
             yield "", "push"
             yield from _steps(module.ops._modules, f"{prefix}{name}.ops.")
-            yield "", "pop"
+            yield "", module
         else:
             yield f"{prefix}{name}.", module
 
@@ -240,15 +241,15 @@ def run(
     if isinstance(module, LayerNormMLP):
         return layernorm_mlp(module, x, parameters)
     steps = list(_steps(module._modules, ""))
-    reads = [(i, _channel(step)) for i, (_, step) in enumerate(steps) if isinstance(step, ops.Add)]
+    reads = [(i, _channel(step)) for i, (_, step) in enumerate(steps) if isinstance(step, ADDS)]
     channels: dict[str | None, Tensor] = {}
     stack: list[Tensor] = []
     outputs: list[Tensor] = []
     for i, (prefix, step) in enumerate(steps):
         if step == "push":
             stack.append(x)
-        elif step == "pop":
-            x = stack.pop() + x
+        elif isinstance(step, ops.Residual):
+            x = step.residual_scale * stack.pop() + step.scale * x
         elif isinstance(step, ops.Tee):
             name = _channel(step)
             if name is not None:
@@ -256,13 +257,13 @@ def run(
             read = name is not None and any(j > i and name == other for j, other in reads)
             if step.to_caller or not read:
                 outputs.append(x)
-        elif isinstance(step, ops.Add):
+        elif isinstance(step, ADDS):
             name = _channel(step)
-            if name in channels:
-                x = x + channels[name]
-            else:
-                assert extra is not None, "an Add without a Tee"
-                x = x + extra(x)
+            assert name in channels or extra is not None, "an Add without a Tee"
+            other = channels[name] if name in channels else extra(x)  # type: ignore[misc]
+            if isinstance(step, ops.WeightedAdd):
+                other = other * parameters[f"{prefix}weight"]
+            x = x + (step.scale * other if isinstance(step, ops.ScaledAdd) else other)
         elif isinstance(step, Op):
             x = FORMULAS[type(step)](step, x, lambda name, p=prefix: parameters.get(p + name))  # type: ignore[misc]
         else:

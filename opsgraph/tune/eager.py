@@ -15,6 +15,7 @@ from ..ops.elementwise import Dropout, Identity
 from ..ops.linear import Linear
 from ..ops.norms import LayerNorm, RMSNorm
 from ..ops.residual import Add, AddExtraInput, MakeExtraOutput, Residual, Tee
+from ..ops.scaled_add import ScaledAdd, WeightedAdd
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -43,8 +44,8 @@ class Eager(nn.Module):
         for step in self.steps:
             if isinstance(step, Tee):
                 channels[step.channels["d"]] = x
-            elif isinstance(step, Add):
-                x = x + channels[step.channels["other"]]
+            elif isinstance(step, Add | ScaledAdd | WeightedAdd):
+                x = _summed(step, x, channels[step.channels["other"]])
             else:
                 x = step(x)
         return x
@@ -61,21 +62,29 @@ class _Function(nn.Module):
         return self.function(x, *(getattr(*self.op.home(name)) for name in self.names))
 
 
+def _summed(step: Op, x: Tensor, other: Tensor) -> Tensor:
+    if isinstance(step, WeightedAdd):
+        return x + other * getattr(*step.home("weight"))  # type: ignore[no-any-return]
+    return x + other * step.scale if isinstance(step, ScaledAdd) else x + other
+
+
 class _Sum(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, residual: Residual) -> None:
         super().__init__()
-        self.inner = inner
+        self.residual, self.inner = residual, Eager(*residual.ops)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(x)  # type: ignore[no-any-return]
+        y = self.inner(x)
+        scale, own = self.residual.scale, self.residual.residual_scale
+        return (x if own == 1 else x * own) + (y if scale == 1 else y * scale)  # type: ignore[no-any-return]
 
 
 def _step(module: nn.Module) -> nn.Module:
     if isinstance(module, Residual):
-        return _Sum(Eager(*module.ops))
+        return _Sum(module)
     if isinstance(module, nn.Sequential):
         return Eager(*module)
-    if not isinstance(module, Op) or type(module) in (Tee, Add):
+    if not isinstance(module, Op) or type(module) in (Tee, Add, ScaledAdd, WeightedAdd):
         return module
     made = _of(module)
     return PlainOp(module) if made is None else made

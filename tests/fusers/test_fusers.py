@@ -42,7 +42,7 @@ def test_fuser_equals_reference(fuser: Fuser, dtype: torch.dtype, device: str) -
     check(fuser, device, dtype, few=few)
 
 
-@pytest.mark.sampled(60)
+@pytest.mark.sampled(61)
 @pytest.mark.parametrize("shape", [(1, 16), (0, 16), (2, 3, 16)], ids=str)
 @every_fuser
 def test_fuser_takes_every_shape(fuser: Fuser, shape: tuple[int, ...], device: str) -> None:

@@ -41,6 +41,7 @@ from opsgraph.ops import (
     Reshape,
     Residual,
     RMSNorm,
+    ScaledAdd,
     Sigmoid,
     SiLU,
     SiTUGLU,
@@ -50,6 +51,7 @@ from opsgraph.ops import (
     Tanh,
     Tee,
     TransposedLinear,
+    WeightedAdd,
 )
 from tests.ops.test_extra_ops import EXTRA_OPS
 
@@ -130,6 +132,18 @@ TABLE = {
     "AddExtraInput": Entry(lambda: [AddExtraInput()]),
     "AddExtraInput twice": Entry(lambda: [AddExtraInput(), AddExtraInput()], rounded=True),
     "Tee": Entry(lambda: [Tee("out")]),
+    "ScaledAdd": Entry(lambda: [ScaledAdd(scale=-0.75)], rounded=True),
+    "Tee and ScaledAdd": Entry(lambda: [Tee("r"), SiLU(), ScaledAdd("r", 0.3)], rounded=True),
+    "WeightedAdd": Entry(lambda: [WeightedAdd(init_value=0.3)], rounded=True),
+    "Tee and WeightedAdd": Entry(lambda: [Tee("r"), SiLU(), WeightedAdd("r")], rounded=True),
+    "Residual, both scaled": Entry(
+        lambda: [Residual(SiLU(), scale=0.5, residual_scale=-0.75)], rounded=True
+    ),
+    "Linear and ScaledAdd": Entry(
+        lambda: [Residual(Linear(bias=False), scale=0.5, residual_scale=0.75)],
+        gemm=True,
+        rounded=True,
+    ),
     "Tee and Add": Entry(lambda: [Tee("r"), SiLU(), Add("r")], rounded=True),
     "Tee to the caller": Entry(lambda: [Tee("r", True), SiLU(), Add("r")], rounded=True),
     "MakeExtraOutput": Entry(lambda: [MakeExtraOutput()]),

@@ -10,7 +10,7 @@ from ...kernels.lazy import Lazy
 from ...ops import Bias
 from ...ops.activations import Activation, Function, GatedActivation
 from ..norms import NormForward, NormGradients
-from ..scales import ScaleForward, ScaleGradients
+from ..scales import ScaleForward, ScaleGradients, WeightedAddForward, WeightedAddGradients
 from ..xielu import XIELUFuser
 
 norms = Lazy("cpu.norms")
@@ -50,6 +50,20 @@ class ScaleKernel(CPU, ScaleForward):
 @register
 class ScaleBackward(CPU, ScaleGradients):
     """Both gradients of a scale for each column, in one pass."""
+
+    kernels = scales
+
+
+@register
+class WeightedAddKernel(CPU, WeightedAddForward):
+    """A sum with another value times a factor for each column, in one pass."""
+
+    kernels = scales
+
+
+@register
+class WeightedAddBackward(CPU, WeightedAddGradients):
+    """Its three gradients, in one pass."""
 
     kernels = scales
 

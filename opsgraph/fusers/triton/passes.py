@@ -12,7 +12,7 @@ from ...kernels.reference.activations import form_of
 from ...ops import Add, Bias, Dropout, Tee
 from ...ops.activations import Activation, Function, GatedActivation
 from ..norms import NormForward, NormGradients
-from ..scales import ScaleForward, ScaleGradients
+from ..scales import ScaleForward, ScaleGradients, WeightedAddForward, WeightedAddGradients
 from ..xielu import XIELUFuser
 
 norms = Lazy("triton.norms")
@@ -52,6 +52,20 @@ class ScaleKernel(Triton, ScaleForward):
 @register
 class ScaleBackward(Triton, ScaleGradients):
     """Both gradients of a scale for each column, in one pass."""
+
+    kernels = scales
+
+
+@register
+class WeightedAddKernel(Triton, WeightedAddForward):
+    """A sum with another value times a factor for each column, in one pass."""
+
+    kernels = scales
+
+
+@register
+class WeightedAddBackward(Triton, WeightedAddGradients):
+    """Its three gradients, in one pass."""
 
     kernels = scales
 

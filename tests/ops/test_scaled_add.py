@@ -1,0 +1,101 @@
+"""Scaled residuals: which steps they are, dtypes, and what is refused."""
+
+import pytest
+import torch
+
+import opsgraph as og
+from opsgraph.ops import (
+    Add,
+    Linear,
+    Residual,
+    RMSNorm,
+    ScaledAdd,
+    SiLU,
+    SwiGLU,
+    Tee,
+    WeightedAdd,
+)
+from opsgraph.tune.eager import Eager
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def _steps(module: og.Sequential, x: torch.Tensor) -> list[str]:
+    plan = module.plan(x=x)
+    return [step.name for step in (*plan.forward, *plan.backward)]
+
+
+@pytest.mark.parametrize("backends", [None, ("aten", "reference")], ids=["all", "aten"])
+def test_a_scaled_residual(backends: object) -> None:
+    layers = Linear(8, 16, bias=False), SwiGLU(), Linear(8, 8, bias=False)
+    options = {} if backends is None else {"backends": backends}
+    residual = Residual(RMSNorm(), *layers, scale=0.5, residual_scale=0.75)
+    module = og.Sequential(residual, **options)
+    x = torch.randn(3, 8)
+    if backends:  # factors are the product's alpha and beta
+        assert "LinearScaledAdd" in _steps(module, x)
+    expected = 0.75 * x + 0.5 * og.Sequential(RMSNorm(8), *layers)(x)
+    torch.testing.assert_close(module(x), expected)
+    torch.testing.assert_close(Eager(*module)(x), expected)
+    assert repr(module[0]).startswith("Residual(\n  scale=0.5, residual_scale=0.75")
+    module[0].residual_scale = 1.0
+    assert ("LinearScaleAdd" if backends else "ScaleAdd") in _steps(module, x)
+    torch.testing.assert_close(module(x), expected + 0.25 * x)
+    module[0].scale = 1.0
+    torch.testing.assert_close(module(x), x + 2 * (expected - 0.75 * x))
+
+
+def test_a_weighted_residual_keeps_no_more_than_a_plain_one() -> None:
+    kept = []
+    for add in (Add("r"), WeightedAdd("r", 8)):
+        module = og.Sequential(Tee("r"), RMSNorm(8), Linear(8, 8), SiLU(), Linear(8, 8), add)
+        kept.append(module.plan(x=torch.ones(3, 8)).saved_bytes_per_row)
+        if not isinstance(add, Add):
+            assert {"WeightedAddKernel", "WeightedAddBackward"} <= {
+                *_steps(module, torch.ones(3, 8))
+            }
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("backends", [None, ("reference",)], ids=["fused", "reference"])
+@pytest.mark.parametrize("weight_dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtypes", [(BF16, F32), (F32, BF16), (BF16, BF16)], ids=str)
+def test_each_gradient_has_its_own_inputs_dtype(
+    dtypes: tuple[torch.dtype, torch.dtype], weight_dtype: torch.dtype, backends: object
+) -> None:
+    torch.manual_seed(0)
+    op = WeightedAdd(width=24, init_value=0.3, dtype=weight_dtype)
+    options = {} if backends is None else {"backends": backends}
+    module = og.Sequential(op, **options)
+    given = [torch.randn(40, 24).to(dtype) for dtype in dtypes]
+    x, other = (tensor.clone().requires_grad_() for tensor in given)
+    y = module(x, other)
+    eager = given[0] + given[1] * op.weight.detach()
+    assert y.dtype == eager.dtype
+    torch.testing.assert_close(y, eager, rtol=1e-2, atol=1e-2)
+    dy = torch.randn(y.shape).to(y.dtype)
+    found = torch.autograd.grad(y, [x, other, op.weight], dy)
+    assert [g.dtype for g in found] == [*dtypes, weight_dtype]
+    exact = dy.double(), dy.double() * 0.3, (dy.double() * given[1].double()).sum(0)
+    for got, wanted in zip(found, exact, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-2, atol=2e-2)
+
+
+def test_under_autocast_a_stream_in_fp32_stays_so() -> None:
+    module = og.Sequential(Tee("r"), Linear(8, 8), WeightedAdd("r", 8))
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", BF16):
+        y = module(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == module[2].weight.grad.dtype == F32
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(og.OpError, match="scale=nan, expected a finite number"):
+        ScaledAdd("r", float("nan"))
+    with pytest.raises(og.OpError, match="residual_scale"):
+        Residual(SiLU(), residual_scale=float("inf"))
+    with pytest.raises(og.OpError, match=r"other dtype torch\.float32, expected torch\.bfloat16"):
+        og.Sequential(ScaledAdd())(torch.ones(2, 4, dtype=BF16), torch.ones(2, 4))
+    with pytest.raises(og.PlanError, match="it has extra inputs"):
+        og.Sequential(ScaledAdd("r")).to_torch()
