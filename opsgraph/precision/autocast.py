@@ -20,7 +20,7 @@ from torch import nn
 from ..base.errors import OpsgraphError
 from ..guards.torch_private import apart, graph_task
 from ..guards.validation import flag, shown
-from .delayed import BACKWARD, FORWARD, Scaling, scaling_of
+from .delayed import BACKWARD, FORWARD, Scaling, child_name, scaling_of
 from .recipe import DelayedScaling, Recipe, recipe_of
 from .tapes import tapes
 from .updates import as_before, catch_up, serving, update_backward, update_forward
@@ -198,8 +198,11 @@ def _close(recipe: DelayedScaling) -> None:
 
 def state_for(owner: nn.Module, weight: str, recipe: DelayedScaling, label: str) -> Scaling:
     """The state that a weight has for the recipe that is active, up to date as others are."""
+    new = child_name(weight) not in owner._modules
     state, context = scaling_of(owner, weight, recipe, label), active.delayed.get(recipe.key)
-    if context is not None and (context.group is None or not recipe.reduce_amax):
+    if new:  # it has seen nothing that an update could take up
+        state.fresh = False
+    elif context is not None and (context.group is None or not recipe.reduce_amax):
         catch_up(state, recipe)
     return state
 

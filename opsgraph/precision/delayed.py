@@ -97,6 +97,25 @@ class Scaling(nn.Module):
     """The scales, fp32 `[3]`, to which nothing writes, for functions that Dynamo compiles: once it
     has traced one, `pinned`, all states have them after each update."""
     pinned = False
+    _known: dict[Any, Any]
+    """What updates need of this state and others, see `updates`."""
+    label: str
+    """What ranks of a group call it."""
+    first: int | None
+    """From what number on labels count, once ranks have exchanged this one."""
+    terms: Terms | None
+    """Those of the recipe that it serves; None if scales came from elsewhere."""
+    fresh: bool
+    """Whether no context of the recipe that it serves has opened since."""
+    recorded: bool
+    """Whether the last call outside of a backward was made with grad, and so recorded."""
+    late: bool
+    """Whether `amax_forward` holds something that no context's end will take up."""
+    updates: int
+    used: int
+    """How often forward scales were updated, by now and when a forward last read them."""
+    _previous: Any
+    """What `previous` is, or where it is: a `Fixed`, and the place there."""
 
     def __init__(self, length: int, device: torch.device | None = None) -> None:
         super().__init__()
@@ -106,25 +125,11 @@ class Scaling(nn.Module):
             self.register_buffer(FORWARD, torch.empty(2, **place))
             self.register_buffer(BACKWARD, torch.empty(1, **place))
             self.register_buffer("amax_history", torch.empty(length, len(ROLES), **place))
-        self._known: dict[Any, Any] = {}
-        """What updates need of this state and others, see `updates`."""
+        self.__dict__ |= dict(  # past the module's look at each attribute
+            _known={}, label="", first=None, terms=None, fresh=False, recorded=True, late=False,
+            updates=0, used=0, _previous=None,
+        )  # fmt: skip
         self.reset_parameters()
-        self.label = ""
-        """What ranks of a group call it."""
-        self.first: int | None = None
-        """From what number on labels count, once ranks have exchanged this one."""
-        self.terms: Terms | None = None
-        """Those of the recipe that it serves; None if scales came from elsewhere."""
-        self.fresh = False
-        """Whether no context of the recipe that it serves has opened since."""
-        self.recorded = True
-        """Whether the last call outside of a backward was made with grad, and so recorded."""
-        self.late = False
-        """Whether `amax_forward` holds something that no context's end will take up."""
-        self.updates = self.used = 0
-        """How often forward scales were updated, by now and when a forward last read them."""
-        self._previous: Any = None
-        """What `previous` is, or where it is: a `Fixed`, and the place there."""
 
     @property
     def previous(self) -> Tensor | None:

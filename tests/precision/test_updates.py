@@ -201,3 +201,31 @@ def test_what_is_kept_has_room_for_its_own_scales(monkeypatch: pytest.MonkeyPatc
     count = len(life.states)
     for name, rows in ((updates.FORWARD, 2 * count), (updates.BACKWARD, count)):
         assert ready[life.recipe.key, name].new().size(0) == rows
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_layer_that_comes_to_an_open_context_catches_up_with_what_it_has_seen(
+    copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new one has seen nothing, and no update is made for it."""
+    first, caught = Life(margin=0), list[Scaling]()
+
+    def caught_up(state: Scaling, recipe: Any) -> None:
+        caught.append(state)
+        updates.catch_up(state, recipe)
+
+    first.step()
+    module = deepcopy(first.module) if copied else made()
+    monkeypatch.setattr(autocast, "catch_up", caught_up)
+    x = torch.randn(4, WIDTH)
+    with og.autocast(recipe=first.recipe):
+        y = module(x)
+    states = [m for m in module.modules() if isinstance(m, Scaling)]
+    assert {*caught} == ({*states} if copied else set())
+    assert not any(state.fresh for state in states)
+    with og.autocast(recipe=first.recipe):
+        first.module(x)
+        module(x)
+    amaxes = [state.amax_backward for state in states]
+    assert all((amax == -1).all() for amax in amaxes), "nothing is left to be taken up"
+    assert y.isfinite().all()
