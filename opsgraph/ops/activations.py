@@ -97,6 +97,9 @@ class Activation(AnyActivation):
     def out(self, x: Spec) -> Spec:
         return x
 
+    def width_before(self, out_width: int) -> int | None:
+        return out_width
+
 
 class GatedActivation(AnyActivation):
     """`y = f(a) * g(b)` of `[*, 2 * width]`; `kernel` and `params` name f and g everywhere."""

@@ -39,6 +39,9 @@ class L2Normalization(Op):
     def out(self, x: Spec) -> Spec:
         return x
 
+    def width_before(self, out_width: int) -> int | None:
+        return out_width
+
     def saved(self, x: Spec) -> dict[str, Spec]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return {"scale": Spec((ROWS, 1), dtype, x.device)}

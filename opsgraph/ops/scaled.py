@@ -151,6 +151,9 @@ class ScaledTanhSReLU(_Scaled):
     def out(self, x: Spec) -> Spec:
         return x
 
+    def width_before(self, out_width: int) -> int | None:
+        return out_width
+
     def fwd(self, x: Tensor, scales: Tensor, tanh_clamp_scale: float) -> tuple[Tensor, tuple[()]]:
         clamped = tanh_clamp_scale * torch.tanh(torch.relu(wide(x)) / tanh_clamp_scale)
         return (clamped.square() * wide(scales)[:, None]).to(x.dtype), ()

@@ -10,6 +10,8 @@ from compare import LAYOUTS, Case, check
 from torch import nn
 
 import opsgraph as og
+from opsgraph import ops
+from opsgraph.op import row
 from opsgraph.ops import (
     GEGLU,
     GELU,
@@ -178,6 +180,17 @@ def test_every_op_is_in_the_table() -> None:
 def test_op(entry: Entry, dtype: torch.dtype, device: str) -> None:
     for shape in (*SHAPES, *ODD):
         compare(entry, shape, dtype, device)
+
+
+@pytest.mark.parametrize("name", sorted(n for n in ops.__all__ if n not in ("Reshape",)))
+def test_ops_that_keep_the_width_say_so(name: str) -> None:
+    """What stands before them may have left its size out."""
+    for op in getattr(ops, name).sample():
+        if op.in_width is None and not any(kind.gemm or kind.collective for kind, _ in op.lower()):
+            width: int | None = 16
+            for kind, part in op.lower():
+                width = kind.out(part, row(width, torch.float32, torch.device("cpu"))).width
+            assert op.width_before(width) == 16
 
 
 @pytest.mark.sampled(102)
