@@ -47,7 +47,7 @@ from .scaled import (
     ScaledTanhSReLU,
 )
 from .scaled_add import ScaledAdd, WeightedAdd
-from .transposed import TransposedLinear
+from .transposed import TransposedGroupedLinear, TransposedLinear
 from .xielu import XIELU
 
 __all__ = [
@@ -111,6 +111,7 @@ __all__ = [
     "SwiGLU",
     "Tanh",
     "Tee",
+    "TransposedGroupedLinear",
     "TransposedLinear",
     "WeightedAdd",
 ]

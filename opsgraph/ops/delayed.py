@@ -256,6 +256,9 @@ class DelaysWeightGradients(nn.Module):
 class TellsOfWeightGradients(DelaysWeightGradients):
     """A module with weights of its own, whose wrappers may ask to hear of delayed gradients."""
 
+    reads_transposed = False
+    """Whether plans read the weight by a transposed view, see `transposed`."""
+
     def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], Any]) -> None:
         """Have `hook()` called whenever `backward_dw` has put gradients of the module's weights.
 

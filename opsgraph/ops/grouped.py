@@ -351,6 +351,8 @@ def weight_gradients(
     fc: Any, product: Callable[..., Tensor], pairs: Sequence[tuple[Any, Any]], weights: Tensor
 ) -> Tensor | None:
     """`weight_gradient` of each group, of its dy and x. weights: as parameters."""
+    if not fc.accumulate_into_main_grad and fc.reads_transposed:
+        return torch.stack([product(x, dy) for dy, x in pairs]).transpose(1, 2)
     if not fc.accumulate_into_main_grad:
         return torch.stack([product(dy, x) for dy, x in pairs])
     if not parts_of(weights):

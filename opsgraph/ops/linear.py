@@ -89,8 +89,8 @@ class BasicLinear(MarksParameters, TellsOfWeightGradients, Op):
 
     gemm = quantizable = lowers_subclasses = True
     required = ("weight",)
-    distributed = reads_transposed = False
-    """Whether the parameters are DTensors of the whole layer; the weight a transposed view."""
+    distributed = False
+    """Whether the parameters are DTensors of the whole layer."""
     scaled_weights = ("weight",)
     in_features = Checked(features)
     out_features = Checked(features)

@@ -1,7 +1,7 @@
-"""TransposedLinear: a linear layer whose weight is `[in_features, out_features]`."""
+"""Linear layers whose weights are `[in_features, out_features]`, one or one for each group."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..base.errors import OpError
+from ..op import Lowered, Op
+from .grouped import GroupedLinear
 from .linear import Linear
 
 READ = "transposed_weight"
@@ -72,3 +74,59 @@ class TransposedLinear(Linear):
     def split(self, *args: Any) -> NoReturn:
         """Raises OpError: no rank has a share of such a layer."""
         raise OpError(type(self).__name__, "a split among ranks", "Linear")
+
+
+class TransposedGroupedLinear(GroupedLinear):
+    """`y[rows of g] = x[rows of g] @ weight[g] + bias[g]`: experts that are stored `[E, in, out]`.
+
+    Parameters and arguments are GroupedLinear's, but that `weight0`, ... are
+    `[in_features, out_features]`, and `weight` is `[num_groups, in_features, out_features]`. It is
+    to GroupedLinear what TransposedLinear is to Linear.
+    """
+
+    reads_transposed = True
+
+    def __init__(
+        self,
+        num_groups: int,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        init_method: Callable[[Tensor], Any] | None = None,
+        single_grouped_weight: bool = False,
+        single_grouped_bias: bool = False,
+    ) -> None:
+        turned = None if init_method is None else lambda weight: init_method(weight.t())
+        super().__init__(
+            num_groups, in_features, out_features, bias, device=device, dtype=dtype,
+            init_method=turned, single_grouped_weight=single_grouped_weight,
+            single_grouped_bias=single_grouped_bias,
+        )  # fmt: skip
+
+    def home(self, name: str) -> Any:
+        return (self, READ) if name == "weight" else super().home(name)
+
+    @property
+    def transposed_weight(self) -> Any:
+        """All weights as `[num_groups, out_features, in_features]`, a view; None without any."""
+        weight: Any = getattr(*super().home("weight"), None)
+        lazy = weight is None or isinstance(weight, UninitializedParameter)
+        return weight if lazy else weight.transpose(1, 2)
+
+    def lower(self) -> Sequence[Lowered]:
+        return (Lowered(GroupedLinear, self),)
+
+    def _shape(self, name: str) -> tuple[int | None, ...]:
+        shape = super()._shape(name)
+        return (*shape[:-2], *shape[:-3:-1]) if name == "weight" else shape
+
+    def sizes_from(self, name: str, shape: torch.Size) -> None:
+        weight = name.startswith("weight")
+        super().sizes_from(name, torch.Size((*shape[:-2], *shape[:-3:-1])) if weight else shape)
+
+    @classmethod
+    def sample(cls) -> Iterable[Op]:
+        return (cls(2, out_features=16, single_grouped_weight=True),)

@@ -85,7 +85,7 @@ def test_the_same_model_after_unpatch(llama: Any) -> None:
 _REDUCED = {
     "bert": "residual(Linear, GELU, Linear), LayerNorm",
     "gemma2": "residual(RMSNorm, Linear(gate, up), GEGLU, Linear, RMSNorm)",
-    "gpt2": "residual(LayerNorm, Linear, GELU, Linear)",
+    "gpt2": "residual(LayerNorm, TransposedLinear, GELU, TransposedLinear)",
     "llama": "residual(RMSNorm, Linear(gate, up), SwiGLU, Linear)",
     "phi3": "residual(RMSNorm, Linear, SwiGLU, Linear)",
     "t5": "residual(RMSNorm, Linear, ReLU, Linear)",

@@ -46,6 +46,14 @@ def _grouped(parameters: dict[str, Tensor], x: Tensor, sizes: Tensor) -> Tensor:
     return y.reshape(*x.shape[:-1], -1)
 
 
+def _turned_groups(parameters: dict[str, Tensor], x: Tensor, sizes: Tensor) -> Tensor:
+    whole = parameters.get("0.weight")
+    named = {n: p.mT if "weight" in n else p for n, p in parameters.items()}
+    if whole is not None:
+        named = {f"0.weight{g}": weight for g, weight in enumerate(whole.mT)}
+    return _grouped(named, x, sizes)
+
+
 def _modulated(parameters: dict[str, Tensor], x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
@@ -138,6 +146,14 @@ TABLE = {
     "GroupedLinear": Case(lambda: ops.GroupedLinear(3, 8, 5), _grouped, _sizes),
     "GroupedLinear without bias": Case(
         lambda: ops.GroupedLinear(3, 8, 5, bias=False), _grouped, _sizes
+    ),
+    "TransposedGroupedLinear": Case(
+        lambda: ops.TransposedGroupedLinear(3, 8, 5), _turned_groups, _sizes
+    ),
+    "TransposedGroupedLinear of one parameter": Case(
+        lambda: ops.TransposedGroupedLinear(3, 8, 5, bias=False, single_grouped_weight=True),
+        _turned_groups,
+        _sizes,
     ),
     "Modulate": Case(ops.Modulate, _modulated, _samples, SAMPLED[:2]),
     "AdaptiveRMSNorm": Case(lambda: ops.AdaptiveRMSNorm(eps=1e-3), _rms, _samples, SAMPLED[:2]),

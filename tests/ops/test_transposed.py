@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 import opsgraph as og
-from opsgraph.ops import GELU, Linear, LoRA, LoRALinear, RMSNorm, SwiGLU, TransposedLinear
+from opsgraph.ops import (
+    GELU,
+    GroupedLinear,
+    Linear,
+    LoRA,
+    LoRALinear,
+    RMSNorm,
+    SwiGLU,
+    TransposedGroupedLinear,
+    TransposedLinear,
+)
 
 SIZES = 8, 12
 """In the tests of what is not arithmetic."""
@@ -145,6 +155,59 @@ def test_under_a_recipe_it_is_a_linear() -> None:
             for got, wanted in pairs:
                 wanted = wanted if got.shape == wanted.shape else wanted.t()
                 torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_groups(dtype: torch.dtype, single: bool) -> None:
+    """Gradients are contiguous; the steps are those of GroupedLinear."""
+    torch.manual_seed(0)
+    found = TransposedGroupedLinear(3, 16, 24, single_grouped_weight=single).to(dtype)
+    expected = GroupedLinear(3, 16, 24, single_grouped_weight=True).to(dtype)
+    with torch.no_grad():
+        expected.weight.copy_(found.weight.mT)
+        for g in range(3):
+            getattr(expected, f"bias{g}").copy_(getattr(found, f"bias{g}"))
+    sizes = torch.tensor([5, 0, 7])
+    one, other = og.Sequential(found), og.Sequential(expected)
+    x = torch.randn(12, 16).to(dtype)
+    plans = [module.plan(x=x) for module in (one, other)]
+    assert [s.name for s in plans[0].backward] == [s.name for s in plans[1].backward]
+    for _ in range(3):
+        for module in (one, other):
+            module.zero_grad()
+            module(x, sizes).square().sum().backward()
+        torch.testing.assert_close(one(x, sizes), other(x, sizes))
+        names = ["weight"] if single else ["weight0", "weight1", "weight2"]
+        gradients = [getattr(found, name).grad for name in names]
+        assert all(gradient.is_contiguous() for gradient in gradients)
+        together = gradients[0] if single else torch.stack(gradients)
+        torch.testing.assert_close(together.mT, expected.weight.grad)
+    stored = {name: tuple(value.shape) for name, value in found.state_dict().items()}
+    assert stored["weight" if single else "weight1"] == ((3, 16, 24) if single else (16, 24))
+    lazy = TransposedGroupedLinear(3, single_grouped_weight=not single)
+    lazy.load_state_dict(found.state_dict())
+    assert (lazy.in_features, lazy.out_features) == (16, 24)
+    torch.testing.assert_close(og.Sequential(lazy.to(dtype))(x, sizes), one(x, sizes))
+    copied = copy.deepcopy(one)
+    torch.testing.assert_close(copied(x, sizes), one(x, sizes))
+
+
+def test_groups_under_a_recipe() -> None:
+    torch.manual_seed(0)
+    found = TransposedGroupedLinear(2, 32, 64, bias=False, single_grouped_weight=True)
+    expected = GroupedLinear(2, 32, 64, bias=False, single_grouped_weight=True)
+    with torch.no_grad():
+        expected.weight.copy_(found.weight.mT)
+    x, sizes = torch.randn(64, 32), torch.tensor([32, 32])
+    results = []
+    for layer in (found, expected):
+        with og.autocast(recipe=og.recipe.MXFP8BlockScaling()):
+            y = og.Sequential(layer)(x, sizes)
+        y.square().sum().backward()
+        results.append(y)
+    assert torch.equal(*results)
+    torch.testing.assert_close(found.weight.grad.mT, expected.weight.grad)
 
 
 def test_what_takes_linear_alone_says_so() -> None:

@@ -28,6 +28,8 @@ def _bias_gradient(dy: Tensor, bias: Tensor | None, groups: Any) -> Tensor | Non
 
 def _weight_gradients(fc: Any, dy: Tensor, x: Tensor, groups: Any, stored: Tensor) -> Tensor | None:
     """Those of all groups, or, before they are rounded, into main_grad."""
+    if not fc.accumulate_into_main_grad and fc.reads_transposed:
+        return grouped.grouped_wgrad(x, dy, groups).transpose(1, 2)  # type: ignore[no-any-return]
     if not fc.accumulate_into_main_grad:
         return grouped.grouped_wgrad(dy, x, groups)  # type: ignore[no-any-return]
     sums = grouped.grouped_wgrad(dy, x, groups, torch.float32)

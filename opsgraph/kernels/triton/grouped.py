@@ -152,6 +152,8 @@ def _rows(
     x: Tensor, weights: Tensor, bias: Tensor | None, groups: Groups, transposed: bool
 ) -> Tensor:
     rows, depth = x.shape
+    if not weights.is_contiguous() and weights.transpose(1, 2).is_contiguous():
+        weights, transposed = weights.transpose(1, 2), not transposed  # read as they are stored
     count, width = weights.size(0), weights.size(1 if transposed else 2)
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if not y.numel():
