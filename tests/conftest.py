@@ -11,6 +11,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 from broken_cuda import leave_if_broken, look_after, skip_unless_whole
+from crashed import end_the_run
 from hypothesis import settings
 from sampling import mark_slow
 
@@ -22,6 +23,11 @@ torch.set_num_threads(1)
 settings.register_profile("dev", derandomize=True, deadline=None)
 settings.register_profile("ci", settings.get_profile("dev"), max_examples=30)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """See `crashed`."""
+    end_the_run(config)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and -k choose

@@ -61,13 +61,38 @@ def test_what_breaks_the_device_hides_no_other_result(
     tmp_path: Path, options: str, expected: str
 ) -> None:
     """The second failure is the process that ended."""
-    for name, text in (("torch", _TORCH), ("conftest", _CONFTEST), ("test_it", _TESTS)):
-        (tmp_path / f"{name}.py").write_text(text)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    environment["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(Path(__file__).parent)))
-    command = [sys.executable, "-m", "pytest", "-rs", "-pno:cacheprovider", *options.split()]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run(tmp_path, options, torch=_TORCH, conftest=_CONFTEST, test_it=_TESTS)
     assert re.search(rf"\b{expected} in ", done.stdout), done.stdout + done.stderr
     assert options or "test_that_breaks broke CUDA: an illegal memory access" in done.stdout
+
+
+_ABORTING = """
+import os, pytest
+
+@pytest.mark.parametrize("case", range(40))
+def test_it(case): assert case != 7 or os.abort()
+"""
+
+
+def test_a_process_that_crashes_ends_the_run(tmp_path: Path) -> None:
+    conftest = "import crashed\ndef pytest_configure(config): crashed.end_the_run(config)"
+    options = "-n2 -pxdist --dist=loadgroup"
+    done = run(tmp_path, options, conftest=conftest, test_it=_ABORTING)
+    assert done.returncode == 1
+    assert re.search(r"worker 'gw\d' crashed while running .*test_it\[7\]", done.stdout), (
+        done.stdout
+    )
+
+
+def run(folder: Path, options: str, **modules: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest in a folder with these modules, and those of this one."""
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    environment["PYTHONPATH"] = os.pathsep.join((str(folder), str(Path(__file__).parent)))
+    command = [sys.executable, "-m", "pytest", "-rs", "-pno:cacheprovider", *options.split()]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
