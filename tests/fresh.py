@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, forked from one that has imported torch and opsgraph."""
+"""Processes that are forked from one that has imported what they need, which takes seconds."""
 
 import multiprocessing
 import os
@@ -6,8 +6,18 @@ import runpy
 from pathlib import Path
 from typing import NamedTuple
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "opsgraph"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    [
+        "opsgraph.testing.distributed",
+        "opsgraph.integrations.transformers",
+        "torch._dynamo.testing",
+        "torch._inductor.compile_fx",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+    ]
+)
 
 
 class Done(NamedTuple):
@@ -21,7 +31,7 @@ def run(script: str, folder: Path, environment: dict[str, str] | None = None) ->
     """Run a script as `__main__`; it and its output are files in `folder`."""
     path, output = folder / "script.py", folder / "output.txt"
     path.write_text(script, encoding="utf-8")
-    process = _context.Process(target=_run, args=(path, output, environment or {}))
+    process = context.Process(target=_run, args=(path, output, environment or {}))
     process.start()
     process.join()
     return Done(process.exitcode, output.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from opsgraph.testing.distributed import RankError, Ranks, run
 
 
 @pytest.fixture(scope="module")
-def own() -> Iterator[Ranks]:
+def own(forked: None) -> Iterator[Ranks]:
     with Ranks() as ranks:
         yield ranks
 
