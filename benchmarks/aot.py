@@ -12,10 +12,11 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
-from pathlib import Path
+from itertools import accumulate, product
+from struct import unpack_from
 from typing import Any, NamedTuple
 
 import torch
@@ -118,28 +119,50 @@ def _output(tool: Any, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def resources(launch: Launch, cc: int) -> dict[str, int]:
-    """Registers per thread, spilled and shared bytes and the like of a launch compiled for `cc`."""
+def instructions(cubins: Sequence[bytes], cc: int) -> list[str]:
+    """Those of each kernel as text, one a line. nvdisasm takes half a second to start: once."""
+    codes = [_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        # Without dataflow analysis, which `cuobjdump -sass` does without too.
+        text = _output(triton.knobs.nvidia.nvdisasm, "-b", f"SM{cc}", "-ndf", file.name)
+    ends, found = [*accumulate(map(len, codes))], [list[str]() for _ in codes]
+    for address, line in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*;)", text):
+        found[bisect(ends, int(address, 16))].append(line)
+    return ["\n".join(lines) for lines in found]
+
+
+def _code(cubin: bytes) -> bytes:
+    """The sections of an ELF file that are executed."""
+    (table,), (size, count) = unpack_from("<Q", cubin, 0x28), unpack_from("<HH", cubin, 0x3A)
+    sections = (unpack_from("<IIQQQQ", cubin, table + k * size) for k in range(count))
+    return b"".join(cubin[at : at + long] for _, _, flags, _, at, long in sections if flags & 4)
+
+
+def resources(launch: Launch, cc: int) -> tuple[dict[str, int], bytes]:
+    """Registers per thread, spilled and shared bytes and the like of a launch compiled for `cc`.
+
+    And what was compiled.
+    """
     target = GPUTarget("cuda", cc, 32)
     compiled = triton.compile(launch.source, target=target, options=launch.options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        text = _output(triton.knobs.nvidia.cuobjdump, "--dump-resource-usage", str(cubin))
-        # Without dataflow analysis: what `cuobjdump -sass` prints, in two thirds of the time.
-        sass = _output(triton.knobs.nvidia.nvdisasm, "-c", "-ndf", str(cubin))
+    with tempfile.NamedTemporaryFile() as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        text = _output(triton.knobs.nvidia.cuobjdump, "--dump-resource-usage", cubin.name)
     ptx = compiled.asm["ptx"]
     used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return {
+    found = {
         "registers": used["REG"],
         "spilled": used["STACK"] + used["LOCAL"],
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
-        "lost": len(LOST.findall(sass)),
         "narrow": len(narrow_strides(compiled.asm["ttir"])),
         "fused": len(re.findall(r"fma\.rn\.bf16", ptx)),
         "wide_loads": len(re.findall(r"(?:ld\.global|cp\.async).*(?:v4\.b32|, 0x10)", ptx)),
     }
+    return found, compiled.asm["cubin"]
 
 
 def narrow_strides(ttir: str) -> list[str]:
@@ -405,9 +428,9 @@ def _linear_cases(which: str) -> Iterator[Case]:
             yield f"{name} elsewhere", _grouped_elsewhere, (rows, depth, width, dtype, what)
 
 
-def table(cc: int, which: str) -> Iterator[dict[str, Any]]:
+def table(cc: int, which: str) -> list[dict[str, Any]]:
     """One row per kernel that the cases launch, each compiled kernel once."""
-    seen = set()
+    seen, rows, cubins = set[str](), list[dict[str, Any]](), list[bytes]()
     norms.shared_memory = gemm.shared_memory = lambda device: SHARED_MEMORY[cc]
     quantize.native = lambda device: cc >= 89
     persistent.chip = lambda device: cc // 10
@@ -418,8 +441,12 @@ def table(cc: int, which: str) -> Iterator[dict[str, Any]]:
             key = launch.source.hash() + str(launch.options)
             if key not in seen:
                 seen.add(key)
-                kernel = launch.source.fn.__name__
-                yield {"cc": cc, "case": name, "kernel": kernel, **resources(launch, cc)}
+                found, cubin = resources(launch, cc)
+                rows.append({"cc": cc, "case": name, "kernel": launch.source.fn.__name__, **found})
+                cubins.append(cubin)
+    for row, text in zip(rows, instructions(cubins, cc), strict=True):
+        row["lost"] = len(LOST.findall(text))
+    return rows
 
 
 def main() -> None:
