@@ -96,6 +96,7 @@ def test_plans_of_many_widths_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_plans_of_compiled_graphs_are_kept_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()  # modules of other tests, which would be among those that are kept
     monkeypatch.setattr(compiled, "KEPT", 2)
     handles = []
     for width in (3, 4, 5, 6):
