@@ -1,6 +1,7 @@
 """What the documentation shows runs, as one reads it: a page's blocks one after the other."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -50,8 +51,8 @@ def ran(code: str, folder: Path) -> Done:
             if importlib.util.find_spec(name) is None:
                 pytest.skip(f"{name} is not installed")
     one_rank = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
-    done = run(code, folder, one_rank)
-    assert done.code == 0, done.output
+    done = run(code, folder, {**os.environ, **one_rank})
+    assert done.code == 0, done.output + done.error
     return done
 
 

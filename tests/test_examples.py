@@ -2,38 +2,26 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
-ROOT = Path(__file__).parents[1]
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str, *arguments: str) -> str:
+def run(name: str, folder: Path, *arguments: str) -> str:
     """Standard output of an example that must succeed."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",  # small sizes, and other tests run beside it
-        "COLUMNS": "100",
-    }
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    environment = {**os.environ, "COLUMNS": "100"}
+    done = fresh.run(EXAMPLES / f"{name}.py", folder, environment, *arguments)
+    assert done.code == 0, done.output + done.error
+    return done.output
 
 
 @pytest.mark.slow  # `make demo` trains it for longer
 def test_byte_lm(tmp_path: Path) -> None:
     sizes = "--steps 12 --hidden 32 --head-width 16 --layers 1 --context 32 --batch 4 --sample 10"
-    out = run("byte_lm", *sizes.split(), "--device", "cpu", "--out", str(tmp_path))
+    out = run("byte_lm", tmp_path, *sizes.split(), "--device", "cpu", "--out", str(tmp_path))
     for text in ("forward", "backward", "held-out loss", "ms a step", "bytes a token"):
         assert text in out
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -51,7 +39,7 @@ def test_byte_lm(tmp_path: Path) -> None:
 
 def test_fp8_training(tmp_path: Path) -> None:
     sizes = "--steps 4 --hidden 32 --layers 1 --context 32 --batch 4 --seeds 2"
-    out = run("fp8_training", *sizes.split(), "--device", "cpu", "--out", str(tmp_path))
+    out = run("fp8_training", tmp_path, *sizes.split(), "--device", "cpu", "--out", str(tmp_path))
     for name in ("bf16", "DelayedScaling", "NVFP4BlockScaling", "QuantizeGrad"):
         assert name in out
     assert (tmp_path / "fp8_loss.png").read_bytes().startswith(b"\x89PNG")
@@ -65,5 +53,5 @@ def test_fp8_training(tmp_path: Path) -> None:
         ("custom_fuser", "LinearSquaredReLU"),
     ),
 )
-def test_small_example(name: str, text: str) -> None:
-    assert text in run(name)
+def test_small_example(name: str, text: str, tmp_path: Path) -> None:
+    assert text in run(name, tmp_path)

@@ -1,7 +1,5 @@
 """`python -m opsgraph`: doctor, ops, fusers."""
 
-import subprocess
-import sys
 from typing import Any, ClassVar
 
 import pytest
@@ -101,16 +99,3 @@ def test_an_unknown_command_is_an_error_that_lists_the_commands(
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "usage: opsgraph" in capsys.readouterr().err
-
-
-def test_python_m_opsgraph_doctor_does_not_import_triton() -> None:
-    run = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "opsgraph", "doctor"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.startswith("versions\n")
-    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
-    assert "torch" in imported
-    assert "triton" not in imported

@@ -7,12 +7,12 @@ none: so a test takes a process at most, not a compilation.
 import errno
 import os
 import stat
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 
 from opsgraph.kernels.cpu import build
@@ -56,7 +56,6 @@ class Home:
         self.script('sleep 0.2\ncp "$COMPILED" "$out"')
         self.environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "XDG_CACHE_HOME": str(self.cache),
             "TMPDIR": str(self.temporary),
             "CXX": str(self.compiler),
@@ -70,18 +69,15 @@ class Home:
         self.compiler.write_text(f'#!/bin/sh\necho run >> "$LOG"\n{find}\n{body}\n')
         self.compiler.chmod(0o755)
 
-    def start(self, code: str) -> subprocess.Popen[str]:
-        """A fresh process."""
-        pipe = subprocess.PIPE
-        command = [sys.executable, "-c", code]
-        return subprocess.Popen(command, env=self.environment, stdout=pipe, stderr=pipe, text=True)
+    def start(self, code: str) -> fresh.Started:
+        """A process in which nothing has been loaded."""
+        return fresh.start(code, self.cache.parent, self.environment)
 
     def run(self, code: str = RUN) -> str:
         """What it prints, without its end of line; its failure is the test's."""
-        process = self.start(code)
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
-        return out.strip()
+        done = self.start(code).done()
+        assert done.code == 0, done.error
+        return done.output.strip()
 
     @property
     def compiled(self) -> int:
@@ -158,11 +154,11 @@ def test_a_library_that_does_not_compile_leaves_the_others(home: Home) -> None:
 
 @needs_compiler
 def test_processes_that_start_together(home: Home) -> None:
-    processes = [home.start(RUN) for _ in range(3)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [p.returncode for p in processes] == [0] * 3, outputs
-    assert len({out for out, _ in outputs}) == 1
-    assert [str(path) for path in home.files()] == [outputs[0][0].strip()]
+    started = [home.start(RUN) for _ in range(3)]
+    found = [one.done() for one in started]
+    assert [done.code for done in found] == [0] * 3, found
+    assert len({done.output for done in found}) == 1
+    assert [str(path) for path in home.files()] == [found[0].output.strip()]
 
 
 @needs_compiler

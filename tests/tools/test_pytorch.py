@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -50,11 +51,10 @@ def _put(module: nn.Module, x: Tensor, queue: Any) -> None:
     queue.put([t.numpy() for t in gradients(module, x)])
 
 
-@pytest.mark.parametrize("how", ["fork", "spawn"])
-def test_processes(module: nn.Module, x: Tensor, how: Any) -> None:
-    """A module that has run here runs there."""
+@pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), fresh.context])
+def test_processes(module: nn.Module, x: Tensor, context: Any) -> None:
+    """A module that has run here runs there, in a copy of this process and in one of its own."""
     expected = gradients(module, x)
-    context = multiprocessing.get_context(how)
     queue = context.Queue()
     process = context.Process(target=_put, args=(module, x, queue))
     process.start()
