@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +85,7 @@ def _run(
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # it is that of the variables now
     for stream, name in enumerate(files, 1):
         with name.open("w") as file:
             os.dup2(file.fileno(), stream)
