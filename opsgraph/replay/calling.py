@@ -9,6 +9,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
+from itertools import chain
 from operator import or_
 from typing import Any
 
@@ -26,8 +27,10 @@ _FASTCALL = 0x80
 _FUNCTIONS = (
     "PyLong_AsLongLong", "PyLong_FromLongLong", "PyEval_SaveThread", "PyEval_RestoreThread",
     "PyErr_SetString", "PyTuple_GetItem", "PyTuple_Size", "PyDict_GetItem", "PyBytes_AsString",
-    "PyBool_FromLong",
+    "PyBool_FromLong", "PyObject_Vectorcall", "PyObject_Size", "Py_DecRef",
 )  # fmt: skip
+
+_METHODS = Tensor.untyped_storage, Tensor.storage_offset
 
 Call = Callable[..., int]
 
@@ -51,7 +54,8 @@ def _method(name: str) -> _Method:
     """A function of the library, for CPython: for ever, as it wants it."""
     library, python = build.library("replay"), ctypes.pythonapi
     called = [ctypes.cast(getattr(python, name), ctypes.c_void_p).value for name in _FUNCTIONS]
-    table = begins, *called, ctypes.c_void_p.in_dll(python, "PyExc_RuntimeError").value
+    error = ctypes.c_void_p.in_dll(python, "PyExc_RuntimeError").value
+    table = begins, *called, error, *map(id, _METHODS)
     library.opsgraph_python_bind((ctypes.c_void_p * len(table))(*table))
     return _Method(name.encode(), ctypes.cast(library[name], ctypes.c_void_p), _FASTCALL)
 
@@ -93,6 +97,25 @@ def unmoved(hosts: Hosts, names: Sequence[str], buffers: Sequence[Tensor]) -> Ca
     known = (*hosts,), ("_buffers", *names), (*buffers,), addresses
     made: Callable[[], bool] = _make(_method("opsgraph_unmoved"), known, None)
     return made
+
+
+def short(needed: Sequence[tuple[int, int]]) -> Callable[..., bool]:
+    """What tells whether the storage of one of some tensors ends before the tensor does.
+
+    needed: the bytes of an element, and from the first to the last one's end, of each.
+    """
+    if begins is None:
+        return partial(_short, needed)
+    bytes_ = array("q", chain.from_iterable(needed)).tobytes()
+    made: Callable[..., bool] = _make(_method("opsgraph_short"), bytes_, None)
+    return made
+
+
+def _short(needed: Sequence[tuple[int, int]], *tensors: Tensor) -> bool:
+    return any(
+        len(t.untyped_storage()) - t.storage_offset() * size < count
+        for t, (size, count) in zip(tensors, needed, strict=True)
+    )
 
 
 def _bits(*tensors: Tensor) -> int:

@@ -16,8 +16,8 @@ which two temporaries share memory unless they are in use at the same time.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
-from itertools import chain, starmap
+from functools import partial
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from ..guards.operands import reach
 from ..guards.owned import in_place_of
 from ..guards.torch_private import dispatch_modes, dispatch_stack, empty_strided
 from ..kernels.cpu import memory
-from .calling import bits
+from .calling import bits, short
 from .parts import ALIGNED, InPython, Layout, Stretch, name, view
 
 
@@ -115,7 +115,7 @@ def _written(
         test = f"current() != {device.index} or reduces() != {reduces} or {test}"
     if needed := {k: layout for k, layout in layouts.items() if k in present}:
         room = [(t.itemsize, reach(*rest) * t.itemsize) for t, *rest in needed.values()]
-        namespace["short"] = _short(len(needed))(*chain(*room))
+        namespace["short"] = short(room)
         test += f" or short({', '.join(map(name, needed))})"
     lines += [f"if {test}:", "    return None"]
     pairs = [tuple(f"{name(k)}.data_ptr()" for k in pair) for pair in sorted(shared)]
@@ -133,17 +133,6 @@ def _written(
     lines.append(f"return {_spelled(returned)}")
     body = "\n".join(f"    {line}" for line in lines)
     return f"def replayed({', '.join(head)}):\n{body}\n", namespace
-
-
-@cache
-def _short(count: int) -> Any:
-    """Of bytes of an element, and of a whole tensor, for each of so many: makes what tells whether
-    the storage of one ends before the tensor does. Made once: compiled, it is half of a record."""
-    numbers = range(count)
-    given, tensors = (", ".join(map(text.format, numbers)) for text in ("s{0}, n{0}", "t{0}"))
-    test = "len(t{0}.untyped_storage()) - t{0}.storage_offset() * s{0} < n{0}"
-    text = f"lambda {tensors}: {' or '.join(map(test.format, numbers))}"
-    return compiled("short", f"def short({given}):\n    return {text}\n", {})
 
 
 def _fits(*tensors: Any) -> bool:

@@ -62,6 +62,22 @@ def test_steps_have_the_same_bits(way: bool) -> None:
         assert is_native(module.plan(True, x))
 
 
+@pytest.mark.parametrize("offset", [0, 3])
+def test_a_storage_that_ends_before_its_tensor_is_seen(way: bool, offset: int) -> None:
+    x, y = torch.zeros(8), torch.zeros(11)[offset:]
+    short = calling.short([(4, 8 * 4), (4, 8 * 4)])
+    assert not short(x, y)
+    y.untyped_storage().resize_((8 + offset) * 4)
+    assert not short(x, y)
+    y.untyped_storage().resize_((8 + offset) * 4 - 1)
+    assert short(x, y)
+    y.untyped_storage().resize_(0)
+    assert short(x, y)
+    with pytest.raises(RuntimeError):
+        short(x, torch.eye(3).to_sparse())
+    assert ("builtin" in type(short).__name__) is way
+
+
 def held() -> tuple[list[dict[str, object]], tuple[str, str], list[Tensor]]:
     """Two modules with two buffers each: their dicts, the names, the tensors."""
     modules = [torch.nn.Module() for _ in range(2)]

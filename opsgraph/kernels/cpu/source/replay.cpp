@@ -223,7 +223,10 @@ struct Python {
     Object (*item)(Object, Object);  // of a dict, borrowed; null for none
     const char* (*bytes)(Object);
     Object (*truth)(long);
-    Object runtime_error;
+    Object (*call)(Object, const Object*, size_t, Object);
+    Word (*length)(Object);
+    void (*drop)(Object);
+    Object runtime_error, storage, offset;  // the last two are a tensor's methods
 };
 static Python python;
 
@@ -294,4 +297,22 @@ EXPORT Object opsgraph_unmoved(Object known, const Object*, Word) {
         }
     }
     return python.truth(1);
+}
+
+// short(*tensors): whether the storage of one ends before it does. needed: the bytes of an element and
+// from its first to its last one's end, of each.
+EXPORT Object opsgraph_short(Object needed, const Object* tensors, Word count) {
+    auto bytes = reinterpret_cast<const Word*>(python.bytes(needed));
+    for (Word i = 0; i < count; i++, bytes += 2) {
+        Object storage = python.call(python.storage, tensors + i, 1, nullptr);
+        if (!storage) return nullptr;
+        Word size = python.length(storage);
+        python.drop(storage);
+        Object offset = python.call(python.offset, tensors + i, 1, nullptr);
+        if (!offset) return nullptr;
+        Word first = python.to_number(offset);
+        python.drop(offset);
+        if (size - first * bytes[0] < bytes[1]) return python.truth(1);
+    }
+    return python.truth(0);
 }
