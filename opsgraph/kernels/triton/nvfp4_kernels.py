@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .dropout import random_bits
-from .quantize_gradients import _gradients
+from .gradient_tiles import gradients
 from .quantize_kernels import FP32_MAX, INFINITY_BITS, encode, magnitude, scaled, store_amax
 from .quantize_tiles import _source
 
@@ -153,7 +153,7 @@ def _store_output(
     HADAMARD: tl.constexpr, HEIGHT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A tile of OUTPUT "y", "da" or "db": its column sums, its amaxes or its copies."""
-    y, da, db = _gradients(
+    y, da, db = gradients(
         dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
         ALPHA, LIMIT, OFFSET, R, C,
     )  # fmt: skip

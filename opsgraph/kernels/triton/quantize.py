@@ -89,6 +89,11 @@ def in_pairs(x: Tensor) -> bool:
     return here and x.dtype == torch.bfloat16 and x.size(1) % 8 == 0
 
 
+def paired_blocks(to: Format) -> bool:
+    """Whether `quantize_pairs` makes blocks of a format: with scales that are powers of two."""
+    return to.scaling == "blocks" and to.power_of_two and not to.eps
+
+
 def constants(to: Format, device: torch.device) -> dict[str, Any]:
     """The kernels' compile-time arguments of a format, but for those of the scaling."""
     return {
@@ -261,7 +266,7 @@ def _run(source: Source, to: Format, output: Output, columns: bool = False) -> T
 def _run_blocks(source: Source, to: Format, output: Output) -> None:
     x, rows, block = source.x, source.x.size(0), BLOCKS[to.scaling]
     unit, row_unit = stride_unit(x), 16 if rows % 16 == 0 else 1
-    pairs = to.scaling == "square" or (to.power_of_two and not to.eps)
+    pairs = to.scaling == "square" or paired_blocks(to)
     if pairs and row_unit == 16 and source.width % block == 0 and in_pairs(x):
         with on_device_of(x):
             launch(

@@ -19,7 +19,7 @@ from .launch import (
     stride_unit,
     sum_partials,
 )
-from .quantize import Output, constants, fours, in_pairs, new_output
+from .quantize import Output, constants, fours, in_pairs, new_output, paired_blocks
 from .quantize_gradients import activation_backward_blocks_kernel, activation_backward_kernel
 
 CONFIG = {"R": 64, "C": 64, "TILES": 1, "STAGES": 1, "num_warps": 8}
@@ -154,7 +154,8 @@ def _run_blocks(
             )
             given = *dx.scales(), columns, *y.scales(), y_columns, sums
             programs = down * ceil_div(width, block)
-            run(activation_backward_blocks_kernel, programs, given, options)
+            pairs = {"PAIRS": paired_blocks(to) and width % block == 0 and in_pairs(x)}
+            run(activation_backward_blocks_kernel, programs, given, options | pairs)
             rest = *dx.known(square, columns), *y.known(square, y_columns), None
             if any(operand is not None for operand in rest):
                 options = configured("activation_backward_quantize", key, _configs)

@@ -6,14 +6,13 @@ Both are rounded to x's dtype first, as the kernels that store them would.
 import triton
 import triton.language as tl
 
-from .activations import _backward, _gate_backward, _load
-from .ptx import rounded
+from .gradient_tiles import gradients, gradients_of, loaded
+from .ptx import rounded, widened
 from .quantize_kernels import (
     column_scales,
     current_scale,
     largest,
     magnitude,
-    rows_of,
     square_scale,
     store_copies,
     store_row_copy,
@@ -23,43 +22,13 @@ from .quantize_pairs import (
     amax_bits,
     larger,
     largest_of,
+    magnitudes_of,
     powers_of,
     quarters,
     store_known_columns,
+    store_paired_rows,
     store_pairs,
 )
-
-
-@triton.jit
-def _gradients(
-    dy, x, first_row, first_col, rows, dy_stride, x_stride,
-    UNIT: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, FOURS: tl.constexpr = 0,
-):  # fmt: skip
-    """A tile of y, da and db (da again unless gated).
-
-    Outside the tensor they are zero, as all kinds' are where dy and x are.
-    """
-    row = rows_of(first_row, R, FOURS)[:, None]
-    cols = first_col + tl.arange(0, C)[None, :]
-    mask = (row < rows) & (cols < WIDTH)
-    there = row.to(tl.int64) * dy_stride * UNIT + cols
-    at = row.to(tl.int64) * x_stride * UNIT + cols
-    if FOURS:
-        there, at = tl.max_contiguous(there, [1, FOURS]), tl.max_contiguous(at, [1, FOURS])
-    grad = _load(dy, there, mask, True)
-    a = _load(x, at, mask, True)
-    dtype: tl.constexpr = x.dtype.element_ty
-    if GATED:
-        b = _load(x, at + WIDTH, mask, True)
-        tl.debug_barrier()  # else the loads are spread over the computation, and wait one by one
-        value, da, db = _gate_backward(grad, a, b, dtype, FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
-    else:
-        tl.debug_barrier()
-        value, da = _backward(grad, a, dtype, FUNCTION, ALPHA)
-        db = da
-    return value, da, db
 
 
 @triton.jit
@@ -124,7 +93,7 @@ def activation_backward_kernel(
                 c_multiplier = powers_of(c_multiplier, C)
         else:
             a_multiplier, b_multiplier, c_multiplier = dx_multiplier, dx_multiplier, y_multiplier
-        y, da, db = _gradients(
+        y, da, db = gradients(
             dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
             ALPHA, LIMIT, OFFSET, R, C, FOURS,
         )  # fmt: skip
@@ -264,12 +233,14 @@ def activation_backward_blocks_kernel(
     GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     R: tl.constexpr, STAGES: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr,
     E5M2: tl.constexpr, Y_E5M2: tl.constexpr, EPS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    NATIVE: tl.constexpr,
+    NATIVE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """The scales of BLOCK x BLOCK of dx (of each half of it) and of y, and row copies of "blocks".
 
     Column copies, and all of "square", need the amaxes of the whole block first: it is faster to
     read dy and x again, in another kernel, than to hold as much as a block in registers.
+    PAIRS: whether tiles are bf16, taken two values to a word, with "blocks" of powers of two. That
+    leaves registers for the rows that come next.
     """
     rows *= ROW_UNIT
     across: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
@@ -280,29 +251,59 @@ def activation_backward_blocks_kernel(
     SQUARE: tl.constexpr = SCALING == "square"
     DX_LATER: tl.constexpr = dx_col_scale is not None or (SQUARE and dx_row_scale is not None)
     Y_LATER: tl.constexpr = y_col_scale is not None or (SQUARE and y_row_scale is not None)
-    a_bits = tl.zeros([R, BLOCK], tl.int32)
-    b_bits = tl.zeros([R, BLOCK], tl.int32)
-    y_bits = tl.zeros([R, BLOCK], tl.int32)
+    a_bits = tl.zeros([R, BLOCK // 2 if PAIRS else BLOCK], tl.int32)
+    b_bits, y_bits = a_bits, a_bits
     a_sum = tl.zeros([R, BLOCK], tl.float32)
     b_sum = tl.zeros([R, BLOCK], tl.float32)
+    end = tl.minimum(rows, down * BLOCK + BLOCK)
+    if PAIRS:
+        grad, a, b = loaded(
+            dy, x, down * BLOCK, first_col, end, dy_stride, x_stride, UNIT, WIDTH, GATED, R, BLOCK
+        )
     for start in tl.range(0, BLOCK, R, num_stages=STAGES):
         first_row = down * BLOCK + start
-        y, da, db = _gradients(
-            dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION, GATED,
-            ALPHA, LIMIT, OFFSET, R, BLOCK,
-        )  # fmt: skip
+        if PAIRS:
+            next_grad, next_a, next_b = loaded(
+                dy, x, first_row + R, first_col, end, dy_stride, x_stride, UNIT, WIDTH, GATED, R,
+                BLOCK,
+            )  # fmt: skip
+            y, da, db = gradients_of(
+                widened(grad), widened(a), widened(b), x.dtype.element_ty, FUNCTION, GATED, ALPHA,
+                LIMIT, OFFSET,
+            )  # fmt: skip
+            grad, a, b = next_grad, next_a, next_b
+        else:
+            y, da, db = gradients(
+                dy, x, first_row, first_col, rows, dy_stride, x_stride, UNIT, WIDTH, FUNCTION,
+                GATED, ALPHA, LIMIT, OFFSET, R, BLOCK,
+            )  # fmt: skip
         if dbias is not None:
             a_sum += da
             if GATED:
                 b_sum += db
-        y, da, db = _rounded(y, x), _rounded(da, x), _rounded(db, x)
-        if DX_LATER:
-            a_bits = tl.maximum(a_bits, magnitude(da))
+        if PAIRS:
+            a_bits = store_paired_rows(
+                da, a_bits, first_row, first_col, rows, total, dx_row, dx_row_scale, dx_row_inverse,
+                R, BLOCK, E5M2,
+            )  # fmt: skip
             if GATED:
-                b_bits = tl.maximum(b_bits, magnitude(db))
-        if Y_LATER:
-            y_bits = tl.maximum(y_bits, magnitude(y))
-        if SCALING == "blocks":
+                b_bits = store_paired_rows(
+                    db, b_bits, first_row, first_col + WIDTH, rows, total, dx_row, dx_row_scale,
+                    dx_row_inverse, R, BLOCK, E5M2,
+                )  # fmt: skip
+            y_bits = store_paired_rows(
+                y, y_bits, first_row, first_col, rows, WIDTH, y_row, y_row_scale, y_row_inverse, R,
+                BLOCK, Y_E5M2,
+            )  # fmt: skip
+        else:
+            y, da, db = _rounded(y, x), _rounded(da, x), _rounded(db, x)
+            if DX_LATER:
+                a_bits = tl.maximum(a_bits, magnitude(da))
+                if GATED:
+                    b_bits = tl.maximum(b_bits, magnitude(db))
+            if Y_LATER:
+                y_bits = tl.maximum(y_bits, magnitude(y))
+        if SCALING == "blocks" and not PAIRS:
             if dx_row is not None:
                 store_row_copy(
                     da, first_row, first_col, rows, WIDTH, total, dx_row, dx_row_scale,
@@ -319,6 +320,9 @@ def activation_backward_blocks_kernel(
                     y, first_row, first_col, rows, WIDTH, WIDTH, y_row, y_row_scale, y_row_inverse,
                     None, R, BLOCK, SCALING, BLOCK, Y_E5M2, EPS, POWER_OF_TWO, NATIVE,
                 )  # fmt: skip
+    if PAIRS:
+        a_bits, b_bits = magnitudes_of(a_bits, R, BLOCK), magnitudes_of(b_bits, R, BLOCK)
+        y_bits = magnitudes_of(y_bits, R, BLOCK)
     if dbias is not None:
         _store_sums(a_sum, b_sum, dbias, down, first_col, WIDTH, GATED, BLOCK)
     if DX_LATER:

@@ -66,15 +66,21 @@ def _high(pair):
 
 
 @triton.jit
-def quarters(value, R: tl.constexpr, C: tl.constexpr):
-    """fp32 `[R, C]` with FOURS, rounded: its four quarters, `[R // 4, C // 2]` words."""
+def _paired(value, R: tl.constexpr, C: tl.constexpr):
+    """fp32 `[R, C]`, rounded, as words `[R, C // 2]`."""
     low, high = tl.split(tl.reshape(value, [R, C // 2, 2]))
     if PTX:
-        pairs = tl.inline_asm_elementwise(_PAIR, "=r,f,f", [low, high], tl.int32, True, 1)
+        return tl.inline_asm_elementwise(_PAIR, "=r,f,f", [low, high], tl.int32, True, 1)
     else:  # by way of fp32, as others here round: Triton's interpreter has its own subnormals
         low = low.to(tl.bfloat16).to(tl.float32).to(tl.int32, bitcast=True)
         high = high.to(tl.bfloat16).to(tl.float32).to(tl.int32, bitcast=True)
-        pairs = _pair(low, high)
+        return _pair(low, high)
+
+
+@triton.jit
+def quarters(value, R: tl.constexpr, C: tl.constexpr):
+    """fp32 `[R, C]` with FOURS, rounded: its four quarters, `[R // 4, C // 2]` words."""
+    pairs = _paired(value, R, C)
     even, odd = tl.split(tl.permute(tl.reshape(pairs, [2, 2, R // 4, C // 2]), 2, 3, 0, 1))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -236,15 +242,15 @@ def _inverses(powers):
 
 @triton.jit
 def _row_powers(pairs, E5M2: tl.constexpr):
-    """A quarter's, for each row the same in both halves."""
+    """Those of rows one block wide, each the same in both halves."""
     return _powers(_both(_largest_along(pairs & 0x7FFF7FFF, 1)), E5M2)
 
 
 @triton.jit
-def _row_codes(pairs, powers, BLOCK: tl.constexpr, E5M2: tl.constexpr):
-    """Words of four codes of a quarter of a block, `[BLOCK // 4, BLOCK // 4]`."""
-    one, other = tl.split(tl.reshape(_finite(pairs), [BLOCK // 4, BLOCK // 4, 2]))
-    factor = tl.broadcast_to(powers[:, None], one.shape)
+def _row_codes(pairs, powers, R: tl.constexpr, BLOCK: tl.constexpr, E5M2: tl.constexpr):
+    """Words of four codes of R rows one block wide, `[R, BLOCK // 4]`; powers: `[R, 1]`."""
+    one, other = tl.split(tl.reshape(_finite(pairs), [R, BLOCK // 4, 2]))
+    factor = tl.broadcast_to(powers, one.shape)
     if PTX:
         CODES: tl.constexpr = _ROW_E5M2 if E5M2 else _ROW_E4M3
         return tl.inline_asm_elementwise(CODES, "=r,r,r,r", [one, other, factor], tl.int32, True, 1)
@@ -268,6 +274,37 @@ def _column_codes(tile, powers, E5M2: tl.constexpr):
     else:
         low = _word(_low(a), _low(b), _low(c), _low(d), _low(factor), E5M2)
         return low, _word(_high(a), _high(b), _high(c), _high(d), _high(factor), E5M2)
+
+
+@triton.jit
+def store_paired_rows(
+    value, bits, first_row, first_col, rows, width, data, scale, inverse, R: tl.constexpr,
+    BLOCK: tl.constexpr, E5M2: tl.constexpr,
+):  # fmt: skip
+    """The row copy "blocks" of fp32 `[R, BLOCK]`; returns the larger of bits and its magnitudes.
+
+    bits: `[R, BLOCK // 2]`, in pairs. Scales are powers of two, as in `store_pair_blocks`.
+    """
+    pairs = _paired(value, R, BLOCK)
+    if data is not None:
+        powers = _row_powers(pairs, E5M2)[:, None]
+        row, block = first_row + tl.arange(0, R)[:, None], first_col // BLOCK
+        there = row < rows
+        at = row.to(tl.int64) * (width // BLOCK) + block
+        tl.store(scale + at, _low(powers), there)
+        at = block.to(tl.int64) * (tl.cdiv(rows, 4) * 4) + row
+        tl.store(inverse + at, _low(_inverses(powers)), there)
+        codes = _row_codes(pairs, powers, R, BLOCK, E5M2)
+        words = data.to(tl.pointer_type(tl.int32), bitcast=True)
+        end = width // 4
+        store_data(codes, first_row, first_col // 4, rows, end, end, words, R, BLOCK // 4)
+    return larger(bits, pairs & 0x7FFF7FFF)
+
+
+@triton.jit
+def magnitudes_of(pairs, R: tl.constexpr, C: tl.constexpr):
+    """Magnitudes in pairs, `[R, C // 2]`, as fp32's bits `[R, C]`."""
+    return tl.reshape(tl.join(pairs << 16, pairs & -65536), [R, C])
 
 
 @triton.jit
@@ -295,8 +332,10 @@ def store_pair_blocks(
         tl.store(row_inverse + at, _low(_inverses(powers)), row < rows)
     if row_data is not None:
         _store_rows(
-            _row_codes(tile[0], first, BLOCK, E5M2), _row_codes(tile[1], second, BLOCK, E5M2),
-            _row_codes(tile[2], third, BLOCK, E5M2), _row_codes(tile[3], fourth, BLOCK, E5M2),
+            _row_codes(tile[0], first[:, None], BLOCK // 4, BLOCK, E5M2),
+            _row_codes(tile[1], second[:, None], BLOCK // 4, BLOCK, E5M2),
+            _row_codes(tile[2], third[:, None], BLOCK // 4, BLOCK, E5M2),
+            _row_codes(tile[3], fourth[:, None], BLOCK // 4, BLOCK, E5M2),
             first_row, first_col, rows, width, width, row_data, BLOCK, BLOCK,
         )  # fmt: skip
     if col_data is not None:

@@ -114,6 +114,10 @@ def test_gradients_in_blocks(
         y_want=y_want, dbias=torch.float32,
     )  # fmt: skip
     compare(run, monkeypatch, lambda kernel, constants: constants.get("PAIRS", False))
+    monkeypatch.undo()
+    if width % 128 == 0:
+        rows_alone = partial(run, want=("row",), y_want=(), dbias=None)
+        compare(rows_alone, monkeypatch, lambda kernel, constants: constants.get("PAIRS", False))
 
 
 @pytest.mark.parametrize("to", SQUARES, ids=str)
