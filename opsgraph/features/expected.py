@@ -5,6 +5,10 @@ sum whose terms cancel, little may be left but rounding. So each reference funct
 fp64, and some times more with every input moved by the rounding of its own dtype, up or down by
 chance. A right step is no farther from the fp64 result than these, and than the reference itself,
 times a factor for what is summed and rounded on the way.
+
+Where something is quantized nothing runs in fp64. There what the step has computed before is moved
+by a whole unit of its dtype, so that values are quantized the other way, by an eighth of their size
+or a quarter: of a sum one such term may be nearly all.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,17 +34,24 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 1e-2, to
 A tensor core adds FP8 products in about 14 bits, whatever dtype the sum is stored in: each 32 of
 them may take 2^-13 off the largest sum on the way.
 """
+_EITHER_WAY = 2.0
+"""Times what shows where values are quantized the other way: by chance others are."""
 
 
 @dataclass(frozen=True, eq=False)
 class Expected:
     """A result of reference ops: as they compute it, in fp64, and in fp64 of moved inputs."""
 
-    value: Tensor
-    exact: Tensor
-    moved: tuple[Tensor, ...]
+    value: Any
+    """A tensor, or a quantized one."""
+    exact: Any
+    moved: tuple[Any, ...]
     of: "Expected | None" = None
     """The rounded value whose amax it is, which may be off by as much as an element of that."""
+    quantized: bool = False
+    """Whether quantized operands had a part in it."""
+    wide: bool = True
+    """Whether `exact` and `moved` ran in fp64."""
 
 
 def run_reference(function: Callable[..., Any], *given: Any, **want: Any) -> Any:
@@ -52,9 +63,10 @@ def run_reference(function: Callable[..., Any], *given: Any, **want: Any) -> Any
     if any(getattr(a, "accumulate_into_main_grad", False) for a in given):
         if any(name.endswith(STORED) for name in arguments(function)):
             return None
-    value = function(*(a.value if isinstance(a, Expected) else a for a in given), **want)
-    if any(_is_quantized(a) for a in (*given, *_flat(value))):
-        return _with_amax(value, given)
+    values = [a.value if isinstance(a, Expected) else a for a in given]
+    value = function(*values, **want)
+    if any(map(_is_quantized, (*values, *_flat(value)))):
+        return _of_quantized(function, value, given, want)
     try:
         exact = function(*map(_exact, given), **want)
         moved = [
@@ -63,16 +75,37 @@ def run_reference(function: Callable[..., Any], *given: Any, **want: Any) -> Any
         ]
     except (RuntimeError, TypeError, NotImplementedError, OpsgraphError):
         return value
-    return _joined(value, exact, moved)
+    after = any(isinstance(a, Expected) and a.quantized for a in given)
+    return _joined(value, exact, moved, after)
 
 
-def _with_amax(value: Any, given: Sequence[Any]) -> Any:
-    """What was returned, with `Expected` for the amax that a quantized value comes with."""
-    rounded = next((a for a in given if isinstance(a, Expected)), None)
+def _of_quantized(
+    function: Callable[..., Any], value: Any, given: Sequence[Any], want: dict[str, Any]
+) -> Any:
+    """What was returned, as `Expected` if it is of something that was computed before."""
+    before = next((a for a in given if isinstance(a, Expected)), None)
+    if before is None:
+        return value
+    moved = [
+        function(*(_next(a, k, MOVES * place + k) for place, a in enumerate(given)), **want)
+        for k in range(MOVES)
+    ]
     match value:
-        case (copies, (Tensor() as amax,)) if _is_quantized(copies) and rounded is not None:
-            return copies, (Expected(amax, amax.double(), (), rounded),)
-    return value
+        case (copies, (Tensor() as amax,)) if _is_quantized(copies):
+            first = Expected(copies, copies, tuple(other[0] for other in moved), None, True, False)
+            return first, (Expected(amax, amax.double(), (), before),)
+    return _joined(value, value, moved, True, wide=False)
+
+
+def _next(given: Any, k: int, seed: int) -> Any:
+    """An argument whose elements, if it was computed before, are each next to what they were."""
+    if not isinstance(given, Expected):
+        return given
+    if _is_quantized(given.value) or not _is_float(given.value):
+        return given.moved[k] if given.moved else given.value
+    unit = torch.finfo(given.value.dtype).eps  # of the value's first bit: one or two of its last
+    wide = given.value.double() * (1 + unit * _ways(given.value, seed))
+    return wide.to(given.value.dtype)
 
 
 def _flat(value: Any) -> list[Any]:
@@ -101,20 +134,27 @@ def _moved(given: Any, k: int, seed: int) -> Any:
         return given
     value = given.value if isinstance(given, Expected) else given
     wide = given.moved[k] if isinstance(given, Expected) else given.double()
-    generator = torch.Generator(wide.device).manual_seed(seed)
-    way = torch.randint(2, wide.shape, generator=generator, device=wide.device).double() * 2 - 1
     least = torch.finfo(torch.float64).eps  # half of it would move nothing
-    return wide * (1 + way * max(torch.finfo(value.dtype).eps / 2, least))
+    return wide * (1 + _ways(wide, seed) * max(torch.finfo(value.dtype).eps / 2, least))
 
 
-def _joined(value: Any, exact: Any, moved: list[Any]) -> Any:
+def _ways(x: Tensor, seed: int) -> Tensor:
+    """1 or -1 for each element, by chance."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.randint(2, x.shape, generator=generator, device=x.device).double() * 2 - 1
+
+
+def _joined(value: Any, exact: Any, moved: list[Any], quantized: bool, wide: bool = True) -> Any:
+    if _is_quantized(value):
+        return Expected(value, exact, tuple(moved), None, quantized, wide)
     if isinstance(value, tuple | list):
         rest = zip(*moved, strict=True)
         parts = zip(value, exact, rest, strict=True)
-        return tuple(_joined(v, e, list(m)) for v, e, m in parts)
+        return tuple(_joined(v, e, list(m), quantized, wide) for v, e, m in parts)
     if not _is_float(value):
         return value
-    return Expected(value, exact.double(), tuple(m.double() for m in moved))
+    others = tuple(m.double() for m in moved)
+    return Expected(value, exact.double(), others, None, quantized, wide)
 
 
 def compare(step: str, name: str, found: Any, expected: Any) -> None:
@@ -127,14 +167,14 @@ def compare(step: str, name: str, found: Any, expected: Any) -> None:
     """
     if isinstance(found, Tensor) and unreadable(found):
         return
-    if _is_quantized(expected):
-        for one, other in zip(found[:2], expected[:2], strict=True):
+    value = expected.value if isinstance(expected, Expected) else expected
+    if _is_quantized(value):
+        for one, other in zip(found[:2], value[:2], strict=True):
             if one is not None and other is not None:
                 _compare_copies(step, name, one.dequantize(), other.dequantize())
         return
-    if expected is None:
+    if value is None:
         return
-    value = expected.value if isinstance(expected, Expected) else expected
     if not isinstance(found, Tensor):
         _fail(step, name, f"is {found!r}, where the reference ops give {_spec(value)}")
     if (found.shape, found.dtype, found.device) != (value.shape, value.dtype, value.device):
@@ -143,7 +183,7 @@ def compare(step: str, name: str, found: Any, expected: Any) -> None:
         return
     error, size = _error(found, expected, value), _largest(_finite(value.double()))
     measures = [_largest]
-    if isinstance(expected, Expected) and value.numel() >= _MANY:
+    if isinstance(expected, Expected) and value.numel() >= _MANY and not expected.quantized:
         measures.append(_mean)
     for measure in measures:
         if measure(error) > (allowed := _allowed(expected, value, measure)):
@@ -171,8 +211,9 @@ def _error(found: Tensor, expected: Any, value: Tensor) -> Tensor:
 def _allowed(expected: Any, value: Tensor, measure: Callable[[Tensor], float]) -> float:
     """How far a right result may be off: at most, or on average, as `measure` has it."""
     reference = value.double()
+    low = _TOLERANCES.get(value.dtype, 0.0) * max(measure(_finite(reference)), 1e-3)
     if not isinstance(expected, Expected):
-        return _TOLERANCES.get(value.dtype, 0.0) * max(measure(_finite(reference)), 1e-3)
+        return low
     if expected.of is not None:
         return _allowed(expected.of, expected.of.value, _largest)
     kind, exact = torch.finfo(value.dtype), expected.exact
@@ -181,7 +222,9 @@ def _allowed(expected: Any, value: Tensor, measure: Callable[[Tensor], float]) -
     parts = noise, measure(_finite(reference - exact)), rounding
     if measure is _mean:
         return _FACTORS[value.dtype] / 3 * hypot(*parts)
-    return _FACTORS[value.dtype] * sum(parts)
+    if not expected.wide:
+        return low + _EITHER_WAY * noise
+    return _FACTORS[value.dtype] * sum(parts) + low * expected.quantized
 
 
 def _finite(x: Tensor) -> Tensor:

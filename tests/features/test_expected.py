@@ -219,6 +219,26 @@ def test_an_amax_may_be_off_by_as_much_as_the_value_whose_it_is(kind: Any) -> No
         compare("step", "amax", found * (1 + 2.0**-7), amax)
 
 
+def test_a_value_may_be_quantized_the_other_way() -> None:
+    """17 is halfway from 16 to 18 in E4M3: it is either, and so is what a product makes of it.
+
+    What comes from outside the step is quantized as it is.
+    """
+    y = torch.full((8, 64), 17.0, dtype=BF16)
+    op = Quantize(quantizer=og.recipe.DelayedScaling().quantizer("activation"), role="activation")
+    given = run_reference(lambda y: y, y), y
+    for rounded, other_way in zip(given, (True, False), strict=True):
+        copies, _ = run_reference(Quantize.fwd, op, rounded, torch.ones(()), want=("row", "amax"))
+        product = run_reference(lambda copies: copies.row.dequantize().to(BF16) * 2, copies)
+        compare("step", "y", torch.full_like(y, 32.0), product)
+        for found, right in ((36.0, other_way), (52.0, False)):
+            if right:
+                compare("step", "y", torch.full_like(y, found), product)
+            else:
+                with pytest.raises(og.OpsgraphError, match="step: y differs"):
+                    compare("step", "y", torch.full_like(y, found), product)
+
+
 class Product(og.Fuser):
     backend, pattern = "aten", dict(fc=BasicLinear, bias=Bias)
 
