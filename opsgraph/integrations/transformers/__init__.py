@@ -5,6 +5,7 @@ activations (`deferred`, `learn`). What they do one after the other is rebuilt a
 same parameters (`build`), and compared with the model's own modules, values and gradients
 (`prove`). From then on these modules, called in a proven order, hand on values that are not
 computed yet, until one plan computes all; called in another order they compute as they always did.
+Modules of stacked experts are found and proven by themselves (`experts`).
 """
 
 from .patch import patch, unpatch

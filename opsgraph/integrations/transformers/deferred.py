@@ -27,6 +27,7 @@ class Book:
     def __init__(self) -> None:
         self.learning: Any = None
         self.units: list[Unit] = []
+        self.experts: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "learning": None}

@@ -35,7 +35,7 @@ from ...ops.xielu import XIELU
 
 _EPS = 1e-5, 1e-6, 1e-8, 1e-12, 1e-7, 0.0
 _BIAS = "bias", "beta", "b"
-_ACTIVATIONS: tuple[tuple[type[Op], tuple[Any, ...]], ...] = (
+ACTIVATIONS: tuple[tuple[type[Op], tuple[Any, ...]], ...] = (
     (SiLU, ()), (GELU, ("none",)), (GELU, ()), (QGELU, ()), (ReLU, ()), (SReLU, ()), (ReLU6, ()),
     (Hardswish, ()), (Mish, ()), (ClippedGELU, ()), (Sigmoid, ()), (Tanh, ()), (LeakyReLU, ()),
     (LeakyReLU, (0.2,)), (LeakyReLU, (0.1,)),
@@ -181,7 +181,7 @@ def _activation(module: nn.Module) -> Leaf | None:
         raise Refused("it changes its input in place")
     if type(y) is not Tensor or y.shape != x.shape or y.dtype != x.dtype:
         return None
-    for op, arguments in _ACTIVATIONS:
+    for op, arguments in ACTIVATIONS:
         if torch.allclose(y.double(), _plain(op(*arguments), x.double()), rtol=1e-4, atol=2e-6):
             return Leaf("activation", op, arguments, {}, {})
     return None

@@ -17,9 +17,10 @@ from ...features.several import SeveralLayers
 from ...guards.validation import mapping, module
 from .deferred import Book, Deferred, Unit, keep_proven
 from .example import example_for
+from .experts import Experts, Proven, found_in
 from .learn import NOTHING, learn
 from .leaves import Refused, leaf_of
-from .prove import Proof, Prover
+from .prove import Proof, Prover, steps_of
 from .report import Report, Row
 from .states import State, all_states, units_of
 
@@ -83,13 +84,13 @@ def unpatch(model: nn.Module) -> None:
 def _book(model: nn.Module) -> Book | None:
     for part in model.modules():
         unit = getattr(part.__dict__.get("forward"), "__self__", None)
-        if isinstance(unit, Unit):
+        if isinstance(unit, Unit | Experts):
             return unit.book
     return None
 
 
 def _restore(book: Book) -> None:
-    for unit in book.units:
+    for unit in (*book.units, *book.experts):
         unit.remove()
     for state in all_states(book.units):
         for op in state.plan or ():
@@ -104,7 +105,10 @@ def _patched(
     own = {p.dtype for p in model.parameters() if p.is_floating_point()}
     dtypes = list(dict.fromkeys((torch.float32, torch.bfloat16, *own)))
     prover = Prover(dtypes, casts=torch.float32 in own)
-    for unit in book.units:
+    mixtures = found_in(model, book, dtypes, left)
+    book.experts = [experts for experts, _ in mixtures]
+    units: list[Unit | Experts] = [*book.units, *book.experts]
+    for unit in units:
         unit.install()
 
     def run() -> Any:
@@ -126,7 +130,8 @@ def _patched(
         raise OpsgraphError(
             f"patch: outputs differ by {difference:.1e}, relative; nothing is patched"
         )
-    return Report(list(_rows(prover, book)), _left(barred, left), difference)
+    rows = [*_rows(prover, book), *_expert_rows(mixtures)]
+    return Report(rows, _left(barred, left), difference)
 
 
 def _takes_part(unit: Unit, book: Book) -> bool:
@@ -212,6 +217,28 @@ def _rows(prover: Prover, book: Book) -> Iterator[Row]:
             proof.saved_before,
             proof.fp32,
             proof.half,
+            len(members),
+        )
+
+
+def _expert_rows(mixtures: list[tuple[Experts, Proven]]) -> Iterator[Row]:
+    groups: dict[Any, list[tuple[Experts, Proven]]] = {}
+    for experts, proven in mixtures:
+        groups.setdefault((re.sub(r"\d+", "*", experts.name), id(proven)), []).append(
+            (experts, proven)
+        )
+    for (name, _), members in groups.items():
+        first, proven = members[0]
+        plan = first.run.plan()
+        ops = ", ".join(type(op).__name__ for op in first.run)
+        yield Row(
+            name if len(members) > 1 else first.name,
+            f"experts({ops})",
+            steps_of(plan),
+            plan.saved_bytes_per_row,
+            proven.saved_before,
+            proven.fp32,
+            proven.half,
             len(members),
         )
 

@@ -31,7 +31,7 @@ WORSE = 1.1
 """How much larger than the model's own the error of 16-bit values may be."""
 HOPELESS = 1.5
 """Where no further draws are made."""
-_HALF = torch.float16, torch.bfloat16
+HALF = torch.float16, torch.bfloat16
 
 
 @dataclass
@@ -116,7 +116,7 @@ def _shown(state: State) -> list[str]:
     return shown
 
 
-def _steps(plan: Plan) -> str:
+def steps_of(plan: Plan) -> str:
     backends = sorted({step.backend for step in (*plan.forward, *plan.backward)})
     return f"{len(plan.forward)}+{len(plan.backward)} steps: {', '.join(backends)}"
 
@@ -184,7 +184,7 @@ def _results(
 
 def _compare(noted: Noted, kind: Kind, proof: Proof) -> str | None:
     state, (dtype, cast) = noted.state, kind
-    half = dtype in _HALF or cast is not None
+    half = dtype in HALF or cast is not None
     device = noted.root.device.type
     units = units_of(state)
     ours, exact = _copies(units, dtype), _copies(units, torch.float64) if half else {}
@@ -196,7 +196,7 @@ def _compare(noted: Noted, kind: Kind, proof: Proof) -> str | None:
     errors = [Errors(cast or dtype) for _ in names]
     for draw in range(DRAWS if half else 1):
         given = _examples(noted, dtype, draw)
-        kept = _Kept(parameters)
+        kept = Kept(parameters)
         with torch.autocast(device, cast, enabled=cast is not None):
             hooks = torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x)
             theirs = _results(_own(state, ours), given, parameters, hooks)
@@ -207,7 +207,7 @@ def _compare(noted: Noted, kind: Kind, proof: Proof) -> str | None:
             if cast is None:
                 proof.saved_before = kept.bytes // len(given[0])
                 made = plan.plan(True, given[0])
-                proof.saved, proof.steps = made.saved_bytes_per_row, _steps(made)
+                proof.saved, proof.steps = made.saved_bytes_per_row, steps_of(made)
             with torch.no_grad(), torch.autocast(device, cast, enabled=cast is not None):
                 values = state.run(given[0], given[1:], _Calls(ours))
             proof.like[kind] = [(values[s].shape[-1], values[s].dtype) for s in state.before()]
@@ -244,7 +244,7 @@ class Errors:
             return f"has shape {tuple(mine.shape)} and {mine.dtype}, unlike the module's"
         if not bool(mine.isfinite().all()) and bool(own.isfinite().all()):
             return "is not finite"
-        if self.dtype not in _HALF:
+        if self.dtype not in HALF:
             size = max(float(own.abs().max()), 1e-30)
             self.difference = max(self.difference, float((mine - own).abs().max()) / size)
             return None
@@ -308,7 +308,7 @@ def _own(state: State, copies: Places) -> Callable[..., Tensor]:
     return lambda root, *extras: state.run(root, extras, calls)[state]
 
 
-class _Kept:
+class Kept:
     """How many bytes autograd keeps, parameters and views of the same memory apart."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
