@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # More arguments for installing torch, such as an index of CPU or CUDA builds.
 TORCH_ARGS ?=
+# Arguments of examples/byte_lm.py, such as --seconds 60.
+DEMO_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
@@ -75,7 +77,7 @@ gpu: $(VENV)/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 demo: $(VENV)/installed  ## train a small byte-level language model; writes demo/
-	$(BIN)/python examples/byte_lm.py
+	$(BIN)/python examples/byte_lm.py $(DEMO_ARGS)
 
 examples: $(VENV)/installed  ## run every example but the two that train
 	for example in $(EXAMPLES); do echo "== $$example"; $(BIN)/python $$example || exit 1; done

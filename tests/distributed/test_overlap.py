@@ -48,7 +48,7 @@ def compare_all(
 @pytest.mark.parametrize(
     "size, dtype",
     (
-        (2, torch.float64),
+        pytest.param(2, torch.float64, marks=pytest.mark.slow),
         (2, torch.float32),
         (2, torch.bfloat16),
         (4, torch.float64),

@@ -204,8 +204,8 @@ def compare(case: Case, mlp: Any, rank: int, size: int, tolerance: float = 1e-9)
             close(gradient, share(name, gradients[name], case, rank, size), f"d {name}")
 
 
-def all_cases(rank: int, size: int) -> None:
-    for case in CASES:
+def all_cases(rank: int, size: int, step: int) -> None:
+    for case in CASES[::step]:
         mlp = make(case, rank, size)
         compare(case, mlp, rank, size)
         with torch.no_grad():
@@ -228,9 +228,15 @@ def reference_ops(rank: int, size: int) -> None:
         config.touch()
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_combinations(ranks: Ranks) -> None:
+    """Every value of an option with each of another one: options have two or three values."""
+    ranks.run(all_cases, 4, 5, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
 def test_every_combination(ranks: Ranks, size: int) -> None:
-    ranks.run(all_cases, size, timeout=300)
+    ranks.run(all_cases, size, 1, timeout=300)
 
 
 def test_the_reference_ops_alone(ranks: Ranks) -> None:

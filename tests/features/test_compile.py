@@ -84,7 +84,13 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODULES)
+ALSO = {"optimal", "residual", "named residual", "LayerNormMLP", "mixed"}
+"""Compiled in tests below as well, or near to one that is."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ALSO else ()) for n in MODULES]
+)
 def test_same_bits_as_eager(name: str) -> None:
     torch.manual_seed(0)
     module = MODULES[name]()
@@ -205,7 +211,7 @@ class Stack(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("grad", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_plans_that_a_later_layer_adds_are_found(grad: bool) -> None:
     """Only the first layer's input needs no gradient: one table, two plans, in one trace."""
     stack = Stack(3)
@@ -250,7 +256,7 @@ def test_equal_layers_compile_once() -> None:
 
 
 def test_a_stack_of_layers_in_one_graph() -> None:
-    stack = Stack(12)
+    stack = Stack(4)
     compiled = Compiled(stack)
     for rows in (5, 6, 7, 8):
         assert_equal(compiled, stack, torch.randn(rows, 16))
@@ -338,6 +344,7 @@ def test_the_same_tensor_twice() -> None:
     assert torch.equal(found[0], torch.autograd.grad(expected.sum(), x)[0])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("option", ["delay_wgrad_compute", "fuse_wgrad_accumulation"])
 def test_gradients_past_autograd_break_the_graph_once(option: str, inside: bool) -> None:
@@ -371,6 +378,7 @@ def test_gradients_past_autograd_break_the_graph_once(option: str, inside: bool)
     torch._dynamo.utils.counters.clear()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("make", [lambda: og.Sequential(*llama()), lambda: og.LayerNormMLP(16, 32)])
 def test_a_plan_may_be_asked_for_and_inputs_are_tensors(make: Callable[[], nn.Module]) -> None:
     """Dynamo looks into neither: it would fail in the one, and end in other errors in the other."""

@@ -159,6 +159,7 @@ def test_batched_gradients_of_extra_outputs_and_inputs() -> None:
         torch.testing.assert_close(one, expected)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["sequence", "layernorm_mlp"])
 def test_transforms_inside_torch_compile(name: str) -> None:
     module, x = pair(name)[0], torch.randn(2, 3, 6)

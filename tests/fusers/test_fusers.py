@@ -38,8 +38,18 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_fuser
 def test_fuser_equals_reference(fuser: Fuser, dtype: torch.dtype, device: str) -> None:
-    few = INTERPRETED and dtype == torch.bfloat16  # the everyday dtype there: `test_interpreted.py`
-    check(fuser, device, dtype, few=few)
+    """Every day with all samples in fp32; under the interpreter with a few in bf16."""
+    few = dtype != torch.float32 and not (INTERPRETED and dtype == torch.float16)
+    check(fuser, device, dtype, few=few and device == "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@every_fuser
+def test_fuser_equals_reference_in_every_sample(
+    fuser: Fuser, dtype: torch.dtype, device: str
+) -> None:
+    check(fuser, device, dtype)
 
 
 @pytest.mark.sampled(61)

@@ -44,6 +44,7 @@ def test_every_byte(dtype, fp8) -> None:
     same(kernels.decode(data, dtype), data.to(dtype))  # PyTorch's own conversion
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scaling", GRIDS)
 @each_format

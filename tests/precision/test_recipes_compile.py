@@ -19,6 +19,7 @@ SAYS_WHY = torch.__version__ >= "2.10"
 """Whether Dynamo gives the text of an error that leaves a context manager: 2.9's does not."""
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["current", "rows", "blocks", "mx", "nvfp4 plain", "dequantized"])
 def test_compiled_and_eager_give_the_same_bits(name: str) -> None:
     module = mlp(recompute=name != "mx")

@@ -112,7 +112,7 @@ def name(case: Case) -> str:
     return "-".join(str(part).removeprefix("torch.") for part in case)
 
 
-@pytest.mark.sampled(48)
+@pytest.mark.sampled(32)
 @pytest.mark.parametrize("case", covering_cases(), ids=name)
 def test_forward_and_backward(case: Case, device: str) -> None:
     total = case.width * 2 if case.kind in GATED else case.width
@@ -140,6 +140,7 @@ def test_forward_and_backward(case: Case, device: str) -> None:
     assert torch.equal(again, y), "the backward's activation is not the forward's, bit for bit"
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
 @pytest.mark.parametrize("kind", ["swiglu", "geglu_erf", "reglu", "sreglu"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -172,6 +173,7 @@ def test_a_rounded_geglu_is_that_of_pytorch(device: str) -> None:
     assert torch.equal(activation_backward(dy, x, "geglu rounded", want=("y",))[1], y)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("width", [24, 300])
 @pytest.mark.parametrize("block", [1, 3, 12])
 @pytest.mark.parametrize("kind", ["swiglu", "geglu_erf second", "clamped_swiglu rounded"])
@@ -320,6 +322,7 @@ EXACT = {
 """fp64, and the units in the last place that fp32 may be off: GELUs have e to a rounded power."""
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", EXACT)
 def test_fp32_has_all_digits_at_every_exponent(kind: str, device: str) -> None:
     """Far below 0, too, where the argument of an exponential is large and its result is small."""

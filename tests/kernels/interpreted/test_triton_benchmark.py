@@ -13,6 +13,7 @@ GROUPS = {
 
 
 @pytest.mark.usefixtures("device")
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("group", GROUPS)
 def test_functions_run(group: str) -> None:
     for name, each in GROUPS[group]().items():

@@ -61,6 +61,7 @@ def tensors(result: Any) -> list[Tensor]:
     return [t for part in result if part is not None for t in tensors(part)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_configuration_computes_the_same(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch

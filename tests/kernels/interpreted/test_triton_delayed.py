@@ -7,6 +7,7 @@ from delayed_kernels import UPDATES, check_noting, check_update
 from opsgraph.kernels.triton.delayed import raise_to, updating
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("is_reduced", UPDATES["is_reduced"])
 @pytest.mark.parametrize("names", UPDATES["names"])
 @pytest.mark.parametrize(("margin", "algorithm"), UPDATES["margin", "algorithm"])

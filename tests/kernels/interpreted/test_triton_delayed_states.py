@@ -112,7 +112,7 @@ def counting() -> tuple[list[Any], Callable[..., Launch]]:
     return launches, counted
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("move", MOVES)
 def test_the_same_bits(move: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launches, counted = counting()

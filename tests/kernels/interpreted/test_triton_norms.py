@@ -115,7 +115,7 @@ def double(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().cpu().double().requires_grad_()
 
 
-@pytest.mark.sampled(30)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("case", covering_cases(), ids=name)
 def test_forward_and_backward(case: Case, device: str) -> None:
     given = make(case, device)
@@ -155,6 +155,7 @@ def test_forward_and_backward(case: Case, device: str) -> None:
 SUBSETS = [(), ("x",), ("weight",), ("bias",), ("weight", "bias"), ("x", "bias"), ("x", "weight")]
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("width", [17, 8200])
 @pytest.mark.parametrize("want", SUBSETS, ids="+".join)
 def test_backward_computes_what_is_wanted(want: tuple[str, ...], width: int, device: str) -> None:

@@ -94,6 +94,7 @@ def test_empty_and_tiny(to: NVFP4, shape: tuple[int, int], device: str) -> None:
     check(lambda: quantize(x, to, want=BOTH), x, to, BOTH)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("to", [NVFP4(), NVFP4(1, True, True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms(dtype: torch.dtype, to: NVFP4, device: str) -> None:

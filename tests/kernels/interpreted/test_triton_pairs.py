@@ -79,6 +79,7 @@ def compare(
         assert_same(one, other)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("given", [None, 0.37])
 @pytest.mark.parametrize(("kind", "rows", "width"), [("swiglu", 80, 68), ("gelu", 16, 136)])
 def test_gradients_with_one_scale(
@@ -99,6 +100,7 @@ def test_gradients_with_one_scale(
     compare(columns, monkeypatch, lambda kernel, constants: constants.get("PAIRS", False))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "rows", "width", "y_want"),
     [("swiglu", 144, 128, ("col",)), ("gelu", 16, 200, BOTH), ("swiglu", 16, 128, ())],
@@ -132,6 +134,7 @@ def test_squares(to: Format, device: str, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.undo()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("to", BLOCKS, ids=lambda to: str(to.dtype)[-4:])
 @pytest.mark.parametrize(("rows", "width"), [(144, 256), (16, 128)])
 def test_blocks(

@@ -145,6 +145,7 @@ def test_cast_of_every_bfloat16(dtype: torch.dtype, device: str) -> None:
 SMALL = [(torch.float32, 5, 7), (HALF, 33, 200)]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("to", "given"),
     [(FORMATS[0], 0.7), *((to, None) for to in FORMATS)],

@@ -9,6 +9,7 @@ from opsgraph.kernels.triton.sums import add, sum_rows
 SIZES = [(0, 16), (1, 1), (5, 33), (70, 256), (3, 2056)]
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("parts", ["other", "bias", "both"])
 @pytest.mark.parametrize(("rows", "width"), SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
