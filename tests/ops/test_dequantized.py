@@ -65,6 +65,19 @@ def quantize(request: pytest.FixtureRequest) -> Callable[[nn.Linear], None]:
     return made
 
 
+def test_a_linear_op_infers_with_such_a_weight(quantize: Callable[[nn.Linear], None]) -> None:
+    """It has a product in F.linear alone: no kernel asks it for another view."""
+    layer = nn.Linear(32, 48).requires_grad_(False)
+    op = Linear(32, 48)
+    op.weight, op.bias = layer.weight, layer.bias
+    quantize(layer)
+    module = og.Sequential(op, GELU())
+    op.weight = layer.weight
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), F.gelu(layer(x), approximate="tanh"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_forward_and_backward_in_the_plan(
     quantize: Callable[[nn.Linear], None], dtype: torch.dtype

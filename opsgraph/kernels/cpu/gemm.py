@@ -131,11 +131,10 @@ def _multiplied(
     )  # fmt: skip
     if layout is not None and direct(x, weight, bias, other):
         return _product(kind, layout, x, weight, bias, other, out)
-    matrix = weight.t() if kind == FORWARD else weight
     if bias is None and other is not None:
-        made = torch.addmm(other, x, matrix)
-    else:
-        made = F.linear(x, matrix.t(), bias)
+        made = torch.addmm(other, x, weight.t() if kind == FORWARD else weight)
+    else:  # as it is: quantized tensors have a product here, and no transposed view
+        made = F.linear(x, weight if kind == FORWARD else weight.t(), bias)
         made = made if other is None else made + other
     return made if out is None else out.copy_(made)
 
