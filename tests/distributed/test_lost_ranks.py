@@ -75,6 +75,7 @@ def lost(rank: int, name: str, at: str, store: str) -> None:
 
 CASES = [(n, "forward") for n in ("all_gather", "reduce_scatter", "all_reduce", "column", "row")]
 CASES += [("all_reduce_grad", "backward"), ("all_gather", "backward"), ("column", "backward")]
+CASES += [("reduce_scatter", "backward"), ("row", "backward")]
 CASES += [("amaxes", "forward")]
 
 

@@ -4,6 +4,7 @@ Each case at the first call, the second, which is recorded, and the fourth, whic
 `tests/kernels/test_cpu_build.py` and `test_choices.py` have compilers, caches and disks that fail.
 """
 
+import copy
 import ctypes
 import traceback
 from collections.abc import Callable, Iterator
@@ -132,6 +133,47 @@ def test_a_fuser_that_raises(at: str, calls: int) -> None:
         WHERE.at = at
         _fails(state, module, x, expected, at)
         assert "Faulty" in str(module.plan())
+
+
+class Weighed(og.Op):
+    """`y = x * weight`, made again where the next op's backward wants it; each part may fail."""
+
+    params = ("weight",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((WIDTH,), 0.7))
+
+    def fwd(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[()]]:
+        WHERE.fail("fwd")
+        return x * weight, ()
+
+    def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
+        WHERE.fail("dgrad")
+        return dy * weight
+
+    def wgrad(self, dy: Tensor, x: Tensor) -> Tensor:
+        WHERE.fail("wgrad")
+        return (dy * x).flatten(0, -2).sum(0)
+
+    def again(self, x: Tensor, weight: Tensor) -> Tensor:
+        WHERE.fail("again")
+        return x * weight
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3])
+@pytest.mark.parametrize("at", ["fwd", "dgrad", "wgrad", "again"])
+def test_an_op_that_raises(at: str, calls: int) -> None:
+    """In each function that an op of a user's may have."""
+    x = torch.randn(ROWS, WIDTH)
+    torch.manual_seed(0)
+    module = og.Sequential(Weighed(), Linear(WIDTH, WIDTH), recompute=True)
+    expected = _step(copy.deepcopy(module), x)
+    for _ in range(calls):
+        _step(module, x)
+    state = State({"m": module, "x": x})
+    WHERE.at = at
+    _fails(state, module, x, expected, at)
 
 
 class FaultyQuantizer(TensorQuantizer):
