@@ -112,7 +112,7 @@ def _update(
 def _update_on(
     device: torch.device, states: Sequence[Scaling], recipe: DelayedScaling, names: Sequence[str],
     amaxes: Tensor | None,
-) -> tuple[Launch | None, Any, Tensor]:  # fmt: skip
+) -> tuple[Launch | None, _Table | None, Tensor]:  # fmt: skip
     """Update states on one device; returns the kernel, if it was one, its table, and the scales.
 
     amaxes: all that are named, where they are not the states'.
@@ -125,9 +125,9 @@ def _update_on(
     if isinstance(known, _Table):
         latest = algorithm == "most_recent"
         given = () if amaxes is None else (amaxes,)
-        launch = known.updating(*known[1:], limits, recipe.margin, latest, names, bool(given))
-        table = known.addresses
-        launch(table, values, *given)
+        kind = known.addresses, known.length, limits, recipe.margin, latest, names, bool(given)
+        launch, table = known.updating(*kind), known
+        launch(table.addresses, values, *given)
     else:
         scales: list[Any] = [state._buffers["scale"] for state in states]
         if forward:
@@ -176,18 +176,22 @@ class _Ready(NamedTuple):
 
 def _keep(
     states: Sequence[Scaling], recipe: DelayedScaling, name: str, changes: int,
-    launch: Launch | None, table: Any, scales: Tensor,
+    launch: Launch | None, table: _Table | None, scales: Tensor,
 ) -> None:  # fmt: skip
     """Keep what does an update again, if it is a native launch. changes: see `_update`.
 
-    scales: what was written; another thread may have given states others, and fewer, since.
+    scales: what was written. Another thread may have given states others, and fewer, since, or
+    buffers other memory than the table's: that is asked last, and nothing is kept then.
     """
     run, (buffers, addresses, sizes) = getattr(launch, "native", None), _memory(states)
-    if run is not None and addresses and not any(map(Tensor.is_inference, buffers)):
-        new = partial(empty_strided(scales.device), (*scales.shape,), scales.stride(), scales.dtype)
-        hosts = [state.__dict__ for state in states]
-        where = buffers[::4], launching.unmoved(hosts, _FOUR, buffers), buffers[3::4], sizes
-        ready[recipe.key, name] = _Ready(changes, hosts, *where, run, table, new, scales.is_cuda)
+    if run is None or table is None or not addresses or any(map(Tensor.is_inference, buffers)):
+        return
+    new = partial(empty_strided(scales.device), (*scales.shape,), scales.stride(), scales.dtype)
+    hosts = [state.__dict__ for state in states]
+    where = buffers[::4], launching.unmoved(hosts, _FOUR, buffers), buffers[3::4], sizes
+    if [*map(Tensor.data_ptr, buffers)] == table.begin:
+        kept = _Ready(changes, hosts, *where, run, table.addresses, new, scales.is_cuda)
+        ready[recipe.key, name] = kept
 
 
 def as_before(key: int, name: str) -> bool:
@@ -245,6 +249,8 @@ class _Table(NamedTuple):
     addresses: Tensor
     length: int
     """Of all histories."""
+    begin: list[int]
+    """The addresses."""
 
 
 class _Views(NamedTuple):
@@ -278,7 +284,7 @@ def _known(device: torch.device, states: Sequence[Scaling], by_kernel: bool) -> 
             known = _views(buffers)
         else:
             table = torch.tensor(addresses, device="cpu").view(-1, 4).to(device)
-            known = _Table(kernel, table, buffers[3].size(0))
+            known = _Table(kernel, table, buffers[3].size(0), addresses)
         if held:
             return known
         kept[key] = known

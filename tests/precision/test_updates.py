@@ -203,6 +203,29 @@ def test_what_is_kept_has_room_for_its_own_scales(monkeypatch: pytest.MonkeyPatc
         assert ready[life.recipe.key, name].new().size(0) == rows
 
 
+def test_nothing_is_kept_of_memory_that_was_left_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may set `.data` of a buffer after an update has read where it is."""
+    life, update = Life(margin=13), updates._update_on
+    old: list[tuple[Tensor, Tensor]] = []
+
+    def then_moved(*given: Any) -> Any:
+        done = update(*given)
+        scale = life.states[0].scale
+        if len(old) < 2:
+            old.append((scale.data, scale.data.clone()))
+            scale.data = scale.data.clone()
+        return done
+
+    life.step()
+    ready.clear()
+    monkeypatch.setattr(updates, "_update_on", then_moved)
+    for _ in range(4):
+        life.step()
+    assert len(old) == 2
+    for memory, before in old:
+        assert torch.equal(memory, before), "it was written to"
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_layer_that_comes_to_an_open_context_catches_up_with_what_it_has_seen(
     copied: bool, monkeypatch: pytest.MonkeyPatch
