@@ -149,8 +149,11 @@ def verify_weights(run: BasicOps) -> None:
                 f"{run.labels[i]}: got no {name!r}, which its fwd names, expected a parameter "
                 "or buffer of that name, or a constant or extra input"
             )
+    read: dict[int, set[str]] = {}
+    for i, name in run.slots:
+        read.setdefault(id(run.ops[i]), set()).add(name)
     for i, op in enumerate(run.ops):
-        named = {name for j, name in run.slots if run.ops[j] is op}
+        named = read.get(id(op), set())
         held = {name for name in (*op._parameters, *op._homes) if op.has(name)}
         # What a hook reads before the op runs is no argument of fwd.
         if (missing := held - named - set(op.joined())) and not op._forward_pre_hooks:

@@ -106,6 +106,11 @@ class Op(StateDicts):
     lowers_subclasses: ClassVar[bool] = False
     """Whether `lower` looks at the class's functions: else one that overrides some is basic."""
 
+    channels: dict[str, str | None]
+    strict: set[str]
+    """Extra inputs whose channel must have a producer in the sequence."""
+    _homes: dict[str, tuple[nn.Module, str]]
+
     # What rooms above set.
     alone: ClassVar[Callable[["Op"], Callable[..., Any]]]
     """Makes a sequence of one op, for `forward`."""
@@ -133,10 +138,8 @@ class Op(StateDicts):
 
     def __init__(self) -> None:
         super().__init__()
-        self.channels: dict[str, str | None] = dict.fromkeys(self.extra_inputs)
-        self.strict: set[str] = set()
-        """Extra inputs whose channel must have a producer in the sequence."""
-        self._homes: dict[str, tuple[nn.Module, str]] = {}
+        # Past the module's look at each attribute, which takes longer than all else.
+        self.__dict__.update(channels=dict.fromkeys(self.extra_inputs), strict=set(), _homes={})
 
     # -- what an op may say of itself --
 

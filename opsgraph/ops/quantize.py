@@ -26,11 +26,13 @@ class _Quantizing(Op):
     """What all share: a quantizer, its role, and the scale where that is delayed."""
 
     as_stored = ("scale",)
+    quantizer: Quantizer
+    role: str
 
     def __init__(self, quantizer: Quantizer | None = None, role: str = "") -> None:
         super().__init__()
-        self.quantizer = quantizer or Quantizer()
-        self.role, self.scale = role, None
+        # Past the module's look at each attribute: there are two of these for each linear layer.
+        self.__dict__.update(quantizer=quantizer or Quantizer(), role=role, scale=None)
 
     def width_before(self, out_width: int) -> int | None:
         return out_width

@@ -125,7 +125,7 @@ class Scaling(nn.Module):
             self.register_buffer(FORWARD, torch.empty(2, **place))
             self.register_buffer(BACKWARD, torch.empty(1, **place))
             self.register_buffer("amax_history", torch.empty(length, len(ROLES), **place))
-        self.__dict__ |= dict(  # past the module's look at each attribute
+        self.__dict__.update(  # past the module's look at each attribute
             _known={}, label="", first=None, terms=None, fresh=False, recorded=True, late=False,
             updates=0, used=0, _previous=None,
         )  # fmt: skip
