@@ -139,6 +139,7 @@ def special(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     return torch.stack([kinds[i % len(kinds)](x[i]) for i in range(rows)]).to(dtype)
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "shape", [(8, 128), (9, 1), (1, 33), (11, 31), (16, 300), (130, 17), (129, 129)]
