@@ -1,10 +1,11 @@
 """A Llama-shaped model's training step, its MLPs and norms patched and not.
 
-python -m benchmarks.patched [--layers 12] [--tokens 512]
+python -m benchmarks.patched [--layers 12] [--tokens 512] [--without-amx]
 
 Prints the time of forward and backward of all norms, MLPs and residuals, unpatched and patched, for
 gate and up as two weights and as one; beside it that of the products alone, as PyTorch has them,
-and how long patching took. Where PyTorch's products of bf16 are slow, on CPUs without AVX-512, take
+and how long patching took. --without-amx keeps the library and our own products from AMX's units,
+as on a CPU that has none. Where PyTorch's products of bf16 are slow, on CPUs without AVX-512, take
 fewer layers: an unpatched step of one takes 10 s and more there.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opsgraph.integrations.transformers import patch
+from opsgraph.kernels.cpu import product
 
 from .cpu import flags
 from .timing import machine
@@ -138,15 +141,21 @@ def main() -> None:
     parser.add_argument("--inner", type=int, default=2816)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=30, help="to measure for, of each kind")
+    parser.add_argument("--without-amx", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(machine(), *flags())
+    if args.without_amx:  # the library asks for it at its first product
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
+        product.units = lambda: tuple(unit for unit in product.UNITS if unit != "tiles")  # type: ignore[assignment]
+    print(machine(), *(flag for flag in flags() if not (args.without_amx and "amx" in flag)))
     for mlp in (Separate, Merged):
         torch.manual_seed(0)
         plain = Model(args.layers, args.width, args.inner, mlp).bfloat16()
         patched = copy.deepcopy(plain)
         x = torch.randn(1, args.tokens, args.width).bfloat16().requires_grad_()
+        start = time.process_time()
         report = patch(patched, {"x": x[:, :16].detach()})
+        process = (time.process_time() - start) / args.layers
         dy = torch.randn_like(x)
         runs = {"unpatched": step(plain, x, dy), "patched": step(patched, x, dy)}
         found = measured(runs | {"products": products(plain, x)}, args.seconds)
@@ -156,7 +165,10 @@ def main() -> None:
             for name, taken in found.items()
         )
         each = report.seconds / args.layers
-        print(f"{mlp.__name__}, {args.layers} layers: {shares}; patching {each:.2f} s a layer")
+        print(
+            f"{mlp.__name__}, {args.layers} layers: {shares}; patching {each:.2f} s a layer, "
+            f"{process:.2f} of a core"
+        )
 
 
 if __name__ == "__main__":
