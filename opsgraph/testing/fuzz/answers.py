@@ -13,6 +13,7 @@ from .compare import Answer, anything, worse
 from .low import (
     SHARES,
     in_low_precision,
+    with_activations_rounded_once,
     with_inputs_of_bands,
     with_norms_of_pytorch,
     with_roundings,
@@ -116,6 +117,7 @@ def plain_answer(question: Question, exact: Answer, dtype: torch.dtype, low: boo
 
     look(nullcontext())
     look(with_norms_of_pytorch())
+    look(with_activations_rounded_once(dtype))
     for k in range(1, 9):
         near = [
             _near(question, x, dtype, k).requires_grad_(x.requires_grad) for x in question.inputs

@@ -53,7 +53,7 @@ class Edges(Backwards):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.sources = _sources()
-        """How many functions that were generated there were."""
+        """The functions that were generated before."""
         self.checks = os.environ.get(CHECK)
         """What the environment said before."""
 
@@ -247,8 +247,8 @@ class Edges(Backwards):
         _collect()
         if left := sum(module() is not None for module in modules):
             raise Wrong(f"{left} modules are left")
-        if (left := _sources() - self.sources) > 0:
-            raise Wrong(f"{left} functions that were generated are left")
+        if new := _sources() - self.sources:
+            raise Wrong(f"{len(new)} functions that were generated are left: {sorted(new)}")
 
     # -- how --
 
@@ -295,12 +295,12 @@ def _collect() -> None:
             return
 
 
-def _sources() -> int:
-    """How many functions of plans there are, but for those that the process keeps for all plans:
+def _sources() -> set[str]:
+    """The functions of plans that there are, but for those that the process keeps for all plans:
     that launch a kernel, or look at the ends of so many storages.
     """
     plans = (name for name in linecache.cache if name.startswith("<opsgraph plan"))
-    return sum(not name.endswith(("launched>", "short>")) for name in plans)
+    return {name for name in plans if not name.endswith(("launched>", "short>"))}
 
 
 def _gradients(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:

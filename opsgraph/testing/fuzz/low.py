@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...ops.activations import AnyActivation
 from .. import formulas
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -111,6 +112,25 @@ def with_norms_of_pytorch() -> Iterator[None]:
     """Let LayerNorm be PyTorch's: in its gradient other terms cancel than in that of a formula."""
     table = mock.patch.dict(formulas.FORMULAS, {ops.LayerNorm: _layernorm})
     with table, mock.patch.object(formulas, "layernorm", _layernorm):  # LayerNormMLP's
+        yield
+
+
+@contextmanager
+def with_activations_rounded_once(dtype: torch.dtype) -> Iterator[None]:
+    """Let each activation be computed in fp64 and rounded to a dtype at its end, as kernels do.
+
+    Of many in a row each may then lose a whole unit where its formula lost a part of one, or none.
+    """
+
+    def rounded(formula: Any) -> Any:
+        def once(op: Any, x: Tensor, get: Any) -> Tensor:
+            y: Tensor = formula(op, x.double(), get)
+            return y.to(dtype)
+
+        return once
+
+    kinds = [kind for kind in formulas.FORMULAS if issubclass(kind, AnyActivation)]
+    with mock.patch.dict(formulas.FORMULAS, {k: rounded(formulas.FORMULAS[k]) for k in kinds}):
         yield
 
 
