@@ -191,19 +191,19 @@ def check_plan(case: Case, module: og.Sequential) -> None:
         assert counted == plan.saved_bytes_per_row * rows, plan
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(**cases)
 def test_formulas(**case: Any) -> None:
     check_formulas("cpu", **case)
 
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(**cases)
 def test_fp32(**case: Any) -> None:
     check_fp32("cpu", **case)
 
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(**cases)
 def test_plans(**case: Any) -> None:
     check_plans("cpu", **case)
