@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH_ARGS ?=
 # Arguments of examples/byte_lm.py, such as --seconds 60.
 DEMO_ARGS ?=
+# What a process has compiled, the next one reads: pytest's own form of the tests, and the package.
+export PYTHONDONTWRITEBYTECODE :=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
