@@ -175,6 +175,7 @@ def test_every_op_is_in_the_table() -> None:
     assert built | EXTRA_OPS | {"Quantize", "QuantizeGrad"} == set(og.ops.__all__)
 
 
+@pytest.mark.sampled(132)
 @every_dtype
 @every_op
 def test_op(entry: Entry, dtype: torch.dtype, device: str) -> None:
