@@ -258,6 +258,25 @@ def test_what_a_module_leaves_behind_is_found() -> None:
         del held
 
 
+@pytest.mark.parametrize("earlier", (True, False))
+def test_what_is_left_says_of_which_life_it_is(earlier: bool) -> None:
+    """Two modules of one structure plan in one table, whichever is there first."""
+    gc.collect()
+    life = Life()
+    life.build(9, "Linear(9, 5)", "Mish()")
+    life.call(lead=(3,))
+    kept = [life.module if earlier else life.module._stages[0].table]
+    if earlier:
+        life = Life()
+        life.build(9, "Linear(9, 5)", "Mish()")
+    for _ in range(2):  # the last is replayed
+        life.call(lead=(3,))
+    whose = "an earlier life, is held by .*Stage" if earlier else "this life, is held by list"
+    with pytest.raises(Wrong, match=f"functions .*Mish, of {whose}"):
+        life.leave()
+    del kept
+
+
 def test_what_garbage_holds_through_autograd_is_not_left_behind() -> None:
     """A LayerNormMLP is a cycle; whether a node holds it shows when the node has gone."""
     gc.collect()

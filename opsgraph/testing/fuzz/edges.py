@@ -6,8 +6,9 @@ import linecache
 import math
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext, suppress
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ...kernels.triton import interpreting
 from ...layernorm_mlp import LayerNormMLP
 from ...op import Op
 from ...precision.autocast import autocast
+from ...run import table
 from ...run.sequential import Sequential
 from .. import formulas
 from .answers import by_formulas
@@ -54,6 +56,8 @@ class Edges(Backwards):
         super().__init__(*args, **options)
         self.sources = _sources()
         """The functions that were generated before."""
+        self.tables = weakref.WeakSet(table._tables.values())
+        """The tables of plans that there were before."""
         self.checks = os.environ.get(CHECK)
         """What the environment said before."""
 
@@ -248,7 +252,8 @@ class Edges(Backwards):
         if left := sum(module() is not None for module in modules):
             raise Wrong(f"{left} modules are left")
         if new := _sources() - self.sources:
-            raise Wrong(f"{len(new)} functions that were generated are left: {sorted(new)}")
+            held = "; ".join(_held(self.tables)) or "no table has them"
+            raise Wrong(f"{len(new)} functions that were generated are left: {sorted(new)}; {held}")
 
     # -- how --
 
@@ -301,6 +306,25 @@ def _sources() -> set[str]:
     """
     plans = (name for name in linecache.cache if name.startswith("<opsgraph plan"))
     return {name for name in plans if not name.endswith(("launched>", "short>"))}
+
+
+def _held(before: Collection[Any]) -> Iterator[str]:
+    """Of each table of plans that is left: its ops, whether it was there before, what holds it.
+
+    A life plans in the tables of other modules of its structure, so what an earlier life of its
+    process has left behind may first show in a later one.
+    """
+    left = [*table._tables.values()]
+    for one in left:
+        names = ", ".join(type(op).__name__ for op in one.run.ops)
+        whose = "an earlier life" if one in before else "this life"
+        level, seen, kinds = [one], {id(one), id(left)}, set[str]()
+        for _ in range(4):  # a module, the dict of its stages, a list of them, a stage
+            found = [x for x in gc.get_referrers(*level) if not isinstance(x, FrameType)]
+            level = [x for x in found if id(x) not in seen and x is not level]
+            seen.update(map(id, level))
+            kinds |= {type(x).__name__ for x in level}
+        yield f"a table of {names}, of {whose}, is held by {', '.join(sorted(kinds)) or 'nothing'}"
 
 
 def _gradients(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
