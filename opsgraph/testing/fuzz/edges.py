@@ -252,8 +252,10 @@ class Edges(Backwards):
         if left := sum(module() is not None for module in modules):
             raise Wrong(f"{left} modules are left")
         if new := _sources() - self.sources:
-            held = "; ".join(_held(self.tables)) or "no table has them"
-            raise Wrong(f"{len(new)} functions that were generated are left: {sorted(new)}; {held}")
+            whose = "; ".join(_held(self.tables)) or "no table is left"
+            raise Wrong(
+                f"{len(new)} functions that were generated are left: {sorted(new)}; {whose}"
+            )
 
     # -- how --
 
