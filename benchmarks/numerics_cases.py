@@ -265,6 +265,7 @@ COMPOSED = {
     "GroupedLinear": "Linear",
     "LoRA": "Linear",
     "LoRALinear": "Linear",
+    "TransposedGroupedLinear": "Linear",
     "TransposedLinear": "Linear",
     "AdaptiveLayerNorm": "LayerNorm",
     "AdaptiveRMSNorm": "RMSNorm",
@@ -278,11 +279,12 @@ COMPOSED = {
     "ScaledSiTUGLU": "SiTUGLU",
     "ScaledSwiGLU": "SwiGLU",
     "ScaledTanhSReLU": "Tanh",
+    "WeightedAdd": "LayerScale",
 }
 """Ops that are not measured, for they are made of one that is, and products or sums of PyTorch."""
 MOVING = (
     "Add", "AddExtraInput", "AllGather", "AllReduce", "AllReduceGrad", "Dropout", "Identity",
     "MakeExtraOutput", "Modulate", "Quantize", "QuantizeGrad", "ReduceScatter", "Reshape",
-    "Residual", "Tee",
+    "Residual", "ScaledAdd", "Tee",
 )  # fmt: skip
 """Ops that move values, add or multiply by PyTorch's ops, or whose bits are those of a formula."""
