@@ -4,6 +4,7 @@ import gc
 import os
 import runpy
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,6 +276,20 @@ def test_what_is_left_says_of_which_life_it_is(earlier: bool) -> None:
     with pytest.raises(Wrong, match=f"functions .*Mish, of {whose}"):
         life.leave()
     del kept
+
+
+def test_a_life_that_ends_keeps_no_module_by_what_waits() -> None:
+    """A hook holds the life, which held an output: a cycle through autograd's nodes."""
+    life = Life()
+    life.build(4, "Linear(4, 4)", "Tanh()")
+    life.hook(0)
+    life.call(backward="later")
+    module = weakref.ref(life.module)
+    life.end()
+    del life
+    for _ in range(3):
+        gc.collect()
+    assert module() is None
 
 
 def test_what_garbage_holds_through_autograd_is_not_left_behind() -> None:

@@ -237,16 +237,19 @@ class Edges(Backwards):
             config.touch()
 
     def end(self) -> None:
-        """Take out what was registered and set."""
+        """Take out what was registered and set, and let go of what waits.
+
+        A hook holds its life; through an output, whose node no collector sees, its modules stayed.
+        """
         super().end()
+        for held in (self.pending, self.delayed, self.hooks, self.told):
+            held.clear()
         self._set_checks(self.checks)
 
     def leave(self) -> None:
         """Drop the module, which has to go with all that was generated for it."""
         self.end()
         modules = [weakref.ref(module) for module in self.module.modules()]
-        for held in (self.pending, self.delayed, self.hooks, self.told):
-            held.clear()
         self.module = self.original = None
         _collect()
         if left := sum(module() is not None for module in modules):
