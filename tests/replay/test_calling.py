@@ -40,6 +40,31 @@ def test_a_tensor_without_memory_is_an_error(way: bool) -> None:
         calling.bits()(torch.eye(3).to_sparse())
 
 
+class _Odd(Tensor):
+    """Its storage and its offset are what was set."""
+
+    storage: object = b""
+    offset: object = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def,override]
+        own = {Tensor.untyped_storage: "storage", Tensor.storage_offset: "offset"}
+        if function in own:
+            return vars(cls)[own[function]]
+        return super().__torch_function__(function, types, arguments, options or {})
+
+
+@pytest.mark.parametrize("storage, offset", [(3, 0), (b"12345678", "a")])
+def test_what_python_cannot_say_of_a_storage_is_its_error(
+    way: bool, storage: object, offset: object
+) -> None:
+    kind = type("Odd", (_Odd,), dict(storage=storage, offset=offset))
+    short, x = calling.short([(4, 8)]), torch.zeros(2).as_subclass(kind)
+    with pytest.raises(TypeError):
+        short(x)
+    assert not short(torch.zeros(2))
+
+
 def test_a_pass_may_have_any_number_of_tensors(way: bool) -> None:
     x = random(2, 8).requires_grad_()
     module = og.Sequential(*[og.ops.Linear(8, 8, bias=False) for _ in range(70)])

@@ -308,10 +308,12 @@ EXPORT Object opsgraph_short(Object needed, const Object* tensors, Word count) {
         if (!storage) return nullptr;
         Word size = python.length(storage);
         python.drop(storage);
+        if (size < 0) return nullptr;  // Python has the error, as of a size that is a symbol
         Object offset = python.call(python.offset, tensors + i, 1, nullptr);
         if (!offset) return nullptr;
         Word first = python.to_number(offset);
         python.drop(offset);
+        if (first < 0) return nullptr;
         if (size - first * bytes[0] < bytes[1]) return python.truth(1);
     }
     return python.truth(0);
