@@ -285,6 +285,8 @@ def verify_arrival(module: nn.Module, name: str, weight: Tensor, label: str, del
     """Raises OpError where a weight's gradient, which autograd does not see, would be lost."""
     by_name = parts_of(weight) or {name: weight}
     option = "delay_wgrad_compute" if delayed else "accumulate_into_main_grad"
+    if getattr(module, "reads_transposed", False):
+        raise OpError(label, option, "a layer whose weight is [out_features, in_features]")
     for each, parameter in by_name.items():
         if delayed and not parameter.is_leaf:
             got = f"{option} and a {each} that is computed (a parametrization, FSDP1 or a DTensor)"

@@ -217,8 +217,22 @@ def test_what_takes_linear_alone_says_so() -> None:
     with pytest.raises(TypeError, match="tensor_parallel_mode"):
         TransposedLinear(*SIZES, tensor_parallel_mode="row")  # type: ignore[call-arg]
     late = og.Sequential(TransposedLinear(*SIZES), delay_wgrad_compute=True)
-    with pytest.raises(og.OpError, match="a parameter that is a leaf"):
+    with pytest.raises(
+        og.OpError, match=r"got delay_wgrad_compute, expected .* \[out_features, in"
+    ):
         late(torch.ones(2, 8))
-    layer.accumulate_into_main_grad = True
-    with pytest.raises(og.OpsgraphError, match="main_grad"):
-        og.Sequential(layer)(torch.ones(2, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("option", ["accumulate_into_main_grad", "delay_wgrad_compute"])
+@pytest.mark.parametrize("groups", [False, True], ids=["one", "groups"])
+def test_its_weight_gradient_is_autograds(option: str, groups: bool) -> None:
+    layer: Any = TransposedGroupedLinear(2, *SIZES) if groups else TransposedLinear(*SIZES)
+    module, given = og.Sequential(layer), (torch.tensor([1, 2]),) * groups
+    module(torch.ones(3, 8), *given).sum().backward()
+    setattr(layer, option, True)  # the constructor does not take it
+    for weight in layer.parameters():
+        weight.main_grad = torch.zeros_like(weight)
+    with pytest.raises(og.OpError, match=rf"got {option}, expected .* \[out_features, in_features"):
+        module(torch.ones(3, 8), *given)
+    setattr(layer, option, False)
+    module(torch.ones(3, 8), *given).sum().backward()
