@@ -52,7 +52,7 @@ class PlanFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "opsgraph: a plan's backward has no derivative of its own; build the module with "
-                "Sequential(..., double_backward=True) to differentiate twice"
+                "double_backward=True to differentiate twice"
             )
         plan, stage, recipe = ctx.plan, ctx.stage, ctx.stage.recipe
         whole = (dy, *[others[k - 1] for k in plan.specs.taps]) if others else (dy,)
