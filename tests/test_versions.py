@@ -1,4 +1,4 @@
-"""What PyTorch 2.9 lacks, and what later versions changed: held without having them installed."""
+"""What PyTorch 2.9 and Python 3.10 lack, and what later ones changed, held without them."""
 
 import ast
 from collections.abc import Iterator
@@ -29,6 +29,16 @@ NEWER = {
 
 GONE = {"make_block_ptr", "advance", "boundary_check", "padding_option", "can_reorder"}
 """What Triton 3.9 has no more, or 3.10 will not have, of `triton.language`."""
+
+EXPORTED_LATER = {
+    "PyCode_Addr2Location", "PyCode_GetCellvars", "PyCode_GetCode", "PyCode_GetFreevars",
+    "PyCode_GetVarnames", "PyErr_GetHandledException", "PyErr_SetHandledException",
+    "PyFloat_Pack2", "PyFloat_Pack4", "PyFloat_Pack8", "PyFloat_Unpack2", "PyFloat_Unpack4",
+    "PyFloat_Unpack8", "PyFrame_GetBuiltins", "PyFrame_GetGenerator", "PyFrame_GetGlobals",
+    "PyFrame_GetLasti", "PyFrame_GetLocals", "PyObject_CallOneArg", "PyObject_Vectorcall",
+    "PyType_GetModuleByDef", "PyType_GetName", "PyType_GetQualName", "PyVectorcall_Function",
+}  # fmt: skip
+"""Functions that Python 3.11 exports and 3.10 does not, where some are inline in the headers."""
 
 DIFFERENTIATED = [
     name for name in MODULES if name.startswith("ops/") or name.endswith("reference/activations.py")
@@ -105,3 +115,14 @@ def test_vmap_meets_no_view_of_another_dtype(name: str) -> None:
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "view":
             given = [ast.unparse(argument) for argument in node.args]
             assert not any(argument.startswith("torch.") for argument in given), node.lineno
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, path in MODULES.items() if "pythonapi" in path.read_text()]
+)
+def test_python_exports_the_functions_that_are_called_in_it(name: str) -> None:
+    """ctypes finds what a library exports: what is inline in Python's headers is not there."""
+    nodes = [*ast.walk(ast.parse(MODULES[name].read_text()))]
+    used = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert not used & EXPORTED_LATER, used & EXPORTED_LATER

@@ -27,7 +27,7 @@ _FASTCALL = 0x80
 _FUNCTIONS = (
     "PyLong_AsLongLong", "PyLong_FromLongLong", "PyEval_SaveThread", "PyEval_RestoreThread",
     "PyErr_SetString", "PyTuple_GetItem", "PyTuple_Size", "PyDict_GetItem", "PyBytes_AsString",
-    "PyBool_FromLong", "PyObject_Vectorcall", "PyObject_Size", "Py_DecRef",
+    "PyBool_FromLong", "PyObject_VectorcallDict", "PyObject_Size", "Py_DecRef",
 )  # fmt: skip
 
 _METHODS = Tensor.untyped_storage, Tensor.storage_offset
