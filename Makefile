@@ -13,7 +13,8 @@ APART := examples/byte_lm.py examples/byte_lm_report.py examples/tensor_parallel
 	examples/fp8_training.py
 EXAMPLES := $(filter-out $(APART),$(wildcard examples/*.py))
 VERSIONS ?= 2.9 2.11 2.14 2.15
-SMOKE := $(patsubst %,tests/%.py,test_versions base/test_errors test_main plan/test_planner \
+SMOKE := $(patsubst %,tests/%.py,test_versions base/test_errors test_main guards/test_torch_private \
+	plan/test_planner replay/test_calling replay/test_host ops/test_transposed ops/test_scaled_add \
 	run/test_sequential run/test_autograd features/test_compile precision/test_recipe \
 	precision/test_recipes_compile precision/test_delayed precision/test_weights \
 	layernorm_mlp/test_module layernorm_mlp/test_interface fusers/cublaslt/test_products ops/test_ops \
