@@ -12,15 +12,27 @@ from ..op import Op, Spec
 from .layer_scale import LayerScale
 
 
-class ScaledAdd(Op):
+class _Promoting(Op):
+    """What both share: y has the dtype to which PyTorch promotes, and dx has that of x."""
+
+    extra_inputs = promotes = ("other",)
+    x_dtype = ""
+    """What x is of in the plan."""
+
+    def constant(self, name: str, x: Spec) -> Any:
+        own = name == "x_dtype"
+        return str(x.dtype).removeprefix("torch.") if own else super().constant(name, x)
+
+
+class ScaledAdd(_Promoting):
     """`y = x + scale * other`; other is the value of the Tee of that name, or an extra input.
 
-    scale: a finite number. It is rounded once, where PyTorch rounds the product too. x and other
-    are of one dtype, or under autocast.
+    scale: a finite number. It is rounded once, where PyTorch rounds the product too. other may be
+    of another float dtype, as Add's may; its gradient then has the dtype of y, so that a Tee of a
+    narrower one needs no layer before it that multiplies in that dtype.
     """
 
-    extra_inputs = ("other",)
-    constants = ("scale",)
+    constants = ("scale", "x_dtype")
 
     def __init__(self, name: str | None = None, scale: float = 1.0) -> None:
         super().__init__()
@@ -37,11 +49,11 @@ class ScaledAdd(Op):
     def width_before(self, out_width: int) -> int | None:
         return out_width
 
-    def fwd(self, x: Tensor, other: Tensor, scale: float) -> tuple[Tensor, tuple[()]]:
+    def fwd(self, x: Tensor, other: Tensor, scale: float, x_dtype: str) -> tuple[Tensor, tuple[()]]:
         return torch.add(x, other, alpha=scale), ()
 
-    def bwd(self, dy: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor]]:
-        return dy, (dy * scale,)
+    def bwd(self, dy: Tensor, scale: float, x_dtype: str) -> tuple[Tensor, tuple[Tensor]]:
+        return dy.to(getattr(torch, x_dtype)), (dy * scale,)
 
     def extra_repr(self) -> str:
         return f"{self.channels['other']!r}, scale={self.scale}"
@@ -51,7 +63,7 @@ class ScaledAdd(Op):
         return (cls(scale=0.5),)
 
 
-class WeightedAdd(LayerScale):
+class WeightedAdd(_Promoting, LayerScale):
     """`y = x + other * weight`: LayerScale of what is added, as Doge scales its residual.
 
     other: the value of the Tee of that name, or an extra input. width, init_value and weight
@@ -59,11 +71,8 @@ class WeightedAdd(LayerScale):
     promotes, and each gradient its own input's.
     """
 
-    extra_inputs = promotes = ("other",)
     required = as_stored = typed_by = ("weight",)
     constants = ("x_dtype",)
-    x_dtype = ""
-    """The dtype of dx: what x is of in the plan."""
 
     def __init__(
         self,
@@ -76,11 +85,6 @@ class WeightedAdd(LayerScale):
     ) -> None:
         super().__init__(width, init_value, device=device, dtype=dtype)
         self.channels["other"] = text("WeightedAdd", "name", name)
-
-    def constant(self, name: str, x: Spec) -> Any:
-        return (
-            str(x.dtype).removeprefix("torch.") if name == "x_dtype" else super().constant(name, x)
-        )
 
     def fwd(  # type: ignore[override]
         self, x: Tensor, other: Tensor, weight: Tensor, x_dtype: str

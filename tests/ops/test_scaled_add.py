@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import opsgraph as og
 from opsgraph.ops import (
@@ -90,12 +91,40 @@ def test_under_autocast_a_stream_in_fp32_stays_so() -> None:
     assert y.dtype == x.grad.dtype == module[2].weight.grad.dtype == F32
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["product", "bias"])
+def test_a_scaled_residual_in_fp32_stays_so_under_autocast(bias: bool) -> None:
+    module = og.Sequential(Residual(Linear(8, 8, bias), scale=0.5, residual_scale=-0.75))
+    linear, x = module[0].ops[0], torch.randn(4, 8, requires_grad=True)
+    for _ in range(3):
+        with torch.autocast("cpu", BF16):
+            y, eager = module(x), -0.75 * x + 0.5 * nn.functional.linear(x, *linear.parameters())
+            assert torch.equal(module(x.detach()), y)
+        dy = torch.randn_like(y)
+        assert y.dtype == eager.dtype == F32
+        torch.testing.assert_close(y, eager, rtol=1e-2, atol=1e-2)
+        operands = [x, *linear.parameters()]
+        for got, wanted in zip(
+            *(torch.autograd.grad(each, operands, dy) for each in (y, eager)), strict=True
+        ):
+            assert got.dtype == F32
+            torch.testing.assert_close(got, wanted, rtol=2e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, F32), (F32, BF16)], ids=str)
+def test_a_scaled_sum_of_two_dtypes_is_promoted(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    x, other = (torch.randn(4, 8).to(dtype).requires_grad_() for dtype in dtypes)
+    y, eager = og.Sequential(ScaledAdd(scale=0.3))(x, other), x + 0.3 * other.float()
+    torch.testing.assert_close(y, eager, rtol=1e-2, atol=1e-2)
+    for got, wanted in zip(
+        *(torch.autograd.grad(each.sum(), [x, other]) for each in (y, eager)), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(og.OpError, match="scale=nan, expected a finite number"):
         ScaledAdd("r", float("nan"))
     with pytest.raises(og.OpError, match="residual_scale"):
         Residual(SiLU(), residual_scale=float("inf"))
-    with pytest.raises(og.OpError, match=r"other dtype torch\.float32, expected torch\.bfloat16"):
-        og.Sequential(ScaledAdd())(torch.ones(2, 4, dtype=BF16), torch.ones(2, 4))
     with pytest.raises(og.PlanError, match="it has extra inputs"):
         og.Sequential(ScaledAdd("r")).to_torch()
