@@ -49,15 +49,20 @@ _make: Any = ctypes.PYFUNCTYPE(
 )(("PyCFunction_NewEx", ctypes.pythonapi))
 
 
-@cache
+_methods: dict[str, _Method] = {}
+
+
 def _method(name: str) -> _Method:
-    """A function of the library, for CPython: for ever, as it wants it."""
+    """A function of the library, for CPython: one for ever, whichever thread made it first."""
+    if name in _methods:
+        return _methods[name]
     library, python = build.library("replay"), ctypes.pythonapi
     called = [ctypes.cast(getattr(python, name), ctypes.c_void_p).value for name in _FUNCTIONS]
     error = ctypes.c_void_p.in_dll(python, "PyExc_RuntimeError").value
     table = begins, *called, error, *map(id, _METHODS)
     library.opsgraph_python_bind((ctypes.c_void_p * len(table))(*table))
-    return _Method(name.encode(), ctypes.cast(library[name], ctypes.c_void_p), _FASTCALL)
+    made = _Method(name.encode(), ctypes.cast(library[name], ctypes.c_void_p), _FASTCALL)
+    return _methods.setdefault(name, made)
 
 
 def caller(program: Any, kind: str) -> Call:

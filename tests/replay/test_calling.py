@@ -1,6 +1,9 @@
 """Native calls with tensors as they are, and what stands in for them in Python."""
 
+import ctypes
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -38,6 +41,21 @@ def test_the_low_bits_of_tensors(way: bool) -> None:
 def test_a_tensor_without_memory_is_an_error(way: bool) -> None:
     with pytest.raises(RuntimeError):
         calling.bits()(torch.eye(3).to_sparse())
+
+
+def test_threads_that_make_a_function_at_once_make_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython keeps its address: where the first that was made is freed, a call of it crashes."""
+    monkeypatch.setattr(calling, "_methods", {})
+    both, find = threading.Barrier(2, timeout=60), library.library
+
+    def slowly(name: str) -> ctypes.CDLL:
+        both.wait()
+        return find(name)
+
+    monkeypatch.setattr(library, "library", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(calling._method, ["opsgraph_bits"] * 2)
+    assert first is second
 
 
 class _Odd(Tensor):
