@@ -28,8 +28,8 @@ class ScaledAdd(_Promoting):
     """`y = x + scale * other`; other is the value of the Tee of that name, or an extra input.
 
     scale: a finite number. It is rounded once, where PyTorch rounds the product too. other may be
-    of another float dtype, as Add's may; its gradient then has the dtype of y, so that a Tee of a
-    narrower one needs no layer before it that multiplies in that dtype.
+    of another float dtype, as Add's may. Its gradient has the dtype of y; a linear layer right
+    behind a Tee of a narrower one does not take that, and PyTorch raises a RuntimeError.
     """
 
     constants = ("scale", "x_dtype")

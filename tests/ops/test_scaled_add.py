@@ -121,6 +121,20 @@ def test_a_scaled_sum_of_two_dtypes_is_promoted(dtypes: tuple[torch.dtype, torch
         torch.testing.assert_close(got, wanted)
 
 
+def test_a_narrower_value_behind_a_product_gets_its_gradient() -> None:
+    module = og.Sequential(Linear(8, 8), Tee("a"), Add(), ScaledAdd("a", scale=0.5))
+    x, wide = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
+    with torch.autocast("cpu", BF16):
+        y = module(x, wide)
+        hidden = torch.nn.functional.linear(x, module[0].weight, module[0].bias)
+        eager = hidden + wide + 0.5 * hidden.float()
+    assert y.dtype == F32
+    for got, wanted in zip(
+        *(torch.autograd.grad(each.sum(), [x, wide]) for each in (y, eager)), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=3e-2)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(og.OpError, match="scale=nan, expected a finite number"):
         ScaledAdd("r", float("nan"))
