@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad as forward_ad
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .watching import watching
@@ -233,6 +234,29 @@ forward_gradients: Callable[[], bool] = _find("_C._is_fwd_grad_enabled", lambda:
 
 if not hasattr(forward_ad, "_current_level"):
     forward_ad._current_level = -1  # as where forward-mode AD is off
+
+
+_MODE_FLAGS = (
+    "_is_in_torch_dispatch_mode", "_is_in_non_infra_torch_dispatch_mode",
+    "_is_in_any_mode_without_ignore_compile_internals",
+)  # fmt: skip
+
+
+def mode_flags() -> dict[str, bool]:
+    """What Dynamo asks whether a dispatch mode is active, of all threads.
+
+    Each mode sets them back to what they were. Modes of two threads that overlap leave them set,
+    and torch.compile compiles nothing any more.
+    """
+    return {name: getattr(_python_dispatch, name, False) for name in _MODE_FLAGS}
+
+
+def set_mode_flags(flags: dict[str, bool]) -> None:
+    """Set them back to what `mode_flags` found."""
+    vars(_python_dispatch).update(flags)
+    tell = getattr(_python_dispatch, "set_is_in_mode_without_ignore_compile_internals", None)
+    if tell is not None:  # C++ has a copy
+        tell(flags[_MODE_FLAGS[-1]])
 
 
 class PassThrough(TorchDispatchMode):

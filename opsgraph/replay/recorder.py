@@ -16,6 +16,7 @@ Rules:
   that does not tell, replays have to see the same arguments shared.
 """
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..guards.torch_private import mode_flags, set_mode_flags
 from ..guards.watching import watching
 from ..kernels.cublaslt.product import Product
 from .events import (
@@ -90,6 +92,13 @@ def span(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
+_turn = threading.Lock()
+_entered: list["Recorder"] = []
+"""The recorders of all threads."""
+_flags: dict[str, bool] = {}
+"""PyTorch's, from before the first of them."""
+
+
 class Recorder(TorchDispatchMode):
     """Notes the events of one line after the other: `begin()`, the line, `take()`, inside of it."""
 
@@ -148,12 +157,20 @@ class Recorder(TorchDispatchMode):
         self.begin()
         watching.recorder = self
         watching.modes += 1
-        return super().__enter__()  # type: ignore[no-untyped-call]
+        with _turn:
+            if not _entered:
+                _flags.update(mode_flags())
+            _entered.append(self)
+            return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         watching.modes -= 1
         watching.recorder = None
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        with _turn:
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
+            _entered.remove(self)
+            if not _entered:
+                set_mode_flags(_flags)
 
     def take(self) -> tuple[list[Event], str | None]:
         """The events of the line that just ran, and why there are none if it stays in Python."""

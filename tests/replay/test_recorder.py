@@ -1,5 +1,6 @@
 """What the recorder notes of a line, and what it does not know and therefore refuses."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from replays import random
 from torch import Tensor
 
-from opsgraph.guards.torch_private import dispatch_modes
+from opsgraph.guards.torch_private import dispatch_modes, mode_flags
 from opsgraph.guards.watching import watching
 from opsgraph.kernels.cpu import build as library
 from opsgraph.kernels.cpu import memory
@@ -202,3 +203,31 @@ def test_a_line_that_fails_leaves_no_recorder() -> None:
     assert watching.recorder is None
     assert watching.modes == 0
     assert isinstance(watch(lambda x: x.clone(), random(2, 2))[1][0], Aten)
+
+
+def test_recorders_of_two_threads_leave_torch_compile_on() -> None:
+    """PyTorch's modes set flags of the process, and the last to end has seen the other's."""
+    before, entered, left = mode_flags(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with Recorder():
+            entered.set()
+            left.wait(60)
+
+    thread = threading.Thread(target=other)
+    with Recorder():
+        thread.start()
+        assert entered.wait(60)
+        assert mode_flags() != before
+    left.set()
+    thread.join()
+    assert mode_flags() == before
+    count = 0
+
+    def backend(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        nonlocal count
+        count += 1
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert count == 1
