@@ -79,7 +79,9 @@ def test_what_a_compiler_cannot_see_runs_as_it_is(what: str) -> None:
         assert all(map(torch.equal, *gradients))
     torch.compiler.reset()
     whole = torch.compile(module, fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match=HIDDEN_FROM[what]), og.autocast(recipe=recipe):
+    # What leaves a context manager, as that of `is_first_microbatch`, has lost its text in 2.9.
+    reason = HIDDEN_FROM[what] if held or torch.__version__ >= "2.10" else "context manager"
+    with pytest.raises(Exception, match=reason), og.autocast(recipe=recipe):
         whole(torch.randn(4, HIDDEN), is_first_microbatch=calls[0])
     assert counters.pop("graph_break")
 
