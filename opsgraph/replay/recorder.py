@@ -16,6 +16,7 @@ Rules:
   that does not tell, replays have to see the same arguments shared.
 """
 
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
@@ -97,6 +98,19 @@ _entered: list["Recorder"] = []
 """The recorders of all threads."""
 _flags: dict[str, bool] = {}
 """PyTorch's, from before the first of them."""
+
+
+def _forked() -> None:
+    """A forked child has neither the other threads that may hold the lock nor their recorders."""
+    global _turn
+    _turn = threading.Lock()
+    if _entered and not watching.modes:
+        _entered.clear()
+        set_mode_flags(_flags)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 class Recorder(TorchDispatchMode):

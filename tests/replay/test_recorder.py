@@ -1,5 +1,6 @@
 """What the recorder notes of a line, and what it does not know and therefore refuses."""
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from opsgraph.guards.watching import watching
 from opsgraph.kernels.cpu import build as library
 from opsgraph.kernels.cpu import memory
 from opsgraph.kernels.cpu.norms import norm_forward
+from opsgraph.replay import recorder
 from opsgraph.replay.recorder import MOST_WORDS, Aten, Buffer, Kernel, Place, Recorder, span
 
 CPU = torch.device("cpu")
@@ -231,3 +233,25 @@ def test_recorders_of_two_threads_leave_torch_compile_on() -> None:
 
     torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
     assert count == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_no_recorder_of_another_thread() -> None:
+    """Nor is a lock held for ever there that another thread held."""
+    before, entered, left = mode_flags(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with Recorder(), recorder._turn:
+            entered.set()
+            left.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(60)
+    child = os.fork()
+    if not child:
+        free = recorder._turn.acquire(timeout=10)
+        os._exit(0 if free and mode_flags() == before else 1)
+    left.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
