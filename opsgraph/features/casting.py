@@ -6,10 +6,12 @@ Tee and Add, leaves it in the dtype it comes in. A norm reads it so, and rounds 
 stands before each other op that computes on it. Where no stream is in another dtype, the input is
 cast once and nothing is inserted.
 
-The hooks are `Request.casts` and the run that `make_plan` is given.
+What an op promotes with, as a sum of two dtypes does, gets a gradient of its own dtype, as x does.
+
+The hooks are `Request.casts`, the run that `make_plan` is given and `Definitions.after`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,12 +19,15 @@ import torch
 from torch import Tensor
 
 from ..guards.names import root
-from ..op import FORWARD, Op, Placed, Spec
-from ..op.functions import identity, promotes, said
+from ..op import BACKWARD, FORWARD, Op, Placed, Spec
+from ..op.functions import identity, passes, promotes, said
 from ..ops.norms import LayerNorm, RMSNorm
 from ..ops.quantize import Quantize
 from ..plan.basic_ops import BasicOps
+from ..plan.claims import Claim
+from ..plan.lines import Line, literal, value
 from ..plan.program import Request
+from ..plan.writer import Writer
 
 
 class Cast(Op):
@@ -154,3 +159,25 @@ def _prefix(run: BasicOps, changes: Mapping[int, Op]) -> str:
     while not run.name.roots.isdisjoint(_roots(prefix, run, changes)):
         prefix += "c"
     return prefix
+
+
+def in_their_dtypes(
+    writer: Writer, claim: Claim, lines: Sequence[Line], again: bool = False
+) -> Sequence[Line]:
+    """The lines of a step, and casts of gradients behind what has promoted."""
+    program, casts = writer.program, list[Line]()
+    if writer.direction != BACKWARD or again:
+        return lines
+    made = {name for line in lines for name in line.makes}
+    for i in claim.ops:
+        kind = program.kinds[i]
+        if passes(kind) or not promotes(kind):
+            continue
+        dtypes = {"dx": program.specs[i].dtype} if i == claim.start else {}
+        for name in promotes(kind):
+            gradient, dtype = program.gradient(i, name), program.spec(program.extra(i, name)).dtype
+            dtypes |= {} if gradient is None else {gradient: dtype, f"{gradient}_more": dtype}
+        for name, dtype in dtypes.items():
+            if name in made and dtype != program.specs[i + 1].dtype:
+                casts.append(Line("cast", (value(name), literal(dtype)), name))
+    return [*lines, *casts] if casts else lines

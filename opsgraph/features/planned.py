@@ -18,7 +18,7 @@ from ..plan.basic_ops import BasicOps
 from ..plan.planner import Planner
 from ..plan.program import Request
 from .alive import Noted
-from .casting import with_casts
+from .casting import in_their_dtypes, with_casts
 from .check import checked
 from .measured import PLANNERS
 from .ordered import with_few
@@ -36,7 +36,7 @@ def planned(
     order: backends, the preferred one first. planner: a name, or what chooses the steps.
     """
     noted = Noted()
-    after = (send_elsewhere, checked) if config.check else (send_elsewhere, noted)
+    after = send_elsewhere, in_their_dtypes, (checked if config.check else noted)
     definitions = partial(QuantizedDefinitions, partial(prepare_by, order), after)
     planner = PLANNERS[planner] if isinstance(planner, str) else planner
     request = of_what_runs(run, request)

@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..fuser import Fuser
@@ -49,10 +48,10 @@ class WeightedAddGradients(Fuser):
     pattern, promotes = dict(add=WeightedAdd), True
 
     def bwd(
-        self, dy: Tensor, add_other: Tensor, add_weight: Tensor, add_x_dtype: str,
+        self, dy: Tensor, add_other: Tensor, add_weight: Tensor,
         want: Collection[str],
     ) -> Any:  # fmt: skip
         own = {"add_other": "x", "add_weight": "weight"}
         names = tuple(own[name] for name in want if name in own)
         dother, dweight = self.kernels.scale_backward(dy, add_other, add_weight, names)
-        return dy.to(getattr(torch, add_x_dtype)), (dother, dweight)
+        return dy, (dother, dweight)

@@ -54,7 +54,7 @@ class Tee(_Still):
         return x, ()
 
     def bwd(self, dy: Tensor, d: Tensor) -> tuple[Tensor, tuple[()]]:
-        return (dy + d).to(dy.dtype), ()  # d is wider where a sum has promoted the value
+        return dy + d, ()
 
     def extra_repr(self) -> str:
         return repr(self.channels["d"])

@@ -1,7 +1,6 @@
 """Sums with a scaled residual: ScaledAdd by a number, WeightedAdd by a factor for each column."""
 
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,27 +11,15 @@ from ..op import Op, Spec
 from .layer_scale import LayerScale
 
 
-class _Promoting(Op):
-    """What both share: y has the dtype to which PyTorch promotes, and dx has that of x."""
-
-    extra_inputs = promotes = ("other",)
-    x_dtype = ""
-    """What x is of in the plan."""
-
-    def constant(self, name: str, x: Spec) -> Any:
-        own = name == "x_dtype"
-        return str(x.dtype).removeprefix("torch.") if own else super().constant(name, x)
-
-
-class ScaledAdd(_Promoting):
+class ScaledAdd(Op):
     """`y = x + scale * other`; other is the value of the Tee of that name, or an extra input.
 
     scale: a finite number. It is rounded once, where PyTorch rounds the product too. other may be
-    of another float dtype, as Add's may. Its gradient has the dtype of y; a linear layer right
-    behind a Tee of a narrower one does not take that, and PyTorch raises a RuntimeError.
+    of another float dtype, as Add's may: each gradient has its own input's.
     """
 
-    constants = ("scale", "x_dtype")
+    extra_inputs = promotes = ("other",)
+    constants = ("scale",)
 
     def __init__(self, name: str | None = None, scale: float = 1.0) -> None:
         super().__init__()
@@ -49,11 +36,11 @@ class ScaledAdd(_Promoting):
     def width_before(self, out_width: int) -> int | None:
         return out_width
 
-    def fwd(self, x: Tensor, other: Tensor, scale: float, x_dtype: str) -> tuple[Tensor, tuple[()]]:
+    def fwd(self, x: Tensor, other: Tensor, scale: float) -> tuple[Tensor, tuple[()]]:
         return torch.add(x, other, alpha=scale), ()
 
-    def bwd(self, dy: Tensor, scale: float, x_dtype: str) -> tuple[Tensor, tuple[Tensor]]:
-        return dy.to(getattr(torch, x_dtype)), (dy * scale,)
+    def bwd(self, dy: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor]]:
+        return dy, (dy * scale,)
 
     def extra_repr(self) -> str:
         return f"{self.channels['other']!r}, scale={self.scale}"
@@ -63,7 +50,7 @@ class ScaledAdd(_Promoting):
         return (cls(scale=0.5),)
 
 
-class WeightedAdd(_Promoting, LayerScale):
+class WeightedAdd(LayerScale):
     """`y = x + other * weight`: LayerScale of what is added, as Doge scales its residual.
 
     other: the value of the Tee of that name, or an extra input. width, init_value and weight
@@ -71,8 +58,8 @@ class WeightedAdd(_Promoting, LayerScale):
     promotes, and each gradient its own input's.
     """
 
+    extra_inputs = promotes = ("other",)
     required = as_stored = typed_by = ("weight",)
-    constants = ("x_dtype",)
 
     def __init__(
         self,
@@ -87,16 +74,16 @@ class WeightedAdd(_Promoting, LayerScale):
         self.channels["other"] = text("WeightedAdd", "name", name)
 
     def fwd(  # type: ignore[override]
-        self, x: Tensor, other: Tensor, weight: Tensor, x_dtype: str
+        self, x: Tensor, other: Tensor, weight: Tensor
     ) -> tuple[Tensor, tuple[()]]:
         return scales.scale_forward(other, weight, x), ()
 
     def bwd(  # type: ignore[override]
-        self, dy: Tensor, other: Tensor, weight: Tensor, x_dtype: str, want: Collection[str]
+        self, dy: Tensor, other: Tensor, weight: Tensor, want: Collection[str]
     ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
         names = ({"x"} if "other" in want else set()) | {"weight"}.intersection(want)
         dother, dweight = scales.scale_backward(dy, other, weight, names)
-        return dy.to(getattr(torch, x_dtype)), (dother, dweight)
+        return dy, (dother, dweight)
 
     def extra_repr(self) -> str:
         return f"{self.channels['other']!r}, {super().extra_repr()}"

@@ -1,5 +1,7 @@
 """Scaled residuals: which steps they are, dtypes, and what is refused."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -132,6 +134,23 @@ def test_a_narrower_value_behind_a_product_gets_its_gradient() -> None:
     for got, wanted in zip(
         *(torch.autograd.grad(each.sum(), [x, wide]) for each in (y, eager)), strict=True
     ):
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("check", ["0", "1"])
+@pytest.mark.parametrize("backends", [None, ("aten", "reference"), ("reference",)], ids=str)
+def test_a_narrower_value_before_a_product_gets_its_gradient(
+    backends: tuple[str, ...] | None, check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPSGRAPH_CHECK", check)
+    options: dict[str, Any] = {} if backends is None else {"backends": backends}
+    for last in (ScaledAdd("a", scale=0.5), WeightedAdd("a", 8, 0.5, dtype=BF16)):
+        module = og.Sequential(Tee("a"), Linear(8, 8, dtype=BF16), Add(), last, **options)
+        x, wide = torch.randn(4, 8).to(BF16).requires_grad_(), torch.randn(4, 8)
+        y, eager = module(x, wide), torch.nn.functional.linear(x, module[1].weight, module[1].bias)
+        eager = eager + wide + 0.5 * x.float()
+        assert y.dtype == F32
+        got, wanted = (torch.autograd.grad(each.sum(), x)[0] for each in (y, eager))
         torch.testing.assert_close(got, wanted, rtol=2e-2, atol=3e-2)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .replacing import Replacing, original
 from .seen import Seen, seen_by, unchanged, version
 from .states import Kind, State, Step, all_states, kind_of, units_of
 
@@ -33,12 +34,7 @@ class Book:
         return {**self.__dict__, "learning": None}
 
 
-def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A module's own forward."""
-    return type(module).forward(module, *args, **kwargs)
-
-
-class Unit:
+class Unit(Replacing):
     """A linear layer, a norm or an activation whose forward may be put off."""
 
     def __init__(self, name: str, module: nn.Module, leaf: Any, book: Book) -> None:
@@ -53,13 +49,6 @@ class Unit:
         """Attributes of modules and the forward that is to be found there."""
         self.read: list[tuple[dict[str, Any], str]] = []
         """Where the parameters of its plans are: they are to have the dtype of what is given."""
-
-    def install(self) -> None:
-        self.module.forward = self.forward
-
-    def remove(self) -> None:
-        if getattr(self.module.__dict__.get("forward"), "__self__", None) is self:
-            del self.module.__dict__["forward"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, put off where a plan may compute it."""

@@ -32,9 +32,10 @@ from ...ops.activations import (
 from ...ops.grouped import GroupedLinear
 from ...ops.transposed import TransposedGroupedLinear
 from ...run.sequential import Sequential
-from .deferred import Book, computed, original
+from .deferred import Book, computed
 from .leaves import ACTIVATIONS
 from .prove import EXACT, HALF, WORSE, Errors, Kept
+from .replacing import Replacing, original
 
 WIDTH, INNER, TOKENS, TOP = 48, 32, 40, 2
 """Of probe values."""
@@ -90,7 +91,7 @@ def mixed(run: Callable[..., Any], x: Tensor, index: Tensor, weights: Tensor, co
     return y.index_select(0, back).view(tokens, top, -1).sum(1).to(x.dtype)  # type: ignore[no-any-return]
 
 
-class Experts:
+class Experts(Replacing):
     """In the place of the forward of a module of experts.
 
     dtypes: of calls that were proven.
@@ -102,13 +103,6 @@ class Experts:
         self.run = form.sequence(module, self.count, width, inner)
         self.dtypes: set[torch.dtype] = set()
         self.names = [n for n, p in module._parameters.items() if p is not None]
-
-    def install(self) -> None:
-        self.module.forward = self.forward
-
-    def remove(self) -> None:
-        if getattr(self.module.__dict__.get("forward"), "__self__", None) is self:
-            del self.module.__dict__["forward"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, by the plan where the call is one that was proven."""

@@ -9,7 +9,8 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from .deferred import Book, Deferred, Unit, computed, original
+from .deferred import Book, Deferred, Unit, computed
+from .replacing import original
 from .seen import unchanged
 from .states import State, Vector, all_states, kind_of, units_of
 

@@ -15,8 +15,9 @@ from ...base.errors import OpsgraphError
 from ...plan import Plan
 from ...run.sequential import Sequential
 from .build import CannotBuild, Places, ops_of
-from .deferred import Unit, original
+from .deferred import Unit
 from .learn import Noted
+from .replacing import original
 from .states import Kind, State, Vector, units_of
 
 ROWS, FEWER, WIDE = 24, 8, 512
