@@ -134,7 +134,10 @@ def test_a_handle_tells_the_plan(backends: tuple[str, ...] | None) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_tensors_that_are_not_contiguous(backend: str) -> None:
-    """The opaque ops' fakes promise contiguous results."""
+    """The opaque ops' fakes promise contiguous results.
+
+    Bits may differ: PyTorch makes the product of a gradient that is not contiguous, else we do.
+    """
     module = og.Sequential(Linear(16, 16), AddExtraInput(), MakeExtraOutput())
     module[0].weight = nn.Parameter(torch.randn(16, 16).t())
     compiled, x = Compiled(module, backend), torch.randn(16, 5).t().requires_grad_()
@@ -145,7 +148,7 @@ def test_tensors_that_are_not_contiguous(backend: str) -> None:
             torch.autograd.grad(call(x, other), leaves, (dy, dy)) for call in (compiled, module)
         )
         for one, right in zip(found, expected, strict=True):
-            assert torch.equal(one, right)
+            torch.testing.assert_close(one, right)
 
 
 @pytest.mark.slow
