@@ -146,6 +146,19 @@ def test_experts_are_a_plan_with_the_same_results(
     assert all(map(torch.equal, _results(model), expected))
 
 
+def test_arguments_by_name_in_another_order_are_told_apart() -> None:
+    model = Mixture()
+    rows, index = X.view(-1, WIDTH), torch.arange(28).view(14, 2) % COUNT
+    weights = torch.rand(14, 2)
+    expected = model.experts(rows, index, weights)
+    _patched(model)
+    for given in ({"index": index, "weights": weights}, {"weights": weights, "index": index}):
+        torch.testing.assert_close(model.experts(rows, **given), expected)
+    torch.testing.assert_close(
+        model.experts(weights=weights, index=index, hidden_states=rows), expected
+    )
+
+
 def test_in_bf16_the_error_is_not_larger_than_the_models() -> None:
     model = Mixture()
     exact = copy.deepcopy(model).double()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from itertools import product
 from typing import Any
 
@@ -103,14 +104,15 @@ class Experts(Replacing):
         self.run = form.sequence(module, self.count, width, inner)
         self.dtypes: set[torch.dtype] = set()
         self.names = [n for n, p in module._parameters.items() if p is not None]
+        self.arguments = [*signature(type(module).forward).parameters][1:]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, by the plan where the call is one that was proven."""
         if torch.compiler.is_compiling():
             return original(self.module, *args, **kwargs)
         args, kwargs = computed(args), computed(kwargs)
-        given = (*args, *kwargs.values())
-        if not self._follows(given):
+        given = (*args, *(kwargs[name] for name in self.arguments if name in kwargs))
+        if not self._follows(given) or len(given) != len(args) + len(kwargs):
             return original(self.module, *args, **kwargs)
         x, index, weights = given
         return mixed(self.run, x, index, weights, self.count)
