@@ -166,18 +166,17 @@ def in_their_dtypes(
 ) -> Sequence[Line]:
     """The lines of a step, and casts of gradients behind what has promoted."""
     program, casts = writer.program, list[Line]()
-    if writer.direction != BACKWARD or again:
+    kinds = program.kinds
+    promoting = [i for i in claim.ops if promotes(kinds[i]) and not passes(kinds[i])]
+    if not promoting or writer.direction != BACKWARD or again:
         return lines
     made = {name for line in lines for name in line.makes}
-    for i in claim.ops:
-        kind = program.kinds[i]
-        if passes(kind) or not promotes(kind):
-            continue
+    for i in promoting:
         dtypes = {"dx": program.specs[i].dtype} if i == claim.start else {}
-        for name in promotes(kind):
+        for name in promotes(kinds[i]):
             gradient, dtype = program.gradient(i, name), program.spec(program.extra(i, name)).dtype
             dtypes |= {} if gradient is None else {gradient: dtype, f"{gradient}_more": dtype}
         for name, dtype in dtypes.items():
             if name in made and dtype != program.specs[i + 1].dtype:
                 casts.append(Line("cast", (value(name), literal(dtype)), name))
-    return [*lines, *casts] if casts else lines
+    return [*lines, *casts]

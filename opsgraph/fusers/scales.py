@@ -47,10 +47,7 @@ class WeightedAddGradients(Fuser):
     kernels: ClassVar[Any]
     pattern, promotes = dict(add=WeightedAdd), True
 
-    def bwd(
-        self, dy: Tensor, add_other: Tensor, add_weight: Tensor,
-        want: Collection[str],
-    ) -> Any:  # fmt: skip
+    def bwd(self, dy: Tensor, add_other: Tensor, add_weight: Tensor, want: Collection[str]) -> Any:
         own = {"add_other": "x", "add_weight": "weight"}
         names = tuple(own[name] for name in want if name in own)
         dother, dweight = self.kernels.scale_backward(dy, add_other, add_weight, names)

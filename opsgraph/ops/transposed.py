@@ -17,7 +17,31 @@ READ = "transposed_weight"
 """The attribute that plans read the weight by."""
 
 
-class TransposedLinear(Linear):
+def _turned(shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    return *shape[:-2], *shape[:-3:-1]
+
+
+class _Transposed(Op):
+    """What both share: plans read the weight, by another attribute, as Linear's is stored."""
+
+    reads_transposed = True
+
+    def home(self, name: str) -> Any:
+        return (self, READ) if name == "weight" else super().home(name)
+
+    @property
+    def transposed_weight(self) -> Any:
+        """The weight as `[.., out_features, in_features]`, a view; None where there is none."""
+        weight: Any = getattr(*super().home("weight"), None)
+        lazy = weight is None or isinstance(weight, UninitializedParameter)
+        return weight if lazy else weight.transpose(-2, -1)
+
+    def sizes_from(self, name: str, shape: torch.Size) -> None:
+        turned = _turned(shape) if name.startswith("weight") else shape
+        super().sizes_from(name, torch.Size(turned))  # type: ignore[arg-type]
+
+
+class TransposedLinear(_Transposed, Linear):
     """`y = x @ weight + bias`, as GPT-2's Conv1D. x: `[*, in_features]`.
 
     weight: `[in_features, out_features]`, initialized as the transpose of nn.Linear's, or by
@@ -28,8 +52,6 @@ class TransposedLinear(Linear):
     it is stored, and its gradient is made in the weight's layout. Nothing is copied. What splits a
     layer among ranks, delays weight gradients or adds them to main_grad takes Linear alone.
     """
-
-    reads_transposed = True
 
     def __init__(
         self,
@@ -45,22 +67,8 @@ class TransposedLinear(Linear):
             in_features, out_features, bias, device=device, dtype=dtype, init_method=init_method
         )
 
-    def home(self, name: str) -> Any:
-        return (self, READ) if name == "weight" else super().home(name)
-
-    @property
-    def transposed_weight(self) -> Any:
-        """The weight as `[out_features, in_features]`, a view; None where there is none."""
-        weight = getattr(*super().home("weight"), None)
-        return (
-            weight if weight is None or isinstance(weight, UninitializedParameter) else weight.t()
-        )
-
     def _stored(self, name: str) -> tuple[int | None, ...]:
         return super()._stored(name)[::-1]
-
-    def sizes_from(self, name: str, shape: torch.Size) -> None:
-        super().sizes_from(name, shape[::-1])
 
     def _reset_weight(self) -> None:
         if isinstance(self.weight, UninitializedParameter):
@@ -76,15 +84,13 @@ class TransposedLinear(Linear):
         raise OpError(type(self).__name__, "a split among ranks", "Linear")
 
 
-class TransposedGroupedLinear(GroupedLinear):
+class TransposedGroupedLinear(_Transposed, GroupedLinear):
     """`y[rows of g] = x[rows of g] @ weight[g] + bias[g]`: experts that are stored `[E, in, out]`.
 
     Parameters and arguments are GroupedLinear's, but that `weight0`, ... are
     `[in_features, out_features]`, and `weight` is `[num_groups, in_features, out_features]`. It is
     to GroupedLinear what TransposedLinear is to Linear.
     """
-
-    reads_transposed = True
 
     def __init__(
         self,
@@ -106,26 +112,12 @@ class TransposedGroupedLinear(GroupedLinear):
             single_grouped_bias=single_grouped_bias,
         )  # fmt: skip
 
-    def home(self, name: str) -> Any:
-        return (self, READ) if name == "weight" else super().home(name)
-
-    @property
-    def transposed_weight(self) -> Any:
-        """All weights as `[num_groups, out_features, in_features]`, a view; None without any."""
-        weight: Any = getattr(*super().home("weight"), None)
-        lazy = weight is None or isinstance(weight, UninitializedParameter)
-        return weight if lazy else weight.transpose(1, 2)
-
     def lower(self) -> Sequence[Lowered]:
         return (Lowered(GroupedLinear, self),)
 
     def _shape(self, name: str) -> tuple[int | None, ...]:
         shape = super()._shape(name)
-        return (*shape[:-2], *shape[:-3:-1]) if name == "weight" else shape
-
-    def sizes_from(self, name: str, shape: torch.Size) -> None:
-        weight = name.startswith("weight")
-        super().sizes_from(name, torch.Size((*shape[:-2], *shape[:-3:-1])) if weight else shape)
+        return _turned(shape) if name == "weight" else shape
 
     @classmethod
     def sample(cls) -> Iterable[Op]:

@@ -173,9 +173,7 @@ class Stretch:
         self.held = [event for event in alone if isinstance(event, Matmul)]
         """What the programs have addresses of."""
 
-    def text(
-        self, number: int, namespace: dict[str, Any]
-    ) -> Iterator[str]:  # fmt: skip
+    def text(self, number: int, namespace: dict[str, Any]) -> Iterator[str]:
         """Its lines of source, with what they name in the namespace."""
         given = [*map(name, self.bases)]
         results = [(name(result.slot), result) for result in self.results]
@@ -230,9 +228,7 @@ class InPython:
         self.layouts: Mapping[str, Layout] = {}
         """Of what it makes that stretches read."""
 
-    def text(
-        self, number: int, namespace: dict[str, Any]
-    ) -> Iterator[str]:  # fmt: skip
+    def text(self, number: int, namespace: dict[str, Any]) -> Iterator[str]:
         """Its lines of source, with what they name in the namespace."""
         namespace[f"line{number}"] = self.run
         reads, makes = (", ".join(map(name, slots.values())) for slots in (self.reads, self.makes))

@@ -126,9 +126,7 @@ def _multiplied(
 ) -> Tensor:  # fmt: skip
     """`x @ weight.T` of the kind FORWARD, `x @ weight` of DGRAD, plus what is to be added."""
     width, depth = weight.shape
-    layout = _layout(
-        kind, x, width, depth, bias is not None, other is not None, out is not None
-    )  # fmt: skip
+    layout = _layout(kind, x, width, depth, bias is not None, other is not None, out is not None)
     if layout is not None and direct(x, weight, bias, other):
         return _product(kind, layout, x, weight, bias, other, out)
     if bias is None and other is not None:

@@ -306,11 +306,9 @@ def _collect() -> None:
 
 
 def _sources() -> set[str]:
-    """The functions of plans that there are, but for those that the process keeps for all plans:
-    that launch a kernel, or look at the ends of so many storages.
-    """
+    """The functions of plans that there are; those that launch a kernel are kept for all plans."""
     plans = (name for name in linecache.cache if name.startswith("<opsgraph plan"))
-    return {name for name in plans if not name.endswith(("launched>", "short>"))}
+    return {name for name in plans if not name.endswith("launched>")}
 
 
 def _held(before: Collection[Any]) -> Iterator[str]:
