@@ -49,7 +49,7 @@ from ..features.known import KnownCalls
 from ..features.raised import place
 from ..features.recipes import StageRecipe
 from ..features.unseen import Unseen
-from ..guards.torch_private import finished, forward_ad, tracing, transforms
+from ..guards.torch_private import apart, finished, forward_ad, tracing, transforms
 from ..op import Op, lower_plainly
 from ..ops.quantize import lowered
 from ..plan import Plan
@@ -130,6 +130,7 @@ class Stage(Parameters, StageExamples, Followed, Compiled):
         whole = "autograd runs through it" if options.double_backward else None
         return replayed(plan, options.config, whole, self.recipe and self.recipe.joined(plan))
 
+    @apart  # planning is nothing to compile behind a break
     def __call__(self, x: Tensor, extras: Sequence[Tensor], compiling: bool = False) -> Any:
         if extras or self.trailing:
             extras = self.extras.verified(x, extras)

@@ -121,6 +121,8 @@ class Twins(Edges):
         """
         if accumulated(self.module) or self.hooks or not self.width or interpreting():
             raise Impossible  # Triton's interpreter takes minutes
+        if len(self._ops()) > 300:
+            raise Impossible  # so do chains of thousands of ops
         lead = (2**20 // (self.dtype.itemsize * self.width),)
         if not self._fits(lead, self._random((1, self.width), seed).expand(*lead, self.width)):
             return
