@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import JITFunction
 
 from opsgraph.kernels.formats import BLOCKS, NVFP4, Format
@@ -110,7 +111,8 @@ def _source(kernel: Any, bound: dict[str, Any]) -> ASTSource:
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
         signature[parameter.name] = kind
-    return ASTSource(kernel, signature, constants, attributes)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    return kind(kernel, signature, constants, attributes)
 
 
 def _output(tool: Any, *arguments: str) -> str:
@@ -158,7 +160,7 @@ def resources(launch: Launch, cc: int) -> tuple[dict[str, int], bytes]:
         "spilled": used["STACK"] + used["LOCAL"],
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
-        "narrow": len(narrow_strides(compiled.asm["ttir"])),
+        "narrow": len(narrow_strides(compiled.asm.get("ttir", ""))),
         "fused": len(re.findall(r"fma\.rn\.bf16", ptx)),
         "wide_loads": len(re.findall(r"(?:ld\.global|cp\.async).*(?:v4\.b32|, 0x10)", ptx)),
     }
@@ -263,13 +265,15 @@ def _grouped(rows: int, depth: int, width: int, dtype: torch.dtype, what: str) -
 
 
 def _grouped_elsewhere(*case: Any) -> None:
-    """As where there are no persistent products."""
-    chip = persistent.chip
-    persistent.chip = lambda device: 0
+    """As where there is no Gluon, and then as where there are no persistent products."""
+    paired, chip = persistent.paired, persistent.chip
     try:
+        persistent.paired = lambda: False
+        _grouped(*case)
+        persistent.chip = lambda device: 0
         _grouped(*case)
     finally:
-        persistent.chip = chip
+        persistent.paired, persistent.chip = paired, chip
 
 
 def _inverse(rows: int, depth: int, cols: bool) -> None:

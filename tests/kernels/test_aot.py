@@ -35,6 +35,8 @@ KERNELS = {
     "grouped_weights_kernel",
     "persistent_rows_kernel",
     "persistent_weights_kernel",
+    "ping_pong_rows_kernel",
+    "ping_pong_weights_kernel",
     "schedule_kernel",
     "copy_kernel",
     "blocks_kernel",
@@ -50,7 +52,13 @@ KERNELS = {
 }
 
 
-HOPPER = {"persistent_rows_kernel", "persistent_weights_kernel", "schedule_kernel"}
+HOPPER = {
+    "persistent_rows_kernel",
+    "persistent_weights_kernel",
+    "ping_pong_rows_kernel",
+    "ping_pong_weights_kernel",
+    "schedule_kernel",
+}
 """Kernels that no other chip is given; they load by descriptors."""
 NATIVE = {"pairs_kernel"}
 """Kernels for chips that convert to FP8 themselves."""

@@ -7,6 +7,8 @@ says for which operands there are none; `grouped` has kernels for all.
 """
 
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import Config, configured
+from . import interpreting
 from .gemm import precision
 from .launch import ceil_div, launch, multiprocessors, on_device_of
 
@@ -259,8 +262,21 @@ def schedule(given: Tensor, rows: int, sizes: bool) -> Schedule:
     return Schedule(plan, groups, TILE)
 
 
-def rows_options(depth: int, width: int, transposed: bool) -> tuple[Config, ...]:
-    """Configurations of `persistent_rows_kernel`, the usual one first."""
+@cache
+def paired() -> bool:
+    """Whether there are kernels in which two groups of warps take tiles in turn, see `ping_pong`.
+
+    Triton's interpreter runs none that is written in Gluon.
+    """
+    return not interpreting() and find_spec("triton.experimental.gluon") is not None
+
+
+PAIR: Config = {"BLOCK_N": 128, "GROUP": 8, "STAGES": 6, "num_warps": 4, "maxnreg": 168}
+"""Of those: 12 warps with all of a multiprocessor's registers."""
+
+
+def rows_options(depth: int, width: int, transposed: bool, pairs: bool) -> tuple[Config, ...]:
+    """Configurations of a product of rows, the usual one first. pairs: what `paired` says."""
     wide = {"BLOCK_N": 256, "PARTS": 2, "GROUP": 8, "num_warps": 8}
     flat = wide | {"FLATTEN": True, "num_stages": 3}
     deep = wide | {"FLATTEN": False, "num_stages": 4}
@@ -268,26 +284,33 @@ def rows_options(depth: int, width: int, transposed: bool) -> tuple[Config, ...]
         "BLOCK_N": 128, "PARTS": 2, "GROUP": 8, "FLATTEN": False, "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
     usual = (deep, flat) if depth > 4096 else (flat, deep)
-    return *usual, small
+    return (*([PAIR] * pairs), *usual, small)
 
 
-def weights_options(width: int, depth: int) -> tuple[Config, ...]:
-    """Configurations of `persistent_weights_kernel`, the usual one first."""
+def weights_options(width: int, depth: int, pairs: bool) -> tuple[Config, ...]:
+    """Configurations of a product of weights' gradients, the usual one first."""
     small = {"BLOCK_N": 128, "PARTS": 2, "GROUP": 8, "num_warps": 4, "num_stages": 3}
     wide = {"BLOCK_N": 256, "PARTS": 2, "GROUP": 8, "num_warps": 8, "num_stages": 4}
-    return small, wide
-
-
-def _programs(x: Tensor, options: Config) -> int:
-    """As many as run at once: two of 4 warps on a multiprocessor, one of 8."""
-    return multiprocessors(x.device) * (8 // int(options["num_warps"]))
+    return (*([PAIR] * pairs), small, wide)
 
 
 def _common(x: Tensor, at: Schedule, options: Config) -> dict[str, Any]:
-    return {
-        "COUNT": at.groups, "PROGRAMS": _programs(x, options), "BLOCK_M": at.tile,
-        "BLOCK_K": DEPTH, "PRECISION": precision(x.dtype), **options,
-    }  # fmt: skip
+    """What all kernels are told, and how many programs there are: as many as run at once.
+
+    On a multiprocessor that is two of 4 warps, one of 8 or of a pair.
+    """
+    common = {"COUNT": at.groups, "BLOCK_M": at.tile, "BLOCK_K": DEPTH, **options}
+    if "STAGES" in options:
+        return common | {"PROGRAMS": multiprocessors(x.device)}
+    programs = multiprocessors(x.device) * (8 // int(options["num_warps"]))
+    return common | {"PROGRAMS": programs, "PRECISION": precision(x.dtype)}
+
+
+def _kernel(name: str, options: Config) -> Any:
+    """The kernel that a configuration is for. Gluon is imported where it is used."""
+    if "STAGES" in options:
+        return getattr(import_module(".ping_pong", __package__), f"ping_pong_{name}_kernel")
+    return persistent_rows_kernel if name == "rows" else persistent_weights_kernel
 
 
 def rows_product(
@@ -295,11 +318,11 @@ def rows_product(
 ) -> None:
     """`y = x @ weights[g]`, or `x @ weights[g].T` where TRANSPOSED, and the bias."""
     depth, width = x.size(1), y.size(1)
-    options = configured("persistent_rows", (depth, width, transposed), rows_options)
+    options = configured("persistent_rows", (depth, width, transposed, paired()), rows_options)
     with on_device_of(x):
         constants = _common(x, at, options)
         launch(
-            persistent_rows_kernel, (constants["PROGRAMS"],), x, weights, bias, y, at.plan,
+            _kernel("rows", options), (constants["PROGRAMS"],), x, weights, bias, y, at.plan,
             x.size(0), depth, width, x.stride(0) // 8, TRANSPOSED=transposed, **constants,
         )  # fmt: skip
 
@@ -307,13 +330,13 @@ def rows_product(
 def weights_product(dy: Tensor, x: Tensor, dweights: Tensor, at: Schedule) -> None:
     """`dweights[g] = dy[g].T @ x[g]`."""
     width, depth = dy.size(1), x.size(1)
-    options = configured("persistent_weights", (width, depth), weights_options)
+    options = configured("persistent_weights", (width, depth, paired()), weights_options)
     with on_device_of(x):
         constants = _common(x, at, options)
-        if dweights.dtype == torch.float32:
-            constants["PARTS"] *= 2
+        if dweights.dtype == torch.float32:  # a tile takes twice the shared memory
+            constants |= {"STAGES": 5} if "STAGES" in options else {"PARTS": 2 * options["PARTS"]}
         launch(
-            persistent_weights_kernel, (constants["PROGRAMS"],), dy, x, dweights, at.plan,
+            _kernel("weights", options), (constants["PROGRAMS"],), dy, x, dweights, at.plan,
             x.size(0), width, depth, dy.stride(0) // 8, x.stride(0) // 8,
             WHOLE=width % at.tile == 0, **constants,
         )  # fmt: skip

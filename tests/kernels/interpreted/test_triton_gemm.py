@@ -248,12 +248,17 @@ if not INTERPRETING:
         Groups((0, 0, 513), 7, 8, 8, torch.bfloat16),
         Groups((1, 2, 3, 0), 1, 4096, 2050, torch.float16),
         Groups((300, 200), 0, 431, 300, torch.float32),
+        Groups((64, 65, 63, 127, 129, 0, 0), 0, 2048, 1000, torch.bfloat16),
+        Groups((5000, 4000, 3), 11, 448, 2048, torch.bfloat16),  # several tiles of each program
     ]
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("pairs", [False] if INTERPRETING else [False, True])
 @pytest.mark.parametrize("case", GROUPS, ids=str)
-def test_grouped(case: Groups, device: str) -> None:
+def test_grouped(case: Groups, pairs: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pairs: whether two groups of warps take tiles in turn, which the interpreter cannot run."""
+    monkeypatch.setattr(persistent, "paired", lambda: pairs)
     rows, count = sum(case.sizes) + case.beyond, len(case.sizes)
     make: dict[str, Any] = {"dtype": case.dtype, "device": device}
     x = laid_out(normal(rows, case.depth, **make), case.layout)
