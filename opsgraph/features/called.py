@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..base import config
 from ..base.errors import PlanError
+from ..guards.torch_private import constant_under_compile
 from ..guards.watched import HOOKS, serving
 from ..op import Op
 
@@ -72,6 +73,25 @@ def spread(label: str, module: nn.Module, called: bool) -> Iterator[Entry]:
         yield from spread(label, part, False)
 
 
+class Alone:
+    """What the `forward` of an op runs that is called: the sequence that `make` makes."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+        self.inner: Any = None
+
+    @constant_under_compile  # Dynamo looks past a cache, and cannot follow what makes a sequence
+    def prepare(self) -> None:
+        """See that there is a sequence."""
+        with config.lock:
+            if self.inner is None:
+                self.inner = self.make()
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        self.prepare()
+        return self.inner.forward(*inputs)
+
+
 class CalledOp:
     """A stage that calls an op as a module. run: what the op's `forward` does meanwhile."""
 
@@ -111,14 +131,15 @@ def called(
     """
     _, (label,), options, *_ = arguments
 
-    @cache
-    def inner() -> Any:
+    def make() -> Any:
         name = label.split(":")[0]  # for the same label
         return alone(OrderedDict({name: op}), **options.given(), queue=options.queue)
 
+    run = Alone(make)
     kinds = [entry.kind for entry in op.lower()] if hasattr(op, "fwd") else []
     if why != "hooks" and not any(kind.taps or kind.extra_inputs for kind in kinds):
-        return CalledOp(op, lambda x: inner()(x))
+        return CalledOp(op, run)
     stage = kind(*arguments)
-    stage.inner, stage.call = inner(), CalledOp(op, inner().forward)
+    run.prepare()
+    stage.inner, stage.call = run.inner, CalledOp(op, run)
     return stage

@@ -1,6 +1,7 @@
 """Ops with hooks, or a forward of their own, inside a Sequential: as in nn.Sequential."""
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -245,6 +246,29 @@ def test_hooks_fire_under_torch_compile_and_a_recipe() -> None:
         y = wide(x)
     torch.testing.assert_close(y, wide(x), rtol=0.2, atol=0.2)
     assert not torch.equal(y, wide(x))
+
+
+class _Doubled(Linear):
+    def forward(self, x: Tensor, *more: Tensor) -> Any:
+        return 2 * super().forward(x, *more)
+
+
+class _DoubledCall(Linear):
+    def __call__(self, x: Tensor, *more: Tensor) -> Any:
+        return 2 * super().__call__(x, *more)
+
+
+@pytest.mark.parametrize("kind", [_Doubled, _DoubledCall])
+def test_a_forward_of_its_own_is_one_graph_under_torch_compile(kind: type[Linear]) -> None:
+    """Dynamo looks past a cache: the sequence that runs the op was made in the trace."""
+    torch.compiler.reset()
+    module = og.Sequential(Linear(4, 6), kind(6, 6), SiLU(), Residual(kind(6, 6)))
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = results(compiled)
+    for one, right in zip(found, results(module), strict=True):
+        assert torch.equal(one, right)
 
 
 def test_a_hook_keeps_no_sequence_alive() -> None:

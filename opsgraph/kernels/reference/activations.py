@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...guards.torch_private import constant_under_compile
 from . import wide
 
 aten = torch.ops.aten
@@ -264,9 +265,14 @@ class Form(NamedTuple):
         return " ".join([self.name, *words])
 
 
-@cache
+@constant_under_compile  # Dynamo warns of a cache that it comes to
 def form_of(kind: str) -> Form:
     """What a kind says. Raises ValueError for a word that `Form` does not have."""
+    return _form_of(kind)
+
+
+@cache
+def _form_of(kind: str) -> Form:
     name, *words = kind.split(" ")
     known = Form._fields[1:]
     if unknown := [word for word in words if word not in known]:
