@@ -161,6 +161,16 @@ def test_biases_come_and_go(put: Any, bias: bool) -> None:
     assert module.fc1_bias.grad is not None
 
 
+def test_parameters_that_are_set_later_are_marked_as_those_before() -> None:
+    module = mlp(delay_wgrad_compute=True)
+    before = {name: vars(parameter).copy() for name, parameter in module.named_parameters()}
+    assert before["fc1_weight"]["tensor_model_parallel"]
+    assert before["fc1_weight"]["skip_backward_post_hook"]
+    for name, parameter in module.named_parameters():
+        setattr(module, name, nn.Parameter(torch.randn_like(parameter)))
+    assert {name: vars(parameter) for name, parameter in module.named_parameters()} == before
+
+
 def test_an_rmsnorm_takes_no_bias() -> None:
     module = mlp(normalization="RMSNorm")
     module(X)

@@ -148,6 +148,21 @@ def test_only_what_the_backward_was_asked_for_waits() -> None:
     assert module.queued_backward_dw() == 0
 
 
+def test_a_weight_that_is_frozen_while_its_gradient_waits_gets_none() -> None:
+    module, x = nested(delay_wgrad_compute=True), torch.randn(4, 8)
+    for _ in range(2):
+        module(x).sum().backward()
+    module.backward_dw()
+    weights = {name: p for name, p in module.named_parameters() if p.dim() == 2}
+    once = {name: weight.grad.clone() for name, weight in weights.items()}
+    frozen = {"0.weight", "3.fc1_weight"}
+    for name in frozen:
+        weights[name].requires_grad_(False)
+    module.backward_dw()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight.grad, (2 - (name in frozen)) * once[name])
+
+
 def test_a_retained_graph_brings_its_gradients_twice() -> None:
     module, x = nested(delay_wgrad_compute=True), torch.randn(4, 8)
     loss = module(x).sum()

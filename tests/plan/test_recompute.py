@@ -32,6 +32,7 @@ CHAINS: dict[str, Callable[[int], list[og.Op]]] = {
     "without a GEMM": lambda count: [
         f for _ in range(count // 2) for f in (SiLU(), ConstantScale(2.0))
     ],
+    "without saved values": lambda count: [*(ConstantScale(-1.0) for _ in range(count)), SiLU()],
     "norms": lambda count: [RMSNorm(4) for _ in range(count)],
     "linear layers": lambda count: [
         f for _ in range(count // 2) for f in (Linear(4, 4), RMSNorm(4))
