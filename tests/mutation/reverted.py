@@ -18,18 +18,18 @@ STATES = (
     fault(
         "plain-checkpoint", "Keys of scales that a plain checkpoint lacks are missing.",
         "precision/delayed.py", "strict, [], *args", "strict, missing, *args",
-        "precision/test_delayed.py",
+        "precision/test_delayed_state.py",
     ),
     fault(
         "sizes-found-in-inference", "Sizes completed in inference mode leave untrainable weights.",
         "ops/sizes.py", "with torch.inference_mode(False):", "with torch.no_grad():",
-        "ops/test_ops.py",
+        "guards/test_watched.py",
     ),
     fault(
         "recipe-of-a-checkpoint", "A call under a delayed recipe reads scales that are updated.",
         "precision/tapes.py", "        scale = tapes.replaying.read(place)\n",
         "        tapes.replaying.read(place)\n",
-        "precision/test_recipe.py",
+        "precision/test_recomputed.py",
     ),
     fault(
         "unseen-modes", "Calls of a known kind do not see train() and eval().",
@@ -42,7 +42,7 @@ STATES = (
         "        if old is not value and (constant or not _same(old, value)):\n"
         "            self.touch()\n",
         "        del old, constant\n",
-        "run/test_sequential.py",
+        "run/test_autograd.py",
     ),
     fault(
         "unseen-edits", "Edits of a list of ops after the first call are not seen.",
@@ -59,7 +59,7 @@ STATES = (
                  "        super().add_module(name, _checked(module))\n        self.touch()\n",
                  "        super().add_module(name, _checked(module))\n"),
         ),
-        ("run/test_sequential.py",),
+        ("guards/test_watched.py",),
     ),
     Fault(
         "unseen-bias", "A bias that a Linear gets after the first call is not added.",
@@ -75,7 +75,7 @@ STATES = (
             Edit("run/parameters.py", "getattr(*place, None) is not None for place in self.absent",
                  "False for place in self.absent"),
         ),
-        ("run/test_sequential.py",),
+        ("guards/test_watched.py",),
     ),
     fault(
         "stale-parameters", "What replaces a parameter after the first call is not read.",
@@ -97,7 +97,7 @@ STATES = (
         "layernorm_mlp/module.py",
         'return state | {"_sequences": (), "_queue": Queue()}',
         'return state | {"_queue": Queue()}',
-        "layernorm_mlp/test_module.py",
+        "layernorm_mlp/test_settings.py",
     ),
     fault(
         "copied-stages", "A copy of a Sequential keeps the stages of the original.",
@@ -111,12 +111,12 @@ STATES = (
         "guards/watched.py",
         "key: value.copy() if key in MODULE_ATTRIBUTES and isinstance(value, dict) else value",
         "key: value",
-        "run/test_sequential.py",
+        "guards/test_watched.py",
     ),
     fault(
         "grad-mode", "Calls of a known kind do not see whether grad is enabled.",
         "features/known.py", "            and torch.is_grad_enabled() is last.grad\n", "",
-        "run/test_sequential.py",
+        "features/test_known.py",
     ),
 )  # fmt: skip
 
@@ -172,7 +172,7 @@ GRADIENTS = (
         "gradient-views", "Gradients of an input and of what is added to it share memory.",
         "features/dimensions.py", "            view = shaped.get(id(gradient))\n",
         "            view = None\n",
-        "run/test_autograd.py",
+        "run/test_eager.py",
     ),
     fault(
         "written-over", "A kernel writes its result over memory that others read.",
@@ -185,7 +185,7 @@ GRADIENTS = (
         "output-is-a-view", "An output in training may not be changed in place.",
         "features/dimensions.py", "        return (views[0].detach(),)\n",
         "        return (views[0],)\n",
-        "run/test_autograd.py",
+        "run/test_eager.py",
     ),
     fault(
         "output-is-the-input", "An output that is also an input is no view of it.",
@@ -200,7 +200,7 @@ INPUTS = (
     fault(
         "weight-of-another-length", "A parameter of another length is read past its end.",
         "features/declared_ops.py", "if len(got) != len(expected) or not all(fits):", "if False:",
-        "ops/test_ops.py",
+        "guards/test_watched.py",
     ),
     fault(
         "surplus-inputs", "Extra inputs that no op asks for are dropped without a word.",
@@ -239,7 +239,7 @@ INPUTS = (
                  '        stem += "_"\n    return text\n',
                  '    return f"{stem}{number}"\n'),
         ),
-        ("plan/test_codegen.py",),
+        ("guards/test_names.py",),
     ),
 )  # fmt: skip
 

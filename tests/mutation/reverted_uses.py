@@ -36,7 +36,7 @@ PARAMETERS = (
         "        if param is not None and \"marked\" in self.__dict__:\n"
         "            self._mark_parameters()\n",
         "        pass\n",
-        "layernorm_mlp/test_settings.py", "ops/test_delayed.py", "guards/test_watched.py",
+        "layernorm_mlp/test_settings.py",
     ),
     fault(
         "default-device", "A LayerNormMLP does not follow PyTorch's default device.",
@@ -44,7 +44,7 @@ PARAMETERS = (
         "    if any(isinstance(mode, DeviceContext) for mode in modes):\n        return None\n"
         "    return \"cuda\" if torch.cuda.is_available() else None\n",
         "    del modes\n    return \"cuda\" if torch.cuda.is_available() else \"cpu\"\n",
-        "layernorm_mlp/test_interface.py",
+        "layernorm_mlp/test_settings.py",
     ),
     fault(
         "foreign-keys", "Keys of TransformerEngine's ops do not load.",
