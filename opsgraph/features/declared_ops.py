@@ -18,6 +18,7 @@ from ..guards.constants import verify as verify_constant
 from ..op import STORED, Op, Placed, arguments, differentiable, weights
 from ..op.functions import backward_functions, definer, said
 from ..ops.lora import ADAPTED
+from ..ops.transposed import as_stored
 from ..plan.basic_ops import BasicOps
 
 OWN = frozenset({"x", "y", "dy", "want", "self"})
@@ -173,7 +174,8 @@ def check_shapes(
         kind = run.kinds[i]
         expected = kind.shape_of(ops[i], name)
         if weight is None and name in kind.required:
-            shape = "" if expected is None else f" of shape {_text(expected)}"
+            shown, sizes = as_stored(shown, expected or ())
+            shape = "" if expected is None else f" of shape {_text(sizes)}"
             raise OpError(run.labels[i], f"{shown}=None", f"a parameter{shape}")
         if weight is not None and name in kind.typed_by and not weight.is_floating_point():
             raise OpError(run.labels[i], f"{shown} dtype {weight.dtype}", "a float")
@@ -182,7 +184,9 @@ def check_shapes(
         got = tuple(weight.shape)
         fits = (e in (None, g) for e, g in zip(expected, got, strict=False))
         if len(got) != len(expected) or not all(fits):
-            raise OpError(run.labels[i], f"{shown} of shape {got}", _text(expected))
+            _, sizes = as_stored(shown, expected)
+            shown, stored = as_stored(shown, got)
+            raise OpError(run.labels[i], f"{shown} of shape {stored}", _text(sizes))
 
 
 def _text(shape: Sequence[int | None]) -> str:

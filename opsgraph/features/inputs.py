@@ -62,7 +62,7 @@ def _needed(stages: Sequence[Any]) -> list[tuple[Any, int, str]]:
     made: list[str] = []
     for stage in stages:
         needed += [(stage, i, name) for i, name, channel in stage.inputs if channel not in made]
-        made += [name for name in stage.output_names if name]
+        made += [name for name in stage.output_names if name is not None]
     return needed
 
 

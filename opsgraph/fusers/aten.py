@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..fuser import Fuser, register
 from ..kernels.reference import activations, norms
+from ..kernels.reference.scales import beyond
 from ..op import Op, Spec
 from ..ops import GELU, Add, BasicLinear, Bias, ConstantScale, ReLU, RMSNorm, ScaledAdd, Tee
 from ..ops.activations import Function, GatedActivation
@@ -68,6 +69,9 @@ class LinearScaleAdd(Fuser):
 
     backend, pattern = "aten", dict(fc=BasicLinear, scale=ConstantScale, add=Add | None)
 
+    def reject(self, scale: Any, x: Spec) -> str | None:
+        return beyond(x.dtype, scale.scale)
+
     def fwd(
         self, x: Tensor, fc_weight: Tensor, scale_scale: float, add_other: Tensor | None
     ) -> Any:
@@ -83,6 +87,9 @@ class LinearScaledAdd(Fuser):
     backend = "aten"
     pattern = dict(fc=BasicLinear, scale=ConstantScale | None, add=ScaledAdd)
 
+    def reject(self, scale: Any, add: Any, x: Spec) -> str | None:
+        return beyond(x.dtype, scale and scale.scale, add.scale)
+
     def fwd(
         self, x: Tensor, fc_weight: Tensor, scale_scale: float | None, add_other: Tensor,
         add_scale: float,
@@ -97,6 +104,9 @@ class ScaleAdd(Fuser):
 
     backend, pattern, promotes = "aten", dict(scale=ConstantScale, add=Add), True
 
+    def reject(self, scale: Any, x: Spec) -> str | None:
+        return beyond(x.dtype, scale.scale)
+
     def fwd(self, x: Tensor, scale_scale: float, add_other: Tensor) -> Any:
         return torch.add(add_other, x, alpha=scale_scale), ()
 
@@ -107,10 +117,10 @@ class LinearScaleBackward(Fuser):
 
     backend, pattern = "aten", dict(fc=BasicLinear, scale=ConstantScale)
 
-    def reject(self, fc: Op, scale: Op, x: Spec) -> str | None:
+    def reject(self, fc: Op, scale: Any, x: Spec) -> str | None:
         if getattr(fc, "accumulate_into_main_grad", False):
             return "the weight gradient goes into main_grad"
-        return None
+        return beyond(x.dtype, scale.scale)
 
     def wgrad(self, dy: Tensor, fc_x: Tensor, scale_scale: float) -> Any:
         return _scaled_product(dy.t(), fc_x, scale_scale)

@@ -47,9 +47,12 @@ def number(
 ) -> float:
     """A float for which `allowed` is true; `expected` says so in words."""
     plain = _plain(who, name, value)
-    if isinstance(plain, bool) or not isinstance(plain, Real) or not allowed(float(plain)):
-        raise OpError(who, f"{name}={shown(value)}", expected)
-    return float(plain)
+    try:
+        if not isinstance(plain, bool) and isinstance(plain, Real) and allowed(float(plain)):
+            return float(plain)
+    except OverflowError:  # of a whole number that no float holds
+        pass
+    raise OpError(who, f"{name}={shown(value)}", expected)
 
 
 def finite(who: str, name: str, value: Any) -> float:
@@ -177,6 +180,13 @@ def place(who: str, device: Any, dtype: Any) -> None:
         torch.device(device) if device is not None else None
     except (RuntimeError, TypeError) as error:
         raise OpError(who, f"device={device!r}", "a device of torch or None") from error
+
+
+def computed(where: str, what: str, dtype: torch.dtype) -> None:
+    """Raises OpError for a dtype that nothing computes in; what: "other ", or nothing."""
+    if dtype not in TRAINED:
+        expected = f"one of {_TRAINED}" if dtype.is_floating_point else "a float"
+        raise OpError(where, f"{what}dtype {dtype}", expected)
 
 
 class Checked:

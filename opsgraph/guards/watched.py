@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..base import config
 from ..base.errors import OpError
+from .validation import Checked
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -136,6 +137,12 @@ class Watched(nn.Module):
                     owner._forget()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter | nn.Module):  # nn.Module's would pass the check by
+            slot = getattr(type(self), name, None)
+            if isinstance(slot, Checked):
+                slot.__set__(self, value)
+                self.touch()
+                return
         if "_owners" not in self.__dict__ or (name in MODULE_ATTRIBUTES and name not in HOOKS):
             super().__setattr__(name, value)
             return

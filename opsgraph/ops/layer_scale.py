@@ -30,9 +30,10 @@ class LayerScale(Op):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        place("LayerScale", device, dtype)
+        who = type(self).__name__
+        place(who, device, dtype)
         super().__init__()
-        self.init_value = finite("LayerScale", "init_value", init_value)
+        self.init_value = finite(who, "init_value", init_value)
         self.width = width
         self.weight = empty_parameter((width,), device, dtype)
         self.reset_parameters()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..guards.validation import finite, text
-from ..kernels.reference import scales
+from ..kernels.reference import scales, wide
 from ..op import Op, Spec
 from .layer_scale import LayerScale
 
@@ -23,11 +23,12 @@ class ScaledAdd(Op):
 
     def __init__(self, name: str | None = None, scale: float = 1.0) -> None:
         super().__init__()
-        self.channels["other"] = text("ScaledAdd", "name", name)
-        self.scale = finite("ScaledAdd", "scale", scale)
+        who = type(self).__name__
+        self.channels["other"] = text(who, "name", name)
+        self.scale = finite(who, "scale", scale)
 
     def reject(self, x: Spec) -> str | None:
-        finite("ScaledAdd", "scale", self.scale)  # it may have been set since construction
+        finite(type(self).__name__, "scale", self.scale)  # it may have been set since construction
         return None
 
     def out(self, x: Spec) -> Spec:
@@ -37,6 +38,9 @@ class ScaledAdd(Op):
         return out_width
 
     def fwd(self, x: Tensor, other: Tensor, scale: float) -> tuple[Tensor, tuple[()]]:
+        dtype = torch.promote_types(x.dtype, other.dtype)
+        if scales.beyond(dtype, scale):
+            return (wide(x) + wide(other) * scale).to(dtype), ()
         return torch.add(x, other, alpha=scale), ()
 
     def bwd(self, dy: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor]]:
@@ -71,7 +75,7 @@ class WeightedAdd(LayerScale):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(width, init_value, device=device, dtype=dtype)
-        self.channels["other"] = text("WeightedAdd", "name", name)
+        self.channels["other"] = text(type(self).__name__, "name", name)
 
     def fwd(  # type: ignore[override]
         self, x: Tensor, other: Tensor, weight: Tensor

@@ -17,6 +17,11 @@ READ = "transposed_weight"
 """The attribute that plans read the weight by."""
 
 
+def as_stored(name: str, shape: tuple[int | None, ...]) -> tuple[str, tuple[int | None, ...]]:
+    """What a parameter that plans read by that name is called, and its shape, on its module."""
+    return ("weight", _turned(shape)) if name == READ else (name, shape)
+
+
 def _turned(shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
     return *shape[:-2], *shape[:-3:-1]
 
@@ -33,8 +38,9 @@ class _Transposed(Op):
     def transposed_weight(self) -> Any:
         """The weight as `[.., out_features, in_features]`, a view; None where there is none."""
         weight: Any = getattr(*super().home("weight"), None)
-        lazy = weight is None or isinstance(weight, UninitializedParameter)
-        return weight if lazy else weight.transpose(-2, -1)
+        if weight is None or isinstance(weight, UninitializedParameter) or weight.dim() < 2:
+            return weight
+        return weight.transpose(-2, -1)
 
     def sizes_from(self, name: str, shape: torch.Size) -> None:
         turned = _turned(shape) if name.startswith("weight") else shape

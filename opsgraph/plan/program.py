@@ -30,6 +30,7 @@ import torch
 from ..base.errors import OpError
 from ..guards.constants import called, literal, plain
 from ..guards.names import root, variable
+from ..guards.validation import computed
 from ..op import (
     BACKWARD,
     FORWARD,
@@ -137,8 +138,7 @@ class Program:
     def _propagate(self) -> None:
         """Find the spec of every x. Raises OpError where an op cannot take what it is given."""
         x = self.request.x
-        if not x.dtype.is_floating_point:
-            raise OpError(self.labels[0] if self.labels else "input", f"dtype {x.dtype}", "a float")
+        computed(self.labels[0] if self.labels else "input", "", x.dtype)
         self.specs.append(x := self.spec("x0"))
         for i, (kind, op) in enumerate(zip(self.kinds, self.ops, strict=True)):
             if reason := kind.reject(op, x):
@@ -184,8 +184,7 @@ class Program:
         if (spec.shape, spec.factor) != (expected.shape, expected.factor):
             raise OpError(label, f"{name} {spec}", str(expected))
         if name in promotes(kind):
-            if not spec.dtype.is_floating_point:
-                raise OpError(label, f"{name} dtype {spec.dtype}", "a float")
+            computed(label, f"{name} ", spec.dtype)
         elif name not in kind.as_stored and self.request.compute is None:
             if spec.dtype != expected.dtype:
                 raise OpError(label, f"{name} dtype {spec.dtype}", str(expected.dtype))

@@ -122,7 +122,7 @@ class Sequential(
     def _make_stages(self, recipe: int | None) -> list[Any]:
         # An op that is called alone is given what it reads.
         ops = (op for op in self._present() if isinstance(op, Op) and self._called)
-        given = [name for op in ops for name in op.channels.values() if name]
+        given = [name for op in ops for name in op.channels.values() if name is not None]
         return make_stages(self._entries(), self._options, recipe, given, CalledSequential)
 
     # -- running --

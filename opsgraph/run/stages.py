@@ -45,7 +45,7 @@ def make_stages(
             continue
         ops: list[Any] = [entry.module for entry in group]
         labels = [entry.label for entry in group]
-        known = [n for s in stages if isinstance(s, Stage) for n in s.output_names if n]
+        known = [n for s in stages if isinstance(s, Stage) for n in s.output_names if n is not None]
         arguments = ops, labels, options, [*known, *given], set().union(*read[k + 1 :]), recipe
         if why is None:
             stages.append(Stage(*arguments))

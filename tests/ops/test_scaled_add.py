@@ -9,6 +9,7 @@ from torch import nn
 import opsgraph as og
 from opsgraph.ops import (
     Add,
+    ConstantScale,
     Linear,
     Residual,
     RMSNorm,
@@ -152,6 +153,34 @@ def test_a_narrower_value_before_a_product_gets_its_gradient(
         assert y.dtype == F32
         got, wanted = (torch.autograd.grad(each.sum(), x)[0] for each in (y, eager))
         torch.testing.assert_close(got, wanted, rtol=2e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("backends", [None, ("aten", "reference"), ("reference",)], ids=str)
+@pytest.mark.parametrize("dtype, factor", [(torch.float16, 1e5), (BF16, 3.4e38), (F32, -1e39)])
+def test_factors_beyond_the_dtype_multiply_as_pytorchs(
+    dtype: torch.dtype, factor: float, backends: tuple[str, ...] | None
+) -> None:
+    """torch.add and addmm take none of them for their alpha."""
+    options: dict[str, Any] = {} if backends is None else {"backends": backends}
+    linear = Linear(8, 8, bias=False, dtype=dtype)
+    x, other = ((torch.randn(4, 8) * 1e-3).to(dtype).requires_grad_() for _ in range(2))
+    product = nn.functional.linear(x, linear.weight)
+    cases = (
+        ([ScaledAdd(scale=factor)], x + other * factor),
+        ([ConstantScale(factor), Add()], x * factor + other),
+        ([linear, ConstantScale(factor), Add()], product * factor + other),
+        ([linear, ScaledAdd(scale=factor)], product + other * factor),
+        ([linear, ConstantScale(factor)], product * factor),
+    )
+    for ops, eager in cases:
+        given = (x,) if len(ops[-1].channels) == 0 else (x, other)
+        y = og.Sequential(*ops, **options)(*given)
+        dy = torch.full_like(y, 1e-3)
+        found = [
+            [each, *torch.autograd.grad(each, given, dy, retain_graph=True)] for each in (y, eager)
+        ]
+        for got, wanted in zip(*found, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
 def test_what_is_refused() -> None:

@@ -98,8 +98,14 @@ def test_sizes_come_from_neighbours_and_from_state_dicts() -> None:
     other.load_state_dict(module[0].state_dict())
     assert (other.in_features, other.out_features) == SIZES
     assert repr(other) == "TransposedLinear(8, 12, bias=True)"
-    with pytest.raises(og.OpError, match=r"transposed_weight of shape \(8, 12\).*\(12, 8\)"):
+    with pytest.raises(og.OpError, match=r"got weight of shape \(12, 8\), expected \(8, 12\)"):
         other.weight = nn.Parameter(torch.ones(12, 8))
+        other(torch.ones(2, 8))
+    with pytest.raises(og.OpError, match=r"got weight of shape \(8,\), expected \(8, 12\)"):
+        other.weight = nn.Parameter(torch.ones(8))
+        other(torch.ones(2, 8))
+    with pytest.raises(og.OpError, match=r"weight=None, expected a parameter of shape \(8, 12\)"):
+        other.weight = None
         other(torch.ones(2, 8))
 
 

@@ -165,6 +165,7 @@ PLAIN: dict[str, Callable[[], list[nn.Module]]] = {
     "extra inputs and outputs": lambda: [
         *[Add("in"), Tee("out"), Doubling(), Add(), Tee(), Doubling(), Add("in 2"), Tee("last")]
     ],
+    "a channel without a name": lambda: [Tee(""), SiLU(), Doubling(), Add("")],
     "output also read later": lambda: [Tee("r", True), SiLU(), Doubling(), Add("r")],
     "nested": lambda: [SiLU(), og.Sequential(Linear(6, 8), SwiGLU()), LayerNorm(4)],
 }

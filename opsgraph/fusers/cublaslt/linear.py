@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...fuser import Fuser, register
 from ...kernels.lazy import Lazy
-from ...op import Op
+from ...kernels.reference.scales import beyond
+from ...op import Spec
 from ...ops import GELU, Add, BasicLinear, Bias, ConstantScale, ReLU, Tee
 
 gemm = Lazy("cublaslt.gemm")
@@ -40,6 +41,9 @@ class LinearScale(Product):
 
     pattern = dict(fc=BasicLinear, scale=ConstantScale, add=Add | None)
 
+    def reject(self, scale: Any, x: Spec) -> str | None:
+        return beyond(x.dtype, scale.scale)
+
     def fwd(
         self, x: Tensor, fc_weight: Tensor, scale_scale: float, add_other: Tensor | None
     ) -> Any:
@@ -67,10 +71,10 @@ class LinearBackward(Product):
 
     pattern = dict(tee=Tee | None, fc=BasicLinear, scale=ConstantScale | None)
 
-    def reject(self, fc: Any, scale: Op | None) -> str | None:
+    def reject(self, fc: Any, scale: Any, x: Spec) -> str | None:
         if scale is not None and getattr(fc, "accumulate_into_main_grad", False):
             return "the weight gradient goes into main_grad"
-        return None
+        return beyond(x.dtype, scale and scale.scale)
 
     def wgrad(self, dy: Tensor, fc_x: Tensor, scale_scale: float | None) -> Any:
         return gemm.matmul(dy.t(), fc_x, alpha=_factor(scale_scale))

@@ -15,6 +15,12 @@ def dtype_of(x: torch.dtype, weight: torch.dtype) -> torch.dtype:
     return torch.promote_types(x, weight)
 
 
+def beyond(dtype: torch.dtype, *factors: float | None) -> str | None:
+    """Why PyTorch takes one of the factors for no alpha or beta of that dtype, or None."""
+    large = [f for f in factors if f is not None and abs(f) > torch.finfo(dtype).max]
+    return f"the factor {large[0]} is beyond {dtype}" if large else None
+
+
 def scale_forward(x: Tensor, weight: Tensor, other: Tensor | None = None) -> Tensor:
     """`y = x * weight (+ other)`, `[rows, width]`: each rounded to what PyTorch promotes to."""
     y = x * weight
