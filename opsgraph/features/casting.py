@@ -26,7 +26,7 @@ from ..ops.quantize import Quantize
 from ..plan.basic_ops import BasicOps
 from ..plan.claims import Claim
 from ..plan.lines import Line, literal, value
-from ..plan.program import Request
+from ..plan.program import Program, Request
 from ..plan.writer import Writer
 
 
@@ -161,22 +161,29 @@ def _prefix(run: BasicOps, changes: Mapping[int, Op]) -> str:
     return prefix
 
 
+def promoted(program: Program, i: int) -> dict[str, torch.dtype]:
+    """What an op's gradients are cast to behind its backward, by their names, `dx` among them."""
+    kind = program.kinds[i]
+    if passes(kind) or not promotes(kind):
+        return {}
+    dtypes: dict[str | None, torch.dtype] = {"dx": program.specs[i].dtype}
+    for name in promotes(kind):
+        dtypes[program.gradient(i, name)] = program.spec(program.extra(i, name)).dtype
+    made = program.specs[i + 1].dtype
+    return {name: dtype for name, dtype in dtypes.items() if name and dtype != made}
+
+
 def in_their_dtypes(
     writer: Writer, claim: Claim, lines: Sequence[Line], again: bool = False
 ) -> Sequence[Line]:
     """The lines of a step, and casts of gradients behind what has promoted."""
-    program, casts = writer.program, list[Line]()
-    kinds = program.kinds
-    promoting = [i for i in claim.ops if promotes(kinds[i]) and not passes(kinds[i])]
-    if not promoting or writer.direction != BACKWARD or again:
+    if writer.direction != BACKWARD or again:
         return lines
-    made = {name for line in lines for name in line.makes}
-    for i in promoting:
-        dtypes = {"dx": program.specs[i].dtype} if i == claim.start else {}
-        for name in promotes(kinds[i]):
-            gradient, dtype = program.gradient(i, name), program.spec(program.extra(i, name)).dtype
-            dtypes |= {} if gradient is None else {gradient: dtype, f"{gradient}_more": dtype}
-        for name, dtype in dtypes.items():
-            if name in made and dtype != program.specs[i + 1].dtype:
-                casts.append(Line("cast", (value(name), literal(dtype)), name))
+    made, casts = {name for line in lines for name in line.makes}, list[Line]()
+    for i in claim.ops:
+        for name, dtype in promoted(writer.program, i).items():
+            if name == "dx" and i != claim.start:
+                continue
+            there = made & {name, f"{name}_more"}
+            casts += (Line("cast", (value(n), literal(dtype)), n) for n in sorted(there))
     return [*lines, *casts]

@@ -12,6 +12,7 @@ from ..plan.claims import Call, Claim
 from ..plan.lines import Line, literal, value
 from ..plan.program import Argument
 from ..plan.writer import Writer
+from .casting import promoted
 from .expected import compare, compare_ranks, run_reference
 
 _NAMES = {"check": compare, "check_ranks": compare_ranks, "run_reference": run_reference}
@@ -73,6 +74,12 @@ class _Step:
         line = self.writer.call(claim, call, want, first, names)._replace(note="check")
         every = Argument("object", line.function, value=line.target), *line.arguments
         self.lines.append(line._replace(function="run_reference", arguments=every, target=None))
+        if claim.direction == BACKWARD:
+            for name, dtype in promoted(self.program, claim.start).items():
+                if (made := f"ref_{name}") in (first, *names):
+                    self.lines.append(
+                        Line("cast", (value(made), literal(dtype)), made, note="check")
+                    )
         return names
 
     def _forward(self, i: int) -> None:

@@ -12,7 +12,7 @@ or a quarter: of a sum one such term may be nearly all.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot
 from typing import Any
 
@@ -52,6 +52,10 @@ class Expected:
     """Whether quantized operands had a part in it."""
     wide: bool = True
     """Whether `exact` and `moved` ran in fp64."""
+
+    def to(self, dtype: torch.dtype) -> "Expected":
+        """As a gradient is cast behind a sum of two dtypes."""
+        return replace(self, value=self.value.to(dtype))
 
 
 def run_reference(function: Callable[..., Any], *given: Any, **want: Any) -> Any:

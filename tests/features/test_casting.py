@@ -12,13 +12,16 @@ import opsgraph as og
 from opsgraph.ops import (
     Add,
     AddExtraInput,
+    ConstantScale,
     Identity,
     Linear,
     MakeExtraOutput,
     Residual,
     RMSNorm,
+    ScaledAdd,
     SiLU,
     Tee,
+    WeightedAdd,
 )
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -365,3 +368,21 @@ def test_autocast_norms_of_no_stream_give_autocasts_dtype() -> None:
         assert module(torch.randn(3, 8)).dtype == BF16
         scaled = og.Sequential(Tee("r"), Linear(8, 8), og.ops.LayerScale(8), Add("r"))
         assert scaled(torch.randn(3, 8)).dtype == FP32
+
+
+@pytest.mark.parametrize("add", [lambda: WeightedAdd("b", 8), lambda: ScaledAdd("b", 0.5)])
+def test_the_check_casts_gradients_of_promoting_sums_too(
+    monkeypatch: pytest.MonkeyPatch, add: Callable[[], og.Op]
+) -> None:
+    """Under autocast x is bf16, and the sum fp32: the fused backward's dx is cast behind it."""
+    x, b = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    found = []
+    for check in ("0", "1"):
+        monkeypatch.setenv("OPSGRAPH_CHECK", check)
+        module = og.Sequential(ConstantScale(0.5), add())
+        with torch.autocast("cpu"):
+            y = module(x, b)
+        found.append([y, *torch.autograd.grad(y.sum(), [x, b, *module.parameters()])])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)

@@ -72,6 +72,22 @@ class Draft:
             return one((*OF_TORCH, f"nn.Linear({width}, {width})")), width
         return self.of_same_width(kind, width, depth), width
 
+    def younger(self, width: int) -> tuple[str, int]:
+        """Source of an op that came when lives had their seeds, and the width that it gives."""
+        one = self.random.choice
+        kind = one(("transposed", "transposed", "scaled", "weighted", "residual"))
+        if kind == "transposed":
+            out = one(self.sizes)
+            return f"TransposedLinear({width}, {out}, bias={one((True, False))})", out
+        if kind == "residual":
+            inner = self.sequence(width, self.random.randint(1, 2), depth=0, keep=True)
+            factors = one(("scale=0.25", "residual_scale=0.5", "scale=-1.5, residual_scale=2.0"))
+            return f"Residual({', '.join(inner)}, {factors})", width
+        name = self.read(width)
+        if kind == "scaled":
+            return f"ScaledAdd({name!r}, {one((0.5, -2.0, 0.22, 0.0))})", width
+        return f"WeightedAdd({name!r}, {width})", width
+
     def linear(self, width: int, out: int) -> str:
         """Source of a linear layer."""
         short = self.lazy and self.random.random() < 0.5
@@ -129,15 +145,19 @@ class Draft:
                 return "Tee()"
             self.widths[name] = width
             return f"Tee({name!r}, to_caller={one((False, False, True))})"
-        fitting = [name for name, other in self.widths.items() if other == width]
-        name = one([None, *free, *fitting, *fitting])
-        if self.lazy and name not in fitting:
+        name = self.read(width)
+        if self.lazy and self.widths.get(name or "") != width:
             return "Identity()"  # an extra input's size may not be known yet
-        if name is None:
-            return "Add()"
-        if name in free:
+        return "Add()" if name is None else f"Add({name!r})"
+
+    def read(self, width: int) -> str | None:
+        """Any name whose width fits; None for an extra input without one."""
+        free = [name for name in CHANNELS if name not in self.widths]
+        fitting = [name for name, other in self.widths.items() if other == width]
+        name = self.random.choice([None, *free, *fitting, *fitting])
+        if name in free and not self.lazy:
             self.extra.add(name)
-        return f"Add({name!r})"
+        return name
 
 
 def of_torch(random: Random, widths: tuple[int, ...], width: int, count: int) -> list[str]:
