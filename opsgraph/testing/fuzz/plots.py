@@ -300,9 +300,8 @@ class Plot:
         draft.widths["a"] = width
         for _ in range(one((1, 2, 3))):
             source, width = draft.op(width, 0)
-            sources.append(source)
-            source, width = draft.younger(width)
-            sources.append(source)
+            younger, width = draft.younger(width)
+            sources += source, younger
         options: dict[str, Any] = {"lead": one(LEADS), "layout": one((*LAYOUTS[1:], "sliced"))}
         way = one(("mode", "mode", "autocast", "wide" if self.narrow else "autocast", None))
         if way is not None:
