@@ -107,7 +107,8 @@ def let_go(lines: list[Line], living: set[str]) -> None:
     """Have each of some variables let go after its last use."""
     for number, line in reversed([*enumerate(lines[:-1])]):
         if dead := living.intersection((*line.reads, *line.makes)):
-            lines[number] = line._replace(dead=tuple(sorted(dead)))
+            lines[number] = ending = line._replace(dead=tuple(sorted(dead)))
+            ending.__dict__.update(line.__dict__)  # what it reads and makes stays
             living -= dead
 
 

@@ -1,6 +1,5 @@
 """The arena of a stretch: one piece of memory for all that the stretch alone reads."""
 
-from bisect import insort
 from collections.abc import Callable, Sequence
 
 from .events import Buffer, Event, used
@@ -21,14 +20,17 @@ def arena(
         for buffer in used(event):
             if temporary(buffer):
                 uses.setdefault(buffer, []).append(number)
-    placed: list[tuple[int, int, int, int]] = []
+    there: list[list[tuple[int, int]]] = [[] for _ in events]
+    """What is taken at each event."""
     offsets, size = dict[int, int](), 0
     for buffer in sorted(uses, key=lambda b: -buffers[b].size):
         first, last = uses[buffer][0], uses[buffer][-1]
         need, at = -(-buffers[buffer].size // ALIGNMENT) * ALIGNMENT, 0
-        for start, end, begin, stop in placed:
-            if begin <= last and first <= stop and start < at + need and at < end:
+        during = there[first : last + 1]
+        for start, end in sorted(set().union(*during)):
+            if start < at + need and at < end:
                 at = end
-        insort(placed, (at, at + need, first, last))
+        for taken in during:
+            taken.append((at, at + need))
         offsets[buffer], size = at, max(size, at + need)
     return offsets, size

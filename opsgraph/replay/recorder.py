@@ -18,6 +18,7 @@ Rules:
 
 import os
 import threading
+from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -129,9 +130,11 @@ class Recorder(TorchDispatchMode):
         """Arguments that are taken for each other."""
         self.buffers: list[Buffer] = []
         self._ranges: list[tuple[int, int, int]] = []
-        """Begin, end and number of each buffer that is there."""
-        self._known: dict[int, Place] = {}
-        """Places of addresses that one buffer alone has."""
+        """Begin, number and end of each buffer that is there, in order."""
+        self._longest = 0
+        """Bytes of the largest one that there was."""
+        self._overlap = False
+        """Whether some, of arguments, ever shared memory."""
         self.consumed: Collection[int | None] = ()
         """The arguments that a line may overwrite, by their numbers."""
         self.taken: dict[int, int] = {}
@@ -148,17 +151,28 @@ class Recorder(TorchDispatchMode):
         """Make the memory of a tensor known, replays are handed it as number k; its place."""
         if not (size := span(tensor)):
             return None
-        start, number = tensor.data_ptr(), len(self.buffers)
-        self.buffers.append(Buffer(size, tensor.device, k))
-        self._ranges.append((start, start + size, number))
-        self._known = {}
-        return Place(number, 0)
+        start = tensor.data_ptr()
+        near = self._ranges[self._near(start, start + size)]
+        self._overlap = self._overlap or any(end > start for _, _, end in near)
+        return Place(self._add(start, size, tensor.device, k), 0)
+
+    def _add(self, start: int, size: int, device: torch.device, k: int | None = None) -> int:
+        """Make a buffer known; its number."""
+        number = len(self.buffers)
+        self.buffers.append(Buffer(size, device, k))
+        insort(self._ranges, (start, number, start + size))
+        self._longest = max(self._longest, size)
+        return number
+
+    def _near(self, start: int, end: int) -> slice:
+        """The buffers that may have some of these addresses: none begins behind them."""
+        first = bisect_left(self._ranges, (start - self._longest,))
+        return slice(first, bisect_left(self._ranges, (end,), first))
 
     def _free(self, start: int, end: int) -> None:
         """What had these addresses has them no more."""
-        left = [r for r in self._ranges if r[1] <= start or end <= r[0]]
-        if len(left) < len(self._ranges):
-            self._ranges, self._known = left, {}
+        near = self._near(start, end)
+        self._ranges[near] = [r for r in self._ranges[near] if r[2] <= start]
 
     # -- a line --
 
@@ -191,7 +205,7 @@ class Recorder(TorchDispatchMode):
         if self._under_way:
             self.refuse("it leaves an exchange under way")
         if self._reason is not None:  # what it allocated is no buffer of a stretch
-            self._ranges, self._known = [r for r in self._ranges if r[2] < self._first], {}
+            self._ranges = [r for r in self._ranges if r[1] < self._first]
             return [], self._reason
         return self._events, None
 
@@ -203,19 +217,19 @@ class Recorder(TorchDispatchMode):
 
     def find(self, address: int) -> Place | None:
         """The place of an address in a buffer, or None; None too if it may be any of several."""
-        if (known := self._known.get(address)) is not None:
-            return known
-        found = [r for r in self._ranges if r[0] <= address < r[1]]
-        if len(found) == 1:
-            self._known[address] = Place(found[0][2], address - found[0][0])
-            return self._known[address]
-        found = [r for r in found if r[2] in self.reading] or found
+        if not self._overlap:  # then only the last that begins so early may have it
+            last = bisect_left(self._ranges, (address + 1,)) - 1
+            start, number, end = self._ranges[last] if last >= 0 else (0, 0, 0)
+            return Place(number, address - start) if address < end else None
+        found = [r for r in self._ranges[self._near(address, address + 1)] if address < r[2]]
+        if len(found) > 1:
+            found = [r for r in found if r[1] in self.reading] or found
         alone = len(found) == 1 or (bool(found) and self._one(found))
-        return Place(found[0][2], address - found[0][0]) if alone else None
+        return Place(found[0][1], address - found[0][0]) if alone else None
 
     def _one(self, found: Sequence[tuple[int, int, int]]) -> bool:
         """Whether buffers are arguments that begin together; replays then see that they do."""
-        slots = [self.buffers[number].argument for _, _, number in found]
+        slots = [self.buffers[number].argument for _, number, _ in found]
         together = len({start for start, _, _ in found}) == 1
         if not together or any(slot is None or slot >= self.count for slot in slots):
             return False
@@ -244,11 +258,9 @@ class Recorder(TorchDispatchMode):
         if not (size := storage.nbytes()):
             return
         start = storage.data_ptr()
-        end = start + size
-        self._free(start, end)
+        self._free(start, start + size)
         if known:
-            self._ranges.append((start, end, len(self.buffers)))
-            self.buffers.append(Buffer(size, tensor.device))
+            self._add(start, size, tensor.device)
 
     # -- what is watched --
 
@@ -289,7 +301,7 @@ class Recorder(TorchDispatchMode):
                 self.taken[place.buffer] = argument
 
     def _places(self, addresses: Sequence[tuple[int, int]]) -> tuple[tuple[int, Place], ...]:
-        return tuple((word, self._place(address)) for word, address in addresses if address)
+        return tuple([(word, self._place(address)) for word, address in addresses if address])
 
     def _note(self, event: Callable[[], Event]) -> None:
         if self._reason is None:

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -137,6 +138,32 @@ def test_memory_that_is_given_out_again_is_a_buffer_of_its_own() -> None:
     assert one.operands[0].place == Place(1, 0)
     assert other.operands[0].place == Place(2, 0)
     assert recorder.find(storage.data_ptr()) == Place(2, 0)
+
+
+@pytest.mark.parametrize("arguments", [1, 8])
+def test_places_are_those_that_a_look_at_all_buffers_finds(arguments: int) -> None:
+    draw, memory = Random(0), bytearray(600)
+    recorder, there = Recorder(arguments), dict[int, range]()
+    base = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    for number in range(60):
+        start, size = draw.randrange(500), draw.choice((1, 5, 20, 100))
+        tensor = torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=size)
+        if number < arguments:  # arguments, which may share memory
+            recorder.argument(number, tensor)
+        else:
+            recorder.allocated(tensor)
+            over = range(start, start + size)
+            there = {n: r for n, r in there.items() if r.stop <= start or over.stop <= r.start}
+        there[number] = range(start, start + size)
+        for address in range(600):
+            having = [n for n, r in there.items() if address in r]
+            if len({there[n].start for n in having}) == 1 and (
+                len(having) == 1 or number < arguments
+            ):
+                place = Place(having[0], address - there[having[0]].start)
+                assert recorder.find(base + address) == place
+            else:
+                assert recorder.find(base + address) is None
 
 
 def test_values_that_share_memory_are_told_apart_by_what_a_line_reads() -> None:
