@@ -34,7 +34,7 @@ STATES = (
     fault(
         "unseen-modes", "Calls of a known kind do not see train() and eval().",
         "features/known.py", "            and [*map(_training, self.modes)] == last.trains\n", "",
-        "fuzz/test_fuzz_lives.py",
+        "features/test_known.py",
     ),
     fault(
         "unseen-attributes", "Attributes of ops that are set after the first call change nothing.",
