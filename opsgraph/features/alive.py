@@ -37,6 +37,10 @@ class Noted:
             self.steps += [(line, claim) for line in lines]
         return lines
 
+    def forget(self) -> None:
+        """Let go of the definitions, which hold it: else what planned waits for the collector."""
+        self.definitions, self.steps = None, []
+
 
 class Size(NamedTuple):
     """Bytes: in any case, and for each row of the plan's input."""

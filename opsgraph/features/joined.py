@@ -13,6 +13,7 @@ Calls that something watches run the plan's own functions: `precision.reading.us
 """
 
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -34,6 +35,7 @@ class Layer(NamedTuple):
 class Joined(NamedTuple):
     """The functions; as calls run them, where they are replayed.
 
+    silent: makes that function, once: no training step runs it.
     backward: None where the plan's own does nothing less. saved: what the backward reads, each
     once; places: where that is which the plan's own backward reads.
     """
@@ -106,8 +108,8 @@ class _Joining:
     def joined(self) -> Joined:
         more = self.delayed and self.backward.lines
         backward = self.noting_backward() if more else None
-        forwards = self.forward_of(True), self.forward_of(False)
-        return Joined(*forwards, backward, self.saved, self.places)
+        silent = cache(partial(self.forward_of, False))
+        return Joined(self.forward_of(True), silent, backward, self.saved, self.places)
 
     def part(self, n: int, column: int, name: str) -> Line:
         return Line("part", (value(_scales(n)), literal(column)), name, part, note="scale")

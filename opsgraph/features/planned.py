@@ -43,4 +43,5 @@ def planned(
     run, request = with_casts(run, with_elsewhere(run, request))
     plan = make_plan(run, request, order, planner, config.fuel, definitions)
     plan = with_few(with_places(plan, request), noted)
+    noted.forget()
     return logged(verified(plan, config.check), config)

@@ -130,7 +130,7 @@ class StageRecipe:
                 if len(scales) < len(self.order):
                     scales = [scales[k] for k in self.order]
                 if not grad:
-                    return whole.silent, scales
+                    return whole.silent(), scales
                 return whole.forward, (*scales, *seen)
         for k, read in self.reads.items():
             weights[k] = read() if weights[k] is None else weights[k]

@@ -67,7 +67,7 @@ def table(plan: Plan) -> str:
     passes = plan.passes._asdict()
     told: dict[str, list[str]] = {name: _told(run) for name, run in passes.items()}
     if plan.joined is not None:
-        whole = {"forward": _told(plan.joined.forward) or _told(plan.joined.silent)}
+        whole = {"forward": _told(plan.joined.forward) or _told(plan.joined.silent())}
         whole["backward"] = _told(plan.joined.backward)
         told = {name: whole.get(name) or texts for name, texts in told.items()}
     if any(told.values()):

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -272,7 +272,8 @@ def replayed(
     if joined is None or getattr(passes.prepare, "reason", None) is not None:
         return replace(plan, passes=passes)
     whole = joined._replace(
-        forward=made("forward", joined.forward), silent=made("forward", joined.silent),
+        forward=made("forward", joined.forward),
+        silent=cache(lambda: made("forward", joined.silent())),
         backward=joined.backward and made("backward", joined.backward, joined.saved),
     )  # fmt: skip
     return replace(plan, passes=passes, joined=whole)

@@ -12,7 +12,8 @@ SCALES = (
         "scales-of-inference", "What calls without grad see moves scales.",
         (
             Edit("features/recipes.py",
-                 "                if not grad:\n                    return whole.silent, scales\n",
+                 "                if not grad:\n"
+                 "                    return whole.silent(), scales\n",
                  ""),
             Edit("run/eager.py",
                  "outputs = stage.recipe.record(plan, outputs, torch.is_grad_enabled())",

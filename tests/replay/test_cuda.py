@@ -109,7 +109,7 @@ def test_amaxes_take_one_launch() -> None:
                 with torch.no_grad():
                     module(x)
             plan, other = module.plan(True, x), module.plan(False, x).joined
-            silent = other.silent if name == "delayed" else other.forward
+            silent = other.silent() if name == "delayed" else other.forward
             texts = told(plan) | {"silent": silent.told()}
         lines = [line for each in texts.values() for line in each]
         assert all(line.endswith("in one native call") for line in lines), texts

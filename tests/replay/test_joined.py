@@ -141,6 +141,18 @@ def test_first_microbatches() -> None:
     compare(make, use)
 
 
+def test_the_pass_of_calls_without_grad_is_made_for_these() -> None:
+    module, recipe = block(), RECIPES["delayed"]()
+    x = random(ROWS, WIDTH, dtype=torch.bfloat16)
+    with og.autocast(recipe=recipe):
+        for _ in range(3):
+            module(x)
+            with torch.no_grad():
+                module(x)
+        made = [module.plan(grad, x).joined.silent.cache_info() for grad in (True, False)]
+    assert [(info.misses, info.hits) for info in made] == [(0, 0), (1, 2)]
+
+
 def test_grad_and_no_grad_in_turns() -> None:
     def use(module: Any) -> Any:
         found, recipe = [], RECIPES["delayed"]()

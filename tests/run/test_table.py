@@ -18,6 +18,8 @@ from opsgraph.features import compiled
 from opsgraph.fuser import registered
 from opsgraph.kernels.cpu import build
 from opsgraph.ops import Linear, SiLU
+from opsgraph.plan import result
+from opsgraph.recipe import DelayedScaling, Float8CurrentScaling
 from opsgraph.run.table import Plans
 
 pytestmark = pytest.mark.usefixtures("without_cpu_backend")
@@ -42,6 +44,28 @@ def test_source_and_plans_go_with_their_modules() -> None:
     functions = [train() for _ in range(3)]
     assert lines() == before
     assert all(function() is None for function in functions)
+
+
+@pytest.mark.parametrize("planner", ["greedy", "optimal"])
+@pytest.mark.parametrize("recipe", [None, Float8CurrentScaling(), DelayedScaling()])
+def test_what_planning_made_waits_for_no_collector(
+    planner: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noted(*arguments: Any) -> Any:
+        made.append(weakref.ref(space := original(*arguments)))
+        return space
+
+    made, original = list[Any](), result.Space
+    monkeypatch.setattr(result, "Space", noted)
+    module = og.Sequential(Linear(16, 32), SiLU(), Linear(32, 16), planner=planner)
+    gc.disable()
+    try:
+        with og.autocast(enabled=recipe is not None, recipe=recipe):
+            module(torch.randn(16, 16)).sum().backward()
+        assert len(made) == 1
+        assert made[0]() is None
+    finally:
+        gc.enable()
 
 
 class Doubled(og.Fuser):
