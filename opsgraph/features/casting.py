@@ -125,6 +125,8 @@ def _changes(
         ours = kind.fwd in _NORMS and not quantized
         if dtype != compute and not passed and not ours:
             changes[i], dtype = Cast(compute, dtype), compute
+        if promotes(kind):  # a weight may do so, too
+            dtype = _result(run, request, i, dtype)
         if streams is not None:
             streams.append(dtype != compute and (kind.taps or bool(promotes(kind))))
         if not passed:

@@ -319,8 +319,8 @@ _registered: dict[int, list[weakref.ref[Scaling]]] = {}
 
 
 def child_name(weight: str) -> str:
-    """`scaling` for `weight`, `fc1_scaling` for `fc1_weight`."""
-    return weight.removesuffix("weight") + "scaling"
+    """`scaling` for `weight`, also if it is read transposed; `fc1_scaling` for `fc1_weight`."""
+    return weight.removeprefix("transposed_").removesuffix("weight") + "scaling"
 
 
 def scaling_of(owner: nn.Module, weight: str, recipe: Served, label: str = "") -> Scaling:

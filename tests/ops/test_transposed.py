@@ -34,19 +34,19 @@ def _turned(layer: TransposedLinear) -> Linear:
     return made
 
 
-def _pair(dtype: torch.dtype, width: int, inner: int, act: Any, bias: bool) -> list[og.Sequential]:
+def _pair(like: Tensor, width: int, inner: int, act: Any, bias: bool) -> list[og.Sequential]:
     torch.manual_seed(0)
     columns = inner * (2 if isinstance(act, SwiGLU) else 1)
     layers = TransposedLinear(width, columns, bias), TransposedLinear(inner, width, bias)
-    turned = map(_turned, (layer.to(dtype) for layer in layers))
+    turned = map(_turned, (layer.to(like.device, like.dtype) for layer in layers))
     made = [og.Sequential(RMSNorm(width), one, act, other) for one, other in (layers, turned)]
-    return [module.to(dtype) for module in made]
+    return [module.to(like.device, like.dtype) for module in made]
 
 
 def _results(module: og.Sequential, x: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
     y = module(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
     return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], dy)]
 
 
@@ -56,11 +56,11 @@ def _results(module: og.Sequential, x: Tensor) -> list[Tensor]:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_plans_and_results_are_a_linears(
-    dtype: torch.dtype, act: Any, bias: bool, rows: int
+    dtype: torch.dtype, act: Any, bias: bool, rows: int, device: str
 ) -> None:
     """Of 512 rows products are large enough to be measured, and gradients to be made in parts."""
-    found, expected = _pair(dtype, 256, 512, act, bias)
-    x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    found, expected = _pair(x, 256, 512, act, bias)
     plans = [module.plan(x=x) for module in (found, expected)]
     steps = [[(s.name, s.ops) for s in (*plan.forward, *plan.backward)] for plan in plans]
     assert steps[0] == steps[1]
@@ -163,20 +163,41 @@ def test_under_a_recipe_it_is_a_linear() -> None:
                 torch.testing.assert_close(got, wanted)
 
 
+def test_delayed_scales_are_named_and_loaded_as_a_linears() -> None:
+    torch.manual_seed(0)
+    recipe, x = og.recipe.DelayedScaling(), torch.randn(32, 32)
+    trained, fresh, plain = (
+        og.Sequential(layer)
+        for layer in (*(TransposedLinear(32, 64) for _ in "12"), Linear(32, 64))
+    )
+    for module in (trained, plain):
+        for size in (1.0, 8.0):
+            with og.autocast(recipe=recipe):
+                module(size * x).sum().backward()
+    saved = trained.state_dict()
+    assert saved.keys() == plain.state_dict().keys()
+    with torch.no_grad(), og.autocast(recipe=recipe):
+        assert fresh.state_dict().keys() == saved.keys()  # before its first call
+    fresh.load_state_dict(saved)
+    assert torch.equal(fresh.state_dict()["0.scaling.scale"], saved["0.scaling.scale"])
+    with torch.no_grad(), og.autocast(recipe=recipe):
+        assert torch.equal(fresh(x), trained(x))
+
+
 @pytest.mark.parametrize("single", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_groups(dtype: torch.dtype, single: bool) -> None:
+def test_groups(dtype: torch.dtype, single: bool, device: str) -> None:
     """Gradients are contiguous; the steps are those of GroupedLinear."""
     torch.manual_seed(0)
-    found = TransposedGroupedLinear(3, 16, 24, single_grouped_weight=single).to(dtype)
-    expected = GroupedLinear(3, 16, 24, single_grouped_weight=True).to(dtype)
+    found = TransposedGroupedLinear(3, 16, 24, single_grouped_weight=single).to(device, dtype)
+    expected = GroupedLinear(3, 16, 24, single_grouped_weight=True).to(device, dtype)
     with torch.no_grad():
         expected.weight.copy_(found.weight.mT)
         for g in range(3):
             getattr(expected, f"bias{g}").copy_(getattr(found, f"bias{g}"))
-    sizes = torch.tensor([5, 0, 7])
+    sizes = torch.tensor([5, 0, 7], device=device)
     one, other = og.Sequential(found), og.Sequential(expected)
-    x = torch.randn(12, 16).to(dtype)
+    x = torch.randn(12, 16).to(device, dtype)
     plans = [module.plan(x=x) for module in (one, other)]
     assert [s.name for s in plans[0].backward] == [s.name for s in plans[1].backward]
     for _ in range(3):
@@ -194,7 +215,7 @@ def test_groups(dtype: torch.dtype, single: bool) -> None:
     lazy = TransposedGroupedLinear(3, single_grouped_weight=not single)
     lazy.load_state_dict(found.state_dict())
     assert (lazy.in_features, lazy.out_features) == (16, 24)
-    torch.testing.assert_close(og.Sequential(lazy.to(dtype))(x, sizes), one(x, sizes))
+    torch.testing.assert_close(og.Sequential(lazy.to(device, dtype))(x, sizes), one(x, sizes))
     copied = copy.deepcopy(one)
     torch.testing.assert_close(copied(x, sizes), one(x, sizes))
 
