@@ -5,7 +5,7 @@ is not a formula. `tests/kernels` checks that mask.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,7 +118,34 @@ def linear(op: Any, x: Tensor, get: Any) -> Tensor:
 
 def transposed_linear(op: Any, x: Tensor, get: Any) -> Tensor:
     """The weight is `[in, out]`."""
-    return linear(op, x, lambda name: get(name).T if name == "weight" else get(name))
+    return linear(op, x, turned(get))
+
+
+def turned(get: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Parameters of a layer whose weight is transposed, as those of the layer whose is not."""
+    return lambda name: get(name).mT if name == "weight" else get(name)
+
+
+def grouped_linear(op: Any, x: Tensor, get: Callable[[str], Any], sizes: Sequence[int]) -> Tensor:
+    """Rows of each group by its own weight. x: `[*, in_features]`; sizes: rows of each group.
+
+    get: gives a parameter by its name, None where there is none. Returns `[*, out_features]`.
+    """
+    weights, biases = (_of_groups(op, name, get) for name in ("weight", "bias"))
+    if isinstance(op, ops.TransposedGroupedLinear):
+        weights = [weight.T for weight in weights]
+    found = [
+        rows @ weight.T if bias is None else rows @ weight.T + bias
+        for rows, weight, bias in zip(
+            x.flatten(0, -2).split(list(sizes)), weights, biases, strict=True
+        )
+    ]
+    return torch.cat(found).reshape(*x.shape[:-1], op.out_features)
+
+
+def _of_groups(op: Any, name: str, get: Callable[[str], Any]) -> list[Any]:
+    whole = get(name)
+    return [get(f"{name}{g}") if whole is None else whole[g] for g in range(op.num_groups)]
 
 
 def dropout(op: Any, x: Tensor, get: Any) -> Tensor:

@@ -26,7 +26,7 @@ from opsgraph.testing.fuzz.__main__ import main
 from opsgraph.testing.fuzz.compare import drop
 from opsgraph.testing.fuzz.known import known
 from opsgraph.testing.fuzz.lives import Step, live, script, shrink
-from opsgraph.testing.fuzz.plots import Plot
+from opsgraph.testing.fuzz.plots import SCALED, Plot
 from opsgraph.testing.fuzz.scaled import KINDS
 
 FOUND = sorted((Path(__file__).parent / "found").glob("*.py"))
@@ -46,18 +46,50 @@ def lived(seeds: range, device: str = "cpu") -> int:
 
 def test_lives() -> None:
     assert lived(range(20)) > 150
+    assert lived(range(SCALED, SCALED + 10)) > 75
+
+
+def test_what_is_drawn_from_a_seed_on() -> None:
+    """All of it in the modules and last steps of twenty lives, and nothing of it before."""
+    new = "TransposedLinear(", "ScaledAdd(", "WeightedAdd(", "scale=", "GroupedLinear("
+
+    def drawn(seeds: range) -> list[bool]:
+        steps = [step for seed in seeds for step in Plot(seed).steps]
+        text = repr([step for step in steps if step.method in ("build", "groups")])
+        return [word in text for word in new]
+
+    assert all(drawn(range(SCALED, SCALED + 20)))
+    assert not any(drawn(range(SCALED - 20, SCALED)))
+
+
+def test_groups_against_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    life = Life("bfloat16", 3)
+    source = "TransposedGroupedLinear(3, 8, 16, single_grouped_weight=True, bias=True)"
+    calls = "plain", "no grad", "copied", "loaded", "pickled", "saved", "frozen"
+    life.groups(source, (4, 0, 33), *calls, seed=5)
+    life.groups(source, (0, 0, 0), *calls)
+    right = formulas.grouped_linear
+
+    def swapped(op: Any, x: Any, get: Any, sizes: Any) -> torch.Tensor:
+        return right(op, x, get, sizes[::-1])
+
+    monkeypatch.setattr(formulas, "grouped_linear", swapped)
+    with pytest.raises(Wrong, match="plain: output"):
+        life.groups(source, (4, 0, 33), "plain")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_more_lives(part: int) -> None:
     assert lived(range(10_000 + 50 * part, 10_050 + 50 * part)) > 400
+    assert lived(range(SCALED + 1000 + 20 * part, SCALED + 1020 + 20 * part)) > 150
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("part", range(8))
 def test_lives_on_a_gpu(part: int) -> None:
     assert lived(range(20_000 + 25 * part, 20_025 + 25 * part), "cuda") > 200
+    assert lived(range(SCALED + 2000 + 10 * part, SCALED + 2010 + 10 * part), "cuda") > 75
 
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)

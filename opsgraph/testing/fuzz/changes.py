@@ -25,6 +25,10 @@ verify.every = True
 """The code of every plan is verified."""
 
 
+TURNED = ops.TransposedLinear, ops.TransposedGroupedLinear
+"""Layers that delay no weight gradient."""
+
+
 class Impossible(Exception):
     """A step that this life cannot take: an op or a parameter that it names is not there."""
 
@@ -177,7 +181,9 @@ class Changes:
 
     def option(self, name: str, value: Any) -> None:
         """Set an option of the Sequential."""
-        self._list()
+        ops_of_it = self._list().modules()
+        if name == "delay_wgrad_compute" and any(isinstance(op, TURNED) for op in ops_of_it):
+            raise Impossible  # an error says so
         self._changed(values=False)
         setattr(self.module, name, value)
 
@@ -195,7 +201,7 @@ class Changes:
         past: its `__setattr__`, as libraries do that put parameters in the place of others.
         """
         op = self._at(index)
-        if type(op) is not ops.Linear:
+        if not (type(op) is ops.Linear or type(op) is ops.TransposedLinear):
             raise Impossible
         self._changed()
         value = nn.Parameter(self._values((op.out_features,), seed)) if there else None

@@ -1,6 +1,7 @@
 """Random sequences of ops, as source: what `Life.build` and `Life.insert` take."""
 
 from random import Random
+from typing import Any
 
 PLAIN = ("GELU()", "GELU('none')", "QGELU()", "ReLU()", "SReLU()", "SiLU()", "Sigmoid()", "Tanh()")
 RARE = ("ReLU6()", "Hardswish()", "Mish()", "LeakyReLU(0.1)", "ClippedGELU(1.5)", "XIELU()")
@@ -13,6 +14,9 @@ NOTHING = 0.02
 """How often a width is 0."""
 CHANNELS = ("a", "b")
 SCALES = ("-0.5", "1.0", "2.0", "np.float32(1.5)", "torch.tensor(0.5, device='cpu')")
+FACTORS = (0.5, -0.75, 0.22, 2, 1.0)
+"""Of scaled residuals."""
+SUMS = "Add", "ScaledAdd", "WeightedAdd"
 OF_TORCH = ("nn.GELU()", "nn.Softplus()", "nn.SiLU()")
 ACTIVATIONS = ("gelu", "geglu", "qgelu", "qgeglu", "relu", "reglu", "srelu", "sreglu", "silu") + (
     "swiglu", "glu", "clamped_swiglu", "situglu", "gelu_python", "mish", "linear",
@@ -20,12 +24,36 @@ ACTIVATIONS = ("gelu", "geglu", "qgelu", "qgeglu", "relu", "reglu", "srelu", "sr
 FLAGS = ("zero_centered_gamma", "checkpoint", "delay_wgrad_compute", "fuse_wgrad_accumulation")
 RETURNS = ("return_bias", "return_layernorm_output")
 
+WRONG: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("GELU", "approximate", ("fats", 3, None)),
+    ("SwiGLU", "glu_interleave_size", (-1, 0, 2.0, "2")),
+    ("GEGLU", "gate_second", ("yes", 2, None)),
+    ("RMSNorm", "eps", (-1.0, "1e-5", float("nan"))),
+    ("LayerNorm", "eps", (None, "1e-5", float("inf"))),
+    ("LayerNorm", "normalized_shape", (-1, "8", 2.5, (4, "8"), ())),
+    ("Dropout", "p", (-0.1, 1.5, "0.5", None)),
+    ("Linear", "in_features", (-1, "8", 1.5)),
+    ("BasicLinear", "out_features", (-1, "8", True)),
+    ("Linear", "bias", (None, "no")),
+    ("ConstantScale", "scale", ("2", None, True)),
+    ("LeakyReLU", "negative_slope", ("0.1", None)),
+    ("Tee", "name", (3, ("a",))),
+    ("Sequential", "planner", ("fast", 1)),
+    ("Sequential", "backends", ("cpu", ("cpus",), 3)),
+    ("Sequential", "recompute", ("no", 2)),
+    ("recipe.DelayedScaling", "amax_history_len", (0, 1.5, "16", True)),
+    ("recipe.DelayedScaling", "margin", ("1", 0.5, 1000)),
+    ("recipe.DelayedScaling", "fp8_format", ("E4M3", 8)),
+    ("recipe.Float8CurrentScaling", "backward_override", ("plain", 1)),
+)
+"""Arguments that are refused."""
+
 
 class Draft:
     """Draws ops one after another, keeping the width and the channels that there are.
 
     widths: what a Linear may have as out_features. more: arguments of every Linear. lazy: leave
-    sizes out.
+    sizes out. scaled: draw scaled residuals too. transposed: draw transposed layers too.
     """
 
     def __init__(
@@ -34,8 +62,11 @@ class Draft:
         widths: tuple[int, ...] = WIDTHS,
         more: str = "",
         lazy: bool = False,
+        scaled: bool = False,
+        transposed: bool = False,
     ) -> None:
         self.random, self.sizes, self.more, self.lazy = random, widths, more, lazy
+        self.scaled, self.transposed = scaled, transposed
         self.widths: dict[str, int] = {}
         self.extra: set[str] = set()
         """Names that an Add has read without a Tee: no Tee may come after it."""
@@ -57,6 +88,7 @@ class Draft:
         kinds += ["l2", "scale", "dropout", "still"] + ["residual"] * 3 * (depth > 0)
         kinds += ["layer scale"] + ["module"] * (depth == 2 and width > 0 and not self.lazy)
         kinds += ["wave", "offset", "offset"]
+        kinds += ["add", "residual"] * 2 * (self.scaled and depth > 0)
         kinds += ["gated"] * 4 * (width % 2 == 0 and width // 2 >= min(self.sizes))
         kind = one(kinds)
         if kind == "gated":
@@ -93,6 +125,8 @@ class Draft:
         short = self.lazy and self.random.random() < 0.5
         sizes = f"out_features={out}" if short else f"{width}, {out}"
         bias = self.random.choice((", bias=True", ", bias=False", None))
+        if self.transposed and self.random.random() < 0.4:
+            return f"TransposedLinear({sizes}{bias or ''})"
         if bias is None:
             return f"BasicLinear({sizes}{self.more})"
         return f"Linear({sizes}{bias}{self.more})"
@@ -132,7 +166,7 @@ class Draft:
             lazy, self.lazy = self.lazy, False  # neighbours do not tell sizes across its bounds
             inner = self.sequence(width, self.random.randint(0, 3), depth - 1, keep=True)
             self.lazy = lazy
-            return f"Residual({', '.join(inner)})"
+            return f"Residual({', '.join([*inner, *self.factors()])})"
         return self.wire(kind, width) if kind in ("tee", "add") else "Identity()"
 
     def wire(self, kind: str, width: int) -> str:
@@ -148,7 +182,7 @@ class Draft:
         name = self.read(width)
         if self.lazy and self.widths.get(name or "") != width:
             return "Identity()"  # an extra input's size may not be known yet
-        return "Add()" if name is None else f"Add({name!r})"
+        return self.sum_of(name, width)
 
     def read(self, width: int) -> str | None:
         """Any name whose width fits; None for an extra input without one."""
@@ -158,6 +192,21 @@ class Draft:
         if name in free and not self.lazy:
             self.extra.add(name)
         return name
+
+    def factors(self) -> list[str]:
+        """Arguments of a Residual."""
+        if not self.scaled:
+            return []
+        names = [n for n in ("scale", "residual_scale") if self.random.random() < 0.4]
+        return [f"{name}={self.random.choice(FACTORS)}" for name in names]
+
+    def sum_of(self, name: str | None, width: int) -> str:
+        """Source of a sum with what a name stands for."""
+        if not self.scaled:
+            return "Add()" if name is None else f"Add({name!r})"
+        last = {"Add": "", "ScaledAdd": f", {self.random.choice(FACTORS)}"}
+        kind = self.random.choice(SUMS)
+        return f"{kind}({name!r}{last.get(kind, f', {width}')})"
 
 
 def of_torch(random: Random, widths: tuple[int, ...], width: int, count: int) -> list[str]:

@@ -33,6 +33,7 @@ from .compare import Wrong, check
 LIMITS = (ops.GELU, ops.QGELU, ops.SiLU, ops.ReLU, ops.SReLU) + (
     ops.GEGLU, ops.QGEGLU, ops.SwiGLU, ops.ReGLU, ops.SReGLU, ops.Bias, ops.ConstantScale,
     ops.LayerScale, ops.RMSNorm, ops.LayerNorm, ops.BasicLinear, ops.Linear,
+    ops.TransposedLinear,
 )  # fmt: skip
 """Ops whose results from numbers that are not finite are said; see docs/reliability.md."""
 CHECK = "OPSGRAPH_CHECK"
@@ -222,7 +223,7 @@ class Edges(Backwards):
             results = plan.backward_source.rpartition("return (")[2].rstrip(",)\n").split(", ")
             made += sum(name != "None" for name in results)
         trained = sum(self._owned(p) for p in self.module.parameters() if p.requires_grad)
-        inputs = sum(isinstance(module, ops.Add) for module in self.module.modules())
+        inputs = sum(isinstance(module, formulas.ADDS) for module in self.module.modules())
         if made > trained + inputs + len(plans):
             raise Wrong(f"{made} gradients are made, of {trained} parameters and {inputs} sums")
 

@@ -2,6 +2,9 @@
 
 import copy
 import io
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ... import ops
 from ...layernorm_mlp import LayerNormMLP
+from ...op import Op
 from ...precision.autocast import autocast
 from ...precision.recipe import Float8CurrentScaling
 from ...precision.recomputed import checkpoint_contexts
 from ...run.sequential import Sequential
+from .. import formulas
 from .backwards import elsewhere
-from .changes import Impossible
-from .compare import Wrong
+from .changes import Impossible, evaluated
+from .compare import Wrong, check
 from .scaled import CLOSE, KINDS, Products
 from .twins import Twins
 
@@ -56,6 +61,24 @@ class Layers(Twins):
             if scales and not torch.allclose(scales[0], right, rtol=1e-5, atol=0):
                 raise Wrong(f"{how}: got scales {scales[0].tolist()}, expected {right.tolist()}")
 
+    def groups(self, source: str, sizes: Sequence[int], *calls: str, seed: int = 0) -> None:
+        """Make a linear layer of groups, and call it; its results are the formula's.
+
+        sizes: rows of each group. calls: "plain"; "no grad"; "frozen", its weights without
+        gradients; "copied", "loaded" and "pickled", by what the layer has become; "saved", in a
+        checkpoint.
+        """
+        layer: Any = self._of(evaluated(source))
+        with torch.no_grad():
+            for k, parameter in enumerate(layer.parameters()):
+                parameter.copy_(self._values(parameter.shape, seed + k))
+        for number, how in enumerate(calls):
+            if how in ("copied", "loaded", "pickled"):
+                layer = self._moved(layer, how, evaluated(source))
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(how != "frozen" or "bias" in name)
+            self._grouped(layer, sizes, how, seed + number)
+
     def microbatch(self, recipe: str, seed: int = 0) -> None:
         """A later microbatch reads the weights that the first one has quantized.
 
@@ -79,12 +102,43 @@ class Layers(Twins):
     # -- how --
 
     def _linear(self, width: int, out: int) -> Sequential:
-        linear = ops.Linear(width, out, bias=False)
-        backends = self.options.get("backends")
-        return Sequential(linear, device=self.device, dtype=self.dtype, backends=backends)
+        return self._of(ops.Linear(width, out, bias=False))
 
-    def _moved(self, layer: Any, how: str) -> Any:
-        """A copy, which goes on with the same scales."""
+    def _of(self, op: Op) -> Sequential:
+        backends = self.options.get("backends")
+        return Sequential(op, device=self.device, dtype=self.dtype, backends=backends)
+
+    def _grouped(self, layer: Any, sizes: Sequence[int], how: str, seed: int) -> None:
+        """One call of a layer of groups, and its backward."""
+        x = self._random((sum(sizes), layer[0].in_features), seed).requires_grad_()
+        given = torch.tensor(sizes, device=self.device)
+        with nullcontext() if how != "no grad" else torch.no_grad():
+            y = (
+                checkpoint(layer, x, given, use_reentrant=False)
+                if how == "saved"
+                else layer(x, given)
+            )
+        dy = self._random(y.shape, seed + 50)
+
+        def answer(dtype: torch.dtype) -> dict[str, Tensor]:
+            leaves = {"input": x, **dict(layer[0].named_parameters())}
+            wide = {
+                n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in leaves.items()
+            }
+            right = formulas.grouped_linear(layer[0], wide["input"], wide.get, sizes)
+            return _with_gradients(right, wide, dy.to(dtype))
+
+        found = {"output": y.detach()}
+        if how != "no grad":
+            named = {"input": x, **dict(layer[0].named_parameters())}
+            found = _with_gradients(y, named, dy)
+        exact, plain = answer(torch.float64), answer(self.dtype)
+        for name, value in found.items():
+            terms = 1 if name in ("output", "input") else max(1, max(sizes))
+            check(f"{how}: {name}", value, exact[name], self.dtype, partial(plain.get, name), terms)
+
+    def _moved(self, layer: Any, how: str, op: Op | None = None) -> Any:
+        """A copy, which goes on with the same scales; op: what the state is loaded into."""
         if how == "copied":
             return copy.deepcopy(layer)
         buffer = io.BytesIO()
@@ -92,7 +146,8 @@ class Layers(Twins):
         buffer.seek(0)
         if how == "pickled":
             return torch.load(buffer, weights_only=False)
-        other = self._linear(layer[0].in_features, layer[0].out_features)
+        size = layer[0].in_features, layer[0].out_features
+        other = self._linear(*size) if op is None else self._of(op)
         other.load_state_dict(torch.load(buffer))
         return other
 
@@ -144,6 +199,13 @@ class Layers(Twins):
                 layer.planner = "optimal" if layer.planner == "greedy" else "greedy"
                 return checkpoint(layer, x, use_reentrant=False, context_fn=checkpoint_contexts)
             return layer(x)
+
+
+def _with_gradients(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    """The output, and gradients of those leaves that require one."""
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    gradients = torch.autograd.grad(y, list(wanted.values()), dy)
+    return {"output": y.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
 def _spread(x: Tensor, base: float) -> Tensor:

@@ -74,7 +74,11 @@ def in_low_precision(
         bias = get("bias")
         return y if bias is None else y + bias
 
-    with mock.patch.dict(formulas.FORMULAS, {ops.Linear: linear, ops.BasicLinear: linear}):
+    def transposed(op: Any, x: Tensor, get: Any) -> Tensor:
+        return linear(op, x, formulas.turned(get))
+
+    table = {ops.Linear: linear, ops.BasicLinear: linear, ops.TransposedLinear: transposed}
+    with mock.patch.dict(formulas.FORMULAS, table):
         yield
 
 

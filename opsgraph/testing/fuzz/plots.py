@@ -16,6 +16,7 @@ from .drafts import (
     RARE,
     RETURNS,
     WIDTHS,
+    WRONG,
     Draft,
     of_torch,
 )
@@ -62,6 +63,9 @@ OPTIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 )
 TRANSFORMS = ("vjp", "jvp", "dual", "functional", "vmap", "trace")
 TWINS = ("at once", "saved", "reentrant", "bare")
+SCALED = 150_000_000
+"""From this seed on lives draw scaled residuals and transposed layers; those before stay as they
+were."""
 MORE = 3
 """How often steps follow that belong together."""
 PRODUCTS = 2
@@ -72,36 +76,13 @@ WAYS = ("calls",) * 4 + ("aside",) * 4 + ("layer",) * 3 + (
     "fuse", "wires", "noise", "inspect", "rare",
 )  # fmt: skip
 ASIDE = (1, 8, 16, 40, 66)
+GROUP_CALLS = ("plain", "plain", "no grad", "copied", "loaded", "pickled", "saved", "frozen")
 ROWS, FEATURES = (16, 48, 144), (32, 64, 160)
 LAYER_CALLS = ("plain", "plain", "again", "no grad", "copied", "loaded", "pickled") + (
     "saved", "bare", "nested", "thread",
 )  # fmt: skip
 VANISHING = ("SiLU()", "GELU()", "GELU('none')", "QGELU()", "SwiGLU()", "GEGLU()", "QGEGLU()")
 EDGES = ("inf", "-inf", "nan", "huge", "level")
-WRONG: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
-    ("GELU", "approximate", ("fats", 3, None)),
-    ("SwiGLU", "glu_interleave_size", (-1, 0, 2.0, "2")),
-    ("GEGLU", "gate_second", ("yes", 2, None)),
-    ("RMSNorm", "eps", (-1.0, "1e-5", float("nan"))),
-    ("LayerNorm", "eps", (None, "1e-5", float("inf"))),
-    ("LayerNorm", "normalized_shape", (-1, "8", 2.5, (4, "8"), ())),
-    ("Dropout", "p", (-0.1, 1.5, "0.5", None)),
-    ("Linear", "in_features", (-1, "8", 1.5)),
-    ("BasicLinear", "out_features", (-1, "8", True)),
-    ("Linear", "bias", (None, "no")),
-    ("ConstantScale", "scale", ("2", None, True)),
-    ("LeakyReLU", "negative_slope", ("0.1", None)),
-    ("Tee", "name", (3, ("a",))),
-    ("Sequential", "planner", ("fast", 1)),
-    ("Sequential", "backends", ("cpu", ("cpus",), 3)),
-    ("Sequential", "recompute", ("no", 2)),
-    ("recipe.DelayedScaling", "amax_history_len", (0, 1.5, "16", True)),
-    ("recipe.DelayedScaling", "margin", ("1", 0.5, 1000)),
-    ("recipe.DelayedScaling", "fp8_format", ("E4M3", 8)),
-    ("recipe.Float8CurrentScaling", "backward_override", ("plain", 1)),
-)
-"""Arguments that are refused."""
-
 _DEFAULTS = {name: p.default for name, p in signature(Life.call).parameters.items()}
 
 
@@ -117,12 +98,15 @@ class Plot:
         self.quantized = chance() < 0.3
         widths = QUANTIZED_WIDTHS if self.quantized else WIDTHS
         main = ", accumulate_into_main_grad=True" * (chance() < 0.15)
-        self.draft = Draft(self.random, widths, main, chance() < 0.1)
+        self.scaled = seed >= SCALED
+        self.draft = Draft(self.random, widths, main, chance() < 0.1, self.scaled)
         dtype = one(("float32", "bfloat16")) if self.quantized else one(DTYPES)
         self.narrow = self.quantized or dtype in ("float16", "bfloat16")
         """Whether values of another size than 1 are rounded too much."""
         self.backends, self.wired = BACKENDS[device], False
         options: dict[str, Any] = {name: one(values) for name, values in OPTIONS if chance() < 0.2}
+        self.transposed = self.scaled and "delay_wgrad_compute" not in options
+        self.draft.transposed = self.transposed and not main
         backends = one((None, None, *self.backends, ("reference",)))
         options |= {"backends": backends} if backends else {}
         self.width = 0 if chance() < NOTHING else one(widths)
@@ -160,6 +144,8 @@ class Plot:
         self.random = Random(f"{seed}, younger")
         if not options.get("delay_wgrad_compute"):  # some of them take no such option
             self.steps += [self.younger() for _ in range(YOUNGER)]
+        self.random = Random(f"{seed}, groups")
+        self.steps += [self.groups()] * self.scaled
         if leaves and not any("compiled" in step.kwargs for step in self.steps):
             self.steps.append(Step("leave", (), {}))  # compiled graphs outlive their modules
 
@@ -282,7 +268,8 @@ class Plot:
     def aside(self) -> Step:
         """A call of a few ops that stand beside each other in models."""
         one = self.random.choice
-        draft, width = Draft(self.random, ASIDE), one(ASIDE)
+        draft = Draft(self.random, ASIDE, scaled=self.scaled, transposed=self.transposed)
+        width = one(ASIDE)
         sources = draft.sequence(width, one((1, 1, 2, 3)), depth=1)
         options = self.call().kwargs
         options = {name: options[name] for name in ("autocast", "wide", "mode") if name in options}
@@ -316,11 +303,22 @@ class Plot:
         one = self.random.choice
         width, out = one(ASIDE[-2:]), one(ASIDE[1:])
         act = one((*PLAIN, *PLAIN, *RARE, *(f"{name}()" for name in GATED)))
-        sources = f"Linear({width}, {out}, bias={one((True, False))})", act
+        linear = one(("Linear", "TransposedLinear")) if self.transposed else "Linear"
+        sources = f"{linear}({width}, {out}, bias={one((True, False))})", act
         options = {"lead": one(LEADS), "layout": one(("sliced", "padded"))}
         if one((True, False, False)):
             options["mode"] = one(("no_grad", "inference"))
         return Step("aside", (width, *sources), options | {"seed": self.random.randrange(1000)})
+
+    def groups(self) -> Step:
+        """Experts, of which some have no rows."""
+        one, draw = self.random.choice, self.random.randrange
+        kind = one(("GroupedLinear", "TransposedGroupedLinear", "TransposedGroupedLinear"))
+        single = f"single_grouped_weight={one((True, False))}, bias={one((True, False))}"
+        sizes = [one((0, 1, 4, 16, 33)) for _ in range(one((1, 2, 3, 5)))]
+        source = f"{kind}({len(sizes)}, {one(ASIDE)}, {one(ASIDE)}, {single})"
+        calls = [one(GROUP_CALLS) for _ in range(one((1, 2, 3)))]
+        return Step("groups", (source, tuple(sizes), *calls), {"seed": draw(1000)})
 
     def change(self, count: int) -> Step:
         """A change between two calls that are alike."""
@@ -358,7 +356,8 @@ class Plot:
 
     def attribute(self, index: int) -> Step:
         """Set an attribute of an op, or of a LayerNormMLP, to one of its values."""
-        name, values = self.random.choice(OF_MLP if self.is_mlp else ATTRIBUTES)
+        more = (("residual_scale", (0.5, -2.0)),) * self.scaled
+        name, values = self.random.choice(OF_MLP if self.is_mlp else (*ATTRIBUTES, *more))
         return Step("set", (0 if self.is_mlp else index, name, self.random.choice(values)), {})
 
     def same_width(self) -> str:
