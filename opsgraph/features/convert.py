@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..base.errors import OpError, PlanError
+from ..guards.torch_private import opaque
 from ..guards.validation import flag
 from ..op import Op, arguments, row
 from ..ops.activations import (
@@ -378,6 +379,7 @@ class Converts(nn.Module):
         _tell(module, left, strict)
         return converted  # type: ignore[no-any-return]
 
+    @opaque
     def to_torch(self) -> nn.Sequential:
         """A plain nn.Sequential that computes the same, sharing the parameters."""
         return _unconverted(self)  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..base import config
 from ..base.errors import OpError
+from .torch_private import opaque
 from .validation import Checked
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -129,6 +130,12 @@ class Watched(nn.Module):
         with config.lock:
             self.__dict__.setdefault("_owners", weakref.WeakSet()).add(owner)
 
+    @partial(opaque, reason="torch.compile cannot see how ops are made")
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    # Dynamo puts changes off to the end of its graph, and plans are made of what is there.
+    @partial(opaque, reason="torch.compile cannot see an op change")
     def touch(self) -> None:
         """Tell the owners that the module is not what it was."""
         if "_owners" in self.__dict__:
@@ -143,7 +150,8 @@ class Watched(nn.Module):
                 slot.__set__(self, value)
                 self.touch()
                 return
-        if "_owners" not in self.__dict__ or (name in MODULE_ATTRIBUTES and name not in HOOKS):
+        alone = "_owners" not in self.__dict__ and not torch.compiler.is_dynamo_compiling()
+        if alone or (name in MODULE_ATTRIBUTES and name not in HOOKS):
             super().__setattr__(name, value)
             return
         old = self.__dict__.get(name, self._modules.get(name, _same))

@@ -120,6 +120,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
     _fc1_stride: int
     _given: dict[str, Any]
 
+    @opaque
     def __init__(
         self,
         hidden_size: int,
@@ -185,6 +186,7 @@ class LayerNormMLP(MarksParameters, TellsOfWeightGradients, Watched):
             raise OpsgraphError(f"{WHO}: got {name} after construction, expected {FIXED[name]}")
         self._change(name, value)
 
+    @opaque
     def _change(self, name: str, value: Any) -> None:
         """Take another value for an argument of the constructor, or raise and change nothing."""
         before = self.__dict__.copy()
@@ -393,8 +395,6 @@ _ARGUMENTS = tuple(signature(LayerNormMLP.__init__).parameters)[1:]
 
 def _linear(module: LayerNormMLP, prefix: str, bias: bool, options: Mapping[str, Any]) -> Op:
     names = {"weight": f"{prefix}_weight"} | ({"bias": f"{prefix}_bias"} if bias else {})
-    ranks = 1 if "tensor_parallel_mode" in options else module.tp_size
-    ffn = module.ffn_hidden_size // ranks
-    rows = ffn * module.halves if prefix == "fc1" else module.hidden_size
-    width = module.hidden_size if prefix == "fc1" else ffn
-    return Linear(width, rows, False, device="meta", **options).borrow(module, **names)
+    ffn = module.ffn_hidden_size // (1 if "tensor_parallel_mode" in options else module.tp_size)
+    sizes = (module.hidden_size, ffn * module.halves), (ffn, module.hidden_size)
+    return Linear(*sizes[prefix == "fc2"], False, device="meta", **options).borrow(module, **names)

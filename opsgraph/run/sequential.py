@@ -20,6 +20,7 @@ from ..features.inputs import explain, width_of
 from ..features.listed import Listed
 from ..features.op_kwargs import run_with
 from ..features.recipes import SequenceRecipes
+from ..guards.torch_private import opaque
 from ..guards.validation import place
 from ..guards.watched import own_state
 from ..op import Op
@@ -56,6 +57,7 @@ class Sequential(
     _called = False
     run_stages = staticmethod(run_stages)
 
+    @opaque
     def __init__(
         self,
         *args: Any,
@@ -68,15 +70,13 @@ class Sequential(
         place("Sequential", device, dtype)
         self._stages: list[Any] = []
         """Those for no recipe. `_prepare` makes them anew where an op or the epoch changed."""
-        self._recipes = {}
-        self._prepared = -1
+        self._recipes, self._prepared = {}, -1
         """The epoch for which `_stages` was made; -1 after a change of the module (`_forget`)."""
         self._epoch = -1
         """The same for calls, which compare it without the lock. -1 has each ask `_prepare`: while
         there are containers, and while a recipe `_follows`."""
         self._containers: list[Container] = []
-        """Lists and their like that ops hold, with what was in them: they change without a word.
-        Found anew with `_stages`."""
+        """Lists and their like that ops hold, with what was in them: found anew with `_stages`."""
         with config.lock:
             infer_sizes(self._present())
             tell_next(self._present())

@@ -1,5 +1,6 @@
 """torch.compile(fullgraph=True): cold, equal to eager, without breaks or repeated compilation."""
 
+import copy
 import operator
 import os
 import subprocess
@@ -403,6 +404,58 @@ def test_behind_a_break_of_a_users_module_nothing_of_ours_is_compiled() -> None:
     assert torch.equal(torch.compile(module, backend=backend)(x), expected)
     assert torch._dynamo.utils.counters["frames"]["total"] < 20
     assert operator.mul in seen  # the user's module is compiled
+    torch._dynamo.utils.counters.clear()
+
+
+def _edited(module: Any, x: Tensor) -> list[Tensor]:
+    module[1].scale = 0.25
+    found = [module(x)]
+    module[0].scale, module[1].scale = 3.0, 0.5
+    found.append(module(x))
+    module[0] = SiLU()
+    found.append(module(x))
+    module[0] = Residual(SiLU())
+    return found
+
+
+def _alone(module: Any, x: Tensor) -> list[Tensor]:
+    op = module[1]
+    op.scale = 0.25
+    found = op(x)
+    op.scale = 0.5
+    return [found, op(x)]
+
+
+def _hooked(module: Any, x: Tensor) -> list[Tensor]:
+    handle = module[0].register_forward_hook(lambda op, given, y: 2 * y)
+    found = module(x)
+    handle.remove()
+    return [found, module(x)]
+
+
+CHANGES: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
+    "settings": _edited,
+    "an op alone": _alone,
+    "a hook": _hooked,
+    "ops that are made": lambda module, x: [SiLU()(x) + ConstantScale(0.5)(x)],
+    "sequences that are made": lambda module, x: [og.Sequential(SiLU(), Residual(ReLU()))(x)],
+    "slices": lambda module, x: [module[1:](x), module[1:].to_torch()(x)],
+}
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_in_a_compiled_function_counts(change: Any) -> None:
+    """Dynamo would make it at the end of the graph, and plans of what is there before."""
+    made = og.Sequential(Residual(SiLU()), ConstantScale(0.5), ReLU())
+    modules = copy.deepcopy(made), made  # no sequence has looked at the ops of a copy yet
+    x = torch.randn(4, 16)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(lambda x: change(modules[0], x), backend="aot_eager")
+    for _ in range(2):
+        for one, right in zip(compiled(x), change(modules[1], x), strict=True):
+            torch.testing.assert_close(one, right)
+    assert torch._dynamo.utils.counters["frames"]["total"] < 50  # of hundreds that plan
     torch._dynamo.utils.counters.clear()
 
 
