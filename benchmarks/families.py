@@ -43,6 +43,9 @@ SURE = 3.0
 MOST = 120e6
 """Parameters of a model that is built."""
 
+REACHED = "full", "part", "none", "beyond", "failed", "too long", "not built"
+"""See `Result`."""
+
 _ALIKE: dict[Any, str] = {
     64: """hidden_size d_model n_embd dim embed_dim embedding_size emb_dim encoder_hidden_size
         decoder_hidden_size hidden_dim projection_dim fpn_hidden_size mask_feature_size
@@ -171,7 +174,8 @@ def listed() -> dict[str, str]:
     """The families that RESULTS has, each with what was reached."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     rows = [line for line in lines if line[:1].isalpha()]
-    return {row.split()[0]: row[33:43].strip() for row in rows}
+    found = {row.split()[0]: row[len(row.split()[0]) :].lstrip() for row in rows}
+    return {name: next(r for r in REACHED if rest.startswith(r)) for name, rest in found.items()}
 
 
 def build(family: str) -> nn.Module:
@@ -327,6 +331,14 @@ class _Doubles(TorchFunctionMode):
         return (Tensor.double if func is Tensor.float else func)(*map(wider, args), **named)
 
 
+def _exact(model: nn.Module) -> nn.Module:
+    """A copy in fp64, whose experts run one after the other: PyTorch groups no such products."""
+    exact = copy.deepcopy(model).double()
+    with suppress(AttributeError, ValueError):
+        exact.set_experts_implementation("eager")  # type: ignore[operator]
+    return exact
+
+
 @contextmanager
 def _wide() -> Iterator[None]:
     """fp64 for tensors that a model makes, whether it names a dtype or not."""
@@ -393,7 +405,7 @@ def _exactly(plain: nn.Module, patched: nn.Module, example: dict[str, Any]) -> t
     inputs exp(m - SURE * s) > BF16, with m the mean of log(e / e of the unpatched model), and s
     its standard error.
     """
-    exact = copy.deepcopy(plain).double()
+    exact = _exact(plain)
     contributions = _Contributions(exact)
     outputs = [0.0, 0.0]
     errors: list[defaultdict[str, list[float]]] = [defaultdict(list), defaultdict(list)]
@@ -434,7 +446,7 @@ def _bf16(plain: nn.Module, patched: nn.Module, example: dict[str, Any]) -> floa
 
     The worst output's, of errors summed over as many inputs as it takes to be within BF16.
     """
-    exact, plain = copy.deepcopy(plain).double(), plain.bfloat16()
+    exact, plain = _exact(plain), plain.bfloat16()
     patched = patched.bfloat16()
     ours: Counter[int] = Counter()
     own: Counter[int] = Counter()

@@ -129,6 +129,11 @@ class Scaled(Before):
         return x + 0.5 * self.mlp(self.norm2(x))
 
 
+class BothScaled(Before):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.75 * x + 0.5 * self.mlp(self.norm2(x))
+
+
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -154,6 +159,11 @@ class OwnScale(Before):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gamma * self.mlp(self.norm2(x)) + x
+
+
+class WeightedResidual(OwnScale):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma * x + self.mlp(self.norm2(x))
 
 
 class InPlace(Before):
@@ -226,6 +236,8 @@ _WIRINGS = {
     "sandwich": (Sandwich, f"residual({_GATED}, RMSNorm)"),
     "shared": (Shared, "Linear(gate, up), SwiGLU, Linear, add, add"),
     "scaled": (Scaled, f"residual({_GATED}, ConstantScale)"),
+    "both scaled": (BothScaled, f"{_GATED}, ConstantScale, add"),
+    "weighted": (WeightedResidual, f"{_GATED}, add"),
     "without weight": (
         lambda: Before(Plain(), Weightless), "residual(RMSNorm, Linear, GELU, Linear)"
     ),
@@ -254,6 +266,20 @@ def test_each_wiring_is_one_plan_with_the_same_results(wiring: str) -> None:
     assert all("forward" not in module.__dict__ for module in model.modules())
     for got, wanted in zip(_results(model), expected, strict=True):
         assert got is wanted is None or torch.equal(got, wanted)
+
+
+def test_a_scaled_branch_has_the_steps_of_a_residual_with_that_scale() -> None:
+    model = Model(lambda: Scaled(Plain(), nn.LayerNorm), count=1)
+    _patched(model)
+    unit = model.layers[0].norm2.forward.__self__
+    reached = [state for state in states.all_states([unit]) if state.step.kind == "residual"]
+    (patched,) = (state.plan for state in reached)
+    ops = og.ops
+    layers = ops.LayerNorm(H), ops.Linear(H, F), ops.GELU("none"), ops.Linear(F, H)
+    module = og.Sequential(ops.Residual(*layers, scale=0.5))
+    plans = [each.plan(x=X) for each in (patched, module)]
+    steps = [[s.name for s in (*plan.forward, *plan.backward)] for plan in plans]
+    assert steps[0] == steps[1]
 
 
 def test_a_plan_runs_and_the_modules_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`patch` on models of transformers, which is imported here alone."""
 
 import copy
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,24 @@ def test_a_family_runs_as_plans_with_its_results(family: str) -> None:
     assert result.reached == "full", families.line(result)
     assert _REDUCED[family] in result.shown.split("; ")
     assert result.bf16 <= families.BF16
+
+
+def test_the_page_about_models_has_the_counts_of_the_table() -> None:
+    counts = Counter(families.listed().values())
+    last = families.RESULTS.read_text().splitlines()[-1]
+    assert last == str({name: counts[name] for name in eval(last)})
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for reached in ("full", "part", "none", "beyond"):
+        assert f"| {reached} | {counts[reached]} |" in page
+    left = counts["not built"] + counts["too long"] + counts["failed"]
+    assert f"| not built, too long | {left} |" in page
+    assert f"Of {counts.total()} types" in page
+
+
+def test_experts_run_in_fp64_beside_a_mixture() -> None:
+    result = families.check("mixtral")
+    assert "experts(GroupedLinear, SwiGLU, GroupedLinear)" in result.shown
+    assert 0 < result.bf16 <= families.BF16
 
 
 @pytest.mark.families
