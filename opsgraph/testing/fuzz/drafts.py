@@ -104,22 +104,6 @@ class Draft:
             return one((*OF_TORCH, f"nn.Linear({width}, {width})")), width
         return self.of_same_width(kind, width, depth), width
 
-    def younger(self, width: int) -> tuple[str, int]:
-        """Source of an op that came when lives had their seeds, and the width that it gives."""
-        one = self.random.choice
-        kind = one(("transposed", "transposed", "scaled", "weighted", "residual"))
-        if kind == "transposed":
-            out = one(self.sizes)
-            return f"TransposedLinear({width}, {out}, bias={one((True, False))})", out
-        if kind == "residual":
-            inner = self.sequence(width, self.random.randint(1, 2), depth=0, keep=True)
-            factors = one(("scale=0.25", "residual_scale=0.5", "scale=-1.5, residual_scale=2.0"))
-            return f"Residual({', '.join(inner)}, {factors})", width
-        name = self.read(width)
-        if kind == "scaled":
-            return f"ScaledAdd({name!r}, {one((0.5, -2.0, 0.22, 0.0))})", width
-        return f"WeightedAdd({name!r}, {width})", width
-
     def linear(self, width: int, out: int) -> str:
         """Source of a linear layer."""
         short = self.lazy and self.random.random() < 0.5

@@ -70,8 +70,6 @@ MORE = 3
 """How often steps follow that belong together."""
 PRODUCTS = 2
 """How many linear layers with an activation a life calls aside: their ends are those of tiles."""
-YOUNGER = 2
-"""How many calls aside have ops that came later, so that lives keep their other steps."""
 WAYS = ("calls",) * 4 + ("aside",) * 4 + ("layer",) * 3 + (
     "fuse", "wires", "noise", "inspect", "rare",
 )  # fmt: skip
@@ -141,9 +139,6 @@ class Plot:
             self.steps += self.more(len(sources))
         self.random = Random(f"{seed}, products")
         self.steps += [self.product() for _ in range(PRODUCTS)]
-        self.random = Random(f"{seed}, younger")
-        if not options.get("delay_wgrad_compute"):  # some of them take no such option
-            self.steps += [self.younger() for _ in range(YOUNGER)]
         self.random = Random(f"{seed}, groups")
         self.steps += [self.groups()] * self.scaled
         if leaves and not any("compiled" in step.kwargs for step in self.steps):
@@ -278,22 +273,6 @@ class Plot:
             changes = (self.change(len(sources)) for _ in range(one((1, 2, 3))))
             options["between"] = tuple((step.method, step.args) for step in changes)
         return Step("aside", (width, *sources), options | {"seed": self.random.randrange(1000)})
-
-    def younger(self) -> Step:
-        """As `aside`, of ops that came later."""
-        one = self.random.choice
-        draft, start = Draft(self.random, ASIDE), one(ASIDE)
-        sources, width = [f"Tee('a', to_caller={one((False, True))})"], start
-        draft.widths["a"] = width
-        for _ in range(one((1, 2, 3))):
-            source, width = draft.op(width, 0)
-            younger, width = draft.younger(width)
-            sources += source, younger
-        options: dict[str, Any] = {"lead": one(LEADS), "layout": one((*LAYOUTS[1:], "sliced"))}
-        way = one(("mode", "mode", "autocast", "wide" if self.narrow else "autocast", None))
-        if way is not None:
-            options[way] = one(("no_grad", "inference")) if way == "mode" else True
-        return Step("aside", (start, *sources), options | {"seed": self.random.randrange(1000)})
 
     def product(self) -> Step:
         """A call of a linear layer and an activation, whose depth fills no tile.
