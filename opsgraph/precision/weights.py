@@ -155,7 +155,7 @@ def quantized_model_init(
     recipe: Recipe | None = None,
     preserve_high_precision_init_val: bool = False,
 ) -> Iterator[None]:
-    """Inside, linear layers are made with weights that are held in the recipe's format.
+    """Inside, weights of Linear, BasicLinear and LayerNormMLP are held in the recipe's format.
 
     recipe: by default `DelayedScaling()`; its weights have scales of their own here, made when they
     are written. preserve_high_precision_init_val: each weight keeps its first values on the CPU:

@@ -435,6 +435,7 @@ def _hooked(module: Any, x: Tensor) -> list[Tensor]:
 
 CHANGES: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
     "settings": _edited,
+    "one setting": lambda module, x: [(setattr(module[1], "scale", 0.25), module(x))[1]],
     "an op alone": _alone,
     "a hook": _hooked,
     "ops that are made": lambda module, x: [SiLU()(x) + ConstantScale(0.5)(x)],
