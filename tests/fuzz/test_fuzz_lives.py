@@ -62,6 +62,15 @@ def test_what_is_drawn_from_a_seed_on() -> None:
     assert not any(drawn(range(SCALED - 20, SCALED)))
 
 
+@pytest.mark.parametrize("compiled", [None, "aot_eager"])
+def test_a_refusal_is_excused_under_dynamo_too(compiled: str | None) -> None:
+    life = Life("float16", 68, backends=("reference",))
+    life.build(1, "Add(None)", "Bias(1)")
+    with pytest.raises(Impossible):
+        life.call(wide=True, compiled=compiled)
+    life.end()
+
+
 def test_groups_against_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     life = Life("bfloat16", 3)
     source = "TransposedGroupedLinear(3, 8, 16, single_grouped_weight=True, bias=True)"

@@ -294,7 +294,9 @@ class Changes:
         """
         try:
             yield
-        except OpError as error:
+        except Exception as error:
+            if not (isinstance(error, OpError) or str(error).startswith("OpError: ")):
+                raise  # Dynamo raises an error of its own, which begins like ours
             if (self.edited and "width" in str(error)) or (more and more in str(error)):
                 raise Impossible from None
             raise
