@@ -8,9 +8,10 @@ product and want a gradient; the op asks for them, or its Sequential for all.
 The hooks are `Request.late`, `Request.accumulated`, `Definitions.after` and `Plan.elsewhere`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
 from ..fuser import Fuser
 from ..op import BACKWARD, STORED, differentiable
@@ -85,17 +86,25 @@ def send_elsewhere(
 
 def _as_stored(program: Program, line: Line, turned: Sequence[int]) -> Line:
     """A fuser's product of a weight gradient, which the op makes in the weight's own layout."""
-    wanted = [i for i in turned if line.results in gradient_names(program, i)]
+    wanted = [i for i in turned if line.results == program.gradient(i, "weight")]  # and no bias
     given = [a for a in line.arguments if not (isinstance(a, Argument) and a.text == "None")]
-    own = isinstance(line.target, Fuser) and line.function.endswith(".wgrad")
     elsewhere = line.results in program.request.late | program.request.accumulated
-    if not wanted or not own or len(given) != 2 or elsewhere:
+    if not wanted or not isinstance(line.target, Fuser) or len(given) != 2 or elsewhere:
         return line
-    product = Argument("object", line.function, value=line.target.wgrad)
+    wgrad: Any = line.target.wgrad
+    if not line.function.endswith(".wgrad") or not _of_two(wgrad):
+        return line
+    product = Argument("object", line.function, value=wgrad)
     op = program.resolve(wanted[0], "")
     assert op is not None
     arguments = (op, product, *given, literal(None))
     return line._replace(function="wgrad_by", arguments=arguments)
+
+
+def _of_two(product: Callable[..., Any]) -> bool:
+    """Whether a product can be called with its two factors alone."""
+    parameters = signature(product).parameters.values()
+    return sum(parameter.default is parameter.empty for parameter in parameters) == 2
 
 
 def _by_the_op(program: Program, claim: Claim, line: Line) -> Line:

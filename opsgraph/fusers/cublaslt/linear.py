@@ -76,7 +76,7 @@ class LinearBackward(Product):
             return "the weight gradient goes into main_grad"
         return beyond(x.dtype, scale and scale.scale)
 
-    def wgrad(self, dy: Tensor, fc_x: Tensor, scale_scale: float | None) -> Any:
+    def wgrad(self, dy: Tensor, fc_x: Tensor, scale_scale: float | None = None) -> Any:
         return gemm.matmul(dy.t(), fc_x, alpha=_factor(scale_scale))
 
     def dgrad(

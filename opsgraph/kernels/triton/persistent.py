@@ -7,7 +7,6 @@ says for which operands there are none; `grouped` has kernels for all.
 """
 
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -17,9 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import Config, configured
+from ..lazy import Lazy
 from . import interpreting
 from .gemm import precision
 from .launch import ceil_div, launch, multiprocessors, on_device_of
+
+ping_pong = Lazy("triton.ping_pong")
 
 TILE = 128
 """Rows of a tile."""
@@ -307,9 +309,9 @@ def _common(x: Tensor, at: Schedule, options: Config) -> dict[str, Any]:
 
 
 def _kernel(name: str, options: Config) -> Any:
-    """The kernel that a configuration is for. Gluon is imported where it is used."""
+    """The kernel that a configuration is for."""
     if "STAGES" in options:
-        return getattr(import_module(".ping_pong", __package__), f"ping_pong_{name}_kernel")
+        return getattr(ping_pong, f"ping_pong_{name}_kernel")
     return persistent_rows_kernel if name == "rows" else persistent_weights_kernel
 
 
