@@ -76,7 +76,7 @@ def _forward(width: int, itemsize: int) -> dict[str, int]:
     if width > NARROW:
         return {"BLOCK": 16384 if itemsize == 2 else 8192, "num_warps": 16}
     if block < 2048:
-        return {"CHUNKS": 1, "ROWS": min(32, 4096 // block), "COLS": block, "num_warps": 8}
+        return {"CHUNKS": 1, "ROWS": min(32, 2048 // block), "COLS": block, "num_warps": 4}
     warps = 4 if block <= 4096 else 8 if block <= 8192 else 16
     return {"CHUNKS": block // (warps * 256), "ROWS": 1, "COLS": warps * 256, "num_warps": warps}
 
