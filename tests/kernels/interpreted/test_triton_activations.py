@@ -338,6 +338,16 @@ def test_fp32_has_all_digits_at_every_exponent(kind: str, device: str) -> None:
         assert off.max() <= units
 
 
+def test_the_slope_of_tanh_in_16_bits_does_not_cancel(device: str) -> None:
+    """Where tanh is 1 to all digits it still has one."""
+    x = torch.tensor([[0.3, 0.5, 3.0, 9.0, 16.0, 40.0]], dtype=torch.bfloat16)
+    x = torch.cat((x, -x), 1)
+    found = activation_backward(torch.ones_like(x).to(device), x.to(device), "tanh")[0]
+    assert found is not None
+    exact = torch.cosh(x.double()) ** -2
+    torch.testing.assert_close(found.cpu().double(), exact, rtol=0.02, atol=0.0)
+
+
 @pytest.mark.parametrize("activation", [GELU, ClippedGELU, XIELU])
 def test_what_has_no_gate_does_not_interleave(activation: type[og.Op], device: str) -> None:
     """Such an attribute is none of its own."""
