@@ -111,8 +111,8 @@ def _source(kernel: Any, bound: dict[str, Any]) -> ASTSource:
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
         signature[parameter.name] = kind
-    kind = GluonASTSource if kernel.is_gluon() else ASTSource
-    return kind(kernel, signature, constants, attributes)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return source(kernel, signature, constants, attributes)
 
 
 def _output(tool: Any, *arguments: str) -> str:

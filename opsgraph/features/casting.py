@@ -181,9 +181,12 @@ def in_their_dtypes(
     """The lines of a step, and casts of gradients behind what has promoted."""
     if writer.direction != BACKWARD or again:
         return lines
+    dtypes = {i: promoted(writer.program, i) for i in claim.ops}
+    if not any(dtypes.values()):
+        return lines
     made, casts = {name for line in lines for name in line.makes}, list[Line]()
-    for i in claim.ops:
-        for name, dtype in promoted(writer.program, i).items():
+    for i, own in dtypes.items():
+        for name, dtype in own.items():
             if name == "dx" and i != claim.start:
                 continue
             there = made & {name, f"{name}_more"}

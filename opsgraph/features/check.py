@@ -74,12 +74,10 @@ class _Step:
         line = self.writer.call(claim, call, want, first, names)._replace(note="check")
         every = Argument("object", line.function, value=line.target), *line.arguments
         self.lines.append(line._replace(function="run_reference", arguments=every, target=None))
-        if claim.direction == BACKWARD:
-            for name, dtype in promoted(self.program, claim.start).items():
-                if (made := f"ref_{name}") in (first, *names):
-                    self.lines.append(
-                        Line("cast", (value(made), literal(dtype)), made, note="check")
-                    )
+        casts = promoted(self.program, claim.start) if claim.direction == BACKWARD else {}
+        for name, dtype in casts.items():
+            if (made := f"ref_{name}") in (first, *names):
+                self.lines.append(Line("cast", (value(made), literal(dtype)), made, note="check"))
         return names
 
     def _forward(self, i: int) -> None:
