@@ -1,7 +1,7 @@
 """The usual update of delayed scales is that of before; what changed in between is looked at."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,18 @@ from opsgraph.precision.delayed import Scaling
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
 
 WIDTH = 32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage_of_others() -> Iterator[None]:
+    """Collect what other tests have left before these, and nothing while they run.
+
+    A state of theirs that goes has updates let go of all that they keep, of any recipe.
+    """
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def made() -> og.Sequential:
