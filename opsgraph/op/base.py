@@ -79,8 +79,7 @@ class Op(StateDicts):
     gemm: ClassVar[bool] = False
     """Whether `fwd` is a matrix product: too dear to be run again in the backward."""
     quantizable: ClassVar[bool] = False
-    """Whether recipes quantize its operands; its functions then take `Quantized` values.
-    A subclass with a `fwd` of its own has to say so itself."""
+    """Whether recipes quantize its operands to `Quantized`; a subclass's own `fwd` says so anew."""
     packs_gradient: ClassVar[bool] = False
     """Whether `bwd` returns a `Quantized` dx, for the `quantizable` op before."""
     taps: ClassVar[bool] = False
@@ -93,6 +92,8 @@ class Op(StateDicts):
     """Whether it exchanges tensors with the other ranks of the process group named `group`."""
     training_matters: ClassVar[bool] = False
     """Whether the op differs between training and evaluation."""
+    keeps_width: ClassVar[bool] = False
+    """Whether y is as wide as x, whatever its width."""
     deferred = False
     """Whether a backward leaves weight gradients for later: seen on what it calls and is given."""
 
@@ -150,7 +151,7 @@ class Op(StateDicts):
 
     def width_before(self, out_width: int) -> int | None:
         """The input width that gives this output width, where that is determined."""
-        return None
+        return out_width if self.keeps_width else None
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
         """Fill in sizes that were left out, from the neighbours' widths (None: not known)."""

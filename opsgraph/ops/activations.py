@@ -89,6 +89,8 @@ class AnyActivation(Op):
 class Activation(AnyActivation):
     """`y = f(x)`, elementwise; `kernel` and `params` name f in every backend."""
 
+    keeps_width = True
+
     @property
     def function(self) -> Function:
         """No gate alternates with a value, whatever attribute someone has set."""
@@ -96,9 +98,6 @@ class Activation(AnyActivation):
 
     def out(self, x: Spec) -> Spec:
         return x
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
 
 class GatedActivation(AnyActivation):

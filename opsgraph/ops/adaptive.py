@@ -31,6 +31,7 @@ class Modulate(Op):
     x: `[samples, *, width]`: its leading dimension counts the samples, or a multiple of them.
     """
 
+    keeps_width = True
     extra_inputs = ("scale", "shift")
     as_stored = ("scale", "shift")
 
@@ -42,9 +43,6 @@ class Modulate(Op):
 
     def out(self, x: Spec) -> Spec:
         return x
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def fwd(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, tuple[()]]:
         if scale.shape[-1] != x.shape[-1] or shift.shape != scale.shape:

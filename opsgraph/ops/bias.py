@@ -26,6 +26,7 @@ class Bias(MarksParameters, Op):
     the one that belongs to its share of x's columns.
     """
 
+    keeps_width = True
     required = ("bias",)
     width = Checked(features)
     tensor_parallel = Fixed("another Bias")
@@ -76,9 +77,6 @@ class Bias(MarksParameters, Op):
     def in_width(self) -> int | None:
         width: int | None = self.width
         return width
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
         width = known(in_width, out_width)

@@ -101,6 +101,7 @@ def process_group(name: str) -> dist.ProcessGroup | None:
 class Collective(Op):
     """What they share. process_group: as `group_of` takes it, by default all ranks."""
 
+    keeps_width = True
     collective = True
     constants = ("group", "group_size")
 
@@ -116,9 +117,6 @@ class Collective(Op):
 
     def out(self, x: Spec) -> Spec:
         return x
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def extra_repr(self) -> str:
         return f"group={self.group!r}, group_size={self.group_size}"

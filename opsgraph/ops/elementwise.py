@@ -16,14 +16,13 @@ from ..op import Op, Spec
 class Identity(Op):
     """`y = x`"""
 
+    keeps_width = True
+
     def identity(self, direction: str, training: bool) -> bool:
         return True
 
     def out(self, x: Spec) -> Spec:
         return x
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def fwd(self, x: Tensor) -> tuple[Tensor, tuple[()]]:
         return x, ()
@@ -35,6 +34,7 @@ class Identity(Op):
 class ConstantScale(Op):
     """`y = scale * x`, scale a number or a tensor of one element, read at construction."""
 
+    keeps_width = True
     constants = ("scale",)
 
     def __init__(self, scale: float | Tensor) -> None:
@@ -50,9 +50,6 @@ class ConstantScale(Op):
 
     def out(self, x: Spec) -> Spec:
         return x
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def fwd(self, x: Tensor, scale: float) -> tuple[Tensor, tuple[()]]:
         return x * scale, ()
@@ -76,6 +73,7 @@ class Dropout(Op):
     device's default generator (`torch.manual_seed` makes it repeatable) and is all that is saved.
     """
 
+    keeps_width = True
     saves = ("seed",)
     constants = ("p",)
     random = training_matters = True
@@ -96,9 +94,6 @@ class Dropout(Op):
 
     def saved(self, x: Spec) -> dict[str, Spec]:
         return {"seed": Spec((), torch.int64, x.device)}
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def fwd(self, x: Tensor, p: float) -> tuple[Tensor, tuple[Tensor]]:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)

@@ -16,6 +16,7 @@ class L2Normalization(Op):
     seq_length and micro_batch_size are hints and change nothing.
     """
 
+    keeps_width = True
     saves = ("scale",)
     constants = ("eps",)
 
@@ -38,9 +39,6 @@ class L2Normalization(Op):
 
     def out(self, x: Spec) -> Spec:
         return x
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def saved(self, x: Spec) -> dict[str, Spec]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -19,6 +19,7 @@ class LayerScale(Op):
     the weight's.
     """
 
+    keeps_width = True
     required = as_stored = typed_by = ("weight",)
     width = Checked(features)
 
@@ -47,9 +48,6 @@ class LayerScale(Op):
     def in_width(self) -> int | None:
         width: int | None = self.width
         return width
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
         width = known(in_width, out_width)

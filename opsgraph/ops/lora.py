@@ -85,6 +85,7 @@ class LoRA(Op):
     dropout, of other in training, takes a Tee's value alone.
     """
 
+    keeps_width = True
     extra_inputs = ("other",)
     as_stored = ("lora_A", "lora_B")
     constants: ClassVar[tuple[str, ...]] = ("scale", "start")
@@ -138,9 +139,6 @@ class LoRA(Op):
             "lora_A": (self.rank, self.in_features),
             "lora_B": (self.out_features, self.rank),
         }.get(name)
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def reject(self, x: Spec) -> str | None:
         end = (self.start or 0) + (self.out_features or 0)

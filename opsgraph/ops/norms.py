@@ -48,6 +48,7 @@ class _Norm(Op):
     multiprocessors to others; it changes nothing.
     """
 
+    keeps_width = True
     as_stored = ("weight", "bias")
     typed_by = ("weight", "bias")
     lowers_subclasses: ClassVar[bool] = True
@@ -156,9 +157,6 @@ class _Norm(Op):
     @property
     def in_width(self) -> int | None:
         return self.width
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
         width = known(in_width, out_width)

@@ -25,6 +25,7 @@ from .quantized_grouped import grouped
 class _Quantizing(Op):
     """What all share: a quantizer, its role, and the scale where that is delayed."""
 
+    keeps_width = True
     as_stored = ("scale",)
     quantizer: Quantizer
     role: str
@@ -33,9 +34,6 @@ class _Quantizing(Op):
         super().__init__()
         # Past the module's look at each attribute: there are two of these for each linear layer.
         self.__dict__.update(quantizer=quantizer or Quantizer(), role=role, scale=None)
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def reject(self, x: Spec) -> str | None:
         side = "out" if self.role == "gradient" else "in"

@@ -26,11 +26,10 @@ _serial = itertools.count()
 class _Still(Op):
     """An op that keeps its input's spec."""
 
+    keeps_width = True
+
     def out(self, x: Spec) -> Spec:
         return x
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
 
 class Tee(_Still):
@@ -157,6 +156,7 @@ class Residual(Op):
     and a ScaledAdd of x where scale and residual_scale, finite numbers, are not 1.
     """
 
+    keeps_width = True
     scale = Checked(finite)
     residual_scale = Checked(finite)
 
@@ -177,9 +177,6 @@ class Residual(Op):
     @property
     def in_width(self) -> int | None:
         return width_between(list(self._inner()))
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
         width = known(in_width, out_width, self.in_width)

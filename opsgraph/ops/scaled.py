@@ -141,6 +141,7 @@ class ScaledSReLU(ScaledActivation, SReLU):
 class ScaledTanhSReLU(_Scaled):
     """`(s * tanh(max(x, 0) / s))^2 * scales[:, None]`, s = tanh_clamp_scale, finite and above 0."""
 
+    keeps_width = True
     constants = ("tanh_clamp_scale",)
     tanh_clamp_scale = Checked(positive)
 
@@ -150,9 +151,6 @@ class ScaledTanhSReLU(_Scaled):
 
     def out(self, x: Spec) -> Spec:
         return x
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def fwd(self, x: Tensor, scales: Tensor, tanh_clamp_scale: float) -> tuple[Tensor, tuple[()]]:
         clamped = tanh_clamp_scale * torch.tanh(torch.relu(wide(x)) / tanh_clamp_scale)

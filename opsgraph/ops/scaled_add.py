@@ -18,6 +18,7 @@ class ScaledAdd(Op):
     of another float dtype, as Add's may: each gradient has its own input's.
     """
 
+    keeps_width = True
     extra_inputs = promotes = ("other",)
     constants = ("scale",)
 
@@ -33,9 +34,6 @@ class ScaledAdd(Op):
 
     def out(self, x: Spec) -> Spec:
         return x
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def fwd(self, x: Tensor, other: Tensor, scale: float) -> tuple[Tensor, tuple[()]]:
         dtype = torch.promote_types(x.dtype, other.dtype)

@@ -24,6 +24,7 @@ class XIELU(Op):
     above 0 and above beta. Computed in fp32; y has x's dtype. eps: -1e-6, as transformers has it.
     """
 
+    keeps_width = True
     required = as_stored = ("alpha_p", "alpha_n")
     constants = ("beta", "eps")
     beta = Checked(_finite)
@@ -63,9 +64,6 @@ class XIELU(Op):
 
     def out(self, x: Spec) -> Spec:
         return x
-
-    def width_before(self, out_width: int) -> int | None:
-        return out_width
 
     def shape_of(self, name: str) -> tuple[int | None, ...] | None:
         return (1,)

@@ -58,10 +58,8 @@ class Offset(Op):
 class Noise(Op):
     """`y = x + noise`, of which each call draws another."""
 
+    keeps_width = True
     random = True
-
-    def width_before(self, out_width: int) -> int:
-        return out_width
 
     def out(self, x: Spec) -> Spec:
         return x
