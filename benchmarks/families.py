@@ -331,9 +331,18 @@ class _Doubles(TorchFunctionMode):
         return (Tensor.double if func is Tensor.float else func)(*map(wider, args), **named)
 
 
+def _in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in a dtype, with what modules keep of earlier calls, as codebooks do."""
+    for module in model.to(dtype).modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(module, name, value.to(dtype))
+    return model
+
+
 def _exact(model: nn.Module) -> nn.Module:
     """A copy in fp64, whose experts run one after the other: PyTorch groups no such products."""
-    exact = copy.deepcopy(model).double()
+    exact = _in(copy.deepcopy(model), torch.float64)
     with suppress(AttributeError, ValueError):
         exact.set_experts_implementation("eager")  # type: ignore[operator]
     return exact
@@ -446,8 +455,8 @@ def _bf16(plain: nn.Module, patched: nn.Module, example: dict[str, Any]) -> floa
 
     The worst output's, of errors summed over as many inputs as it takes to be within BF16.
     """
-    exact, plain = _exact(plain), plain.bfloat16()
-    patched = patched.bfloat16()
+    exact = _exact(plain)
+    plain, patched = _in(plain, torch.bfloat16), _in(patched, torch.bfloat16)
     ours: Counter[int] = Counter()
     own: Counter[int] = Counter()
     worst = 0.0
