@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,6 +41,17 @@ class Weightless(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
+
+
+class Sized(nn.Module):
+    """OLMo's: no parameters, and rows of one size alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.normalized_shape = (width,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x.float(), self.normalized_shape, eps=1e-5).to(x.dtype)
 
 
 class Gated(nn.Module):
@@ -266,6 +278,21 @@ def test_each_wiring_is_one_plan_with_the_same_results(wiring: str) -> None:
     assert all("forward" not in module.__dict__ for module in model.modules())
     for got, wanted in zip(_results(model), expected, strict=True):
         assert got is wanted is None or torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("norm", "found"),
+    [
+        (Sized, "LayerNorm"),
+        (partial(nn.LayerNorm, elementwise_affine=False), "LayerNorm"),
+        (partial(nn.RMSNorm, eps=1e-6, elementwise_affine=False), "RMSNorm"),
+    ],
+)
+def test_a_norm_without_parameters_that_takes_rows_of_one_size(norm: Any, found: str) -> None:
+    model = Model(lambda: Before(Plain(), norm)).eval()
+    expected = _results(model)
+    assert f"residual({found}, Linear, GELU, Linear)" in _found(_patched(model))
+    _same(_results(model), expected)
 
 
 def test_a_scaled_branch_has_the_steps_of_a_residual_with_that_scale() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -48,6 +48,7 @@ _DTYPES = (
     (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
     (torch.float32, torch.bfloat16),
 )  # fmt: skip
+_WIDEST = 65536
 _NEARLY = 0.02
 """The share of 16-bit results that may differ, by the order of a sum: roundings change 0.2."""
 
@@ -205,15 +206,13 @@ def _norm(module: nn.Module, parameters: dict[str, Tensor]) -> Leaf | None:
         names["bias" if name in _BIAS else "weight"] = name
     if len(names) != len(parameters) or ("weight" not in names and parameters):
         return None
-    width = next((len(p) for p in parameters.values()), 48)
-    probe = torch.Generator().manual_seed(0)
-    rows = torch.randn(48, width, generator=probe) + 0.3
-    for k, size in enumerate((30, 1e-2, 1e-3, 1e-4)):
-        rows[8 * k : 8 * k + 8] *= size
-    rows = rows.view(3, 16, width)  # of norms over other dimensions than the last, none takes it
-    values = {n: torch.randn(width, generator=probe) * 0.3 + 0.7 for n in names}
-    exact = _run(module, names, values, rows, torch.float32)
-    if exact is None:
+    for own in _widths(module, parameters):
+        width = 48 if own is None else own
+        rows, values = _probe(width, names)
+        exact = _run(module, names, values, rows, torch.float32)
+        if exact is not None:
+            break
+    else:
         return None
     runs = [(d, _run(module, names, _cast(values, w), rows.to(d), w)) for d, w in _DTYPES]
     found: Any
@@ -222,10 +221,30 @@ def _norm(module: nn.Module, parameters: dict[str, Tensor]) -> Leaf | None:
             y is None or _near(y, _op_run(found, _cast(values, w), rows.to(d)), 0.02)
             for (_, w), (d, y) in zip(_DTYPES, runs, strict=True)
         ):
-            own = width if parameters else None
-            options = _options(found)
-            return Leaf("norm", type(found), (own, found.eps), options, names, own)
+            return Leaf("norm", type(found), (own, found.eps), _options(found), names, own)
     return None
+
+
+def _widths(module: nn.Module, parameters: dict[str, Tensor]) -> Iterator[int | None]:
+    """Widths that a norm may take: its parameters', else any, or a size that it holds."""
+    if parameters:
+        yield len(next(iter(parameters.values())))
+        return
+    yield None
+    for value in module.__dict__.values():
+        size = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+        if type(size) is int and 1 < size <= _WIDEST:
+            yield size
+
+
+def _probe(width: int, names: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rows `[3, 16, width]`, and values of parameters."""
+    probe = torch.Generator().manual_seed(0)
+    rows = torch.randn(48, width, generator=probe) + 0.3
+    for k, size in enumerate((30, 1e-2, 1e-3, 1e-4)):
+        rows[8 * k : 8 * k + 8] *= size
+    values = {n: torch.randn(width, generator=probe) * 0.3 + 0.7 for n in names}
+    return rows.view(3, 16, width), values  # of norms over another dimension, none takes it
 
 
 def _settings(module: nn.Module, width: int, values: dict[str, Tensor]) -> Iterator[Op]:
