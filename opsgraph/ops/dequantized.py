@@ -13,8 +13,12 @@ from .linear import Linear
 
 def dequantizes(weight: Any) -> bool:
     """Whether a weight does not train, and is of a class that says what it stands for."""
-    stored = getattr(type(weight), "dequantize", Tensor.dequantize) is not Tensor.dequantize
-    return stored and not weight.requires_grad
+    return is_stored(weight) and not weight.requires_grad
+
+
+def is_stored(weight: Any) -> bool:
+    """Whether a weight is of a class that says what it stands for."""
+    return getattr(type(weight), "dequantize", Tensor.dequantize) is not Tensor.dequantize
 
 
 class DequantizedLinear(Linear):

@@ -15,7 +15,7 @@ from ..base.errors import OpError, PlanError
 from ..guards.validation import Checked, Fixed, features, finite, number, place, size, text, whole
 from ..kernels.reference.dropout import keep_mask
 from ..op import Lowered, Op, Spec
-from .dequantized import dequantizes
+from .dequantized import is_stored
 from .linear import Linear
 from .parameters import empty_parameter, known
 from .residual import OpList, Tee
@@ -31,6 +31,11 @@ Gradients = tuple[Tensor | None, tuple[Tensor | None, ...]]
 
 def _probability(who: str, name: str, value: Any) -> float:
     return number(who, name, value, "a probability from 0 to 1", lambda p: 0 <= p <= 1)
+
+
+def _start(who: str, name: str, value: Any) -> int | None:
+    column: int | None = size(who, name, value, 0)
+    return column
 
 
 def _add(x: Tensor, other: Tensor, a: Tensor, b: Tensor, scale: float, start: int | None) -> Tensor:
@@ -93,6 +98,8 @@ class LoRA(Op):
     in_features = Checked(features)
     out_features = Checked(features)
     rank = Fixed("another LoRA")
+    scale = Checked(finite)
+    start = Checked(_start)
     dropout = Checked(_probability)
 
     def __init__(
@@ -115,7 +122,7 @@ class LoRA(Op):
         self.in_features = whole(who, "in_features", in_features, 0)
         self.out_features, self.rank = out_features, whole(who, "rank", rank)
         self.scale = 1.0 if alpha is None else finite(who, "alpha", alpha) / self.rank
-        self.start, self.dropout = size(who, "start", start, 0), dropout
+        self.start, self.dropout = start, dropout
         self.lora_A = empty_parameter((self.rank, self.in_features), device, dtype)
         self.lora_B = empty_parameter((self.out_features, self.rank), device, dtype)
         self.reset_parameters()
@@ -238,6 +245,12 @@ class DroppedLoRA(LoRA):
         return ()
 
 
+class Branches(OpList):
+    """The branches of a LoRALinear."""
+
+    owner, kind, expected = "LoRALinear", LoRA, "LoRA branches"
+
+
 class LoRALinear(Op):
     """`y = linear(x)` plus what each `LoRA` branch makes of x.
 
@@ -249,16 +262,25 @@ class LoRALinear(Op):
 
     def __init__(self, linear: Linear, *branches: LoRA) -> None:
         super().__init__()
-        who = type(self).__name__
-        if wrong := [type(op).__name__ for op in (linear,) if not isinstance(op, Linear)]:
-            raise OpError(who, f"linear of {wrong[0]}", "a Linear of opsgraph.ops")
-        if linear.in_features is None or linear.out_features is None or linear.group_size > 1:
-            raise OpError(who, f"{linear!r}", "a Linear with its sizes, not split among ranks")
+        self.linear = linear
         for branch in branches:
             self._verify(linear, branch)
-        self.linear = linear
         self._name(branches)
-        self.branches = OpList(branches)
+        self.branches = Branches(branches)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        who = type(self).__name__
+        if name == "branches" and isinstance(value, nn.ModuleList):
+            value = value if isinstance(value, Branches) else Branches(value)
+        elif name == "branches":
+            raise OpError(who, f"branches={value!r}", "an nn.ModuleList of LoRA branches")
+        if name == "linear" and not isinstance(value, Linear):
+            raise OpError(who, f"linear of {type(value).__name__}", "a Linear of opsgraph.ops")
+        if name == "linear" and (
+            value.in_features is None or value.out_features is None or value.group_size > 1
+        ):
+            raise OpError(who, f"{value!r}", "a Linear with its sizes, not split among ranks")
+        super().__setattr__(name, value)
 
     def _verify(self, linear: Linear, branch: Any) -> None:
         who, rows = type(self).__name__, linear.out_features or 0
@@ -279,9 +301,13 @@ class LoRALinear(Op):
 
     def complete(self, in_width: int | None, out_width: int | None) -> None:
         infer_sizes([self.linear], in_width, out_width)
+        for branch in self.loras:
+            branch.complete(self.linear.out_features, self.linear.out_features)
 
     def parts(self) -> Sequence[Op]:
-        return [Tee(self._name(self.loras)), self.linear, *self.loras]
+        branches = self.loras
+        tee = [Tee(self._name(branches))] if branches else []
+        return [*tee, self.linear, *branches]
 
     def _name(self, branches: Iterable[LoRA]) -> str:
         name = _channels.setdefault(self, f"{ADAPTED}{next(_serial)}")
@@ -302,11 +328,11 @@ class LoRALinear(Op):
         """A Linear that computes the same with one product; nothing of this op is modified.
 
         The weight is summed in fp32, or in fp64 for fp64, and rounded once; one that is stored in
-        another way is dequantized.
+        another way, as `quantized_model_init` does, is dequantized and stays so.
         """
         weight = self.linear.home("weight")
-        whole = getattr(*weight)
-        whole = whole.dequantize() if dequantizes(whole) else whole
+        stored = getattr(*weight)
+        whole = stored.dequantize() if is_stored(stored) else stored
         total = whole.detach().to(torch.promote_types(whole.dtype, torch.float32), copy=True)
         for branch in self.loras:
             a, b = (getattr(*branch.home(name)) for name in ("lora_A", "lora_B"))
@@ -317,7 +343,7 @@ class LoRALinear(Op):
             self.linear.in_features, self.linear.out_features, self.linear.has("bias"),
             device="meta",
         )  # fmt: skip
-        made.weight = nn.Parameter(total.to(whole.dtype), requires_grad=whole.requires_grad)
+        made.weight = nn.Parameter(total.to(whole.dtype), requires_grad=stored.requires_grad)
         if self.linear.has("bias"):
             bias = getattr(*self.linear.home("bias"))
             made.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)

@@ -113,6 +113,11 @@ class AddExtraInput(Add):
 class OpList(Watched, nn.ModuleList):
     """The ops of a Residual. Every edit is seen; one that raises changes nothing."""
 
+    owner = "Residual"
+    kind: type[Op] = Op
+    expected = "ops of opsgraph"
+    """Whose ops they are, of which class, and what errors say of that."""
+
     def __init__(self, ops: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self.extend(ops)
@@ -122,15 +127,16 @@ class OpList(Watched, nn.ModuleList):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As nn.ModuleList's, for ops."""
-        super().add_module(name, _checked(module))
+        super().add_module(name, self._checked(module))
         self.touch()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, _checked(value) if isinstance(value, nn.Module) else value)
+        checked = self._checked(value) if isinstance(value, nn.Module) else value
+        super().__setattr__(name, checked)
 
     def insert(self, index: int, module: nn.Module) -> None:
         """As nn.ModuleList's, for ops."""
-        self._insert(index, _checked(module))
+        self._insert(index, self._checked(module))
 
     _insert = whole(nn.ModuleList.insert)
     extend = whole(nn.ModuleList.extend)
@@ -139,14 +145,14 @@ class OpList(Watched, nn.ModuleList):
     __setitem__ = whole(nn.ModuleList.__setitem__)
     __delitem__ = whole(nn.ModuleList.__delitem__)
 
-
-def _checked(module: Any) -> Any:
-    if module is None:
-        return None
-    if not isinstance(module, Op):
-        raise PlanError(f"Residual: got {type(module).__name__}, expected ops of opsgraph")
-    Op.verify_added(module)
-    return module
+    def _checked(self, module: Any) -> Any:
+        if module is None:
+            return None
+        if not isinstance(module, self.kind):
+            got = type(module).__name__
+            raise PlanError(f"{self.owner}: got {got}, expected {self.expected}")
+        Op.verify_added(module)
+        return module
 
 
 class Residual(Op):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ..base.errors import OpsgraphError
+from ..base.errors import OpError, OpsgraphError
 from ..guards.validation import flag
 from .autocast import active
 from .quantizers import Copy, Quantized, Quantizer, transposed
@@ -67,6 +67,22 @@ class QuantizedTensor(torch.Tensor):
         """The values that it stands for, a plain tensor of its dtype."""
         assert self.value.row is not None
         return self.value.row.dequantize(self.dtype)[:, : self.shape[1]]
+
+    @property
+    def data(self) -> Any:
+        """As a Tensor's. What is set is quantized, as what is written is. Raises OpError."""
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, x: Tensor) -> None:
+        if isinstance(x, QuantizedTensor):
+            self.value = x.value
+            torch.Tensor.data.__set__(self, x)  # type: ignore[attr-defined]
+        elif x.shape == self.shape:
+            self.write(x.detach())
+        else:
+            got = f"data of shape {tuple(x.shape)}"
+            raise OpError("a quantized weight", got, str(tuple(self.shape)))
 
     def write(self, x: Tensor) -> None:
         """Quantize x into it."""

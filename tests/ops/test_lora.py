@@ -90,6 +90,58 @@ def test_merged_computes_the_same_and_modifies_nothing() -> None:
     assert all(torch.equal(value, before[key]) for key, value in op.state_dict().items())
 
 
+@pytest.mark.parametrize("recipe", [og.recipe.MXFP8BlockScaling(), og.recipe.DelayedScaling()])
+def test_merged_of_a_weight_held_in_low_precision_has_the_branches(recipe: Any) -> None:
+    """A write into a part of such a weight goes to a copy: the branches were lost."""
+    with og.quantized_model_init(recipe=recipe):
+        linear = Linear(32, 64)
+    op = LoRALinear(linear, lora(32, 64, 4, alpha=8.0), lora(32, 8, 2, start=40))
+    x, merged = torch.randn(9, 32), op.merged()
+    assert type(merged.weight) is nn.Parameter
+    assert merged.weight.requires_grad
+    torch.testing.assert_close(merged(x), op(x), rtol=1e-5, atol=1e-5)
+
+
+def test_without_branches_it_is_its_layer_alone() -> None:
+    """The Tee that nothing reads was an output of the sequence."""
+    op, x = LoRALinear(Linear(8, 8), lora(8, 8, 2)), torch.randn(3, 8, requires_grad=True)
+    module = og.Sequential(op, SwiGLU())
+    with_branch = module(x)
+    del op.branches[0]
+    expected = nn.functional.silu(op.linear(x)[:, :4]) * op.linear(x)[:, 4:]
+    torch.testing.assert_close(module(x), expected)
+    op.branches = nn.ModuleList([LoRA(8, rank=2)])  # its size is the layer's
+    torch.testing.assert_close(module(x), expected)
+    assert op.branches[0].out_features == 8
+    assert not torch.allclose(with_branch, expected)
+    assert isinstance(LoRALinear(Linear(8, 8))(x), Tensor)
+
+
+def test_what_is_set_later_is_checked_as_at_construction() -> None:
+    op, x = LoRALinear(Linear(8, 8), lora(8, 8, 2)), torch.randn(3, 8)
+    y, linear = op(x), op.linear
+    for wrong in (Linear(8, 8), og.ops.SiLU()):
+        with pytest.raises(og.PlanError, match=r"LoRALinear: got \w+, expected LoRA branches"):
+            op.branches.append(wrong)
+        with pytest.raises(og.PlanError, match=r"LoRALinear: got \w+, expected LoRA branches"):
+            op.branches = nn.ModuleList([wrong])
+    with pytest.raises(og.OpError, match=r"got branches=None, expected an nn.ModuleList"):
+        op.branches = None
+    for strange in (nn.Linear(8, 8), og.ops.SiLU(), None):
+        with pytest.raises(og.OpError, match=r"LoRALinear: got linear of \w+, expected a Linear"):
+            op.linear = strange
+    with pytest.raises(og.OpError, match=r"LoRALinear: got Linear\(None.* a Linear with its sizes"):
+        op.linear = Linear()
+    for value in ("a", float("nan"), None):
+        with pytest.raises(og.OpError, match=r"LoRA: got scale=.*, expected a finite number"):
+            op.branches[0].scale = value
+    for column in ("a", -1, 0.5):
+        with pytest.raises(og.OpError, match=r"LoRA: got start=.*, expected a whole number"):
+            op.branches[0].start = column
+    assert op.linear is linear
+    assert torch.equal(op(x), y)
+
+
 def test_copies_stand_in_one_sequence() -> None:
     op, x = LoRALinear(Linear(8, 8), lora(8, 8, 2)), torch.randn(3, 8)
     torch.testing.assert_close(og.Sequential(op, copy.deepcopy(op))(x), op(op(x)))

@@ -114,6 +114,18 @@ def test_it_is_saved_as_a_plain_tensor_and_copied_as_it_is(name: str) -> None:
         torch.testing.assert_close(one.weight + 0, state["weight"], rtol=1e-6, atol=0)
 
 
+def test_data_that_is_set_is_held() -> None:
+    """As `vector_to_parameters` and optimizers of other libraries set it."""
+    layer = held("mx")
+    torch.nn.utils.vector_to_parameters(torch.full((HIDDEN * 32 + 32,), 0.5), layer.parameters())
+    assert isinstance(layer.weight, QuantizedTensor)
+    torch.testing.assert_close(layer.weight + 0, torch.full((32, HIDDEN), 0.5))
+    layer.weight.data = held("mx").weight.data
+    assert torch.equal(layer.weight + 0, held("mx").weight + 0)
+    with pytest.raises(og.OpsgraphError, match=r"got data of shape \(3, 2\).*, expected \(32, "):
+        layer.weight.data = torch.ones(3, 2)
+
+
 def test_its_first_values_can_be_kept() -> None:
     torch.manual_seed(0)
     plain = Linear(HIDDEN, 32)
