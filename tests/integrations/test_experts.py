@@ -201,6 +201,94 @@ def test_other_calls_are_the_modules_own() -> None:
     _same(_results(pickle.loads(pickle.dumps(copy.deepcopy(plain)))), _results(plain))
 
 
+class Dropped(Stacked):
+    """With attributes, a module and dropout that its formula reads."""
+
+    def __init__(self, drop: float = 0.0, approximate: str = "none") -> None:
+        super().__init__()
+        self.scale, self.function, self.gate = 1.0, functional.dropout, nn.GELU(approximate)
+        self.drop = nn.Dropout(drop)
+
+    def act(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return self.function(self.drop(self.gate(gate) * up), 0.0) * self.scale
+
+
+class Doubled(Dropped):
+    def act(self, x: Tensor) -> Tensor:
+        return 2 * super().act(x)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "number": lambda m: setattr(m, "scale", 3.0),
+    "function": lambda m: setattr(m, "function", lambda x, p: x.cos()),
+    "module": lambda m: setattr(m, "gate", nn.ReLU()),
+    "attribute of a module": lambda m: setattr(m.gate, "approximate", "tanh"),
+    "class": lambda m: setattr(m, "__class__", Doubled),
+    "bias": lambda m: setattr(m, "down_bias", nn.Parameter(torch.ones(COUNT, WIDTH))),
+    "dropout": lambda m: m.drop.train() and setattr(m.drop, "p", 1.0),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_is_set_after_patching_counts_in_copies_too(what: str) -> None:
+    model = Mixture(Dropped)
+    plain = copy.deepcopy(model)
+    assert _found(_patched(model))
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        _same(_results(each), _results(copy.deepcopy(plain)))
+        changed = copy.deepcopy(plain)
+        for one in (each, changed):
+            CHANGES[what](one.experts)
+        y, expected = each(X), changed(X)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(expected, plain(X), rtol=1e-4, atol=1e-4)
+
+
+def test_copies_run_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Mixture()
+    _patched(model)
+    expected, copies = _results(model), [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    monkeypatch.setattr(Stacked, "act", lambda *_: 1 / 0)
+    for each in copies:
+        _same(_results(each), expected)
+
+
+def test_dropout_inside_is_drawn_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Mixture(lambda: Dropped(1.0)).eval()
+    plain = copy.deepcopy(model)
+    state = torch.get_rng_state()
+    assert _found(_patched(model))
+    assert torch.equal(torch.get_rng_state(), state)
+    _same(_results(model), _results(plain))
+    torch.testing.assert_close(model.train()(X), plain.train()(X))
+    model.eval()
+    monkeypatch.setattr(Dropped, "act", lambda *_: 1 / 0)
+    model(X)  # by the plan
+
+
+def test_experts_with_other_modules_inside_are_other_experts() -> None:
+    model = nn.Sequential(Mixture(Dropped), Mixture(lambda: Dropped(approximate="tanh")))
+    report = patch(model, {"input": X})
+    assert _found(report) == ["experts(GroupedLinear, GEGLU, GroupedLinear)"] * 2
+    kinds = [m.experts.__dict__["forward"].__self__.run[1].approximate for m in model]  # type: ignore[union-attr]
+    assert kinds == ["none", "tanh"]
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_no_rows_and_numbers_of_no_expert(tokens: int) -> None:
+    """A number that is none of an expert's stands for rows that others have, or for padding."""
+    model = Mixture()
+    plain = copy.deepcopy(model)
+    _patched(model)
+    x, weights = X.view(-1, WIDTH)[:tokens], torch.ones(tokens, 2)
+    for number in (0, COUNT, COUNT + 3, -1):
+        index = torch.full((tokens, 2), number)
+        y, expected = (m.experts(x, index, weights) for m in (model, plain))
+        assert y.shape == expected.shape
+        torch.testing.assert_close(y, expected)
+
+
 def test_what_stays_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(model: nn.Module) -> str:
         report = _patched(model)

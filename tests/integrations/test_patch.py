@@ -453,6 +453,33 @@ def test_what_changes_after_patching_counts() -> None:
     assert seen == [Tensor] * 2
 
 
+class Louder(RoundingNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "epsilon": lambda layer: setattr(layer.norm2, "variance_epsilon", 1.0),
+    "class": lambda layer: setattr(layer.norm2, "__class__", Louder),
+    "bias": lambda layer: setattr(layer.mlp.up_proj, "bias", nn.Parameter(torch.ones(F))),
+    "forward": lambda layer: setattr(layer.mlp, "forward", torch.sin),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_is_set_after_patching_counts_in_copies_too(what: str) -> None:
+    model = Model()
+    plain = copy.deepcopy(model)
+    _patched(model)
+    for each in (copy.deepcopy(model), model):
+        _same(_results(each), _results(plain))
+        changed = copy.deepcopy(plain)
+        for one in (each, changed):
+            CHANGES[what](one.layers[1])
+        _same(_results(each), _results(changed))
+        assert not torch.allclose(changed(X), plain(X), rtol=1e-3)
+
+
 def test_code_that_uses_values_in_another_way_gets_them() -> None:
     class Switched(Before):
         more = False

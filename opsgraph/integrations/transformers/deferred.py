@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .replacing import Replacing, original
+from .replacing import Replacing, Settings, original
 from .seen import Seen, seen_by, unchanged, version
 from .states import Kind, State, Step, all_states, kind_of, units_of
 
@@ -45,8 +45,10 @@ class Unit(Replacing):
         """Of calls for which all plans that it may start were proven."""
         self.watched: list[Any] = []
         """Dicts of hooks: while any is filled, the modules of its plans run as they are."""
-        self.forwards: list[tuple[dict[str, Any], Any]] = []
-        """Attributes of modules and the forward that is to be found there."""
+        self.forwards: list[tuple[nn.Module, Any]] = []
+        """Modules around them and the forward that is to be found there."""
+        self.settings: list[Settings] = []
+        """What the modules of its plans compute by."""
         self.read: list[tuple[dict[str, Any], str]] = []
         """Where the parameters of its plans are: they are to have the dtype of what is given."""
 
@@ -78,7 +80,8 @@ class Unit(Replacing):
             and (self.leaf.width is None or x.shape[-1] == self.leaf.width)
             and kind_of(x) in self.kinds
             and not any(self.watched)
-            and all(place.get("forward") is forward for place, forward in self.forwards)
+            and all(m.__dict__.get("forward") is forward for m, forward in self.forwards)
+            and all(settings.hold() for settings in self.settings)
             and all(getattr(of.get(name), "dtype", None) is x.dtype for of, name in self.read)
             and torch._C._get_tracing_state() is None
         )

@@ -36,7 +36,7 @@ from ...run.sequential import Sequential
 from .deferred import Book, computed
 from .leaves import ACTIVATIONS
 from .prove import EXACT, HALF, WORSE, Errors, Kept
-from .replacing import Replacing, original
+from .replacing import Replacing, Settings, original
 
 WIDTH, INNER, TOKENS, TOP = 48, 32, 40, 2
 """Of probe values."""
@@ -79,23 +79,32 @@ class Form:
         return count, width, inner
 
 
-def mixed(run: Callable[..., Any], x: Tensor, index: Tensor, weights: Tensor, count: int) -> Tensor:
+def sizes_of(index: Tensor, count: int) -> Tensor | None:
+    """How many rows each expert gets; None where a number is none of an expert's."""
+    try:
+        sizes = torch.bincount(index.reshape(-1), minlength=count)
+    except RuntimeError:  # of numbers below 0
+        return None
+    return sizes if len(sizes) == count else None
+
+
+def mixed(
+    run: Callable[..., Any], x: Tensor, index: Tensor, weights: Tensor, sizes: Tensor
+) -> Tensor:
     """The sums of what each row's experts make of it. run: takes rows and each expert's number."""
     tokens, top = index.shape
-    flat = index.reshape(-1)
-    order = flat.argsort(stable=True)
-    sizes = torch.bincount(flat, minlength=count)
+    order = index.reshape(-1).argsort(stable=True)
     y = run(x.index_select(0, order // top), sizes, sizes)
     y = y * weights.reshape(-1).index_select(0, order).unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return y.index_select(0, back).view(tokens, top, -1).sum(1).to(x.dtype)  # type: ignore[no-any-return]
+    return y.index_select(0, back).view(tokens, top, y.shape[-1]).sum(1).to(x.dtype)  # type: ignore[no-any-return]
 
 
 class Experts(Replacing):
     """In the place of the forward of a module of experts.
 
-    dtypes: of calls that were proven.
+    dtypes: of calls that were proven. trains: whether training makes no difference to them.
     """
 
     def __init__(self, name: str, module: nn.Module, form: Form, book: Book) -> None:
@@ -103,6 +112,10 @@ class Experts(Replacing):
         self.count, width, inner = form.sizes(module)
         self.run = form.sequence(module, self.count, width, inner)
         self.dtypes: set[torch.dtype] = set()
+        self.trains = False
+        self.inside = [*module.modules()]
+        self.settings: list[Settings] = []
+        """What they compute by, once the model is patched."""
         self.names = [n for n, p in module._parameters.items() if p is not None]
         self.arguments = [*signature(type(module).forward).parameters][1:]
 
@@ -115,7 +128,10 @@ class Experts(Replacing):
         if not self._follows(given) or len(given) != len(args) + len(kwargs):
             return original(self.module, *args, **kwargs)
         x, index, weights = given
-        return mixed(self.run, x, index, weights, self.count)
+        sizes = sizes_of(index, self.count)
+        if sizes is None:
+            return original(self.module, *args, **kwargs)
+        return mixed(self.run, x, index, weights, sizes)
 
     def _follows(self, given: Sequence[Any]) -> bool:
         if len(given) != 3 or any(type(t) is not Tensor or t.is_meta for t in given):
@@ -132,7 +148,9 @@ class Experts(Replacing):
             and torch._C._get_tracing_state() is None
             and not getattr(self.module, "_is_expert_parallel", False)
             and all(type(own[n]) is nn.Parameter and own[n].dtype is x.dtype for n in self.names)
-            and all(is_untouched(child) for child in self.module.children())
+            and all(settings.hold() for settings in self.settings)
+            and (self.trains or not any(part.training for part in self.inside))
+            and all(is_untouched(part) for part in self.inside[1:])
         )
 
 
@@ -225,7 +243,8 @@ def _ours(module: nn.Module, form: Form, values: Mapping[str, Tensor], given: An
     for name, value in values.items():
         setattr(home, name, value)
     x, index, weights = given
-    return mixed(form.sequence(home, count, WIDTH, INNER), x, index, weights, count)
+    sizes = torch.bincount(index.reshape(-1), minlength=count)
+    return mixed(form.sequence(home, count, WIDTH, INNER), x, index, weights, sizes)
 
 
 def _same(module: nn.Module, form: Form) -> bool:
@@ -285,6 +304,8 @@ class Proven:
     dtypes: frozenset[torch.dtype]
     fp32: float
     half: float
+    trains: bool
+    """Whether the module computes the same while it trains."""
     saved_before: int
     """Bytes that the module keeps for each row and expert."""
 
@@ -305,6 +326,7 @@ def found_in(
         elif made is not None:
             experts = Experts(name, module, made.form, book)
             experts.dtypes |= made.dtypes
+            experts.trains = made.trains
             found.append((experts, made))
     return found
 
@@ -312,9 +334,13 @@ def found_in(
 def _kind_of(module: nn.Module) -> Any:
     """Equal for modules that compute the same, but for the values of their parameters."""
     own = [(n, p.shape, p.dtype) for n, p in module._parameters.items() if p is not None]
-    plain = [(k, v) for k, v in module.__dict__.items() if type(v) in (int, float, bool, str)]
-    inside = [(n, type(child), is_untouched(child)) for n, child in module.named_children()]
-    return type(module), is_untouched(module), repr((own, plain, inside))
+    inside = [
+        (n, part.training, is_untouched(part), s.kind, s.names, s.values, [id(v) for _, v in rest])
+        for n, part in module.named_modules()
+        for s in [Settings.of(part)]
+        for rest in [[(k, v) for k, v in s.others if k not in part._modules]]
+    ]
+    return repr((own, inside))
 
 
 def _decided(module: nn.Module, dtypes: Sequence[torch.dtype]) -> Proven | str | None:
@@ -330,7 +356,19 @@ def _decided(module: nn.Module, dtypes: Sequence[torch.dtype]) -> Proven | str |
         if reason is not None:
             return reason
         measured[dtype in HALF] = max(measured[dtype in HALF], worst)
-    return Proven(form, frozenset(dtypes), measured[False], measured[True], _kept(module, form))
+    trains, kept = _trains_alike(module, form), _kept(module, form)
+    return Proven(form, frozenset(dtypes), measured[False], measured[True], trains, kept)
+
+
+def _trains_alike(module: nn.Module, form: Form) -> bool:
+    """Whether a module computes the same while it trains, as it does without dropout."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            return _same(module.train(), form)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def _kept(module: nn.Module, form: Form) -> int:

@@ -21,6 +21,7 @@ from .experts import Experts, Proven, found_in
 from .learn import NOTHING, learn
 from .leaves import Refused, leaf_of
 from .prove import Proof, Prover, steps_of
+from .replacing import Settings
 from .report import Report, Row
 from .states import State, all_states, units_of
 
@@ -140,6 +141,8 @@ def _takes_part(unit: Unit, book: Book) -> bool:
 
 def _watch(model: nn.Module, book: Book) -> None:
     modules = dict(model.named_modules())
+    for experts in book.experts:
+        experts.settings = [Settings.of(part) for part in experts.inside]
     for unit in book.units:
         if unit.first is None:
             continue
@@ -158,7 +161,9 @@ def _watch(model: nn.Module, book: Book) -> None:
         }  # fmt: skip
         inner = [modules[n] for n in sorted(inside) if n.startswith(f"{shared}.") or n in names]
         unit.watched = [m.__dict__[hooks] for m in inner for hooks in _HOOKS]
-        unit.forwards = [(m.__dict__, m.__dict__.get("forward")) for m in inner]
+        own = {u.module: None for u in units if isinstance(u, Unit)}
+        unit.settings = [Settings.of(m) for m in own]
+        unit.forwards = [(m, m.__dict__.get("forward")) for m in inner if m not in own]
 
 
 def _outputs(model: nn.Module, given: dict[str, Any]) -> list[Tensor]:
