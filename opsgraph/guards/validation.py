@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from math import isfinite
 from numbers import Integral, Real
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,6 +111,25 @@ def text(who: str, name: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
         raise OpError(who, f"{name}={shown(value)}", "a str or None")
     return value
+
+
+def integers(who: str, name: str, value: Any, count: int) -> list[int]:
+    """So many integers of 64 bits, one for each group, in no tensor."""
+    expected = f"{count} integers, one for each group: a tensor or a list"
+    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+        raise OpError(who, f"{name} {value!r}", expected)
+    listed = list(value)
+    if not all(map(_is_index, listed)):
+        raise OpError(who, f"{name} {listed}", expected)
+    whole_numbers = [index(item) for item in listed]
+    if len(listed) != count or not all(-(2**63) <= item < 2**63 for item in whole_numbers):
+        raise OpError(who, f"{len(listed)} {name} {listed}", expected)
+    return whole_numbers
+
+
+def _is_index(value: Any) -> bool:
+    # Dynamo knows that a symbol of its is an int, and not which attributes it has.
+    return type(value) is not bool and (isinstance(value, int) or hasattr(value, "__index__"))
 
 
 def names(who: str, name: str, value: Any) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from operator import index
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..base.errors import OpError
-from ..guards.validation import Checked, Fixed, features, flag, function, place, whole
+from ..guards.validation import Checked, Fixed, features, flag, function, integers, place, whole
 from ..op import Op, Spec
 from .delayed import Queue, TellsOfWeightGradients, in_use, mark_delayed, queue_of
 from .joined import join, pack, parameters, parts_of
@@ -56,6 +55,7 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
     """
 
     gemm = True
+    required = ("weight",)
     extra_inputs = ("split_sizes",)
     takes_buffers = ("output", "grad_input")
     num_groups = Fixed("another GroupedLinear")
@@ -138,8 +138,8 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             return join(self, names, tuple(tensors))
         if any(map(_is_there, tensors)):
             present = [g for g, part in enumerate(tensors) if part is not None]
-            expected = "one of each group, or none"
-            raise OpError("GroupedLinear", f"{name} of groups {present} alone", expected)
+            got, who = f"{name} of groups {present} alone", type(self).__name__
+            raise OpError(who, got, "one of each group, or none")
         return None
 
     def __getattr__(self, name: str) -> Any:
@@ -155,7 +155,7 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             return
         if param is not None and param.shape[:1] != (self.num_groups,):
             got, expected = f"{name} of shape {tuple(param.shape)}", f"{self.num_groups} groups"
-            raise OpError("GroupedLinear", got, expected)
+            raise OpError(type(self).__name__, got, expected)
         for g, part in enumerate(self.names_of(name)):
             parameter = (
                 None if param is None else nn.Parameter(param.detach()[g], param.requires_grad)
@@ -206,7 +206,7 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
                 return
             for weight in weights:
                 for group in weight.unbind() if self.single_grouped_weight else [weight]:
-                    self.init_method(group)
+                    self.init_method(group.t() if self.reads_transposed else group)
             for bias in biases:
                 nn.init.zeros_(bias)
 
@@ -244,7 +244,8 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         """split_sizes as a tensor int64; those on the CPU are checked here. Raises OpError."""
         count = self.num_groups
         if not isinstance(value, Tensor):
-            value = _integers(value, count, where)
+            sizes = integers(where, "split_sizes", value, count)
+            value = torch.tensor(sizes, dtype=torch.int64, device="cpu")
         if value.dim() != 1 or value.shape[0] != count or value.dtype not in INTEGERS:
             kind = str(value.dtype).removeprefix("torch.")
             got = f"split_sizes {kind} of shape {tuple(value.shape)}"
@@ -254,8 +255,8 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
             raise OpError(where, got, "a dense tensor with values")
         if type(value) is Tensor and value.is_cpu and not torch.compiler.is_compiling():
             verify_sizes(where, value.tolist(), rows)
-        sizes: Tensor = value.to(torch.int64)
-        return sizes
+        taken: Tensor = value.to(torch.int64)
+        return taken
 
     @property
     def in_width(self) -> int | None:
@@ -385,16 +386,3 @@ INTEGERS = {
     torch.int8, torch.int16, torch.int32, torch.int64,
     torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 }  # fmt: skip
-
-
-def _integers(value: Any, count: int, where: str) -> Tensor:
-    """Sizes that are no tensor: a sequence of one integer per group."""
-    expected = f"{count} integers, one for each group: a tensor or a list"
-    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
-        raise OpError(where, f"split_sizes {value!r}", expected)
-    sizes = list(value)
-    if any(isinstance(size, bool) or not hasattr(size, "__index__") for size in sizes):
-        raise OpError(where, f"split_sizes {sizes}", expected)
-    if len(sizes) != count or any(abs(index(size)) >= 2**63 for size in sizes):
-        raise OpError(where, f"{len(sizes)} split_sizes {sizes}", expected)
-    return torch.tensor([index(size) for size in sizes], dtype=torch.int64, device="cpu")

@@ -111,10 +111,9 @@ class TransposedGroupedLinear(_Transposed, GroupedLinear):
         single_grouped_weight: bool = False,
         single_grouped_bias: bool = False,
     ) -> None:
-        turned = None if init_method is None else lambda weight: init_method(weight.t())
         super().__init__(
             num_groups, in_features, out_features, bias, device=device, dtype=dtype,
-            init_method=turned, single_grouped_weight=single_grouped_weight,
+            init_method=init_method, single_grouped_weight=single_grouped_weight,
             single_grouped_bias=single_grouped_bias,
         )  # fmt: skip
 

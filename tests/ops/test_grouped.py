@@ -12,7 +12,7 @@ from recipe_cases import RECIPES
 from torch import Tensor, nn
 
 import opsgraph as og
-from opsgraph.ops import GroupedLinear, RMSNorm, ScaledSwiGLU
+from opsgraph.ops import GroupedLinear, RMSNorm, ScaledSwiGLU, TransposedGroupedLinear
 from opsgraph.ops.joined import in_a_row as lie_in_a_row
 
 SIZES = torch.tensor([2, 0, 3])
@@ -138,6 +138,35 @@ def test_compiled() -> None:
     torch.compile(op, backend="aot_eager", fullgraph=True)(x, SIZES).square().sum().backward()
     for one, parameter in zip(eager, op.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, one)
+
+
+def test_lists_that_change_are_compiled_too() -> None:
+    """Dynamo has symbols in the place of numbers that change."""
+    module = og.Sequential(GroupedLinear(3, 8, 8), GroupedLinear(3, 8, 8, False))
+    compiled: Any = torch.compile(module, backend="eager", fullgraph=True)
+    for sizes in ([3, 0, 5], [4, 4, 0], [2, 6, 7], (5, 2, 9)):
+        x = torch.randn(sum(sizes), 8)
+        assert torch.equal(compiled(x, sizes, sizes), module(x, sizes, sizes))
+    with pytest.raises(og.OpError, match=r"split_sizes \[4, 5, 9\], expected .* add to 16"):
+        compiled(torch.randn(16, 8), [4, 5, 9], [4, 5, 7])
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("kind", [GroupedLinear, TransposedGroupedLinear])
+def test_a_weight_that_is_gone_is_named_with_the_op(
+    kind: type[GroupedLinear], single: bool
+) -> None:
+    op: Any = kind(2, 4, 6, single_grouped_weight=single)
+    op.weight = None
+    shape = r"\(2, 6, 4\)" if kind is GroupedLinear else r"\(2, 4, 6\)"
+    message = f"0:{kind.__name__}: got weight=None, expected a parameter of shape {shape}"
+    with pytest.raises(og.OpError, match=message):
+        og.Sequential(op)(torch.ones(3, 4), [1, 2])
+    if not single:
+        op = kind(2, 4, 6)
+        op.weight1 = None
+        with pytest.raises(og.OpError, match=f"^{kind.__name__}: got weight of groups .0. alone"):
+            og.Sequential(op)(torch.ones(3, 4), [1, 2])
 
 
 # -- split sizes --

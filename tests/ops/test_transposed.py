@@ -170,6 +170,25 @@ def test_borrowed_parameters_are_read_transposed() -> None:
     torch.testing.assert_close(home.w.grad, torch.full(SIZES, 3.0))
 
 
+def _rising(weight: Tensor) -> None:
+    """By a Linear's rows, so that what is turned shows."""
+    weight.copy_(torch.arange(weight.numel(), dtype=weight.dtype).view(weight.shape))
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_init_method_sees_a_linears_weight_whenever_it_is_set(single: bool) -> None:
+    """It was kept in a function of the constructor's, which no pickle takes."""
+    op = TransposedGroupedLinear(2, 3, 4, init_method=_rising, single_grouped_weight=single)
+    later = TransposedGroupedLinear(2, 3, 4, single_grouped_weight=single)
+    later.init_method = _rising
+    later.reset_parameters()
+    again = pickle.loads(pickle.dumps(op))
+    assert again.init_method is op.init_method is _rising
+    for each in (op, later, again):
+        for weight in each.weight:
+            assert torch.equal(weight, torch.arange(12.0).view(4, 3).t())
+
+
 def test_torch_compile_export_and_adapters() -> None:
     module = og.Sequential(TransposedLinear(*SIZES), GELU())
     x = torch.randn(3, 8)
