@@ -5,7 +5,7 @@ The hook is `Converts`, a base of Sequential.
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..base.errors import OpError, PlanError
 from ..guards.torch_private import opaque
 from ..guards.validation import flag
-from ..op import Op, arguments, row
+from ..op import Lowered, Op, arguments, row
 from ..ops.activations import (
     GELU,
     Hardswish,
@@ -248,14 +248,19 @@ class PlainOp(nn.Module):
     def _run(self, x: Tensor) -> Tensor:
         shape, x = x.shape, flat(x, 2)
         verify_trailing(self.op, type(self.op).__name__, shape)
+        named: dict[str | None, Tensor] = {}
         for kind, op in self.op.lower():
+            if kind.taps:
+                named[op.channels["d"]] = x
             if kind.identity(op, "forward", self.training):
                 continue
             spec = row(x.shape[-1], x.dtype, x.device)
-            names = [n for n in arguments(kind.fwd) if n not in ("x", "want")]
             values = [
-                op.constant(n, spec) if n in kind.constants else getattr(*op.home(n)) for n in names
-            ]
+                op.constant(n, spec) if n in kind.constants
+                else named[op.channels[n]] if n in kind.extra_inputs
+                else getattr(*op.home(n))
+                for n in arguments(kind.fwd) if n not in ("x", "want")
+            ]  # fmt: skip
             x = kind.fwd(op, x, *values)[0]
         return x.view(*shape[:-1], x.shape[-1])
 
@@ -285,6 +290,13 @@ _TO: dict[type[Op], Callable[[Any], nn.Module]] = {
 }
 
 
+def _open(lowered: Sequence[Lowered]) -> bool:
+    """Whether ops take values of others than themselves, or hand some out."""
+    taken = {op.channels.get(name) for kind, op in lowered for name in kind.extra_inputs}
+    given = {op.channels.get("d") for kind, op in lowered if kind.taps}
+    return taken != given or None in taken or any(getattr(op, "to_caller", 0) for _, op in lowered)
+
+
 def module_from(module: nn.Module, label: str) -> nn.Module:
     """The torch module that computes what an op does, with its parameters.
 
@@ -293,12 +305,15 @@ def module_from(module: nn.Module, label: str) -> nn.Module:
     """
     if not isinstance(module, Op):
         return module
-    kinds = [entry.kind for entry in module.lower()]
-    if any(kind.collective for kind in kinds):
+    lowered = module.lower()
+    if any(kind.collective for kind, _ in lowered):
         raise PlanError(f"{label}: it exchanges tensors with other ranks, as no torch module does")
-    if any(kind.extra_inputs or kind.taps for kind in kinds):
+    if _open(lowered):
         raise PlanError(f"{label}: it has extra inputs or outputs, which nn.Sequential cannot pass")
-    entries = [*spread(label, module, False)]
+    if len(entries := [*spread(label, module, False)]) > 1 and any(k.taps for k, _ in lowered):
+        raise PlanError(
+            f"{label}: ops beside a residual have hooks, which nn.Sequential cannot call"
+        )
     if len(entries) > 1:  # ops inside have hooks
         return nn.Sequential(*(module_from(entry.module, label) for entry in entries))
     known = type(module) in _TO and reason(module) is None

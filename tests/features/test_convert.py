@@ -17,6 +17,9 @@ from opsgraph.ops import (
     Add,
     LayerNorm,
     Linear,
+    LoRA,
+    LoRALinear,
+    Residual,
     RMSNorm,
     SiLU,
     SwiGLU,
@@ -86,6 +89,32 @@ def test_to_torch_of_other_ops_takes_rows_without_columns() -> None:
     plain = og.Sequential(RMSNorm(0, zero_centered_gamma=True), SwiGLU()).to_torch()
     for shape in ((0,), (3, 0), (2, 3, 0), (0, 0)):
         assert plain(torch.empty(shape)).shape == shape
+
+
+def test_to_torch_of_ops_that_name_values_inside() -> None:
+    """A Residual's Tee and Add are its own; no value passes beside it."""
+    torch.manual_seed(0)
+    lora = LoRALinear(TransposedLinear(8, 8), LoRA(8, 4, 2, start=2), LoRA(8, 8, 3))
+    for branch in lora.branches:
+        nn.init.normal_(branch.lora_B)
+    module = og.Sequential(
+        Residual(RMSNorm(8), Residual(Linear(8, 8), scale=0.5), scale=-1.0, residual_scale=0.25),
+        lora,
+        Residual(),
+        dtype=torch.double,
+    )
+    plain = module.to_torch()
+    assert [type(m) for m in plain] == [PlainOp] * 3
+    x = torch.randn(2, 3, 8, dtype=torch.double, requires_grad=True)
+    torch.testing.assert_close(plain(x), module(x))
+    grads = [torch.autograd.grad(m(x).sum(), [x, *module.parameters()]) for m in (plain, module)]
+    torch.testing.assert_close(*grads)
+    for open_ in (Residual(Tee()), Residual(Tee("a", to_caller=True), Add("a")), Tee("a")):
+        with pytest.raises(og.PlanError, match=r"0:.* it has extra inputs or outputs, which nn"):
+            og.Sequential(open_).to_torch()
+    module[0].ops[0].register_forward_hook(_doubled)
+    with pytest.raises(og.PlanError, match="0:Residual: ops beside a residual have hooks"):
+        module.to_torch()
 
 
 def _doubled(module: nn.Module, args: object, y: torch.Tensor) -> torch.Tensor:
