@@ -1,15 +1,16 @@
 """Parameters held in low precision, as `quantized_model_init` makes them.
 
 `QuantizedTensor` has a plain tensor's shape and dtype and holds quantized copies alone. Every
-operation reads the values that these stand for, and one that writes into it quantizes the result:
-so any optimizer of torch.optim can update it, each in-place step with a rounding of its own. Saved,
-it is the plain tensor.
+operation reads the values that these stand for, and one that writes into it, or into a part of it,
+quantizes the result: so any optimizer of torch.optim can update it, each in-place step with a
+rounding of its own. Saved, it is the plain tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class QuantizedTensor(torch.Tensor):
     def dequantize(self) -> Tensor:
         """The values that it stands for, a plain tensor of its dtype."""
         assert self.value.row is not None
-        return self.value.row.dequantize(self.dtype)[:, : self.shape[1]]
+        return self.value.row.dequantize(self.dtype)[:, : self.shape[1]].contiguous()
 
     @property
     def data(self) -> Any:
@@ -102,25 +103,11 @@ class QuantizedTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func in _REMADE:
             # Outside of inference mode, whose tensors have no version, as detach() asks for.
             with torch.inference_mode(False), torch.no_grad():
-                return _REMADE[func](*args, **kwargs)
-        plain: dict[int, Tensor] = {}
-
-        def read(value: Any) -> Any:
-            if not isinstance(value, QuantizedTensor):
-                return value
-            if id(value) not in plain:
-                plain[id(value)] = value.dequantize()
-            return plain[id(value)]
-
-        result = func(*tree_map(read, args), **tree_map(read, kwargs))
-        written = list(_written(func, args, kwargs))
-        for tensor in written:
-            tensor.write(plain[id(tensor)])
-        return written[0] if len(written) == 1 and isinstance(result, Tensor) else result
+                return _REMADE[func](*args, **(kwargs or {}))
+        return _run(func, args, kwargs or {})
 
     def _mapped(self, change: Any, dtype: torch.dtype | None = None) -> QuantizedTensor:
         def copy(old: Copy | None) -> Copy | None:
@@ -135,6 +122,105 @@ class QuantizedTensor(torch.Tensor):
     ) -> Tensor:  # fmt: skip
         """`.to()`: another device, or another dtype to stand for."""
         return self._mapped(lambda p: p.to(device or p.device, non_blocking=non_blocking), dtype)
+
+
+class QuantizedView(torch.Tensor):
+    """A view of a QuantizedTensor, as `weight[0]`: it reads the weight, and writes into it.
+
+    steps: what makes it of the weight's values.
+    """
+
+    base: QuantizedTensor
+    steps: tuple[Callable[[Tensor], Tensor], ...]
+
+    @staticmethod
+    def of(base: QuantizedTensor, *steps: Callable[[Tensor], Tensor]) -> QuantizedView:
+        """The view that steps make of a weight, whose values they do not need for that."""
+        like = reduce(_taken, steps, torch.empty(base.shape, dtype=base.dtype, device="meta"))
+        view: Any = torch.Tensor._make_wrapper_subclass(
+            QuantizedView, like.shape, strides=like.stride(),
+            storage_offset=like.storage_offset(), dtype=base.dtype, device=base.device,
+        )  # fmt: skip
+        view.base, view.steps = base, steps
+        return view  # type: ignore[no-any-return]
+
+    def plain(self) -> Tensor:
+        """Its values, a plain tensor."""
+        return reduce(_taken, self.steps, self.base.dequantize())
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self.plain())
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.plain().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As a Tensor's; what is written into it is not written into the weight."""
+        return self.plain().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """As a Tensor's."""
+        return self.plain().tolist()
+
+    __torch_function__ = nn.Parameter.__torch_function__  # none of its own
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+_TURNED = {_aten.t.default, _aten.transpose.int, _aten.permute.default}
+"""Views that are given as plain tensors, for kernels take them: what is written there is lost."""
+
+
+def _taken(x: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
+    return step(x)
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation on weights that are quantized, or views of some, by their values."""
+    own = args[0] if args else None
+    if _is_view(func) and isinstance(own, QuantizedTensor | QuantizedView):
+        base, steps = (own.base, own.steps) if isinstance(own, QuantizedView) else (own, ())
+
+        def step(x: Tensor, k: int | None = None) -> Tensor:
+            made: Any = func(x, *args[1:], **kwargs)
+            return made if k is None else made[k]  # type: ignore[no-any-return]
+
+        if func._schema.returns[0].type.kind() == "TensorType":
+            return QuantizedView.of(base, *steps, step)
+        count = len(func(torch.empty_like(own, device="meta"), *args[1:], **kwargs))
+        return [QuantizedView.of(base, *steps, partial(step, k=k)) for k in range(count)]
+    plain: dict[int, Tensor] = {}
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, QuantizedTensor | QuantizedView):
+            return value
+        base, steps = (value.base, value.steps) if isinstance(value, QuantizedView) else (value, ())
+        if id(base) not in plain:
+            plain[id(base)] = base.dequantize()
+        return reduce(_taken, steps, plain[id(base)])
+
+    result = func(*tree_map(read, args), **tree_map(read, kwargs))
+    written = list(_written(func, args, kwargs))
+    for tensor in written:
+        base = tensor.base if isinstance(tensor, QuantizedView) else tensor
+        base.write(plain[id(base)])
+    return written[0] if len(written) == 1 and isinstance(result, Tensor) else result
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation gives views of its first argument, and writes nothing."""
+    given, taken = func._schema.returns, func._schema.arguments
+    if not given or not taken or given[0].alias_info is None or func in _TURNED:
+        return False
+    first = taken[0].alias_info
+    return first is not None and not first.is_write
 
 
 _REMADE: dict[Any, Callable[..., Tensor]] = {
@@ -156,13 +242,14 @@ def _parts(value: Quantized) -> Iterator[Tensor]:
             yield from copy.parts
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> Iterator[QuantizedTensor]:
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[QuantizedTensor | QuantizedView]:
     """The arguments that an operation writes to."""
     for k, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = args[k] if k < len(args) else kwargs.get(argument.name)
-        yield from (t for t in tree_flatten(value)[0] if isinstance(t, QuantizedTensor))
+        kinds = QuantizedTensor, QuantizedView
+        yield from (t for t in tree_flatten(value)[0] if isinstance(t, kinds))
 
 
 @contextmanager

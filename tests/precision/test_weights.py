@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -124,6 +125,53 @@ def test_data_that_is_set_is_held() -> None:
     assert torch.equal(layer.weight + 0, held("mx").weight + 0)
     with pytest.raises(og.OpsgraphError, match=r"got data of shape \(3, 2\).*, expected \(32, "):
         layer.weight.data = torch.ones(3, 2)
+
+
+WRITES: dict[str, Any] = {
+    "row": lambda w: w[1].fill_(0.5),
+    "set": lambda w: w.__setitem__((slice(2, 5), 3), -0.25),
+    "view of a view": lambda w: w.narrow(0, 4, 8)[2].view(2, -1)[1].mul_(2),
+    "chunk": lambda w: w.chunk(2)[1].zero_(),
+    "unbind": lambda w: w.unbind(1)[7].copy_(torch.ones(32)),
+    "data": lambda w: w.data.diagonal().add_(0.5),
+    "flat": lambda w: w.view(-1)[:64].clamp_(-0.01, 0.01),
+    "foreach": lambda w: torch._foreach_mul_([w[0], w[3]], 2.0),
+}
+
+
+@pytest.mark.parametrize("name", ["mx", "current"])
+@pytest.mark.parametrize("what", WRITES)
+def test_what_is_written_into_a_part_is_written_into_the_weight(what: str, name: str) -> None:
+    weight = held(name).weight
+    expected = weight.detach().dequantize()
+    with torch.no_grad():
+        WRITES[what](weight)
+        WRITES[what](expected)
+    assert isinstance(weight, QuantizedTensor)
+    quantized = QuantizedTensor.of(expected, weight.quantizer).dequantize()
+    assert torch.equal(weight.detach().dequantize(), quantized)
+
+
+def test_a_part_is_read_as_a_tensors_part() -> None:
+    weight = held("mx").weight
+    plain = weight.detach().dequantize().requires_grad_()
+    x = torch.randn(HIDDEN)
+    for each in (weight, plain):
+        (each[2:4] @ x + each.view(-1)[0] * each.chunk(2)[0].sum()).square().sum().backward()
+    torch.testing.assert_close(weight.grad, plain.grad)
+    row = weight.detach()[1]
+    expected = plain.detach()[1]
+    assert row.tolist() == expected.tolist()
+    assert (row.numpy() == expected.numpy()).all()
+    assert repr(row) == repr(expected)
+    for copied in (copy.deepcopy(row), pickle.loads(pickle.dumps(row)), row.clone(), row + 0):
+        assert type(copied) is torch.Tensor
+        assert torch.equal(copied, expected)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(row + 0, weight.detach().dequantize()[1])
+    with pytest.raises(RuntimeError, match="a view of a leaf Variable that requires grad"):
+        weight[0].zero_()
 
 
 def test_its_first_values_can_be_kept() -> None:
