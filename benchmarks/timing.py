@@ -43,10 +43,11 @@ def take_turns(samplers: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, l
     the same in every run. So a change of the machine's speed meets all of them, and none always
     follows the same other. Python's garbage collector is off meanwhile, and collects between
     repeats what these have left.
+    Where a caller has frozen objects, those of this call stay frozen with them.
     """
     samples: dict[K, list[T]] = {name: [] for name in samplers}
     names = list(samplers)
-    collected = gc.isenabled()
+    collected, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -59,7 +60,8 @@ def take_turns(samplers: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, l
                 samples[name].append(samplers[name]())
             gc.collect()
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         if collected:
             gc.enable()
     return samples

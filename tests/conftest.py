@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 from collections.abc import Iterator
 
 # For cuBLAS to be deterministic; read when CUDA starts, so before torch is imported.
@@ -15,6 +14,7 @@ import torch
 from broken_cuda import leave_if_broken, look_after, skip_unless_whole
 from crashed import end_the_run
 from hypothesis import settings
+from quick_torch import leave_out
 from sampling import mark_slow
 
 from opsgraph.features import verify
@@ -54,17 +54,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
 
 
-_imported = 0
+_file = ""
 
 
-def pytest_runtest_logstart() -> None:
-    """Have collections of garbage look at what tests make, not at all that is imported.
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """Have collections of garbage look at what the tests of a file make, and at nothing older.
 
-    That took a third of the time of all tests.
+    All else took a third of the time of all tests. See `quick_torch`, too.
     """
-    global _imported
-    if len(sys.modules) > _imported + 50:
-        _imported = len(sys.modules)
+    global _file
+    if (file := nodeid.partition("::")[0]) != _file:
+        _file = file
+        leave_out()
         gc.collect()
         gc.freeze()
 

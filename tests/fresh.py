@@ -21,6 +21,7 @@ context.set_forkserver_preload(
         "torch.distributed.checkpoint.state_dict",
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
+        "quick_torch",
     ]
 )
 LIMIT = 240

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ def test_fresh_memory_is_poisoned(dtype: torch.dtype) -> None:
 
 def test_one_thread() -> None:
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its seeds may wait for CUDA to start")
+def test_seeds_wait_for_no_device_with_the_stack_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traceback, "format_stack", lambda *_: pytest.fail("a stack was formatted"))
+    torch.manual_seed(0)
 
 
 _TORCH = """

@@ -1,6 +1,7 @@
 """`benchmarks/overhead.py` and what it is made of, on the CPU and with short runs."""
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -28,6 +29,15 @@ COLUMNS = {
     "opsgraph (Python)": Candidate(peers.ours, replay=False),
     "opsgraph": Candidate(peers.ours),
 }
+
+
+def test_what_a_caller_has_frozen_stays_frozen() -> None:
+    for freeze in (gc.freeze, gc.unfreeze):
+        freeze()
+        frozen = gc.get_freeze_count()
+        take_turns({"a": int}, 1)
+        assert (gc.get_freeze_count() > frozen // 2) is (freeze is gc.freeze)
+    gc.freeze()
 
 
 def test_samples_take_turns_and_each_is_first_in_turn() -> None:
