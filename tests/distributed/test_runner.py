@@ -7,11 +7,11 @@ which other tests should not have to wait for.
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 
+import fresh
 import pytest
 import torch
 import torch.distributed as dist
@@ -184,8 +184,6 @@ if __name__ == "__main__":
     ["os.kill(os.getpid(), signal.SIGKILL)", pytest.param("sys.exit(3)", marks=pytest.mark.slow)],
 )
 def test_ranks_end_with_their_parent(tmp_path, end):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(here=os.path.dirname(__file__), end=end))
-    done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=300)
-    assert done.returncode in (-signal.SIGKILL, 3)
-    assert gone([int(done.stdout)])
+    done = fresh.run(SCRIPT.format(here=os.path.dirname(__file__), end=end), tmp_path)
+    assert done.code in (-signal.SIGKILL, 3), done.error
+    assert gone([int(done.output)])
