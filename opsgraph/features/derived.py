@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.errors import OpsgraphError
+from ..base.errors import OpError, OpsgraphError
 from ..guards.results import verify
 from ..op import ROWS, Op, Spec, arguments
 from ..op.functions import holds
@@ -95,5 +95,17 @@ def retraced(kind: type[Op], name: str, op: Op, x: Spec) -> tuple[Spec, dict[str
         return None
 
 
-Op.derive, Op.trace = staticmethod(derived), staticmethod(traced)
+def named(op: Op, x: Spec) -> tuple[Spec, dict[str, Spec]]:
+    """As `traced`; what `fwd` raises on meta tensors says which op it was, as an OpError."""
+    try:
+        return traced(op, x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, OpsgraphError):
+            raise
+        got = f"{type(error).__name__} from fwd on meta tensors: {error}"
+        expected = "a fwd that takes them, with parameters of the op's own, or a method out"
+        raise OpError(op.__class__.__name__, got, expected) from error
+
+
+Op.derive, Op.trace = staticmethod(derived), staticmethod(named)
 Op.retrace = staticmethod(retraced)

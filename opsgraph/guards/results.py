@@ -61,10 +61,16 @@ class First:
 
     def __init__(self, target: Any, where: str) -> None:
         self.counts: dict[str, set[int]] = {name: set() for name in FUNCTIONS}
+        self.widths: dict[str, set[int]] = {name: set() for name in FUNCTIONS}
         for name in FUNCTIONS:
             implementation = getattr(target, name, None)
             if implementation is not None:
                 setattr(self, name, self._checked(name, implementation, where))
+
+    def expect(self, call: Any, x: Any) -> None:
+        """A call that a plan makes: how many follow y or dx. x: the spec that dx has."""
+        self.counts[call.function].add(len(call.results))
+        self.widths[call.function].add(x.width)
 
     def _checked(
         self, name: str, implementation: Callable[..., Any], where: str
@@ -75,6 +81,10 @@ class First:
             called = _NAMES.get(name, "dx" if name == "dgrad" else "y")
             if name != "wgrad" and isinstance(value, Tensor) and value.dim() != 2:
                 raise OpError(where, f"{_shown(value)} for {called} from {name}", "[rows, width]")
+            widths = self.widths[name] if called == "dx" and isinstance(value, Tensor) else ()
+            if widths and value.shape[1] not in widths:
+                expected = f"[rows, {' or '.join(map(str, sorted(widths)))}]"
+                raise OpError(where, f"{_shown(value)} for {called} from {name}", expected)
             setattr(self, name, implementation)
             return result
 

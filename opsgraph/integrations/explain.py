@@ -10,6 +10,7 @@ from torch import nn
 
 from ..base.errors import OpError
 from ..layernorm_mlp import LayerNormMLP
+from ..op import Op
 from ..run.sequential import Sequential
 from ..tune.command import found
 from .transformers import patch
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     plans: dict[str, tuple[Any, list[str]]] = {}
     for name, part in _parts(module, ""):
         plan = part.plan(training=not args.inference)
-        plans.setdefault(str(plan), (plan, []))[1].append(name or type(part).__name__)
+        plans.setdefault(str(plan), (plan, []))[1].append(name)
     for text, (plan, names) in plans.items():
         yield from (", ".join(names), text, "")
         if args.html:
@@ -47,9 +48,12 @@ def run(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _parts(module: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
-    """What has plans, by its name."""
-    if isinstance(module, (Sequential, LayerNormMLP)):
-        yield name, module
+    """What has plans, by its name; an op that is called alone is a sequence of one."""
+    if isinstance(module, (Sequential, LayerNormMLP, Op)):
+        yield (
+            name or type(module).__name__,
+            Sequential(module) if isinstance(module, Op) else module,
+        )
         return
     for key, child in module.named_children():
         yield from _parts(child, f"{name}.{key}" if name else key)
@@ -83,4 +87,6 @@ def _made(target: str, layers: int) -> nn.Module:
         return transformers.AutoModel.from_config(config)  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise OpError("explain", f"{target}: {first}", "a config that makes a model") from error
+        raise OpError(
+            "explain", f"{target}: {first}", "a config that makes a model, or MODULE:OBJECT"
+        ) from error

@@ -161,7 +161,7 @@ class Writer:
             if self.namespace[name] is target:
                 where = self.program.labels[claim.start] if claim.is_reference else claim.label
                 self.namespace[name] = First(target, where)
-            self.namespace[name].counts[call.function].add(len(call.results))
+            self.namespace[name].expect(call, self.program.specs[claim.start])
         return name
 
     def call(

@@ -158,10 +158,34 @@ class _SummedRows(_Summed):
         return 2 * dy.sum(0), ()
 
 
-@pytest.mark.parametrize("kind", [_Summed, _SummedRows])
+class _Narrow(_Summed):
+    def fwd(self, x: Tensor) -> Any:
+        return torch.cat([x, x], 1), ()
+
+    def bwd(self, dy: Tensor) -> Any:
+        return dy, ()
+
+
+@pytest.mark.parametrize("kind", [_Summed, _SummedRows, _Narrow])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_gradient_of_other_dimensions_is_named(kind: type[og.Op], first: bool) -> None:
     run = (kind(), og.ops.SiLU()) if first else (og.ops.SiLU(), kind())
     y = og.Sequential(*run)(torch.randn(3, 4, requires_grad=True))
     with pytest.raises(og.OpError, match=rf":{kind.__name__}: got .* for dx from bwd, expected"):
         y.sum().backward()
+
+
+class _Holds(og.Op):
+    """Computes by a module in it, whose parameters fwd does not name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 4)
+
+    def fwd(self, x: Tensor) -> Any:
+        return self.inner(x), ()
+
+
+def test_an_error_of_fwd_on_meta_tensors_is_named() -> None:
+    with pytest.raises(og.OpError, match="1:_Holds: got RuntimeError from fwd on meta tensors: "):
+        og.Sequential(SiLU(), _Holds())(X)

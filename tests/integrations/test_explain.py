@@ -40,6 +40,20 @@ def test_plans_of_all_that_has_some_equal_ones_once(
     assert all(f"wrote {tmp_path / page}" in told for page in pages)
 
 
+def test_an_op_alone_is_a_sequence_of_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = Linear(16, 8)
+    monkeypatch.setattr(sys.modules[__name__], "op", op, raising=False)
+    assert main(["explain", "net:op"]) == 0
+    assert capsys.readouterr().out == f"Linear\n{og.Sequential(op).plan()}\n\n"
+    net = nn.Module()
+    net.fc = op
+    monkeypatch.setattr(sys.modules[__name__], "op", net)
+    assert main(["explain", "net:op"]) == 0
+    assert capsys.readouterr().out.startswith("fc\nforward\n")
+
+
 def test_plans_of_inference(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "net:Net", "--inference"]) == 0
     told = capsys.readouterr().out
