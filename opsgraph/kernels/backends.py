@@ -27,6 +27,8 @@ def _symmetric() -> str | None:
 
 
 def _cublaslt() -> str | None:
+    if interpreting():
+        return None  # so that plans are a GPU's; PyTorch multiplies in the library's place
     if not torch.cuda.is_available() or torch.version.hip:
         return "no CUDA device; recipes are emulated exactly"
     from .cublaslt import library  # only where there is a device
@@ -48,7 +50,7 @@ for _backend in (
     Backend("symmetric", "PyTorch's symmetric memory over NVLink", ("cuda",), _symmetric),
     Backend("overlap", "collectives in pieces, behind matrix products", None, _overlap),
     Backend("triton", "Triton kernels", ("cuda",), _triton, interpreting),
-    Backend("cublaslt", "products of cuBLASLt, by measured algorithms", ("cuda",), _cublaslt),
+    Backend("cublaslt", "products of cuBLASLt, measured", ("cuda",), _cublaslt, interpreting),
     Backend("cpu", "C++ kernels, compiled here at first use", ("cpu",), _cpu),
     Backend("aten", "PyTorch's own fused calls (cuBLASLt, oneDNN)"),
 ):

@@ -33,7 +33,7 @@ SIZES = (1.0, 1.0, 1.0, 1e-2, 10.0)
 BACKENDS = {
     "cpu": (("cpu", "reference"), ("cpu", "aten", "reference")),
     "cuda": (("triton", "aten", "reference"), ("triton", "reference")),
-    "interpreter": (("triton", "reference"), ("triton", "reference")),
+    "interpreter": (("triton", "cublaslt", "reference"), ("triton", "reference")),
 }
 MISUSES = ("none", "list", "surplus", "none surplus")
 DTYPES = ("float32", "float32", "bfloat16", "float16", "float64")
