@@ -22,7 +22,6 @@ def test_one_thread() -> None:
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="its seeds may wait for CUDA to start")
 def test_seeds_wait_for_no_device_with_the_stack_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traceback, "format_stack", lambda *_: pytest.fail("a stack was formatted"))
     torch.manual_seed(0)
