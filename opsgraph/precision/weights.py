@@ -85,6 +85,15 @@ class QuantizedTensor(torch.Tensor):
             got = f"data of shape {tuple(x.shape)}"
             raise OpError("a quantized weight", got, str(tuple(self.shape)))
 
+    def share_memory_(self) -> QuantizedTensor:
+        """As a Tensor's, of what it holds."""
+        for part in _parts(self.value):
+            part.share_memory_()
+        return self
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.dequantize().__dlpack__(**options)
+
     def write(self, x: Tensor) -> None:
         """Quantize x into it."""
         new = _copies_of(x, self.quantizer)
@@ -160,6 +169,9 @@ class QuantizedView(torch.Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         """As a Tensor's; what is written into it is not written into the weight."""
         return self.plain().numpy(force=force)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.plain().__dlpack__(**options)
 
     def tolist(self) -> Any:
         """As a Tensor's."""

@@ -174,6 +174,15 @@ def test_a_part_is_read_as_a_tensors_part() -> None:
         weight[0].zero_()
 
 
+def test_shared_memory_and_dlpack_have_its_values() -> None:
+    """Both ended the process: what is held lies elsewhere than a tensor's values."""
+    layer = held("mx").share_memory()
+    weight = layer.weight.detach()
+    assert all(part.is_shared() for part in layer.weight.value.row.parts)
+    for each in (weight, weight[1]):
+        assert torch.equal(torch.from_dlpack(each), each + 0)
+
+
 def test_its_first_values_can_be_kept() -> None:
     torch.manual_seed(0)
     plain = Linear(HIDDEN, 32)
