@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class ExtraInputs:
             extras = list(extras)
         for k, i, name in self.takers:
             up, down = self.ratios[i]
-            rows, taker = x.shape[:-1].numel() * up // down, self.run.ops[i]
+            rows, taker = prod(x.shape[:-1]) * up // down, self.run.ops[i]  # numel() fixes a symbol
             extras[k] = taker.taken(name, extras[k], rows, self.run.labels[i])  # type: ignore[index,operator]
         for (i, name, _), extra, dims in zip(self.run.inputs, extras, self.dims, strict=True):
             lead = _lead(x.shape[:-1], self.ratios[i])

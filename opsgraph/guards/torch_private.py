@@ -81,6 +81,14 @@ tracing: Callable[[], bool] = _find("_C._is_tracing", getattr(torch.jit, "is_tra
 """Whether torch.jit.trace, or the ONNX exporter that is built on it, records."""
 
 _tracer: Callable[[], Any] = _find("_C._get_tracing_state", lambda: None)
+
+
+def recorded() -> bool:
+    """Whether torch.jit.trace or torch.export records what runs, for other values too."""
+    # Not `tracing`, into which torch.export does not follow.
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined,no-untyped-call]
+
+
 _set_tracer: Callable[[Any], None] = _find("_C._set_tracing_state", lambda state: None)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..base.errors import OpError
+from ..guards.torch_private import recorded
 from ..guards.validation import Checked, Fixed, features, flag, function, integers, place, whole
 from ..op import Op, Spec
 from .delayed import Queue, TellsOfWeightGradients, in_use, mark_delayed, queue_of
@@ -253,7 +254,8 @@ class GroupedLinear(MarksParameters, TellsOfWeightGradients, Op):
         if value.layout is not torch.strided or value.is_meta:
             got = f"split_sizes on {value.device} of layout {value.layout}"
             raise OpError(where, got, "a dense tensor with values")
-        if type(value) is Tensor and value.is_cpu and not torch.compiler.is_compiling():
+        followed = recorded() or torch.compiler.is_compiling()
+        if type(value) is Tensor and value.is_cpu and not followed:
             verify_sizes(where, value.tolist(), rows)
         taken: Tensor = value.to(torch.int64)
         return taken
@@ -333,10 +335,18 @@ def products(
     linear: Callable[..., Tensor], x: Tensor, split_sizes: Tensor, weight: Tensor,
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`linear` of each group's rows, weight and bias, one after the other."""
-    pieces = _pieces(x, split_sizes)
-    biases = [None] * len(pieces) if bias is None else bias.unbind()
-    return torch.cat([linear(*part) for part in zip(pieces, weight, biases, strict=True)])
+    """`linear` of each group's rows; in a recorded graph, for other sizes too, of all, masked."""
+    biases = [None] * weight.shape[0] if bias is None else bias.unbind()
+    if not recorded():
+        parts = zip(_pieces(x, split_sizes), weight.unbind(), biases, strict=True)
+        return torch.cat([linear(*part) for part in parts])
+    rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    groups = (rows >= split_sizes.cumsum(0)).sum(1, keepdim=True)
+    y = x.new_zeros(())
+    for g, (own, added) in enumerate(zip(weight.unbind(), biases, strict=True)):
+        here = groups == g
+        y = torch.where(here, linear(torch.where(here, x, 0), own, added), y)
+    return y
 
 
 def bias_gradients(grads: Sequence[Tensor], bias: Tensor) -> Tensor:

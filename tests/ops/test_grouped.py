@@ -169,6 +169,36 @@ def test_a_weight_that_is_gone_is_named_with_the_op(
             og.Sequential(op)(torch.ones(3, 4), [1, 2])
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:")
+@pytest.mark.parametrize("how", ["trace", "export", "strict export"])
+def test_a_recorded_graph_is_for_other_sizes_too(how: str) -> None:
+    """It had the sizes of the example, or was an error of torch.export's."""
+    module = og.Sequential(
+        GroupedLinear(3, 4, 6), TransposedGroupedLinear(3, 6, 4, single_grouped_weight=True)
+    )
+    x, sizes = torch.randn(5, 4), torch.tensor([1, 2, 2])
+    graph: Any
+    if how == "trace":
+        graph = torch.jit.trace(module, (x, sizes, sizes.clone()))
+    else:
+        rows = {0: torch.export.Dim("rows")}
+        graph = torch.export.export(
+            module, (x, sizes, sizes.clone()), strict=how == "strict export",
+            dynamic_shapes=(rows, (None, None)),
+        ).module()  # fmt: skip
+    for other in ([5, 0, 0], [0, 0, 5], [2, 1, 2], [3, 0, 4]):
+        x, sizes = torch.randn(sum(other), 4), torch.tensor(other)
+        x[-1] = float("inf")  # which is none of the others' rows
+        mine, own = (x.clone().requires_grad_() for _ in range(2))
+        y, expected = graph(mine, sizes, sizes), module(own, sizes, sizes)
+        torch.testing.assert_close(y, expected, equal_nan=True)
+        if how == "trace":
+            weight = module[0].weight0
+            found = torch.autograd.grad(y.sum(), [mine, weight])
+            right = torch.autograd.grad(expected.sum(), [own, weight])
+            torch.testing.assert_close(found, right, equal_nan=True)
+
+
 # -- split sizes --
 
 

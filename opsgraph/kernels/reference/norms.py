@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...guards.torch_private import recorded
 from . import wide
 
 ROUNDED = 2
@@ -97,8 +98,7 @@ def shrunk(x: Tensor) -> tuple[Tensor, Tensor | None]:
     if x.dtype in (torch.float16, torch.float64):
         return h, None
     # What is recorded for other runtimes has ops that these know: ONNX has no frexp.
-    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined,no-untyped-call]
-    if recorded or not x.numel():
+    if recorded() or not x.numel():
         return h, None
     largest = h.abs().amax(-1, keepdim=True)
     # Not by its bits: vmap knows no view of another dtype up to PyTorch 2.11.
