@@ -46,12 +46,14 @@ class Settings(NamedTuple):
     def hold(self) -> bool:
         """Whether they are as they were."""
         module, attributes = self.module, self.module.__dict__
-        return (
-            type(module) is self.kind
-            and attributes.get("forward") is self.own
-            and [*map(attributes.get, self.names)] == self.values
-            and _present(module) == self.parameters
-            and all(attributes.get(k) is v or module._modules.get(k) is v for k, v in self.others)
+        if type(module) is not self.kind or attributes.get("forward") is not self.own:
+            return False
+        if self.names and [*map(attributes.get, self.names)] != self.values:
+            return False
+        if _present(module) != self.parameters:
+            return False
+        return not self.others or all(
+            attributes.get(k) is v or module._modules.get(k) is v for k, v in self.others
         )
 
 
