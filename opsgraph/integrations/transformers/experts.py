@@ -159,7 +159,7 @@ def experts_of(module: nn.Module) -> Form | str | None:
     own = {n: p for n, p in module._parameters.items() if p is not None}
     stacks = [name for name, p in own.items() if p.dim() == 3]
     rest = [name for name, p in own.items() if p.dim() == 2]
-    if len(stacks) != 2 or len(own) not in (2, 4) or len(stacks) + len(rest) != len(own):
+    if len(own) not in (2, 4) or len(stacks) + len(rest) != len(own):
         return None
     if len({p.shape[0] for p in own.values()}) != 1 or module._buffers:
         return None
@@ -317,6 +317,8 @@ def found_in(
     found: list[tuple[Experts, Proven]] = []
     known: dict[Any, Proven | str | None] = {}
     for name, module in model.named_modules():
+        if sum(p.dim() == 3 for p in module._parameters.values() if p is not None) != 2:
+            continue
         key = _kind_of(module)
         if key not in known:
             known[key] = _decided(module, dtypes)
