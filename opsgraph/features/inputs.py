@@ -93,16 +93,18 @@ def explain(module: nn.Sequential, stages: Sequence[Any], x: Any, extras: Sequen
         for weight, (owner, name) in zip(*_weights_of(stage), strict=True):
             _verify_dense(weight, f"{type(owner).__name__}.{name}")
     planned = [stage for stage in stages if hasattr(stage, "table")]  # others ask for nothing
+    values = []
     for value, (stage, i, name) in zip(extras, _needed(planned), strict=False):
         run = stage.table.run
         if not hasattr(run.kinds[i], "taken"):  # the op says itself what it takes
+            values.append(value)
             verify_tensor(value, f"{run.labels[i]} {name}")
             _verify_dense(value, f"{run.labels[i]} {name}")
             if isinstance(value, Tensor) and value.is_nested and not x.is_nested:
                 raise OpError(f"{run.labels[i]} {name}", "a nested tensor", "a dense one, as x is")
     _verify_dense(x, "input")
     if isinstance(x, Tensor) and x.is_nested and isinstance(first, Op):
-        return _run_nested(module, x, extras)
+        return _run_nested(module, x, extras, [x, *values])
     return None
 
 
@@ -112,13 +114,16 @@ def _weights_of(stage: Any) -> tuple[Sequence[Any], Sequence[tuple[nn.Module, st
     return [getattr(owner, name, None) for owner, name in slots], slots
 
 
-def _run_nested(module: nn.Sequential, x: Tensor, extras: Sequence[Tensor]) -> Any:
-    """The rows of all sequences at once, as jagged tensors keep them."""
-    for value in (x, *extras):
+def _run_nested(
+    module: nn.Sequential, x: Tensor, extras: Sequence[Any], values: Sequence[Tensor]
+) -> Any:
+    """The rows of all sequences at once, as jagged tensors keep them. values: what has rows."""
+    for value in values:
         if value.layout is not torch.jagged:
             got = f"a nested tensor beside one of layout {value.layout}"
             raise OpError("input", got, "layout=torch.jagged of all inputs")
-    result = module(*(value.values() for value in (x, *extras)))
+    rows = {id(value): value.values() for value in values}
+    result = module(*(rows.get(id(value), value) for value in (x, *extras)))
     outputs = result if isinstance(result, tuple) else (result,)
     jagged: Any = x
     where = jagged.offsets(), jagged.lengths()

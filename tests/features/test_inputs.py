@@ -94,6 +94,17 @@ def test_jagged_tensors_are_run_row_by_row(name: str) -> None:
         torch.testing.assert_close(one.values() if one.is_nested else one, other)
 
 
+@pytest.mark.parametrize("sizes", [[1, 4], torch.tensor([5, 0])])
+def test_sizes_of_groups_beside_jagged_tensors(sizes: Any) -> None:
+    module = og.Sequential(og.ops.Add(), og.ops.GroupedLinear(2, 6, 4))
+    rows = [torch.randn(2, 6), torch.randn(3, 6)]
+    nested: Any = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    y, flat = module(nested, nested, sizes), torch.cat(rows)
+    assert torch.equal(y.values(), module(flat, flat, sizes))
+    with pytest.raises(og.OpError, match=r"1:GroupedLinear: got split_sizes \[1, 5\], .* add to 5"):
+        module(nested, nested, [1, 5])
+
+
 def test_nested_tensors_of_another_layout_are_an_error() -> None:
     nested = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)])
     for name in ("sequence", "layernorm_mlp"):
