@@ -62,6 +62,8 @@ class KnownCalls:
         ]
         read = [slot for k, slot in enumerate(slots) if k not in self.never]
         self.modules, self.names = [m for m, _ in read], [name for _, name in read]
+        self.made = [k for k, (m, name) in enumerate(read) if name not in m._parameters]
+        """Those that are made at each call, as one of several layers' parameters."""
         self.states = [*dict.fromkeys(m for m, _ in slots if isinstance(m, Scaling))]
         self.absent, self.appearing = [m for m, _ in absent], [name for _, name in absent]
         self.nothing = [None] * len(absent)
@@ -78,6 +80,8 @@ class KnownCalls:
         The scales are those of each delayed state, `reading.fixed_of`.
         """
         weights: list[Any] = [*map(dict.get, map(_parameters, self.modules), self.names)]
+        for k in self.made:
+            weights[k] = getattr(self.modules[k], self.names[k], None)
         scales = fixed_of(self.states) if self.states else ()
         last = self.last  # which another thread may replace
         same = (

@@ -36,7 +36,7 @@ class ScaledAdd(Op):
         return x
 
     def fwd(self, x: Tensor, other: Tensor, scale: float) -> tuple[Tensor, tuple[()]]:
-        dtype = torch.promote_types(x.dtype, other.dtype)
+        dtype = scales.dtype_of(x.dtype, other.dtype)
         if scales.beyond(dtype, scale):
             return (wide(x) + wide(other) * scale).to(dtype), ()
         return torch.add(x, other, alpha=scale), ()

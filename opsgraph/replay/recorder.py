@@ -325,8 +325,8 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _see(self, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        if name in _VIEWS:
-            return
+        if name in _VIEWS or next(_tensors((args, kwargs, result)), None) is None:
+            return  # as torch.promote_types, which is an operation, too
         if name in _ALLOCATIONS or name.startswith("aten.set_"):
             self.allocated(result)
         elif name in _ZEROS:

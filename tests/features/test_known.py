@@ -6,6 +6,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import opsgraph as og
+from opsgraph.features.several import SeveralLayers
 from opsgraph.ops import GELU, Add, Dropout, Linear, RMSNorm
 from opsgraph.recipe import DelayedScaling, Float8CurrentScaling
 from opsgraph.run import stage as stages
@@ -28,6 +29,11 @@ def keys(monkeypatch):
 def module(*more):
     torch.manual_seed(0)
     return og.Sequential(RMSNorm(32), Linear(32, 64, bias=False), GELU(), *more)
+
+
+def of_layers(op, layers):
+    """The op, with the parameters of several layers."""
+    return op.borrow(SeveralLayers(layers), weight="weight")
 
 
 def module_like(model):
@@ -55,6 +61,22 @@ def test_known_calls_make_no_key(keys):
     with torch.no_grad():
         model(x)
     assert not keys
+
+
+def test_parameters_that_are_made_at_each_call_are_known_too(keys):
+    """As one of several layers' parameters, of which some may be replaced."""
+    layers = [nn.Linear(32, 8, bias=False) for _ in range(2)]
+    model, x = og.Sequential(of_layers(Linear(32, 16, bias=False), layers)), torch.randn(4, 32)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            warm(model, x)
+            keys.clear()
+            before = model(x)
+            assert not keys
+            layers[1].weight = nn.Parameter(layers[1].weight.detach() * 2)
+            after = model(x)
+            torch.testing.assert_close(after[:, 8:], before[:, 8:] * 2)
+            torch.testing.assert_close(after[:, :8], before[:, :8])
 
 
 @pytest.mark.parametrize("change", [

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import opsgraph as og
 from opsgraph.kernels.cpu import build as library
 from opsgraph.layernorm_mlp import LayerNormMLP
-from opsgraph.ops import Add, Linear, RMSNorm
+from opsgraph.ops import Add, LayerNorm, Linear, RMSNorm
 from opsgraph.replay import passes
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
@@ -77,6 +77,21 @@ def test_which_passes_are_one_native_call(name: str, training: bool, dtype: torc
     assert set(texts) == {"forward", "backward"}
     assert [len(each) for each in texts.values()] == [1, int(training)]
     assert all("in one native call" in text for each in texts.values() for text in each)
+
+
+@pytest.mark.parametrize("rounding", ["input", "weight"])
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
+def test_a_norm_that_rounds_before_the_weight_is_one_native_call(norm: Any, rounding: str) -> None:
+    """As the norms of most models of transformers do."""
+    x = random(ROWS, WIDTH, dtype=torch.bfloat16)
+
+    def make() -> og.Sequential:
+        return og.Sequential(norm(WIDTH, normalized_dtype=rounding), dtype=torch.bfloat16)
+
+    module = compare(make, lambda m: [train(m, x), infer(m, x)])
+    plans = module.plan(True, x), module.plan(False, x)
+    assert is_native(plans[0]), told(plans[0])
+    assert told(plans[1])["forward"][0].endswith("in one native call")
 
 
 def test_nothing_is_told_before_it_is_known() -> None:

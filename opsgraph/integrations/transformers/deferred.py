@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .replacing import Replacing, Settings, original
-from .seen import Seen, seen_by, unchanged, version
+from .seen import Seen, all_seen, seen_by, unchanged, version
 from .states import Kind, State, Step, all_states, kind_of, units_of
 
 
@@ -39,6 +39,7 @@ class Unit(Replacing):
 
     def __init__(self, name: str, module: nn.Module, leaf: Any, book: Book) -> None:
         self.name, self.module, self.leaf, self.book = name, module, leaf, book
+        self.step = Step("module", self)
         self.first: State | None = None
         """What it makes of a tensor."""
         self.kinds: set[Kind] = set()
@@ -65,10 +66,6 @@ class Unit(Replacing):
             if found is not None:
                 return found
         return original(self.module, *computed(args), **computed(kwargs))
-
-    @property
-    def step(self) -> Step:
-        return Step("module", self)
 
     def _follows(self, x: Any) -> bool:
         if type(x) is not Tensor or x.is_meta:
@@ -105,9 +102,13 @@ def computed(value: Any) -> Any:
 
 
 def reach(
-    state: State, root: Tensor, parents: tuple[Any, ...], extras: tuple[Tensor, ...], book: Book
-) -> Tensor | None:
-    """The value in a state: computed now, or put off. None where it must not be followed."""
+    state: State, root: Tensor, parents: tuple[Any, ...], extras: tuple[Tensor, ...], book: Book,
+    kind: Kind | None = None,
+) -> Tensor | None:  # fmt: skip
+    """The value in a state: computed now, or put off. None where it must not be followed.
+
+    kind: of the call, where it is known.
+    """
     if book.learning is not None:
         found = book.learning.reached(state, root, parents, extras, book)
         return found  # type: ignore[no-any-return]
@@ -117,7 +118,7 @@ def reach(
         return state.plan(root, *extras)  # type: ignore[no-any-return]
     if any(x.is_inference() for x in (root, *extras)):
         return None  # they do not tell whether they were changed before the value is computed
-    return Deferred.of(state, root, parents, extras, book)
+    return Deferred.of(state, root, parents, extras, book, kind)
 
 
 class Deferred(Tensor):
@@ -136,23 +137,25 @@ class Deferred(Tensor):
     """What it became by `+=`."""
     kind: Kind
     seen: tuple[Seen, ...]
+    """What its step alone reads."""
     grad_mode: bool
     __torch_dispatch__: Any
 
     @staticmethod
     def of(
-        state: State, root: Tensor, parents: tuple[Any, ...], extras: tuple[Tensor, ...], book: Book
-    ) -> Deferred:
-        kind = kind_of(root)
+        state: State, root: Tensor, parents: tuple[Any, ...], extras: tuple[Tensor, ...],
+        book: Book, kind: Kind | None = None,
+    ) -> Deferred:  # fmt: skip
+        kind = kind or kind_of(root)
         width, dtype = state.like[kind]
         made: Any = Tensor._make_wrapper_subclass(
             Deferred, (*root.shape[:-1], width), dtype=dtype, device=root.device
         )
-        made.state, made.root, made.parents, made.extras = state, root, parents, extras
-        made.book, made.value, made.total, made.written = book, None, None, 0
-        made.kind = kind
-        made.seen = seen_by(state, root, parents, extras)
-        made.grad_mode = torch.is_grad_enabled()
+        made.__dict__.update(  # in one step, for each value of a model is made so
+            state=state, root=root, parents=parents, extras=extras, book=book, value=None,
+            total=None, written=0, kind=kind, seen=seen_by(state, root, parents, extras),
+            grad_mode=torch.is_grad_enabled(),
+        )  # fmt: skip
         return made  # type: ignore[no-any-return]
 
     def further(self, step: Step, *more: Any, extra: Tensor | None = None) -> Any:
@@ -161,7 +164,8 @@ class Deferred(Tensor):
             return None
         if not all(d is None or d.intact() for d in more):
             return None
-        if self.kind != kind_of(self.root):
+        kind = kind_of(self.root)
+        if self.kind != kind:
             return None
         states = [d if d is None else d.state for d in more]
         state = self.state.next.get((step, *states))
@@ -176,7 +180,7 @@ class Deferred(Tensor):
             self.compute()  # which notes it
             return None
         extras = self.extras if extra is None else (*self.extras, extra)
-        return reach(state, self.root, (self, *more), extras, self.book)
+        return reach(state, self.root, (self, *more), extras, self.book, kind)
 
     def intact(self) -> bool:
         """Whether it still has the value of its state: none was added to it, or written over it."""
@@ -186,7 +190,7 @@ class Deferred(Tensor):
 
     def stale(self) -> str | None:
         """Why the value can no longer be computed, or None."""
-        if not unchanged(self.seen):
+        if not unchanged(all_seen(self)):
             return "what it is computed of was changed in place, or replaced"
         if self.grad_mode and not torch.is_grad_enabled():
             return "it is first read where no gradients are recorded, and was made where they are"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .deferred import Book, Deferred, Unit, computed
 from .replacing import original
-from .seen import unchanged
+from .seen import all_seen, unchanged
 from .states import State, Vector, all_states, kind_of, units_of
 
 MOST = 30
@@ -78,7 +78,7 @@ class Noted:
     def __init__(self, deferred: Deferred, parents: Sequence[Noted | None]) -> None:
         self.state, self.parents = deferred.state, parents
         self.root, self.extras = deferred.root, deferred.extras
-        self.deferred, self.seen = ref(deferred), deferred.seen
+        self.deferred, self.seen = ref(deferred), all_seen(deferred)
         self.read = False
         self.late = False
         """Whether it is used when it could no longer be computed."""

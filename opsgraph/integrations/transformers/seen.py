@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,7 @@ Seen = tuple[Tensor, int, dict[str, Any] | None, str]
 parameter."""
 
 
-def unchanged(seen: Sequence[Seen]) -> bool:
+def unchanged(seen: Iterable[Seen]) -> bool:
     """Whether what was seen is as it was, and in its place."""
     for x, then, place, name in seen:
         if version(x) != then or (place is not None and place.get(name) is not x):
@@ -31,16 +31,26 @@ def unchanged(seen: Sequence[Seen]) -> bool:
 def seen_by(
     state: State, root: Tensor, parents: tuple[Any, ...], extras: tuple[Tensor, ...]
 ) -> tuple[Seen, ...]:
-    """What a value is computed of, each as it was when the model's code reached it."""
-    before: tuple[Seen, ...] = ()
-    for parent in parents:
-        before += ((root, version(root), None, ""),) if parent is None else parent.seen
+    """What the step of a value reads besides other values, as it was when the code reached it."""
     kind, what = state.step
+    of_root = any(parent is None for parent in parents)  # `in` would compare values
+    read = ((root, version(root), None, ""),) if of_root else ()
     if kind == "extra":
-        return (*before, (extras[-1], version(extras[-1]), None, ""))
+        return (*read, (extras[-1], version(extras[-1]), None, ""))
     if kind in ("module", "vector"):
         held = what.module._parameters
         names = what.leaf.names.values() if kind == "module" else (what.attribute,)
         found = ((held.get(name), name) for name in names)
-        before += tuple((p, version(p), held, name) for p, name in found if p is not None)
-    return before
+        return (*read, *((p, version(p), held, name) for p, name in found if p is not None))
+    return read
+
+
+def all_seen(deferred: Any) -> list[Seen]:
+    """What a value is computed of; each value before it counts once."""
+    found, waiting = {id(deferred): deferred}, [deferred]
+    while waiting:
+        for parent in waiting.pop().parents:
+            if parent is not None and id(parent) not in found:
+                found[id(parent)] = parent
+                waiting.append(parent)
+    return [seen for each in found.values() for seen in each.seen]

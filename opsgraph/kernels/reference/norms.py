@@ -19,6 +19,7 @@ dtype.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ class Dtypes(NamedTuple):
     y: torch.dtype
 
 
+@cache
 def dtypes(
     x: torch.dtype, weight: torch.dtype | None, bias: torch.dtype | None,
     normalized_dtype: str | None,
