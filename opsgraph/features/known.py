@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..guards.torch_private import dispatch_modes, followed, same_kinds
+from ..ops.joined import Joined
 from ..plan import Plan
 from ..precision.delayed import Scaling
 from ..precision.reading import fixed_of
 
 MOST = 64
 """Kinds of calls that a stage knows."""
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter, Joined)
 _parameters, _training = attrgetter("_parameters"), attrgetter("training")
 
 Place = tuple[nn.Module, str]
@@ -64,6 +65,8 @@ class KnownCalls:
         self.modules, self.names = [m for m, _ in read], [name for _, name in read]
         self.made = [k for k, (m, name) in enumerate(read) if name not in m._parameters]
         """Those that are made at each call, as one of several layers' parameters."""
+        self.missing = {k: torch.empty(0, device="cpu") for k in self.made}
+        """What the check compares in the place of one that is None."""
         self.states = [*dict.fromkeys(m for m, _ in slots if isinstance(m, Scaling))]
         self.absent, self.appearing = [m for m, _ in absent], [name for _, name in absent]
         self.nothing = [None] * len(absent)
@@ -82,13 +85,14 @@ class KnownCalls:
         weights: list[Any] = [*map(dict.get, map(_parameters, self.modules), self.names)]
         for k in self.made:
             weights[k] = getattr(self.modules[k], self.names[k], None)
+        compared = self._compared(weights) if self.made else weights
         scales = fixed_of(self.states) if self.states else ()
         last = self.last  # which another thread may replace
         same = (
             last is not None
             and scales is not None
             and not x.is_nested  # which the check cannot look at
-            and last.fits(x, *extras, *weights, *scales)
+            and last.fits(x, *extras, *compared, *scales)
             and torch.is_grad_enabled() is last.grad
             and (self.states or not followed())  # where there are scales, that was asked
             and self.plans.changes == last.changes
@@ -99,6 +103,9 @@ class KnownCalls:
             weights.insert(k, None)
         return last.plan if same and last is not None else None, weights, scales
 
+    def _compared(self, weights: Sequence[Any]) -> list[Any]:
+        return [self.missing.get(k) if w is None else w for k, w in enumerate(weights)]
+
     def learn(
         self, key: tuple[Any, ...], plan: Plan, x: Tensor, extras: Sequence[Tensor], weights: Any
     ) -> None:
@@ -106,7 +113,8 @@ class KnownCalls:
         scales = fixed_of(self.states)
         if scales is None:
             return
-        tensors = (x, *extras, *[w for k, w in enumerate(weights) if k not in self.never], *scales)
+        read = [w for k, w in enumerate(weights) if k not in self.never]
+        tensors = (x, *extras, *self._compared(read), *scales)
         if key[5] is not None or dispatch_modes() or any(type(t) not in _PLAIN for t in tensors):
             return  # under autocast its dtype counts too
         grad, changes = torch.is_grad_enabled(), self.plans.changes

@@ -5,9 +5,9 @@ module is made, moved or copied. Others (of FSDP, or loaded with `assign=True`) 
 call, and so are all under torch.compile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..base.errors import OpError
-from ..guards.torch_private import followed
+from ..guards.torch_private import followed, same_layouts
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -39,22 +39,31 @@ def join(module: nn.Module, names: tuple[str, ...], tensors: tuple[Tensor, ...])
     return joined  # type: ignore[no-any-return]
 
 
-_known: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, bool]]] = WeakKeyDictionary()
-"""Of a module's parameters where they lay when they were looked at, and whether in a row."""
+class _Row(NamedTuple):
+    """Parameters that were looked at. fits: whether some are laid out as they were."""
+
+    fits: Callable[..., bool] | None
+    addresses: list[int]
+    row: bool
+
+
+_known: WeakKeyDictionary[nn.Module, dict[str, _Row]] = WeakKeyDictionary()
+"""By a module, and the name of the first parameter."""
 
 
 def _is_row(module: nn.Module, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> bool:
-    """Whether shapes are the same and `in_a_row` holds; looked at again only after a move."""
+    """Whether shapes are the same and `in_a_row` holds; looked at again where layouts change."""
     if type(tensors[0]) not in PLAIN or tensors[0].is_meta:
         _verify(module, names, tensors)
         return False
     known = _known.setdefault(module, {})
-    here = [id(t) for t in tensors], [t.data_ptr() for t in tensors]
-    before = known.get(names[0])
-    if before is None or before[0] != here:
-        _verify(module, names, tensors)
-        before = known[names[0]] = here, in_a_row(tensors)
-    return before[1]
+    before, addresses = known.get(names[0]), [*map(Tensor.data_ptr, tensors)]
+    if before is not None and before.addresses == addresses:
+        if before.fits is not None and before.fits(*tensors):
+            return before.row
+    _verify(module, names, tensors)
+    found = known[names[0]] = _Row(same_layouts(tensors), addresses, in_a_row(tensors))
+    return found.row
 
 
 def _verify(module: nn.Module, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> None:

@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import opsgraph as og
 from opsgraph.features.several import SeveralLayers
-from opsgraph.ops import GELU, Add, Dropout, Linear, RMSNorm
+from opsgraph.ops import GELU, Add, Dropout, GroupedLinear, Linear, RMSNorm
 from opsgraph.recipe import DelayedScaling, Float8CurrentScaling
 from opsgraph.run import stage as stages
 
@@ -77,6 +77,23 @@ def test_parameters_that_are_made_at_each_call_are_known_too(keys):
             after = model(x)
             torch.testing.assert_close(after[:, 8:], before[:, 8:] * 2)
             torch.testing.assert_close(after[:, :8], before[:, :8])
+
+
+def test_weights_of_groups_are_known(keys):
+    model = og.Sequential(GroupedLinear(2, 32, 16, bias=False))
+    x, sizes = torch.randn(5, 32, requires_grad=True), torch.tensor([2, 3])
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for _ in range(2):
+                model(x, sizes)
+            keys.clear()
+            y = model(x, sizes)
+            assert not keys
+            assert y.requires_grad is grad
+            expected = torch.cat([x[:2] @ model[0].weight0.T, x[2:] @ model[0].weight1.T])
+            torch.testing.assert_close(y, expected)
+    model[0].bias = nn.Parameter(torch.ones(2, 16))
+    torch.testing.assert_close(model(x, sizes), expected + 1)
 
 
 @pytest.mark.parametrize("change", [

@@ -73,6 +73,20 @@ def test_parameters_of_whole_groups_still_load_and_can_be_set() -> None:
         op.weight = nn.Parameter(weight[:2])
 
 
+def test_a_group_whose_memory_is_laid_out_otherwise_is_looked_at_again() -> None:
+    """In the same place: of another shape it is an error, and a transposed one is read as such."""
+    op, x, sizes = GroupedLinear(2, 4, 4, bias=False), torch.randn(5, 4), torch.tensor([2, 3])
+    module = og.Sequential(op)
+    for _ in range(3):
+        module(x, sizes)
+    whole = op.weight1.data
+    op.weight1.data = whole.t()
+    torch.testing.assert_close(module(x, sizes)[2:], x[2:] @ whole)
+    op.weight1.data = whole[:2]
+    with pytest.raises(og.OpError, match=r"got weight1 of shape \(2, 4\), expected \(4, 4\)"):
+        module(x, sizes)
+
+
 def test_kernels_read_parameters_without_a_copy_wherever_they_went() -> None:
     op, file = layer(), io.BytesIO()
     assert in_a_row(op)
