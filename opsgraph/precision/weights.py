@@ -190,6 +190,16 @@ _TURNED = {_aten.t.default, _aten.transpose.int, _aten.permute.default}
 """Views that are given as plain tensors, for kernels take them: what is written there is lost."""
 
 
+_HELD = QuantizedTensor, QuantizedView
+
+
+def _origin(
+    held: QuantizedTensor | QuantizedView,
+) -> tuple[QuantizedTensor, tuple[Callable[[Tensor], Tensor], ...]]:
+    """The weight, and the steps that make the view of its values; none for the weight itself."""
+    return (held.base, held.steps) if isinstance(held, QuantizedView) else (held, ())
+
+
 def _taken(x: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
     return step(x)
 
@@ -197,8 +207,8 @@ def _taken(x: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """An operation on weights that are quantized, or views of some, by their values."""
     own = args[0] if args else None
-    if _is_view(func) and isinstance(own, QuantizedTensor | QuantizedView):
-        base, steps = (own.base, own.steps) if isinstance(own, QuantizedView) else (own, ())
+    if _is_view(func) and isinstance(own, _HELD):
+        base, steps = _origin(own)
 
         def step(x: Tensor, k: int | None = None) -> Tensor:
             made: Any = func(x, *args[1:], **kwargs)
@@ -211,9 +221,9 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     plain: dict[int, Tensor] = {}
 
     def read(value: Any) -> Any:
-        if not isinstance(value, QuantizedTensor | QuantizedView):
+        if not isinstance(value, _HELD):
             return value
-        base, steps = (value.base, value.steps) if isinstance(value, QuantizedView) else (value, ())
+        base, steps = _origin(value)
         if id(base) not in plain:
             plain[id(base)] = base.dequantize()
         return reduce(_taken, steps, plain[id(base)])
@@ -221,7 +231,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     result = func(*tree_map(read, args), **tree_map(read, kwargs))
     written = list(_written(func, args, kwargs))
     for tensor in written:
-        base = tensor.base if isinstance(tensor, QuantizedView) else tensor
+        base, _ = _origin(tensor)
         base.write(plain[id(base)])
     return written[0] if len(written) == 1 and isinstance(result, Tensor) else result
 
@@ -260,8 +270,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[QuantizedTensor | Qu
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = args[k] if k < len(args) else kwargs.get(argument.name)
-        kinds = QuantizedTensor, QuantizedView
-        yield from (t for t in tree_flatten(value)[0] if isinstance(t, kinds))
+        yield from (t for t in tree_flatten(value)[0] if isinstance(t, _HELD))
 
 
 @contextmanager

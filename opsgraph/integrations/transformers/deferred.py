@@ -164,8 +164,7 @@ class Deferred(Tensor):
             return None
         if not all(d is None or d.intact() for d in more):
             return None
-        kind = kind_of(self.root)
-        if self.kind != kind:
+        if self.kind != kind_of(self.root):
             return None
         states = [d if d is None else d.state for d in more]
         state = self.state.next.get((step, *states))
@@ -180,7 +179,7 @@ class Deferred(Tensor):
             self.compute()  # which notes it
             return None
         extras = self.extras if extra is None else (*self.extras, extra)
-        return reach(state, self.root, (self, *more), extras, self.book, kind)
+        return reach(state, self.root, (self, *more), extras, self.book, self.kind)
 
     def intact(self) -> bool:
         """Whether it still has the value of its state: none was added to it, or written over it."""

@@ -36,7 +36,7 @@ from ...run.sequential import Sequential
 from .deferred import Book, computed
 from .leaves import ACTIVATIONS
 from .prove import EXACT, HALF, WORSE, Errors, Kept
-from .replacing import Replacing, Settings, original
+from .replacing import Replacing, Settings, original, present
 
 WIDTH, INNER, TOKENS, TOP = 48, 32, 40, 2
 """Of probe values."""
@@ -116,7 +116,7 @@ class Experts(Replacing):
         self.inside = [*module.modules()]
         self.settings: list[Settings] = []
         """What they compute by, once the model is patched."""
-        self.names = [n for n, p in module._parameters.items() if p is not None]
+        self.names = present(module)
         self.arguments = [*signature(type(module).forward).parameters][1:]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -49,6 +49,7 @@ _DTYPES = (
     (torch.float32, torch.bfloat16),
 )  # fmt: skip
 _WIDEST = 65536
+"""Numbers above it are not tried as the size of a norm's rows."""
 _NEARLY = 0.02
 """The share of 16-bit results that may differ, by the order of a sum: roundings change 0.2."""
 

@@ -39,7 +39,7 @@ class Settings(NamedTuple):
         read = {k: v for k, v in module.__dict__.items() if k[0] != "_" and k not in skipped}
         plain = {k: v for k, v in read.items() if type(v) in PLAIN}
         others = [(k, v) for k, v in read.items() if k not in plain]
-        own, names = module.__dict__.get("forward"), _present(module)
+        own, names = module.__dict__.get("forward"), present(module)
         others += [(k, v) for k, v in module._modules.items()]
         return Settings(module, type(module), own, [*plain], [*plain.values()], others, names)
 
@@ -50,14 +50,15 @@ class Settings(NamedTuple):
             return False
         if self.names and [*map(attributes.get, self.names)] != self.values:
             return False
-        if _present(module) != self.parameters:
+        if present(module) != self.parameters:
             return False
         return not self.others or all(
             attributes.get(k) is v or module._modules.get(k) is v for k, v in self.others
         )
 
 
-def _present(module: nn.Module) -> list[str]:
+def present(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters that are there."""
     return [name for name, value in module._parameters.items() if value is not None]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,7 @@ Seen = tuple[Tensor, int, dict[str, Any] | None, str]
 parameter."""
 
 
-def unchanged(seen: Iterable[Seen]) -> bool:
+def unchanged(seen: Sequence[Seen]) -> bool:
     """Whether what was seen is as it was, and in its place."""
     for x, then, place, name in seen:
         if version(x) != then or (place is not None and place.get(name) is not x):

@@ -67,11 +67,11 @@ class Twins(Edges):
         for k, (y, right) in enumerate(zip(outputs, exact.outputs, strict=True)):
             output = partial(lambda k: allowed.keep().outputs[k], k)
             check(f"output {k}", y.detach(), right, self.dtype, output)
-        rows = 4 * prod(lead)  # derivatives are PyTorch's, which may round where ours are exactly 0
+        terms = 4 * prod(lead)  # derivatives are PyTorch's: they may round where ours are 0
         for name, found in gradients.items():
             if (expected := exact.gradients[name]) is not None:
                 gradient = partial(lambda name: allowed.keep().gradients[name], name)
-                check(f"gradient of {name}", found, expected, self.dtype, gradient, rows)
+                check(f"gradient of {name}", found, expected, self.dtype, gradient, terms)
 
     def twin(self, way: str, recipe: str | None = None, seed: int = 0) -> None:
         """A copy that goes another way has to give the same bits.
