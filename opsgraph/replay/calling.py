@@ -65,13 +65,13 @@ def _method(name: str) -> _Method:
     return _methods.setdefault(name, made)
 
 
-def caller(program: Any, kind: str) -> Call:
+def caller(program: "array[int]", kind: str) -> Call:
     """What replays a program that somebody holds, on devices of a kind: `call(stream, *tensors)`.
 
     It returns 0, or what `native.replay` says failed. Raises RuntimeError for tensors that have no
     memory.
     """
-    run, start = replay(kind), ctypes.addressof(program)
+    run, (start, _) = replay(kind), program.buffer_info()
     if begins is None:
         return partial(_call, run, start)
     made: Call = _make(_method("opsgraph_call"), start, None)

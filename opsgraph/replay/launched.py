@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..base import config
 from ..base.errors import OpsgraphError
-from ..guards.compiled import compiled
 from ..guards.launching import launching
 from ..guards.watching import watching
 from .calling import bits, caller, unmoved
@@ -39,34 +38,24 @@ def _native(
     device = tensors[0].device
     every = [(0, event) for event in events]
     words = program(every, lambda place: (place.buffer, place.offset), 0, device)
-    given = [f"t{k}" for k in range(len(tensors))]
-    aligned = [n for n, t in zip(given, tensors, strict=True) if t.data_ptr() % ALIGNED == 0]
-    tests = [f"bits({', '.join(given)}) < 0"]
-    if aligned and not anywhere:
-        others = [*tests] if len(aligned) < len(given) else []
-        tests = [*others, f"bits({', '.join(aligned)}) % {ALIGNED}"]  # -1 has the low bits, too
-    stream, namespace = "0", dict[str, Any](fail=_fail, bits=bits(), words=words)
-    namespace["replay"] = caller(words, device.type)
-    if device.type == "cuda":
-        stream, namespace["stream"] = (
-            f"stream({device.index})",
-            torch._C._cuda_getCurrentRawStream,
-        )
-        namespace["current"] = torch._C._cuda_getDevice
-        tests.insert(0, f"current() != {device.index}")
-    source = f"""def launched({", ".join(given)}):
-    if {" or ".join(tests)}:
-        return False
-    failed = replay({stream}, {", ".join(given)})
-    if failed:
-        fail(failed)
-    return True
-"""
-    return compiled("launched", source, namespace)
+    replay, low, cuda = caller(words, device.type), bits(), device.type == "cuda"
+    aligned = [k for k, t in enumerate(tensors) if not anywhere and t.data_ptr() % ALIGNED == 0]
+    some = aligned if len(aligned) < len(tensors) else []
 
+    def launched(*given: Tensor, words: Any = words) -> bool:  # which replay has the address of
+        if cuda and torch._C._cuda_getDevice() != device.index:
+            return False
+        joined = low(*given)
+        if joined < 0 or (not some and aligned and joined % ALIGNED):
+            return False
+        if some and low(*[given[k] for k in some]) % ALIGNED:
+            return False
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if cuda else 0
+        if failed := replay(stream, *given):
+            raise OpsgraphError(f"got error {failed >> 32} from a launch, expected none")
+        return True
 
-def _fail(failed: int) -> None:
-    raise OpsgraphError(f"got error {failed >> 32} from a launch, expected none")
+    return launched
 
 
 class Launch:

@@ -5,7 +5,6 @@ import struct
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -77,8 +76,8 @@ Locate = Callable[[Place], tuple[int, int]]
 
 def program(
     events: Sequence[tuple[int, Event]], locate: Locate, arena: int, device: torch.device
-) -> Any:
-    """The words of events, each with the number of its line, as an array for the library.
+) -> "array[int]":
+    """The words of events, each with the number of its line, for the library.
 
     arena: bytes that the library is to provide. It names what must live as long as it does.
     """
@@ -88,7 +87,7 @@ def program(
         words.extend((opcode, step, len(numbers) + len(own) // 8, *numbers))
         words.frombytes(own)
     words.append(END)
-    return (ctypes.c_int64 * len(words)).from_buffer(words)
+    return words
 
 
 def _encoded(event: Event, locate: Locate) -> tuple[int, list[int], bytes]:

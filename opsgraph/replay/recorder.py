@@ -321,7 +321,7 @@ class Recorder(TorchDispatchMode):
         try:
             self._see(_name(func), args, kwargs, result)
         except _Refused as refused:
-            self.refuse(f"{func}: {refused}")
+            self.refuse(f"{_name(func)}: {refused}")
         return result
 
     def _see(self, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:

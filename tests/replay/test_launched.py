@@ -7,6 +7,7 @@ import torch
 from replays import random, replaying
 from torch import Tensor
 
+from opsgraph.guards import compiled
 from opsgraph.guards.launching import launching
 from opsgraph.guards.watching import watching
 from opsgraph.kernels.cpu import build as library
@@ -121,3 +122,21 @@ def test_what_is_compiled_for_no_alignment_is_launched_anywhere() -> None:
         launching.by("anywhere", calls, anywhere=True)(x, y)
         assert torch.equal(y, x.t())
     assert calls.count == 2
+
+
+def test_what_began_elsewhere_when_it_was_recorded_may_begin_anywhere() -> None:
+    calls = Calls()
+    for k in (1, 1, 2, 0):
+        runs(calls, random(34)[k:][:32].view(4, 8), torch.zeros(8, 4))
+    assert calls.count == 2
+    runs(calls, random(4, 8), torch.zeros(33)[1:].view(8, 4))
+    assert calls.count == 3
+
+
+def test_a_launch_has_no_text_to_compile() -> None:
+    calls = Calls()
+    compiled._code.cache_clear()
+    for _ in range(3):
+        runs(calls, random(4, 8), torch.zeros(8, 4))
+    assert calls.count == 2
+    assert compiled._code.cache_info().currsize == 0
