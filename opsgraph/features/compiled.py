@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from ..base import config
 from ..guards.cached import cached_property
 from ..guards.torch_private import constant_under_compile, opaque, without_autocast
-from ..op import ROWS, Spec
+from ..op import ROWS, Factor, Spec
 from ..plan import Plan
 from ..precision import tapes
 from ..precision.autocast import active
@@ -135,7 +135,7 @@ def _backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> list[Te
         return _distinct([g for g in gradients if g is not None], tensors)
 
 
-def _scaled(rows: Any, factor: Fraction) -> Any:
+def _scaled(rows: Any, factor: Factor) -> Any:
     """rows * factor, of sizes that may be symbolic."""
     up, down = factor.as_integer_ratio()
     return rows * up if down == 1 else rows * up // down
@@ -155,7 +155,7 @@ def _fake_backward(handle: str, tensors: list[Tensor], seen: list[Tensor]) -> li
     plan = _plan(handle)
     names = [value.name for value in plan.specs.saved]
     saved = dict(zip(names, tensors[len(tensors) - len(names) :], strict=True))
-    rows = _scaled(tensors[0].shape[0], 1 / plan.specs.outputs[0].factor)
+    rows = _scaled(tensors[0].shape[0], 1 / Fraction(plan.specs.outputs[0].factor))
     gradients = []
     for name, spec, _, gradient, amax in plan.specs.inputs:
         if spec is None or amax or gradient is None:

@@ -43,9 +43,9 @@ def with_elsewhere(run: BasicOps, request: Request) -> Request:
         asked = [
             run.name(name, i)
             for i, name in run.slots
-            if (request.options.get(flag) or getattr(run.ops[i], flag, False))
-            and run.kinds[i].gemm
+            if run.kinds[i].gemm
             and (run.kinds[i].wgrad or name == "weight")
+            and (request.options.get(flag) or getattr(run.ops[i], flag, False))
         ]
         return frozenset(f"d{name}" for name in asked if name in request.gradients)
 

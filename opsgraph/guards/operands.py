@@ -28,7 +28,7 @@ class Operand(NamedTuple):
     sizes: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    factor: Fraction = Fraction(1)
+    factor: Fraction | int = 1
 
 
 class Operands:
@@ -56,13 +56,14 @@ class Operands:
 
         remember: whether `again` is to know tensors like these.
         """
-        rows: Fraction | None = None
+        rows: Fraction | int | None = None
         for tensor, operand in zip(tensors, self.expected, strict=True):
             if tensor is None or operand is None:
                 continue
             shape, sizes = tensor.shape, operand.sizes
             if rows is None and -1 in sizes and len(shape) == len(sizes):
-                rows = shape[sizes.index(-1)] / operand.factor
+                rows = shape[sizes.index(-1)]
+                rows = rows if operand.factor == 1 else rows / Fraction(operand.factor)
             if shape != sizes:
                 sizes = _sizes(sizes, (rows or 0) * operand.factor)
             if shape != sizes or tensor.dtype is not operand.dtype:
@@ -117,7 +118,9 @@ def cut(tensor: Tensor) -> str | None:
     """What is wrong with a storage that ends before its tensor does; None where it does not."""
     if tensor._is_zerotensor():
         return None  # PyTorch stores none
-    has, elements = tensor.untyped_storage().nbytes(), reach(tensor.shape, tensor.stride())
+    has, elements = tensor.untyped_storage().nbytes(), tensor.numel()
+    if not tensor.is_contiguous():
+        elements = reach(tensor.shape, tensor.stride())
     end = int(elements and tensor.storage_offset() + elements) * tensor.element_size()
     if has >= end:
         return None

@@ -1,6 +1,7 @@
 """How a tensor is to be quantized and what comes of it, for the kernels of every backend."""
 
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,7 @@ class NVFP4(NamedTuple):
 Target = Format | NVFP4
 
 
+@cache
 def layout_of(to: Target) -> Layout:
     """The layout of a format's copies, by its full name."""
     if isinstance(to, NVFP4):

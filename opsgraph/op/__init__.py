@@ -11,13 +11,14 @@ from .base import (
     lower_plainly,
     weights,
 )
-from .spec import ROWS, Spec, Storage, row
+from .spec import ROWS, Factor, Spec, Storage, row
 
 __all__ = [
     "BACKWARD",
     "FORWARD",
     "ROWS",
     "STORED",
+    "Factor",
     "Lowered",
     "Op",
     "Placed",

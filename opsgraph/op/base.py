@@ -11,7 +11,6 @@ values or gradients ("x" and parameter names) the plan uses; the others may be N
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from ..guards.state_dicts import StateDicts
 from ..guards.torch_private import constant_under_compile
 from ..guards.validation import text
 from ..guards.watched import MODULE_ATTRIBUTES, PRIVATE, serving
-from .spec import Spec
+from .spec import Factor, Spec
 
 FORWARD, BACKWARD = "forward", "backward"
 _NO_SETTINGS = MODULE_ATTRIBUTES | PRIVATE | {"_homes", "channels", "strict", "serial"}
@@ -182,9 +181,9 @@ class Op(StateDicts):
         """A constant as `fwd` and `bwd` take it, for such an input."""
         return getattr(self, name)
 
-    def row_factor(self) -> Fraction:
+    def row_factor(self) -> Factor:
         """How many rows y has for each row of x: other than 1 where ranks exchange rows."""
-        return Fraction(1)
+        return 1
 
     def saved(self, x: Spec) -> dict[str, Spec]:
         """The specs of what `saves` names, with `ROWS` for the row count."""

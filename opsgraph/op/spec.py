@@ -10,6 +10,9 @@ import torch
 ROWS = -1
 """The row count in a shape; `-n` is the number of groups of n rows, the last one perhaps short."""
 
+Factor = Fraction | int
+"""How many rows there are for each row of something; 1 is an int, by which nothing is slower."""
+
 _SHORT = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -53,7 +56,7 @@ class Spec:
     dtype: torch.dtype
     device: torch.device
     storage: Storage | None = None
-    factor: Fraction = Fraction(1)
+    factor: Factor = 1
 
     @property
     def width(self) -> int:
@@ -76,7 +79,11 @@ class Spec:
 
     def stored(self, storage: Storage | None) -> "Spec":
         """The same value, quantized, or plain with None."""
-        return replace(self, storage=storage)
+        return Spec(self.shape, self.dtype, self.device, storage, self.factor)
+
+    def times(self, factor: Factor) -> "Spec":
+        """The same with a number of rows for each row of the plan's input."""
+        return self if self.factor == factor else replace(self, factor=factor)
 
     def empty(self, rows: Any, device: torch.device | str | None = None) -> torch.Tensor:
         """An uninitialized tensor of this spec with `rows` rows, which may be symbolic.

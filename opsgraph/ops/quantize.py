@@ -5,7 +5,8 @@ that of the gradient which arrives at the layer. The op `Quantize` that a user w
 value, or its gradient, through the recipe's format wherever no linear layer does so anyway.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -141,9 +142,10 @@ def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     plain = lower_plainly(ops, labels)
     flags = [False, *(said(entry.kind, "quantizable") for entry in plain), False]
     run: list[Placed] = []
+    quantizer = cache(lambda role: recipe_of(key).quantizer(role))  # one for all layers
     for entry, before, quantizable, after in zip(plain, flags, flags[1:], flags[2:], strict=False):
         if quantizable:
-            run += _around(entry, recipe_of(key))
+            run += _around(entry, recipe_of(key), quantizer)
         elif entry.kind is GroupedLinear:
             run += grouped(entry, recipe_of(key))
         elif isinstance(entry.op, Quantize):
@@ -153,18 +155,20 @@ def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     return run
 
 
-def _around(entry: Placed, recipe: Recipe) -> Iterator[Placed]:
+def _around(
+    entry: Placed, recipe: Recipe, quantizer: Callable[[str], Quantizer]
+) -> Iterator[Placed]:
     """A linear layer between its Quantize and its QuantizeGrad."""
     override, label = recipe.backward_override, entry.label
-    before = Quantize(quantizer=recipe.quantizer("activation"), role="activation")
-    after = QuantizeGrad(recipe.quantizer("gradient"), "gradient")
+    before = Quantize(quantizer=quantizer("activation"), role="activation")
+    after = QuantizeGrad(quantizer("gradient"), "gradient")
     if isinstance(recipe, DelayedScaling):
         serial = getattr(entry.op, "serial", "")
         state = state_for(*entry.op.home("weight"), recipe, f"#{serial}")
         for op in (before, after):
             op._homes["scale"] = state, op.role
     yield Placed(Quantize, before, label, "q")
-    yield entry._replace(quantizers={"weight": recipe.quantizer("weight")}, override=override)
+    yield entry._replace(quantizers={"weight": quantizer("weight")}, override=override)
     if override is None:
         yield Placed(QuantizeGrad, after, label, "g")
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from ..base.errors import PlanError
 from ..guards.names import root, variable
-from ..op import Op, Placed, weights
+from ..op import Factor, Op, Placed, weights
 
 
 class Names:
@@ -59,10 +59,11 @@ class BasicOps:
             (i, name): q for i, entry in enumerate(entries) for name, q in entry.quantizers.items()
         }
         self.overrides = {i: e.override for i, e in enumerate(entries) if e.override is not None}
-        self.factors = [Fraction(1)]
+        self.factors: list[Factor] = [1]
         """For each gap, how many rows there are for each row of the input."""
         for kind, op in zip(self.kinds, self.ops, strict=True):
-            self.factors.append(self.factors[-1] * kind.row_factor(op))
+            own = kind.row_factor(op)
+            self.factors.append(self.factors[-1] * (1 if own == 1 else Fraction(own)))
         self.slots = [(i, name) for i, kind in enumerate(self.kinds) for name in weights(kind)]
         self.name = Names(self.kinds, self.numbers, self.edges)
         self._connect()

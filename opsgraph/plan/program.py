@@ -22,7 +22,6 @@ Rules, each of them broken once:
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +34,7 @@ from ..op import (
     BACKWARD,
     FORWARD,
     STORED,
+    Factor,
     Spec,
     Storage,
     differentiable,
@@ -207,7 +207,7 @@ class Program:
         for i, kind in enumerate(self.kinds):
             passed = passes(kind) or (kind.taps and i not in self.tapped)
             self.still[BACKWARD][i] |= bool(passed)
-        quantizers = enumerate(getattr(op, "quantizer", None) for op in self.ops)
+        quantizers = enumerate(op.__dict__.get("quantizer") for op in self.ops)
         delayed = [(i, self.kinds[i]) for i, q in quantizers if getattr(q, "delayed", False)]
         self.reports = [self.name("amax", i) for i, kind in delayed if "amax" in kind.saves]
         """amaxes that the forward hands out after its outputs."""
@@ -298,7 +298,7 @@ class Program:
         return self._private[owner]
 
 
-def _in_rows(spec: Spec, factor: Fraction) -> Spec:
+def _in_rows(spec: Spec, factor: Factor) -> Spec:
     """The spec with `factor` rows for each row of the input, which ops need not handle."""
     fixed = all(size >= 0 for size in spec.shape)
-    return spec if fixed or spec.factor == factor else replace(spec, factor=factor)
+    return spec if fixed else spec.times(factor)

@@ -25,6 +25,8 @@ class _Entry(NamedTuple):
     fields: tuple[Callable[[], Any], ...]
     """Return the values; None once a function is gone."""
     recipe: Callable[[], Any]
+    weak: tuple[Callable[[], Any], ...]
+    """Those of the fields that are held weakly."""
 
     def fits(self, recipe: Any) -> bool:
         """Whether a recipe has that number."""
@@ -36,7 +38,7 @@ class _Entry(NamedTuple):
     @property
     def gone(self) -> bool:
         """Whether no recipe can have the number any more."""
-        return any(isinstance(get, weakref.ref) and get() is None for get in self.fields)
+        return any(get() is None for get in self.weak)
 
 
 _entries: dict[int, _Entry] = {}
@@ -79,10 +81,10 @@ def key_of(recipe: Any) -> int:
                     object.__setattr__(recipe, "_first", first)
                 return entry.key
         held = tuple(map(_getter, _values(recipe)))
-        weak = any(isinstance(get, weakref.ref) for get in held)
+        weak = tuple(get for get in held if isinstance(get, weakref.ref))
         reference = weakref.ref(recipe) if weak else lambda: recipe
         key = next(_numbers)
-        _entries[key] = _Entry(key, type(recipe), held, reference)
+        _entries[key] = _Entry(key, type(recipe), held, reference, weak)
         return key
 
 

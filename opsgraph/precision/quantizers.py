@@ -12,12 +12,13 @@ The arithmetic is `kernels.reference.quantize` and `nvfp4`; the formulas stand t
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..guards.cached import cached_property
 from ..kernels.cpu.dequantize import decode, dequantize
 from ..kernels.formats import FOUR, NVFP4, Format, Target, inverse_shape, layout_of
 from ..kernels.reference import quantize
@@ -132,7 +133,7 @@ class Quantizer:
         """How copies lie, as kernels know it; None for a layout of its own."""
         return None
 
-    @property
+    @cached_property
     def storage(self) -> Storage:
         """The layout of copies, for specs."""
         if self.format is None:
@@ -221,7 +222,7 @@ class Quantizer:
         found = self.specs(*sizes, spec.device)
         if name == "col" and self.shared:
             found = (*found[:2], *self.specs(width, rows, spec.device)[2:])
-        return tuple(replace(part, factor=spec.factor) for part in found)
+        return tuple(part.times(spec.factor) for part in found)
 
     def parts(self, value: Quantized, name: str) -> tuple[Tensor, ...]:
         """The parts of one copy; of a shared column copy data and scale are transposed."""

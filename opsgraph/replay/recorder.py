@@ -88,8 +88,8 @@ def _name(func: Any) -> str:
 
 def span(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to its last one's end."""
-    if not tensor.numel():
-        return 0
+    if tensor.is_contiguous() or not tensor.numel():
+        return tensor.nbytes
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 
@@ -325,8 +325,8 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _see(self, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        if name in _VIEWS or next(_tensors((args, kwargs, result)), None) is None:
-            return  # as torch.promote_types, which is an operation, too
+        if name in _VIEWS:
+            return
         if name in _ALLOCATIONS or name.startswith("aten.set_"):
             self.allocated(result)
         elif name in _ZEROS:
@@ -350,10 +350,11 @@ class Recorder(TorchDispatchMode):
         elif name == _WAIT:
             self._wait(args[0])
         else:
-            for tensor in _tensors(result):
-                if not any(tensor is one for one in _tensors((args, kwargs))):
-                    self.allocated(tensor, known=False)
-            raise _Refused("replays do not know it")
+            read, made = [*_tensors((args, kwargs))], [*_tensors(result)]
+            for tensor in (t for t in made if all(t is not one for one in read)):
+                self.allocated(tensor, known=False)
+            if read or made:  # not so torch.promote_types, which is an operation, too
+                raise _Refused("replays do not know it")
 
     def _aten(self, kind: str, *tensors: Any, scalars: tuple[float, float] = (0.0, 0.0)) -> None:
         operands = tuple(map(self._operand, tensors))

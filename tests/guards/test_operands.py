@@ -304,6 +304,14 @@ def test_rows_and_groups_of_rows() -> None:
             operands.verify([*given[:k], wrong, *given[k + 1 :]])
 
 
+def test_rows_that_the_first_operand_has_for_each_of_the_pass() -> None:
+    gathered = Operand("0:A", "gathered", (-1, 4), torch.float32, CPU, Fraction(2))
+    operands = Operands("backward", [gathered, Operand("1:B", "x", (-1, 2), torch.float32, CPU)])
+    operands.verify([torch.ones(14, 4), torch.ones(7, 2)])
+    with pytest.raises(OpError, match=r"got float32 \[14, 2\] for x .*\[7, 2\]"):
+        operands.verify([torch.ones(14, 4), torch.ones(14, 2)])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_main_grad_whose_storage_was_freed(calls: int, dtype: torch.dtype) -> None:
     layer = Linear(WIDTH, WIDTH, accumulate_into_main_grad=True, dtype=dtype)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_cases import FFN, FP4, FP8, HIDDEN, RECIPES, ROWS, example, mlp, results
+from recipe_cases import FFN, FP4, FP8, HIDDEN, RECIPES, ROWS, by_hand, example, mlp, results
 from saved_bytes import saved_bytes
 from torch import Tensor
 
@@ -500,6 +500,19 @@ def test_any_number_of_rows(name: str, rows: int) -> None:
 def test_wrong_recipes(make: Any, message: str) -> None:
     with pytest.raises(og.OpsgraphError, match=message):
         make()
+
+
+def test_layers_of_a_stage_share_the_quantizers_that_a_recipe_makes() -> None:
+    roles = list[str]()
+
+    def made(role: str) -> Quantizer:
+        roles.append(role)
+        return by_hand(role)
+
+    layers = [Linear(32, 32, dtype=torch.bfloat16, device="cpu") for _ in range(3)]
+    with og.autocast(recipe=r.CustomRecipe(made)):
+        og.Sequential(*layers)(torch.ones(4, 32, dtype=torch.bfloat16))
+    assert sorted(roles) == ["activation", "gradient", "weight"]
 
 
 @pytest.mark.parametrize("name", ["current", "delayed", "mx", "nvfp4 plain", "dequantized"])
