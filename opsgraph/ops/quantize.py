@@ -5,8 +5,7 @@ that of the gradient which arrives at the layer. The op `Quantize` that a user w
 value, or its gradient, through the recipe's format wherever no linear layer does so anyway.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import cache
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from ..guards.validation import flag
 from ..op import Lowered, Op, Placed, Spec, lower_plainly
 from ..op.functions import said
 from ..precision.autocast import state_for
-from ..precision.quantizers import Quantizer
+from ..precision.interned import drop_forgotten
+from ..precision.quantizers import ROLES, Quantizer
 from ..precision.recipe import DelayedScaling, Recipe, recipe_of
 from .elementwise import Identity
 from .grouped import GroupedLinear
@@ -142,10 +142,9 @@ def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     plain = lower_plainly(ops, labels)
     flags = [False, *(said(entry.kind, "quantizable") for entry in plain), False]
     run: list[Placed] = []
-    quantizer = cache(lambda role: recipe_of(key).quantizer(role))  # one for all layers
     for entry, before, quantizable, after in zip(plain, flags, flags[1:], flags[2:], strict=False):
         if quantizable:
-            run += _around(entry, recipe_of(key), quantizer)
+            run += _around(entry, recipe_of(key), *_parts(key))
         elif entry.kind is GroupedLinear:
             run += grouped(entry, recipe_of(key))
         elif isinstance(entry.op, Quantize):
@@ -155,20 +154,32 @@ def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     return run
 
 
+def _parts(key: int) -> tuple[Quantize, QuantizeGrad, Quantizer]:
+    """What a recipe puts before and after a linear layer, and the quantizer of its weight."""
+    if key not in _made:
+        drop_forgotten(_made)
+        activation, weight, gradient = map(recipe_of(key).quantizer, ROLES)
+        before = Quantize(quantizer=activation, role="activation")
+        _made[key] = before, QuantizeGrad(gradient, "gradient"), weight
+    return _made[key]
+
+
+_made: dict[int, tuple[Quantize, QuantizeGrad, Quantizer]] = {}
+"""By a recipe's number, for all its layers."""
+
+
 def _around(
-    entry: Placed, recipe: Recipe, quantizer: Callable[[str], Quantizer]
+    entry: Placed, recipe: Recipe, before: Op, after: Op, quantizer: Quantizer
 ) -> Iterator[Placed]:
     """A linear layer between its Quantize and its QuantizeGrad."""
     override, label = recipe.backward_override, entry.label
-    before = Quantize(quantizer=quantizer("activation"), role="activation")
-    after = QuantizeGrad(quantizer("gradient"), "gradient")
     if isinstance(recipe, DelayedScaling):
         serial = getattr(entry.op, "serial", "")
         state = state_for(*entry.op.home("weight"), recipe, f"#{serial}")
-        for op in (before, after):
-            op._homes["scale"] = state, op.role
+        before, after = before.skeleton(), after.skeleton()
+        before._homes["scale"], after._homes["scale"] = (state, "activation"), (state, "gradient")
     yield Placed(Quantize, before, label, "q")
-    yield entry._replace(quantizers={"weight": quantizer("weight")}, override=override)
+    yield entry._replace(quantizers={"weight": quantizer}, override=override)
     if override is None:
         yield Placed(QuantizeGrad, after, label, "g")
 

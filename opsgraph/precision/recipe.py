@@ -291,8 +291,8 @@ class NVFP4BlockScaling(Recipe):
 class CustomRecipe(Recipe):
     """Quantizers of your choice: `qfactory(role)` returns one of `opsgraph.quantizers`.
 
-    Roles are "activation", "weight" and "gradient". `qfactory` is called when modules plan, and
-    must return equal quantizers each time.
+    Roles are "activation", "weight" and "gradient". `qfactory` is called when a module first plans
+    under the recipe, and perhaps again; it must return equal quantizers each time.
     """
 
     qfactory: Callable[[str], Quantizer]

@@ -502,17 +502,31 @@ def test_wrong_recipes(make: Any, message: str) -> None:
         make()
 
 
-def test_layers_of_a_stage_share_the_quantizers_that_a_recipe_makes() -> None:
+def test_layers_share_the_quantizers_that_a_recipe_makes() -> None:
     roles = list[str]()
 
     def made(role: str) -> Quantizer:
         roles.append(role)
         return by_hand(role)
 
-    layers = [Linear(32, 32, dtype=torch.bfloat16, device="cpu") for _ in range(3)]
-    with og.autocast(recipe=r.CustomRecipe(made)):
-        og.Sequential(*layers)(torch.ones(4, 32, dtype=torch.bfloat16))
+    recipe, x = r.CustomRecipe(made), torch.ones(4, 32, dtype=torch.bfloat16)
+    for count in (3, 2):
+        layers = [Linear(32, 32, dtype=torch.bfloat16, device="cpu") for _ in range(count)]
+        with og.autocast(recipe=recipe):
+            og.Sequential(*layers)(x)
     assert sorted(roles) == ["activation", "gradient", "weight"]
+    with og.autocast(recipe=r.CustomRecipe(lambda role: made(role))):
+        og.Sequential(*layers)(x)
+    assert len(roles) == 6
+
+
+def test_each_layer_has_its_own_delayed_scales() -> None:
+    layers = [Linear(32, 32, dtype=torch.bfloat16, device="cpu") for _ in range(2)]
+    with og.autocast(recipe=r.DelayedScaling()):
+        og.Sequential(*layers)(torch.ones(4, 32, dtype=torch.bfloat16))
+    first, second = (float(layer.scaling.amax_history[:, 0].max()) for layer in layers)
+    assert first == 1.0
+    assert 0.0 < second != 1.0
 
 
 @pytest.mark.parametrize("name", ["current", "delayed", "mx", "nvfp4 plain", "dequantized"])
