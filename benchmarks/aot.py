@@ -28,7 +28,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import JITFunction
 
 from opsgraph.kernels.formats import BLOCKS, NVFP4, Format
-from opsgraph.kernels.triton import gemm, norms, persistent, quantize
+from opsgraph.kernels.triton import gemm, norms, pairs, persistent, quantize
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
 from opsgraph.kernels.triton.delayed import raise_to, updating
 from opsgraph.kernels.triton.dropout import dropout
@@ -264,6 +264,19 @@ def _grouped(rows: int, depth: int, width: int, dtype: torch.dtype, what: str) -
         grouped_wgrad(dy, x, offsets)
 
 
+def _paired(kind: str, groups: int) -> None:
+    """Products with an activation beside them; groups: 0 for rows of none."""
+    rows, depth, width = 4096, 1024, 4096
+    total = width * 2 if KINDS[kind].GATED else width
+    x, pre = _meta(rows, depth, dtype=HALF), _meta(rows, total, dtype=HALF)
+    of = (groups,) if groups else ()
+    at = persistent.schedule(_meta(groups, dtype=torch.int64), rows, True) if groups else None
+    weights, bias = _meta(*of, total, depth, dtype=HALF), _meta(*of, total, dtype=HALF)
+    pairs.activation(x, weights, bias, kind, want=("pre",), at=at)
+    back = _meta(*of, depth, width, dtype=HALF)
+    pairs.gradient(x, back, pre, pre, kind, want=("y",), at=at)
+
+
 def _grouped_elsewhere(*case: Any) -> None:
     """As where there is no Gluon, and then as where there are no persistent products."""
     paired, chip = persistent.paired, persistent.chip
@@ -425,6 +438,11 @@ def _linear_cases(which: str) -> Iterator[Case]:
     for kind, (rows, depth, width), dtype, backward in product(kinds, sizes, dtypes, (False, True)):
         name = f"linear {kind} {'backward' if backward else 'forward'} {TYPES[dtype]}"
         yield f"{name} {rows} {depth} {width}", _linear, (kind, rows, depth, width, dtype, backward)
+    if persistent.chip(_meta().device) == 9:
+        for kind, groups in product(
+            KINDS if which == "all" else kinds, (0,) if which == "few" else (0, 8)
+        ):
+            yield f"paired {kind} of {groups} groups", _paired, (kind, groups)
     for (rows, depth, width), dtype in product(sizes, dtypes):
         for what in ("linear", "dgrad", "wgrad"):
             name = f"grouped {what} {TYPES[dtype]} {rows} {depth} {width}"

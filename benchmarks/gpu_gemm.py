@@ -1,9 +1,10 @@
-"""GEMMs with an activation in the epilogue beside the library's GEMM and a pointwise kernel.
+"""Products with an activation in one kernel beside the library's product and a pointwise kernel.
 
 Forward in training (the pre-activation is written too) and in inference, and the activation's
-gradient in the next linear's dgrad. Each pair runs in alternation, as CUDA graphs, so that the host
-is left out; medians. First they are compared: a wrong result is not timed. Ratios below 1 are wins.
-The sweep times other tiles than `gemm.config` chooses.
+gradient in the next linear's dgrad: by two groups of warps in turn (`kernels/triton/pairs.py`, on
+Hopper), by a Triton GEMM with an epilogue, and by the library's fastest product and a pass. They
+run in alternation, as CUDA graphs, so that the host is left out; medians. First they are compared:
+a wrong result is not timed. Ratios to the library's and a pass below 1 are wins.
 
     python -m benchmarks.gpu_gemm [--seconds 80] [--out benchmarks/results/gpu_gemm.json]
 """
@@ -11,39 +12,29 @@ The sweep times other tiles than `gemm.config` chooses.
 import argparse
 import json
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import alternate, machine
 
 SIZES = [
-    *(("swiglu", 8192, *size) for size in ((512, 2048), (1024, 3584), (2048, 5632))),
-    *(("swiglu", 8192, *size) for size in ((4096, 14336), (8192, 28672))),
-    *(("swiglu", rows, *size) for rows in (64, 16) for size in ((1024, 3584), (4096, 14336))),
-    *(("gelu", 8192, *size) for size in ((1024, 4096), (4096, 16384))),
-]
-SWEEP = [("swiglu", 8192, 1024, 3584), ("swiglu", 8192, 2048, 5632), ("swiglu", 8192, 4096, 14336)]
-TILES = [  # BLOCK_M, BLOCK_N, BLOCK_K, GROUP, warps, stages
-    (128, 128, 64, 8, 8, 3),
-    (128, 128, 64, 8, 4, 3),
-    (128, 256, 64, 8, 8, 3),
-    (128, 256, 64, 8, 8, 4),
-    (128, 256, 64, 16, 8, 3),
-    (64, 256, 64, 8, 4, 3),
-    (256, 128, 64, 8, 8, 3),
+    *(("swiglu", 8192, *size) for size in ((2048, 5632), (4096, 14336), (1024, 3584), (512, 2048))),
+    ("swiglu", 2048, 4096, 14336),
+    ("swiglu", 4096, 8192, 28672),
+    ("gelu", 8192, 1024, 4096),
+    ("gelu", 8192, 4096, 16384),
+    *(("swiglu", rows, 1024, 3584) for rows in (1024, 256, 64)),
+    *(("swiglu", 8192, *size) for size in ((256, 1024), (128, 512))),
 ]
 SAMPLE = 1.5e-3  # seconds of work in one graph
 
 Function = Callable[[], Any]
-chosen = threading.local()
 
 
 class Case(NamedTuple):
@@ -55,44 +46,39 @@ class Case(NamedTuple):
     width: int
 
 
-def use_chosen_tiles() -> None:
-    """Let `chosen.tile`, where it is set, stand for what `gemm.config` says."""
-    from opsgraph.kernels.triton import gemm
-
-    usual = gemm.config
-    gemm.config = lambda *args: getattr(chosen, "tile", None) or usual(*args)  # type: ignore
-
-
-def options(tile: tuple[int, ...]) -> dict[str, int]:
-    """A tile as `gemm.config` gives it."""
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "num_warps", "num_stages")
-    return dict(zip(names, tile, strict=True))
-
-
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
     """Random bf16 on the device."""
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda") * scale
 
 
 def functions(case: Case, rows: int | None = None) -> dict[str, Function]:
-    """By direction, fused and not, on one set of inputs; rows: instead of the case's."""
-    from opsgraph.kernels.triton.activations import KINDS, activation_backward, activation_forward
+    """By direction and kernel, on one set of inputs; rows: instead of the case's."""
+    from opsgraph.kernels.cublaslt.gemm import matmul
+    from opsgraph.kernels.triton import pairs
+    from opsgraph.kernels.triton.activations import activation_backward, activation_forward
+    from opsgraph.kernels.triton.functions import KINDS
     from opsgraph.kernels.triton.gemm import linear_activation, linear_activation_backward
 
     kind, rows = case.kind, rows or case.rows
-    gated = KINDS[kind].GATED
-    total = case.width * 2 if gated else case.width
+    total = case.width * 2 if KINDS[kind].GATED else case.width
     x, weight = normal(rows, case.depth), normal(total, case.depth, scale=case.depth**-0.5)
-    bias = None if gated else normal(total)
     back, pre = normal(case.depth, case.width, scale=case.depth**-0.5), normal(rows, total)
-    want = ("x", "y") if bias is None else ("x", "y", "bias")
-    return {
-        "training": lambda: linear_activation(x, weight, bias, kind, want=("pre",)),
-        "inference": lambda: linear_activation(x, weight, bias, kind)[0],
-        "forward, unfused": lambda: activation_forward(F.linear(x, weight, bias), kind),
-        "backward": lambda: linear_activation_backward(x, back, pre, kind, want=want),
-        "backward, unfused": lambda: activation_backward(x @ back, pre, kind, want=want),
+    dpre, want = torch.empty_like(pre), ("x", "y")
+    made: dict[str, Function] = {
+        "training": lambda: (activation_forward(y := matmul(x, weight.t()), kind), y),
+        "inference": lambda: activation_forward(matmul(x, weight.t()), kind),
+        "backward": lambda: activation_backward(matmul(x, back), pre, kind, want=want),
+        "training, triton": lambda: linear_activation(x, weight, None, kind, want=("pre",)),
+        "inference, triton": lambda: linear_activation(x, weight, None, kind)[0],
+        "backward, triton": lambda: linear_activation_backward(x, back, pre, kind, want=want),
     }
+    if pairs.none_for(x.device, case.depth, case.width) is None:
+        made |= {
+            "training, pairs": lambda: pairs.activation(x, weight, None, kind, want=("pre",)),
+            "inference, pairs": lambda: pairs.activation(x, weight, None, kind)[0],
+            "backward, pairs": lambda: pairs.gradient(x, back, pre, dpre, kind, want=want),
+        }
+    return made
 
 
 def differ(one: Any, other: Any) -> float:
@@ -130,90 +116,58 @@ def timed(candidates: dict[str, Function], repeats: int = 9) -> dict[str, float]
     return {name: seconds / graphs[name][1] for name, seconds in found.items()}
 
 
-def compile_all(jobs: list[tuple[Case, tuple[int, ...] | None]]) -> None:
+def compile_all(cases: list[Case]) -> None:
     """Call every kernel once, several threads at a time: most of a compilation holds no GIL.
 
     What fails to compile is left for its own run to tell.
     """
 
-    def run(job: tuple[Case, tuple[int, ...] | None]) -> None:
-        case, tile = job
-        chosen.tile = options(tile) if tile else None
+    def run(case: Case) -> None:
         for name, function in functions(case, min(case.rows, 129)).items():
-            if tile is None or name in ("training", "backward"):
-                try:
-                    function()
-                except Exception as error:
-                    print(f"{name} {tuple(case)} {tile}: {error!r}"[:200], file=sys.stderr)
+            try:
+                function()
+            except Exception as error:
+                print(f"{name} {tuple(case)}: {error!r}"[:200], file=sys.stderr)
 
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(run, jobs))
+        list(pool.map(run, cases))
     torch.cuda.synchronize()
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """A row of the table. Raises SystemExit where the two do not agree."""
+    """A row of the table. Raises SystemExit where two do not agree."""
     made = functions(case)
-    unfused = {"training": "forward", "inference": "forward", "backward": "backward"}
-    for name, other in unfused.items():
-        error = differ(made[name](), made[f"{other}, unfused"]())
+    fused = {name: name.split(",")[0] for name in made if "," in name}
+    for name, other in fused.items():
+        error = differ(made[name](), made[other]())
         if error > 2e-2:
             raise SystemExit(f"{name} {case}: relative error {error:.3g}, so no time")
     found = timed(made)
-    ratios = {n: found[n] / found[f"{other}, unfused"] for n, other in unfused.items()}
-    flop = 2 * case.rows * case.depth * case.width * (1 if case.kind == "gelu" else 2)
-    speed = flop / found["training"] / 1e12
-    return case._asdict() | {"seconds": found, "ratios": ratios, "TFLOP/s of training": speed}
-
-
-def sweep(case: Case) -> Iterator[dict[str, Any]]:
-    """Seconds of each tile, in training and backward; tiles that do not run are left out."""
-    made = functions(case)
-    for name in ("training", "backward"):
-        candidates: dict[str, Function] = {}
-        for tile in TILES:
-
-            def run(function: Function = made[name], tile: tuple[int, ...] = tile) -> Any:
-                chosen.tile = options(tile)
-                try:
-                    return function()
-                finally:
-                    chosen.tile = None
-
-            try:
-                run()
-                candidates[str(tile)] = run
-            except Exception as error:
-                print(f"{name} {tuple(case)} {tile}: {error!r}"[:200], file=sys.stderr)
-        other = "forward" if name == "training" else name
-        candidates["unfused"] = made[f"{other}, unfused"]
-        yield case._asdict() | {"direction": name, "seconds": timed(candidates, repeats=5)}
+    ratios = {name: found[name] / found[other] for name, other in fused.items()}
+    return case._asdict() | {"seconds": found, "ratios": ratios}
 
 
 def show(row: dict[str, Any]) -> None:
-    """Print a row of the table."""
-    size = "{kind:<8}{rows:>6}{depth:>6}{width:>7}".format(**row)
-    times = "".join(f"{seconds * 1e6:>10.1f}" for seconds in row["seconds"].values())
-    ratios = "".join(f"{ratio:>7.3f}" for ratio in row["ratios"].values())
-    print(f"{size}{times}  {ratios}{row['TFLOP/s of training']:>8.0f}", flush=True)
-
-
-def show_sweep(row: dict[str, Any]) -> None:
-    """Print the tiles of one size, the fastest first."""
-    print("\n{direction} {kind} {rows} {depth} {width}".format(**row))
-    for name, seconds in sorted(row["seconds"].items(), key=lambda item: item[1]):
-        print(f"  {name:<28}{seconds * 1e6:>10.1f} us", flush=True)
+    """Print the rows of a size: a direction each."""
+    for direction in ("training", "inference", "backward"):
+        us = row["seconds"][direction] * 1e6
+        text = (
+            "{kind:<8}{rows:>6}{depth:>6}{width:>7}".format(**row) + f"  {direction:<10}{us:>9.1f}"
+        )
+        for kernel in ("triton", "pairs"):
+            ratio = row["ratios"].get(f"{direction}, {kernel}")
+            text += f"{ratio:>8.3f}" if ratio else f"{'-':>8}"
+        print(text, flush=True)
 
 
 def measure(seconds: float) -> dict[str, Any]:
-    """The table and the sweep, as far as the time goes."""
+    """The table, as far as the time goes."""
     deadline = time.monotonic() + seconds
-    use_chosen_tiles()
     cases = [Case(*size) for size in SIZES]
-    compile_all([(case, None) for case in cases])
-    print(f"compiled in {seconds - (deadline - time.monotonic()):.0f} s; us, then ratios")
-    print("kind      rows depth  width  training inference   unfused  backward   unfused")
-    result: dict[str, Any] = {"machine": machine(), "sizes": [], "sweep": []}
+    compile_all(cases)
+    print(f"compiled in {seconds - (deadline - time.monotonic()):.0f} s; us, then ratios to it")
+    print("kind      rows depth  width  direction   library  triton   pairs")
+    result: dict[str, Any] = {"machine": machine(), "sizes": []}
     with torch.no_grad():
         for case in cases:
             if time.monotonic() > deadline:
@@ -221,14 +175,6 @@ def measure(seconds: float) -> dict[str, Any]:
                 continue
             result["sizes"].append(compare(case))
             show(result["sizes"][-1])
-        for case in (Case(*size) for size in SWEEP):
-            if time.monotonic() > deadline - 12:
-                print(f"no time left for tiles of {tuple(case)}")
-                continue
-            compile_all([(case, tile) for tile in TILES])
-            for row in sweep(case):
-                show_sweep(row)
-                result["sweep"].append(row)
     return result
 
 

@@ -28,6 +28,8 @@ def check(
     may_decline = {
         "cpu": dtype == torch.float16,
         "aten": device == "cuda",
+        # The kernels want widths of 64 and are not interpreted; test_triton_paired has them.
+        "triton": "Paired" in fuser.name,
         # GEMMs of groups in FP8 write bfloat16 alone, and are an H100's, which nothing emulates.
         "cublaslt": dtype != torch.bfloat16
         or (device, fuser.name) == ("cpu", "ScaledGroupedLinear"),
@@ -54,7 +56,7 @@ def test_fuser_equals_reference_in_every_sample(
     check(fuser, device, dtype)
 
 
-@pytest.mark.sampled(61)
+@pytest.mark.sampled(65)
 @pytest.mark.parametrize("shape", [(1, 16), (0, 16), (2, 3, 16)], ids=str)
 @every_fuser
 def test_fuser_takes_every_shape(fuser: Fuser, shape: tuple[int, ...], device: str) -> None:

@@ -14,6 +14,7 @@ from ...ops.activations import Activation, GatedActivation, Params
 from ...ops.grouped import into_main_grads
 from ...ops.scaled import ScaledGatedActivation
 from .passes import ActivationFuser, Triton, activations
+from .products import Paired, pairs
 
 grouped = Lazy("triton.grouped")
 
@@ -61,9 +62,8 @@ class GroupedLinearKernel(Triton):
         return dx, (None, dweight, dbias)
 
 
-@register
-class GroupedActivationBackward(ActivationFuser):
-    """Backward of activation and grouped linear: one pass between the linear's two products.
+class ActivationGradients(ActivationFuser):
+    """Backward of activation and grouped linear.
 
     It writes the pre-activation's gradient, and the linear's input computed again.
     """
@@ -79,15 +79,62 @@ class GroupedActivationBackward(ActivationFuser):
         dbias = _bias_gradient(dy, fc_bias, groups) if "fc_bias" in want else None
         dx = dweight = None
         if "x" in want:
-            dact = grouped.grouped_dgrad(dy, fc_weight, groups)
             parts = {"x", "y"} if "fc_weight" in want else {"x"}
-            dx, y, _ = activations.activation_backward(dact, act_x, act_kernel, act_params, parts)
-            del dact
+            dx, y = self.gradient(dy, fc_weight, act_x, act_kernel, act_params, parts, groups)
         elif "fc_weight" in want:
             y = activations.activation_forward(act_x, act_kernel, act_params)
         if "fc_weight" in want:
             dweight = fc.weigh(_weight_gradients, fc, dy, y, groups, fc_weight_stored)
         return dx, (None, dweight, dbias)
+
+    def gradient(
+        self, dy: Tensor, weight: Tensor, pre: Tensor, kernel: str, params: Params,
+        parts: Collection[str], groups: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The pre-activation's gradient, and the activation again if "y" is in parts."""
+        dact = grouped.grouped_dgrad(dy, weight, groups)
+        dx, y, _ = activations.activation_backward(dact, pre, kernel, params, parts)
+        return dx, y
+
+
+@register
+class GroupedPairedActivation(Paired):
+    """As PairedActivation, of grouped rows."""
+
+    pattern = dict(fc=GroupedLinear, act=Activation | GatedActivation)
+    saves, wants = ("act_x",), dict(act_x="pre")
+
+    def fwd(
+        self, x: Tensor, fc_split_sizes: Tensor, fc_weight: Tensor, fc_bias: Tensor | None,
+        act_kernel: str, act_params: Params, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        groups = grouped.groups_of(fc_split_sizes, x)
+        if pairs.why_not(fc_weight.size(1), x, fc_weight):
+            pre = grouped.grouped_linear(x, fc_weight, fc_bias, groups)
+            return activations.activation_forward(pre, act_kernel, act_params), (pre,)
+        more = act_kernel, act_params, want, groups
+        y, pre = pairs.activation(x, fc_weight, fc_bias, *more)
+        return y, (pre,)
+
+
+@register
+class GroupedPairedActivationBackward(Paired, ActivationGradients):
+    """As PairedActivationBackward, of grouped rows."""
+
+    def gradient(
+        self, dy: Tensor, weight: Tensor, pre: Tensor, kernel: str, params: Params,
+        parts: Collection[str], groups: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The pre-activation's gradient, and the activation again if "y" is in parts."""
+        if pairs.why_not(weight.size(2), dy, weight, pre):
+            return super().gradient(dy, weight, pre, kernel, params, parts, groups)
+        dx = torch.empty(pre.shape, dtype=pre.dtype, device=pre.device)
+        return pairs.gradient(dy, weight, pre, dx, kernel, params, parts, groups)  # type: ignore
+
+
+@register
+class GroupedActivationBackward(ActivationGradients):
+    """Backward of activation and grouped linear: one pass between the linear's two products."""
 
 
 @register

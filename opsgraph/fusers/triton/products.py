@@ -1,10 +1,11 @@
-"""Fusers with a matrix product and an activation: in one Triton GEMM, or a pass beside a library's.
+"""Fusers with a matrix product and an activation: in one kernel, or a pass beside a library's.
 
-cuBLAS has the faster main loop, an activation in the epilogue saves one pass over the
-pre-activation: the shorter the main loop, the more that pass counts. So on CUDA each epilogue
-declines beyond a depth (the length of the rows that its GEMM multiplies), and leaves the run to the
-library's GEMM and a pointwise kernel. On an H100, with 8192 rows and depths of 1024 and 2048, the
-library was 1% to 9% faster (`benchmarks/gpu_gemm.py` measures it).
+The library has the faster main loop, an activation beside a product saves one pass over the
+pre-activation. On Hopper two groups of warps do both at once, which is taken wherever it can be.
+Elsewhere an activation is the epilogue of a Triton GEMM, which holds up its main loop: the shorter
+that is, the more the pass counts. So on CUDA each epilogue declines beyond a depth (the length of
+the rows that its GEMM multiplies), and leaves the run to the library's GEMM and a pointwise kernel.
+`benchmarks/gpu_gemm.py` measures all three.
 """
 
 from collections.abc import Collection
@@ -18,15 +19,96 @@ from ...guards.owned import in_place_of
 from ...kernels.lazy import Lazy
 from ...kernels.triton import interpreting
 from ...op import Spec
-from ...ops import BasicLinear, Bias
+from ...ops import BasicLinear, Bias, GroupedLinear
 from ...ops.activations import Activation, GatedActivation, Params
 from .passes import ActivationFuser, activations
 
-gemms, library = Lazy("triton.gemm"), Lazy("cublaslt.gemm")
+gemms, pairs, library = Lazy("triton.gemm"), Lazy("triton.pairs"), Lazy("cublaslt.gemm")
 
 DEPTH = 512
 FP32_DEPTH = 128
 """The longest rows for which the epilogue is taken, and in fp32."""
+
+
+class Paired(ActivationFuser):
+    """A product with an activation beside it, by two groups of warps in turn, on Hopper.
+
+    What its kernels do not take at run time, few tiles or rows that begin at no multiple of 16
+    bytes, goes the usual way: a product and a pass.
+    """
+
+    dtypes = (torch.float16, torch.bfloat16)  # type: ignore[assignment]
+
+    def reject(self, act: Any, fc: Any, x: Spec) -> str | None:  # type: ignore[override]
+        if reason := super().reject(act):
+            return reason
+        if fc.reads_transposed:
+            return "its kernels read a weight by rows"
+        out = fc.out_features if isinstance(fc, GroupedLinear) else fc.local_out_features
+        depth, total = (x.width, out) if self.bwd is None else (out, x.width)
+        width = total // 2 if isinstance(act, GatedActivation) else total
+        return pairs.none_for(x.device, depth, width)  # type: ignore[no-any-return]
+
+
+@register
+class PairedActivation(Paired):
+    """A product with bias and activation beside it; hands out what act reads.
+
+    In inference a bias with GELU or ReLU is an epilogue of the library's product, as in
+    `cublaslt.linear`.
+    """
+
+    pattern = dict(fc=BasicLinear, bias=Bias | None, act=Activation | GatedActivation)
+    saves, wants = ("act_x",), dict(act_x="pre")
+
+    def fwd(
+        self, x: Tensor, fc_weight: Tensor, bias_bias: Tensor | None, act_kernel: str,
+        act_params: Params, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        if "pre" not in want and bias_bias is not None and act_kernel in library.EPILOGUES:
+            return library.matmul(x, fc_weight.t(), bias_bias, activation=act_kernel), (None,)
+        if pairs.why_not(fc_weight.size(0), x, fc_weight):
+            pre = library.matmul(x, fc_weight.t(), bias_bias)
+            return activations.activation_forward(pre, act_kernel, act_params), (pre,)
+        y, pre = pairs.activation(x, fc_weight, bias_bias, act_kernel, act_params, want)
+        return y, (pre,)
+
+
+def _product_and_pass(
+    dy: Tensor, weight: Tensor, act_x: list[Tensor], kernel: str, params: Params,
+    want: Collection[str], bias_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The pre-activation's gradient, the activation again, and the bias's sums, as wanted."""
+    pre = act_x.pop()
+    dact = library.matmul(dy, weight)
+    out = in_place_of(pre) if "x" in want else None
+    return activations.activation_backward(  # type: ignore[no-any-return]
+        dact, pre, kernel, params, want, bias_dtype, (out, dact)
+    )
+
+
+@register
+class PairedActivationBackward(Paired):
+    """Backward of activation and linear: the activation's gradient beside the linear's dgrad.
+
+    It writes the pre-activation's gradient over the pre-activation, if that has no other use, and
+    the linear's input computed again; the gradient between the two never reaches memory.
+    """
+
+    pattern = dict(act=Activation | GatedActivation, fc=BasicLinear)
+    consumes, gives, wants = ("act_x",), ("fc_x",), dict(fc_weight="y")
+
+    def bwd(
+        self, dy: Tensor, act_x: list[Tensor], act_kernel: str, act_params: Params,
+        fc_weight: Tensor, want: Collection[str],
+    ) -> Any:  # fmt: skip
+        if "x" not in want or pairs.why_not(fc_weight.size(1), dy, fc_weight, act_x[0]):
+            dx, y, _ = _product_and_pass(dy, fc_weight, act_x, act_kernel, act_params, want)
+            return dx, (y,)
+        pre = act_x.pop()
+        out = in_place_of(pre)
+        dx, y = pairs.gradient(dy, fc_weight, pre, out, act_kernel, act_params, want)
+        return dx, (y,)
 
 
 class _Epilogue(ActivationFuser):
@@ -96,11 +178,6 @@ class ActivationLinearBackward(ActivationFuser):
         self, dy: Tensor, act_x: list[Tensor], act_kernel: str, act_params: Params,
         bias_bias: Tensor | None, fc_weight: Tensor, want: Collection[str],
     ) -> Any:  # fmt: skip
-        pre = act_x.pop()
-        dact = library.matmul(dy, fc_weight)
-        out = in_place_of(pre) if "x" in want else None
-        dx, y, dbias = activations.activation_backward(
-            dact, pre, act_kernel, act_params, want,
-            None if bias_bias is None else bias_bias.dtype, (out, dact),
-        )  # fmt: skip
+        more = act_kernel, act_params, want, None if bias_bias is None else bias_bias.dtype
+        dx, y, dbias = _product_and_pass(dy, fc_weight, act_x, *more)
         return dx, (dbias, y)

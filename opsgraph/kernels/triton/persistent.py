@@ -286,7 +286,8 @@ def rows_options(depth: int, width: int, transposed: bool, pairs: bool) -> tuple
         "BLOCK_N": 128, "PARTS": 2, "GROUP": 8, "FLATTEN": False, "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
     usual = (deep, flat) if depth > 4096 else (flat, deep)
-    return (*([PAIR] * pairs), *usual, small)
+    pair = PAIR | {"GROUP": 4 if depth > width else 8}
+    return (*([pair] * pairs), *usual, small)
 
 
 def weights_options(width: int, depth: int, pairs: bool) -> tuple[Config, ...]:
