@@ -23,12 +23,20 @@ from replays import (
 from torch import Tensor
 
 import opsgraph as og
+from opsgraph.kernels.triton import pairs
 from opsgraph.ops import GroupedLinear, Linear, RMSNorm, SwiGLU
 from opsgraph.replay import native
 
 pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
+
+
+@pytest.fixture(params=[False, True], ids=["", "pairs"])
+def pairs_too(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of any size have their activation beside them, too."""
+    if request.param:
+        monkeypatch.setattr(pairs, "TILES", -1)
 
 
 def net(name: str = "llama", device: str = "cuda") -> og.Sequential:
@@ -43,6 +51,7 @@ def test_replays_are_possible() -> None:
     assert native.why_not("cuda") is None
 
 
+@pytest.mark.usefixtures("pairs_too")
 @pytest.mark.parametrize("name", NETS)
 def test_the_same_bits_in_bf16(name: str) -> None:
     def use(module: Any) -> Any:
@@ -54,6 +63,7 @@ def test_the_same_bits_in_bf16(name: str) -> None:
     compare(lambda: net(name), use)
 
 
+@pytest.mark.usefixtures("pairs_too")
 @pytest.mark.parametrize("rows", [ROWS, 64, 256])
 def test_all_passes_of_the_block_are_native(rows: int) -> None:
     module, x = net(), example(rows)
@@ -75,6 +85,7 @@ def groups_net() -> og.Sequential:
     return og.Sequential(first, SwiGLU(), second)
 
 
+@pytest.mark.usefixtures("pairs_too")
 def test_groups_of_rows() -> None:
     """Their kernels make descriptors in scratch memory; sizes differ from call to call."""
     rows = torch.tensor([[100, 0, 28, 128], [1, 2, 3, 250], [0, 0, 256, 0]], device="cuda")
@@ -153,6 +164,7 @@ def test_a_side_stream() -> None:
     compare(net, use)
 
 
+@pytest.mark.usefixtures("pairs_too")
 def test_a_cuda_graph_of_a_step() -> None:
     """Captured after three steps, one of each kind: in Python, recorded, replayed."""
     module = net()
@@ -207,6 +219,7 @@ def test_two_devices(current: int) -> None:
     compare(lambda: [net(device=f"cuda:{index}") for index in range(2)], use)
 
 
+@pytest.mark.usefixtures("pairs_too")
 @pytest.mark.parametrize("first", ["aligned", "unaligned"])
 def test_tensors_that_begin_one_element_in(first: str) -> None:
     """Kernels are compiled for addresses that are multiples of 16 bytes, and for others."""
@@ -235,6 +248,7 @@ def test_tensors_that_begin_one_element_in(first: str) -> None:
     compare(net, use)
 
 
+@pytest.mark.usefixtures("pairs_too")
 def test_weights_that_begin_one_element_in() -> None:
     def use(module: Any) -> Any:
         found = [leaves(step(module, example())) for _ in range(3)]
@@ -251,6 +265,7 @@ def test_weights_that_begin_one_element_in() -> None:
     compare(net, use)
 
 
+@pytest.mark.usefixtures("pairs_too")
 def test_two_hundred_row_counts() -> None:
     x = example(256)
     compare(
@@ -278,6 +293,7 @@ def test_no_rows_between_others() -> None:
     assert is_native(module.plan(True, some))
 
 
+@pytest.mark.usefixtures("pairs_too")
 def test_memory_of_a_step_is_at_most_that_in_python() -> None:
     """Of tensors that all count as large, between which a stretch ends."""
     peaks = {}
