@@ -77,7 +77,8 @@ def send_elsewhere(
 ) -> Sequence[Line]:
     """The lines of a step; products of weight gradients that go elsewhere are called by the op."""
     program, request = writer.program, writer.program.request
-    turned = [i for i in claim.ops if getattr(program.ops[i], "reads_transposed", False)]
+    gemms = [i for i in claim.ops if program.kinds[i].gemm]
+    turned = [i for i in gemms if getattr(program.ops[i], "reads_transposed", False)]
     lines = [_as_stored(program, line, turned) for line in lines] if turned else lines
     if not (request.late or request.accumulated):
         return lines

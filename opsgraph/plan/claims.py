@@ -28,7 +28,7 @@ from ..fuser import AGAIN, Function, Fuser, Match, Matcher, Name, Reference, ref
 from ..guards.cached import cached_property
 from ..op import BACKWARD, FORWARD
 from ..op.functions import family, passes, verify_backward
-from .program import GAP, INPUT, PRIVATE, SAVED, Argument, Program, Value
+from .program import GAP, INPUT, PRIVATE, SAVED, Argument, Program, Value, variable_of
 from .rejection import Rejection, reasons
 
 
@@ -53,7 +53,7 @@ class Claim:
         self.program, self.direction = program, way
         self.level, self.rank = level, rank
         self.fuser, self.positions, self.start, self.stop = match
-        self.ops = tuple(i for i in match.positions.values() if i is not None)
+        self.ops = tuple([i for i in match.positions.values() if i is not None])
         """The positions that it covers, dropped ops left out."""
         self.is_reference = isinstance(match.fuser, Reference)
         """Whether it is an op's own function."""
@@ -149,13 +149,13 @@ class Claim:
             if argument is None and self.is_reference:
                 label, kind = program.labels[self.start], program.kinds[self.start]
                 raise PlanError(f"{label}: {kind.__name__} has no {value!r}")
-            argument = argument or Argument("literal", "None")
+            argument = argument or variable_of("literal", "None")
         elif text == "dy":
-            argument = Argument("gradient", "dx")
+            argument = variable_of("gradient", "dx")
         elif text in ("x", "y"):
-            argument = Argument("value", program.x[self.start if text == "x" else self.stop])
+            argument = variable_of("value", program.x[self.start if text == "x" else self.stop])
         else:
-            argument = Argument("value", self.private(text))
+            argument = variable_of("value", self.private(text))
         return argument._replace(moved=True) if moved else argument
 
 

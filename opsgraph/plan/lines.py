@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from ..guards.cached import cached_property
 from ..guards.compiled import compiled
-from .program import Argument
+from .program import Argument, variable_of
 
 Nested: TypeAlias = "Argument | tuple[Nested, ...]"
 Results: TypeAlias = "str | tuple[Results, ...]"
@@ -90,7 +90,7 @@ class Line(_Line):
 
 def value(name: str) -> Argument:
     """A variable as an argument."""
-    return Argument("value", name)
+    return variable_of("value", name)
 
 
 def values(names: Iterable[str]) -> tuple[Argument, ...]:

@@ -22,6 +22,7 @@ Rules, each of them broken once:
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,12 @@ class Argument(NamedTuple):
     """Whether the callee is handed it in a list of one, from which it takes it."""
     value: Any = None
     """A constant, or an op's place. An "object" has no literal, but a name in the globals."""
+
+
+@lru_cache(maxsize=4096)
+def variable_of(category: str, text: str) -> Argument:
+    """A variable, or the literal None, as an argument: the same one in all plans."""
+    return Argument(category, text)
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,7 @@ class Program:
         self.roots = set(run.name.roots)
         """Roots of all variables, see `guards.names`."""
         self._private: dict[Hashable, str] = {}
+        self._constants: dict[tuple[int, str], Argument] = {}
 
     # -- specs --
 
@@ -226,35 +234,38 @@ class Program:
         """What a name of op i stands for in a pass; None if its class has no such name."""
         kind, op = self.kinds[i], self.ops[i]
         if name == "x" and direction == BACKWARD and self.run.overrides.get(i) == HIGH_PRECISION:
-            return Argument("value", self.x[i - 1])  # what its Quantize read
+            return variable_of("value", self.x[i - 1])  # what its Quantize read
         if name == "":
             return Argument("op", f"ops[{self.run.places[i]}]", value=self.run.places[i])
         if name == "x":
-            return Argument("value", self.x[i])
+            return variable_of("value", self.x[i])
         if name == "y":
-            return Argument("value", self.x[i + 1])
+            return variable_of("value", self.x[i + 1])
         if name == "dy":
-            return Argument("gradient", "dx")
+            return variable_of("gradient", "dx")
         if name == "d" and kind.taps:
-            return Argument("gradient", self.name("d", i))
+            return variable_of("gradient", self.name("d", i))
         if name in kind.saves:
-            return Argument("value", self.name(name, i))
+            return variable_of("value", self.name(name, i))
         if name in kind.constants:
-            value = plain(op.constant(name, self.specs[i]))
-            if (text := literal(value)) is None:
-                return Argument("object", called(value), value=value)
-            return Argument("literal", text, value=value)
+            if (i, name) not in self._constants:
+                value = plain(op.constant(name, self.specs[i]))
+                text, category = literal(value), "literal"
+                if text is None:
+                    text, category = called(value), "object"
+                self._constants[i, name] = Argument(category, text, value=value)
+            return self._constants[i, name]
         if name in kind.extra_inputs:
-            return Argument("value", self.extra(i, name))
+            return variable_of("value", self.extra(i, name))
         weight = name.removesuffix(STORED)
         own = self.weight_names.get((i, weight))
         if own is None:
             return None
         if weight != name:
-            return Argument("weight", own + STORED * (own in self.request.casts))
+            return variable_of("weight", own + STORED * (own in self.request.casts))
         if self.request.weights[own] is None:
-            return Argument("literal", "None")
-        return Argument("weight", "q" * self.packed(i, weight, direction) + own)
+            return variable_of("literal", "None")
+        return variable_of("weight", "q" * self.packed(i, weight, direction) + own)
 
     def packed(self, i: int, name: str, direction: str) -> bool:
         """Whether a weight is quantized in a pass."""

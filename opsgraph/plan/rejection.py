@@ -44,8 +44,11 @@ def reasons(program: Program, match: Match, direction: str, still: Sequence[bool
     """What speaks against a fuser at a place. still: which ops do nothing in that pass."""
     fuser, x = match.fuser, program.specs[match.start]
     ops = [i for i in match.positions.values() if i is not None]
-    yield from (reason for i in ops if (reason := obstacle(program, i, still[i], fuser)))
-    packed = [i for i in ops if program.packed(i, "weight", direction)]
+    for i in ops:
+        if reason := obstacle(program, i, still[i], fuser):
+            yield reason
+    recipe = bool(program.run.quantizers)
+    packed = [i for i in ops if recipe and program.packed(i, "weight", direction)]
     if packed and not fuser.quantized:
         yield "it takes plain values, and the recipe quantizes the linear's"
     if fuser.quantized and not packed:

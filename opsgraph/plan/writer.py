@@ -127,19 +127,21 @@ class Writer:
         """
         for line in lines:
             there = self.available.issuperset(line.reads)
-            waiting: list[Any] = [(line,), *(() if there else reversed(line.reads))]
+            waiting: list[Any] = [] if there else line.reads[::-1]
             while waiting:
                 need = waiting.pop()
                 if not isinstance(need, str):
                     self.lines += need
                 elif need not in self.available:
-                    defined = self.define(need)
-                    if not defined:
+                    self.available.add(need)
+                    if defined := self.define(need):
+                        makes = {variable for one in defined for variable in one.makes}
+                        self.available |= makes
+                        reads = [read for one in defined for read in one.reads if read not in makes]
+                        waiting += defined, *reversed(reads)
+                    else:
                         self.free[need] = None
-                    makes = {variable for line in defined for variable in line.makes}
-                    self.available |= makes | {need}
-                    reads = (read for line in defined for read in line.reads if read not in makes)
-                    waiting += defined, *reversed([*reads])
+            self.lines.append(line)
             self.available.update(line.makes)
 
     # -- what objects are called --
@@ -179,10 +181,12 @@ class Writer:
                 suffix = "" if call.function == "bwd" else f"_{call.function}"
                 spelled = self.bind(f"{target.__name__}_vjp{suffix}", function)
                 target = function
-        arguments = tuple(
-            a._replace(text=self.bind(a.text, a.value)) if a.category == "object" else a
-            for a in call.arguments
-        )
+        arguments = call.arguments
+        if any(a.category == "object" for a in arguments):
+            arguments = tuple(
+                a._replace(text=self.bind(a.text, a.value)) if a.category == "object" else a
+                for a in arguments
+            )
         keywords: tuple[tuple[str, Nested], ...] = ()
         if call.wants:
             words = tuple(claim.fuser.wants.get(word, word) for word in want)

@@ -93,8 +93,8 @@ CODE: tuple[Fault, ...] = (
     ),
     fault(
         "constants-baked", "A constant whose text is no literal is spelled as None.",
-        "plan/program.py", 'return Argument("object", called(value), value=value)',
-        'return Argument("literal", "None", value=value)', "guards/test_constants.py", *SOURCES,
+        "plan/program.py", 'text, category = called(value), "object"', 'text = "None"',
+        "guards/test_constants.py", *SOURCES,
     ),
 )  # fmt: skip
 

@@ -93,5 +93,6 @@ def test_lines_as_text() -> None:
     assert str(Line("cast", (value("x0"), literal(torch.bfloat16)), "x1")) == (
         "x1 = x0.to(torch.bfloat16)"
     )
+    assert value("x0") is value("x0")
     view = Argument("view", "x0")
     assert str(Line("return", ((view,), ()))) == "return (x0.view_as(x0),), ()"

@@ -2,14 +2,14 @@
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import opsgraph as og
-from opsgraph.op import lower_plainly, row
+from opsgraph.op import Op, Spec, lower_plainly, row
 from opsgraph.ops import (
     GELU,
     Add,
@@ -466,3 +466,32 @@ def test_equal_modules_share_plans_and_different_ones_do_not() -> None:
     assert len(set(map(id, plans))) == len(plans)
     x = torch.randn(3, 8)
     assert not torch.equal(one(x), same(x))
+
+
+class Counted(Op):
+    """`x * factor`, whose plan reads the constant in both passes; it counts the questions."""
+
+    constants = ("factor",)
+    factor = 2.0
+    asked: ClassVar[list[str]] = []
+
+    def constant(self, name: str, x: Spec) -> Any:
+        self.asked.append(name)
+        return super().constant(name, x)
+
+    def out(self, x: Spec) -> Spec:
+        return x
+
+    def fwd(self, x: Tensor, factor: float) -> Any:
+        return x * factor, ()
+
+    def bwd(self, dy: Tensor, factor: float) -> Any:
+        return dy * factor, ()
+
+
+def test_a_plan_asks_for_a_constant_once() -> None:
+    Counted.asked.clear()
+    plan = og.Sequential(Linear(8, 8), Counted(), checkpoint=True).plan()
+    assert "2.0" in plan.forward_source
+    assert "2.0" in plan.backward_source
+    assert Counted.asked == ["factor"]
