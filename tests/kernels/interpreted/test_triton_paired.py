@@ -87,6 +87,21 @@ def test_kernels(case: Case) -> None:
         assert not made[start:].any()
 
 
+@pytest.mark.gpu
+def test_configurations_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    make: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+    if why := pairs.none_for(torch.device("cuda"), 128, 192):
+        pytest.skip(why)
+    x, weight = normal(3000, 128, **make), normal(384, 128, **make, seed=1)
+    back, found = normal(128, 192, **make, seed=2), []
+    for k in range(len(pairs._options(128, 192, 6))):
+        monkeypatch.setattr(pairs, "configured", lambda _, key, offered, k=k: offered(*key)[k])
+        y, pre = pairs.activation(x, weight, None, "swiglu", want=("pre",))
+        found.append((y, *pairs.gradient(x, back, pre, pre, "swiglu", want=("y",))))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 @pytest.fixture
 def paired(many: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Plans are Hopper's; which kernels were called, of stand-ins by the interpreter."""
