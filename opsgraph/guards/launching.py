@@ -24,7 +24,8 @@ class _Launching:
     no transform and no dispatch mode follows PyTorch's ops.
     """
     unmoved: Callable[[Hosts, Sequence[str], Sequence[Tensor]], Callable[[], bool]]
-    """What tells whether modules have the tensors that they have now, where they begin now.
+    """What tells whether modules have the tensors that they have now, of as many elements, where
+    they begin now.
 
     `unmoved(hosts, names, buffers)`: of each module's own dict, as many buffers as names.
     """
@@ -36,15 +37,19 @@ def _in_python(key: Hashable, function: Launch, anywhere: bool = False) -> Launc
 
 def unmoved(hosts: Hosts, names: Sequence[str], buffers: Sequence[Tensor]) -> Callable[[], bool]:
     """`launching.unmoved`, in Python."""
-    return partial(_are_there, hosts, names, buffers, [*map(Tensor.data_ptr, buffers)])
+    return partial(_are_there, hosts, names, buffers, [*map(_extent, buffers)])
+
+
+def _extent(buffer: Tensor) -> tuple[int, int]:
+    return buffer.data_ptr(), buffer.numel()
 
 
 def _are_there(
-    hosts: Hosts, names: Sequence[str], buffers: Sequence[Tensor], addresses: Sequence[int]
+    hosts: Hosts, names: Sequence[str], buffers: Sequence[Tensor], extents: Sequence[Any]
 ) -> bool:
     now = [host["_buffers"].get(name) for host in hosts for name in names]
     same = all(one is other for one, other in zip(now, buffers, strict=True))
-    return same and [*map(Tensor.data_ptr, buffers)] == addresses
+    return same and [*map(_extent, buffers)] == extents
 
 
 launching = _Launching()

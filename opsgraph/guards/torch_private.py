@@ -4,6 +4,7 @@ A name that a version lacks is replaced by a public way where there is one, slow
 the test of this file names the versions that were seen to have them all.
 """
 
+import ctypes
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -112,6 +113,16 @@ has_memory: Callable[[Tensor], bool] = _find("_C._has_storage", lambda tensor: T
 begins: int | None = _find("_C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr", None)
 """Where the C function begins that tells where a tensor begins, as compiled wrappers call it; it
 raises C++'s exceptions for what has no memory."""
+
+
+def _holds() -> int | None:
+    words, x = range(0, Tensor.__basicsize__, 8), torch.empty(0, device="cpu")
+    found = [at for at in words if ctypes.c_int64.from_address(id(x) + at).value == x._cdata]
+    return found[0] if found else None
+
+
+held: int | None = _holds() if hasattr(Tensor, "_cdata") else None
+"""How many bytes from where its object begins a tensor's C++ part does, which C functions take."""
 
 storage_uses: Callable[[int], int] | None = _find("_C._storage_Use_Count", None)
 """How many tensors share a storage, of which it takes the address."""

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..guards.launching import Hosts
 from ..guards.launching import unmoved as in_python
-from ..guards.torch_private import begins
+from ..guards.torch_private import begins, held
 from ..kernels.cpu import build
+from . import shim
 from .native import Replay, replay, why_not
 
 PAGE = 4096
@@ -27,10 +28,9 @@ _FASTCALL = 0x80
 _FUNCTIONS = (
     "PyLong_AsLongLong", "PyLong_FromLongLong", "PyEval_SaveThread", "PyEval_RestoreThread",
     "PyErr_SetString", "PyTuple_GetItem", "PyTuple_Size", "PyDict_GetItem", "PyBytes_AsString",
-    "PyBool_FromLong", "PyObject_VectorcallDict", "PyObject_Size", "Py_DecRef",
+    "PyBool_FromLong",
 )  # fmt: skip
-
-_METHODS = Tensor.untyped_storage, Tensor.storage_offset
+_OF_TENSORS = "get_storage_size", "get_storage_offset", "get_numel"
 
 Call = Callable[..., int]
 
@@ -59,7 +59,9 @@ def _method(name: str) -> _Method:
     library, python = build.library("replay"), ctypes.pythonapi
     called = [ctypes.cast(getattr(python, name), ctypes.c_void_p).value for name in _FUNCTIONS]
     error = ctypes.c_void_p.in_dll(python, "PyExc_RuntimeError").value
-    table = begins, *called, error, *map(id, _METHODS)
+    torch = shim.library("torch_cpu")
+    told = [shim.address(torch, shim.PREFIX + name) for name in _OF_TENSORS]
+    table = begins, *called, error, *told, held
     library.opsgraph_python_bind((ctypes.c_void_p * len(table))(*table))
     made = _Method(name.encode(), ctypes.cast(library[name], ctypes.c_void_p), _FASTCALL)
     return _methods.setdefault(name, made)
@@ -96,10 +98,10 @@ def bits() -> Call:
 
 def unmoved(hosts: Hosts, names: Sequence[str], buffers: Sequence[Tensor]) -> Callable[[], bool]:
     """`guards.launching.unmoved`."""
-    if begins is None or why_not("cpu") is not None:
+    if begins is None or held is None or why_not("cpu") is not None:
         return in_python(hosts, names, buffers)
-    addresses = array("q", map(Tensor.data_ptr, buffers)).tobytes()
-    known = (*hosts,), ("_buffers", *names), (*buffers,), addresses
+    numbers = [array("q", map(of, buffers)).tobytes() for of in (Tensor.data_ptr, Tensor.numel)]
+    known = (*hosts,), ("_buffers", *names), (*buffers,), *numbers
     made: Callable[[], bool] = _make(_method("opsgraph_unmoved"), known, None)
     return made
 
@@ -109,7 +111,7 @@ def short(needed: Sequence[tuple[int, int]]) -> Callable[..., bool]:
 
     needed: the bytes of an element, and from the first to the last one's end, of each.
     """
-    if begins is None:
+    if begins is None or held is None:
         return partial(_short, needed)
     bytes_ = array("q", chain.from_iterable(needed)).tobytes()
     made: Callable[..., bool] = _make(_method("opsgraph_short"), bytes_, None)

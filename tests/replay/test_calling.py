@@ -11,7 +11,9 @@ from replays import ROWS, WIDTH, assert_same_bits, build, is_native, random, rep
 from torch import Tensor
 
 import opsgraph as og
+from opsgraph.guards import torch_private
 from opsgraph.kernels.cpu import build as library
+from opsgraph.ops.joined import Joined
 from opsgraph.replay import calling
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
@@ -58,29 +60,21 @@ def test_threads_that_make_a_function_at_once_make_one(monkeypatch: pytest.Monke
     assert first is second
 
 
-class _Odd(Tensor):
-    """Its storage and its offset are what was set."""
-
-    storage: object = b""
-    offset: object = 0
-
-    @classmethod
-    def __torch_function__(cls, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def,override]
-        own = {Tensor.untyped_storage: "storage", Tensor.storage_offset: "offset"}
-        if function in own:
-            return vars(cls)[own[function]]
-        return super().__torch_function__(function, types, arguments, options or {})
+def test_where_a_tensor_is_held_is_not_known_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calling, "held", None)
+    x = torch.zeros(8)
+    short, unmoved = calling.short([(4, 8 * 4)]), calling.unmoved(*held())
+    assert not short(x)
+    x.untyped_storage().resize_(8 * 4 - 1)
+    assert short(x)
+    assert unmoved()
+    assert not any("builtin" in type(each).__name__ for each in (short, unmoved))
 
 
-@pytest.mark.parametrize("storage, offset", [(3, 0), (b"12345678", "a")])
-def test_what_python_cannot_say_of_a_storage_is_its_error(
-    way: bool, storage: object, offset: object
-) -> None:
-    kind = type("Odd", (_Odd,), dict(storage=storage, offset=offset))
-    short, x = calling.short([(4, 8)]), torch.zeros(2).as_subclass(kind)
-    with pytest.raises(TypeError):
-        short(x)
-    assert not short(torch.zeros(2))
+def test_a_parameter_holds_its_tensor_where_others_do() -> None:
+    assert torch_private.held is not None
+    for x in torch.zeros(3), torch.nn.Parameter(torch.zeros(3)), torch.zeros(3).as_subclass(Joined):
+        assert ctypes.c_int64.from_address(id(x) + torch_private.held).value == x._cdata
 
 
 def test_a_pass_may_have_any_number_of_tensors(way: bool) -> None:
@@ -148,7 +142,11 @@ def freed(host: dict[str, object], buffer: Tensor) -> None:
     buffer.untyped_storage().resize_(0)
 
 
-@pytest.mark.parametrize("change", [another, elsewhere, missing, freed])
+def cut(host: dict[str, object], buffer: Tensor) -> None:
+    buffer.resize_(2)
+
+
+@pytest.mark.parametrize("change", [another, elsewhere, missing, freed, cut])
 @pytest.mark.parametrize("which", [0, 1])
 def test_what_moved_is_seen(way: bool, which: int, change: object) -> None:
     hosts, names, buffers = held()

@@ -223,10 +223,21 @@ struct Python {
     Object (*item)(Object, Object);  // of a dict, borrowed; null for none
     const char* (*bytes)(Object);
     Object (*truth)(long);
-    Object (*call)(Object, const Object*, size_t, Object);
-    Word (*length)(Object);
-    void (*drop)(Object);
-    Object runtime_error, storage, offset;  // the last two are a tensor's methods
+    Object runtime_error;
+    // PyTorch's, of the C++ tensor that a tensor's object holds so many bytes from where it begins.
+    int32_t (*storage_size)(Tensor, int64_t*);
+    int32_t (*storage_offset)(Tensor, int64_t*);
+    int32_t (*elements)(Tensor, int64_t*);
+    Word held;
+
+    Tensor tensor(Object object) const {
+        return reinterpret_cast<Tensor>(reinterpret_cast<char*>(object) + held);
+    }
+
+    Object no_memory() const {
+        set_error(runtime_error, "got a tensor without memory");
+        return nullptr;
+    }
 };
 static Python python;
 
@@ -246,7 +257,7 @@ class Beginnings {
             for (Word i = 0; i < count; i++)
                 at[i] = reinterpret_cast<Word>(python.begins(tensors[i]));
         } catch (...) {
-            python.set_error(python.runtime_error, "got a tensor without memory");
+            python.no_memory();
             failed = true;
         }
     }
@@ -276,12 +287,14 @@ EXPORT Object opsgraph_bits(Object page, const Object* tensors, Word count) {
     return python.from_number(joined);
 }
 
-// unmoved(): whether modules hold the tensors that they held, where these began. known: the modules'
-// own dicts; "_buffers" and the names of some; the tensors, of each module in order; where they began.
+// unmoved(): whether modules hold the tensors that they held, where these began and of as many elements.
+// known: the modules' own dicts; "_buffers" and the names of some; the tensors, of each module in order;
+// where they began; how many elements they had.
 EXPORT Object opsgraph_unmoved(Object known, const Object*, Word) {
     Object hosts = python.element(known, 0), names = python.element(known, 1);
     Object tensors = python.element(known, 2);
-    const char* began = python.bytes(python.element(known, 3));
+    auto began = reinterpret_cast<const Word*>(python.bytes(python.element(known, 3)));
+    auto sizes = reinterpret_cast<const Word*>(python.bytes(python.element(known, 4)));
     Object place = python.element(names, 0);
     Word count = python.size(names), number = 0;
     for (Word i = 0; i < python.size(hosts); i++) {
@@ -292,8 +305,9 @@ EXPORT Object opsgraph_unmoved(Object known, const Object*, Word) {
                 return python.truth(0);
             Beginnings now(&tensor, 1);
             if (now.failed) return nullptr;
-            if (std::memcmp(now.at, began + number * sizeof(Word), sizeof(Word)))
-                return python.truth(0);
+            int64_t size = 0;
+            if (python.elements(python.tensor(tensor), &size)) return python.no_memory();
+            if (*now.at != began[number] || size != sizes[number]) return python.truth(0);
         }
     }
     return python.truth(1);
@@ -304,16 +318,10 @@ EXPORT Object opsgraph_unmoved(Object known, const Object*, Word) {
 EXPORT Object opsgraph_short(Object needed, const Object* tensors, Word count) {
     auto bytes = reinterpret_cast<const Word*>(python.bytes(needed));
     for (Word i = 0; i < count; i++, bytes += 2) {
-        Object storage = python.call(python.storage, tensors + i, 1, nullptr);
-        if (!storage) return nullptr;
-        Word size = python.length(storage);
-        python.drop(storage);
-        if (size < 0) return nullptr;  // Python has the error, as of a size that is a symbol
-        Object offset = python.call(python.offset, tensors + i, 1, nullptr);
-        if (!offset) return nullptr;
-        Word first = python.to_number(offset);
-        python.drop(offset);
-        if (first < 0) return nullptr;
+        Tensor tensor = python.tensor(tensors[i]);
+        int64_t size = 0, first = 0;
+        if (python.storage_size(tensor, &size) || python.storage_offset(tensor, &first))
+            return python.no_memory();
         if (size - first * bytes[0] < bytes[1]) return python.truth(1);
     }
     return python.truth(0);
