@@ -146,7 +146,7 @@ current_device: Callable[[], int] = _find("_C._cuda_getDevice", torch.cuda.curre
 capturing_here: Callable[[], bool] = _find(
     "_C._cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
 )
-"""Whether a CUDA graph takes down what runs on the current device."""
+"""Whether a CUDA graph takes down what runs on the current device. It takes microseconds."""
 
 
 def capturing(device: torch.device) -> bool:
@@ -162,6 +162,14 @@ def empty_strided(device: torch.device) -> Callable[[Any, Any, torch.dtype], Ten
     return lambda sizes, strides, dtype: torch.empty_strided(
         sizes, strides, dtype=dtype, device=device
     )
+
+
+reinterpreted: Callable[[Tensor, Any, Any, int], Tensor] = _find(
+    "_C._dynamo.guards._reinterpret_tensor",
+    lambda x, sizes, strides, at: x.as_strided(sizes, strides, x.storage_offset() + at),
+)
+"""A tensor over another one's memory, of sizes, strides and at an offset in elements, that autograd
+and versions know nothing of. In inference mode it is one that autograd cannot save."""
 
 
 def same_layouts(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:

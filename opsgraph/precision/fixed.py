@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from ..guards.torch_private import capturing_here, ops_alone, stream_of
+from ..guards.torch_private import capturing_here, ops_alone, reinterpreted, stream_of
 
 
 class Fixed:
@@ -30,13 +31,22 @@ class Fixed:
     def is_for_now(self) -> bool:
         """Whether views may be handed to what runs now: neither another stream nor a graph."""
         number = self.number
-        return number is None or (stream_of(number) == self.stream and not capturing_here())
+        if number is None:
+            return True
+        stream = self.stream  # no graph is captured on the default one, 0
+        return stream_of(number) == stream and not (stream and capturing_here())
 
     def row(self, place: int) -> Tensor:
         """One of these."""
         found = self.rows.get(place)
         if found is None:
-            found = self.rows[place] = self.values[place]
+            values = self.values
+            if torch.is_inference_mode_enabled():
+                found = values[place]  # which training may save
+            else:
+                step, inner = values.stride()
+                found = reinterpreted(values, (values.size(1),), (inner,), place * step)
+            self.rows[place] = found
         return found
 
     def views(self) -> Sequence[Tensor]:

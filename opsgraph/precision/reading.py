@@ -50,9 +50,7 @@ def fixed_of(states: Iterable[Scaling]) -> list[Tensor] | None:
             if fixed.number is not None and not fixed.is_for_now():
                 return None
             current = fixed
-        found.append(fixed.rows.get(place))
-        if found[-1] is None:  # `row`, in one frame
-            found[-1] = fixed.rows[place] = fixed.values[place]
+        found.append(fixed.row(place))
     return found
 
 

@@ -25,6 +25,7 @@ from ..guards.torch_private import (
     capturing_here,
     empty_strided,
     ops_alone,
+    stream_of,
 )
 from ..kernels.reference.quantize import FP8_MAX, delayed_update, new_scales
 from .changes import ready
@@ -163,15 +164,14 @@ class _Ready(NamedTuple):
     """The states' own dicts, past the modules' look at each attribute."""
     scales: list[Tensor]
     unmoved: Callable[[], bool]
-    """Whether their buffers are those of before, and where they were."""
-    histories: list[Tensor]
-    sizes: list[int]
+    """Whether their buffers are those of before, of the sizes of then, and where they were."""
     run: Callable[..., bool]
     """The kernel's native launch, False where it does nothing."""
     table: Tensor
     new: Callable[[], Tensor]
     """Allocates what scales are written to, on the current device."""
-    cuda: bool
+    number: int | None
+    """Of the CUDA device."""
 
 
 def _keep(
@@ -183,14 +183,15 @@ def _keep(
     scales: what was written. Another thread may have given states others, and fewer, since, or
     buffers other memory than the table's: that is asked last, and nothing is kept then.
     """
-    run, (buffers, addresses, sizes) = getattr(launch, "native", None), _memory(states)
+    run, (buffers, addresses, _) = getattr(launch, "native", None), _memory(states)
     if run is None or table is None or not addresses or any(map(Tensor.is_inference, buffers)):
         return
     new = partial(empty_strided(scales.device), (*scales.shape,), scales.stride(), scales.dtype)
     hosts = [state.__dict__ for state in states]
-    where = buffers[::4], launching.unmoved(hosts, _FOUR, buffers), buffers[3::4], sizes
+    where = buffers[::4], launching.unmoved(hosts, _FOUR, buffers)
     if [*map(Tensor.data_ptr, buffers)] == table.begin:
-        kept = _Ready(changes, hosts, *where, run, table.addresses, new, scales.is_cuda)
+        number = scales.get_device() if scales.is_cuda else None
+        kept = _Ready(changes, hosts, *where, run, table.addresses, new, number)
         ready[recipe.key, name] = kept
 
 
@@ -199,14 +200,13 @@ def as_before(key: int, name: str) -> bool:
     known: _Ready | None = ready.get((key, name))
     if known is None:
         return False
-    changes, hosts, scales, unmoved, histories, sizes, run, table, new, cuda = known
+    changes, hosts, scales, unmoved, run, table, new, number = known
     if (
         changes != every_state.changes
         or not ops_alone()
         or not unmoved()
-        or [*map(Tensor.numel, histories)] != sizes
         or torch.is_inference_mode_enabled()
-        or (cuda and capturing_here())
+        or (number is not None and stream_of(number) and capturing_here())
     ):
         return False
     with config.lock:  # other threads may run under the recipe

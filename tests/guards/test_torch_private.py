@@ -25,6 +25,7 @@ NAMES = [
     "_C._has_storage",
     "_C._storage_Use_Count",
     "_C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr",
+    "_C._dynamo.guards._reinterpret_tensor",
     "_C._current_graph_task_id",
     "_C._autograd._top_saved_tensors_default_hooks",
     "_C._is_fwd_grad_enabled",

@@ -9,6 +9,7 @@ from torch import Tensor
 import opsgraph as og
 from opsgraph.guards.torch_private import PassThrough
 from opsgraph.ops import Linear
+from opsgraph.precision import fixed, reading
 from opsgraph.precision.delayed import Scaling
 from opsgraph.recipe import DelayedScaling
 
@@ -83,6 +84,48 @@ def test_copies_of_a_module_have_scales_of_their_own() -> None:
     assert before == scaling(layer).scale.tolist()
     scaling(layer).scale.fill_(3.0)
     assert [scale.tolist() for scale in scales(scaling(twin))] == before
+
+
+def test_rows_are_the_memory_of_all_scales() -> None:
+    values = torch.empty_strided((3, 3), (12, 4)).copy_(torch.arange(9.0).view(3, 3))
+    held = fixed.Fixed(values)
+    rows = [held.row(place) for place in range(3)]
+    for row, expected in zip(rows, values, strict=True):
+        assert torch.equal(row, expected)
+        assert row.data_ptr() == expected.data_ptr()
+        assert row.stride() == expected.stride()
+    assert all(held.row(place) is row for place, row in enumerate(rows))
+
+
+def test_training_may_save_what_inference_mode_has_read() -> None:
+    recipe = DelayedScaling(amax_history_len=77)
+    layer = trained(recipe)
+    x = torch.randn(16, WIDTH, requires_grad=True)
+    with og.autocast(recipe=recipe):
+        with torch.inference_mode():
+            first = reading.fixed_of([scaling(layer)])
+        again = reading.fixed_of([scaling(layer)])
+        assert first is not None
+        assert again is not None
+        assert again[0] is first[0]
+        y = layer(x)
+    y.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize(("stream", "asked"), [(0, 0), (7, 1)])
+def test_whether_the_default_stream_is_captured_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch, stream: int, asked: int
+) -> None:
+    found: list[bool] = []
+    monkeypatch.setattr(fixed, "stream_of", lambda number: stream)
+    monkeypatch.setattr(fixed, "capturing_here", lambda: found.append(True))
+    held = fixed.Fixed(torch.zeros(1, 3))
+    held.number, held.stream = 0, stream
+    assert held.is_for_now()
+    assert len(found) == asked
+    held.stream = 8
+    assert not held.is_for_now()
 
 
 @pytest.mark.gpu

@@ -72,6 +72,11 @@ def a_history_that_was_moved(life: Life) -> None:
     life.states[1].amax_history.data = life.states[1].amax_history.clone()
 
 
+def histories_cut_in_place(life: Life) -> None:
+    for state in life.states:
+        state.amax_history.resize_(3, 3)
+
+
 def amaxes_that_were_moved(life: Life) -> None:
     life.states[1].amax_forward.data = life.states[1].amax_forward.clone()
 
@@ -131,8 +136,8 @@ def a_copy(life: Life) -> None:
 
 
 EVENTS = (
-    replaced, a_history_that_was_moved, amaxes_that_were_moved, written, loaded, converted,
-    a_longer_history, another_margin_for_a_step, late, one_more_layer,
+    replaced, a_history_that_was_moved, histories_cut_in_place, amaxes_that_were_moved, written,
+    loaded, converted, a_longer_history, another_margin_for_a_step, late, one_more_layer,
     a_layer_of_another_recipe, one_layer_less, a_copy,
 )  # fmt: skip
 
