@@ -154,25 +154,21 @@ class Recorder(TorchDispatchMode):
         start = tensor.data_ptr()
         near = self._ranges[self._near(start, start + size)]
         self._overlap = self._overlap or any(end > start for _, _, end in near)
-        return Place(self._add(start, size, tensor.device, k), 0)
+        insort(self._ranges, self._new(start, size, tensor.device, k))
+        return Place(len(self.buffers) - 1, 0)
 
-    def _add(self, start: int, size: int, device: torch.device, k: int | None = None) -> int:
-        """Make a buffer known; its number."""
-        number = len(self.buffers)
+    def _new(
+        self, start: int, size: int, device: torch.device, k: int | None = None
+    ) -> tuple[int, int, int]:  # fmt: skip
+        """The range of a buffer that is made known."""
         self.buffers.append(Buffer(size, device, k))
-        insort(self._ranges, (start, number, start + size))
         self._longest = max(self._longest, size)
-        return number
+        return start, len(self.buffers) - 1, start + size
 
     def _near(self, start: int, end: int) -> slice:
         """The buffers that may have some of these addresses: none begins behind them."""
         first = bisect_left(self._ranges, (start - self._longest,))
         return slice(first, bisect_left(self._ranges, (end,), first))
-
-    def _free(self, start: int, end: int) -> None:
-        """What had these addresses has them no more."""
-        near = self._near(start, end)
-        self._ranges[near] = [r for r in self._ranges[near] if r[2] <= start]
 
     # -- a line --
 
@@ -258,9 +254,10 @@ class Recorder(TorchDispatchMode):
         if not (size := storage.nbytes()):
             return
         start = storage.data_ptr()
-        self._free(start, start + size)
-        if known:
-            self._add(start, size, tensor.device)
+        near = self._near(start, start + size)
+        new = [self._new(start, size, tensor.device)] if known else []
+        # What had these addresses has them no more.
+        self._ranges[near] = [r for r in self._ranges[near] if r[2] <= start] + new
 
     # -- what is watched --
 
@@ -357,9 +354,10 @@ class Recorder(TorchDispatchMode):
                 raise _Refused("replays do not know it")
 
     def _aten(self, kind: str, *tensors: Any, scalars: tuple[float, float] = (0.0, 0.0)) -> None:
-        operands = tuple(map(self._operand, tensors))
-        self._writes(operands[0])
-        self._note(lambda: Aten(kind, operands, scalars))
+        if self._reason is None:
+            operands = tuple(map(self._operand, tensors))
+            self._writes(operands[0])
+            self._note(lambda: Aten(kind, operands, scalars))
 
     def _exchange(self, kind: str, result: Tensor, sent: Tensor, *rest: Any) -> None:
         """rest: of a sum "sum", its name; the size of the group perhaps; its name."""

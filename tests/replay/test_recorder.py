@@ -113,6 +113,16 @@ def test_the_first_reason_stays() -> None:
     assert reason == "aten.sin.default: replays do not know it"
 
 
+def test_operands_of_a_line_that_stays_in_python_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked = list[Any]()
+    monkeypatch.setattr(Recorder, "_operand", lambda self, tensor: looked.append(tensor))
+    _, events, reason = watch(lambda x: torch.mm(x * x.sum().item(), x), random(4, 4))
+    assert (events, looked) == ([], [])
+    assert reason is not None
+
+
 def test_a_kernel_of_more_words_than_the_library_has_room_for_is_refused() -> None:
     recorder = Recorder()
     for words, reason in (
