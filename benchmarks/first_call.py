@@ -12,6 +12,7 @@ and the records of the first: what its first step takes beyond the next one is i
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -105,6 +106,7 @@ def firsts(block: Block, repeats: int, synchronize: Step = lambda: None) -> Iter
             warm()
         for _ in range(repeats):
             step, peer = new_step(block, weights)
+            gc.collect(0)  # so that each has the collections that it causes, and no other's
             first, second = (timed(step, synchronize) for _ in range(2))
             usual = statistics.median(timed(python, synchronize) for _ in "123")
             third = timed(step, synchronize)

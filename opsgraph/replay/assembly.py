@@ -1,6 +1,5 @@
 """Puts a record together: which buffers are results, what shows each value, what lives how long."""
 
-from collections import Counter
 from collections.abc import Collection, Iterable
 from math import prod
 from typing import Any
@@ -38,8 +37,12 @@ class Assembly:
             {b for step in group for event in step.events for b in used(event)} for group in groups
         ]
         """The buffers that each group uses."""
-        counts = Counter(buffer for uses in self.uses for buffer in uses)
-        kept = {buffer for buffer, count in counts.items() if count > 1}
+        self.first: dict[int, int] = {}
+        """The first group that uses a buffer."""
+        kept = set[int]()
+        for number, uses in enumerate(self.uses):
+            kept |= uses & self.first.keys()
+            self.first = dict.fromkeys(uses, number) | self.first
         self.views: dict[int, list[View]] = {}
         self.results: dict[int, list[Result]] = {}
         for number, buffer in enumerate(self.buffers):
@@ -121,13 +124,12 @@ class Assembly:
         self, number: int, slot: int, sizes: tuple[int, ...], dtype: torch.dtype, maker: int,
         strides: tuple[int, ...] | None = None,
     ) -> None:  # fmt: skip
-        first = next((n for n, uses in enumerate(self.uses) if number in uses), maker)
         self.base[number] = slot
         over = self.recording.recorder.taken.get(number)
         if over is not None and not self._fits_over(over, number, slot, sizes, dtype, strides):
             over = None
         result = Result(slot, sizes, dtype, self.buffers[number].device, over, strides)
-        self.results.setdefault(first, []).append(result)
+        self.results.setdefault(self.first.get(number, maker), []).append(result)
 
     def _fits_over(
         self, argument: int, number: int, slot: int, sizes: tuple[int, ...], dtype: torch.dtype,
@@ -188,8 +190,9 @@ class Assembly:
             self.last.pop(slot, None)
         # After a stretch at the end the function itself lets go.
         count = len(parts) - isinstance(parts[-1] if parts else None, Stretch)
-        for number, part in enumerate(parts[:count]):
-            part.dead += [slot for slot, last in self.last.items() if last == number]
+        for slot, number in self.last.items():
+            if number < count:
+                parts[number].dead.append(slot)
         made = self.recording
         has_ops = made.function.parameters[:1] == ("ops",)
         read = {k for part in parts for k in _read_by(part)}.union(*made.recorder.shared)

@@ -36,10 +36,10 @@ def divided(events: Sequence[tuple[int, Event]]) -> list[Run | Exchange | Wait]:
 
 
 def texts(
-    parts: Sequence[Run | Exchange | Wait], tensor: Callable[[Operand], str],
+    parts: Sequence[int | Exchange | Wait], tensor: Callable[[Operand], str],
     namespace: dict[str, Any],
 ) -> list[list[str]]:  # fmt: skip
-    """The lines of source of each exchange and wait, none for runs.
+    """The lines of source of each exchange and wait, none for runs, of which the lengths are given.
 
     tensor: how an operand is spelled. namespace: gets what the lines name.
     """
@@ -78,10 +78,10 @@ def _start(
     return f"{work} = {group}.{call}"
 
 
-def count(parts: Sequence[Run | Exchange | Wait]) -> str:
-    """What there is, for the eye."""
-    runs = [part for part in parts if isinstance(part, list)]
-    launches, exchanges = sum(map(len, runs)), sum(isinstance(part, Exchange) for part in parts)
+def count(parts: Sequence[int | Exchange | Wait]) -> str:
+    """What there is, for the eye. parts: see `texts`."""
+    runs = [part for part in parts if isinstance(part, int)]
+    launches, exchanges = sum(runs), sum(isinstance(part, Exchange) for part in parts)
     calls = "one native call" if len(runs) < 2 else f"{len(runs)} native calls"
     beside = f" and {exchanges} exchange{'s' * (exchanges > 1)}" if exchanges else ""
     return f"{launches} launches in {calls}{beside}"

@@ -71,8 +71,13 @@ class Build(NamedTuple):
     @property
     def slots(self) -> list[int]:
         """Whose values it is made of."""
-        inner = [part.slots if isinstance(part, Build) else [part] for part in self.parts]
-        return [k for some in inner for k in some if type(k) is int]
+        found = list[int]()
+        for part in self.parts:
+            if isinstance(part, Build):
+                found += part.slots
+            elif type(part) is int:
+                found.append(part)
+        return found
 
     def make(self, values: Iterator[Any]) -> Any:
         """It, of the values of its slots in order."""
@@ -137,13 +142,15 @@ class Stretch:
         """home: the slot of each buffer that is no temporary. layouts: of what slots hold."""
         self.builds = builds
         self.device, self.names, self.results, self.views = device, names, results, views
-        self.dead, self.pieces = list[int](), divided(events)
+        self.dead, pieces = list[int](), divided(events)
+        self.pieces = [len(piece) if isinstance(piece, list) else piece for piece in pieces]
+        """Exchanges and waits, and how many launches there are before and after each."""
         alone = [event for _, event in events]
         offsets, self.arena = arena(alone, lambda buffer: buffer not in home, buffers)
         self.bases = (*inputs, *(result.slot for result in results))
         self.reads = {*inputs, *(view.base for view in views)}
         order = {slot: k for k, slot in enumerate(self.bases)}
-        alone_on_cpu = device.type == "cpu" and self.arena < memory.LEAST and len(self.pieces) < 2
+        alone_on_cpu = device.type == "cpu" and self.arena < memory.LEAST and len(pieces) < 2
         self.provided = self.arena if alone_on_cpu else 0
         """The arena's size where the library provides it."""
         room = ARENA if self.provided else len(order)
@@ -166,7 +173,7 @@ class Stretch:
 
         self.programs = [
             program(piece, locate, self.provided, device) if isinstance(piece, list) else None
-            for piece in self.pieces
+            for piece in pieces
         ]
         self.spelled = spelled
         """How source spells the tensor of an operand."""

@@ -1,5 +1,6 @@
 """Records: where temporaries lie, what the generated function does, what a failing step says."""
 
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -129,6 +130,18 @@ def test_a_product() -> None:
     assert first == "def replayed(v0, v1, fits=fits):"
     assert "threads() != 1" in test
     assert "not fits(v0, v1)" in test
+
+
+@needs_kernels
+def test_a_record_holds_no_events() -> None:
+    event = Aten("mm", (operand(2, 4, 6), operand(0, 4, 8), operand(1, 8, 6)))
+    before = sys.getrefcount(event)
+    buffers = [Buffer(128, CPU, 0), Buffer(192, CPU, 1), Buffer(96, CPU)]
+    results = [Result(2, (4, 6), F32, CPU)]
+    homes = {0: 0, 1: 1, 2: 2}
+    stretch = Stretch(CPU, [(0, event)], ["3:L.fwd"], [0, 1], results, [], homes, buffers)
+    assert sys.getrefcount(event) == before
+    assert str(stretch) == "3: 1 launches in one native call"
 
 
 @needs_kernels
