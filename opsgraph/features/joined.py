@@ -177,11 +177,11 @@ def _wanting(line: Line) -> Line:
     So `note` is all that is launched for them. Passes that note none want them too: their first
     call runs the plan's own functions, and a kernel that was compiled for those is recorded.
     """
-    target, keywords = line.target, dict(line.keywords)
-    want: Any = keywords.get("want")
-    if want is None or getattr(target, "backend", None) != "triton":
+    if getattr(line.target, "backend", None) != "triton" or not of_opsgraph(line.target):
         return line
-    if not of_opsgraph(target):
+    keywords = dict(line.keywords)
+    want: Any = keywords.get("want")
+    if want is None:
         return line
     words = tuple("amaxes" if word == "amax" else word for word in want.value)
     return line._replace(keywords=(*(keywords | {"want": literal(words)}).items(),))

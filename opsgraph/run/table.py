@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,7 +65,8 @@ def table_for(run: BasicOps, options: Options, shapes: Sequence[Any]) -> PlanTab
             settings = op.settings()
             if any(map(mutable, settings.values())):
                 raise TypeError  # a skeleton would share what others change
-            parts += kind, type(op), *settings, *map(plan_key, settings.values())
+            keys = chain.from_iterable(map(plan_key, settings.values()))
+            parts += kind, type(op), *settings, *keys  # a type first says how many belong to it
         wiring = (tuple(run.sources.items()), tuple(i[:2] for i in run.inputs), tuple(run.outputs))
         fusers = tuple(fuser.serial for fuser in registered())
         recipe = (tuple(run.quantizers.items()), tuple(run.overrides.items()))

@@ -45,9 +45,8 @@ MODULES: tuple[Fault, ...] = (
     ),
     fault(
         "settings-in-tables", "Modules whose settings differ share their plans.",
-        "run/table.py",
-        "parts += kind, type(op), *settings, *map(plan_key, settings.values())",
-        "parts += kind, type(op)", *RUN,
+        "run/table.py", "parts += kind, type(op), *settings, *keys", "parts += kind, type(op)",
+        *RUN,
     ),
     fault(
         "fusers-in-tables", "A registered fuser leaves plans of before in use.",

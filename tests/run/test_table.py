@@ -17,6 +17,7 @@ from opsgraph.base import config
 from opsgraph.features import compiled
 from opsgraph.fuser import registered
 from opsgraph.kernels.cpu import build
+from opsgraph.op import Op, row
 from opsgraph.ops import Linear, SiLU
 from opsgraph.plan import result
 from opsgraph.recipe import DelayedScaling, Float8CurrentScaling
@@ -183,3 +184,27 @@ def test_a_refusal_is_shown_beside_a_fuser_of_the_same_name() -> None:
     (refusal,) = [r for r in plan.rejected if r.name == "Doubled" and r.direction == "forward"]
     assert (refusal.backend, refusal.reason) == ("reference", "not today")
     assert "not today" in str(plan)
+
+
+class Set(Op):
+    """An op with two settings of any kind."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def fwd(self, x: Tensor) -> Any:
+        return x * 2, ()
+
+
+def test_settings_that_look_alike_one_after_the_other_are_told_apart() -> None:
+    """A setting's part of a key has two items or three, by its kind."""
+    pairs = [
+        (1, 2), (1.0, 2), (1, 2.0), (True, 2), (int, 1), (1, int), ((1,), 2), (1, (2,)), (1, 2j),
+        (1j, 2), (None, int), (row(4, torch.float32, torch.device("cpu")), 2),
+    ]  # fmt: skip
+    modules = [og.Sequential(Set(*pair)) for pair in pairs]
+    assert len({id(module._stages[0].table) for module in modules}) == len(pairs)
+    twins = [og.Sequential(Set(*pair)) for pair in pairs]
+    both = zip(modules, twins, strict=True)
+    assert all(one._stages[0].table is other._stages[0].table for one, other in both)
