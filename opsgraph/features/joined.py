@@ -4,8 +4,9 @@
     silent    the same and notes none, for calls without grad
     backward  notes the amaxes of gradients
 
-Their arguments are the plan's own. In the place of parts of quantized weights come, for each layer
-whose scaling is delayed, its scales, fp32 `[3]`, and the buffer of the amaxes that are noted. So
+Their arguments are the plan's own. In the place of parts of quantized weights come the scales of
+the layers whose scaling is delayed, fp32 `[layers, 3]`, and for each the buffer of the amaxes that
+are noted. So
 there is one native call where there were four, what only the forward reads of a quantized weight is
 a temporary of it, and nothing is made for a scale. They save the scales where the plan saves one.
 
@@ -54,17 +55,16 @@ def joined(plan: Plan, layers: Sequence[Layer]) -> Joined | None:
     return _Joining(plan, layers).joined()
 
 
-def part(scales: Tensor, column: int) -> Tensor:
-    """A scale, fp32 `[]`, of those of a layer."""
-    return scales[column]
+def part(scales: Tensor, layer: int, column: int) -> Tensor:
+    """A scale, fp32 `[]`, of those of all layers."""
+    return scales[layer, column]
 
 
 _CALLED = {"part": part, "note": note}
 """What the added lines call."""
 
 
-def _scales(n: int) -> str:
-    return f"scales_{n}"
+_SCALES = "scales"
 
 
 def _seen(n: int) -> str:
@@ -72,7 +72,7 @@ def _seen(n: int) -> str:
 
 
 class _Joining:
-    """Joins a plan's functions. In the source layer n has `scales_n` and `seen_n`."""
+    """Joins a plan's functions. In the source layer n has a row of `scales`, and `seen_n`."""
 
     def __init__(self, plan: Plan, layers: Sequence[Layer]) -> None:
         self.specs = plan.specs
@@ -103,7 +103,7 @@ class _Joining:
 
     def owner(self, name: str) -> str:
         """What is saved in the place of a variable."""
-        return _scales(self.owners[name][0]) if name in self.owners else name
+        return _SCALES if name in self.owners else name
 
     def joined(self) -> Joined:
         more = self.delayed and self.backward.lines
@@ -112,14 +112,15 @@ class _Joining:
         return Joined(self.forward_of(True), silent, backward, self.saved, self.places)
 
     def part(self, n: int, column: int, name: str) -> Line:
-        return Line("part", (value(_scales(n)), literal(column)), name, part, note="scale")
+        place = value(_SCALES), literal(n), literal(column)
+        return Line("part", place, name, part, note="scale")
 
     def forward_of(self, noting: bool) -> Function:
         """The forward. noting: whether it notes amaxes."""
         noting = noting and bool(self.delayed)
         count = len(self.delayed)
         own = self.forward.parameters[: 1 + self.count]
-        more = [*map(_scales, range(count)), *map(_seen, range(count * noting))]
+        more = [*[_SCALES] * bool(count), *map(_seen, range(count * noting))]
         read = {name for line in self.forward.lines[:-1] for name in line.reads}
         read -= {name for line in self.prepare.lines for name in line.makes}
         lines = [self.part(*place, name) for name, place in self.owners.items() if name in read]

@@ -103,8 +103,8 @@ class StageRecipe:
         """The states of gradients, by what plans report."""
         self.every = [*self.states.values()]
         self.distinct = [*dict.fromkeys(self.every)]
-        self.order = [self.distinct.index(state) for state in self.every]
-        """Of each layer the place of its state among those that are distinct."""
+        self.shared = len(self.distinct) < len(self.every)
+        """Whether two layers have one state."""
 
     def joined(self, plan: Plan) -> Joined | None:
         """Passes that do what is done here too."""
@@ -119,16 +119,15 @@ class StageRecipe:
         if whole is not None and active.first_microbatch is None:
             if not self.every:
                 return whole.forward, ()
-            if scales is None and not any(isinstance(w, QuantizedTensor) for w in weights):
-                scales = fixed_of(self.distinct)  # held weights have scales of their own
+            if scales is None or self.shared:  # held weights have scales of their own
+                held = any(isinstance(w, QuantizedTensor) for w in weights)
+                scales = None if held else fixed_of(self.every)
             # A checkpoint's hooks may make saved tensors again, by passes that are not joined.
             if scales is not None and not saved_hooks():
                 grad = torch.is_grad_enabled()
                 seen = taken_by(self.distinct, self.every, grad)
                 for k in self.reads:  # calls of an unknown kind have read them
                     weights[k] = None
-                if len(scales) < len(self.order):
-                    scales = [scales[k] for k in self.order]
                 if not grad:
                     return whole.silent(), scales
                 return whole.forward, (*scales, *seen)

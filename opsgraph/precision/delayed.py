@@ -152,7 +152,7 @@ class Scaling(nn.Module):
     def pin(self) -> None:
         """Set `fixed`."""
         fixed, place, *_ = self.__dict__["_fixed"]
-        self.__dict__["fixed"] = fixed.row(place)
+        self.__dict__["fixed"] = fixed.values[place]
 
     def __getstate__(self) -> dict[str, Any]:
         host = self.__dict__ | {"previous": self.previous}

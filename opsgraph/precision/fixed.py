@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..guards.torch_private import capturing_here, ops_alone, reinterpreted, stream_of
+from ..kernels.reference.quantize import new_scales
 
 
 class Fixed:
@@ -17,15 +18,15 @@ class Fixed:
     the scales were before the update may follow, for `previous` alone.
     """
 
-    __slots__ = "_views", "number", "rows", "stream", "values"
+    __slots__ = "_views", "number", "parts", "stream", "values"
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
         self.number = values.get_device() if values.is_cuda else None
         """Of the device; None for one whose work waits in no stream."""
         self.stream = 0 if self.number is None else stream_of(self.number)
-        self.rows: dict[int, Tensor] = {}
-        """The scales by their place, fp32 `[3]`, of those that were asked for."""
+        self.parts: dict[tuple[int, ...], Tensor] = {}
+        """The scales of some states by their places, fp32 `[states, 3]`, that were asked for."""
         self._views: Sequence[Tensor] = ()
 
     def is_for_now(self) -> bool:
@@ -36,24 +37,37 @@ class Fixed:
         stream = self.stream  # no graph is captured on the default one, 0
         return stream_of(number) == stream and not (stream and capturing_here())
 
-    def row(self, place: int) -> Tensor:
+    def part(self, places: tuple[int, ...]) -> Tensor:
         """One of these."""
-        found = self.rows.get(place)
+        found = self.parts.get(places)
         if found is None:
-            values = self.values
-            if torch.is_inference_mode_enabled():
-                found = values[place]  # which training may save
-            else:
-                step, inner = values.stride()
-                found = reinterpreted(values, (values.size(1),), (inner,), place * step)
-            self.rows[place] = found
+            found = self.parts[places] = self._part(places)
         return found
+
+    def _part(self, places: tuple[int, ...]) -> Tensor:
+        values, first, count = self.values, places[0], len(places)
+        if places != (*range(first, first + count),):
+            return gathered([(self, place) for place in places])
+        if count == values.size(0):
+            return values
+        if torch.is_inference_mode_enabled():
+            return values[first : first + count]  # which training may save
+        strides = values.stride()
+        return reinterpreted(values, (count, values.size(1)), strides, first * strides[0])
 
     def views(self) -> Sequence[Tensor]:
         """The scales, fp32 `[]`, by their place; made when they are first asked for."""
         if not self._views:
             self._views = self.values.view(-1).unbind(0)
         return self._views
+
+
+def gathered(places: Sequence[tuple[Fixed, int]]) -> Tensor:
+    """A copy of the scales of some states, fp32 `[states, 3]`, by where they are."""
+    with torch.inference_mode(False), torch.no_grad():
+        made = new_scales(len(places), places[0][0].values.device)
+        torch._foreach_copy_(list(made.unbind(0)), [fixed.values[k] for fixed, k in places])
+    return made
 
 
 def version_of(scale: Tensor) -> int:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter, itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..guards.torch_private import graph_task, ops_alone
 from .delayed import FORWARD, Scaling
-from .fixed import version_of
+from .fixed import Fixed, gathered, version_of
 from .tapes import tapes
 
 _buffers, _forward = attrgetter("_buffers"), itemgetter(FORWARD)
@@ -30,15 +29,16 @@ def _unwatched() -> bool:
     return graph_task() == -1 and not tapes.recording and tapes.replaying is None and ops_alone()
 
 
-def fixed_of(states: Iterable[Scaling]) -> list[Tensor] | None:
-    """The scales of states, fp32 `[3]` each, as of one update; for calls that nothing compiles.
+def fixed_of(states: Sequence[Scaling]) -> Sequence[Tensor] | None:
+    """The scales of states, one tensor, fp32 `[states, 3]`, none without states; for calls that
+    nothing compiles.
 
     None where each state has to be asked, see `Scaling.read`.
     """
     # `_unwatched`, in one frame
     if graph_task() != -1 or tapes.recording or tapes.replaying is not None or not ops_alone():
         return None
-    current, found = None, list[Any]()
+    current, places, several = None, list[int](), False
     for state in states:
         host = state.__dict__  # past the module's look at each attribute
         fixed, place, scale, version = host["_fixed"]
@@ -49,9 +49,17 @@ def fixed_of(states: Iterable[Scaling]) -> list[Tensor] | None:
         if fixed is not current:  # one update has made most
             if fixed.number is not None and not fixed.is_for_now():
                 return None
-            current = fixed
-        found.append(fixed.row(place))
-    return found
+            current, several = fixed, current is not None
+        places.append(place)
+    if several:
+        return _gathered([state.__dict__["_fixed"][:2] for state in states])
+    return () if current is None else (current.part((*places,)),)
+
+
+def _gathered(places: Sequence[tuple[Fixed, int]]) -> Sequence[Tensor] | None:
+    """The same of states that were not updated together."""
+    one_device = len({fixed.number for fixed, _ in places}) == 1
+    return (gathered(places),) if one_device else None
 
 
 def taken_by(

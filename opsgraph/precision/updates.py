@@ -152,7 +152,7 @@ def _hold(hosts: Sequence[dict[str, Any]], fixed: Fixed, forward: bool) -> None:
             host["_previous"] = fixed, count + k
             host["updates"] += 1
         if pinned:
-            host["fixed"] = fixed.row(k)
+            host["fixed"] = fixed.values[k]
 
 
 class _Ready(NamedTuple):
@@ -221,7 +221,7 @@ def as_before(key: int, name: str) -> bool:
                 host["updates"] += 1
         if Scaling.pinned:
             for k, host in enumerate(hosts):
-                host["fixed"] = fixed.row(k)
+                host["fixed"] = fixed.values[k]
     return True
 
 

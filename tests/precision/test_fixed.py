@@ -8,6 +8,7 @@ from torch import Tensor
 
 import opsgraph as og
 from opsgraph.guards.torch_private import PassThrough
+from opsgraph.kernels.reference.quantize import new_scales
 from opsgraph.ops import Linear
 from opsgraph.precision import fixed, reading
 from opsgraph.precision.delayed import Scaling
@@ -86,15 +87,34 @@ def test_copies_of_a_module_have_scales_of_their_own() -> None:
     assert [scale.tolist() for scale in scales(scaling(twin))] == before
 
 
-def test_rows_are_the_memory_of_all_scales() -> None:
-    values = torch.empty_strided((3, 3), (12, 4)).copy_(torch.arange(9.0).view(3, 3))
-    held = fixed.Fixed(values)
-    rows = [held.row(place) for place in range(3)]
-    for row, expected in zip(rows, values, strict=True):
-        assert torch.equal(row, expected)
-        assert row.data_ptr() == expected.data_ptr()
-        assert row.stride() == expected.stride()
-    assert all(held.row(place) is row for place, row in enumerate(rows))
+def spaced(states: int) -> fixed.Fixed:
+    values = new_scales(states, torch.device("cpu"))
+    return fixed.Fixed(values.copy_(torch.arange(3.0 * states).view(states, 3)))
+
+
+@pytest.mark.parametrize("mode", [False, True])
+@pytest.mark.parametrize("places", [(0, 1, 2), (0,), (1, 2), (2, 1), (1, 1)])
+def test_scales_of_some_states(places: tuple[int, ...], mode: bool) -> None:
+    held = spaced(3)
+    with torch.inference_mode(mode):
+        found = held.part(places)
+    assert found.tolist() == held.values[list(places)].tolist()
+    assert found.stride() == held.values.stride(), "columns are operands: 16 bytes apart"
+    assert not found.is_inference(), "training may save them"
+    assert held.part(places) is found
+    first = held.values[places[0]].data_ptr()
+    assert (found.data_ptr() == first) is (places not in ((2, 1), (1, 1))), "others are copies"
+
+
+def test_scales_of_states_that_were_not_updated_together() -> None:
+    states = [Scaling(5) for _ in range(3)]
+    for k, state in enumerate(states):
+        state.scale.fill_(float(k + 1))
+        state.fix()
+    (found,) = reading.fixed_of(states) or ()
+    assert found.tolist() == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
+    assert found.stride() == (12, 4)
+    assert reading.fixed_of([]) == ()
 
 
 def test_training_may_save_what_inference_mode_has_read() -> None:
