@@ -84,6 +84,25 @@ def _call(run: Replay, start: int, stream: int, *tensors: Tensor) -> int:
     return run(start, array("q", map(Tensor.data_ptr, tensors)).tobytes(), stream)
 
 
+def launcher(program: "array[int]", bits: Sequence[int], kind: str) -> Call:
+    """The same, which does nothing and returns -1 where a tensor begins below `PAGE`, or where its
+    bits, of the address, are not all 0. bits: of each tensor.
+    """
+    run, (start, _) = replay(kind), program.buffer_info()
+    if begins is None:
+        return partial(_launch, run, start, bits)
+    known = start, PAGE, array("q", bits).tobytes()
+    made: Call = _make(_method("opsgraph_launch"), known, None)
+    return made
+
+
+def _launch(run: Replay, start: int, bits: Sequence[int], stream: int, *tensors: Tensor) -> int:
+    at = [*map(Tensor.data_ptr, tensors)]
+    if any(each < PAGE or each & own for each, own in zip(at, bits, strict=True)):
+        return -1
+    return run(start, array("q", at).tobytes(), stream)
+
+
 @cache
 def bits() -> Call:
     """What joins the low bits of where tensors begin, below `PAGE`; -1 where one begins there.

@@ -7,14 +7,14 @@ other ones in each call, and whose launch through Triton takes longer than a pas
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..base import config
 from ..base.errors import OpsgraphError
 from ..guards.launching import launching
+from ..guards.torch_private import current_device, stream_of
 from ..guards.watching import watching
-from .calling import bits, caller, unmoved
+from .calling import launcher, unmoved
 from .events import Event, Exchange, Wait, used
 from .native import program, why_not
 from .parts import ALIGNED
@@ -38,22 +38,17 @@ def _native(
     device = tensors[0].device
     every = [(0, event) for event in events]
     words = program(every, lambda place: (place.buffer, place.offset), 0, device)
-    replay, low, cuda = caller(words, device.type), bits(), device.type == "cuda"
-    aligned = [k for k, t in enumerate(tensors) if not anywhere and t.data_ptr() % ALIGNED == 0]
-    some = aligned if len(aligned) < len(tensors) else []
+    aligned = [not anywhere and t.data_ptr() % ALIGNED == 0 for t in tensors]
+    replay = launcher(words, [(ALIGNED - 1) * each for each in aligned], device.type)
+    cuda, number = device.type == "cuda", device.index
 
     def launched(*given: Tensor, words: Any = words) -> bool:  # which replay has the address of
-        if cuda and torch._C._cuda_getDevice() != device.index:
+        if cuda and current_device() != number:
             return False
-        joined = low(*given)
-        if joined < 0 or (not some and aligned and joined % ALIGNED):
-            return False
-        if some and low(*[given[k] for k in some]) % ALIGNED:
-            return False
-        stream = torch._C._cuda_getCurrentRawStream(device.index) if cuda else 0
-        if failed := replay(stream, *given):
+        failed = replay(stream_of(number) if cuda else 0, *given)
+        if failed and failed != -1:
             raise OpsgraphError(f"got error {failed >> 32} from a launch, expected none")
-        return True
+        return not failed
 
     return launched
 

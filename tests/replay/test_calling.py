@@ -14,7 +14,7 @@ import opsgraph as og
 from opsgraph.guards import torch_private
 from opsgraph.kernels.cpu import build as library
 from opsgraph.ops.joined import Joined
-from opsgraph.replay import calling
+from opsgraph.replay import calling, native
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="no C++ compiler")
 
@@ -38,6 +38,19 @@ def test_the_low_bits_of_tensors(way: bool) -> None:
     assert bits(*[x] * 100) == start, "more than the library has room for without asking"
     assert bits(x, torch.zeros(0)) == -1, "it begins nowhere"
     assert ("builtin" in type(bits).__name__) is way
+
+
+def test_launches_are_of_tensors_that_begin_where_they_may(way: bool) -> None:
+    words = native.program([], lambda place: (0, 0), 0, torch.device("cpu"))
+    launch, x = calling.launcher(words, [15, 0], "cpu"), torch.zeros(64)
+    x = x[-x.data_ptr() // 4 % 4 :]
+    assert launch(0, x, x) == 0
+    assert launch(0, x[4:], x[1:]) == 0
+    assert launch(0, x[1:], x) == -1
+    assert launch(0, x, torch.zeros(0)) == -1
+    with pytest.raises(RuntimeError):
+        launch(0, x, torch.eye(3).to_sparse())
+    assert ("builtin" in type(launch).__name__) is way
 
 
 def test_a_tensor_without_memory_is_an_error(way: bool) -> None:

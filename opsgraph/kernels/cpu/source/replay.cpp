@@ -263,16 +263,31 @@ class Beginnings {
     }
 };
 
-// program(stream, *tensors): runs the program at the address that `program` is, see opsgraph_replay.
-EXPORT Object opsgraph_call(Object program, const Object* arguments, Word count) {
-    Beginnings given(arguments + 1, count - 1);
-    if (given.failed) return nullptr;
+static Object run(Object program, const Beginnings& given, Object on) {
     auto at = reinterpret_cast<const Word*>(python.to_number(program));
-    auto stream = reinterpret_cast<void*>(python.to_number(arguments[0]));
+    auto stream = reinterpret_cast<void*>(python.to_number(on));
     void* thread = python.release();
     int64_t failed = opsgraph_replay(at, given.at, stream);
     python.acquire(thread);
     return python.from_number(failed);
+}
+
+// program(stream, *tensors): runs the program at the address that `program` is, see opsgraph_replay.
+EXPORT Object opsgraph_call(Object program, const Object* arguments, Word count) {
+    Beginnings given(arguments + 1, count - 1);
+    return given.failed ? nullptr : run(program, given, arguments[0]);
+}
+
+// launch(stream, *tensors): the same, unless one begins below `page` or where bits of its own are not 0:
+// then it does nothing, and returns -1. known: the program; `page`; the bits of each.
+EXPORT Object opsgraph_launch(Object known, const Object* arguments, Word count) {
+    Beginnings given(arguments + 1, count - 1);
+    if (given.failed) return nullptr;
+    Word below = python.to_number(python.element(known, 1));
+    auto bits = reinterpret_cast<const Word*>(python.bytes(python.element(known, 2)));
+    for (Word i = 0; i < count - 1; i++)
+        if (given.at[i] < below || given.at[i] & bits[i]) return python.from_number(-1);
+    return run(python.element(known, 0), given, arguments[0]);
 }
 
 // bits(*tensors): the low bits of where they begin, below `page`, joined; -1 where one begins there.
