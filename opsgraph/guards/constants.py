@@ -69,7 +69,8 @@ def literal(value: Any) -> str | None:
     if type(value) is int:
         return repr(value) if value.bit_length() < _LONGEST else None
     if type(value) is complex:
-        return repr(value) if isfinite(value.real) and isfinite(value.imag) else None
+        finite = isfinite(value.real) and isfinite(value.imag)
+        return f"complex({value.real!r}, {value.imag!r})" if finite else None
     return repr(value) if type(value) is float or type(value) in _EXACT else None
 
 

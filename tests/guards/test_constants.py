@@ -78,16 +78,18 @@ def same(one: Any, other: Any) -> bool:
     if type(one) is float:
         equal = one.hex() == other.hex()
         return equal and math.copysign(1, one) == math.copysign(1, other)
+    if type(one) is type(other) is complex:
+        return same(one.real, other.real) and same(one.imag, other.imag)
     return type(one) is type(other) and bool(one == other)
 
 
 EXACT = (
     True, 1, 10**40, 1 << 20_000, 0.1, 5e-324, -0.0, math.inf, -math.inf, math.nan, 1j,
-    complex(0, math.inf), "it's \n\ud800 \\", b"\x00", None, ..., (), (1,), (1, (2.0, "a")),
-    (math.inf, (None,)), torch.bfloat16, torch.device("cpu"), torch.device("cuda", 1),
-    torch.strided, torch.channels_last, torch.Size((2, 3)), Color.RED, (Color.RED, 1), Kind.PLAIN,
-    [1, math.inf], {"a": [1]}, {1}, bytearray(b"a"), (1, [2]), Point(-0.0),
-    frozenset({1}), range(3), nn.functional.silu, double, partial(double), Tensor, int,
+    -1j, complex(-0.0, 1), complex(0, math.inf), "it's \n\ud800 \\", b"\x00", None, ..., (), (1,),
+    (1, (2.0, "a")), (math.inf, (None,)), torch.bfloat16, torch.device("cpu"),
+    torch.device("cuda", 1), torch.strided, torch.channels_last, torch.Size((2, 3)), Color.RED,
+    (Color.RED, 1), Kind.PLAIN, [1, math.inf], {"a": [1]}, {1}, bytearray(b"a"), (1, [2]),
+    Point(-0.0), frozenset({1}), range(3), nn.functional.silu, double, partial(double), Tensor, int,
     torch.ops.aten.add.Tensor, len, lambda x: x, "x0", "ops", np.float32,
 )  # fmt: skip
 
