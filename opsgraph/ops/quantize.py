@@ -6,7 +6,7 @@ value, or its gradient, through the recipe's format wherever no linear layer doe
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from ..guards.validation import flag
 from ..op import Lowered, Op, Placed, Spec, lower_plainly
 from ..op.functions import said
 from ..precision.autocast import state_for
-from ..precision.interned import drop_forgotten
 from ..precision.quantizers import ROLES, Quantizer
 from ..precision.recipe import DelayedScaling, Recipe, recipe_of
 from .elementwise import Identity
@@ -144,7 +143,7 @@ def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     run: list[Placed] = []
     for entry, before, quantizable, after in zip(plain, flags, flags[1:], flags[2:], strict=False):
         if quantizable:
-            run += _around(entry, recipe_of(key), *_parts(key))
+            run += _around(entry, recipe_of(key), *_parts(recipe_of(key)))
         elif entry.kind is GroupedLinear:
             run += grouped(entry, recipe_of(key))
         elif isinstance(entry.op, Quantize):
@@ -154,18 +153,22 @@ def lowered(key: int, ops: Sequence[Op], labels: Sequence[str]) -> list[Placed]:
     return run
 
 
-def _parts(key: int) -> tuple[Quantize, QuantizeGrad, Quantizer]:
-    """What a recipe puts before and after a linear layer, and the quantizer of its weight."""
-    if key not in _made:
-        drop_forgotten(_made)
-        activation, weight, gradient = map(recipe_of(key).quantizer, ROLES)
+_Parts: TypeAlias = tuple[Quantize, QuantizeGrad, Quantizer]
+
+
+def _parts(recipe: Recipe) -> _Parts:
+    """What a recipe puts before and after a linear layer, and the quantizer of its weight.
+
+    For all its layers. The recipe keeps them, for quantizers may hold the function that made them:
+    elsewhere they would keep it, and with it the recipe's number, for ever.
+    """
+    found: _Parts | None = recipe.__dict__.get("_parts")
+    if found is None:
+        activation, weight, gradient = map(recipe.quantizer, ROLES)
         before = Quantize(quantizer=activation, role="activation")
-        _made[key] = before, QuantizeGrad(gradient, "gradient"), weight
-    return _made[key]
-
-
-_made: dict[int, tuple[Quantize, QuantizeGrad, Quantizer]] = {}
-"""By a recipe's number, for all its layers."""
+        found = before, QuantizeGrad(gradient, "gradient"), weight
+        object.__setattr__(recipe, "_parts", found)
+    return found
 
 
 def _around(

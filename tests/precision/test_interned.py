@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -101,6 +103,24 @@ def test_recipes_of_lambdas_end_with_them() -> None:
     assert lasting.key in module._recipes
     (plans,) = {id(stages[0].plans) for stages in module._recipes.values()}
     assert plans, "equal quantizers share their plans"
+
+
+def test_a_recipe_ends_though_its_quantizers_hold_its_function() -> None:
+    @dataclass(frozen=True)
+    class Held(og.quantizers.TensorQuantizer):
+        owner: Any = None
+
+    class Owner:
+        def made(self, role: str) -> og.quantizers.Quantizer:
+            return Held(torch.float8_e4m3fn, owner=self)
+
+    owner = Owner()
+    gone = weakref.ref(owner)
+    with og.autocast(recipe=r.CustomRecipe(owner.made)):
+        mlp()(example())
+    del owner
+    gc.collect()
+    assert gone() is None
 
 
 class Method:
