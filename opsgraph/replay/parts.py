@@ -119,14 +119,15 @@ class Result(NamedTuple):
         """Dtype, sizes, strides."""
         return self.dtype, self.sizes, self.strides or memory.contiguous(self.sizes)
 
-    def text(self, variable: str, namespace: dict[str, Any]) -> str | None:
-        """The line that allocates it; None where `new` does, of its layout."""
+    def text(self, variable: str, number: int, namespace: dict[str, Any]) -> str | None:
+        """The line of a stretch's that allocates it; None where `new` does, of its layout."""
         if self.over is not None:
             return f"{variable} = in_place_of({name(self.over)})"
         size = math.prod(self.sizes) * self.dtype.itemsize
         if self.device.type == "cpu" and size >= memory.LEAST:
-            namespace[f"kept_{variable}"] = self.sizes, self.dtype
-            return f"{variable} = kept(*kept_{variable})"
+            layout = f"kept{number}_{variable}"  # each stretch has a room
+            namespace[layout] = self.sizes, self.dtype
+            return f"{variable} = kept(*{layout})"
         return None
 
 
@@ -189,7 +190,7 @@ class Stretch:
             given.append("room")
         new: dict[str, Any] = {}
         for variable, result in results:
-            if (line := result.text(variable, namespace)) is not None:
+            if (line := result.text(variable, number, namespace)) is not None:
                 yield line
             else:
                 dtype, sizes, strides = result.layout

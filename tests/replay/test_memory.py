@@ -209,6 +209,25 @@ def _saves_memory(retain: bool) -> tuple[int, list[Any]]:
         return tensor_peak(run), found
 
 
+def test_each_stretch_has_room_for_its_own_temporaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one stretch asks for was once what the last one asks for."""
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(recording, "LARGE", 2**14)
+    monkeypatch.setattr(memory, "LEAST", 1)
+    x = random(512, WIDTH)
+    with og.register(_InPlace):
+        module = build("llama")
+        for _ in range(2):  # the second is recorded
+            step(module, x)
+        record, namespace = module.plan(True, x).passes.backward.record, dict[str, Any]()
+        lines = [line for n, part in enumerate(record.parts) for line in part.text(n, namespace)]
+        rooms = [line.removeprefix("room = kept(*")[:-1] for line in lines if "room = " in line]
+        arenas = [part.arena for part in record.parts if part.arena]
+        assert len({*arenas}) > 1
+        assert [namespace[room][0] for room in rooms] == [(arena,) for arena in arenas]
+        compare(lambda: build("llama"), lambda module: [step(module, x) for _ in range(6)])
+
+
 def test_a_replay_writes_over_what_nothing_else_refers_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -206,9 +206,9 @@ def test_texts() -> None:
     names: dict[str, Any] = {}
     assert View(3, 1, F32, (2, 3), (3, 1), 8).text(names) == "v3 = view(v1, *view3)"
     small, large = Result(4, (2, 3), F32, CPU), Result(4, (1024, 256), F32, CPU)
-    assert small.text("v4", names) is None
-    assert large.text("v4", names) == "v4 = kept(*kept_v4)"
-    assert names == {"view3": (F32, (2, 3), (3, 1), 8), "kept_v4": ((1024, 256), F32)}
+    assert small.text("v4", 0, names) is None
+    assert large.text("v4", 2, names) == "v4 = kept(*kept2_v4)"
+    assert names == {"view3": (F32, (2, 3), (3, 1), 8), "kept2_v4": ((1024, 256), F32)}
 
 
 @pytest.mark.parametrize("sizes", [(), (3,), (2, 3), (2, 3, 4), (0, 3), (2, 0, 3), (1, 1)])
