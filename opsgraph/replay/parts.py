@@ -212,8 +212,9 @@ class Stretch:
             yield view.text(namespace)
         for build in self.builds:
             yield build.text(namespace)
-        if self.dead:
-            yield " = ".join((*map(name, self.dead), "None"))
+        dead = [*map(name, self.dead), *given[len(self.bases) :]]  # with the room
+        if dead:
+            yield " = ".join((*dead, "None"))
 
     def __str__(self) -> str:
         where = dict.fromkeys(name.partition(":")[0] for name in self.names)

@@ -37,6 +37,7 @@ def pairs_too(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Products of any size have their activation beside them, too."""
     if request.param:
         monkeypatch.setattr(pairs, "TILES", -1)
+        monkeypatch.setattr(pairs, "LEAST", 0)
 
 
 def net(name: str = "llama", device: str = "cuda") -> og.Sequential:

@@ -20,6 +20,8 @@ forward, backward = Lazy("triton.ping_pong_activation"), Lazy("triton.ping_pong_
 
 TILES = 4
 """For each multiprocessor: products of as many or fewer are not taken."""
+LEAST = 256
+"""The shortest rows: of shorter ones a Triton GEMM with an epilogue is faster."""
 HALF = 64
 """Columns that are stored at once."""
 
@@ -30,6 +32,8 @@ def none_for(device: torch.device, depth: int, width: int) -> str | None:
         return "its kernels are Gluon's, which Triton does not interpret"
     if torch.version.hip or persistent.chip(device) != 9:
         return "its kernels are for sm_90"
+    if depth < LEAST:
+        return f"it is taken from a depth of {LEAST} on"
     if width % HALF or depth % persistent.DEPTH:
         return f"the width is no multiple of {HALF}, or the depth none of {persistent.DEPTH}"
     return None
