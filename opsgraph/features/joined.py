@@ -6,9 +6,9 @@
 
 Their arguments are the plan's own. In the place of parts of quantized weights come the scales of
 the layers whose scaling is delayed, fp32 `[layers, 3]`, and for each the buffer of the amaxes that
-are noted. So
-there is one native call where there were four, what only the forward reads of a quantized weight is
-a temporary of it, and nothing is made for a scale. They save the scales where the plan saves one.
+are noted. So there is one native call where there were four, what only the forward reads of a
+quantized weight is a temporary of it, and nothing is made for a scale. They save the scales where
+the plan saves one.
 
 Calls that something watches run the plan's own functions: `precision.reading.usual` says which.
 """
