@@ -250,6 +250,38 @@ def test_each_stretch_has_room_for_its_own_temporaries(monkeypatch: pytest.Monke
         compare(lambda: build("llama"), lambda module: [step(module, x) for _ in range(6)])
 
 
+class _Once(dict[str, Any]):
+    """Names of a record's text, each for one value."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        assert name not in self or self[name] == value, name
+        super().__setitem__(name, value)
+
+
+@pytest.mark.parametrize("recipe", [None, og.recipe.DelayedScaling()])
+@pytest.mark.parametrize("name", NETS)
+def test_a_name_in_a_record_stands_for_one_thing(
+    name: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(recording, "LARGE", 2**10)
+    monkeypatch.setattr(memory, "LEAST", 1)
+    x = random(ROWS, WIDTH, dtype=torch.bfloat16)
+    with og.autocast(recipe is not None, recipe):
+        module = build(name, torch.bfloat16)
+        for _ in range(2):
+            step(module, x)
+    stages = module._recipes.values() if recipe else [module._stages]
+    plans = [plan for (stage,) in stages for plan in stage.plans.values()]
+    passes = [run for plan in plans for run in (*plan.passes, *(plan.joined or ()))]
+    records = [run.record for run in passes if getattr(run, "record", None)]
+    assert records
+    for record in records:
+        namespace = _Once()
+        for number, part in enumerate(record.parts):
+            list(part.text(number, namespace))
+
+
 def test_a_replay_writes_over_what_nothing_else_refers_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
