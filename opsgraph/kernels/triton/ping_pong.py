@@ -120,13 +120,38 @@ def _load_rows(
 
 
 @gluon.jit
+def _multiply(
+    xs, ws, full, empty, turn, index, steps, parity,
+    WHICH: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """A tile in fp32, in one's turn. index: of the first step. ws: `[STAGES, ...]`."""
+    STAGES: gl.constexpr = xs.type.shape[0]
+    BLOCK_M: gl.constexpr = xs.type.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    acc = warpgroup_mma_init(gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout))
+    mbarrier.wait(turn.index(WHICH), parity ^ (1 - WHICH))
+    for k in range(0, steps):
+        _wait_for_tile(full, index, STAGES)
+        b = ws.index(index % STAGES)
+        if TRANSPOSED:
+            b = b.permute((1, 0))
+        acc = warpgroup_mma(xs.index(index % STAGES), b, acc, is_async=True)
+        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+        _free_before(empty, index, STAGES, k > 0)
+        index += 1
+    mbarrier.arrive(turn.index(1 - WHICH), count=1)
+    total = warpgroup_mma_wait(0, deps=[acc])
+    _free_before(empty, index, STAGES)
+    return total
+
+
+@gluon.jit
 def _multiply_rows(
     tiles, y, bias, plan, xs, ws, out, full, empty, turn, depth, width,
     WHICH: gl.constexpr, TRANSPOSED: gl.constexpr, COUNT: gl.constexpr, PROGRAMS: gl.constexpr,
     BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Four warps make every other tile of a program."""
-    STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_M: gl.constexpr = xs.type.shape[1]
     BLOCK_K: gl.constexpr = xs.type.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -135,20 +160,10 @@ def _multiply_rows(
     index = WHICH * steps
     for tile in range(gl.program_id(0) + WHICH * PROGRAMS, tiles_m * tiles_n, 2 * PROGRAMS):
         group, first, end, n = _tile_of_rows(plan, tile, tiles_m, tiles_n, COUNT, GROUP)
-        acc = warpgroup_mma_init(gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout))
-        mbarrier.wait(turn.index(WHICH), (tile // (2 * PROGRAMS) & 1) ^ (1 - WHICH))
-        for k in range(0, steps):
-            _wait_for_tile(full, index, STAGES)
-            b = ws.index(index % STAGES)
-            if TRANSPOSED:
-                b = b.permute((1, 0))
-            acc = warpgroup_mma(xs.index(index % STAGES), b, acc, is_async=True)
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
-            _free_before(empty, index, STAGES, k > 0)
-            index += 1
-        mbarrier.arrive(turn.index(1 - WHICH), count=1)
-        total = warpgroup_mma_wait(0, deps=[acc])
-        _free_before(empty, index, STAGES)
+        total = _multiply(
+            xs, ws, full, empty, turn, index, steps, tile // (2 * PROGRAMS) & 1,
+            WHICH, TRANSPOSED, BLOCK_N,
+        )  # fmt: skip
         col = n * BLOCK_N
         if bias is not None:
             cols = col + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
@@ -158,7 +173,7 @@ def _multiply_rows(
             _store_tile(tiles, total, out.index(WHICH), first, col)
         else:
             _store_part(y, total, out.index(WHICH), first, end, col, width)
-        index += steps  # the other's tile
+        index += 2 * steps  # the other's tile too
     tma.store_wait(0)
 
 

@@ -11,9 +11,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_init,
-    warpgroup_mma_wait,
 )
 
 from .activations import _gate
@@ -22,10 +19,9 @@ from .ping_pong import (
     _clear_rows,
     _copy_in,
     _copy_out,
-    _free_before,
     _halves,
+    _multiply,
     _tile_of_rows,
-    _wait_for_tile,
 )
 
 HALF = gl.constexpr(64)
@@ -109,32 +105,6 @@ def _load(
                     to = ws.index(s)
                 _copy_in(stored, at, bar, to)
             index += 1
-
-
-@gluon.jit
-def _multiply(
-    xs, ws, full, empty, turn, index, steps, parity,
-    WHICH: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """A tile in fp32, in one's turn. index: of the first step. ws: `[STAGES, ...]`."""
-    STAGES: gl.constexpr = xs.type.shape[0]
-    BLOCK_M: gl.constexpr = xs.type.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    acc = warpgroup_mma_init(gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout))
-    mbarrier.wait(turn.index(WHICH), parity ^ (1 - WHICH))
-    for k in range(0, steps):
-        _wait_for_tile(full, index, STAGES)
-        b = ws.index(index % STAGES)
-        if TRANSPOSED:
-            b = b.permute((1, 0))
-        acc = warpgroup_mma(xs.index(index % STAGES), b, acc, is_async=True)
-        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
-        _free_before(empty, index, STAGES, k > 0)
-        index += 1
-    mbarrier.arrive(turn.index(1 - WHICH), count=1)
-    total = warpgroup_mma_wait(0, deps=[acc])
-    _free_before(empty, index, STAGES)
-    return total
 
 
 @gluon.jit

@@ -5,8 +5,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .activations import _backward, _gate_backward
-from .ping_pong import _barriers, _clear_rows, _copy_in, _halves
-from .ping_pong_activation import HALF, _load, _multiply, _put, _tile, _tiles
+from .ping_pong import _barriers, _clear_rows, _copy_in, _halves, _multiply
+from .ping_pong_activation import HALF, _load, _put, _tile, _tiles
 
 SLOTS = gl.constexpr(3)
 """How many parts of `[HALF, HALF]` have room, of what the activation read."""
