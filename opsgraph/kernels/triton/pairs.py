@@ -55,7 +55,7 @@ def why_not(columns: int, x: Tensor, weights: Tensor, *others: Tensor) -> str | 
 
 def _options(depth: int, width: int, stages: int) -> tuple[Config, ...]:
     """Configurations, the usual one first."""
-    usual = {"GROUP": 8, "STAGES": stages, "num_warps": 4, "maxnreg": 168}
+    usual = persistent.PAIR | {"STAGES": stages}
     return usual, usual | {"GROUP": 4}, usual | {"GROUP": 16}
 
 

@@ -273,7 +273,7 @@ def paired() -> bool:
     return not interpreting() and find_spec("triton.experimental.gluon") is not None
 
 
-PAIR: Config = {"BLOCK_N": 128, "GROUP": 8, "STAGES": 6, "num_warps": 4, "maxnreg": 168}
+PAIR: Config = {"GROUP": 8, "STAGES": 6, "num_warps": 4, "maxnreg": 168}
 """Of those: 12 warps with all of a multiprocessor's registers."""
 
 
@@ -286,7 +286,7 @@ def rows_options(depth: int, width: int, transposed: bool, pairs: bool) -> tuple
         "BLOCK_N": 128, "PARTS": 2, "GROUP": 8, "FLATTEN": False, "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
     usual = (deep, flat) if depth > 4096 else (flat, deep)
-    pair = PAIR | {"GROUP": 4 if depth > width else 8}
+    pair = {"BLOCK_N": 128} | PAIR | {"GROUP": 4 if depth > width else 8}
     return (*([pair] * pairs), *usual, small)
 
 
@@ -294,7 +294,7 @@ def weights_options(width: int, depth: int, pairs: bool) -> tuple[Config, ...]:
     """Configurations of a product of weights' gradients, the usual one first."""
     small = {"BLOCK_N": 128, "PARTS": 2, "GROUP": 8, "num_warps": 4, "num_stages": 3}
     wide = {"BLOCK_N": 256, "PARTS": 2, "GROUP": 8, "num_warps": 8, "num_stages": 4}
-    return (*([PAIR] * pairs), small, wide)
+    return (*([{"BLOCK_N": 128} | PAIR] * pairs), small, wide)
 
 
 def _common(x: Tensor, at: Schedule, options: Config) -> dict[str, Any]:

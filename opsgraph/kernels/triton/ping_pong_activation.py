@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
+from . import pairs
 from .activations import _gate
 from .ping_pong import (
     _barriers,
@@ -24,8 +25,7 @@ from .ping_pong import (
     _tile_of_rows,
 )
 
-HALF = gl.constexpr(64)
-"""Columns that are stored at once."""
+HALF = gl.constexpr(pairs.HALF)
 
 
 @gluon.jit
