@@ -27,9 +27,10 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import JITFunction
 
-from opsgraph.kernels.formats import BLOCKS, NVFP4, Format
+from opsgraph.kernels.formats import BLOCKS, E4M3, E5M2, NVFP4, Format, inverse_shape
 from opsgraph.kernels.triton import gemm, norms, pairs, persistent, quantize
 from opsgraph.kernels.triton.activations import activation_backward, activation_forward
+from opsgraph.kernels.triton.block_product import block_product
 from opsgraph.kernels.triton.delayed import raise_to, updating
 from opsgraph.kernels.triton.dropout import dropout
 from opsgraph.kernels.triton.functions import KINDS, constants
@@ -54,11 +55,15 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.int64: "i64",
     torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
 }
 HALF, BOTH = torch.bfloat16, ("row", "col")
 CAPABILITIES = (80, 90, 100)
 LOST = re.compile(r"(?:PACK_AB|ST[GS]\.)[^;]*, R1 ;")
 """The stack pointer packed or stored as a value: what ptxas 12.8 took for one that it had lost."""
+LATE = re.compile(r"WARPGROUP\.ARRIVE(?:(?!gsb0).)*?\bLDS\b", re.DOTALL)
+"""A load from shared memory among the instructions that start an asynchronous product."""
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes, of one program
 
 
@@ -277,6 +282,15 @@ def _paired(kind: str, groups: int) -> None:
     pairs.gradient(x, back, pre, pre, kind, want=("y",), at=at)
 
 
+def _block_product(dtype: torch.dtype, rows: int, depth: int, columns: int) -> None:
+    """Of a by E4M3; of E5M2 with a bias."""
+    a, b = _meta(rows, depth, dtype=dtype), _meta(columns, depth, dtype=E4M3)
+    a_scale = _meta(*inverse_shape("blocks", rows, depth)).flatten(1)
+    b_scale = _meta(*inverse_shape("square", columns, depth)).flatten(1)
+    bias = _meta(columns, dtype=HALF) if dtype == E5M2 else None
+    block_product(_meta(rows, columns, dtype=HALF), a, b, a_scale, b_scale, bias)
+
+
 def _grouped_elsewhere(*case: Any) -> None:
     """As where there is no Gluon, and then as where there are no persistent products."""
     paired, chip = persistent.paired, persistent.chip
@@ -443,6 +457,9 @@ def _linear_cases(which: str) -> Iterator[Case]:
             KINDS if which == "all" else kinds, (0,) if which == "few" else (0, 8)
         ):
             yield f"paired {kind} of {groups} groups", _paired, (kind, groups)
+        for dtype, size in product((E4M3, E5M2), ((4096, 4096, 14336), (300, 1104, 136))):
+            name = f"block product {TYPES[dtype]} {' '.join(map(str, size))}"
+            yield name, _block_product, (dtype, *size)
     for (rows, depth, width), dtype in product(sizes, dtypes):
         for what in ("linear", "dgrad", "wgrad"):
             name = f"grouped {what} {TYPES[dtype]} {rows} {depth} {width}"
@@ -467,7 +484,7 @@ def table(cc: int, which: str) -> list[dict[str, Any]]:
                 rows.append({"cc": cc, "case": name, "kernel": launch.source.fn.__name__, **found})
                 cubins.append(cubin)
     for row, text in zip(rows, instructions(cubins, cc), strict=True):
-        row["lost"] = len(LOST.findall(text))
+        row["lost"], row["late"] = len(LOST.findall(text)), len(LATE.findall(text))
     return rows
 
 

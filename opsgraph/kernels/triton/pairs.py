@@ -26,12 +26,19 @@ HALF = 64
 """Columns that are stored at once."""
 
 
-def none_for(device: torch.device, depth: int, width: int) -> str | None:
-    """Why there is no such kernel for a product of that depth, and width columns of y, or None."""
+def none_on(device: torch.device) -> str | None:
+    """Why there are no kernels in which groups of warps do different things, or None."""
     if not persistent.paired():
         return "its kernels are Gluon's, which Triton does not interpret"
     if torch.version.hip or persistent.chip(device) != 9:
         return "its kernels are for sm_90"
+    return None
+
+
+def none_for(device: torch.device, depth: int, width: int) -> str | None:
+    """Why there is no such kernel for a product of that depth, and width columns of y, or None."""
+    if reason := none_on(device):
+        return reason
     if depth < LEAST:
         return f"it is taken from a depth of {LEAST} on"
     if width % HALF or depth % persistent.DEPTH:

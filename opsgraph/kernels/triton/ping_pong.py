@@ -69,14 +69,17 @@ def _store_part(out, total, mine, row, rows, col, columns):
 
 
 @gluon.jit
-def _barriers(STAGES: gl.constexpr):
-    """Of each stage whether it is full and whether it is empty; whose turn it is."""
+def _barriers(STAGES: gl.constexpr, READERS: gl.constexpr = 1):
+    """Of each stage whether it is full and whether it is empty; whose turn it is.
+
+    READERS: how many free a stage.
+    """
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
-        mbarrier.init(empty.index(s), count=1)
+        mbarrier.init(empty.index(s), count=READERS)
     for w in gl.static_range(2):
         mbarrier.init(turn.index(w), count=1)
     return full, empty, turn
