@@ -5,8 +5,9 @@ An operand is `[rows, depth]`, stored by rows, with scales along rows as the qua
 of those with which the quantizer multiplied. What the calls ask of layouts: NVIDIA's cuBLAS manual,
 "Narrow precision data types usage", and PyTorch's `torch.nn.functional.scaled_mm`.
 
-FP8 on sm_89 and sm_90 goes through `product` (`fp8`). All else goes through PyTorch (`multiply`),
-whose function and two enums are new in PyTorch 2.10, and are looked up at their use.
+FP8 on sm_89 and sm_90 goes through `product` (`fp8`), and blocks by squares through `blocks`, which
+may have Triton multiply. All else goes through PyTorch (`multiply`), whose function and two enums
+are new in PyTorch 2.10, and are looked up at their use.
 
     format   scale covers   on      the library reads
     tensor   all            sm_89   one fp32
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ...base.backend import backends
 from ..formats import FOUR, groups
+from . import blocks
 from . import library as lt
 from .product import product
 
@@ -88,7 +90,10 @@ def fp8(
     """
     out = torch.empty(a.data.size(0), b.data.size(0), dtype=dtype, device=a.data.device)
     modes, whole = (a.mode, b.mode), a.mode in (lt.TENSOR, lt.ROW)
-    product(out, a.data, b.data.t(), (a.scale, b.scale), modes, bias, fast=fast and whole)
+    if modes == blocks.MODES:
+        blocks.multiply(out, a.data, b.data, a.scale, b.scale, bias)
+    else:
+        product(out, a.data, b.data.t(), (a.scale, b.scale), modes, bias, fast=fast and whole)
     return out if out.size(0) == rows else out[:rows]
 
 

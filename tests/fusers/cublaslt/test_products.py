@@ -12,6 +12,8 @@ from opsgraph.base import backend
 from opsgraph.fuser import registered
 from opsgraph.fusers.cublaslt import products as cublaslt
 from opsgraph.fusers.cublaslt.products import FAMILIES, scaled_mm
+from opsgraph.kernels import choices
+from opsgraph.kernels.cublaslt import blocks
 from opsgraph.ops import Linear, RMSNorm, SwiGLU
 from opsgraph.quantizers import (
     BlockQuantizer,
@@ -278,3 +280,38 @@ def test_a_block_by_the_library_is_the_emulated_one(
     allowed = 0.2 if backends is None and name.startswith("nvfp4") else 6e-2
     for one, other in zip(*found, strict=True):
         assert float((one - other).norm()) <= allowed * float(other.norm())
+
+
+@pytest.mark.gpu
+def test_a_linear_layer_by_the_product_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and input gradient, in steps that are replayed too."""
+    family = next(f for f in FAMILIES if "e4m3b" in f.formats)
+    reason = backend.backends()["cublaslt"].why_not() or family.why_not()
+    reason = reason or pytest.importorskip("opsgraph.kernels.triton.pairs").none_on(
+        torch.device("cuda")
+    )
+    if reason is not None:
+        pytest.skip(reason)
+    kept = choices.Choices("blocks", lambda: ("a chip",), lambda runs: [*runs][-1], files=list)
+    monkeypatch.setattr(blocks, "_choices", lambda device: kept)
+    monkeypatch.setattr(blocks, "_chosen", {})
+    monkeypatch.setattr(blocks, "SMALL", 0)
+    place = {"device": "cuda", "dtype": torch.bfloat16}
+    native = og.Sequential(Linear(1152, 384, **place))
+    emulated = og.Sequential(*native, backends=("reference",))
+    torch.manual_seed(1)
+    x, dy = torch.randn(130, 1152, **place), torch.randn(130, 384, **place)
+
+    def step(module: og.Sequential) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        with og.autocast(recipe=RECIPES["blocks"]):
+            y = module(leaf)
+        y.backward(dy)
+        assert leaf.grad is not None
+        return y.detach(), leaf.grad
+
+    expected = step(emulated)
+    for _ in range(4):
+        for one, other in zip(step(native), expected, strict=True):
+            assert float((one - other).norm()) <= 2e-2 * float(other.norm())
+    assert [*blocks._chosen.values()] == [blocks.TRITON] * 2
