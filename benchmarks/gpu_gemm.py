@@ -6,7 +6,10 @@ Hopper), by a Triton GEMM with an epilogue, and by the library's fastest product
 run in alternation, as CUDA graphs, so that the host is left out; medians. First they are compared:
 a wrong result is not timed. Ratios to the library's and a pass below 1 are wins.
 
-    python -m benchmarks.gpu_gemm [--seconds 80] [--out benchmarks/results/gpu_gemm.json]
+Then FP8 products of scales for 1 x 128 by scales for 128 x 128: the library's fastest and ours
+(`kernels/triton/block_product.py`), measured in the same way.
+
+    python -m benchmarks.gpu_gemm [--seconds 100] [--out benchmarks/results/gpu_gemm.json]
 """
 
 import argparse
@@ -32,6 +35,12 @@ SIZES = [
     *(("swiglu", rows, 1024, 3584) for rows in (1024, 256, 64)),
     *(("swiglu", 8192, *size) for size in ((256, 1024), (128, 512))),
 ]
+BLOCKS = [
+    (8192, 28672, 4096), (8192, 4096, 14336), (8192, 4096, 28672), (8192, 14336, 4096),
+    (2048, 4096, 14336), (8192, 11264, 2048), (8192, 2048, 5632), (8192, 7168, 1024),
+    (8192, 1024, 3584), (1024, 4096, 4096),
+]  # fmt: skip
+"""FP8 products: rows, columns, depth."""
 SAMPLE = 1.5e-3  # seconds of work in one graph
 
 Function = Callable[[], Any]
@@ -78,6 +87,26 @@ def functions(case: Case, rows: int | None = None) -> dict[str, Function]:
             "inference, pairs": lambda: pairs.activation(x, weight, None, kind)[0],
             "backward, pairs": lambda: pairs.gradient(x, back, pre, dpre, kind, want=want),
         }
+    return made
+
+
+def block_functions(rows: int, columns: int, depth: int) -> dict[str, Function]:
+    """By the library and, where there is such a kernel, by ours, on one set of operands."""
+    from opsgraph.kernels.cublaslt import blocks
+    from opsgraph.kernels.cublaslt.product import product
+    from opsgraph.kernels.formats import E4M3, inverse_shape
+    from opsgraph.kernels.triton.block_product import block_product, why_not
+
+    a, b = (normal(size, depth, scale=30.0).to(E4M3) for size in (rows, columns))
+    out = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda")
+    shapes = inverse_shape("blocks", rows, depth), inverse_shape("square", columns, depth)
+    scales = [(torch.rand(shape, device="cuda") + 0.1).flatten(1) for shape in shapes]
+    made: dict[str, Function] = {
+        "library": lambda: product(out, a, b.t(), (scales[0], scales[1]), blocks.MODES),
+    }
+    if why_not(out, a, b, scales[0]) is None:
+        again = torch.empty_like(out)
+        made["triton"] = lambda: (block_product(again, a, b, *scales, None), again)[1]
     return made
 
 
@@ -147,6 +176,26 @@ def compare(case: Case) -> dict[str, Any]:
     return case._asdict() | {"seconds": found, "ratios": ratios}
 
 
+def compare_blocks(rows: int, columns: int, depth: int) -> dict[str, Any]:
+    """A row of the table of FP8 products. Raises SystemExit where two do not agree."""
+    made = block_functions(rows, columns, depth)
+    size = {"rows": rows, "columns": columns, "depth": depth}
+    if "triton" in made and (error := differ(made["triton"](), made["library"]())) > 5e-3:
+        raise SystemExit(f"FP8 product {size}: relative error {error:.3g}, so no time")
+    found = timed(made)
+    ratio = found["triton"] / found["library"] if "triton" in found else None
+    return size | {"seconds": found, "ratio": ratio}
+
+
+def show_blocks(row: dict[str, Any]) -> None:
+    """Print a row of FP8 products."""
+    text = "{rows:>6}{columns:>9}{depth:>7}".format(**row)
+    for name in ("library", "triton"):
+        seconds = row["seconds"].get(name)
+        text += f"{seconds * 1e6:>10.1f}" if seconds else f"{'-':>10}"
+    print(text + (f"{row['ratio']:>8.3f}" if row["ratio"] else f"{'-':>8}"), flush=True)
+
+
 def show(row: dict[str, Any]) -> None:
     """Print the rows of a size: a direction each."""
     for direction in ("training", "inference", "backward"):
@@ -161,13 +210,15 @@ def show(row: dict[str, Any]) -> None:
 
 
 def measure(seconds: float) -> dict[str, Any]:
-    """The table, as far as the time goes."""
+    """The tables, as far as the time goes."""
+    from opsgraph.kernels.cublaslt.library import CublasError
+
     deadline = time.monotonic() + seconds
     cases = [Case(*size) for size in SIZES]
     compile_all(cases)
     print(f"compiled in {seconds - (deadline - time.monotonic()):.0f} s; us, then ratios to it")
     print("kind      rows depth  width  direction   library  triton   pairs")
-    result: dict[str, Any] = {"machine": machine(), "sizes": []}
+    result: dict[str, Any] = {"machine": machine(), "sizes": [], "blocks": []}
     with torch.no_grad():
         for case in cases:
             if time.monotonic() > deadline:
@@ -175,13 +226,24 @@ def measure(seconds: float) -> dict[str, Any]:
                 continue
             result["sizes"].append(compare(case))
             show(result["sizes"][-1])
+        print("FP8 by blocks, us\n  rows  columns  depth   library      ours   ratio")
+        for size in BLOCKS:
+            if time.monotonic() > deadline:
+                print(f"no time left for {size}")
+                continue
+            try:
+                result["blocks"].append(compare_blocks(*size))
+            except CublasError as error:
+                print(f"the library has none of {size}: {error}")
+                continue
+            show_blocks(result["blocks"][-1])
     return result
 
 
 def main() -> None:
-    """Prints the table and writes it as JSON."""
+    """Prints the tables and writes them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=80.0)
+    parser.add_argument("--seconds", type=float, default=100.0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_gemm.json"))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
