@@ -8,6 +8,7 @@ import torch
 
 from ..kernels.cpu import memory
 from .events import used
+from .grouping import groups
 from .parts import NOTHING, Build, InPython, Layout, Result, Stretch, View
 from .record import Record
 from .recording import Composite, Geometry, Recording, Step, flat
@@ -16,7 +17,7 @@ from .recording import Composite, Geometry, Recording, Step, flat
 def assembled(recording: Recording) -> Record | None:
     """The record, or None where some value has to be made by a line in Python."""
     needed = recording.needed()
-    return None if needed is None else Assembly(recording, recording.groups(), needed).record()
+    return None if needed is None else Assembly(recording, groups(recording), needed).record()
 
 
 class Assembly:
@@ -151,23 +152,14 @@ class Assembly:
         """Whether a buffer, or a view of it, is read after the first use of another one."""
         begun = False
         for step in (step for group in self.groups for step in group):
-            if begun and any(buffer in self._shown(slot) for slot in step.reads.values()):
+            if begun and any(buffer in self.recording.shown(slot) for slot in step.reads.values()):
                 return True
             for event in step.events:
                 if begun and buffer in used(event):
                     return True
                 begun = begun or made in used(event)
-        return any(buffer in self._shown(slot) for _, slot in flat(self.recording.returned))
-
-    def _shown(self, slot: int) -> set[int]:
-        """The buffers that a value shows."""
-        found, left = set[int](), [self.values[slot]]
-        for value in left:
-            if isinstance(value, Geometry):
-                found.add(value.place.buffer)
-            elif isinstance(value, Composite):
-                left += value.parts
-        return found
+        returned = flat(self.recording.returned)
+        return any(buffer in self.recording.shown(slot) for _, slot in returned)
 
     def _read(self, slot: int, part: int) -> None:
         self.last[slot] = max(part, self.last.get(slot, 0))

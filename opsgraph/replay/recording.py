@@ -22,7 +22,7 @@ from .recorder import Recorder, span
 STRUCTURAL = ("bind", "clear", "pass", "return")
 """Lines that move names and touch no memory."""
 LARGE = 2**20
-"""Bytes of a value that is let go within a stretch, from which the stretch ends there."""
+"""Bytes of a value that is let go within a stretch, from which its peak memory is looked at."""
 
 
 class Geometry(NamedTuple):
@@ -42,12 +42,13 @@ class Composite(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A line that ran, with the slots that it read and made."""
+    """A line that ran, with the slots that it read, made, and was the last to name."""
 
     number: int
     line: Line
     reads: dict[str, int]
     makes: dict[str, int]
+    gone: set[int]
     events: Sequence[Event]
     reason: str | None
 
@@ -76,6 +77,7 @@ class Recording:
         self.values = [self._handed(k, argument) for k, argument in enumerate(arguments)]
         """What each slot holds: a tensor's geometry, the type of what has none, or None."""
         self.slots = {name: k for k, name in enumerate(names)}
+        """By the names that there are."""
         self.steps: list[Step] = []
         self.returned: Any = None
 
@@ -108,13 +110,20 @@ class Recording:
         if any(self._size(k) >= LARGE and k not in taken for k in consumed):
             recorder.refuse("it lets go of large memory midway")
         events, reason = recorder.take()
-        makes = {}
+        makes, named = {}, {*self.slots.values()}
         for made in line.makes:
             self.slots[made] = makes[made] = k = len(self.values)
             value = variables.get(made)
             known = self._described(value) if reason is None else self._made(k, value)
             self.values.append(known)
-        self.steps.append(Step(number, line, reads, makes, events, reason))
+        self._forget(line)
+        gone = named.union(makes.values()).difference(self.slots.values())
+        self.steps.append(Step(number, line, reads, makes, gone, events, reason))
+
+    def _forget(self, line: Line) -> None:
+        """Forget the names that end with a line."""
+        for name in line.dead:
+            self.slots.pop(name, None)
 
     def _handed(self, slot: int, value: Any) -> Any:
         """What a slot holds that a replay does not make itself."""
@@ -147,6 +156,7 @@ class Recording:
             self.returned = self._leaves(results if len(results) > 1 else results[0])
         elif line.function == "bind" and isinstance(line.results, str):
             self.slots[line.results] = self.slots[line.arguments[0].text]  # type: ignore[union-attr]
+        self._forget(line)
 
     def _leaves(self, nested: Any) -> Any:
         if isinstance(nested, tuple) and not hasattr(nested, "category"):
@@ -171,34 +181,22 @@ class Recording:
         self.in_python |= again
         return None if again else needed
 
-    def groups(self) -> list[list[Step]]:
-        """Lines in Python alone, others together as far as memory allows."""
-        groups: list[list[Step]] = []
-        joined, made = False, set[int]()
-        """Of a stretch: whether the next line joins it, and the slots that it makes."""
-        for step in self.steps:
-            native = step.reason is None
-            if native and joined:
-                groups[-1].append(step)
-            else:
-                groups.append([step])
-                made = set()
-            made.update(step.makes.values())
-            joined = native and not self._lets_go(step, made)
-        return groups
-
-    def _lets_go(self, step: Step, made: Collection[int]) -> bool:
-        """Whether large memory from before a stretch, which made what it says, is let go after a
-        line: later ones may be given it."""
-        slots = [step.reads.get(name) for name in step.line.dead]
-        return any(self._size(k) >= LARGE for k in slots if k not in made)
-
     def _size(self, slot: int | None) -> int:
         """Bytes of the memory of a value; 0 of what has none."""
         value = None if slot is None else self.values[slot]
         if not isinstance(value, Geometry):
             return 0
         return self.recorder.buffers[value.place.buffer].size
+
+    def shown(self, slot: int) -> set[int]:
+        """The buffers that a value shows."""
+        found, left = set[int](), [self.values[slot]]
+        for value in left:
+            if isinstance(value, Geometry):
+                found.add(value.place.buffer)
+            elif isinstance(value, Composite):
+                left += value.parts
+        return found
 
 
 def _described(value: Any, find: Callable[[], Place | None]) -> Any:

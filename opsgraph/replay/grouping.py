@@ -1,0 +1,118 @@
+"""Which lines make a stretch: as many as the peak memory of the pass in Python allows.
+
+A stretch allocates all its results at its beginning, has one room for its temporaries, and lets go
+at its end of what its lines let go of. So the more lines it has, the more memory there may be.
+"""
+
+from collections.abc import Iterable
+from itertools import accumulate
+
+from . import recording as made
+from .arena import arena
+from .events import used
+from .recording import Recording, Step
+
+NEAR = 1.01
+"""The peak of a stretch over that of Python, up to which it counts as no more: for small results,
+which are there from its beginning."""
+
+
+def groups(recording: Recording) -> list[list[Step]]:
+    """Lines in Python alone, others together.
+
+    Once a stretch has let go of large memory that was there before it, which is what later lines
+    may be given in Python, further lines join it only where its peak stays `NEAR` that of Python.
+    """
+    found: list[list[Step]] = []
+    models: list[_Memory] = []
+    joins, looks = False, False
+    """Whether the next line joins the stretch, and whether its peak is to be looked at first."""
+    for step in recording.steps:
+        if step.reason is not None:
+            found.append([step])
+            joins = False
+            continue
+        if joins and looks:
+            models = models or [_Memory(recording, held) for held in (False, True)]
+            joins = all(memory.affords([*found[-1], step]) for memory in models)
+        if joins:
+            found[-1].append(step)
+        else:
+            found.append([step])
+            joins, looks = True, False
+        looks = looks or _lets_go(recording, step, found[-1])
+    return found
+
+
+def _lets_go(recording: Recording, step: Step, stretch: list[Step]) -> bool:
+    """Whether a line lets go of large memory from before its stretch."""
+    new = {k for before in stretch for k in before.makes.values()}
+    old = {b for k in step.gone - new for b in recording.shown(k)}
+    return any(recording.recorder.buffers[b].size >= made.LARGE for b in old)
+
+
+class _Memory:
+    """Bytes that a pass has at a time, by the times from which and up to which buffers are there:
+    a time for each event, and one for the end of each line.
+
+    In Python a buffer is there from its first use to its last one, or to the end of the line that
+    lets go of it; so it is at least as long.
+    """
+
+    def __init__(self, recording: Recording, held: bool) -> None:
+        """held: whether someone else has the arguments, so that they stay to the end."""
+        self.buffers, self.taken = recording.recorder.buffers, recording.recorder.taken
+        self.values = recording.values
+        self.begins: dict[int, int] = {}
+        self.ends: dict[int, int] = {}
+        self.first: dict[int, int] = {}
+        self.last: dict[int, int] = {}
+        """When each line begins and ends, by its number."""
+        count = 0
+        for number, buffer in enumerate(self.buffers):
+            if buffer.argument is not None and buffer.argument < recording.count:
+                self.begins[number] = -1
+        for step in recording.steps:
+            self.first[step.number] = count
+            for event in step.events:
+                for b in used(event):
+                    self.begins.setdefault(b, count)
+                    self.ends[b] = count
+                count += 1
+            self.last[step.number] = count
+            for b in self._shown(recording, step.makes.values()):
+                self.begins.setdefault(b, count)
+            for b in self._shown(recording, step.gone):
+                self.ends[b] = count
+            count += 1
+        for b in self._shown(recording, recording.slots.values()):
+            self.ends[b] = count
+        if held:
+            self.ends |= {b: count for b, begin in self.begins.items() if begin < 0}
+        for b, argument in self.taken.items():  # it is the argument's memory from then on
+            for over in recording.shown(argument):
+                self.ends[over] = self.begins.get(b, count) - 1
+        there = [0] * (count + 3)
+        for b, begin in self.begins.items():
+            there[begin + 1] += self.buffers[b].size
+            there[self.ends.get(b, begin) + 2] -= self.buffers[b].size
+        self.peak = max(accumulate(there))
+
+    def _shown(self, recording: Recording, slots: Iterable[int]) -> set[int]:
+        return {b for slot in slots for b in recording.shown(slot)}
+
+    def affords(self, steps: list[Step]) -> bool:
+        """Whether the peak of a stretch of lines, with what is there before it, is near that
+        of Python."""
+        if any(isinstance(self.values[k], type) for step in steps for k in step.gone):
+            return False  # nobody knows what memory that has
+        begin, end = self.first[steps[0].number], self.last[steps[-1].number]
+        events = [event for step in steps for event in step.events]
+        size, temporary = 0, set[int]()
+        for b, first in self.begins.items():
+            last = self.ends.get(b, first)
+            if first >= begin and first <= end >= last:
+                temporary.add(b)
+            elif last >= begin and (first < begin or (first <= end and b not in self.taken)):
+                size += self.buffers[b].size
+        return size + arena(events, temporary.__contains__, self.buffers)[1] <= NEAR * self.peak
