@@ -3,6 +3,8 @@
 import gc
 import os
 import runpy
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,10 +18,12 @@ import torch
 
 from opsgraph import ops
 from opsgraph.features.recipes import StageRecipe
+from opsgraph.kernels.cpu import memory
 from opsgraph.kernels.cpu.memory import Pool
 from opsgraph.plan.claims import Space
 from opsgraph.precision import tapes
 from opsgraph.precision.autocast import Active
+from opsgraph.replay import recording
 from opsgraph.testing import formulas
 from opsgraph.testing.fuzz import Impossible, Life, Wrong, blocks
 from opsgraph.testing.fuzz.__main__ import main
@@ -407,6 +411,24 @@ def test_a_life_that_fails_by_itself_is_shrunk_and_tried_again(
     failure = blocks._failure(7, "cpu", told)
     assert len(failure.script.splitlines()) <= 7
     assert not failure.script.startswith("#")
+
+
+def test_every_other_life_takes_small_memory_for_large() -> None:
+    """In a process of its own: what its lives leave unended keeps the sizes."""
+    usual, worker = (memory.LEAST, recording.LARGE), blocks.Worker()
+    try:
+        seeds = blocks.SMALL - 1, blocks.SMALL, blocks.SMALL + 1, blocks.SMALL + 2
+        sizes = [worker.ask(blocks.resize, seed) for seed in seeds]
+    finally:
+        worker.end()
+    assert sizes == [usual, usual, blocks.SIZES, usual]
+    assert (memory.LEAST, recording.LARGE) == usual
+    head, life, _ = blocks.program(blocks.SMALL + 1, START, LONG).partition("life = ")
+    tells = f"{head}print((memory.LEAST, recording.LARGE))"
+    told = subprocess.run([sys.executable, "-c", tells], check=True, capture_output=True, text=True)
+    assert life
+    assert told.stdout.strip() == str(blocks.SIZES)
+    assert "memory" not in blocks.program(blocks.SMALL, START, LONG)
 
 
 def test_a_known_fault_is_recognised_by_its_kind_and_its_words() -> None:

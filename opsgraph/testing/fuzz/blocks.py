@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...kernels.cpu import memory
+from ...replay import recording
 from .known import known
 from .lives import Step, live, script, shrink
 from .plots import Plot
@@ -24,6 +26,12 @@ MOST = 1500
 """Lives of one process."""
 SECONDS = 900.0
 """How long a life may take; a process that is not done by then hangs, and is ended."""
+SMALL = 170_000_000
+"""The seed from which every other life takes small memory for large: what is kept for later, and
+what ends a stretch of a replay."""
+SIZES = 1, 2**10
+"""Bytes of such memory, of either kind."""
+_USUAL = memory.LEAST, recording.LARGE
 
 
 class Failure(NamedTuple):
@@ -118,12 +126,23 @@ def _asked(worker: Worker, function: Callable[..., Told], *given: Any) -> Told:
         return Told(0, f"EOFError: {worker.end()}")
 
 
+def resize(seed: int) -> tuple[int, int]:
+    """Have a life's sizes in this process, which lives nothing else meanwhile; returns them."""
+    memory.LEAST, recording.LARGE = SIZES if _small(seed) else _USUAL
+    return memory.LEAST, recording.LARGE
+
+
+def _small(seed: int) -> bool:
+    return seed >= SMALL and seed % 2 == 1
+
+
 def _lived(seed: int, device: str) -> Told:
     plot = Plot(seed, device=device)
-    return _tell(plot.start, plot.steps)
+    return _tell(seed, plot.start, plot.steps)
 
 
-def _tell(start: Step, steps: Sequence[Step]) -> Told:
+def _tell(seed: int, start: Step, steps: Sequence[Step]) -> Told:
+    resize(seed)
     lived = live(start, steps)
     if (error := lived.error) is None:
         return Told(lived.steps)
@@ -144,7 +163,7 @@ def _alike(one: str, other: str) -> bool:
 def _shrunk(seed: int, device: str, said: str) -> list[Step] | None:
     """Fewer steps after which the life still fails; None if it does not fail by itself."""
     plot = Plot(seed, device=device)
-    if not _alike(_tell(plot.start, plot.steps).error, said):
+    if not _alike(_tell(seed, plot.start, plot.steps).error, said):
         return None
     return shrink(plot.start, plot.steps, lambda error: _alike(_said(error), said))
 
@@ -152,14 +171,23 @@ def _shrunk(seed: int, device: str, said: str) -> list[Step] | None:
 def _failure(seed: int, device: str, told: Told) -> Failure:
     plot = Plot(seed, device=device)
     if told.known is not None:
-        return Failure(seed, told.error, script(plot.start, plot.steps), told.known)
+        return Failure(seed, told.error, program(seed, plot.start, plot.steps), told.known)
     steps, note = _elsewhere(_shrunk, seed, device, told.error), ""
     if steps is None:
         steps, note = plot.steps, "# It failed behind other lives of its process, not by itself.\n"
-    elif not _alike(_elsewhere(_tell, plot.start, steps, default=told).error, told.error):
+    elif not _alike(_elsewhere(_tell, seed, plot.start, steps, default=told).error, told.error):
         steps = plot.steps
-    text = note + script(plot.start, steps)
+    text = note + program(seed, plot.start, steps)
     return Failure(seed, f"{told.error}\n{told.where}", text, told.known)
+
+
+def program(seed: int, start: Step, steps: Sequence[Step]) -> str:
+    """A life as a program that runs by itself, with its sizes."""
+    if not _small(seed):
+        return script(start, steps)
+    sizes = f"memory.LEAST, recording.LARGE = {SIZES}"
+    imports = "from opsgraph.kernels.cpu import memory\nfrom opsgraph.replay import recording"
+    return f"{imports}\n\n{sizes}\n{script(start, steps)}"
 
 
 def _elsewhere(function: Callable[..., Any], *given: Any, default: Any = None) -> Any:
