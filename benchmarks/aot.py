@@ -358,6 +358,15 @@ def _quantize(
         activation_quantize(pre, what, to, scale=scale, want=want)
 
 
+def _once(kind: str) -> None:
+    """The gradient in blocks that Hopper reads once, and the activation by columns."""
+    x = _meta(4096, 8192 if KINDS[kind].GATED else 4096, dtype=HALF)
+    to = TARGETS["powers"]._replace(dtype=torch.float8_e5m2)
+    activation_backward_quantize(
+        x[:, :4096], x, kind, to, want=BOTH, y_to=TARGETS["powers"], y_want=("col",)
+    )
+
+
 Case = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 
@@ -425,6 +434,9 @@ def _quantize_cases(which: str) -> Iterator[Case]:
         _quantize,
         ("cast", "tensor", 256, torch.float32, True, BOTH, 13),
     )
+    if persistent.chip(_meta().device) == 9:
+        for kind in KINDS if which == "all" else ("swiglu", "gelu"):
+            yield f"quantize {kind} backward once", _once, (kind,)
     for what, width, dtype, scaling, want in product(kinds, widths, dtypes, scalings, wants):
         if which == "usual" and what != "cast" and scaling in ("rows", "square", "nvfp4 square"):
             continue

@@ -48,6 +48,7 @@ KERNELS = {
     "rows_kernel",
     "activation_backward_kernel",
     "activation_backward_blocks_kernel",
+    "activation_backward_once_kernel",
     "norm_quantize_kernel",
     "transpose_kernel",
     "nvfp4_backward_kernel",
@@ -64,8 +65,9 @@ HOPPER = {
     "ping_pong_gradient_kernel",
     "block_product_kernel",
     "schedule_kernel",
+    "activation_backward_once_kernel",
 }
-"""Kernels that no other chip is given; they load by descriptors."""
+"""Kernels that no other chip is given; all but the last load by descriptors."""
 NATIVE = {"pairs_kernel"}
 """Kernels for chips that convert to FP8 themselves."""
 

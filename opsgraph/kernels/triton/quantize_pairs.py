@@ -227,7 +227,7 @@ def _powers(bits, E5M2: tl.constexpr):
     """
     TOP: tl.constexpr = -2038397312 if E5M2 else -2097118464  # 269 and 262 as exponents
     LEAST: tl.constexpr = 0x07800780 if E5M2 else 0x04000400  # that of which 2^127 comes
-    exponent = larger((bits + 0x001F001F) & -8323200, tl.full(bits.shape, LEAST, tl.int32))
+    exponent = larger((bits + 0x001F001F) & -8323200, LEAST)
     special = ((bits + 0x00800080) | (-2147450880 - bits)) & -2147450880  # 0 or not finite
     mask = ((special >> 15) & 0x00010001) * 0xFFFF
     return ((TOP - exponent) & ~mask) | (mask & 0x3F803F80)
