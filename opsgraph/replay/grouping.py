@@ -4,7 +4,7 @@ A stretch allocates all its results at its beginning, has one room for its tempo
 at its end of what its lines let go of. So the more lines it has, the more memory there may be.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 
 from . import recording as made
@@ -33,7 +33,7 @@ def groups(recording: Recording) -> list[list[Step]]:
             joins = False
             continue
         if joins and looks:
-            models = models or [_Memory(recording, held) for held in (False, True)]
+            models = models or [_Memory(recording, over) for over in (recording.recorder.taken, {})]
             joins = all(memory.affords([*found[-1], step]) for memory in models)
         if joins:
             found[-1].append(step)
@@ -59,54 +59,67 @@ class _Memory:
     lets go of it; so it is at least as long.
     """
 
-    def __init__(self, recording: Recording, held: bool) -> None:
-        """held: whether someone else has the arguments, so that they stay to the end."""
-        self.buffers, self.taken = recording.recorder.buffers, recording.recorder.taken
+    def __init__(self, recording: Recording, taken: Mapping[int, int]) -> None:
+        """taken: the arguments whose memory results take, by these results' buffers; none do
+        where someone else has them."""
+        self.buffers, self.taken = recording.recorder.buffers, taken
         self.values = recording.values
         self.begins: dict[int, int] = {}
         self.ends: dict[int, int] = {}
         self.first: dict[int, int] = {}
         self.last: dict[int, int] = {}
         """When each line begins and ends, by its number."""
-        count = 0
+        self.peaks: dict[int, int] = {}
+        """As `_peak`, of the times at which stretches begin."""
+        self.count = 0
+        """Of times."""
         for number, buffer in enumerate(self.buffers):
             if buffer.argument is not None and buffer.argument < recording.count:
                 self.begins[number] = -1
         for step in recording.steps:
-            self.first[step.number] = count
+            self.first[step.number] = self.count
             for event in step.events:
                 for b in used(event):
-                    self.begins.setdefault(b, count)
-                    self.ends[b] = count
-                count += 1
-            self.last[step.number] = count
+                    self.begins.setdefault(b, self.count)
+                    self.ends[b] = self.count
+                self.count += 1
+            self.last[step.number] = self.count
             for b in self._shown(recording, step.makes.values()):
-                self.begins.setdefault(b, count)
+                self.begins.setdefault(b, self.count)
             for b in self._shown(recording, step.gone):
-                self.ends[b] = count
-            count += 1
+                self.ends[b] = self.count
+            self.count += 1
         for b in self._shown(recording, recording.slots.values()):
-            self.ends[b] = count
-        if held:
-            self.ends |= {b: count for b, begin in self.begins.items() if begin < 0}
-        for b, argument in self.taken.items():  # it is the argument's memory from then on
+            self.ends[b] = self.count
+        for b, argument in taken.items():  # it is the argument's memory from then on
             for over in recording.shown(argument):
-                self.ends[over] = self.begins.get(b, count) - 1
-        there = [0] * (count + 3)
-        for b, begin in self.begins.items():
-            there[begin + 1] += self.buffers[b].size
-            there[self.ends.get(b, begin) + 2] -= self.buffers[b].size
-        self.peak = max(accumulate(there))
+                self.ends[over] = self.begins.get(b, self.count) - 1
 
     def _shown(self, recording: Recording, slots: Iterable[int]) -> set[int]:
         return {b for slot in slots for b in recording.shown(slot)}
 
+    def _peak(self, time: int) -> int:
+        """Of the pass in Python, without the arguments that are let go of before a time.
+
+        Someone else may have these. Then they add as much to a stretch that begins at that time,
+        and nothing to the peak in Python where that comes before; so they count in neither.
+        """
+        there = [0] * (self.count + 3)
+        for b, begin in self.begins.items():
+            end = self.ends.get(b, begin)
+            if begin >= 0 or end >= time:
+                there[begin + 1] += self.buffers[b].size
+                there[end + 2] -= self.buffers[b].size
+        return max(accumulate(there))
+
     def affords(self, steps: list[Step]) -> bool:
         """Whether the peak of a stretch of lines, with what is there before it, is near that
-        of Python."""
+        of Python, whichever arguments someone else has."""
         if any(isinstance(self.values[k], type) for step in steps for k in step.gone):
             return False  # nobody knows what memory that has
         begin, end = self.first[steps[0].number], self.last[steps[-1].number]
+        if begin not in self.peaks:
+            self.peaks[begin] = self._peak(begin)
         events = [event for step in steps for event in step.events]
         size, temporary = 0, set[int]()
         for b, first in self.begins.items():
@@ -115,4 +128,5 @@ class _Memory:
                 temporary.add(b)
             elif last >= begin and (first < begin or (first <= end and b not in self.taken)):
                 size += self.buffers[b].size
-        return size + arena(events, temporary.__contains__, self.buffers)[1] <= NEAR * self.peak
+        room = arena(events, temporary.__contains__, self.buffers)[1]
+        return size + room <= NEAR * self.peaks[begin]

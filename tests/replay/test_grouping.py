@@ -112,6 +112,23 @@ def test_arguments_that_someone_else_has_stay() -> None:
     assert made.groups() == [[0, 1], [2], [3], [4]]
 
 
+def test_a_result_takes_no_memory_that_someone_else_has() -> None:
+    """It has its own from the beginning of a stretch, beside the temporary of a line before."""
+    made = Pass([4 * LARGE, LARGE])
+    made.line(8, gone={1}, temporary=4 * LARGE)
+    made.line(4 * LARGE, gone={0}, over=0)
+    assert made.groups() == [[0], [1]]
+
+
+def test_arguments_of_which_someone_else_has_some() -> None:
+    """With both arguments or none the peak would be that of Python; a caller keeps the first."""
+    made = Pass([4 * LARGE, 4 * LARGE])
+    made.line(8, gone={0}, reason="a user's")
+    made.line(8, gone={1})
+    made.line(4 * LARGE)
+    assert made.groups() == [[0], [1], [2]]
+
+
 def test_lines_in_python_are_alone_and_their_values_count() -> None:
     made = Pass([LARGE])
     made.line(8, gone={0}, temporary=4 * LARGE)
