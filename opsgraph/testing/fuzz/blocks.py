@@ -28,7 +28,7 @@ SECONDS = 900.0
 """How long a life may take; a process that is not done by then hangs, and is ended."""
 SMALL = 170_000_000
 """The seed from which every other life takes small memory for large: what is kept for later, and
-what ends a stretch of a replay."""
+what a stretch of a replay looks at its peak for."""
 SIZES = 1, 2**10
 """Bytes of such memory, of either kind."""
 _USUAL = memory.LEAST, recording.LARGE
