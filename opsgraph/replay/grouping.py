@@ -91,6 +91,9 @@ class _Memory:
             self.count += 1
         for b in self._shown(recording, recording.slots.values()):
             self.ends[b] = self.count
+        for b, operand in reversed(recording.same.items()):
+            if self.begins.pop(b, None) is not None and b in self.ends:
+                self.ends[operand] = max(self.ends[b], self.ends.get(operand, 0))
         for b, argument in taken.items():  # it is the argument's memory from then on
             for over in recording.shown(argument):
                 self.ends[over] = self.begins.get(b, self.count) - 1

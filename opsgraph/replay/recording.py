@@ -78,6 +78,8 @@ class Recording:
         """What each slot holds: a tensor's geometry, the type of what has none, or None."""
         self.slots = {name: k for k, name in enumerate(names)}
         """By the names that there are."""
+        self.same: dict[int, int] = {}
+        """Of buffers that are memory of a line's operand: that one's."""
         self.steps: list[Step] = []
         self.returned: Any = None
 
@@ -105,6 +107,12 @@ class Recording:
         elif not ours(line):
             recorder.refuse("it is no function of opsgraph's")
         recorder.consumed = consumed = [reads.get(name) for name in line.overwrites]
+        operands = {
+            operand.data_ptr(): value.place.buffer
+            for (name, slot) in reads.items()
+            if isinstance(value := self.values[slot], Geometry)
+            and isinstance(operand := variables.get(name), Tensor)
+        }
         run_line(line, self.ops, variables)
         taken = recorder.taken.values()
         if any(self._size(k) >= LARGE and k not in taken for k in consumed):
@@ -116,6 +124,9 @@ class Recording:
             value = variables.get(made)
             known = self._described(value) if reason is None else self._made(k, value)
             self.values.append(known)
+            if reason is not None and isinstance(known, Geometry) and value is not None:
+                if (over := operands.get(value.data_ptr())) is not None:
+                    self.same[known.place.buffer] = over
         self._forget(line)
         gone = named.union(makes.values()).difference(self.slots.values())
         self.steps.append(Step(number, line, reads, makes, gone, events, reason))

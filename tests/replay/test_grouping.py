@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from replays import WIDTH, build, random, step
+from torch import Tensor
 
+import opsgraph as og
 from opsgraph.replay import assembly, recording
 from opsgraph.replay.events import Aten, Buffer, Operand, Place
 from opsgraph.replay.grouping import groups
@@ -27,6 +29,7 @@ class Pass:
         self.count, self.steps = len(arguments), list[Step]()
         self.values: list[Any] = [None] * self.count
         self.slots = {f"x{k}": k for k in range(self.count)}
+        self.same: dict[int, int] = {}
         buffers = [Buffer(size, CPU, k) for k, size in enumerate(arguments)]
         self.recorder = SimpleNamespace(buffers=buffers, taken={})
         self.buffer_of = {k: k for k in range(self.count)}
@@ -136,6 +139,43 @@ def test_lines_in_python_are_alone_and_their_values_count() -> None:
     made.line(8, gone={python})
     made.line(2 * LARGE)
     assert made.groups() == [[0], [1], [2, 3]]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_a_line_in_python_hands_on_is_there_once(same: bool) -> None:
+    """Twice, it makes the peak in Python high enough for two more lines together."""
+    made = Pass([LARGE])
+    first = made.line(4 * LARGE, gone={0})
+    again = made.line(4 * LARGE, gone={first}, reason="a user's")
+    if same:
+        made.same[again] = first
+    made.line(8, gone={again})
+    made.line(2 * LARGE)
+    assert made.groups() == ([[0], [1], [2], [3]] if same else [[0], [1], [2, 3]])
+
+
+def test_a_recording_knows_what_a_line_in_python_hands_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Same(og.Op):
+        """The identity, forwards and backwards."""
+
+        def fwd(self, x: Tensor) -> Any:
+            return x, ()
+
+        def bwd(self, dy: Tensor) -> Any:
+            return dy, ()
+
+    seen: list[Any] = []
+
+    def look(made: Any) -> Any:
+        seen.append(made)
+        return groups(made)
+
+    monkeypatch.setattr(assembly, "groups", look)
+    module = og.Sequential(og.ops.RMSNorm(WIDTH), Same(), og.ops.Linear(WIDTH, WIDTH))
+    for _ in range(3):
+        step(module, random(64, WIDTH))
+    assert {made.function.name for made in seen} == {"forward", "backward"}
+    assert all(made.same for made in seen)
 
 
 def test_nothing_joins_where_unknown_memory_was_let_go_of() -> None:
