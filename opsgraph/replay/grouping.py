@@ -7,7 +7,7 @@ at its end of what its lines let go of. So the more lines it has, the more memor
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 
-from . import recording as made
+from . import recording as recordings
 from .arena import arena
 from .events import used
 from .recording import Recording, Step
@@ -47,8 +47,12 @@ def groups(recording: Recording) -> list[list[Step]]:
 def _lets_go(recording: Recording, step: Step, stretch: list[Step]) -> bool:
     """Whether a line lets go of large memory from before its stretch."""
     new = {k for before in stretch for k in before.makes.values()}
-    old = {b for k in step.gone - new for b in recording.shown(k)}
-    return any(recording.recorder.buffers[b].size >= made.LARGE for b in old)
+    old = _shown(recording, step.gone - new)
+    return any(recording.recorder.buffers[b].size >= recordings.LARGE for b in old)
+
+
+def _shown(recording: Recording, slots: Iterable[int]) -> set[int]:
+    return {b for slot in slots for b in recording.shown(slot)}
 
 
 class _Memory:
@@ -84,12 +88,12 @@ class _Memory:
                     self.ends[b] = self.count
                 self.count += 1
             self.last[step.number] = self.count
-            for b in self._shown(recording, step.makes.values()):
+            for b in _shown(recording, step.makes.values()):
                 self.begins.setdefault(b, self.count)
-            for b in self._shown(recording, step.gone):
+            for b in _shown(recording, step.gone):
                 self.ends[b] = self.count
             self.count += 1
-        for b in self._shown(recording, recording.slots.values()):
+        for b in _shown(recording, recording.slots.values()):
             self.ends[b] = self.count
         for b, operand in reversed(recording.same.items()):
             if self.begins.pop(b, None) is not None and b in self.ends:
@@ -97,9 +101,6 @@ class _Memory:
         for b, argument in taken.items():  # it is the argument's memory from then on
             for over in recording.shown(argument):
                 self.ends[over] = self.begins.get(b, self.count) - 1
-
-    def _shown(self, recording: Recording, slots: Iterable[int]) -> set[int]:
-        return {b for slot in slots for b in recording.shown(slot)}
 
     def _peak(self, time: int) -> int:
         """Of the pass in Python, without the arguments that are let go of before a time.
