@@ -12,6 +12,7 @@ from opsgraph.guards.watching import watching
 from opsgraph.kernels import choices
 from opsgraph.kernels.cublaslt import blocks, scaled_mm
 from opsgraph.kernels.cublaslt import library as lt
+from opsgraph.kernels.cublaslt import product as products
 
 _CHOICES = blocks._choices
 BF16, E4M3, E5M2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
@@ -192,8 +193,8 @@ def test_what_does_not_run_is_not_taken(stubs: Stubs, monkeypatch: pytest.Monkey
         return [*runs][-1]
 
     monkeypatch.setattr(stubs, "block_product", broken)
-    monkeypatch.setattr(blocks, "fastest_on_cuda", last)
-    kept = choices.Choices("blocks", lambda: ("a chip",), blocks._measured, files=list)
+    monkeypatch.setattr(products, "fastest_on_cuda", last)
+    kept = choices.Choices("blocks", lambda: ("a chip",), products._measured, files=list)
     monkeypatch.setattr(blocks, "_choices", lambda device: kept)
     multiply()
     assert stubs.called == [blocks.LIBRARY] * 2  # tried, and then taken
@@ -207,7 +208,7 @@ def test_choices_are_kept_and_forgotten(
     monkeypatch.setattr(choices, "directories", lambda: [tmp_path])
     monkeypatch.setattr(choices, "gpu", lambda device: ("a chip of this test",))
     monkeypatch.setattr(lt, "library", lambda: SimpleNamespace(cublasLtGetVersion=lambda: 130000))
-    monkeypatch.setattr(blocks, "_measured", stubs.measure)
+    monkeypatch.setattr(products, "_measured", stubs.measure)
     monkeypatch.setattr(blocks, "_choices", _CHOICES.__wrapped__)
     multiply()
     (kept,) = choices.kept()

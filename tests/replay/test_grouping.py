@@ -66,6 +66,19 @@ class Pass:
         return [[s.number for s in group] for group in groups(self)]  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The recordings whose lines were grouped."""
+    found: list[Any] = []
+
+    def look(made: Any) -> Any:
+        found.append(made)
+        return groups(made)
+
+    monkeypatch.setattr(assembly, "groups", look)
+    return found
+
+
 def test_small_memory_is_let_go_of_at_the_end() -> None:
     made = Pass([LARGE // 2])
     made.line(8, gone={0})
@@ -154,7 +167,7 @@ def test_what_a_line_in_python_hands_on_is_there_once(same: bool) -> None:
     assert made.groups() == ([[0], [1], [2], [3]] if same else [[0], [1], [2, 3]])
 
 
-def test_a_recording_knows_what_a_line_in_python_hands_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recording_knows_what_a_line_in_python_hands_on(seen: list[Any]) -> None:
     class Same(og.Op):
         """The identity, forwards and backwards."""
 
@@ -164,13 +177,6 @@ def test_a_recording_knows_what_a_line_in_python_hands_on(monkeypatch: pytest.Mo
         def bwd(self, dy: Tensor) -> Any:
             return dy, ()
 
-    seen: list[Any] = []
-
-    def look(made: Any) -> Any:
-        seen.append(made)
-        return groups(made)
-
-    monkeypatch.setattr(assembly, "groups", look)
     module = og.Sequential(og.ops.RMSNorm(WIDTH), Same(), og.ops.Linear(WIDTH, WIDTH))
     for _ in range(3):
         step(module, random(64, WIDTH))
@@ -187,15 +193,8 @@ def test_nothing_joins_where_unknown_memory_was_let_go_of() -> None:
     assert made.groups() == [[0], [1], [2]]
 
 
-def test_a_name_that_is_bound_anew_lets_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_bound_anew_lets_go(seen: list[Any]) -> None:
     """`dx = dgrad(dx)` ends the old dx, though no line says `del dx`."""
-    seen: list[Any] = []
-
-    def look(made: Any) -> Any:
-        seen.append(made)
-        return groups(made)
-
-    monkeypatch.setattr(assembly, "groups", look)
     module, x = build("residual"), random(64, WIDTH)
     for _ in range(3):
         step(module, x)

@@ -16,9 +16,8 @@ from ...base.backend import backends
 from ...guards.watching import watching
 from .. import choices
 from ..lazy import Lazy
-from ..timing import fastest_on_cuda
 from . import library as lt
-from .product import SMALL, product
+from .product import SMALL, choices_of, product
 
 block_product = Lazy("triton.block_product")
 
@@ -96,13 +95,6 @@ def _choose(key: Any, runs: Mapping[str, choices.Run], why_not: str | None) -> s
 
 @cache
 def _choices(device: int) -> choices.Choices:
-    """Those of a kind of device, of these versions of the library, of Triton and of PyTorch."""
     import triton
 
-    machine = choices.gpu(torch.device("cuda", device))
-    versions = f"cublasLt {lt.library().cublasLtGetVersion()}", f"triton {triton.__version__}"
-    return choices.store("blocks", (*machine, *versions), _measured, lambda: _chosen.clear())
-
-
-def _measured(runs: Mapping[str, choices.Run]) -> choices.Choice:
-    return fastest_on_cuda(choices.working(runs))
+    return choices_of("blocks", device, lambda: _chosen.clear(), f"triton {triton.__version__}")

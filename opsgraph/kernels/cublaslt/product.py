@@ -286,10 +286,16 @@ def _chosen(key: str, made: Product, operands: Operands) -> lt.Algorithm:
 
 @cache
 def _choices(device: int) -> choices.Choices:
-    """Those of a kind of device, of these versions of the library and of PyTorch."""
+    return choices_of("product", device, lambda: _products.clear())
+
+
+def choices_of(
+    kind: str, device: int, forgotten: Callable[[], object], *versions: str
+) -> choices.Choices:
+    """Those of a kind of device, of these versions of the library, of PyTorch and of others."""
     version = f"cublasLt {lt.library().cublasLtGetVersion()}"
     machine = choices.gpu(torch.device("cuda", device))
-    return choices.store("product", (*machine, version), _measured, lambda: _products.clear())
+    return choices.store(kind, (*machine, version, *versions), _measured, forgotten)
 
 
 def _measured(runs: Mapping[str, choices.Run]) -> choices.Choice:
